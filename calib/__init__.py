@@ -1,0 +1,1 @@
+"""Run models one layer at a time: calibration, scores, equality. Never writes a checkpoint."""

@@ -1,0 +1,234 @@
+"""The streamed decoder: the library's own model, its layers' weights present one at a time."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from calib.weights import WeightReader
+from surgery.layout import Layout
+
+MICRO_BATCH_TOKENS = 2048
+"""Tokens that go through a layer at a time (one window at least)."""
+
+HEAD_ROWS = 8192
+"""Rows of lm_head in memory at a time."""
+
+Watch = Callable[[int, "MicroBatch", torch.Tensor], torch.Tensor | None]
+"""Called with layer, micro-batch and the input of down_proj ``(windows, tokens, I)``; what it
+returns, if anything, goes into down_proj instead."""
+
+
+@dataclass
+class Batch:
+    """Windows of one length and their hidden states, which every layer overwrites."""
+
+    ids: torch.Tensor
+    """int64 ``(windows, tokens)``."""
+    hidden: torch.Tensor
+    """``(windows, tokens, D)`` on the CPU."""
+    arguments: list[Mapping[str, Any]]
+    """Per layer, what the model passes beside the hidden states: masks, rotary tables."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some windows of a batch, by view."""
+
+    batch: Batch
+    windows: slice
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """int64 ``(windows, tokens)``."""
+        return self.batch.ids[self.windows]
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """``(windows, tokens, D)``, writable."""
+        return self.batch.hidden[self.windows]
+
+
+class StreamedDecoder:
+    """A causal LM whose decoder layers are read, used for all text, and dropped in turn."""
+
+    def __init__(self, layout: Layout, reader: WeightReader) -> None:
+        """Build the model from config.json without weights; nothing of it is random."""
+        self.layout = layout
+        self.reader = reader
+        config = AutoConfig.for_model(**layout.checkpoint.config)
+        with _parameters_on_meta():
+            self._model = AutoModelForCausalLM.from_config(
+                config, dtype=reader.dtype, attn_implementation="sdpa"
+            ).eval()
+        self._model.requires_grad_(False)
+        self._layers = self._model.model.layers
+        self._model.model.layers = nn.ModuleList(_Recorder() for _ in self._layers)
+        self._model.model.norm.load_state_dict(
+            {"weight": reader.read(layout.family.final_norm)}, assign=True
+        )
+        for module in self._model.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(reader.device))
+
+    @torch.no_grad()
+    def embed(self, windows: Sequence[np.ndarray]) -> list[Batch]:
+        """Group ``windows`` by length, in order, and look their tokens up.
+
+        Only the rows of tokens that occur are read.
+        """
+        used = np.unique(np.concatenate(windows))
+        embedding = self._model.model.embed_tokens
+        rows = self.reader.rows(self.layout.family.embedding, used)
+        embedding.weight = nn.Parameter(rows, requires_grad=False)
+        embedding.padding_idx = None
+        batches = []
+        for length in dict.fromkeys(map(len, windows)):
+            ids = torch.from_numpy(np.stack([w for w in windows if len(w) == length]))
+            hidden = torch.empty((*ids.shape, rows.shape[1]), dtype=self.reader.dtype)
+            batch = Batch(ids, hidden, self._arguments(length, rows.shape[1]))
+            for part in micro_batches([batch]):
+                places = torch.from_numpy(np.searchsorted(used, part.ids.numpy()))
+                part.hidden.copy_(embedding(places.to(self.reader.device)))
+            batches.append(batch)
+        embedding.to("meta")
+        return batches
+
+    @torch.no_grad()
+    def run_layers(
+        self, batches: Sequence[Batch], watch: Watch, *, stop_early: bool = False
+    ) -> None:
+        """Carry all batches through every layer; the next layer is read meanwhile.
+
+        Args:
+            batches: From ``embed``; their hidden states are overwritten.
+            watch: Sees, and may change, the input of each down_proj.
+            stop_early: Leave out what follows the last layer's down_proj input.
+        """
+        last = len(self._layers) - 1
+        with ThreadPoolExecutor(1) as background:
+            following = background.submit(self._read_layer, 0)
+            for index, layer in enumerate(self._layers):
+                layer.load_state_dict(following.result(), assign=True)
+                if index < last:
+                    following = background.submit(self._read_layer, index + 1)
+                for part in micro_batches(batches):
+                    self._run(index, layer, part, watch, stop_early and index == last)
+                layer.to("meta")
+
+    @torch.no_grad()
+    def logits(
+        self, hidden: Sequence[torch.Tensor], rows: np.ndarray
+    ) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Yield (tensor, first row, logits) of lm_head, block by block of ``rows``.
+
+        Each block of the head is read once and used for all ``hidden`` states
+        ``(windows, tokens, D)`` as they left the last layer; logits are ``(windows, tokens,
+        block)`` as the library computes them, caps included.
+        """
+        head = self.layout.family.head
+        name = self.layout.family.embedding if self.layout.tied else head
+        decoder = _Finished(self._model.model.norm)
+        self._model.model, kept = decoder, self._model.model
+        try:
+            for start in range(0, len(rows), HEAD_ROWS):
+                weight = self.reader.rows(name, rows[start : start + HEAD_ROWS])
+                self._model.lm_head.weight = nn.Parameter(weight, requires_grad=False)
+                for place, states in enumerate(hidden):
+                    decoder.hidden = states.to(self.reader.device)
+                    yield place, start, self._model(inputs_embeds=decoder.hidden).logits
+        finally:
+            self._model.model = kept
+            self._model.lm_head.to("meta")
+
+    def _arguments(self, length: int, hidden_size: int) -> list[Mapping[str, Any]]:
+        """Run the model over recorders to learn what it passes to layers for this length."""
+        probe = torch.zeros(
+            (1, length, hidden_size), device=self.reader.device, dtype=self.reader.dtype
+        )
+        self._model.model(inputs_embeds=probe, use_cache=False)
+        return [recorder.arguments for recorder in self._model.model.layers]
+
+    def _read_layer(self, index: int) -> dict[str, torch.Tensor]:
+        prefix = f"{self.layout.family.layers}.{index}."
+        return {key: self.reader.read(prefix + key) for key in self._layers[index].state_dict()}
+
+    def _run(
+        self, index: int, layer: nn.Module, part: MicroBatch, watch: Watch, stop: bool
+    ) -> None:
+        def pre_hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
+            changed = watch(index, part, inputs[0])
+            if stop:
+                raise _Stop
+            return None if changed is None else (changed, *inputs[1:])
+
+        handle = self._down_proj(index, layer).register_forward_pre_hook(pre_hook)
+        try:
+            hidden = part.hidden.to(self.reader.device)
+            part.hidden.copy_(layer(hidden, **part.batch.arguments[index]))
+        except _Stop:
+            pass
+        finally:
+            handle.remove()
+
+    def _down_proj(self, index: int, layer: nn.Module) -> nn.Module:
+        name = self.layout.family.ffn_output.format(layer=index)
+        prefix = f"{self.layout.family.layers}.{index}."
+        return layer.get_submodule(name.removeprefix(prefix).removesuffix(".weight"))
+
+
+def micro_batches(batches: Sequence[Batch]) -> Iterator[MicroBatch]:
+    """Cut batches into micro-batches of about ``MICRO_BATCH_TOKENS`` tokens."""
+    for batch in batches:
+        windows, tokens = batch.ids.shape
+        step = max(1, MICRO_BATCH_TOKENS // tokens)
+        for start in range(0, windows, step):
+            yield MicroBatch(batch, slice(start, min(start + step, windows)))
+
+
+class _Stop(Exception):
+    """Ends the last layer's forward once its statistic is taken."""
+
+
+class _Recorder(nn.Module):
+    """Stands in for a layer and keeps what the model passes to it."""
+
+    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        self.arguments = arguments
+        return hidden_states
+
+
+class _Finished(nn.Module):
+    """Stands in for the decoder when its hidden states are known: only the final norm is left."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.hidden = torch.empty(0)
+
+    def forward(self, **_: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(self.hidden))
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Create modules with real buffers (rotary tables, scales) but parameters without storage."""
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        original(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = register  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]

@@ -1,0 +1,41 @@
+"""--device and --dtype: what to compute on, and in what."""
+
+import torch
+
+from calib.weights import TORCH_DTYPE
+from surgery.checkpoint import Checkpoint
+from surgery.errors import SurgeryError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class DeviceError(SurgeryError):
+    """The device asked for is not there."""
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device ``name``; "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        DeviceError: CUDA was asked for and is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(
+            "--device cuda", "is not available", fix="use --device cpu, or install a CUDA torch"
+        )
+    return torch.device(name)
+
+
+def choose_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """Return the dtype ``name``; "auto" is float32 on the CPU, else that of the checkpoint.
+
+    CPUs are slow in 16 bits, and float32 holds every bf16 and fp16 weight exactly.
+    """
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cpu":
+        return torch.float32
+    largest = max(checkpoint.tensors.values(), key=lambda tensor: tensor.nbytes)
+    return TORCH_DTYPE[largest.dtype]

@@ -1,0 +1,67 @@
+"""Weights from a checkpoint into torch tensors, every byte read at most once."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from surgery.checkpoint import Checkpoint
+from surgery.errors import CheckpointError
+from surgery.header import TensorRef
+from surgery.selection import runs
+
+TORCH_DTYPE = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+class WeightReader:
+    """Positional reads from the shards of a checkpoint, in the dtype and on the device asked for.
+
+    ``bytes_read`` counts what was read, so that a test can hold it against the file.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        self.device = device
+        self.dtype = dtype
+        self.bytes_read = 0
+        self._tensors = checkpoint.tensors
+        self._files: dict[Path, int] = {}
+
+    def __enter__(self) -> "WeightReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return the tensor ``name`` whole."""
+        return self.rows(name, np.arange(self._tensors[name].shape[0]))
+
+    def rows(self, name: str, rows: np.ndarray) -> torch.Tensor:
+        """Return the ascending ``rows`` of tensor ``name``: ``(len(rows), ...)``."""
+        ref = self._tensors[name]
+        stored = torch.empty((len(rows), *ref.shape[1:]), dtype=TORCH_DTYPE[ref.dtype])
+        row_bytes = ref.nbytes // ref.shape[0]
+        target = stored.view(-1).view(torch.uint8).numpy().data
+        starts, stops = runs(rows)
+        for first, last in zip(starts.tolist(), stops.tolist(), strict=True):
+            length = (last - first) * row_bytes
+            self._fill(ref, target[:length], ref.start + first * row_bytes)
+            target = target[length:]
+        return stored.to(self.device, self.dtype)
+
+    def _fill(self, ref: TensorRef, target: memoryview, offset: int) -> None:
+        if ref.path not in self._files:
+            self._files[ref.path] = os.open(ref.path, os.O_RDONLY)
+        while target:
+            count = os.preadv(self._files[ref.path], [target], offset)
+            if count == 0:
+                raise CheckpointError(
+                    f"{ref.path}: tensor {ref.name}",
+                    "shard ended early: it changed while it was read",
+                    fix="run again with the source left alone",
+                )
+            self.bytes_read += count
+            target, offset = target[count:], offset + count

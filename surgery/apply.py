@@ -1,0 +1,117 @@
+"""Apply a plan: stream every edit into a new checkpoint directory."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from surgery import __version__
+from surgery.card import model_card
+from surgery.checkpoint import INDEX_NAME, Checkpoint
+from surgery.companions import companion_files, pruned_config
+from surgery.edits import Edit, edits
+from surgery.header import encode_header
+from surgery.jsonfile import dump_json
+from surgery.layout import Layout
+from surgery.plan import Plan
+from surgery.stream import stream_edit, write_all
+from surgery.writer import OutputDirectory
+
+PROVENANCE_NAME = "compact_surgery.json"
+
+
+class ProvenanceFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """compact_surgery.json: what made this checkpoint."""
+
+    version: str
+    """Of compact-surgery."""
+    plan_digest: str
+    plan: Plan
+    """With ``output`` left out, so that the same plan gives the same bytes anywhere."""
+
+
+def apply_plan(
+    plan: Plan,
+    source: Path,
+    output: Path,
+    *,
+    resume: bool = False,
+    jobs: int = 1,
+    progress: Callable[[int], object] = lambda nbytes: None,
+) -> None:
+    """Write the checkpoint that ``plan`` makes of ``source`` to the new directory ``output``.
+
+    Shards are written first, config.json and the index last, all in ``output.partial``, which is
+    renamed at the end. Memory is two windows per job.
+
+    Args:
+        plan: A complete plan made for ``source``.
+        source: The checkpoint's directory; it is only read.
+        output: Must not exist, and lie outside of ``source``.
+        resume: Go on with an interrupted run of the same plan.
+        jobs: Shards written at the same time.
+        progress: Called with the bytes of each finished tensor.
+
+    Raises:
+        SurgeryError: see the modules this calls; nothing appears under ``output``.
+    """
+    checkpoint = Checkpoint.open(source)
+    by_shard = edits(plan, Layout.of(checkpoint))
+    files = companion_files(plan, checkpoint)
+    config = pruned_config(plan, checkpoint)
+    directory = OutputDirectory(output, plan.digest, source=source, resume=resume)
+    todo = {name: shard for name, shard in by_shard.items() if name not in directory.finished}
+    with directory:
+        directory.check_space(sum(edit.nbytes for shard in todo.values() for edit in shard))
+        with ThreadPoolExecutor(jobs) as pool:
+            for _ in pool.map(
+                lambda name: _write_shard(directory, checkpoint, name, todo[name], progress), todo
+            ):
+                pass
+        for name, data in files.items():
+            directory.write(name, data)
+        directory.write("README.md", model_card(plan, checkpoint))
+        directory.write(PROVENANCE_NAME, _provenance(plan))
+        directory.write("config.json", config)
+        if checkpoint.index is not None:
+            directory.write(INDEX_NAME, _index(checkpoint.index, plan))
+        directory.commit()
+
+
+def _write_shard(
+    directory: OutputDirectory,
+    checkpoint: Checkpoint,
+    name: str,
+    shard: list[Edit],
+    progress: Callable[[int], object],
+) -> None:
+    """Write one output shard: its header, then its tensors in the source's order."""
+    source = os.open(checkpoint.path / name, os.O_RDONLY)
+    try:
+        with directory.shard(name) as output:
+            entries = [(edit.source.name, edit.source.dtype, edit.shape) for edit in shard]
+            header = encode_header(entries, checkpoint.shards[name].metadata)
+            write_all(output, memoryview(header))
+            for edit in shard:
+                stream_edit(edit, source, output)
+                progress(edit.nbytes)
+    finally:
+        os.close(source)
+
+
+def _index(index: dict[str, Any], plan: Plan) -> bytes:
+    old = index.get("metadata")
+    metadata = dict(old) if isinstance(old, dict) else {}
+    metadata["total_size"] = plan.after.nbytes
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] = plan.after.parameters
+    return dump_json({**index, "metadata": metadata})
+
+
+def _provenance(plan: Plan) -> bytes:
+    place_free = msgspec.structs.replace(plan, output=None)
+    file = ProvenanceFile(__version__, plan.digest, place_free)
+    return msgspec.json.format(msgspec.json.encode(file), indent=2) + b"\n"

@@ -1,0 +1,74 @@
+"""Where the parameters are (paper section 3.1, eq. 1 to 3, figure 1)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from surgery.families import GROUPS
+from surgery.layout import Layout
+
+
+@dataclass(frozen=True)
+class Census:
+    """Parameter counts of one checkpoint."""
+
+    model: str
+    model_type: str
+    vocab_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    tied: bool
+    parameters: int
+    """All of them, tied embeddings once."""
+    nbytes: int
+    """Bytes of all tensors on disk."""
+    shards: int
+    groups: dict[str, int]
+    """Parameters by group: vocabulary, attention, ffn, norms."""
+
+    @classmethod
+    def of(cls, layout: Layout, model: str) -> "Census":
+        """Count ``layout`` from its headers; ``model`` is the name to print."""
+        groups = layout.groups()
+        return cls(
+            model=model,
+            model_type=layout.checkpoint.config["model_type"],
+            vocab_size=layout.vocab_size,
+            intermediate_size=layout.intermediate_size,
+            num_hidden_layers=layout.num_hidden_layers,
+            tied=layout.tied,
+            parameters=groups.total(),
+            nbytes=layout.checkpoint.nbytes,
+            shards=len(layout.checkpoint.shards),
+            groups={group: groups[group] for group in GROUPS},
+        )
+
+    def table(self) -> str:
+        """The census as text for people."""
+        rows = [
+            f"{self.model}  ({self.model_type}, {self.num_hidden_layers} layers, "
+            f"{self.shards} shard{'s' if self.shards != 1 else ''})",
+            f"{'vocab_size':<18}{self.vocab_size:>16,}{'  tied' if self.tied else ''}",
+            f"{'intermediate_size':<18}{self.intermediate_size:>16,}",
+        ]
+        for group, count in self.groups.items():
+            rows.append(f"{group:<18}{count:>16,}{count / self.parameters:>8.1%}")
+        rows.append(f"{'parameters':<18}{self.parameters:>16,}")
+        rows.append(f"{'bytes':<18}{self.nbytes:>16,}")
+        return "\n".join(rows)
+
+
+def plot_census(census: Census, path: Path) -> None:
+    """Write a bar of the census's shares to the image file ``path`` (extra ``plot``)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 2.2), layout="constrained")
+    axes = figure.subplots()
+    left = 0.0
+    for group, count in census.groups.items():
+        share = 100 * count / census.parameters
+        axes.barh(0, share, left=left, label=f"{group} {share:.1f} %", edgecolor="white")
+        left += share
+    axes.set(xlim=(0, 100), yticks=[], xlabel="share of parameters (%)")
+    axes.set_title(f"{Path(census.model).name}: {census.parameters / 1e6:,.1f} M parameters")
+    axes.legend(ncols=len(census.groups), loc="upper center", bbox_to_anchor=(0.5, -0.35))
+    figure.savefig(path, dpi=150)

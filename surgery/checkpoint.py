@@ -1,0 +1,163 @@
+"""A checkpoint directory as its headers and JSON files describe it, validated once."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import CheckpointError
+from surgery.header import Header, TensorRef, read_header
+from surgery.jsonfile import read_json
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face model directory. Holds headers and config.json; never a weight."""
+
+    path: Path
+    config: dict[str, Any]
+    shards: dict[str, Header]
+    """File name → header, in the order in which the tensors' names first point at the files."""
+    index: dict[str, Any] | None
+    """model.safetensors.index.json, or None for a single file."""
+
+    @classmethod
+    def open(cls, path: Path) -> "Checkpoint":
+        """Read the headers and config.json of directory ``path``.
+
+        Raises:
+            CheckpointError: anything that is missing, damaged, quantized, pickled, or that would
+                need code from the checkpoint.
+        """
+        if not path.is_dir():
+            raise CheckpointError(
+                path, "is not a directory", fix="name a model directory or a hub id org/name"
+            )
+        config = read_json(path / "config.json")
+        _refuse_unsupported(path, config)
+        if (path / SINGLE_NAME).exists():
+            return cls(path, config, {SINGLE_NAME: read_header(path / SINGLE_NAME)}, None)
+        if not (path / INDEX_NAME).exists():
+            _refuse_missing_weights(path)
+        index = read_json(path / INDEX_NAME)
+        weight_map = _weight_map(path, index)
+        shards = {name: read_header(path / name) for name in dict.fromkeys(weight_map.values())}
+        _check_index(path, weight_map, shards)
+        return cls(path, config, shards, index)
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorRef]:
+        """Every tensor by name, shard by shard in the order of their bytes."""
+        return {tensor.name: tensor for shard in self.shards.values() for tensor in shard.tensors}
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over config.json and all headers: what a plan or statistics belong to."""
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        for name, shard in sorted(self.shards.items()):
+            digest.update(name.encode())
+            digest.update(shard.raw)
+        return digest.hexdigest()
+
+    def json(self, name: str) -> dict[str, Any]:
+        """Return the JSON file ``name`` beside the weights, or an empty object if absent."""
+        return read_json(self.path / name) if (self.path / name).exists() else {}
+
+
+def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
+    where = path / "config.json"
+    if "quantization_config" in config:
+        method = config["quantization_config"]
+        name = method.get("quant_method", "unknown") if isinstance(method, dict) else method
+        raise CheckpointError(
+            where,
+            "checkpoint is quantized",
+            expected="bf16, fp16 or fp32 weights",
+            found=f"quant_method {name}",
+            fix="prune the unquantized checkpoint, then quantize the result",
+        )
+    if "auto_map" in config:
+        raise CheckpointError(
+            where,
+            "checkpoint brings its own code (auto_map), which is never run",
+            fix="use the version of this model that transformers itself supports",
+        )
+
+
+def _refuse_missing_weights(path: Path) -> None:
+    pickles = [name for name in PICKLES if (path / name).exists()]
+    if pickles:
+        raise CheckpointError(
+            path / pickles[0],
+            "weights are pickled, and a pickle can run code",
+            expected="safetensors",
+            fix="convert them once with transformers: AutoModelForCausalLM.from_pretrained(dir)"
+            ".save_pretrained(new_dir)",
+        )
+    raise CheckpointError(
+        path,
+        "has no weights",
+        expected=f"{SINGLE_NAME} or {INDEX_NAME}",
+        fix="download the checkpoint again",
+    )
+
+
+def _weight_map(path: Path, index: dict[str, Any]) -> dict[str, str]:
+    where = path / INDEX_NAME
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            where, "has no weight_map", expected="tensor name → file", fix="download it again"
+        )
+    for tensor, name in weight_map.items():
+        # A plain name, so that the index cannot reach outside the directory.
+        if not isinstance(name, str) or not re.fullmatch(r"[\w][\w.\-]*\.safetensors", name):
+            raise CheckpointError(
+                f"{where}: tensor {tensor}",
+                "index points outside the directory or at no safetensors file",
+                expected="a plain file name",
+                found=repr(name),
+                fix="do not use this checkpoint",
+            )
+        if not (path / name).is_file():
+            raise CheckpointError(
+                f"{where}: tensor {tensor}",
+                "shard is missing",
+                expected=path / name,
+                fix="download the missing shard",
+            )
+    return weight_map
+
+
+def _check_index(path: Path, weight_map: dict[str, str], shards: dict[str, Header]) -> None:
+    """Every tensor lies in exactly the one shard that the index names."""
+    found: dict[str, str] = {}
+    for name, shard in shards.items():
+        for tensor in (ref.name for ref in shard.tensors):
+            if weight_map.get(tensor) != name:
+                raise CheckpointError(
+                    f"{path / name}: tensor {tensor}",
+                    "index and shard disagree",
+                    expected=f"index entry {name}",
+                    found=weight_map.get(tensor, "no entry"),
+                    fix="download the index and the shard again",
+                )
+            found[tensor] = name
+    for tensor, name in weight_map.items():
+        if tensor not in found:
+            raise CheckpointError(
+                f"{path / name}: tensor {tensor}",
+                "is in the index but not in the shard",
+                fix="download the index and the shard again",
+            )

@@ -1,0 +1,255 @@
+"""The command line: a command parses, calls one library function, prints."""
+
+import json
+import resource
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from surgery import __version__
+from surgery.errors import SurgeryError
+from surgery.options import (
+    compute_options,
+    criterion_option,
+    data_option,
+    device_option,
+    json_option,
+    model_argument,
+    path_type,
+    samples_option,
+    seed_option,
+    seq_len_option,
+    size_options,
+)
+
+
+class Refusal(click.ClickException):
+    """Bad usage or bad input: one line on stderr."""
+
+    exit_code = 2
+
+
+class Commands(click.Group):
+    """Turns errors of ours and of the file system into one line and exit status 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except SurgeryError as error:
+            raise Refusal(str(error)) from error
+        except OSError as error:
+            raise Refusal(f"{error.filename or 'input or output'}: {error.strerror}") from error
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """Make a published LLM checkpoint smaller without ever loading the model.
+
+    MODEL is a local directory or a hub id org/name[@revision].
+    """
+
+
+@main.command()
+@model_argument
+@json_option
+@click.option("--plot", type=path_type, metavar="FILE.png", help="Write a picture (extra 'plot').")
+def inspect(model: str, as_json: bool, plot: Path | None) -> None:
+    """Show where the parameters are; reads headers only."""
+    from surgery.census import Census, plot_census
+    from surgery.steps import open_model
+
+    census = Census.of(open_model(model)[0], model)
+    click.echo(json.dumps(asdict(census)) if as_json else census.table())
+    if plot is not None:
+        plot_census(census, plot)
+
+
+@main.command()
+@model_argument
+@data_option
+@samples_option
+@seq_len_option
+@seed_option
+@compute_options
+@click.option(
+    "--vocab-sizes",
+    metavar="V,V,…",
+    help="Sizes V' for which the statistics are to be exact; "
+    "else those of --ratio 0.1, 0.2, 0.35 and 0.5.",
+)
+@click.option("-o", "output", type=path_type, default="stats.safetensors", show_default=True)
+def calibrate(model: str, vocab_sizes: str | None, output: Path, **options: Any) -> None:
+    """Sum squared FFN activations over text, one layer in memory at a time."""
+    from surgery.steps import calibrate_model, open_model, parse_vocab_sizes
+
+    layout, _ = open_model(model)
+    sizes = parse_vocab_sizes(vocab_sizes, layout) if vocab_sizes else None
+    stats = calibrate_model(layout, sizes, **options)
+    stats.save(output)
+    click.echo(f"{output}: {stats.info.samples} windows, {stats.info.tokens:,} tokens")
+
+
+@main.command()
+@model_argument
+@click.option("--stats", type=path_type, help="From calibrate.")
+@size_options
+@criterion_option
+@click.option("--output", type=path_type, metavar="DIR", help="Where apply is to write.")
+@click.option("-o", "plan_path", type=path_type, default="plan.json", show_default=True)
+def plan(
+    model: str,
+    stats: Path | None,
+    criterion: str,
+    output: Path | None,
+    plan_path: Path,
+    **target: Any,
+) -> None:
+    """Choose what to cut and predict the result; no weights are read."""
+    from surgery.stats import ChannelStats
+    from surgery.steps import choose_sizes, open_model, plan_model
+
+    layout, source = open_model(model)
+    loaded = ChannelStats.load(stats) if stats else None
+    chosen = choose_sizes(layout, **target)
+    made = plan_model(layout, source, chosen, loaded, criterion, target["ratio"], output)
+    made.save(plan_path)
+    _show_plan(made, layout.checkpoint.path)
+
+
+@main.command()
+@click.argument("plan_path", metavar="PLAN", type=path_type)
+@click.option("-o", "output", type=path_type, metavar="DIR", help="Instead of the plan's.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same plan.")
+@click.option(
+    "--jobs", default=1, show_default=True, type=click.IntRange(1), help="Shards at a time."
+)
+def apply(plan_path: Path, output: Path | None, resume: bool, jobs: int) -> None:
+    """Stream a plan's source into a new checkpoint directory."""
+    from surgery.plan import Plan
+    from surgery.source import resolve_model
+    from surgery.steps import run_apply
+
+    loaded = Plan.load(plan_path)
+    place = output or (Path(loaded.output) if loaded.output else None)
+    if place is None:
+        raise Refusal(f"{plan_path}: names no output; give -o DIR")
+    source, _ = resolve_model(loaded.source)
+    run_apply(loaded, source, place, resume=resume, jobs=jobs)
+    click.echo(f"{place}: {loaded.after.parameters:,} parameters, {loaded.after.nbytes:,} bytes")
+
+
+@main.command()
+@click.argument("directory", metavar="DIR", type=path_type)
+@click.option(
+    "--plan", "plan_path", type=path_type, help="Instead of the one in DIR/compact_surgery.json."
+)
+@click.option("--forward", is_flag=True, help="Compare logits with the masked dense model, too.")
+@device_option
+def verify(directory: Path, plan_path: Path | None, forward: bool, device: str) -> None:
+    """Check an output against its plan and its source; exit status 1 on a fault."""
+    from surgery.plan import Plan
+    from surgery.steps import forward_faults
+    from surgery.verify import embedded_plan, source_of, verify_files
+
+    loaded = Plan.load(plan_path) if plan_path else embedded_plan(directory)
+    source = source_of(loaded) if loaded else None
+    if forward and (loaded is None or source is None):
+        raise Refusal(f"{directory}: --forward needs the plan and its source; neither may be gone")
+    report = verify_files(directory, loaded, source)
+    if forward and report.ok and loaded and source:
+        faults = forward_faults(loaded, source, directory, device)
+        report.checks["logits equal the masked dense model's"] = faults
+    click.echo(report.table())
+    sys.exit(0 if report.ok else 1)
+
+
+@main.command()
+@model_argument
+@data_option
+@samples_option
+@click.option(
+    "--window-bytes",
+    default=2048,
+    show_default=True,
+    type=click.IntRange(4),
+    help="Bytes of text per window.",
+)
+@seed_option
+@compute_options
+@json_option
+def score(model: str, as_json: bool, **options: Any) -> None:
+    """Measure bits per byte on held-out text, one layer in memory at a time."""
+    from surgery.steps import open_model, score_model
+
+    start = time.perf_counter()
+    result = score_model(open_model(model)[0], **options)
+    facts = {
+        "bits_per_byte": result.bits_per_byte,
+        "bytes": result.bytes,
+        "tokens": result.tokens,
+        "windows": result.windows,
+        "seconds": time.perf_counter() - start,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    table = (
+        "{bits_per_byte:.4f} bits per byte ({windows} windows, {bytes:,} bytes, {tokens:,} tokens)"
+    )
+    click.echo(json.dumps(facts) if as_json else table.format(**facts))
+    if result.lossy_windows:
+        click.echo(f"note: the tokenizer drops text in {result.lossy_windows} windows", err=True)
+    sys.exit(0 if result.finite else 1)
+
+
+@main.command()
+@model_argument
+@data_option
+@samples_option
+@seq_len_option
+@seed_option
+@compute_options
+@size_options
+@criterion_option
+@click.option("-o", "output", type=path_type, metavar="DIR", required=True)
+def prune(
+    model: str,
+    ratio: float | None,
+    vocab_size: int | None,
+    intermediate_size: int | None,
+    criterion: str,
+    output: Path,
+    **options: Any,
+) -> None:
+    """Calibrate, plan, apply and verify in one command.
+
+    The statistics and the plan stay beside DIR as DIR.stats.safetensors and DIR.plan.json.
+    """
+    from surgery.steps import calibrate_model, choose_sizes, open_model, plan_model, run_apply
+    from surgery.verify import verify_files
+    from surgery.writer import check_place
+
+    layout, source = open_model(model)
+    path = layout.checkpoint.path
+    check_place(output, path)
+    chosen = choose_sizes(layout, ratio, vocab_size, intermediate_size)
+    stats = calibrate_model(layout, [chosen[1].vocab_size], **options)
+    stats.save(output.with_name(output.name + ".stats.safetensors"))
+    made = plan_model(layout, source, chosen, stats, criterion, ratio, output)
+    made.save(output.with_name(output.name + ".plan.json"))
+    _show_plan(made, path)
+    run_apply(made, path, output, resume=False, jobs=1)
+    report = verify_files(output, made, path)
+    click.echo(report.table())
+    sys.exit(0 if report.ok else 1)
+
+
+def _show_plan(plan: Any, directory: Path) -> None:
+    from surgery.companions import left_behind
+    from surgery.preview import plan_table
+
+    click.echo(plan_table(plan, left_behind(directory, plan.ids())))

@@ -1,0 +1,100 @@
+"""The files beside the weights: which are carried, rewritten through the id map, or left behind."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from surgery import tokenizer
+from surgery.checkpoint import INDEX_NAME, Checkpoint
+from surgery.configs import rewrite_config, visit_ids
+from surgery.errors import TokenizerError
+from surgery.families import family_of
+from surgery.idmap import IdMap
+from surgery.jsonfile import dump_json, read_json
+from surgery.plan import Plan
+from surgery.tokenizer import TokenizerFile
+
+CARRIED = re.compile(
+    r".+\.(json|jinja)|merges\.txt|tokenizer\.model|(LICENSE|NOTICE|USE_POLICY|COPYRIGHT).*",
+    re.IGNORECASE,
+)
+"""Files an output may have; all others are left behind, and said to be."""
+
+SHADOWING = ("tekken.json", "params.json", "tokenizer.model")
+"""Vocabulary files that other loaders prefer silently: never left stale beside a cut one."""
+
+OWN = ("config.json", INDEX_NAME, "README.md", "compact_surgery.json")
+"""Files that apply writes itself."""
+
+
+def left_behind(directory: Path, ids: IdMap) -> list[str]:
+    """Names in ``directory`` that the output will not have."""
+    names = sorted(p.name for p in directory.iterdir() if not p.name.startswith("."))
+    return [
+        name
+        for name in names
+        if name not in OWN
+        and (directory / name).suffix != ".safetensors"
+        and name not in _carried(directory, ids)
+    ]
+
+
+def companion_files(plan: Plan, checkpoint: Checkpoint) -> dict[str, bytes]:
+    """Return name → content of every file beside the weights but those in ``OWN``.
+
+    Raises:
+        TokenizerError: an id that does not stay is needed, or two files contradict each other.
+    """
+    directory, ids = checkpoint.path, plan.ids()
+    names = _carried(directory, ids)
+    if ids.identity:
+        return {name: (directory / name).read_bytes() for name in names}
+    source = TokenizerFile.open(directory)
+    cut = source.rewrite(ids)
+    return {name: _rewrite(directory / name, source, cut, ids) for name in names}
+
+
+def pruned_config(plan: Plan, checkpoint: Checkpoint) -> bytes:
+    """config.json of the output; the source's own bytes when nothing changes."""
+    path = checkpoint.path / "config.json"
+    family = family_of(checkpoint.config, path)
+    size = plan.after.intermediate_size
+    config = rewrite_config(checkpoint.config, family, plan.ids(), size, path)
+    return path.read_bytes() if config == checkpoint.config else dump_json(config)
+
+
+def _carried(directory: Path, ids: IdMap) -> list[str]:
+    names = sorted(path.name for path in directory.iterdir() if path.is_file())
+    return [
+        name
+        for name in names
+        if CARRIED.fullmatch(name) and name not in OWN and (ids.identity or name not in SHADOWING)
+    ]
+
+
+def _rewrite(path: Path, source: TokenizerFile, cut: dict[str, Any], ids: IdMap) -> bytes:
+    if path.name == tokenizer.FILE_NAME:
+        return dump_json(cut)
+    if path.name == "merges.txt":
+        lines = (m if isinstance(m, str) else " ".join(m) for m in cut["model"]["merges"])
+        return "\n".join(["#version: 0.2", *lines, ""]).encode("utf-8")
+    if path.name in ("vocab.json", "added_tokens.json"):
+        return dump_json(_rewrite_table(path, source, ids))
+    if path.suffix == ".json":
+        return dump_json(visit_ids(read_json(path), ids.new, path))
+    return path.read_bytes()
+
+
+def _rewrite_table(path: Path, source: TokenizerFile, ids: IdMap) -> dict[str, int]:
+    """Map a file of token → id, which must agree with tokenizer.json."""
+    table = read_json(path)
+    for token, old in table.items():
+        if source.token_ids.get(token) != old:
+            raise TokenizerError(
+                f"{path}: token {token!r}",
+                "has another id than in tokenizer.json",
+                expected=source.token_ids.get(token),
+                found=old,
+                fix="save the tokenizer again with transformers' AutoTokenizer",
+            )
+    return {token: new for token, old in table.items() if (new := ids.new(old)) is not None}

@@ -1,0 +1,57 @@
+"""Errors a user can act on: each is one line that says where, what, and what to do."""
+
+
+class SurgeryError(Exception):
+    """Base of every error that bad input can cause.
+
+    The message reads ``where: problem: expected X, found Y; fix``.
+    """
+
+    def __init__(
+        self,
+        where: object,
+        problem: str,
+        *,
+        expected: object = None,
+        found: object = None,
+        fix: str,
+    ) -> None:
+        details = [
+            f"{word} {value}"
+            for word, value in (("expected", expected), ("found", found))
+            if value is not None
+        ]
+        facts = f": {', '.join(details)}" if details else ""
+        super().__init__(" ".join(f"{where}: {problem}{facts}; {fix}".split()))
+
+
+class CheckpointError(SurgeryError):
+    """The source directory, one of its shards or JSON files is damaged or not supported."""
+
+
+class FamilyError(SurgeryError):
+    """The model type is unknown, or a tensor does not belong to its family."""
+
+
+class TokenizerError(SurgeryError):
+    """The tokenizer cannot be cut, or its files contradict each other."""
+
+
+class BudgetError(SurgeryError):
+    """The target sizes or the target ratio are out of reach."""
+
+
+class StatsError(SurgeryError):
+    """The statistics file is damaged or was taken from another model."""
+
+
+class PlanError(SurgeryError):
+    """The plan is damaged, incomplete, or made for another source."""
+
+
+class DataError(SurgeryError):
+    """The text is missing, unreadable or too short."""
+
+
+class OutputError(SurgeryError):
+    """The output cannot be written where it was asked for."""

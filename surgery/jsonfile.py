@@ -1,0 +1,80 @@
+"""JSON files of a checkpoint: read strictly, written with the source's key order."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import CheckpointError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in ``path``, key order kept.
+
+    Raises:
+        CheckpointError: missing, not UTF-8, not JSON, too deep, a key given twice, NaN or
+            infinity, or not an object.
+    """
+    try:
+        return parse_json(path.read_bytes(), path)
+    except OSError as error:
+        raise CheckpointError(
+            path, "cannot be read", found=error.strerror, fix="check the model directory"
+        ) from error
+
+
+def parse_json(raw: bytes, where: Path) -> dict[str, Any]:
+    """Parse ``raw`` as one JSON object; ``where`` names it in errors."""
+    try:
+        value = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=_unique_keys,
+            parse_constant=_refuse_constant,
+        )
+    except RecursionError as error:
+        raise CheckpointError(
+            where, "JSON is nested too deeply", fix="download the file again"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(
+            where, "is not valid JSON", found=error, fix="download the file again"
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            where,
+            "is not a JSON object",
+            expected="an object",
+            found=type(value).__name__,
+            fix="download the file again",
+        )
+    return value
+
+
+def dump_json(value: object) -> bytes:
+    """Return ``value`` as the hub writes its JSON: two spaces, UTF-8, a final newline."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write ``data`` so that ``path`` holds either its old content or all of the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {key!r} twice")
+            seen.add(key)
+    return result
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"the number {name}")

@@ -1,0 +1,52 @@
+"""MODEL on the command line: a local directory, or a checkpoint on the hub."""
+
+import re
+from pathlib import Path
+
+from surgery.errors import CheckpointError
+
+HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+
+PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "LICENSE*", "NOTICE*", "*.md"]
+"""Files that pruning reads or carries over."""
+
+
+def resolve_model(model: str) -> tuple[Path, str]:
+    """Return the directory of ``model`` and the name that finds it again.
+
+    A hub id is downloaded into the user's own cache by huggingface_hub, with the user's token,
+    mirror and offline settings; its name is then ``org/name@commit``.
+
+    Raises:
+        CheckpointError: neither a directory nor a checkpoint that the hub gives out.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path, str(path.resolve())
+    match = HUB_ID.fullmatch(model)
+    if not match or path.exists():
+        raise CheckpointError(
+            model,
+            "is neither a directory nor a hub id",
+            expected="DIR or org/name[@revision]",
+            fix="check the spelling",
+        )
+    snapshot = _download(match["repo"], match["revision"])
+    return snapshot, f"{match['repo']}@{snapshot.name}"
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    # huggingface_hub's own errors are OSError or ValueError, whatever the HTTP client raises.
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=PATTERNS))
+    except (OSError, ValueError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{repo}@{revision or 'main'}",
+            "cannot be had from the hub",
+            found=reason,
+            fix="check the name, your token and the connection, or name a local directory",
+        ) from error

@@ -1,0 +1,138 @@
+"""Carry the bytes of one edit from a source shard to an output file through a small buffer."""
+
+import errno
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from surgery.edits import Edit
+from surgery.errors import CheckpointError
+from surgery.selection import runs
+
+WINDOW_BYTES = 16 << 20
+"""Bytes read at a time; two such buffers bound the memory of an edit."""
+
+RANGE_BYTES = 4096
+"""Runs of at least this mean length are copied inside the kernel, shorter ones gathered here."""
+
+NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
+
+DTYPE = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+"""Elements are moved as plain bits."""
+
+
+def stream_edit(edit: Edit, source: int, output: int) -> None:
+    """Append the bytes of ``edit`` to file descriptor ``output``, reading from ``source``.
+
+    Raises:
+        CheckpointError: the source shard ends early.
+    """
+    tensor = edit.source
+    if edit.indices is None:
+        _copy_range(tensor.path, source, output, tensor.start, tensor.nbytes)
+        return
+    starts, stops = runs(edit.indices)
+    if edit.dim == 0 and edit.nbytes >= RANGE_BYTES * len(starts):
+        inner = math.prod(tensor.shape[1:]) * tensor.itemsize
+        for first, last in zip(starts.tolist(), stops.tolist(), strict=True):
+            length = (last - first) * inner
+            _copy_range(tensor.path, source, output, tensor.start + first * inner, length)
+        return
+    for window in edit_windows(edit, source):
+        write_all(output, window)
+
+
+def edit_windows(edit: Edit, source: int) -> Iterator[memoryview]:
+    """Yield the output bytes of ``edit``, at most a window at a time, in order."""
+    if edit.indices is None:
+        yield from _raw_windows(edit.source.path, source, edit.source.start, edit.source.nbytes)
+    else:
+        yield from _gather(edit, edit.indices, source)
+
+
+def write_all(output: int, data: memoryview) -> None:
+    """Append all of ``data`` to ``output``."""
+    while data:
+        data = data[os.write(output, data) :]
+
+
+def _gather(edit: Edit, indices: np.ndarray, source: int) -> Iterator[memoryview]:
+    """Read windows of ``[rows, positions, columns]`` and take the kept positions."""
+    tensor = edit.source
+    dtype = np.dtype(DTYPE[tensor.itemsize])
+    positions, columns = tensor.shape[edit.dim], math.prod(tensor.shape[edit.dim + 1 :])
+    buffer, taken = np.empty(0, dtype), np.empty(0, dtype)
+    for row, rows, start, stop in _blocks(edit):
+        inside = indices[np.searchsorted(indices, start) : np.searchsorted(indices, stop)] - start
+        shape, kept = (rows, stop - start, columns), (rows, len(inside), columns)
+        if math.prod(shape) > len(buffer):
+            buffer = np.empty(math.prod(shape), dtype)
+        if math.prod(kept) > len(taken):
+            taken = np.empty(math.prod(kept), dtype)
+        block = buffer[: math.prod(shape)]
+        offset = tensor.start + (row * positions + start) * columns * dtype.itemsize
+        _read_into(tensor.path, source, block.data.cast("B"), offset)
+        result = taken[: math.prod(kept)]
+        # mode="clip" writes straight into ``out``; the indices were checked with the plan.
+        np.take(block.reshape(shape), inside, axis=1, out=result.reshape(kept), mode="clip")
+        yield result.data.cast("B")
+
+
+def _blocks(edit: Edit) -> Iterator[tuple[int, int, int, int]]:
+    """Cut ``[rows, positions, columns]`` into (first row, rows, start, stop) of a window each."""
+    shape = edit.source.shape
+    rows, positions = math.prod(shape[: edit.dim]), shape[edit.dim]
+    position_bytes = max(1, math.prod(shape[edit.dim + 1 :]) * edit.source.itemsize)
+    whole_rows = WINDOW_BYTES // max(1, positions * position_bytes)
+    if whole_rows:
+        for row in range(0, rows, whole_rows):
+            yield row, min(whole_rows, rows - row), 0, positions
+        return
+    step = max(1, WINDOW_BYTES // position_bytes)
+    for row in range(rows):
+        for start in range(0, positions, step):
+            yield row, 1, start, min(start + step, positions)
+
+
+def _copy_range(path: Path, source: int, output: int, offset: int, length: int) -> None:
+    """Append ``length`` bytes, inside the kernel where the two file systems allow it."""
+    try:
+        while length and hasattr(os, "copy_file_range"):
+            count = os.copy_file_range(source, output, length, offset_src=offset)
+            if count == 0:
+                raise _ended_early(path, offset)
+            offset, length = offset + count, length - count
+    except OSError as error:
+        if error.errno not in NO_KERNEL_COPY:
+            raise
+    for window in _raw_windows(path, source, offset, length):
+        write_all(output, window)
+
+
+def _raw_windows(path: Path, source: int, offset: int, length: int) -> Iterator[memoryview]:
+    buffer = memoryview(bytearray(min(length, WINDOW_BYTES)))
+    while length:
+        window = buffer[: min(length, WINDOW_BYTES)]
+        _read_into(path, source, window, offset)
+        yield window
+        offset, length = offset + len(window), length - len(window)
+
+
+def _read_into(path: Path, source: int, target: memoryview, offset: int) -> None:
+    while target:
+        count = os.preadv(source, [target], offset)
+        if count == 0:
+            raise _ended_early(path, offset)
+        target, offset = target[count:], offset + count
+
+
+def _ended_early(path: Path, offset: int) -> CheckpointError:
+    return CheckpointError(
+        path,
+        "shard ended early: it changed while it was read",
+        expected=f"more than {offset} bytes",
+        fix="run again with the source left alone",
+    )

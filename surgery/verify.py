@@ -1,0 +1,187 @@
+"""What files alone can show about an output: tensors, sizes, ids, bytes, and the tokenizer."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from surgery.apply import PROVENANCE_NAME, ProvenanceFile
+from surgery.checkpoint import Checkpoint
+from surgery.configs import VOCABULARY_FILES, referenced_ids
+from surgery.edits import Edit, edits
+from surgery.errors import PlanError
+from surgery.header import TensorRef
+from surgery.jsonfile import read_json
+from surgery.layout import Layout
+from surgery.plan import Plan
+from surgery.selection import MAKE_AGAIN
+from surgery.stream import edit_windows
+from surgery.tokenizer import FILE_NAME
+
+SAMPLES = (
+    "The quick brown fox jumps over the lazy dog; 12,345.67 times in 2024!\n\n\tIndented\r\n",
+    "def area(radius):\n    return 3.14159 * radius ** 2  # πr²\n",
+    "Ünïcödé, 中文, العربية, हिन्दी, 한국어, 🙂👩‍👩‍👧, e\u0301 \u200b\u202e.",
+)
+"""Texts that every tokenizer has to give back as its source does."""
+
+
+@dataclass
+class VerifyReport:
+    """Checks made, in order, with the faults they found."""
+
+    checks: dict[str, list[str]] = field(default_factory=dict)
+    """Check → its faults; an empty list passed."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Check → why it could not be made."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether no check found a fault."""
+        return not any(self.checks.values())
+
+    def table(self) -> str:
+        """The report as text for people."""
+        rows = [f"ok       {name}" for name, faults in self.checks.items() if not faults]
+        rows += [f"skipped  {name}: {why}" for name, why in self.skipped.items()]
+        rows += [f"FAULT    {n}: {fault}" for n, faults in self.checks.items() for fault in faults]
+        return "\n".join(rows)
+
+
+def embedded_plan(directory: Path) -> Plan | None:
+    """Return the plan in ``directory/compact_surgery.json``, or None if there is none."""
+    path = directory / PROVENANCE_NAME
+    if not path.exists():
+        return None
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=ProvenanceFile).plan
+    except (OSError, msgspec.MsgspecError) as error:
+        raise PlanError(path, "holds no plan", found=error, fix=MAKE_AGAIN) from error
+
+
+def verify_files(directory: Path, plan: Plan | None, source: Path | None) -> VerifyReport:
+    """Check the checkpoint in ``directory`` against ``plan`` and, where it is at hand, its source.
+
+    Raises:
+        SurgeryError: ``directory`` is no checkpoint, or ``source`` is not the plan's.
+    """
+    checkpoint = Checkpoint.open(directory)
+    layout = Layout.of(checkpoint)
+    report = VerifyReport()
+    report.checks["headers and config.json agree"] = []
+    report.checks["ids in JSON files point at tokens"] = _check_ids(layout)
+    if plan is None:
+        report.skipped["sizes are the plan's"] = "no plan"
+    else:
+        report.checks["sizes are the plan's"] = _check_sizes(layout, plan)
+    if plan is None or source is None:
+        reason = "no plan" if plan is None else "the source is not at hand"
+        report.skipped["kept rows and channels are bit-identical"] = reason
+        report.skipped["tokenizer gives back text as the source does"] = reason
+    else:
+        report.checks["kept rows and channels are bit-identical"] = compare_bytes(
+            edits(plan, Layout.of(Checkpoint.open(source))), checkpoint
+        )
+        report.checks["tokenizer gives back text as the source does"] = _check_tokenizer(
+            directory, source, plan
+        )
+    return report
+
+
+def compare_bytes(by_shard: dict[str, list[Edit]], output: Checkpoint) -> list[str]:
+    """Stream every edit again and compare it with what lies in ``output``; return the faults."""
+    faults = []
+    wanted = {edit.source.name: edit for shard in by_shard.values() for edit in shard}
+    for name in sorted(output.tensors.keys() - wanted.keys()):
+        faults.append(f"tensor {name} is not in the plan")
+    for name, edit in wanted.items():
+        found = output.tensors.get(name)
+        if found is None:
+            faults.append(f"tensor {name} is missing")
+        elif (found.dtype, found.shape) != (edit.source.dtype, edit.shape):
+            expected = f"{edit.source.dtype} {list(edit.shape)}"
+            faults.append(f"tensor {name}: expected {expected}, found {list(found.shape)}")
+        elif not _same_bytes(edit, found):
+            faults.append(f"{found.path}: tensor {name} differs from the source's kept values")
+    return faults
+
+
+def _same_bytes(edit: Edit, found: TensorRef) -> bool:
+    source = os.open(edit.source.path, os.O_RDONLY)
+    output = os.open(found.path, os.O_RDONLY)
+    try:
+        offset = found.start
+        for window in edit_windows(edit, source):
+            if os.pread(output, len(window), offset) != window:
+                return False
+            offset += len(window)
+        return True
+    finally:
+        os.close(source)
+        os.close(output)
+
+
+def _check_sizes(layout: Layout, plan: Plan) -> list[str]:
+    found = (layout.vocab_size, layout.intermediate_size)
+    expected = (plan.after.vocab_size, plan.after.intermediate_size)
+    if found == expected:
+        return []
+    return [f"expected vocab_size, intermediate_size {expected}, found {found}"]
+
+
+def _check_ids(layout: Layout) -> list[str]:
+    directory = layout.checkpoint.path
+    path = directory / FILE_NAME
+    limit = layout.vocab_size
+    faults = []
+    if path.exists():
+        tokens = _token_ids(read_json(path))
+        limit = max(limit, len(tokens))
+        faults += [
+            f"{FILE_NAME}: {token!r} has id {i} in a vocabulary of {len(tokens)}"
+            for token, i in tokens.items()
+            if not 0 <= i < limit
+        ]
+    for file in sorted(directory.glob("*.json")):
+        if file.name in VOCABULARY_FILES or file.name == PROVENANCE_NAME:
+            continue
+        ids = referenced_ids(read_json(file), file.name)
+        faults += [f"{file.name}: id {i}, of {limit} tokens" for i in sorted(ids) if i >= limit]
+    return faults
+
+
+def _token_ids(data: dict[str, Any]) -> dict[str, int]:
+    """Token → id of any tokenizer.json whose vocabulary is a table or a list of pieces."""
+    vocab = data.get("model", {}).get("vocab", {})
+    table = vocab if isinstance(vocab, dict) else {piece[0]: i for i, piece in enumerate(vocab)}
+    return {**table, **{t["content"]: t["id"] for t in data.get("added_tokens") or []}}
+
+
+def _check_tokenizer(directory: Path, source: Path, plan: Plan) -> list[str]:
+    """Encode and decode samples with both tokenizers, through the library that others use."""
+    if not (source / FILE_NAME).exists():
+        return []
+    from tokenizers import Tokenizer
+
+    old = Tokenizer.from_file(str(source / FILE_NAME))
+    new = Tokenizer.from_file(str(directory / FILE_NAME))
+    ids, faults = plan.ids(), []
+    for token, old_id in old.get_vocab().items():
+        if (new_id := ids.new(old_id)) is not None and new.token_to_id(token) != new_id:
+            faults.append(f"token {token!r}: expected id {new_id}, found {new.token_to_id(token)}")
+    for text in SAMPLES:
+        before, after = old.encode(text), new.encode(text)
+        if new.decode(after.ids) != old.decode(before.ids):
+            faults.append(f"{text!r} decodes to {new.decode(after.ids)!r}")
+        if np.max(after.ids, initial=0) >= plan.after.vocab_size:
+            faults.append(f"{text!r} encodes to ids beyond the embedding")
+    return faults[:20]
+
+
+def source_of(plan: Plan) -> Path | None:
+    """The plan's source directory, if it is local and still there."""
+    path = Path(plan.source)
+    return path if path.is_dir() else None
