@@ -29,11 +29,13 @@ def _common_act2(stats: ChannelStats, layer: int, ids: IdMap) -> np.ndarray:
 
 
 def _act2(stats: ChannelStats, layer: int, ids: IdMap) -> np.ndarray:
-    return np.sum(stats.sum_sq[layer], axis=0)
+    importance: np.ndarray = np.sum(stats.sum_sq[layer], axis=0)
+    return importance
 
 
 def _abs_act(stats: ChannelStats, layer: int, ids: IdMap) -> np.ndarray:
-    return np.sum(stats.sum_abs[layer], axis=0)
+    importance: np.ndarray = np.sum(stats.sum_abs[layer], axis=0)
+    return importance
 
 
 def _random(stats: ChannelStats, layer: int, ids: IdMap) -> np.ndarray:
