@@ -23,23 +23,25 @@ def bucket_weights(stats: ChannelStats, ids: IdMap) -> np.ndarray:
 
 
 def _common_act2(stats: ChannelStats, layer: int, ids: IdMap) -> np.ndarray:
-    weights = bucket_weights(stats, ids)
-    importance: np.ndarray = np.sum(weights[:, None] * stats.sum_sq[layer], axis=0)
-    return importance
+    return _weighted_sum(bucket_weights(stats, ids), stats.sum_sq[layer])
 
 
 def _act2(stats: ChannelStats, layer: int, ids: IdMap) -> np.ndarray:
-    importance: np.ndarray = np.sum(stats.sum_sq[layer], axis=0)
-    return importance
+    return _weighted_sum(np.ones(len(stats.info.bucket_edges)), stats.sum_sq[layer])
 
 
 def _abs_act(stats: ChannelStats, layer: int, ids: IdMap) -> np.ndarray:
-    importance: np.ndarray = np.sum(stats.sum_abs[layer], axis=0)
-    return importance
+    return _weighted_sum(np.ones(len(stats.info.bucket_edges)), stats.sum_abs[layer])
 
 
 def _random(stats: ChannelStats, layer: int, ids: IdMap) -> np.ndarray:
-    return np.random.default_rng(layer).random(stats.sum_sq[layer].shape[1])
+    return np.random.default_rng(layer).random((stats.sum_sq[layer].shape[1],))
+
+
+def _weighted_sum(weights: np.ndarray, sums: np.ndarray) -> np.ndarray:
+    """Σ_b ``weights[b]`` · ``sums[b, k]``: float64 ``[I]``."""
+    total: np.ndarray = np.einsum("b,bk->k", weights, sums)
+    return total
 
 
 CRITERIA: dict[str, Callable[[ChannelStats, int, IdMap], np.ndarray]] = {

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 
 import msgspec
 
@@ -35,6 +36,7 @@ class OutputDirectory:
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
         check_place(path, source)
+        self._lock = Lock()
         self._journal = Journal(plan_digest, [])
         if resume and self.partial.is_dir():
             self._journal = self._read_journal(plan_digest)
@@ -89,8 +91,9 @@ class OutputDirectory:
         finally:
             os.close(descriptor)
         temporary.rename(self.partial / name)
-        self._journal.shards.append(name)
-        self._save_journal()
+        with self._lock:
+            self._journal.shards.append(name)
+            self._save_journal()
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file whole."""

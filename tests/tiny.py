@@ -50,7 +50,7 @@ def tokenizer(*, special_first: bool = True, bos: bool = True) -> Tokenizer:
 
 def config(model_type: str, *, tied: bool, specials: dict[str, int], **changes: Any) -> Any:
     """Return a tiny config of ``model_type``."""
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 32,
         "intermediate_size": INTERMEDIATE_SIZE,
@@ -89,7 +89,7 @@ def save(
     Weights have a spread at which logits differ visibly; norms and biases are random, too.
     """
     fast = tokenizer(special_first=special_first, bos=bos)
-    specials = {token: fast.token_to_id(token) for token in SPECIAL}
+    specials = {token: fast.get_vocab()[token] for token in SPECIAL}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         config(model_type, tied=tied, specials=specials, **changes)

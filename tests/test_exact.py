@@ -1,0 +1,170 @@
+"""A pruned model equals the dense one with those channels zeroed and those logits dropped."""
+
+import logging
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from surgery.apply import apply_plan
+from surgery.budget import Sizes
+from surgery.checkpoint import Checkpoint
+from surgery.layout import Layout
+from surgery.plan import Plan, make_plan
+from surgery.stats import ChannelStats, StatsInfo
+from surgery.vocabulary import rarity_of
+from tests import tiny
+from tests.conftest import Run
+
+
+def random_plan(path: Path, vocab_size: int, intermediate_size: int, seed: int = 0) -> Plan:
+    """Plan a cut of ``path`` with channels chosen by chance, different ones in each layer."""
+    layout = Layout.of(Checkpoint.open(path))
+    rng = np.random.default_rng(seed)
+    edges = [layout.vocab_size]
+    info = StatsInfo(layout.checkpoint.fingerprint, "", 1, 1, 1, edges, "float32")
+    sums = [rng.random((1, layout.intermediate_size)) for _ in range(layout.num_hidden_layers)]
+    counts = np.ones(layout.vocab_size, dtype=np.int64)
+    stats = ChannelStats(info, sums, sums, counts, np.zeros_like(counts))
+    sizes = Sizes(vocab_size, intermediate_size)
+    return make_plan(
+        layout, rarity_of(layout), sizes, stats, criterion="act2", source=str(path)
+    )
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, by name."""
+    files = sorted(path.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def load(path: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def assert_equals_masked_dense(source: Path, output: Path, plan: Plan) -> None:
+    kept = torch.from_numpy(plan.ids().kept)
+    dense, pruned = load(source), load(output)
+    with torch.no_grad():
+        for index, layer in enumerate(dense.model.layers):
+            gone = np.setdiff1d(np.arange(plan.before.intermediate_size), plan.channels(index))
+            layer.mlp.down_proj.weight[:, gone] = 0
+        new = torch.randint(len(kept), (2, 40), generator=torch.Generator().manual_seed(1))
+        expected = dense(kept[new]).logits[..., kept]
+        found = pruned(new).logits
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert expected.std() > 0.05  # logits that could not differ would prove nothing
+
+
+@pytest.mark.parametrize("model_type", tiny.MODEL_TYPES)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_pruned_equals_masked_dense(tmp_path: Path, model_type: str, tied: bool) -> None:
+    source = tiny.save(
+        tmp_path / "source", model_type, tied=tied, sharded=True, special_first=not tied
+    )
+    plan = random_plan(source, 512, 64)
+    apply_plan(plan, source, tmp_path / "out")
+    assert_equals_masked_dense(source, tmp_path / "out", plan)
+
+
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    vocab_size=st.integers(280, tiny.VOCAB_SIZE),
+    intermediate_size=st.integers(1, tiny.INTERMEDIATE_SIZE),
+    seed=st.integers(0, 2**16),
+)
+def test_any_sizes_and_channels_equal_masked_dense(
+    llama: Path, tmp_path: Path, vocab_size: int, intermediate_size: int, seed: int
+) -> None:
+    plan = random_plan(llama, vocab_size, intermediate_size, seed)
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    apply_plan(plan, llama, tmp_path / "out")
+    assert_equals_masked_dense(llama, tmp_path / "out", plan)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "single"])
+def test_kept_values_are_bit_identical(tmp_path: Path, dtype: torch.dtype, sharded: bool) -> None:
+    source = tiny.save(tmp_path / "source", dtype=dtype, sharded=sharded, mlp_bias=True)
+    plan = random_plan(source, 384, 32)
+    apply_plan(plan, source, tmp_path / "out", jobs=2)
+    old, new = weights(source), weights(tmp_path / "out")
+    kept = plan.ids().kept
+    assert list(old) == list(new)
+    for name, tensor in old.items():
+        channels = plan.channels(int(name.split(".")[2])) if "layers" in name else []
+        if "embed_tokens" in name or "lm_head" in name:
+            tensor = tensor[kept]
+        elif "gate_proj" in name or "up_proj" in name:
+            tensor = tensor[channels]
+        elif "down_proj.weight" in name:
+            tensor = tensor[:, channels]
+        assert new[name].dtype == tensor.dtype == dtype
+        assert new[name].shape == tensor.shape
+        assert bits(new[name]) == bits(tensor), name
+
+
+@pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "single"])
+def test_keeping_everything_reproduces_every_byte(
+    tmp_path: Path, run: Run, sharded: bool
+) -> None:
+    source = tiny.save(tmp_path / "source", dtype=torch.bfloat16, sharded=sharded)
+    sizes = ("--vocab-size", tiny.VOCAB_SIZE, "--intermediate-size", tiny.INTERMEDIATE_SIZE)
+    plan, out = tmp_path / "plan.json", tmp_path / "out"
+    assert run("plan", source, *sizes, "-o", plan).exit_code == 0
+    assert run("apply", plan, "-o", out).exit_code == 0
+    old, new = weights(source), weights(out)
+    assert {name: bits(tensor) for name, tensor in old.items()} == {
+        name: bits(tensor) for name, tensor in new.items()
+    }
+    for file in source.iterdir():
+        if file.suffix != ".safetensors":
+            assert (out / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.parametrize("model_type", tiny.MODEL_TYPES)
+def test_output_loads_without_a_warning_and_generates(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, model_type: str
+) -> None:
+    source = tiny.save(tmp_path / "source", model_type, tied=True, special_first=False)
+    out = tmp_path / "out"
+    apply_plan(random_plan(source, 400, 48), source, out)
+    logging.getLogger("transformers").propagate = True
+    with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
+        warnings.simplefilter("error")
+        model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(out)
+        inputs = tokenizer("The state of the union is", return_tensors="pt")
+        ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert not caplog.records, caplog.text
+    assert not any(info.values()), info
+    assert len(tokenizer) <= model.config.vocab_size == 400
+    assert int(ids.max()) < 400
+    assert tokenizer.decode(ids[0])
+    for config in (model.config, model.generation_config):
+        assert tokenizer.convert_ids_to_tokens(config.bos_token_id) == "<s>"
+        assert tokenizer.convert_ids_to_tokens(config.eos_token_id) == "</s>"
+        assert tokenizer.convert_ids_to_tokens(config.pad_token_id) == "<pad>"
+
+
+def test_same_plan_gives_the_same_bytes(tmp_path: Path, llama: Path) -> None:
+    plan = random_plan(llama, 512, 64)
+    for name in ("one", "two"):
+        apply_plan(plan, llama, tmp_path / name, jobs=2)
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name
