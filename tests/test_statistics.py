@@ -1,0 +1,187 @@
+"""Streamed statistics and scores equal those of a full load."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from calib.calibrate import ChannelSums, calibrate, membership
+from calib.corpus import byte_windows, load_tokenizer, token_windows
+from calib.decoder import StreamedDecoder
+from calib.score import score
+from calib.weights import WeightReader
+from surgery.channels import bucket_weights, choose_channels
+from surgery.checkpoint import Checkpoint
+from surgery.layout import Layout
+from surgery.stats import ChannelStats
+from surgery.vocabulary import rarity_of
+from tests import tiny
+from tests.conftest import Run
+
+CPU = torch.device("cpu")
+EDGES = [400, 512, tiny.VOCAB_SIZE]
+SEQ_LEN = 48
+
+
+def layout_of(path: Path) -> Layout:
+    return Layout.of(Checkpoint.open(path))
+
+
+def sample_windows(path: Path) -> list[np.ndarray]:
+    """Full windows and rests of three lengths."""
+    documents = [tiny.prose(900), tiny.prose(2500)[900:], tiny.prose(2600)[2500:]]
+    return token_windows(documents, load_tokenizer(path), 30, SEQ_LEN)
+
+
+def take_stats(path: Path, edges: list[int] = EDGES) -> ChannelStats:
+    layout = layout_of(path)
+    buckets = rarity_of(layout).buckets(edges)
+    return calibrate(
+        layout,
+        sample_windows(path),
+        buckets,
+        edges,
+        seq_len=SEQ_LEN,
+        device=CPU,
+        dtype=torch.float32,
+    )
+
+
+def hooked_activations(
+    path: Path, windows: list[np.ndarray]
+) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Per layer, (token ids, down_proj input) of a full load, windows of one length together."""
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
+    seen: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in model.model.layers]
+    ids = torch.empty(0)
+
+    def hook(layer: int) -> Any:
+        return lambda _, inputs: seen[layer].append((ids, inputs[0].clone()))
+
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.down_proj.register_forward_pre_hook(hook(index))
+    for length in dict.fromkeys(map(len, windows)):
+        ids = torch.from_numpy(np.stack([w for w in windows if len(w) == length]))
+        with torch.no_grad():
+            model(ids)
+    return seen
+
+
+@pytest.mark.parametrize("model_type", tiny.MODEL_TYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_streamed_sums_equal_hooks_bit_for_bit(
+    tmp_path: Path, model_type: str, dtype: torch.dtype
+) -> None:
+    path = tiny.save(tmp_path / "model", model_type, dtype=dtype, sharded=True)
+    stats = take_stats(path)
+    bucket_of = torch.from_numpy(rarity_of(layout_of(path)).buckets(EDGES))
+    for layer, seen in enumerate(hooked_activations(path, sample_windows(path))):
+        sums = ChannelSums(len(EDGES), tiny.INTERMEDIATE_SIZE, CPU)
+        for ids, act in seen:
+            sums.add(act.flatten(0, 1), membership(bucket_of[ids], len(EDGES)))
+        assert np.array_equal(stats.sum_sq[layer], sums.sum_sq.numpy())
+        assert np.array_equal(stats.sum_abs[layer], sums.sum_abs.numpy())
+        assert stats.sum_sq[layer].min() > 0
+    assert stats.token_counts.sum() == stats.info.tokens == sum(map(len, sample_windows(path)))
+
+
+def test_importance_is_equation_5_by_hand(tmp_path: Path) -> None:
+    """I_k = Σ_i w_i (σ(X_i W_1) ⊙ X_i W_2)_k², w_i = 0 where x_i is one of the rarest tokens."""
+    path = tiny.save(tmp_path / "model")
+    layout, windows = layout_of(path), sample_windows(path)
+    ids = rarity_of(layout).id_map(400)
+    stats, kept = take_stats(path), ids.keep_mask()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    inputs: list[torch.Tensor] = []
+    mlp = model.model.layers[1].mlp
+    mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    importance = np.zeros(tiny.INTERMEDIATE_SIZE)
+    weights = []
+    for window in windows:
+        with torch.no_grad():
+            model(torch.from_numpy(window)[None])
+        for token, x in zip(window, inputs.pop()[0].double().numpy(), strict=True):
+            gate = x @ mlp.gate_proj.weight.detach().double().numpy().T
+            up = x @ mlp.up_proj.weight.detach().double().numpy().T
+            weight = 1.0 if kept[token] else 0.0
+            weights.append(weight)
+            importance += weight * (gate / (1 + np.exp(-gate)) * up) ** 2
+    assert 0 < sum(weights) < len(weights)  # some tokens are in S, some are not
+    assert np.allclose(bucket_weights(stats, ids) @ stats.sum_sq[1], importance, rtol=1e-4)
+    chosen = choose_channels(stats, ids, 40, "common-act2")[1]
+    assert set(chosen) == set(np.argsort(-importance)[:40])
+    assert set(chosen) != set(choose_channels(stats, ids, 40, "random")[1])
+
+
+def test_rare_tokens_change_act2_but_not_common_act2(tmp_path: Path) -> None:
+    path = tiny.save(tmp_path / "model")
+    stats, ids = take_stats(path), rarity_of(layout_of(path)).id_map(400)
+    assert np.array_equal(bucket_weights(stats, ids), [1, 0, 0])
+    for sums in stats.sum_sq:
+        sums[1:] += np.random.default_rng(0).random(sums.shape[1]) * 1e6
+    before = choose_channels(take_stats(path), ids, 40, "common-act2")
+    after = choose_channels(stats, ids, 40, "common-act2")
+    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not np.array_equal(choose_channels(stats, ids, 40, "act2")[0], before[0])
+
+
+def test_size_inside_a_bucket_counts_by_the_share_that_stays(tmp_path: Path, run: Run) -> None:
+    path = tiny.save(tmp_path / "model")
+    stats = take_stats(path)
+    rarity = rarity_of(layout_of(path))
+    ids = rarity.id_map(450)
+    inside = rarity.order[400:512]
+    share = stats.token_counts[rarity.order[400:450]].sum() / stats.token_counts[inside].sum()
+    assert 0 < share < 1
+    assert np.allclose(bucket_weights(stats, ids), [1, share, 0])
+    stats.save(tmp_path / "stats.safetensors")
+    sizes = ("--vocab-size", 450, "--intermediate-size", 48)
+    options = ("--stats", tmp_path / "stats.safetensors", "-o", tmp_path / "plan.json")
+    result = run("plan", path, *sizes, *options)
+    assert "calibrate --vocab-sizes 450 makes it exact" in result.output
+
+
+def test_every_weight_byte_is_read_once(tmp_path: Path) -> None:
+    path = tiny.save(tmp_path / "model", "gemma3_text", sharded=True)
+    layout, windows = layout_of(path), sample_windows(path)
+    used = len(np.unique(np.concatenate(windows)))
+    with WeightReader(layout.checkpoint, CPU, torch.float32) as reader:
+        decoder = StreamedDecoder(layout, reader)
+        decoder.run_layers(decoder.embed(windows), lambda *_: None)
+    tensors = layout.checkpoint.tensors
+    rest = sum(
+        tensors[name].nbytes for name in tensors if "embed" not in name and name != "lm_head.weight"
+    )
+    row = tensors["model.embed_tokens.weight"].nbytes // layout.vocab_size
+    assert used < layout.vocab_size
+    assert reader.bytes_read == rest + used * row
+
+
+@pytest.mark.parametrize("model_type", tiny.MODEL_TYPES)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_score_equals_a_full_load(
+    tmp_path: Path, model_type: str, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("calib.decoder.HEAD_ROWS", 100)  # several blocks, the last one partial
+    changes = {"final_logit_softcapping": 2.0} if model_type == "gemma3_text" else {}
+    path = tiny.save(tmp_path / "model", model_type, tied=tied, **changes)
+    tokenizer = load_tokenizer(path)
+    texts = byte_windows([tiny.prose(700), tiny.prose(900)[700:]], 10, 256)
+    found = score(layout_of(path), texts, tokenizer, device=CPU, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    bits = 0.0
+    for text in texts:
+        ids = [model.config.bos_token_id, *tokenizer.encode(text, add_special_tokens=False).ids]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, :-1].double()
+        nats = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum")
+        bits += float(nats) / math.log(2)
+    assert found.bytes == sum(len(text.encode()) for text in texts)
+    assert found.bits == pytest.approx(bits, rel=1e-5)
+    assert found.lossy_windows == 0
