@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import msgspec
@@ -66,11 +67,7 @@ def apply_plan(
     todo = {name: shard for name, shard in by_shard.items() if name not in directory.finished}
     with directory:
         directory.check_space(sum(edit.nbytes for shard in todo.values() for edit in shard))
-        with ThreadPoolExecutor(jobs) as pool:
-            for _ in pool.map(
-                lambda name: _write_shard(directory, checkpoint, name, todo[name], progress), todo
-            ):
-                pass
+        _write_shards(directory, checkpoint, todo, jobs, progress)
         for name, data in files.items():
             directory.write(name, data)
         directory.write("README.md", model_card(plan, checkpoint))
@@ -79,6 +76,33 @@ def apply_plan(
         if checkpoint.index is not None:
             directory.write(INDEX_NAME, _index(checkpoint.index, plan))
         directory.commit()
+
+
+def _write_shards(
+    directory: OutputDirectory,
+    checkpoint: Checkpoint,
+    todo: dict[str, list[Edit]],
+    jobs: int,
+    progress: Callable[[int], object],
+) -> None:
+    """Write the shards of ``todo``, ``jobs`` at a time; after an error no further one is begun."""
+    stop = Event()
+
+    def write(name: str) -> None:
+        if stop.is_set():
+            return
+        try:
+            _write_shard(directory, checkpoint, name, todo[name], progress)
+        except BaseException:
+            stop.set()
+            raise
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for _ in pool.map(write, todo):
+                pass
+        finally:  # Ctrl-C lands here, in the main thread
+            stop.set()
 
 
 def _write_shard(

@@ -1,0 +1,155 @@
+"""Streaming, resuming, and an output that appears whole or not at all."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from surgery import stream
+from surgery.apply import apply_plan
+from surgery.edits import Edit
+from surgery.header import TensorRef, encode_header, read_header
+from surgery.stream import edit_windows, stream_edit
+from tests import tiny
+from tests.conftest import Run
+from tests.test_exact import random_plan
+
+ITEMSIZE_DTYPE = {1: ("U8", np.uint8), 2: ("BF16", np.uint16), 4: ("F32", np.uint32)}
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_selection_in_any_window_is_numpy_take(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    shape = tuple(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3)))
+    dim = data.draw(st.integers(0, len(shape) - 1))
+    chosen = data.draw(st.sets(st.integers(0, shape[dim] - 1), min_size=1))
+    indices = np.array(sorted(chosen))
+    dtype, numpy_dtype = ITEMSIZE_DTYPE[data.draw(st.sampled_from([1, 2, 4]))]
+    array = np.random.default_rng(0).integers(0, 200, shape).astype(numpy_dtype)
+    path = tmp_path_factory.mktemp("edit") / "shard"
+    path.write_bytes(b"pad" + array.tobytes())
+    wanted = np.take(array, indices, axis=dim)
+    edit = Edit(TensorRef("t", path, dtype, shape, 3), wanted.shape, dim, indices)
+    with pytest.MonkeyPatch.context() as patch, open(path, "rb") as source:
+        patch.setattr(stream, "WINDOW_BYTES", data.draw(st.integers(1, 64)))
+        patch.setattr(stream, "RANGE_BYTES", data.draw(st.sampled_from([1, 10**9])))
+        found = b"".join(bytes(window) for window in edit_windows(edit, source.fileno()))
+        with open(path.with_name("out"), "wb") as output:
+            stream_edit(edit, source.fileno(), output.fileno())
+    assert found == wanted.tobytes()
+    assert path.with_name("out").read_bytes() == wanted.tobytes()
+
+
+def test_header_round_trip(tmp_path: Path) -> None:
+    tensors = [("a", "BF16", (2, 3)), ("β", "F32", ()), ("empty", "U8", (0, 4))]
+    raw = encode_header(tensors, {"format": "pt"})
+    assert len(raw) % 8 == 0
+    (tmp_path / "x.safetensors").write_bytes(raw + bytes(12 + 4))
+    header = read_header(tmp_path / "x.safetensors")
+    assert sorted((t.name, t.dtype, t.shape) for t in header.tensors) == sorted(tensors)
+    assert header.metadata == {"format": "pt"}
+
+
+def test_without_kernel_copy_the_bytes_are_the_same(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = random_plan(llama, 512, 64)
+    apply_plan(plan, llama, tmp_path / "one")
+
+    def refuse(*_: object, **__: object) -> int:
+        raise OSError(errno.EXDEV, "another file system")
+
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+    apply_plan(plan, llama, tmp_path / "two")
+    assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
+
+
+@pytest.mark.parametrize("finished", range(5))
+def test_a_run_stopped_by_a_full_disk_resumes_to_the_same_bytes(
+    tmp_path: Path, llama: Path, run: Run, monkeypatch: pytest.MonkeyPatch, finished: int
+) -> None:
+    plan, out, partial = tmp_path / "plan.json", tmp_path / "out", tmp_path / "out.partial"
+    random_plan(llama, 512, 64).save(plan)
+    assert run("apply", plan, "-o", tmp_path / "whole").exit_code == 0
+    real = stream_edit
+    opened: set[Path] = set()
+    written: set[Path] = set()
+
+    def note(edit: Edit, source: int, output: int) -> None:
+        written.add(edit.source.path)
+        real(edit, source, output)
+
+    def full(edit: Edit, source: int, output: int) -> None:
+        opened.add(edit.source.path)
+        if len(opened) > finished:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(edit, source, output)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("surgery.apply.stream_edit", full)
+        result = run("apply", plan, "-o", out)
+    assert result.exit_code == 2
+    assert "No space left on device" in result.output
+    assert not out.exists()
+    assert partial.exists() == (finished > 0)  # nothing is left where there is nothing to resume
+    monkeypatch.setattr("surgery.apply.stream_edit", note)
+    assert run("apply", plan, "-o", out, "--resume").exit_code == 0
+    assert len(opened) == finished + 1
+    assert len(written) == 5 - finished  # finished shards are not written again
+    assert snapshot(out) == snapshot(tmp_path / "whole")
+    assert not partial.exists()
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, llama: Path, run: Run) -> None:
+    """SIGKILL in the middle of the third shard."""
+    plan, out = tmp_path / "plan.json", tmp_path / "out"
+    random_plan(llama, 512, 64).save(plan)
+    script = f"""
+import os, signal
+import surgery.apply as apply
+from surgery.cli import main
+real, shards = apply.stream_edit, set()
+def kill(edit, source, output):
+    shards.add(edit.source.path)
+    if len(shards) == 3:
+        os.write(output, b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(edit, source, output)
+apply.stream_edit = kill
+main(["apply", {str(plan)!r}, "-o", {str(out)!r}])
+"""
+    killed = subprocess.run([sys.executable, "-c", script], check=False)
+    assert killed.returncode == -9
+    assert not out.exists()
+    refused = run("apply", plan, "-o", out)
+    assert refused.exit_code == 2
+    assert "continue it with --resume, or delete it" in refused.output
+    assert run("apply", plan, "-o", out, "--resume").exit_code == 0
+    assert run("apply", plan, "-o", tmp_path / "whole").exit_code == 0
+    assert snapshot(out) == snapshot(tmp_path / "whole")
+
+
+def test_a_shard_that_shrinks_while_it_is_read_is_named(tmp_path: Path) -> None:
+    source = tiny.save(tmp_path / "model")
+    plan = random_plan(source, 512, 64)
+    shard = source / "model.safetensors"
+
+    def shrink(_: int) -> None:
+        os.truncate(shard, shard.stat().st_size // 2)
+
+    with pytest.raises(stream.CheckpointError, match=r"model\.safetensors: shard ended early"):
+        apply_plan(plan, source, tmp_path / "out", progress=shrink)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()

@@ -1,0 +1,93 @@
+"""The paper's numbers from headers alone: Para (M) of Tables 2, 3 and 6 at the sizes of Table 8."""
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from surgery.budget import CANDIDATE_RATIOS, TOLERANCE, Sizes, split, vocabulary_first
+from surgery.layout import Layout
+from surgery.plan import Plan, make_plan
+from surgery.vocabulary import Rarity
+from tests.conftest import Run
+from tools.paper import TABLE_6, TABLE_8, Row, layout_of, printed
+from tools.shapes import PUBLISHED, write_headers_only, write_tokenizer
+
+GEMMA_SURPLUS = 9_000_000
+"""The paper counts about 9 M more for Gemma-3-1B than the public shapes have (1,009 for 999.9)."""
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Layout]:
+    directory = tmp_path_factory.mktemp("published")
+    return {model: layout_of(model, directory) for model in PUBLISHED}
+
+
+def plan_of(layout: Layout, row: Row) -> Plan:
+    rarity = Rarity(np.arange(layout.vocab_size), 1, layout.vocab_size, 0)
+    sizes = Sizes(row.vocab_size, row.intermediate_size)
+    return make_plan(layout, rarity, sizes, None, criterion="act2", source="x")
+
+
+@pytest.mark.parametrize(
+    "row", [*TABLE_8, *TABLE_6], ids=lambda r: f"{r.model}-{r.vocab_size}-{r.intermediate_size}"
+)
+def test_plan_counts_what_the_paper_prints(layouts: dict[str, Layout], row: Row) -> None:
+    plan = plan_of(layouts[row.model], row)
+    surplus = GEMMA_SURPLUS if row.model == "Gemma-3-1B" else 0
+    assert printed(plan.after.parameters + surplus) == row.parameters
+    assert plan.after.nbytes == 2 * plan.after.parameters  # bf16, tied embeddings stored once
+
+
+def test_plan_command_reproduces_table_8_on_a_real_size_tokenizer(tmp_path: Path, run: Run) -> None:
+    row = next(r for r in TABLE_8 if r.model == "Llama-3.1-70B" and r.ratio == 0.35)
+    config = PUBLISHED[row.model]
+    model = write_tokenizer(write_headers_only(tmp_path / "model", config, shards=30), config)
+    sizes = ("--vocab-size", row.vocab_size, "--intermediate-size", row.intermediate_size)
+    result = run("plan", model, *sizes, "-o", tmp_path / "plan.json")
+    assert result.exit_code == 0, result.output
+    plan = msgspec.json.decode((tmp_path / "plan.json").read_bytes(), type=Plan)
+    assert printed(plan.after.parameters) == row.parameters
+    assert f"{1 - plan.after.parameters / plan.before.parameters:.2%}" == "35.00%"
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+@pytest.mark.parametrize("ratio", [*CANDIDATE_RATIOS, 0.05, 0.123, 0.6])
+def test_ratio_alone_hits_the_target(layouts: dict[str, Layout], model: str, ratio: float) -> None:
+    layout = layouts[model]
+    sizes = split(layout, ratio, 1024)
+    before = layout.parameters(layout.vocab_size, layout.intermediate_size)
+    after = layout.parameters(sizes.vocab_size, sizes.intermediate_size)
+    assert abs(1 - after / before - ratio) <= TOLERANCE
+    assert sizes.vocab_size % 128 == sizes.intermediate_size % 128 == 0
+
+
+@pytest.mark.parametrize(
+    "row", [r for r in TABLE_8 if r.ratio], ids=lambda r: f"{r.model}-{r.ratio}"
+)
+def test_the_rule_splits_like_the_sweeps_of_table_8(layouts: dict[str, Layout], row: Row) -> None:
+    """Of what is removed, the vocabulary's share lies within 22 points of the sweep's."""
+    layout = layouts[row.model]
+    whole = layout.parameters(layout.vocab_size, layout.intermediate_size)
+
+    def share(sizes: Sizes) -> float:
+        removed = whole - layout.parameters(sizes.vocab_size, sizes.intermediate_size)
+        channels_only = layout.parameters(layout.vocab_size, sizes.intermediate_size)
+        return 1 - (whole - channels_only) / removed
+
+    swept = share(Sizes(row.vocab_size, row.intermediate_size))
+    assert share(split(layout, row.ratio, 1024)) == pytest.approx(swept, abs=0.22)
+
+
+def test_small_models_lose_vocabulary_first_and_large_ones_channels(
+    layouts: dict[str, Layout],
+) -> None:
+    shares = []
+    for model in ("Qwen2.5-0.5B", "Llama-3.2-1B", "Llama-3.1-8B", "Llama-3.1-70B"):
+        layout = layouts[model]
+        removed = 0.2 * layout.parameters(layout.vocab_size, layout.intermediate_size)
+        shares.append(vocabulary_first(layout, removed) / removed)
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] > 0.9
+    assert shares[-1] < 0.05
