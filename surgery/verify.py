@@ -28,6 +28,9 @@ SAMPLES = (
 )
 """Texts that every tokenizer has to give back as its source does."""
 
+MOST_FAULTS = 20
+"""Faults that one check lists."""
+
 
 @dataclass
 class VerifyReport:
@@ -133,31 +136,31 @@ def _check_sizes(layout: Layout, plan: Plan) -> list[str]:
 
 
 def _check_ids(layout: Layout) -> list[str]:
-    directory = layout.checkpoint.path
-    path = directory / FILE_NAME
-    limit = layout.vocab_size
-    faults = []
+    """Ids lie below the rows; only added tokens may follow right behind the last row."""
+    directory, rows = layout.checkpoint.path, layout.vocab_size
+    path, limit, faults = directory / FILE_NAME, rows, []
     if path.exists():
-        tokens = _token_ids(read_json(path))
-        limit = max(limit, len(tokens))
+        data = read_json(path)
+        added = {token["content"]: token["id"] for token in data.get("added_tokens") or []}
+        limit += sum(i >= rows for i in added.values())
+        tokens = {**_model_ids(data), **added}
         faults += [
-            f"{FILE_NAME}: {token!r} has id {i} in a vocabulary of {len(tokens)}"
+            f"{FILE_NAME}: {token!r} has id {i}, of {rows} rows"
             for token, i in tokens.items()
-            if not 0 <= i < limit
+            if not 0 <= i < (limit if token in added else rows)
         ]
     for file in sorted(directory.glob("*.json")):
         if file.name in VOCABULARY_FILES or file.name == PROVENANCE_NAME:
             continue
         ids = referenced_ids(read_json(file), file.name)
         faults += [f"{file.name}: id {i}, of {limit} tokens" for i in sorted(ids) if i >= limit]
-    return faults
+    return faults[:MOST_FAULTS]
 
 
-def _token_ids(data: dict[str, Any]) -> dict[str, int]:
-    """Token → id of any tokenizer.json whose vocabulary is a table or a list of pieces."""
+def _model_ids(data: dict[str, Any]) -> dict[str, int]:
+    """Token → id of a tokenizer.json whose vocabulary is a table or a list of pieces."""
     vocab = data.get("model", {}).get("vocab", {})
-    table = vocab if isinstance(vocab, dict) else {piece[0]: i for i, piece in enumerate(vocab)}
-    return {**table, **{t["content"]: t["id"] for t in data.get("added_tokens") or []}}
+    return vocab if isinstance(vocab, dict) else {piece[0]: i for i, piece in enumerate(vocab)}
 
 
 def _check_tokenizer(directory: Path, source: Path, plan: Plan) -> list[str]:
@@ -178,7 +181,7 @@ def _check_tokenizer(directory: Path, source: Path, plan: Plan) -> list[str]:
             faults.append(f"{text!r} decodes to {new.decode(after.ids)!r}")
         if np.max(after.ids, initial=0) >= plan.after.vocab_size:
             faults.append(f"{text!r} encodes to ids beyond the embedding")
-    return faults[:20]
+    return faults[:MOST_FAULTS]
 
 
 def source_of(plan: Plan) -> Path | None:

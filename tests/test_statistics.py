@@ -169,7 +169,8 @@ def test_score_equals_a_full_load(
     tmp_path: Path, model_type: str, tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("calib.decoder.HEAD_ROWS", 100)  # several blocks, the last one partial
-    changes: dict[str, Any] = {"final_logit_softcapping": 2.0} if model_type == "gemma3_text" else {}
+    capped = model_type == "gemma3_text"
+    changes: dict[str, Any] = {"final_logit_softcapping": 2.0} if capped else {}
     path = tiny.save(tmp_path / "model", model_type, tied=tied, **changes)
     tokenizer = load_tokenizer(path)
     texts = byte_windows([tiny.prose(700), tiny.prose(900)[700:]], 10, 256)

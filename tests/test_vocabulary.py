@@ -112,7 +112,7 @@ def test_padding_rows_go_before_any_token() -> None:
 def test_bytes_special_tokens_references_and_white_space_stay() -> None:
     tokenizer = tiny.tokenizer(special_first=False)
     source = as_file(tokenizer)
-    referenced = tokenizer.get_vocab()["Ġunion"] if "Ġunion" in tokenizer.get_vocab() else 600
+    referenced = tokenizer.get_vocab().get("Ġunion", 600)
     rarity = merge_order(source, tiny.VOCAB_SIZE, [referenced])
     kept = rarity.id_map(rarity.must_keep)
     must = [*pre_tokenizers.ByteLevel.alphabet(), *tiny.SPECIAL]
