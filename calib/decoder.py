@@ -70,7 +70,7 @@ class StreamedDecoder:
             ).eval()
         self._model.requires_grad_(False)
         self._layers = self._model.model.layers
-        self._model.model.layers = nn.ModuleList(_Recorder() for _ in self._layers)
+        self._model.model.layers = nn.ModuleList(map(_Recorder, self._layers))
         self._model.model.norm.load_state_dict(
             {"weight": reader.read(layout.family.final_norm)}, assign=True
         )
@@ -198,7 +198,15 @@ class _Stop(Exception):
 
 
 class _Recorder(nn.Module):
-    """Stands in for a layer and keeps what the model passes to it."""
+    """Stands in for a layer and keeps what the model passes to it; else it is that layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["_layer"] = layer  # not a submodule: the recorder has no weights
+
+    def __getattr__(self, name: str) -> Any:
+        # Models ask their layers for things such as attention_type.
+        return getattr(self.__dict__["_layer"], name)
 
     def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
         self.arguments = arguments
