@@ -3,8 +3,9 @@
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -208,6 +209,10 @@ def _jsonl_documents(file: Path) -> Iterator[str]:
             raise DataError(
                 f"{file}: line {number}", "text is not a string", fix="correct the line"
             )
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise DataError(
+                f"{file}: line {number}", "text has half a character", fix="correct the line"
+            )
         if text:
             yield text
 
@@ -216,7 +221,14 @@ READERS = {".txt": _txt_documents, ".jsonl": _jsonl_documents}
 
 
 def _hub_documents(spec: str) -> Iterator[str]:
-    name, config, split, field = [*spec[len(HUB) :].split(":"), "", "", ""][:4]
+    name, config, split, field, *more = [*spec[len(HUB) :].split(":"), "", "", ""]
+    if not name or any(more):
+        raise DataError(
+            spec,
+            "is no data set",
+            expected="hub:name[:config][:split][:field]",
+            fix="correct it, or give a local file",
+        )
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -228,11 +240,32 @@ def _hub_documents(spec: str) -> Iterator[str]:
     try:
         rows = load_dataset(name, config or None, split=split or "train", streaming=True)
         for row in rows:
-            yield row[field or "text"]
-    except (OSError, ValueError, KeyError) as error:
+            text = _field(spec, row, field or "text")
+            if text:
+                yield text
+    except (OSError, ValueError) as error:
         raise DataError(
             spec,
             "cannot be had from the hub",
             found=error,
-            fix="check name, config, split and field, or give a local file",
+            fix="check name, config and split, or give a local file",
         ) from error
+
+
+def _field(spec: str, row: Mapping[str, Any], field: str) -> str:
+    if field not in row:
+        raise DataError(
+            spec,
+            f"rows have no field {field!r}",
+            expected=f"one of {', '.join(row)}",
+            fix="name it: hub:name:config:split:field",
+        )
+    text = row[field]
+    if not isinstance(text, str):
+        raise DataError(
+            spec,
+            f"field {field!r} is not a string",
+            found=type(text).__name__,
+            fix="name a field of text",
+        )
+    return text

@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from calib.weights import WeightReader
+from surgery.checkpoint import Checkpoint
+from surgery.errors import CheckpointError
 from surgery.layout import Layout
 
 MICRO_BATCH_TOKENS = 2048
@@ -63,11 +65,8 @@ class StreamedDecoder:
         """Build the model from config.json without weights; nothing of it is random."""
         self.layout = layout
         self.reader = reader
-        config = AutoConfig.for_model(**layout.checkpoint.config)
-        with _parameters_on_meta():
-            self._model = AutoModelForCausalLM.from_config(
-                config, dtype=reader.dtype, attn_implementation="sdpa"
-            ).eval()
+        self._model = _empty_model(layout.checkpoint, reader.dtype)
+        _check_shapes(self._model, layout)
         self._model.requires_grad_(False)
         self._layers = self._model.model.layers
         self._model.model.layers = nn.ModuleList(map(_Recorder, self._layers))
@@ -191,6 +190,41 @@ def micro_batches(batches: Sequence[Batch]) -> Iterator[MicroBatch]:
         step = max(1, MICRO_BATCH_TOKENS // tokens)
         for start in range(0, windows, step):
             yield MicroBatch(batch, slice(start, min(start + step, windows)))
+
+
+def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """Build the library's model of ``checkpoint.config`` without weights."""
+    try:
+        config = AutoConfig.for_model(**checkpoint.config)
+        with _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation="sdpa"
+            )
+    except Exception as error:  # the library raises whatever a wrong value leads to
+        raise CheckpointError(
+            checkpoint.path / "config.json",
+            "transformers cannot build a model of it",
+            found=f"{type(error).__name__}: {error}",
+            fix="check config.json",
+        ) from error
+    return model.eval()
+
+
+def _check_shapes(model: nn.Module, layout: Layout) -> None:
+    """Refuse a checkpoint whose tensors are not those that config.json makes the library expect."""
+    tensors = layout.checkpoint.tensors
+    for name, parameter in model.state_dict().items():
+        ref = tensors.get(name)
+        if ref is None and layout.tied and name == layout.family.head:
+            continue
+        if ref is None or ref.shape != tuple(parameter.shape):
+            raise CheckpointError(
+                f"{ref.path if ref else layout.checkpoint.path}: tensor {name}",
+                "is missing" if ref is None else "shape contradicts config.json",
+                expected=list(parameter.shape),
+                found=list(ref.shape) if ref else None,
+                fix="check config.json",
+            )
 
 
 class _Stop(Exception):

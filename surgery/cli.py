@@ -67,7 +67,10 @@ def inspect(model: str, as_json: bool, plot: Path | None) -> None:
     census = Census.of(open_model(model)[0], model)
     click.echo(json.dumps(asdict(census)) if as_json else census.table())
     if plot is not None:
-        plot_census(census, plot)
+        try:
+            plot_census(census, plot)
+        except ValueError as error:  # matplotlib's, for a suffix it does not know
+            raise Refusal(f"{plot}: cannot be written: {error}") from error
 
 
 @main.command()
@@ -237,6 +240,7 @@ def prune(
     path = layout.checkpoint.path
     check_place(output, path)
     chosen = choose_sizes(layout, ratio, vocab_size, intermediate_size)
+    plan_model(layout, source, chosen, None, criterion, ratio, output)  # refuses before the work
     stats = calibrate_model(layout, [chosen[1].vocab_size], **options)
     stats.save(output.with_name(output.name + ".stats.safetensors"))
     made = plan_model(layout, source, chosen, stats, criterion, ratio, output)

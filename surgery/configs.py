@@ -43,11 +43,18 @@ def visit_ids(data: dict[str, Any], change: Change, where: object) -> dict[str, 
         if key in SECTIONS and isinstance(value, dict):
             value = visit_ids(value, change, f"{where}: {key}")
         elif key == "added_tokens_decoder" and isinstance(value, dict):
-            value = {str(change(int(old))): token for old, token in value.items()}
+            value = {
+                str(_change_key(old, change, f"{where}: {key}")): token
+                for old, token in value.items()
+            }
         elif key == "sequence_bias" and isinstance(value, list):
-            value = [[ids, bias] for entry, bias in value if (ids := _visit(entry, change))]
+            pairs = [_pair(entry, f"{where}: {key}") for entry in value]
+            new = _visit_lists([ids for ids, _ in pairs], change, f"{where}: {key}")
+            value = [[ids, bias] for ids, (_, bias) in zip(new, pairs, strict=True) if ids]
         elif key == "forced_decoder_ids" and isinstance(value, list):
-            value = [[at, new] for at, old in value if (new := _visit(old, change)) is not None]
+            pairs = [_pair(entry, f"{where}: {key}") for entry in value]
+            mapped = [(at, old, _visit(old, change, where)) for at, old in pairs]
+            value = [[at, new] for at, old, new in mapped if new is not None or old is None]
         elif ID_KEY.fullmatch(key):
             value = _visit_key(key, value, change, where)
         result[key] = value
@@ -112,7 +119,7 @@ def rewrite_config(
 
 
 def _visit_key(key: str, value: Any, change: Change, where: object) -> Any:
-    new = _visit(value, change)
+    new = _visit(value, change, f"{where}: {key}")
     if (new is None and value is not None) or (new == [] and value != []):
         raise TokenizerError(
             f"{where}: {key}",
@@ -123,14 +130,45 @@ def _visit_key(key: str, value: Any, change: Change, where: object) -> Any:
     return new
 
 
-def _visit(value: Any, change: Change) -> Any:
+def _visit(value: Any, change: Change, where: object) -> Any:
     if isinstance(value, bool) or (isinstance(value, int) and value < 0):
         return value
     if isinstance(value, int):
         return change(value)
-    if isinstance(value, list):
-        mapped = [_visit(entry, change) for entry in value]
-        nested = any(isinstance(entry, list) for entry in value)
-        complete = [m for m, v in zip(mapped, value, strict=True) if not nested or len(m) == len(v)]
-        return [entry for entry in complete if entry is not None]
-    return value
+    if not isinstance(value, list):
+        return value
+    if any(isinstance(entry, list) for entry in value):
+        return [new for new in _visit_lists(value, change, where) if new]
+    mapped = [_visit(entry, change, where) for entry in value]
+    return [new for new, old in zip(mapped, value, strict=True) if new is not None or old is None]
+
+
+def _visit_lists(lists: list[Any], change: Change, where: object) -> list[list[Any] | None]:
+    """Map lists of ids; one that loses an id is None."""
+    if not all(isinstance(entry, list) for entry in lists):
+        raise _malformed(where, lists)
+    mapped = [_visit(entry, change, where) for entry in lists]
+    return [new if len(new) == len(old) else None for new, old in zip(mapped, lists, strict=True)]
+
+
+def _pair(entry: Any, where: object) -> tuple[Any, Any]:
+    if not isinstance(entry, list) or len(entry) != 2:
+        raise _malformed(where, entry)
+    return entry[0], entry[1]
+
+
+def _change_key(old: str, change: Change, where: object) -> int:
+    new = change(int(old)) if re.fullmatch("[0-9]{1,15}", old) else None
+    if new is None:
+        raise TokenizerError(
+            f"{where}: {old}",
+            "is the id of no token that stays",
+            fix="correct the id in the source, or remove the entry",
+        )
+    return new
+
+
+def _malformed(where: object, found: object) -> TokenizerError:
+    return TokenizerError(
+        where, "is not a list of this form", found=str(found)[:80], fix="correct it in the source"
+    )

@@ -10,7 +10,7 @@ from surgery.errors import PlanError
 from surgery.families import FFN, VOCAB
 from surgery.header import TensorRef
 from surgery.layout import Layout
-from surgery.plan import Plan, cut_shape
+from surgery.plan import Plan, Shape, cut_shape, shape_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +51,10 @@ def edits(plan: Plan, layout: Layout) -> dict[str, list[Edit]]:
             "predicts sizes only: its channels are not chosen",
             fix="calibrate, then plan again with --stats",
         )
+    full = Sizes(layout.vocab_size, layout.intermediate_size)
+    sizes = Sizes(plan.after.vocab_size, plan.after.intermediate_size)
+    for part, found, wanted in (("before", plan.before, full), ("after", plan.after, sizes)):
+        _check_shape(f"plan: {part}", found, shape_of(layout, wanted))
     if len(plan.kept_channels) not in (0, layout.num_hidden_layers):
         raise PlanError(
             "plan: kept_channels",
@@ -61,7 +65,6 @@ def edits(plan: Plan, layout: Layout) -> dict[str, list[Edit]]:
         )
     kept_tokens = plan.ids().kept
     kept_channels = [plan.channels(layer) for layer in range(layout.num_hidden_layers)]
-    sizes = Sizes(plan.after.vocab_size, plan.after.intermediate_size)
 
     def edit(tensor: TensorRef) -> Edit:
         slot, layer = layout.slots[tensor.name]
@@ -78,3 +81,15 @@ def edits(plan: Plan, layout: Layout) -> dict[str, list[Edit]]:
         name: [edit(tensor) for tensor in header.tensors]
         for name, header in layout.checkpoint.shards.items()
     }
+
+
+def _check_shape(where: str, found: Shape, expected: Shape) -> None:
+    for name in Shape.__struct_fields__:
+        if getattr(found, name) != getattr(expected, name):
+            raise PlanError(
+                f"{where}.{name}",
+                "is not what the source has or comes to",
+                expected=getattr(expected, name),
+                found=getattr(found, name),
+                fix="make the plan again",
+            )

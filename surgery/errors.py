@@ -24,6 +24,12 @@ class SurgeryError(Exception):
         facts = f": {', '.join(details)}" if details else ""
         super().__init__(" ".join(f"{where}: {problem}{facts}; {fix}".split()))
 
+    def inside(self, where: object) -> "SurgeryError":
+        """The same error, with the file in front that it was found in."""
+        error = type(self).__new__(type(self))
+        Exception.__init__(error, f"{where}: {self}")
+        return error
+
 
 class CheckpointError(SurgeryError):
     """The source directory, one of its shards or JSON files is damaged or not supported."""

@@ -2,10 +2,16 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from surgery.errors import CheckpointError
+
+MAX_DEPTH = 100
+"""Far above what any file nests; what recurses over a document later may rely on it."""
+
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -31,6 +37,9 @@ def parse_json(raw: bytes, where: Path) -> dict[str, Any]:
             object_pairs_hook=_unique_keys,
             parse_constant=_refuse_constant,
         )
+        if SURROGATE.search(raw):  # a pair of them is a character, a single one is not
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        _check_depth(value)
     except RecursionError as error:
         raise CheckpointError(
             where, "JSON is nested too deeply", fix="download the file again"
@@ -74,6 +83,20 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 raise ValueError(f"the key {key!r} twice")
             seen.add(key)
     return result
+
+
+def _check_depth(value: Any) -> None:
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for part in level
+            for child in (part.values() if isinstance(part, dict) else part)
+            if isinstance(child, (dict, list))
+        ]
+        if not level:
+            return
+    raise RecursionError
 
 
 def _refuse_constant(name: str) -> float:

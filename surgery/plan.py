@@ -73,6 +73,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Check that the kept indices are as many as the sizes say."""
         counts = {
             "format": (self.format, FORMAT),
+            "rowless_tokens below 0": (min(self.rowless_tokens, 0), 0),
             "kept_tokens": (len(self.ids().kept), self.after.vocab_size),
         }
         for layer in range(len(self.kept_channels)):
@@ -81,8 +82,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name, (found, expected) in counts.items():
             if found != expected:
                 raise PlanError(
-                    f"plan: {name}",
-                    "does not match the plan",
+                    name,
+                    "does not match the rest of the plan",
                     expected=expected,
                     found=found,
                     fix=MAKE_AGAIN,
@@ -134,6 +135,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """
         try:
             return msgspec.json.decode(path.read_bytes(), type=cls)
+        except PlanError as error:
+            raise error.inside(path) from error
         except (OSError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise PlanError(path, "is not a plan", found=error, fix=MAKE_AGAIN) from error
 
@@ -173,8 +176,8 @@ def make_plan(
         source=source,
         fingerprint=layout.checkpoint.fingerprint,
         output=output,
-        before=_shape(layout, full),
-        after=_shape(layout, sizes),
+        before=shape_of(layout, full),
+        after=shape_of(layout, sizes),
         kept_tokens=selection.encode(ids.kept, layout.vocab_size),
         rowless_tokens=rarity.rowless,
         kept_channels=kept_channels,
@@ -198,7 +201,8 @@ def cut_shape(layout: Layout, tensor: TensorRef, sizes: Sizes) -> tuple[int, ...
     )
 
 
-def _shape(layout: Layout, sizes: Sizes) -> Shape:
+def shape_of(layout: Layout, sizes: Sizes) -> Shape:
+    """Predict sizes, parameters and bytes of ``layout`` cut to ``sizes``."""
     tensors = layout.checkpoint.tensors.values()
     nbytes = sum(int(np.prod(cut_shape(layout, t, sizes))) * t.itemsize for t in tensors)
     return Shape(
@@ -212,7 +216,7 @@ def _shape(layout: Layout, sizes: Sizes) -> Shape:
 def _check_stats(layout: Layout, stats: ChannelStats) -> None:
     if stats.info.fingerprint != layout.checkpoint.fingerprint:
         raise StatsError(
-            "statistics",
+            stats.where,
             "were taken from another model",
             expected=f"fingerprint {layout.checkpoint.fingerprint[:12]}",
             found=stats.info.fingerprint[:12],
@@ -222,7 +226,7 @@ def _check_stats(layout: Layout, stats: ChannelStats) -> None:
     found = (len(stats.sum_sq), stats.sum_sq[0].shape[1], len(stats.token_counts))
     if found != expected:
         raise StatsError(
-            "statistics",
+            stats.where,
             "have other sizes (layers, channels, tokens) than the model",
             expected=expected,
             found=found,

@@ -2,12 +2,17 @@
 
 import base64
 import binascii
+import re
 
 import numpy as np
 
 from surgery.errors import PlanError
 
 BITMAP = "bitmap:"
+RANGE = re.compile(r"([0-9]{1,15})(?:-([0-9]{1,15}))?")
+MAX_SIZE = 1 << 26
+"""Far above any vocabulary; a size beyond it would only fill the memory."""
+
 MAKE_AGAIN = "make the plan again"
 
 
@@ -31,6 +36,8 @@ def decode(text: str, size: int, where: str) -> np.ndarray:
         PlanError: ``text`` is malformed, not ascending, or reaches ``size``.
     """
     try:
+        if not 0 <= size <= MAX_SIZE:
+            raise ValueError(f"a size of {size}")
         indices = _bitmap(text, size) if text.startswith(BITMAP) else _ranges(text, size)
     except (ValueError, binascii.Error) as error:
         raise PlanError(where, "is not a set of indices", found=error, fix=MAKE_AGAIN) from error
@@ -52,12 +59,14 @@ def runs(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _ranges(text: str, size: int) -> np.ndarray:
-    spans = []
+    spans, stop = [], 0
     for part in text.split(",") if text else []:
-        first, _, last = part.partition("-")
-        start, stop = int(first), int(last or first) + 1
-        if not 0 <= start < stop <= size:
-            raise ValueError(f"the range {part} of {size} indices")
+        match = RANGE.fullmatch(part)
+        if not match:
+            raise ValueError(f"the range {part[:40]!r}")
+        last_stop, start, stop = stop, int(match[1]), int(match[2] or match[1]) + 1
+        if not last_stop <= start < stop <= size:
+            raise ValueError(f"the range {part} of {size} indices, behind {last_stop}")
         spans.append(np.arange(start, stop))
     return np.concatenate(spans) if spans else np.zeros(0, dtype=np.int64)
 

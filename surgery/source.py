@@ -1,14 +1,18 @@
 """MODEL on the command line: a local directory, or a checkpoint on the hub."""
 
 import re
+import sys
 from pathlib import Path
 
 from surgery.errors import CheckpointError
 
-HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 
 PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "LICENSE*", "NOTICE*", "*.md"]
 """Files that pruning reads or carries over."""
+
+IGNORED = ["*/*", "consolidated*"]
+"""Folders, and weights a second time in another layout; "*" alone matches across folders."""
 
 
 def resolve_model(model: str) -> tuple[Path, str]:
@@ -37,13 +41,21 @@ def resolve_model(model: str) -> tuple[Path, str]:
 
 def _download(repo: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     # huggingface_hub's own errors are OSError or ValueError, whatever the HTTP client raises.
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=PATTERNS))
-    except (OSError, ValueError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return Path(
+            snapshot_download(
+                repo, revision=revision, allow_patterns=PATTERNS, ignore_patterns=IGNORED
+            )
+        )
+    except (OSError, ValueError) as error:
+        # "404 Client Error. (Request ID: …)", an empty line, then what it means
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(lines[:2]) or type(error).__name__
         raise CheckpointError(
             f"{repo}@{revision or 'main'}",
             "cannot be had from the hub",

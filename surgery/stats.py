@@ -7,6 +7,7 @@ import msgspec
 import numpy as np
 
 from surgery.errors import StatsError
+from surgery.jsonfile import write_atomic
 
 FORMAT = 1
 KEY = "compact_surgery"
@@ -46,18 +47,18 @@ class ChannelStats:
     """int64 ``[V]``: how often each token occurred."""
     bucket_of: np.ndarray
     """int64 ``[V]``: bucket of each token."""
+    where: object = "statistics"
+    """The file they come from, for errors."""
 
     def save(self, path: Path) -> None:
         """Write the file atomically."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         arrays = {"token_counts": self.token_counts, "bucket_of": self.bucket_of}
         for layer, (squares, absolutes) in enumerate(zip(self.sum_sq, self.sum_abs, strict=True)):
             arrays[f"layers.{layer}.sum_sq"] = squares
             arrays[f"layers.{layer}.sum_abs"] = absolutes
-        temporary = path.with_name(path.name + ".tmp")
-        save_file(arrays, temporary, metadata={KEY: msgspec.json.encode(self.info).decode()})
-        temporary.replace(path)
+        write_atomic(path, save(arrays, {KEY: msgspec.json.encode(self.info).decode()}))
 
     @classmethod
     def load(cls, path: Path) -> "ChannelStats":
@@ -87,6 +88,7 @@ class ChannelStats:
                 [arrays.pop(f"layers.{layer}.sum_abs") for layer in layers],
                 counts,
                 buckets,
+                path,
             )
         except KeyError as error:
             raise StatsError(path, "lacks an array", expected=error, fix=AGAIN) from error
@@ -97,7 +99,8 @@ class ChannelStats:
         buckets = len(self.info.bucket_edges)
         shapes = {array.shape for array in (*self.sum_sq, *self.sum_abs)}
         finite = all(np.isfinite(array).all() for array in (*self.sum_sq, *self.sum_abs))
-        if len(shapes) != 1 or next(iter(shapes))[0] != buckets:
+        shape = next(iter(shapes), ())
+        if len(shapes) != 1 or len(shape) != 2 or shape[0] != buckets:
             raise StatsError(
                 path,
                 "arrays have different shapes",
@@ -107,5 +110,7 @@ class ChannelStats:
             )
         if not finite:
             raise StatsError(path, "has a sum that is not finite", fix=AGAIN)
-        if len(self.token_counts) != len(self.bucket_of) or self.bucket_of.max() >= buckets:
+        inside = (self.bucket_of >= 0) & (self.bucket_of < buckets)
+        vectors = self.token_counts.ndim == 1 and self.token_counts.shape == self.bucket_of.shape
+        if not vectors or not len(inside) or not inside.all() or self.token_counts.min() < 0:
             raise StatsError(path, "token counts and buckets do not fit", fix=AGAIN)

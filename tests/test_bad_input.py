@@ -1,0 +1,665 @@
+"""Bad input to whole commands: one line that says where, what and what to do; nothing written."""
+
+import hashlib
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from click.testing import Result
+from safetensors.numpy import load_file, save_file
+
+from surgery.checkpoint import INDEX_NAME, Checkpoint
+from surgery.layout import Layout
+from surgery.stats import ChannelStats, StatsInfo
+from surgery.steps import choose_sizes, plan_model
+from tests.conftest import Run
+
+Damage = Callable[[Path], object]
+"""Spoils something in a bench directory."""
+
+SIZES = "--vocab-size 512 --intermediate-size 64"
+INSPECT = "inspect model"
+SIZES_ONLY = f"plan model {SIZES} -o new.json"
+PLAN = f"plan model {SIZES} --stats stats.safetensors -o new.json"
+APPLY = "apply plan.json -o out"
+RESUME = f"{APPLY} --resume"
+CALIBRATE = "calibrate model --seq-len 32 --samples 2 -o new.safetensors --data"
+SCORE = "score model --samples 2 --data"
+PRUNE = f"prune model --data text.txt --seq-len 32 --samples 2 {SIZES} -o"
+
+DEEP_ID = '"eos_token_id": ' + "[" * 900 + "2" + "]" * 900
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+GATE, DOWN = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.down_proj.weight"
+SHARD_1, SHARD_2 = "model-00001-of-00005.safetensors", "model-00002-of-00005.safetensors"
+
+
+class Case(NamedTuple):
+    """A row of the tables below."""
+
+    name: str
+    damage: Damage
+    command: str
+    words: tuple[str, ...]
+    """All of them stand in the one line on stderr."""
+
+
+def statistics(layout: Layout) -> ChannelStats:
+    """Make up statistics that belong to ``layout``."""
+    rng = np.random.default_rng(0)
+    info = StatsInfo(layout.checkpoint.fingerprint, "", 1, 1, 1, [layout.vocab_size], "float32")
+    sums = [rng.random((1, layout.intermediate_size)) for _ in range(layout.num_hidden_layers)]
+    counts = np.ones(layout.vocab_size, dtype=np.int64)
+    return ChannelStats(info, sums, sums, counts, np.zeros_like(counts))
+
+
+@pytest.fixture(scope="session")
+def pattern(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with all that commands need: model, text, statistics, plan."""
+    root = tmp_path_factory.mktemp("bench")
+    shutil.copytree(llama, root / "model")
+    shutil.copy(text, root / "text.txt")
+    layout = Layout.of(Checkpoint.open(root / "model"))
+    stats = statistics(layout)
+    stats.save(root / "stats.safetensors")
+    chosen = choose_sizes(layout, None, 512, 64)
+    plan_model(layout, "model", chosen, stats, "act2", None, None).save(root / "plan.json")
+    return root
+
+
+@pytest.fixture
+def bench(pattern: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of ``pattern`` to damage, which is also the working directory."""
+    root = shutil.copytree(pattern, tmp_path / "bench")
+    monkeypatch.chdir(root)
+    return root
+
+
+def snapshot(root: Path) -> dict[str, str]:
+    """Return path → SHA-256 of everything below ``root``."""
+    return {
+        str(path.relative_to(root)): hashlib.sha256(
+            path.read_bytes() if path.is_file() else b"directory"
+        ).hexdigest()
+        for path in root.rglob("*")
+    }
+
+
+def assert_refused(result: Result, *words: str) -> None:
+    """One line, exit status 2, no traceback, and every one of ``words``."""
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    lines = result.stderr.splitlines()
+    assert (result.exit_code, len(lines)) == (2, 1), result.output
+    assert lines[0].startswith("Error: ")
+    missing = [word for word in words if word not in lines[0]]
+    assert not missing, f"{missing} not in {lines[0]!r}"
+
+
+# What spoils a bench.
+
+
+def nothing(_: Path) -> None:
+    """The command alone is wrong."""
+
+
+def each(*damages: Damage) -> Damage:
+    """Do all of ``damages``."""
+
+    def damage(root: Path) -> None:
+        for one in damages:
+            one(root)
+
+    return damage
+
+
+def remove(name: str) -> Damage:
+    return lambda root: (root / name).unlink()
+
+
+def write(name: str, content: str | bytes) -> Damage:
+    raw = content.encode() if isinstance(content, str) else content
+    return lambda root: (root / name).write_bytes(raw)
+
+
+def cut(name: str, size: int) -> Damage:
+    """Keep the first ``size`` bytes, or all but the last ``-size``."""
+    return lambda root: (root / name).write_bytes((root / name).read_bytes()[:size])
+
+
+def append(name: str, tail: bytes) -> Damage:
+    return lambda root: (root / name).write_bytes((root / name).read_bytes() + tail)
+
+
+def replace(name: str, old: str, new: str) -> Damage:
+    """Replace text that must be there."""
+
+    def damage(root: Path) -> None:
+        content = (root / name).read_text("utf-8")
+        assert old in content
+        (root / name).write_text(content.replace(old, new, 1), "utf-8")
+
+    return damage
+
+
+def change(name: str, edit: Callable[[Any], object]) -> Damage:
+    """Let ``edit`` change the JSON in file ``name``."""
+
+    def damage(root: Path) -> None:
+        data = json.loads((root / name).read_text("utf-8"))
+        edit(data)
+        (root / name).write_text(json.dumps(data), "utf-8")
+
+    return damage
+
+
+def config(**changes: Any) -> Damage:
+    return change("model/config.json", lambda data: data.update(changes))
+
+
+def no_config_key(key: str) -> Damage:
+    return change("model/config.json", lambda data: data.pop(key))
+
+
+def weight_map(**changes: Any) -> Damage:
+    names = {"embed": EMBED, "gate": GATE, "extra": "model.layers.0.extra.weight"}
+    new = {names[key]: value for key, value in changes.items()}
+    return change(f"model/{INDEX_NAME}", lambda data: data["weight_map"].update(new))
+
+
+def tokenizer(edit: Callable[[Any], object]) -> Damage:
+    return change("model/tokenizer.json", edit)
+
+
+def plan_key(section: str | None, **changes: Any) -> Damage:
+    def edit(data: Any) -> None:
+        (data[section] if section else data).update(changes)
+
+    return change("plan.json", edit)
+
+
+def header(shard: str, tensor: str, tail: int = 0, **changes: Any) -> Damage:
+    """Change entries of ``tensor`` in the header; add ``tail`` bytes to the file."""
+
+    def damage(root: Path) -> None:
+        path = root / "model" / shard
+        raw = path.read_bytes()
+        (length,) = struct.unpack("<Q", raw[:8])
+        entries = json.loads(raw[8 : 8 + length])
+        begin, end = entries[tensor]["data_offsets"]
+        shift = changes.pop("shift", (0, 0))
+        entries[tensor] |= {"data_offsets": [begin + shift[0], end + shift[1]], **changes}
+        new = json.dumps(entries).encode()
+        path.write_bytes(struct.pack("<Q", len(new)) + new + raw[8 + length :] + bytes(tail))
+
+    return damage
+
+
+def last_of(shard: str, **changes: Any) -> Damage:
+    """Like ``header`` for the shard's last tensor."""
+
+    def damage(root: Path) -> None:
+        raw = (root / "model" / shard).read_bytes()
+        entries = json.loads(raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]])
+        entries.pop("__metadata__", None)
+        name = max(entries, key=lambda key: entries[key]["data_offsets"])
+        header(shard, name, **changes)(root)
+
+    return damage
+
+
+def tensors(edit: Callable[[dict[str, np.ndarray]], object]) -> Damage:
+    """Let ``edit`` change the tensors; they become one shard without an index."""
+
+    def damage(root: Path) -> None:
+        found: dict[str, np.ndarray] = {}
+        for path in (root / "model").glob("*.safetensors"):
+            found |= load_file(path)
+            path.unlink()
+        edit(found)
+        (root / "model" / INDEX_NAME).unlink()
+        save_file(found, root / "model" / "model.safetensors", {"format": "pt"})
+
+    return damage
+
+
+def no_weights(root: Path) -> None:
+    for path in [*(root / "model").glob("*.safetensors"), root / "model" / INDEX_NAME]:
+        path.unlink()
+
+
+def stats(**changes: Any) -> Damage:
+    """Change the fields of the statistics' metadata; None for an array drops it."""
+
+    def damage(root: Path) -> None:
+        path = root / "stats.safetensors"
+        info = msgspec.to_builtins(ChannelStats.load(path).info)
+        arrays = load_file(path)
+        for key, value in changes.items():
+            if value is None:
+                del arrays[key]
+            elif isinstance(value, np.ndarray):
+                arrays[key.replace("__", ".")] = value
+            else:
+                info[key] = value
+        save_file(arrays, path, {"compact_surgery": json.dumps(info)})
+
+    return damage
+
+
+def journal(content: str) -> Damage:
+    def damage(root: Path) -> None:
+        (root / "out.partial").mkdir()
+        (root / "out.partial" / "journal.json").write_text(content)
+
+    return damage
+
+
+def directory(name: str) -> Damage:
+    return lambda root: (root / name).mkdir()
+
+
+def swap_ids(data: Any) -> None:
+    """Give the first two added tokens each other's id."""
+    first, second = data["added_tokens"][:2]
+    first["id"], second["id"] = second["id"], first["id"]
+
+
+def model_key(**changes: Any) -> Damage:
+    """Change keys of tokenizer.json's model."""
+    return tokenizer(lambda data: data["model"].update(changes))
+
+
+def two_tokens_one_id(data: Any) -> None:
+    vocab = data["model"]["vocab"]
+    vocab["Ġthe"] = vocab["Ġa"]
+
+
+SHARDS = [
+    Case("missing shard", remove(f"model/{SHARD_2}"), INSPECT,
+         (INDEX_NAME, "tensor model.layers.0.", "missing", SHARD_2, "download")),
+    Case("truncated shard", cut(f"model/{SHARD_1}", -100), INSPECT,
+         (SHARD_1, EMBED, "truncated", "expected 82048 bytes", "found 81948", "download")),
+    Case("shard cut inside its header", cut(f"model/{SHARD_2}", 100), INSPECT,
+         (SHARD_2, "truncated", "expected", "found", "in a file of 100", "download")),
+    Case("empty shard", cut(f"model/{SHARD_2}", 0), INSPECT,
+         (SHARD_2, "truncated", "in a file of 0", "download")),
+    Case("shard is no safetensors", write(f"model/{SHARD_1}", "<html>Not found</html>"), INSPECT,
+         (SHARD_1, "not safetensors", "expected", "found", "download")),
+    Case("shard with bytes behind", append(f"model/{SHARD_1}", b"1234"), INSPECT,
+         (SHARD_1, "bytes behind", "expected 82048", "found 82052", "download")),
+    Case("offsets of a wrong length", header(SHARD_1, EMBED, shift=(0, 4)), INSPECT,
+         (SHARD_1, EMBED, "expected 81920 bytes for F32 [640, 32]", "[0, 81924]", "download")),
+    Case("shape too large", header(SHARD_1, EMBED, shape=[640, 33]), INSPECT,
+         (SHARD_1, EMBED, "expected 84480 bytes", "found data_offsets [0, 81920]", "download")),
+    Case("negative shape", header(SHARD_1, EMBED, shape=[-640, -32]), INSPECT,
+         (SHARD_1, EMBED, "natural numbers", "download")),
+    Case("tensors overlap", last_of(SHARD_2, shift=(-128, -128)), INSPECT,
+         (SHARD_2, "tensor model.layers.", "overlaps", "expected data offset", "found")),
+    Case("hole between tensors", last_of(SHARD_2, shift=(4, 4), tail=4), INSPECT,
+         (SHARD_2, "tensor model.layers.", "hole", "expected data offset", "found", "download")),
+    Case("header entry without shape", header(SHARD_1, EMBED, shape=None), INSPECT,
+         (SHARD_1, EMBED, "incomplete", "expected dtype, shape, data_offsets", "download")),
+    Case("index names a missing file", weight_map(embed="model-9.safetensors"), INSPECT,
+         (INDEX_NAME, EMBED, "missing", "model-9.safetensors", "download")),
+    Case("index reaches up", weight_map(embed="../x.safetensors"), INSPECT,
+         (INDEX_NAME, EMBED, "outside", "expected a plain", "'../x.safetensors'", "do not use")),
+    Case("index reaches anywhere", weight_map(embed="/etc/x.safetensors"), INSPECT,
+         (INDEX_NAME, EMBED, "outside", "expected a plain", "'/etc/x.safetensors'", "do not use")),
+    Case("index gives no name", weight_map(embed=7), INSPECT,
+         (INDEX_NAME, EMBED, "expected a plain file name", "found 7", "do not use")),
+    Case("index names another shard", weight_map(gate=SHARD_1), INSPECT,
+         (SHARD_2, GATE, "disagree", f"expected index entry {SHARD_2}", f"found {SHARD_1}",
+          "download")),
+    Case("index names a tensor too many", weight_map(extra=SHARD_1), INSPECT,
+         (SHARD_1, "model.layers.0.extra.weight", "not in the shard", "download")),
+    Case("index lacks a tensor",
+         change(f"model/{INDEX_NAME}", lambda data: data["weight_map"].pop(GATE)), INSPECT,
+         (SHARD_2, GATE, "disagree", f"expected index entry {SHARD_2}", "no entry", "download")),
+    Case("index without weight_map", write(f"model/{INDEX_NAME}", "{}"), INSPECT,
+         (INDEX_NAME, "weight_map", "expected", "download")),
+    Case("index cut", cut(f"model/{INDEX_NAME}", 500), INSPECT,
+         (INDEX_NAME, "not valid JSON", "found", "download")),
+    Case("pickle only", each(no_weights, write("model/pytorch_model.bin", b"\x80\x02.")), INSPECT,
+         ("pytorch_model.bin", "pickle", "expected safetensors", "save_pretrained")),
+    Case("no weights", no_weights, INSPECT,
+         ("model", "no weights", "expected model.safetensors or", "download")),
+]  # fmt: skip
+
+CONFIGS = [
+    Case("unknown model type", config(model_type="mamba"), INSPECT,
+         ("config.json", "model type", "expected one of llama, ", "found mamba", "families.py")),
+    Case("quantized", config(quantization_config={"quant_method": "gptq"}), INSPECT,
+         ("config.json", "quantized", "expected bf16, fp16 or fp32", "found quant_method gptq",
+          "prune the unquantized")),
+    Case("code of its own", config(auto_map={"AutoModel": "m.M"}), INSPECT,
+         ("config.json", "auto_map", "never run", "transformers")),
+    Case("config missing", remove("model/config.json"), INSPECT,
+         ("config.json", "cannot be read", "No such file", "check the model directory")),
+    Case("config cut", cut("model/config.json", 90), INSPECT,
+         ("config.json", "not valid JSON", "found", "line", "download")),
+    Case("config with a key twice", replace("model/config.json", "{", '{"vocab_size": 1,'),
+         INSPECT, ("config.json", "not valid JSON", "'vocab_size' twice", "download")),
+    Case("config is a list", write("model/config.json", "[1]"), INSPECT,
+         ("config.json", "not a JSON object", "expected an object", "found list", "download")),
+    Case("config with NaN", config(rms_norm_eps=float("nan")), INSPECT,
+         ("config.json", "not valid JSON", "found the number NaN", "download")),
+    Case("config in UTF-16", write("model/config.json", "{}".encode("utf-16")), INSPECT,
+         ("config.json", "not valid JSON", "found", "download")),
+    Case("config 100,000 deep", write("model/config.json", '{"a":' + "[" * 100_000), INSPECT,
+         ("config.json", "nested too deeply", "download")),
+    Case("config with half a character", replace("model/config.json", "{", '{"a": "\\ud800",'),
+         INSPECT, ("config.json", "not valid JSON", "found", "download")),
+    Case("no intermediate_size", no_config_key("intermediate_size"), INSPECT,
+         ("config.json", "intermediate_size", "expected a positive number", "check config.json")),
+    Case("vocab_size is text", config(vocab_size="640"), INSPECT,
+         ("config.json", "vocab_size", "expected a positive number", "found 640", "check")),
+    Case("vocab_size contradicts the embedding", config(vocab_size=700), INSPECT,
+         ("tensor", "contradicts config.json's vocab_size", "expected 700 on dimension 0",
+          "found [640, 32]", "check config.json")),
+    Case("intermediate_size contradicts", config(intermediate_size=128), INSPECT,
+         (SHARD_2, "mlp", "contradicts config.json's intermediate_size", "expected 128",
+          "check config.json")),
+    Case("fewer layers than tensors", config(num_hidden_layers=2), INSPECT,
+         ("tensor model.layers.2.", "num_hidden_layers", "expected less than 2", "found 2")),
+    Case("more layers than tensors", config(num_hidden_layers=4), INSPECT,
+         ("tensor model.layers.3.", "missing", "download")),
+    Case("hidden_size contradicts", config(hidden_size=64), f"{CALIBRATE} text.txt",
+         ("tensor", "contradicts config.json", "check config.json")),
+    Case("heads contradict", config(num_attention_heads=2), f"{CALIBRATE} text.txt",
+         ("tensor", "contradicts config.json", "check config.json")),
+    Case("activation that nobody knows", config(hidden_act="nope"), f"{CALIBRATE} text.txt",
+         ("config.json", "found", "nope", "check config.json")),
+    Case("missing tensor", tensors(lambda found: found.pop(DOWN)), INSPECT,
+         (f"tensor {DOWN}", "missing", "download")),
+    Case("missing untied head", tensors(lambda found: found.pop(HEAD)), INSPECT,
+         (f"tensor {HEAD}", "missing", "download")),
+    Case("surplus tensor", tensors(lambda found: found.update(extra=np.zeros(2))), INSPECT,
+         ("model.safetensors", "tensor extra", "not a tensor of this model", "families.py")),
+    Case("U8 tensor", header(SHARD_1, EMBED, dtype="U8", shape=[640, 128]), INSPECT,
+         (SHARD_1, EMBED, "expected BF16 or F16 or F32", "found U8", "unquantized")),
+    Case("FP8 tensor", header(SHARD_1, EMBED, dtype="F8_E4M3", shape=[640, 128]), INSPECT,
+         (SHARD_1, EMBED, "expected BF16 or F16 or F32", "found F8_E4M3", "unquantized")),
+    Case("unknown dtype", header(SHARD_1, EMBED, dtype="F4"), INSPECT,
+         (SHARD_1, EMBED, "dtype", "expected one of F64", "found F4", "unquantized")),
+    Case("id of a padding row", config(eos_token_id=639), SIZES_ONLY,
+         ("config.json", "eos_token_id", "no token", "found 639", "correct the id")),
+    Case("list with a list in it", config(eos_token_id=[2, [3]]), SIZES_ONLY,
+         ("config.json", "eos_token_id")),
+    Case("id 900 lists deep", replace("model/config.json", '"eos_token_id": 2', DEEP_ID),
+         SIZES_ONLY, ("config.json", "nested too deeply")),
+]  # fmt: skip
+
+SIZE_OPTIONS = [
+    Case("vocabulary below what must stay", nothing,
+         "plan model --vocab-size 200 --intermediate-size 64 -o new.json",
+         ("vocab_size", "out of reach", "expected 260", "to 640", "found 200", "choose")),
+    Case("vocabulary above the rows", nothing,
+         "plan model --vocab-size 641 --intermediate-size 64 -o new.json",
+         ("vocab_size", "out of reach", "expected 260", "to 640", "found 641", "choose")),
+    Case("channels above the model's", nothing,
+         "plan model --vocab-size 512 --intermediate-size 97 -o new.json",
+         ("intermediate_size", "out of reach", "expected 1 to 96", "found 97", "choose")),
+    Case("no channels", nothing, "plan model --vocab-size 512 --intermediate-size 0 -o new.json",
+         ("intermediate_size", "out of reach", "expected 1 to 96", "found 0", "choose")),
+    *(
+        Case(f"ratio {ratio}", nothing, f"plan model --ratio {ratio} -o new.json",
+             ("ratio", "expected above 0, below 1", f"found {float(ratio)}", "choose"))
+        for ratio in ("0", "1.5", "-0.1", "1", "nan")
+    ),
+    Case("ratio 0.99", nothing, "plan model --ratio 0.99 -o new.json",
+         ("ratio", "expected at most 0.", "found 0.99", "--vocab-size")),
+    *(
+        Case(f"target {given or 'missing'}", nothing, f"plan model {given} -o new.json",
+             ("target", "expected --ratio, or --vocab-size and --intermediate-size", "give"))
+        for given in ("", f"--ratio 0.2 {SIZES}", "--vocab-size 512", "--intermediate-size 64",
+                      "--ratio 0.2 --vocab-size 512")
+    ),
+    *(
+        Case(f"bucket sizes {sizes}", nothing, f"{CALIBRATE} text.txt --vocab-sizes {sizes}",
+             ("--vocab-sizes", "expected numbers from 1 to 640", f"found {sizes}", "correct"))
+        for sizes in ("0,512", "641", "a", "512,")
+    ),
+    Case("model is a file", nothing, "inspect text.txt",
+         ("text.txt", "neither", "expected DIR or org/name", "check the spelling")),
+    Case("picture of no known kind", nothing, "inspect model --plot x.foo", ("x.foo", "foo")),
+    Case("model is a path that is not there", nothing, "inspect ./nowhere",
+         ("./nowhere", "neither", "expected DIR or org/name", "check the spelling")),
+    Case("model is not there", nothing, "inspect nowhere",
+         ("nowhere", "neither", "expected DIR or org/name", "check the spelling")),
+]  # fmt: skip
+
+STATS = [
+    Case("statistics of another model", config(rms_norm_eps=1e-5), PLAN,
+         ("stats.safetensors", "another model", "expected fingerprint", "found", "calibrate")),
+    Case("statistics of other sizes", stats(layers__0__sum_sq=np.zeros((1, 96)),
+         token_counts=np.ones(3, np.int64), bucket_of=np.zeros(3, np.int64)), PLAN,
+         ("stats.safetensors", "other sizes", "expected (3, 96, 640)", "(3, 96, 3)", "calibrate")),
+    Case("text for statistics", nothing, PLAN.replace("stats.safetensors", "text.txt"),
+         ("text.txt", "not a statistics file", "found", "calibrate again")),
+    Case("weights for statistics", nothing, PLAN.replace("stats.safetensors", f"model/{SHARD_1}"),
+         (SHARD_1, "not a statistics file", "found", "calibrate again")),
+    Case("statistics not there", remove("stats.safetensors"), PLAN,
+         ("stats.safetensors", "not a statistics file", "No such file", "calibrate again")),
+    Case("statistics cut", cut("stats.safetensors", -8), PLAN,
+         ("stats.safetensors", "not a statistics file", "found", "calibrate again")),
+    Case("statistics of the next format", stats(format=2), PLAN,
+         ("stats.safetensors", "another format", "expected 1", "found 2", "calibrate again")),
+    Case("statistics without counts", stats(token_counts=None), PLAN,
+         ("stats.safetensors", "lacks an array", "token_counts", "calibrate again")),
+    Case("statistics with NaN", stats(layers__0__sum_sq=np.full((1, 96), np.nan)), PLAN,
+         ("stats.safetensors", "not finite", "calibrate again")),
+    Case("statistics of odd shape", stats(layers__0__sum_sq=np.ones((2, 96))), PLAN,
+         ("stats.safetensors", "different shapes", "expected [1, I]", "found", "calibrate again")),
+    Case("statistics with a bucket too many", stats(bucket_of=np.full(640, 1)), PLAN,
+         ("stats.safetensors", "do not fit", "calibrate again")),
+    Case("statistics with a bucket below 0", stats(bucket_of=np.full(640, -1)), PLAN,
+         ("stats.safetensors", "do not fit", "calibrate again")),
+    Case("statistics of no tokens", stats(token_counts=np.ones(0, np.int64),
+         bucket_of=np.ones(0, np.int64)), PLAN, ("stats.safetensors", "calibrate")),
+]  # fmt: skip
+
+PLANS = [
+    Case("source changed after planning", config(rms_norm_eps=1e-5), APPLY,
+         ("model", "not the checkpoint", "expected fingerprint", "found", "plan again")),
+    Case("source gone", lambda root: (root / "model").rename(root / "moved"), APPLY,
+         ("model", "neither a directory nor", "check")),
+    Case("plan not there", remove("plan.json"), APPLY, ("plan.json", "No such file", "plan again")),
+    Case("plan cut", cut("plan.json", 300), APPLY, ("plan.json", "not a plan", "found", "again")),
+    Case("plan is no JSON", write("plan.json", b"\xff\xfe"), APPLY,
+         ("plan.json", "not a plan", "found", "plan again")),
+    Case("plan with an unknown field", plan_key(None, extra=1), APPLY,
+         ("plan.json", "not a plan", "extra", "plan again")),
+    Case("plan of the next format", plan_key(None, format=2), APPLY,
+         ("plan.json", "format", "expected 1", "found 2", "plan again")),
+    Case("plan keeps fewer tokens than it says", plan_key("after", vocab_size=513), APPLY,
+         ("plan.json", "kept_tokens", "expected 513", "found 512", "plan again")),
+    Case("plan keeps fewer channels than it says", plan_key("after", intermediate_size=65), APPLY,
+         ("plan.json", "kept_channels of layer 0", "expected 65", "found 64", "plan again")),
+    Case("plan keeps no tokens", plan_key(None, kept_tokens=""), APPLY,
+         ("plan.json", "kept_tokens", "expected 512", "found 0", "plan again")),
+    Case("plan keeps no indices", plan_key(None, kept_tokens="all"), APPLY,
+         ("plan.json", "kept_tokens", "not a set of indices", "found", "plan again")),
+    Case("plan lacks a layer", change("plan.json", lambda data: data["kept_channels"].pop()),
+         APPLY, ("plan", "kept_channels", "expected 3", "found 2", "plan again")),
+    Case("plan for more rows than there are",
+         each(plan_key("before", vocab_size=1280), plan_key(None, kept_tokens="768-1279")), APPLY,
+         ("plan", "1280", "640", "plan again")),
+    Case("plan for absurdly many rows",
+         each(plan_key("before", vocab_size=10**15), plan_key("after", vocab_size=10**15),
+              plan_key(None, kept_tokens=f"0-{10**15 - 1}")), APPLY, ("plan.json", "plan again")),
+    Case("plan with tokens below the embedding", plan_key(None, rowless_tokens=-1), APPLY,
+         ("plan", "rowless_tokens", "plan again")),
+    Case("plan predicts other bytes", plan_key("after", nbytes=1), APPLY,
+         ("plan", "nbytes", "found 1", "plan again")),
+    Case("plan without statistics", plan_key(None, kept_channels=[]), APPLY,
+         ("plan", "channels are not chosen", "--stats")),
+    Case("plan without a place", nothing, "apply plan.json", ("plan.json", "no output", "-o DIR")),
+]  # fmt: skip
+
+TEXTS = [
+    Case("no full window", nothing, f"{CALIBRATE} text.txt --seq-len 100000",
+         ("text", "no full window", "expected a document of 100000 tokens", "found", "--seq-len")),
+    Case("text not there", nothing, f"{CALIBRATE} gone.txt",
+         ("gone.txt", "does not exist", "name a .txt")),
+    Case("text of another kind", write("text.csv", "a,b"), f"{SCORE} text.csv",
+         ("text.csv", "not text", "expected .txt or .jsonl", "rename or convert")),
+    Case("text not UTF-8", write("latin.txt", "Süß".encode("latin-1")), f"{SCORE} latin.txt",
+         ("latin.txt", "cannot be read", "found", "UTF-8")),
+    Case("jsonl line is no JSON", write("a.jsonl", '{"text": "a"}\n\n{"text"'), f"{SCORE} a.jsonl",
+         ("a.jsonl", "line 3", "no record", 'expected {"text"', "found", "correct the line")),
+    Case("jsonl line without text", write("a.jsonl", '{"body": "a"}'), f"{SCORE} a.jsonl",
+         ("a.jsonl", "line 1", "no record", 'expected {"text"', "correct the line")),
+    Case("jsonl line is a list", write("a.jsonl", "[1]"), f"{SCORE} a.jsonl",
+         ("a.jsonl", "line 1", "no record", 'expected {"text"', "correct the line")),
+    Case("jsonl text is a number", write("a.jsonl", '{"text": 1}'), f"{SCORE} a.jsonl",
+         ("a.jsonl", "line 1", "not a string", "correct the line")),
+    Case("jsonl text is half a character", write("a.jsonl", '{"text": "\\ud800"}'),
+         f"{SCORE} a.jsonl", ("a.jsonl", "line 1", "correct the line")),
+    Case("jsonl text is half a character, for tokens", write("a.jsonl", '{"text": "\\ud800"}'),
+         f"{CALIBRATE} a.jsonl", ("a.jsonl", "line 1", "correct the line")),
+    Case("empty text", write("empty.txt", ""), f"{SCORE} empty.txt",
+         ("empty.txt", "no text", "expected documents", "give")),
+    Case("blank text", write("blank.txt", "\n \n\n"), f"{CALIBRATE} blank.txt",
+         ("blank.txt", "no text", "expected documents", "give")),
+    Case("directory without text", directory("empty"), f"{SCORE} empty",
+         ("empty", "no text", "expected documents", "give")),
+]  # fmt: skip
+
+OUTPUTS = [
+    *(
+        Case(f"{place}: {command.split()[0]}", damage, command, words)
+        for place, damage, name, words in (
+            ("output inside the input", nothing, "model/out",
+             ("model/out", "inside each other", "found source", "choose")),
+            ("output is the input", nothing, "model",
+             ("model", "inside each other", "found source", "choose")),
+            ("input inside the output", nothing, ".",
+             ("inside each other", "found source", "choose")),
+            ("output inside the input by a link",
+             lambda root: (root / "link").symlink_to("model"), "link/out",
+             ("link/out", "inside each other", "found source", "choose")),
+            ("output is a directory", directory("out"), "out",
+             ("out", "exists already", "choose another")),
+            ("output is a file", write("out", ""), "out",
+             ("out", "exists already", "choose another")),
+            ("output below a file", nothing, "text.txt/out",
+             ("text.txt/out", "Not a directory")),
+        )
+        for command in (f"apply plan.json -o {name}", f"{PRUNE} {name}")
+    ),
+    Case("plan below a file", nothing, PLAN.replace("new.json", "text.txt/new.json"),
+         ("text.txt/new.json", "Not a directory")),
+    Case("statistics below a file", nothing,
+         f"{CALIBRATE} text.txt".replace("new.safe", "text.txt/new.safe"),
+         ("text.txt/new.safetensors", "Not a directory")),
+    Case("statistics in a directory that is not there", nothing,
+         f"{CALIBRATE} text.txt".replace("new.safe", "gone/new.safe"),
+         ("gone/new.safetensors", "No such file")),
+    Case("interrupted run in the way", journal("{}"), APPLY,
+         ("out.partial", "interrupted", "--resume", "delete")),
+    Case("resume with another plan", journal('{"plan_digest": "0123456789abcdef", "shards": []}'),
+         RESUME, ("out.partial", "another plan", "expected plan", "found 0123456789ab", "resume")),
+    Case("resume with a damaged journal", journal("{"), RESUME,
+         ("journal.json", "cannot be resumed", "found", "delete")),
+    Case("verify nothing", nothing, "verify nowhere",
+         ("nowhere", "not a directory", "name a model directory")),
+    Case("verify --forward without a plan", nothing, "verify model --forward",
+         ("model", "--forward", "needs the plan")),
+    Case("verify with damaged provenance", write("model/compact_surgery.json", "{}"),
+         "verify model", ("compact_surgery.json", "no plan", "found", "plan again")),
+]  # fmt: skip
+
+TOKENIZERS = [
+    Case("tokenizer missing", remove("model/tokenizer.json"), PLAN,
+         ("tokenizer.json", "missing", "keep the vocabulary whole")),
+    Case("tokenizer missing for text", remove("model/tokenizer.json"), f"{SCORE} text.txt",
+         ("tokenizer.json", "cannot be loaded", "No such file", "AutoTokenizer")),
+    *(
+        Case(f"{kind} tokenizer", model_key(type=kind), PLAN,
+             ("tokenizer.json", "expected byte-level BPE", f"found {kind} model",
+              "keep the vocabulary whole"))
+        for kind in ("Unigram", "WordPiece")
+    ),
+    Case("SentencePiece-style BPE", model_key(byte_fallback=True), PLAN,
+         ("tokenizer.json", "byte-level BPE", "SentencePiece", "keep the vocabulary whole")),
+    Case("BPE with dropout", model_key(dropout=0.1), PLAN,
+         ("tokenizer.json", "byte-level BPE", "dropout 0.1", "keep the vocabulary whole")),
+    Case("two tokens on one id", tokenizer(two_tokens_one_id), PLAN,
+         ("tokenizer.json", "id ", "two tokens", "found 'Ġ", "download")),
+    Case("token id is text", tokenizer(lambda data: data["model"]["vocab"].update(the="7")), PLAN,
+         ("tokenizer.json", "no number", "download")),
+    Case("added token with another id", tokenizer(swap_ids), PLAN,
+         ("tokenizer.json", "added token '<unk>'", "expected 0", "found 1", "save the tokenizer")),
+    Case("added token without content",
+         tokenizer(lambda data: data["added_tokens"].append({"id": 620})), PLAN,
+         ("tokenizer.json", "added token", "download")),
+    Case("merge with a missing parent",
+         tokenizer(lambda data: data["model"]["merges"].append(["q", "zzz"])), PLAN,
+         ("tokenizer.json", "merge 'q' 'zzz'", "vocabulary lacks", "expected 'zzz'", "download")),
+    Case("merge of three",
+         tokenizer(lambda data: data["model"]["merges"].append("a b c")), PLAN,
+         ("tokenizer.json", "merge 'a b c'", "not a pair", "download")),
+    Case("more tokens than rows",
+         tokenizer(lambda data: data["model"]["vocab"].update(zzz=700)), PLAN,
+         ("tokenizer.json", "without a row", "expected ids below 640", "found 700", "belongs")),
+    Case("stale id in the post-processor",
+         tokenizer(lambda data: data["post_processor"]["special_tokens"]["<s>"].update(ids=[639])),
+         PLAN, ("tokenizer.json", "post_processor", "id 639", "correct the reference")),
+    Case("padding without an id", tokenizer(lambda data: data.update(padding={"pad_id": None})),
+         PLAN, ("tokenizer.json", "pad", "download")),
+    Case("vocab.json disagrees", write("model/vocab.json", '{"Ġthe": 1}'), PLAN,
+         ("vocab.json", "token 'Ġthe'", "another id", "expected", "found 1", "save the tokenizer")),
+    Case("added_tokens_decoder names a padding row",
+         change("model/tokenizer_config.json",
+                lambda data: data.update(added_tokens_decoder={"639": {"content": "<x>"}})),
+         PLAN, ("tokenizer_config.json", "added_tokens_decoder", "639", "correct")),
+    Case("added_tokens_decoder without numbers",
+         change("model/tokenizer_config.json",
+                lambda data: data.update(added_tokens_decoder={"x": {"content": "<x>"}})),
+         PLAN, ("tokenizer_config.json", "added_tokens_decoder", "x", "correct")),
+    Case("generation config cut", cut("model/generation_config.json", 40), PLAN,
+         ("generation_config.json", "not valid JSON", "found", "download")),
+]  # fmt: skip
+
+CASES = [*SHARDS, *CONFIGS, *SIZE_OPTIONS, *STATS, *PLANS, *TEXTS, *OUTPUTS, *TOKENIZERS]
+
+
+def test_the_bench_itself_is_good(bench: Path, run: Run) -> None:
+    commands = (INSPECT, PLAN, APPLY, "verify out --plan plan.json", f"{SCORE} text.txt")
+    for command in (*commands, f"{CALIBRATE} text.txt"):
+        result = run(*command.split())
+        assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_refused_in_one_line_and_nothing_written(case: Case, bench: Path, run: Run) -> None:
+    case.damage(bench)
+    before = snapshot(bench)
+    assert_refused(run(*case.command.split()), *case.words)
+    assert snapshot(bench) == before
+
+
+@pytest.mark.parametrize("command", [APPLY, f"{PRUNE} out"])
+def test_no_space(command: str, bench: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = snapshot(bench)
+    usage = shutil.disk_usage(bench)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    words = ("out", "no space", "bytes", "found 1,000 free", "free space, or name another output")
+    assert_refused(run(*command.split()), *words)
+    assert not list(bench.glob("out")) + list(bench.glob("out.partial"))
+    assert {name: snapshot(bench)[name] for name in before} == before
+
+
+@pytest.mark.parametrize("command", [f"{CALIBRATE} text.txt", f"{SCORE} text.txt", f"{PRUNE} out"])
+def test_no_cuda(command: str, bench: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = snapshot(bench)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = ("--device cuda", "not available", "--device cpu")
+    assert_refused(run(*command.split(), "--device", "cuda"), *words)
+    assert snapshot(bench) == before

@@ -1,0 +1,63 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from surgery.checkpoint import Checkpoint
+from surgery.layout import Layout
+from surgery.vocabulary import rarity_of
+from tests.tiny import MODEL_TYPES
+from tools.bench_child import measure
+from tools.shapes import PUBLISHED, llama_config, write_headers_only, write_random, write_tokenizer
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("Qwen2.5-0.5B", 494_032_768),
+        ("Llama-3.2-1B", 1_235_814_400),
+        ("Llama-3.1-8B", 8_030_261_248),
+        ("Llama-3.1-70B", 70_553_706_496),
+        ("Gemma-3-1B", 999_885_952),
+    ],
+)
+def test_headers_have_the_published_number_of_parameters(
+    tmp_path: Path, name: str, parameters: int
+) -> None:
+    layout = Layout.of(Checkpoint.open(write_headers_only(tmp_path, PUBLISHED[name], shards=2)))
+    assert layout.parameters(layout.vocab_size, layout.intermediate_size) == parameters
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_random_checkpoints_of_every_family_are_accepted(
+    tmp_path: Path, model_type: str, tied: bool
+) -> None:
+    changes = {"model_type": model_type, "tie_word_embeddings": tied}
+    config = llama_config(32, 96, 2, 4, 2, 640, **changes)
+    layout = Layout.of(Checkpoint.open(write_random(tmp_path, config, max_shard_bytes=60_000)))
+    assert layout.tied == tied
+    assert len(layout.checkpoint.shards) > 1
+    embedding = layout.checkpoint.tensors[layout.family.embedding]
+    bits = np.fromfile(embedding.path, np.uint16, embedding.parameters, offset=embedding.start)
+    assert len(np.unique(bits.reshape(embedding.shape), axis=0)) == 640
+    assert np.abs((bits.astype(np.uint32) << 16).view(np.float32)).max() < 2**-4
+
+
+def test_the_synthetic_tokenizer_can_be_cut_and_loads(tmp_path: Path) -> None:
+    config = llama_config(32, 96, 1, 4, 2, 1024)
+    directory = write_tokenizer(write_headers_only(tmp_path, config), config)
+    assert rarity_of(Layout.of(Checkpoint.open(directory))).tokens == 1024
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    encoded = tokenizer.encode("A natural born citizen")
+    assert encoded.ids[0] == config["bos_token_id"]
+    assert tokenizer.decode(encoded.ids) == "A natural born citizen"
+
+
+def test_a_child_is_measured() -> None:
+    usage = measure(["sh", "-c", "echo done; sleep 0.02"])
+    assert usage.output == "done\n"
+    assert usage.peak_rss_bytes > 0
+    with pytest.raises(RuntimeError, match="ended with status 3"):
+        measure(["sh", "-c", "exit 3"])

@@ -1,0 +1,221 @@
+"""Measure what the project claims: the speed and memory of apply, calibrate and start.
+
+    python tools/bench.py apply --work DIR
+    python tools/bench.py calibrate MODEL --data TEXT
+    python tools/bench.py start --work DIR
+
+Every stage runs in a child process of its own. Linux only. This process stays small: what needs
+numpy or torch is done by children.
+"""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools.bench_child import Usage, compact_surgery, measure, python_module, summary
+
+MB = 10**6
+COLUMNS = {
+    "seconds": "wall s",
+    "synced_seconds": "synced s",
+    "pass_seconds": "pass s",
+    "load_seconds": "load s",
+    "user_seconds": "user s",
+    "system_seconds": "sys s",
+    "peak_rss_bytes": "RSS MB",
+    "peak_anonymous_bytes": "anon MB",
+}
+"""Fact of a stage → its heading in the table."""
+START_RUNS = 5
+ASK_FOR_MODULES = """
+import sys
+from surgery.cli import main
+main(sys.argv[1:], standalone_mode=False)
+print(*(name for name in ("torch", "transformers", "tokenizers") if name in sys.modules))
+"""
+"""Run a command and print, last, which of the heavy libraries it imported."""
+
+Facts = dict[str, Any]
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+work_option = click.option(
+    "--work",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Directory for the checkpoints that are made; made ones are used again.",
+)
+
+
+@click.group()
+def main() -> None:
+    """Measure seconds, peak memory and bytes read."""
+
+
+@main.command("apply")
+@click.option("--layers", default=8, show_default=True, help="Of the 8B-shaped checkpoint.")
+@click.option("--jobs", default=1, show_default=True, help="Of apply.")
+@click.option("--repeat", default=3, show_default=True, type=click.IntRange(1))
+@click.option("--full-load", is_flag=True, help="Compare with transformers, too.")
+@work_option
+@json_option
+def bench_apply(
+    layers: int, jobs: int, repeat: int, full_load: bool, work: Path, as_json: bool
+) -> None:
+    """Prune an 8B-shaped checkpoint to the paper's 35 % sizes, against cp of the result."""
+    measure(python_module("bench_make", "plan", work, str(layers)))
+    plan, out, copy = work / "plan.json", work / "out", work / "copy"
+    stages: dict[str, tuple[Sequence[str | Path], Path]] = {
+        "apply": (compact_surgery("apply", plan, "-o", out, "--jobs", str(jobs)), out),
+        "cp": (["cp", "-r", out, copy], copy),
+    }
+    if full_load:
+        full = work / "full"
+        stages["full load"] = (python_module("bench_full", plan, full), full)
+    _warm(work / "model")
+    runs: dict[str, list[tuple[Usage, float]]] = {name: [] for name in stages}
+    for _ in range(repeat):
+        _remove(place for _, place in stages.values())
+        for name, (command, place) in stages.items():
+            os.sync()
+            usage = measure(command)
+            runs[name].append((usage, _sync(place)))
+    facts: Facts = {
+        "layers": layers,
+        "jobs": jobs,
+        "repeat": repeat,
+        "source_bytes": _nbytes(work / "model"),
+        "output_bytes": _nbytes(out),
+    }
+    _remove(place for _, place in stages.values())
+    for name, measured in runs.items():
+        synced = [usage.seconds + seconds for usage, seconds in measured]
+        facts[name] = summary([u for u, _ in measured]) | {"synced_seconds": median(synced)}
+    for key in ("seconds", "synced_seconds"):
+        facts[f"{key}_over_cp"] = facts["apply"][key] / facts["cp"][key]
+    _show(facts, as_json, list(stages))
+
+
+@main.command("calibrate")
+@click.argument("model", type=click.Path(path_type=Path, exists=True))
+@click.option("--data", required=True, metavar="TEXT")
+@click.option("--samples", default=16, show_default=True)
+@click.option("--seq-len", default=256, show_default=True)
+@json_option
+def bench_calibrate(model: Path, data: str, samples: int, seq_len: int, as_json: bool) -> None:
+    """Take the statistics of MODEL streamed, and by a full load with hooks."""
+    stages: dict[str, Facts] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        for name in ("streamed", "full"):
+            sizes = (str(samples), str(seq_len), Path(directory) / "stats.safetensors")
+            usage = measure(python_module("bench_calibrate", name, model, data, *sizes))
+            stages[name] = summary([usage]) | json.loads(usage.output.splitlines()[-1])
+    streamed, full = stages["streamed"], stages["full"]
+    facts: Facts = {**stages}
+    facts["pass_over_full"] = streamed["pass_seconds"] / full["pass_seconds"]
+    both = full["load_seconds"] + full["pass_seconds"]
+    facts["pass_over_full_with_load"] = streamed["pass_seconds"] / both
+    facts["anonymous_over_bound"] = streamed["peak_anonymous_bytes"] / streamed["bound_bytes"]
+    facts["read_over_file"] = streamed["bytes_read"] / streamed["file_bytes"]
+    facts["read_over_needed"] = streamed["bytes_read"] / streamed["needed_bytes"]
+    facts["identical"] = full["identical"]
+    _show(facts, as_json, list(stages))
+
+
+@main.command("start")
+@work_option
+@json_option
+def bench_start(work: Path, as_json: bool) -> None:
+    """Start commands that read no weights on a 70B-shaped checkpoint of headers only."""
+    measure(python_module("bench_make", "headers", work))
+    model, plan = work / "model", work / "start.plan.json"
+    sizes = ("--vocab-size", "110976", "--intermediate-size", "16256")
+    stages: dict[str, tuple[str | Path, ...]] = {
+        "--help": ("--help",),
+        "inspect": ("inspect", model),
+        "plan": ("plan", model, *sizes, "-o", plan),
+    }
+    facts: Facts = {"source_bytes": _nbytes(model)}
+    for name, arguments in stages.items():
+        runs = [measure(compact_surgery(*arguments)) for _ in range(START_RUNS)]
+        asked = measure([sys.executable, "-c", ASK_FOR_MODULES, *arguments])
+        facts[name] = {**summary(runs), "imported": asked.output.splitlines()[-1].split()}
+    _show(facts, as_json, list(stages))
+
+
+def _show(facts: Facts, as_json: bool, stages: list[str]) -> None:
+    """Print one object, or a row per stage and below it whatever else there is."""
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    columns = [key for key in COLUMNS if any(key in facts[stage] for stage in stages)]
+    heads = "".join(f"{COLUMNS[key]:>10}" for key in columns)
+    click.echo(f"{'stage':<10}{heads}")
+    for stage in stages:
+        click.echo(f"{stage:<10}" + "".join(_cell(facts[stage], key) for key in columns))
+    for key, value in facts.items():
+        if key not in stages:
+            click.echo(f"{key:<26}{_text(value)}")
+    for stage in stages:
+        for key, value in facts[stage].items():
+            if key not in COLUMNS:
+                click.echo(f"{stage + ' ' + key:<26}{_text(value)}")
+
+
+def _cell(stage: Mapping[str, float], key: str) -> str:
+    if key not in stage:
+        return f"{'':>10}"
+    return f"{stage[key] / MB:>10.1f}" if key.endswith("_bytes") else f"{stage[key]:>10.3f}"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool | str):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_text(part)}" for key, part in value.items())
+    return " ".join(map(str, value)) or "none"
+
+
+def _warm(directory: Path) -> None:
+    """Read every file once, so that each run finds its source in the page cache."""
+    buffer = bytearray(MB)
+    for path in directory.iterdir():
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def _sync(directory: Path) -> float:
+    """Bring the files of ``directory`` to the disk and return the seconds that took."""
+    start = time.perf_counter()
+    for path in directory.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    return time.perf_counter() - start
+
+
+def _nbytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.iterdir())
+
+
+def _remove(directories: Iterable[Path]) -> None:
+    for directory in directories:
+        for path in (directory, directory.with_name(directory.name + ".partial")):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

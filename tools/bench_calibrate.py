@@ -1,0 +1,160 @@
+"""Children of the calibration benchmark: both take the same statistics and print their figures.
+
+python -m tools.bench_calibrate streamed|full MODEL TEXT SAMPLES SEQ_LEN STATS
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import calib.calibrate
+from calib.calibrate import ChannelSums, membership
+from calib.corpus import load_tokenizer, read_documents, token_windows
+from calib.decoder import Batch, MicroBatch, micro_batches
+from calib.weights import WeightReader
+from surgery.layout import Layout
+from surgery.stats import ChannelStats
+from surgery.steps import calibrate_model, open_model
+
+SLACK_BYTES = 400_000_000
+"""What the bound allows beside weights and hidden states: the interpreter, torch, activations."""
+
+Figures = dict[str, Any]
+
+
+def streamed(model: str, text: str, samples: int, seq_len: int, stats: Path) -> Figures:
+    """Calibrate as the command does and save the statistics; count bytes and seconds inside."""
+    layout, _ = open_model(model)
+    readers: list[WeightReader] = []
+    seconds: list[float] = []
+    inner = calib.calibrate.calibrate
+
+    class CountedReader(WeightReader):
+        def __enter__(self) -> "CountedReader":
+            readers.append(self)
+            return self
+
+    def timed(*arguments: Any, **options: Any) -> ChannelStats:
+        start = time.perf_counter()
+        result = inner(*arguments, **options)
+        seconds.append(time.perf_counter() - start)
+        return result
+
+    calib.calibrate.WeightReader = CountedReader  # type: ignore[misc]
+    calib.calibrate.calibrate = timed
+    result = calibrate_model(
+        layout,
+        None,
+        data=text,
+        samples=samples,
+        seq_len=seq_len,
+        seed=None,
+        device="cpu",
+        dtype="float32",
+    )
+    result.save(stats)
+    return {
+        "pass_seconds": seconds[0],
+        "bytes_read": readers[0].bytes_read,
+        **_sizes(layout, result),
+    }
+
+
+def full(model: str, text: str, samples: int, seq_len: int, stats: Path) -> Figures:
+    """Load the whole model, take the statistics of ``stats`` with hooks, compare the two."""
+    layout, _ = open_model(model)
+    expected = ChannelStats.load(stats)
+    tokenizer = load_tokenizer(layout.checkpoint.path)
+    windows = token_windows(read_documents(text), tokenizer, samples, seq_len)
+    start = time.perf_counter()
+    decoder = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, attn_implementation="sdpa"
+    ).model
+    loaded = time.perf_counter()
+    sums = _hooked_pass(decoder, windows, expected, layout.intermediate_size)
+    done = time.perf_counter()
+    pairs = [(s.sum_sq.numpy(), e) for s, e in zip(sums, expected.sum_sq, strict=True)]
+    pairs += [(s.sum_abs.numpy(), e) for s, e in zip(sums, expected.sum_abs, strict=True)]
+    return {
+        "load_seconds": loaded - start,
+        "pass_seconds": done - loaded,
+        "identical": all(np.array_equal(a, b) for a, b in pairs),
+        "largest_difference": max(float(np.max(np.abs(a - b)) / np.max(b)) for a, b in pairs),
+        "finite": bool(all(np.isfinite(a).all() for a, _ in pairs)),
+    }
+
+
+@torch.no_grad()
+def _hooked_pass(
+    decoder: nn.Module, windows: Sequence[np.ndarray], like: ChannelStats, channels: int
+) -> list[ChannelSums]:
+    """Run ``decoder`` over the micro-batches that streaming makes, a pre-hook on each down_proj."""
+    count = len(like.info.bucket_edges)
+    buckets = torch.from_numpy(like.bucket_of)
+    sums: list[ChannelSums] = []
+    current: list[MicroBatch] = []
+
+    def watch(layer: int, act: torch.Tensor) -> None:
+        member = membership(buckets[current[-1].ids], count)
+        sums[layer].add(act.flatten(0, -2), member)
+
+    for number, layer in enumerate(decoder.get_submodule("layers").children()):
+        sums.append(ChannelSums(count, channels, torch.device("cpu")))
+        layer.get_submodule("mlp.down_proj").register_forward_pre_hook(
+            lambda module, inputs, number=number: watch(number, inputs[0])
+        )
+    for part in micro_batches(_batches(windows)):
+        current.append(part)
+        decoder(input_ids=part.ids, use_cache=False)
+    return sums
+
+
+def _batches(windows: Sequence[np.ndarray]) -> list[Batch]:
+    """Group windows by length as ``StreamedDecoder.embed`` does, without hidden states."""
+    return [
+        Batch(torch.from_numpy(np.stack([w for w in windows if len(w) == n])), torch.empty(0), [])
+        for n in dict.fromkeys(map(len, windows))
+    ]
+
+
+def _sizes(layout: Layout, stats: ChannelStats) -> Figures:
+    """What the bound on anonymous memory and the bytes to read are made of."""
+    tensors = layout.checkpoint.tensors.values()
+    of_layer = dict.fromkeys(range(layout.num_hidden_layers), 0)
+    for tensor in tensors:
+        layer = layout.slots[tensor.name][1]
+        if layer is not None:
+            of_layer[layer] += tensor.parameters
+    embedding = layout.checkpoint.tensors[layout.family.embedding]
+    used, hidden_size = int(np.count_nonzero(stats.token_counts)), embedding.shape[1]
+    computed = 4
+    parts = {
+        "two_layers_bytes": 2 * max(of_layer.values()) * computed,
+        "hidden_bytes": stats.info.tokens * hidden_size * computed,
+        "embedding_bytes": used * hidden_size * computed,
+        "slack_bytes": SLACK_BYTES,
+    }
+    return {
+        "windows": stats.info.samples,
+        "tokens": stats.info.tokens,
+        "threads": torch.get_num_threads(),
+        "file_bytes": layout.checkpoint.nbytes,
+        "needed_bytes": sum(t.nbytes for t in tensors if layout.slots[t.name][1] is not None)
+        + used * hidden_size * embedding.itemsize,
+        "bound_bytes": sum(parts.values()),
+        "bound": parts,
+    }
+
+
+if __name__ == "__main__":
+    mode, model, text, samples, seq_len, stats = sys.argv[1:]
+    run = {"streamed": streamed, "full": full}[mode]
+    print(json.dumps(run(model, text, int(samples), int(seq_len), Path(stats))))

@@ -1,0 +1,79 @@
+"""Make what the benchmarks work on, in a process of its own so that its memory is not theirs.
+
+python -m tools.bench_make plan DIR LAYERS      DIR/model, random, and DIR/plan.json
+python -m tools.bench_make headers DIR          DIR/model, 70B-shaped, headers only
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from surgery.budget import Sizes
+from surgery.checkpoint import Checkpoint
+from surgery.layout import Layout
+from surgery.plan import make_plan
+from surgery.stats import ChannelStats, StatsInfo
+from surgery.vocabulary import rarity_of
+from tools.shapes import PUBLISHED, write_headers_only, write_random, write_tokenizer
+
+PAPER_SIZES = Sizes(67840, 8448)
+"""V' and I' of LLaMA-3.1-8B at 35 % in the paper."""
+SHARDS_70B = 30
+
+
+def make_planned(directory: Path, layers: int) -> None:
+    """Write ``model``, 8B-shaped with ``layers`` layers, and ``plan.json``, unless there already.
+
+    The channels that stay are random.
+    """
+    model, plan = directory / "model", directory / "plan.json"
+    config = PUBLISHED["Llama-3.1-8B"] | {"num_hidden_layers": layers}
+    if plan.exists() and json.loads((model / "config.json").read_text()) == config:
+        return
+    plan.unlink(missing_ok=True)
+    for old in model.glob("*.safetensors*"):
+        old.unlink()
+    write_tokenizer(write_random(model, config), config)
+    layout = Layout.of(Checkpoint.open(model))
+    made = make_plan(
+        layout,
+        rarity_of(layout),
+        PAPER_SIZES,
+        _random_stats(layout, PAPER_SIZES.vocab_size),
+        criterion="common-act2",
+        source=str(model.resolve()),
+    )
+    made.save(plan)
+
+
+def make_headers(directory: Path) -> None:
+    """Write ``model``: the headers and the tokenizer of a 70B checkpoint."""
+    config = PUBLISHED["Llama-3.1-70B"]
+    write_tokenizer(write_headers_only(directory / "model", config, SHARDS_70B), config)
+
+
+def _random_stats(layout: Layout, edge: int) -> ChannelStats:
+    generator = np.random.default_rng(0)
+    shape = (layout.num_hidden_layers, 2, layout.intermediate_size)
+    sum_sq, sum_abs = generator.random(shape), generator.random(shape)
+    info = StatsInfo(
+        fingerprint=layout.checkpoint.fingerprint,
+        text_digest="random",
+        samples=0,
+        seq_len=0,
+        tokens=0,
+        bucket_edges=[edge, layout.vocab_size],
+        dtype="float32",
+    )
+    counts = np.ones(layout.vocab_size, dtype=np.int64)
+    buckets = rarity_of(layout).buckets(info.bucket_edges)
+    return ChannelStats(info, list(sum_sq), list(sum_abs), counts, buckets)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "plan":
+        make_planned(Path(sys.argv[2]), int(sys.argv[3]))
+    else:
+        make_headers(Path(sys.argv[2]))
