@@ -8,7 +8,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.layout import Layout
 from surgery.vocabulary import rarity_of
 from tests.tiny import MODEL_TYPES
-from tools.bench_child import measure
+from tools.bench.child import measure
 from tools.shapes import PUBLISHED, llama_config, write_headers_only, write_random, write_tokenizer
 
 

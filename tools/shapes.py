@@ -16,7 +16,7 @@ from surgery.checkpoint import INDEX_NAME, SINGLE_NAME
 from surgery.families import Family, Slot, family_of
 from surgery.header import ITEMSIZE, encode_header
 from surgery.jsonfile import dump_json
-from tools.bench_tokenizer import SPECIAL_TOKENS, synthetic_tokenizer
+from tools.synthetic_tokenizer import SPECIAL_TOKENS, synthetic_tokenizer
 
 DTYPE = "BF16"
 MAX_SHARD_BYTES = 2_500_000_000

@@ -1,7 +1,7 @@
 """Make what the benchmarks work on, in a process of its own so that its memory is not theirs.
 
-python -m tools.bench_make plan DIR LAYERS      DIR/model, random, and DIR/plan.json
-python -m tools.bench_make headers DIR          DIR/model, 70B-shaped, headers only
+python -m tools.bench.make plan DIR LAYERS      DIR/model, random, and DIR/plan.json
+python -m tools.bench.make headers DIR          DIR/model, 70B-shaped, headers only
 """
 
 import json

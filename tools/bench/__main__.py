@@ -1,8 +1,8 @@
 """Measure what the project claims: the speed and memory of apply, calibrate and start.
 
-    python tools/bench.py apply --work DIR
-    python tools/bench.py calibrate MODEL --data TEXT
-    python tools/bench.py start --work DIR
+    python -m tools.bench apply --work DIR
+    python -m tools.bench calibrate MODEL --data TEXT
+    python -m tools.bench start --work DIR
 
 Every stage runs in a child process of its own. Linux only. This process stays small: what needs
 numpy or torch is done by children.
@@ -21,9 +21,7 @@ from typing import Any
 
 import click
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from tools.bench_child import Usage, compact_surgery, measure, python_module, summary
+from tools.bench.child import Usage, compact_surgery, measure, python_module, summary
 
 MB = 10**6
 COLUMNS = {
@@ -72,7 +70,7 @@ def bench_apply(
     layers: int, jobs: int, repeat: int, full_load: bool, work: Path, as_json: bool
 ) -> None:
     """Prune an 8B-shaped checkpoint to the paper's 35 % sizes, against cp of the result."""
-    measure(python_module("bench_make", "plan", work, str(layers)))
+    measure(python_module("make", "plan", work, str(layers)))
     plan, out, copy = work / "plan.json", work / "out", work / "copy"
     stages: dict[str, tuple[Sequence[str | Path], Path]] = {
         "apply": (compact_surgery("apply", plan, "-o", out, "--jobs", str(jobs)), out),
@@ -80,7 +78,7 @@ def bench_apply(
     }
     if full_load:
         full = work / "full"
-        stages["full load"] = (python_module("bench_full", plan, full), full)
+        stages["full load"] = (python_module("full_load", plan, full), full)
     _warm(work / "model")
     runs: dict[str, list[tuple[Usage, float]]] = {name: [] for name in stages}
     for _ in range(repeat):
@@ -117,7 +115,7 @@ def bench_calibrate(model: Path, data: str, samples: int, seq_len: int, as_json:
     with tempfile.TemporaryDirectory() as directory:
         for name in ("streamed", "full"):
             sizes = (str(samples), str(seq_len), Path(directory) / "stats.safetensors")
-            usage = measure(python_module("bench_calibrate", name, model, data, *sizes))
+            usage = measure(python_module("calibrate", name, model, data, *sizes))
             stages[name] = summary([usage]) | json.loads(usage.output.splitlines()[-1])
     streamed, full = stages["streamed"], stages["full"]
     facts: Facts = {**stages}
@@ -136,7 +134,7 @@ def bench_calibrate(model: Path, data: str, samples: int, seq_len: int, as_json:
 @json_option
 def bench_start(work: Path, as_json: bool) -> None:
     """Start commands that read no weights on a 70B-shaped checkpoint of headers only."""
-    measure(python_module("bench_make", "headers", work))
+    measure(python_module("make", "headers", work))
     model, plan = work / "model", work / "start.plan.json"
     sizes = ("--vocab-size", "110976", "--intermediate-size", "16256")
     stages: dict[str, tuple[str | Path, ...]] = {

@@ -1,6 +1,6 @@
 """The usual way, for comparison: load the whole model with transformers, slice it, save it.
 
-python -m tools.bench_full PLAN OUTPUT
+python -m tools.bench.full_load PLAN OUTPUT
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Children of the calibration benchmark: both take the same statistics and print their figures.
 
-python -m tools.bench_calibrate streamed|full MODEL TEXT SAMPLES SEQ_LEN STATS
+python -m tools.bench.calibrate streamed|full MODEL TEXT SAMPLES SEQ_LEN STATS
 """
 
 import json

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 PAUSE_SECONDS = 0.002
 """Between two looks at the child: the error of a wall time, and of a peak between two looks."""
 
@@ -70,8 +70,8 @@ def compact_surgery(*arguments: str | Path) -> list[str | Path]:
 
 
 def python_module(module: str, *arguments: str | Path) -> list[str | Path]:
-    """Return the command line that runs a module of this directory in a child."""
-    return [sys.executable, "-m", f"tools.{module}", *arguments]
+    """Return the command line that runs a module of this package in a child."""
+    return [sys.executable, "-m", f"tools.bench.{module}", *arguments]
 
 
 def summary(runs: Sequence[Usage]) -> dict[str, float]:

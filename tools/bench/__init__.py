@@ -1,0 +1,1 @@
+"""Speed and memory of the commands: what the project claims, measured."""
