@@ -15,7 +15,7 @@ from surgery.checkpoint import INDEX_NAME, Checkpoint
 from surgery.companions import companion_files, pruned_config
 from surgery.edits import Edit, edits
 from surgery.header import encode_header
-from surgery.jsonfile import dump_json
+from surgery.jsonfile import dump_json, dump_table
 from surgery.layout import Layout
 from surgery.plan import Plan
 from surgery.stream import stream_edit, write_all
@@ -138,4 +138,4 @@ def _index(index: dict[str, Any], plan: Plan) -> bytes:
 def _provenance(plan: Plan) -> bytes:
     place_free = msgspec.structs.replace(plan, output=None)
     file = ProvenanceFile(__version__, plan.digest, place_free)
-    return msgspec.json.format(msgspec.json.encode(file), indent=2) + b"\n"
+    return dump_table(file)

@@ -10,7 +10,7 @@ from surgery.configs import rewrite_config, visit_ids
 from surgery.errors import TokenizerError
 from surgery.families import family_of
 from surgery.idmap import IdMap
-from surgery.jsonfile import dump_json, read_json
+from surgery.jsonfile import dump_json, dump_table, read_json
 from surgery.plan import Plan
 from surgery.tokenizer import TokenizerFile
 
@@ -22,6 +22,9 @@ CARRIED = re.compile(
 
 SHADOWING = ("tekken.json", "params.json", "tokenizer.model")
 """Vocabulary files that other loaders prefer silently: never left stale beside a cut one."""
+
+TABLES = ("vocab.json", "added_tokens.json")
+"""Files of token → id."""
 
 OWN = ("config.json", INDEX_NAME, "README.md", "compact_surgery.json")
 """Files that apply writes itself."""
@@ -54,6 +57,23 @@ def companion_files(plan: Plan, checkpoint: Checkpoint) -> dict[str, bytes]:
     return {name: _rewrite(directory / name, source, cut, ids) for name in names}
 
 
+def check_companions(plan: Plan, checkpoint: Checkpoint) -> None:
+    """Refuse, while planning, what ``companion_files`` would refuse later.
+
+    Raises:
+        TokenizerError: as there.
+    """
+    directory, ids = checkpoint.path, plan.ids()
+    pruned_config(plan, checkpoint)
+    if ids.identity:
+        return
+    for path in (directory / name for name in _carried(directory, ids)):
+        if path.name in TABLES:
+            _rewrite_table(path, TokenizerFile.open(directory), ids)
+        elif path.suffix == ".json" and path.name != tokenizer.FILE_NAME:
+            visit_ids(read_json(path), ids.new, path)
+
+
 def pruned_config(plan: Plan, checkpoint: Checkpoint) -> bytes:
     """config.json of the output; the source's own bytes when nothing changes."""
     path = checkpoint.path / "config.json"
@@ -74,12 +94,12 @@ def _carried(directory: Path, ids: IdMap) -> list[str]:
 
 def _rewrite(path: Path, source: TokenizerFile, cut: dict[str, Any], ids: IdMap) -> bytes:
     if path.name == tokenizer.FILE_NAME:
-        return dump_json(cut)
+        return dump_table(cut)
     if path.name == "merges.txt":
         lines = (m if isinstance(m, str) else " ".join(m) for m in cut["model"]["merges"])
         return "\n".join(["#version: 0.2", *lines, ""]).encode("utf-8")
-    if path.name in ("vocab.json", "added_tokens.json"):
-        return dump_json(_rewrite_table(path, source, ids))
+    if path.name in TABLES:
+        return dump_table(_rewrite_table(path, source, ids))
     if path.suffix == ".json":
         return dump_json(visit_ids(read_json(path), ids.new, path))
     return path.read_bytes()

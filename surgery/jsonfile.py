@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from surgery.errors import CheckpointError
 
 MAX_DEPTH = 100
@@ -62,6 +64,14 @@ def parse_json(raw: bytes, where: Path) -> dict[str, Any]:
 def dump_json(value: object) -> bytes:
     """Return ``value`` as the hub writes its JSON: two spaces, UTF-8, a final newline."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def dump_table(value: object) -> bytes:
+    """The same layout through msgspec: a vocabulary in a fraction of the time and memory.
+
+    Its numbers must fit 64 bits, and it writes 1e-05 as 1e-5, so configs go through ``dump_json``.
+    """
+    return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -13,7 +13,7 @@ from surgery.errors import PlanError, StatsError
 from surgery.families import FFN, VOCAB
 from surgery.header import TensorRef
 from surgery.idmap import IdMap
-from surgery.jsonfile import write_atomic
+from surgery.jsonfile import dump_table, write_atomic
 from surgery.layout import Layout
 from surgery.selection import MAKE_AGAIN
 from surgery.stats import ChannelStats
@@ -115,7 +115,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def encode(self) -> bytes:
         """The plan as JSON; the same plan gives the same bytes."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
+        return dump_table(self)
 
     @property
     def digest(self) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from surgery.apply import apply_plan
 from surgery.budget import Sizes, candidate_vocab_sizes, split
 from surgery.checkpoint import Checkpoint
-from surgery.companions import companion_files, pruned_config
+from surgery.companions import check_companions
 from surgery.errors import BudgetError, TokenizerError
 from surgery.layout import Layout
 from surgery.plan import Plan, make_plan
@@ -114,8 +114,7 @@ def plan_model(
         ratio=ratio,
     )
     # What apply would refuse in the files beside the weights is refused now.
-    companion_files(plan, layout.checkpoint)
-    pruned_config(plan, layout.checkpoint)
+    check_companions(plan, layout.checkpoint)
     return plan
 
 

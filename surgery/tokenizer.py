@@ -1,6 +1,6 @@
 """tokenizer.json as the pruner sees it: loaded and validated, rewritten through the id map."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress
@@ -63,20 +63,22 @@ class TokenizerFile:
         Raises:
             TokenizerError: a rule is no pair, or a part or product is not in the vocabulary.
         """
-        pairs = [_pair(entry, self.path) for entry in self.merge_entries]
+        return np.fromiter(self._merge_ids(), dtype=(np.int64, 3), count=len(self.merge_entries))
+
+    def _merge_ids(self) -> Iterator[tuple[int, int, int]]:
+        """One rule at a time: a list of all of them would double apply's memory."""
         vocab = self.vocab
-        try:
-            rows = [(vocab[a], vocab[b], vocab[a + b]) for a, b in pairs]
-        except KeyError as error:
-            part = error.args[0]
-            a, b = next(pair for pair in pairs if part in (*pair, "".join(pair)))
-            raise TokenizerError(
-                f"{self.path}: merge {a!r} {b!r}",
-                "needs a token that the vocabulary lacks",
-                expected=repr(part),
-                fix=AGAIN,
-            ) from error
-        return np.array(rows, dtype=np.int64).reshape(-1, 3)
+        for entry in self.merge_entries:
+            left, right = _pair(entry, self.path)
+            try:
+                yield vocab[left], vocab[right], vocab[left + right]
+            except KeyError as error:
+                raise TokenizerError(
+                    f"{self.path}: merge {left!r} {right!r}",
+                    "needs a token that the vocabulary lacks",
+                    expected=repr(error.args[0]),
+                    fix=AGAIN,
+                ) from error
 
     @cached_property
     def added(self) -> dict[str, int]:
@@ -233,11 +235,7 @@ def _clash(path: Path, id_: int, first: str, second: str) -> TokenizerError:
 
 def _pair(entry: Any, path: Path) -> tuple[str, str]:
     parts = entry.split(" ") if isinstance(entry, str) else entry
-    if (
-        not isinstance(parts, list)
-        or len(parts) != 2
-        or not all(isinstance(part, str) for part in parts)
-    ):
+    if not (isinstance(parts, list) and [type(part) for part in parts] == [str, str]):
         raise TokenizerError(f"{path}: merge {entry!r}", "is not a pair of tokens", fix=AGAIN)
     return parts[0], parts[1]
 

@@ -18,6 +18,9 @@ WHITESPACE = frozenset("ĠĊĉč")
 DEAD = np.iinfo(np.int64).max
 """Rank of a vocabulary entry that no merge produces: it can never occur."""
 
+NO_RULE = (DEAD, -1)
+"""Rank and product of a pair that no merge joins."""
+
 
 @dataclass(frozen=True, eq=False)
 class Rarity:
@@ -184,13 +187,12 @@ class Canonical:
             return ()
         parts, rules = [self._ids[character] for character in token], self._rules
         while len(parts) > 1:
-            found = [
-                (rules[pair], place) for place, pair in enumerate(pairwise(parts)) if pair in rules
-            ]
-            if not found:
+            found = [rules.get(pair, NO_RULE) for pair in pairwise(parts)]
+            best = min(found)
+            if best is NO_RULE:
                 break
-            (_, product), place = min(found)
             if len(parts) == 2:
-                return (parts[0], parts[1]) if product == id_ else ()
-            parts[place : place + 2] = [product]
+                return (parts[0], parts[1]) if best[1] == id_ else ()
+            place = found.index(best)
+            parts[place : place + 2] = [best[1]]
         return ()
