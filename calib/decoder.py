@@ -12,13 +12,17 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from calib.memory import release_freed_memory
 from calib.weights import WeightReader
 from surgery.checkpoint import Checkpoint
 from surgery.errors import CheckpointError
 from surgery.layout import Layout
 
-MICRO_BATCH_TOKENS = 2048
+MICRO_BATCH_TOKENS = 1024
 """Tokens that go through a layer at a time (one window at least)."""
+
+RELEASE_EVERY = 8
+"""Micro-batches after which freed memory is given back; its 6 ms then cost below 1 %."""
 
 HEAD_ROWS = 8192
 """Rows of lm_head in memory at a time."""
@@ -65,6 +69,7 @@ class StreamedDecoder:
         """Build the model from config.json without weights; nothing of it is random."""
         self.layout = layout
         self.reader = reader
+        release_freed_memory()  # of planning and tokenizing, before the weights come
         self._model = _empty_model(layout.checkpoint, reader.dtype)
         _check_shapes(self._model, layout)
         self._model.requires_grad_(False)
@@ -118,8 +123,10 @@ class StreamedDecoder:
                 layer.load_state_dict(following.result(), assign=True)
                 if index < last:
                     following = background.submit(self._read_layer, index + 1)
-                for part in micro_batches(batches):
+                for count, part in enumerate(micro_batches(batches)):
                     self._run(index, layer, part, watch, stop_early and index == last)
+                    if count % RELEASE_EVERY == 0:
+                        release_freed_memory()
                 layer.to("meta")
 
     @torch.no_grad()

@@ -13,6 +13,9 @@ from surgery.selection import runs
 
 TORCH_DTYPE = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
+BLOCK_BYTES = 16 << 20
+"""Bytes of a tensor that are read before they are converted."""
+
 
 class WeightReader:
     """Positional reads from the shards of a checkpoint, in the dtype and on the device asked for.
@@ -40,8 +43,19 @@ class WeightReader:
         return self.rows(name, np.arange(self._tensors[name].shape[0]))
 
     def rows(self, name: str, rows: np.ndarray) -> torch.Tensor:
-        """Return the ascending ``rows`` of tensor ``name``: ``(len(rows), ...)``."""
+        """Return the ascending ``rows`` of tensor ``name``: ``(len(rows), ...)``.
+
+        They are converted a block at a time, so that no tensor is in memory in two dtypes.
+        """
         ref = self._tensors[name]
+        result = torch.empty((len(rows), *ref.shape[1:]), dtype=self.dtype, device=self.device)
+        step = max(1, BLOCK_BYTES // (ref.nbytes // ref.shape[0]))
+        for start in range(0, len(rows), step):
+            result[start : start + step].copy_(self._stored(ref, rows[start : start + step]))
+        return result
+
+    def _stored(self, ref: TensorRef, rows: np.ndarray) -> torch.Tensor:
+        """Read ``rows`` as the file has them, a positional read for each run of rows."""
         stored = torch.empty((len(rows), *ref.shape[1:]), dtype=TORCH_DTYPE[ref.dtype])
         row_bytes = ref.nbytes // ref.shape[0]
         target = stored.view(-1).view(torch.uint8).numpy().data
@@ -50,7 +64,7 @@ class WeightReader:
             length = (last - first) * row_bytes
             self._fill(ref, target[:length], ref.start + first * row_bytes)
             target = target[length:]
-        return stored.to(self.device, self.dtype)
+        return stored
 
     def _fill(self, ref: TensorRef, target: memoryview, offset: int) -> None:
         if ref.path not in self._files:
