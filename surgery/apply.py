@@ -21,6 +21,9 @@ from surgery.plan import Plan
 from surgery.stream import stream_edit, write_all
 from surgery.writer import OutputDirectory
 
+JOBS = 4
+"""Shards at a time: while one is synced to the disk another is copied (8B shape: 2.4 s for 3.2)."""
+
 PROVENANCE_NAME = "compact_surgery.json"
 
 
@@ -40,7 +43,7 @@ def apply_plan(
     output: Path,
     *,
     resume: bool = False,
-    jobs: int = 1,
+    jobs: int = JOBS,
     progress: Callable[[int], object] = lambda nbytes: None,
 ) -> None:
     """Write the checkpoint that ``plan`` makes of ``source`` to the new directory ``output``.

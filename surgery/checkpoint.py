@@ -13,6 +13,7 @@ from surgery.jsonfile import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+TOKENIZER_NAME = "tokenizer.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
 
 
@@ -63,8 +64,10 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over config.json and all headers: what a plan or statistics belong to."""
+        """SHA-256 over config.json, tokenizer.json and headers: what plans and statistics fit."""
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        if (self.path / TOKENIZER_NAME).exists():
+            digest.update((self.path / TOKENIZER_NAME).read_bytes())
         for name, shard in sorted(self.shards.items()):
             digest.update(name.encode())
             digest.update(shard.raw)

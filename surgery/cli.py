@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from surgery import __version__
+from surgery.apply import JOBS
 from surgery.errors import SurgeryError
 from surgery.options import (
     compute_options,
@@ -130,7 +131,7 @@ def plan(
 @click.option("-o", "output", type=path_type, metavar="DIR", help="Instead of the plan's.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same plan.")
 @click.option(
-    "--jobs", default=1, show_default=True, type=click.IntRange(1), help="Shards at a time."
+    "--jobs", default=JOBS, show_default=True, type=click.IntRange(1), help="Shards at a time."
 )
 def apply(plan_path: Path, output: Path | None, resume: bool, jobs: int) -> None:
     """Stream a plan's source into a new checkpoint directory."""
@@ -246,7 +247,7 @@ def prune(
     made = plan_model(layout, source, chosen, stats, criterion, ratio, output)
     made.save(output.with_name(output.name + ".plan.json"))
     _show_plan(made, path)
-    run_apply(made, path, output, resume=False, jobs=1)
+    run_apply(made, path, output, resume=False, jobs=JOBS)
     report = verify_files(output, made, path)
     click.echo(report.table())
     sys.exit(0 if report.ok else 1)

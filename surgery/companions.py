@@ -52,7 +52,7 @@ def companion_files(plan: Plan, checkpoint: Checkpoint) -> dict[str, bytes]:
     names = _carried(directory, ids)
     if ids.identity:
         return {name: (directory / name).read_bytes() for name in names}
-    source = TokenizerFile.open(directory)
+    source = TokenizerFile.reopen(directory)
     cut = source.rewrite(ids)
     return {name: _rewrite(directory / name, source, cut, ids) for name in names}
 

@@ -55,7 +55,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     source: str
     """Directory, or hub id ``org/name@revision``."""
     fingerprint: str
-    """Of the source: config and headers."""
+    """Of the source: config, tokenizer and headers."""
     output: str | None
     """Directory to write, unless ``apply -o`` names another."""
     before: Shape

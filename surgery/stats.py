@@ -18,7 +18,7 @@ class StatsInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where the statistics come from; stored in the file's metadata."""
 
     fingerprint: str
-    """Of the source checkpoint: config and headers."""
+    """Of the source checkpoint: config, tokenizer and headers."""
     text_digest: str
     """SHA-256 over the calibration windows' token ids."""
     samples: int

@@ -7,13 +7,15 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
+from surgery.checkpoint import TOKENIZER_NAME
 from surgery.errors import TokenizerError
 from surgery.idmap import IdMap
 from surgery.jsonfile import read_json
 
-FILE_NAME = "tokenizer.json"
+FILE_NAME = TOKENIZER_NAME
 AGAIN = "download the file again"
 
 
@@ -40,6 +42,22 @@ class TokenizerFile:
                 "whole",
             )
         tokenizer = cls(path, read_json(path))
+        tokenizer._check_type()
+        tokenizer._check_ids()
+        return tokenizer
+
+    @classmethod
+    def reopen(cls, directory: Path) -> "TokenizerFile":
+        """Load a file that ``open`` has seen: a plan's fingerprint says that it is the same.
+
+        Without the search for keys given twice it takes a third less memory, which makes it the
+        smaller part of apply's.
+        """
+        path = directory / FILE_NAME
+        try:
+            tokenizer = cls(path, msgspec.json.decode(path.read_bytes(), type=dict[str, Any]))
+        except (OSError, msgspec.MsgspecError, RecursionError) as error:
+            raise TokenizerError(path, "cannot be read", found=error, fix=AGAIN) from error
         tokenizer._check_type()
         tokenizer._check_ids()
         return tokenizer

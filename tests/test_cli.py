@@ -190,3 +190,16 @@ def test_the_model_card_names_sizes_method_and_plan(pruned: Path) -> None:
     for word in ("base_model:", "512", "64", "common-act2", plan.digest[:16], "2509.06836"):
         assert word in card
     assert str(pruned.parent) not in card
+
+
+def test_a_tokenizer_changed_after_planning_is_refused(
+    tmp_path: Path, llama: Path, run: Run
+) -> None:
+    source, plan = Path(shutil.copytree(llama, tmp_path / "source")), tmp_path / "plan.json"
+    whole = ("--vocab-size", 512, "--intermediate-size", tiny.INTERMEDIATE_SIZE)
+    assert run("plan", source, *whole, "-o", plan).exit_code == 0
+    path = source / "tokenizer.json"
+    path.write_text(path.read_text().replace('"dropout": null', '"dropout": 0.1'))
+    result = run("apply", plan, "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "is not the checkpoint that the plan was made for" in result.output
