@@ -71,7 +71,7 @@ def calibrate(
     flat = np.concatenate(windows)
     if flat.max() >= layout.vocab_size:
         raise DataError(
-            "text",
+            "--data",
             "has a token without a row in the embedding",
             expected=f"ids below {layout.vocab_size}",
             found=int(flat.max()),

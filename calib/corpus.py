@@ -89,7 +89,7 @@ def token_windows(
     longest = max(map(len, windows), default=0)
     if longest < seq_len:
         raise DataError(
-            "text",
+            "--data",
             "has no full window",
             expected=f"a document of {seq_len} tokens",
             found=f"at most {longest}",
@@ -124,7 +124,7 @@ def byte_windows(documents: Iterable[str], samples: int, window_bytes: int) -> l
             windows.append(raw[start:stop].decode("utf-8"))
             start = stop
     if not windows:
-        raise DataError("text", "is empty", fix="give a file with text in it")
+        raise DataError("--data", "is empty", fix="give a file with text in it")
     return windows
 
 

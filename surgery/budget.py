@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from surgery.errors import BudgetError
 from surgery.families import FFN, VOCAB
 from surgery.layout import Layout
@@ -38,7 +40,7 @@ def check_sizes(layout: Layout, sizes: Sizes) -> None:
     """
     if not 1 <= sizes.intermediate_size <= layout.intermediate_size:
         raise BudgetError(
-            "intermediate_size",
+            "--intermediate-size",
             "is out of reach",
             expected=f"1 to {layout.intermediate_size} (the source's channels)",
             found=sizes.intermediate_size,
@@ -77,7 +79,11 @@ def split(layout: Layout, ratio: float, smallest_vocab: int) -> Sizes:
     total = layout.parameters(full.vocab_size, full.intermediate_size)
     if not 0 < ratio < 1:
         raise BudgetError(
-            "ratio", "is out of reach", expected="above 0, below 1", found=ratio, fix="choose less"
+            "--ratio",
+            "is no share of the parameters",
+            expected="above 0, below 1",
+            found=ratio,
+            fix="choose one",
         )
     row, channel = layout.axis_cost(VOCAB), layout.axis_cost(FFN)
     target = vocabulary_first(layout, ratio * total)
@@ -116,13 +122,14 @@ def _nearest(wanted: float, low: int, high: int) -> int:
 
 def _unreachable(layout: Layout, ratio: float, smallest_vocab: int) -> BudgetError:
     total = layout.parameters(layout.vocab_size, layout.intermediate_size)
-    least = layout.parameters(
-        _steps(smallest_vocab, layout.vocab_size)[0], _steps(1, layout.intermediate_size)[0]
-    )
+    rows = layout.vocab_size - np.array(_steps(smallest_vocab, layout.vocab_size))
+    channels = layout.intermediate_size - np.array(_steps(1, layout.intermediate_size))
+    removed = np.add.outer(rows * layout.axis_cost(VOCAB), channels * layout.axis_cost(FFN)) / total
+    nearest = removed.flat[np.argmin(np.abs(removed - ratio))]
     return BudgetError(
-        "ratio",
+        "--ratio",
         f"no sizes in steps of {MULTIPLE_OF} meet it",
-        expected=f"at most {1 - least / total:.3f}",
+        expected=f"at most {removed.max():.4f}; nearest is {nearest:.4f}",
         found=ratio,
         fix="choose another ratio, or give --vocab-size and --intermediate-size",
     )

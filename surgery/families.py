@@ -83,6 +83,10 @@ def family_of(config: Mapping[str, Any], where: object) -> Family:
         FamilyError: the table has no such model type.
     """
     model_type = config.get("model_type")
+    if model_type is None:
+        raise FamilyError(
+            where, "names no model_type", expected=f"one of {', '.join(FAMILIES)}", fix="add it"
+        )
     if model_type not in FAMILIES:
         raise FamilyError(
             where,

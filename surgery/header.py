@@ -23,6 +23,12 @@ ITEMSIZE = {
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the reference parser."""
 
+MIN_BYTES = 10
+"""The length of the header and an empty JSON object."""
+
+LFS_PREFIX = b"version "
+"""How a git-lfs pointer begins, which a clone without git-lfs leaves in a shard's place."""
+
 METADATA_KEY = "__metadata__"
 AGAIN = "download the file again"
 
@@ -113,12 +119,24 @@ def encode_header(
 
 
 def _header_length(path: Path, prefix: bytes, size: int) -> int:
-    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+    if prefix == LFS_PREFIX:
+        raise CheckpointError(
+            path, "is a git-lfs pointer, not the shard itself", fix="git lfs pull"
+        )
+    if size < MIN_BYTES:
+        raise CheckpointError(
+            path,
+            "shard is truncated",
+            expected=f"at least {MIN_BYTES} bytes",
+            found=size,
+            fix=AGAIN,
+        )
+    length = struct.unpack("<Q", prefix)[0]
     if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
         raise CheckpointError(
             path,
             "shard is truncated or not safetensors",
-            expected=f"a header of 2 to {max(min(size - 8, MAX_HEADER_BYTES), 2)} bytes",
+            expected=f"a header of 2 to {min(size - 8, MAX_HEADER_BYTES)} bytes",
             found=f"{length} bytes of header in a file of {size}",
             fix=AGAIN,
         )

@@ -137,7 +137,11 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return msgspec.json.decode(path.read_bytes(), type=cls)
         except PlanError as error:
             raise error.inside(path) from error
-        except (OSError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        except OSError as error:
+            raise PlanError(
+                path, "cannot be read", found=error.strerror, fix="name the plan's file"
+            ) from error
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise PlanError(path, "is not a plan", found=error, fix=MAKE_AGAIN) from error
 
 

@@ -73,7 +73,12 @@ class ChannelStats:
             with safe_open(path, framework="numpy") as file:
                 info = msgspec.json.decode((file.metadata() or {}).get(KEY, ""), type=StatsInfo)
                 arrays = {name: file.get_tensor(name) for name in list(file.keys())}
-        except (SafetensorError, OSError, msgspec.MsgspecError) as error:
+        except OSError as error:
+            reason = error.strerror or error
+            raise StatsError(
+                path, "cannot be read", found=reason, fix="name the file that calibrate wrote"
+            ) from error
+        except (SafetensorError, msgspec.MsgspecError) as error:
             raise StatsError(path, "is not a statistics file", found=error, fix=AGAIN) from error
         if info.format != FORMAT:
             raise StatsError(

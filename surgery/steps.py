@@ -41,8 +41,8 @@ def choose_sizes(
         intermediate_size is None
     ):
         raise BudgetError(
-            "target",
-            "is not clear",
+            "sizes",
+            "are not clear",
             expected="--ratio, or --vocab-size and --intermediate-size",
             fix="give one or the other",
         )

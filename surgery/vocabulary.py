@@ -43,7 +43,7 @@ class Rarity:
         """
         if not self.must_keep <= vocab_size <= len(self.order):
             raise BudgetError(
-                "vocab_size",
+                "--vocab-size",
                 "is out of reach",
                 expected=f"{self.must_keep} (bytes, special and referenced tokens, white space) "
                 f"to {len(self.order)} (the source's rows)",

@@ -288,7 +288,11 @@ SHARDS = [
     Case("shard cut inside its header", cut(f"model/{SHARD_2}", 100), INSPECT,
          (SHARD_2, "truncated", "expected", "found", "in a file of 100", "download")),
     Case("empty shard", cut(f"model/{SHARD_2}", 0), INSPECT,
-         (SHARD_2, "truncated", "in a file of 0", "download")),
+         (SHARD_2, "truncated", "expected at least 10 bytes", "found 0", "download")),
+    Case("git-lfs pointer", write(f"model/{SHARD_1}", "version https://git-lfs\noid sha256:0\n"),
+         INSPECT, (SHARD_1, "git-lfs pointer", "git lfs pull")),
+    Case("no model_type", no_config_key("model_type"), INSPECT,
+         ("config.json", "names no model_type", "expected one of llama", "add it")),
     Case("shard is no safetensors", write(f"model/{SHARD_1}", "<html>Not found</html>"), INSPECT,
          (SHARD_1, "not safetensors", "expected", "found", "download")),
     Case("shard with bytes behind", append(f"model/{SHARD_1}", b"1234"), INSPECT,
@@ -398,15 +402,15 @@ CONFIGS = [
 SIZE_OPTIONS = [
     Case("vocabulary below what must stay", nothing,
          "plan model --vocab-size 200 --intermediate-size 64 -o new.json",
-         ("vocab_size", "out of reach", "expected 260", "to 640", "found 200", "choose")),
+         ("--vocab-size", "out of reach", "expected 260", "to 640", "found 200", "choose")),
     Case("vocabulary above the rows", nothing,
          "plan model --vocab-size 641 --intermediate-size 64 -o new.json",
-         ("vocab_size", "out of reach", "expected 260", "to 640", "found 641", "choose")),
+         ("--vocab-size", "out of reach", "expected 260", "to 640", "found 641", "choose")),
     Case("channels above the model's", nothing,
          "plan model --vocab-size 512 --intermediate-size 97 -o new.json",
-         ("intermediate_size", "out of reach", "expected 1 to 96", "found 97", "choose")),
+         ("--intermediate-size", "out of reach", "expected 1 to 96", "found 97", "choose")),
     Case("no channels", nothing, "plan model --vocab-size 512 --intermediate-size 0 -o new.json",
-         ("intermediate_size", "out of reach", "expected 1 to 96", "found 0", "choose")),
+         ("--intermediate-size", "out of reach", "expected 1 to 96", "found 0", "choose")),
     *(
         Case(f"ratio {ratio}", nothing, f"plan model --ratio {ratio} -o new.json",
              ("ratio", "expected above 0, below 1", f"found {float(ratio)}", "choose"))
@@ -416,7 +420,7 @@ SIZE_OPTIONS = [
          ("ratio", "expected at most 0.", "found 0.99", "--vocab-size")),
     *(
         Case(f"target {given or 'missing'}", nothing, f"plan model {given} -o new.json",
-             ("target", "expected --ratio, or --vocab-size and --intermediate-size", "give"))
+             ("sizes", "expected --ratio, or --vocab-size and --intermediate-size", "give"))
         for given in ("", f"--ratio 0.2 {SIZES}", "--vocab-size 512", "--intermediate-size 64",
                       "--ratio 0.2 --vocab-size 512")
     ),
@@ -445,7 +449,7 @@ STATS = [
     Case("weights for statistics", nothing, PLAN.replace("stats.safetensors", f"model/{SHARD_1}"),
          (SHARD_1, "not a statistics file", "found", "calibrate again")),
     Case("statistics not there", remove("stats.safetensors"), PLAN,
-         ("stats.safetensors", "not a statistics file", "No such file", "calibrate again")),
+         ("stats.safetensors", "No such file", "name the file that calibrate wrote")),
     Case("statistics cut", cut("stats.safetensors", -8), PLAN,
          ("stats.safetensors", "not a statistics file", "found", "calibrate again")),
     Case("statistics of the next format", stats(format=2), PLAN,
@@ -469,7 +473,8 @@ PLANS = [
          ("model", "not the checkpoint", "expected fingerprint", "found", "plan again")),
     Case("source gone", lambda root: (root / "model").rename(root / "moved"), APPLY,
          ("model", "neither a directory nor", "check")),
-    Case("plan not there", remove("plan.json"), APPLY, ("plan.json", "No such file", "plan again")),
+    Case("plan not there", remove("plan.json"), APPLY,
+         ("plan.json", "No such file", "name the plan's file")),
     Case("plan cut", cut("plan.json", 300), APPLY, ("plan.json", "not a plan", "found", "again")),
     Case("plan is no JSON", write("plan.json", b"\xff\xfe"), APPLY,
          ("plan.json", "not a plan", "found", "plan again")),
@@ -504,7 +509,7 @@ PLANS = [
 
 TEXTS = [
     Case("no full window", nothing, f"{CALIBRATE} text.txt --seq-len 100000",
-         ("text", "no full window", "expected a document of 100000 tokens", "found", "--seq-len")),
+         ("--data", "no full window", "expected a document of 100000 tokens", "--seq-len")),
     Case("text not there", nothing, f"{CALIBRATE} gone.txt",
          ("gone.txt", "does not exist", "name a .txt")),
     Case("text of another kind", write("text.csv", "a,b"), f"{SCORE} text.csv",

@@ -61,7 +61,7 @@ def main() -> None:
 
 @main.command("apply")
 @click.option("--layers", default=8, show_default=True, help="Of the 8B-shaped checkpoint.")
-@click.option("--jobs", default=1, show_default=True, help="Of apply.")
+@click.option("--jobs", default=4, show_default=True, help="Of apply.")
 @click.option("--repeat", default=3, show_default=True, type=click.IntRange(1))
 @click.option("--full-load", is_flag=True, help="Compare with transformers, too.")
 @work_option
