@@ -2,20 +2,17 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from calib.empty import empty_model
 from calib.memory import release_freed_memory
 from calib.weights import WeightReader
-from surgery.checkpoint import Checkpoint
-from surgery.errors import CheckpointError
 from surgery.layout import Layout
 
 MICRO_BATCH_TOKENS = 1024
@@ -70,9 +67,7 @@ class StreamedDecoder:
         self.layout = layout
         self.reader = reader
         release_freed_memory()  # of planning and tokenizing, before the weights come
-        self._model = _empty_model(layout.checkpoint, reader.dtype)
-        _check_shapes(self._model, layout)
-        self._model.requires_grad_(False)
+        self._model = empty_model(layout, reader.dtype)
         self._layers = self._model.model.layers
         self._model.model.layers = nn.ModuleList(map(_Recorder, self._layers))
         self._model.model.norm.load_state_dict(
@@ -199,41 +194,6 @@ def micro_batches(batches: Sequence[Batch]) -> Iterator[MicroBatch]:
             yield MicroBatch(batch, slice(start, min(start + step, windows)))
 
 
-def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """Build the library's model of ``checkpoint.config`` without weights."""
-    try:
-        config = AutoConfig.for_model(**checkpoint.config)
-        with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="sdpa"
-            )
-    except Exception as error:  # the library raises whatever a wrong value leads to
-        raise CheckpointError(
-            checkpoint.path / "config.json",
-            "transformers cannot build a model of it",
-            found=f"{type(error).__name__}: {error}",
-            fix="check config.json",
-        ) from error
-    return model.eval()
-
-
-def _check_shapes(model: nn.Module, layout: Layout) -> None:
-    """Refuse a checkpoint whose tensors are not those that config.json makes the library expect."""
-    tensors = layout.checkpoint.tensors
-    for name, parameter in model.state_dict().items():
-        ref = tensors.get(name)
-        if ref is None and layout.tied and name == layout.family.head:
-            continue
-        if ref is None or ref.shape != tuple(parameter.shape):
-            raise CheckpointError(
-                f"{ref.path if ref else layout.checkpoint.path}: tensor {name}",
-                "is missing" if ref is None else "shape contradicts config.json",
-                expected=list(parameter.shape),
-                found=list(ref.shape) if ref else None,
-                fix="check config.json",
-            )
-
-
 class _Stop(Exception):
     """Ends the last layer's forward once its statistic is taken."""
 
@@ -264,20 +224,3 @@ class _Finished(nn.Module):
 
     def forward(self, **_: Any) -> BaseModelOutputWithPast:
         return BaseModelOutputWithPast(last_hidden_state=self.norm(self.hidden))
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Create modules with real buffers (rotary tables, scales) but parameters without storage."""
-    original = nn.Module.register_parameter
-
-    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        original(module, name, parameter)
-        if parameter is not None:
-            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-
-    nn.Module.register_parameter = register  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]

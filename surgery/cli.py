@@ -68,10 +68,7 @@ def inspect(model: str, as_json: bool, plot: Path | None) -> None:
     census = Census.of(open_model(model)[0], model)
     click.echo(json.dumps(asdict(census)) if as_json else census.table())
     if plot is not None:
-        try:
-            plot_census(census, plot)
-        except ValueError as error:  # matplotlib's, for a suffix it does not know
-            raise Refusal(f"{plot}: cannot be written: {error}") from error
+        plot_census(census, plot)
 
 
 @main.command()
@@ -158,11 +155,12 @@ def apply(plan_path: Path, output: Path | None, resume: bool, jobs: int) -> None
 def verify(directory: Path, plan_path: Path | None, forward: bool, device: str) -> None:
     """Check an output against its plan and its source; exit status 1 on a fault."""
     from surgery.plan import Plan
+    from surgery.source import local_source
     from surgery.steps import forward_faults
-    from surgery.verify import embedded_plan, source_of, verify_files
+    from surgery.verify import embedded_plan, verify_files
 
     loaded = Plan.load(plan_path) if plan_path else embedded_plan(directory)
-    source = source_of(loaded) if loaded else None
+    source = local_source(loaded.source) if loaded else None
     if forward and (loaded is None or source is None):
         raise Refusal(f"{directory}: --forward needs the plan and its source; neither may be gone")
     report = verify_files(directory, loaded, source)

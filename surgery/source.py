@@ -39,19 +39,23 @@ def resolve_model(model: str) -> tuple[Path, str]:
     return snapshot, f"{match['repo']}@{snapshot.name}"
 
 
-def _download(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
+def local_source(source: str) -> Path | None:
+    """Return the directory of a plan's source, if it is on this machine: nothing is downloaded."""
+    path, match = Path(source), HUB_ID.fullmatch(source)
+    if path.is_dir():
+        return path
+    if not match:
+        return None
+    try:
+        return _snapshot(match["repo"], match["revision"], local_files_only=True)
+    except (OSError, ValueError):
+        return None
 
-    if not sys.stderr.isatty():
-        disable_progress_bars()
+
+def _download(repo: str, revision: str | None) -> Path:
     # huggingface_hub's own errors are OSError or ValueError, whatever the HTTP client raises.
     try:
-        return Path(
-            snapshot_download(
-                repo, revision=revision, allow_patterns=PATTERNS, ignore_patterns=IGNORED
-            )
-        )
+        return _snapshot(repo, revision, local_files_only=False)
     except (OSError, ValueError) as error:
         # "404 Client Error. (Request ID: …)", an empty line, then what it means
         lines = [line for line in str(error).splitlines() if line.strip()]
@@ -62,3 +66,19 @@ def _download(repo: str, revision: str | None) -> Path:
             found=reason,
             fix="check the name, your token and the connection, or name a local directory",
         ) from error
+
+
+def _snapshot(repo: str, revision: str | None, *, local_files_only: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    path = snapshot_download(
+        repo,
+        revision=revision,
+        allow_patterns=PATTERNS,
+        ignore_patterns=IGNORED,
+        local_files_only=local_files_only,
+    )
+    return Path(path)

@@ -71,8 +71,9 @@ def calibrate_model(
     A tokenizer that cannot be cut gives one bucket, which is right for a whole vocabulary.
     """
     from calib.calibrate import calibrate
-    from calib.corpus import load_tokenizer, read_documents, token_windows
+    from calib.corpus import load_tokenizer, token_windows
     from calib.device import choose_device, choose_dtype
+    from calib.documents import read_documents
 
     tokenizer = load_tokenizer(layout.checkpoint.path)
     windows = token_windows(read_documents(data, seed), tokenizer, samples, seq_len)
@@ -129,8 +130,9 @@ def score_model(
     dtype: str,
 ) -> "Score":
     """Score a model on the windows of a text."""
-    from calib.corpus import byte_windows, load_tokenizer, read_documents
+    from calib.corpus import byte_windows, load_tokenizer
     from calib.device import choose_device, choose_dtype
+    from calib.documents import read_documents
     from calib.score import score
 
     texts = byte_windows(read_documents(data, seed), samples, window_bytes)

@@ -182,9 +182,3 @@ def _check_tokenizer(directory: Path, source: Path, plan: Plan) -> list[str]:
         if np.max(after.ids, initial=0) >= plan.after.vocab_size:
             faults.append(f"{text!r} encodes to ids beyond the embedding")
     return faults[:MOST_FAULTS]
-
-
-def source_of(plan: Plan) -> Path | None:
-    """The plan's source directory, if it is local and still there."""
-    path = Path(plan.source)
-    return path if path.is_dir() else None

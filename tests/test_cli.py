@@ -97,6 +97,15 @@ def test_inspect_draws_a_picture(tmp_path: Path, llama: Path, run: Run) -> None:
     assert (tmp_path / "where.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_picture_without_matplotlib_says_what_to_install(
+    tmp_path: Path, llama: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = run("inspect", llama, "--plot", tmp_path / "where.png")
+    assert result.exit_code == 2
+    assert "pip install 'compact-surgery[plot]'" in result.stderr
+
+
 def damaged(pruned: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(pruned, tmp_path / "out"))
 

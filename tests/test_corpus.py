@@ -16,9 +16,9 @@ from calib.corpus import (
     byte_windows,
     digest,
     load_tokenizer,
-    read_documents,
     token_windows,
 )
+from calib.documents import read_documents
 from surgery.errors import DataError, TokenizerError
 from tests import tiny
 

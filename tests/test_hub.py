@@ -151,6 +151,7 @@ def test_a_plan_names_the_commit_and_applies_from_it(hub: Hub, home: Path, tmp_p
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
     verified = command(hub.url, home, "verify", tmp_path / "out")
     assert verified.returncode == 0, verified.stdout + verified.stderr
+    assert "ok       kept rows and channels are bit-identical" in verified.stdout  # from the cache
 
 
 @pytest.mark.parametrize(
@@ -190,7 +191,7 @@ def test_a_plan_whose_source_left_the_hub_is_refused(hub: Hub, home: Path, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json"]
 
 
-READ = "import sys, calib.corpus as c; print('|'.join(c.read_documents(sys.argv[1])))"
+READ = "import sys, calib.documents as c; print('|'.join(c.read_documents(sys.argv[1])))"
 needs_datasets = pytest.mark.skipif(
     importlib.util.find_spec("datasets") is None, reason="the datasets library (extra) is absent"
 )

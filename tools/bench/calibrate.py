@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 
 import calib.calibrate
 from calib.calibrate import ChannelSums, membership
-from calib.corpus import load_tokenizer, read_documents, token_windows
+from calib.corpus import load_tokenizer, token_windows
 from calib.decoder import Batch, MicroBatch, micro_batches
+from calib.documents import read_documents
 from calib.weights import WeightReader
 from surgery.layout import Layout
 from surgery.stats import ChannelStats
