@@ -1,6 +1,5 @@
 """Models and data sets of the hub: downloaded, recorded with their commit, refused in one line."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -192,12 +191,8 @@ def test_a_plan_whose_source_left_the_hub_is_refused(hub: Hub, home: Path, tmp_p
 
 
 READ = "import sys, calib.documents as c; print('|'.join(c.read_documents(sys.argv[1])))"
-needs_datasets = pytest.mark.skipif(
-    importlib.util.find_spec("datasets") is None, reason="the datasets library (extra) is absent"
-)
 
 
-@needs_datasets
 @pytest.mark.parametrize(
     ("spec", "documents"),
     [
@@ -210,7 +205,6 @@ def test_a_data_set_of_the_hub_is_read(hub: Hub, home: Path, spec: str, document
     assert result.stdout.splitlines() == [documents], result.stderr
 
 
-@needs_datasets
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
