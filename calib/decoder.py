@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from calib.empty import empty_model
 from calib.memory import release_freed_memory
 from calib.weights import WeightReader
+from surgery.errors import DataError
 from surgery.layout import Layout
 
 MICRO_BATCH_TOKENS = 1024
@@ -82,8 +83,19 @@ class StreamedDecoder:
         """Group ``windows`` by length, in order, and look their tokens up.
 
         Only the rows of tokens that occur are read.
+
+        Raises:
+            DataError: no token at all, or one without a row in the embedding.
         """
-        used = np.unique(np.concatenate(windows))
+        used = np.unique(np.concatenate(windows)) if windows else np.zeros(0, dtype=np.int64)
+        if not len(used) or used[-1] >= self.layout.vocab_size:
+            raise DataError(
+                "--data",
+                "has no token, or one without a row in the embedding",
+                expected=f"ids below {self.layout.vocab_size}",
+                found=used[-1] if len(used) else "none",
+                fix="give other text",
+            )
         embedding = self._model.model.embed_tokens
         rows = self.reader.rows(self.layout.family.embedding, used)
         embedding.weight = nn.Parameter(rows, requires_grad=False)

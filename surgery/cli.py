@@ -90,6 +90,8 @@ def calibrate(model: str, vocab_sizes: str | None, output: Path, **options: Any)
     from surgery.steps import calibrate_model, open_model, parse_vocab_sizes
 
     layout, _ = open_model(model)
+    if not output.absolute().parent.is_dir():  # known before the work, not after it
+        raise Refusal(f"{output}: its directory does not exist; create it, or name another")
     sizes = parse_vocab_sizes(vocab_sizes, layout) if vocab_sizes else None
     stats = calibrate_model(layout, sizes, **options)
     stats.save(output)
@@ -240,6 +242,7 @@ def prune(
     check_place(output, path)
     chosen = choose_sizes(layout, ratio, vocab_size, intermediate_size)
     plan_model(layout, source, chosen, None, criterion, ratio, output)  # refuses before the work
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
     stats = calibrate_model(layout, [chosen[1].vocab_size], **options)
     stats.save(output.with_name(output.name + ".stats.safetensors"))
     made = plan_model(layout, source, chosen, stats, criterion, ratio, output)

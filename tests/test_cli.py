@@ -62,6 +62,15 @@ def test_prune_leaves_statistics_and_plan_beside_the_output(pruned: Path, run: R
         assert (pruned.with_name("again") / file.name).read_bytes() == file.read_bytes()
 
 
+def test_prune_makes_the_directories_above_its_output(
+    tmp_path: Path, llama: Path, text: Path, run: Run
+) -> None:
+    out = tmp_path / "new" / "deep" / "out"
+    result = run("prune", llama, "--data", text, "--seq-len", 64, *SIZES, "-o", out)
+    assert result.exit_code == 0, result.output
+    assert (out / "config.json").exists()
+
+
 def test_ratio_chooses_both_sizes(tmp_path: Path, run: Run) -> None:
     model = tiny.save(
         tmp_path / "model", hidden_size=64, intermediate_size=512, vocab_size=1536, tied=True
