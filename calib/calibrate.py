@@ -11,8 +11,8 @@ from calib.weights import WeightReader
 from surgery.layout import Layout
 from surgery.stats import ChannelStats, StatsInfo
 
-CHUNK_TOKENS = 256
-"""Tokens whose activations are held in float64 at a time."""
+CHUNK_VALUES = 1 << 20
+"""Activations held in float64 at a time: 8 MiB."""
 
 
 class ChannelSums:
@@ -29,11 +29,12 @@ class ChannelSums:
             act: ``(tokens, I)``, the input of down_proj.
             member: float64 ``(buckets, tokens)``: 1 where the token belongs to the bucket.
         """
-        for start in range(0, len(act), CHUNK_TOKENS):
-            part = slice(start, start + CHUNK_TOKENS)
-            wide = act[part].double()
-            self.sum_sq += member[:, part] @ wide.square()
-            self.sum_abs += member[:, part] @ wide.abs_()
+        step = max(1, CHUNK_VALUES // act.shape[1])
+        for start in range(0, len(act), step):
+            part = slice(start, start + step)
+            wide = act[part].double().abs_()
+            self.sum_abs += member[:, part] @ wide
+            self.sum_sq += member[:, part] @ wide.square_()
 
 
 def membership(buckets: torch.Tensor, count: int) -> torch.Tensor:

@@ -16,8 +16,8 @@ from calib.weights import WeightReader
 from surgery.errors import DataError
 from surgery.layout import Layout
 
-MICRO_BATCH_TOKENS = 1024
-"""Tokens that go through a layer at a time (one window at least)."""
+MICRO_BATCH_VALUES = 1 << 21
+"""Values of one FFN activation at a time, tokens × I: 8 MiB in fp32 (one window at least)."""
 
 RELEASE_EVERY = 8
 """Micro-batches after which freed memory is given back; its 6 ms then cost below 1 %."""
@@ -67,7 +67,6 @@ class StreamedDecoder:
         """Build the model from config.json without weights; nothing of it is random."""
         self.layout = layout
         self.reader = reader
-        release_freed_memory()  # of planning and tokenizing, before the weights come
         self._model = empty_model(layout, reader.dtype)
         self._layers = self._model.model.layers
         self._model.model.layers = nn.ModuleList(map(_Recorder, self._layers))
@@ -77,6 +76,7 @@ class StreamedDecoder:
         for module in self._model.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(reader.device))
+        release_freed_memory()  # of planning, tokenizing and building, before the weights come
 
     @torch.no_grad()
     def embed(self, windows: Sequence[np.ndarray]) -> list[Batch]:
@@ -105,7 +105,7 @@ class StreamedDecoder:
             ids = torch.from_numpy(np.stack([w for w in windows if len(w) == length]))
             hidden = torch.empty((*ids.shape, rows.shape[1]), dtype=self.reader.dtype)
             batch = Batch(ids, hidden, self._arguments(length, rows.shape[1]))
-            for part in micro_batches([batch]):
+            for part in micro_batches([batch], self.layout.intermediate_size):
                 places = torch.from_numpy(np.searchsorted(used, part.ids.numpy()))
                 part.hidden.copy_(embedding(places.to(self.reader.device)))
             batches.append(batch)
@@ -124,13 +124,14 @@ class StreamedDecoder:
             stop_early: Leave out what follows the last layer's down_proj input.
         """
         last = len(self._layers) - 1
+        parts = list(micro_batches(batches, self.layout.intermediate_size))
         with ThreadPoolExecutor(1) as background:
             following = background.submit(self._read_layer, 0)
             for index, layer in enumerate(self._layers):
                 layer.load_state_dict(following.result(), assign=True)
                 if index < last:
                     following = background.submit(self._read_layer, index + 1)
-                for count, part in enumerate(micro_batches(batches)):
+                for count, part in enumerate(parts):
                     self._run(index, layer, part, watch, stop_early and index == last)
                     if count % RELEASE_EVERY == 0:
                         release_freed_memory()
@@ -171,7 +172,10 @@ class StreamedDecoder:
 
     def _read_layer(self, index: int) -> dict[str, torch.Tensor]:
         prefix = f"{self.layout.family.layers}.{index}."
-        return {key: self.reader.read(prefix + key) for key in self._layers[index].state_dict()}
+        keys = self._layers[index].state_dict()
+        weights = {key: self.reader.read(prefix + key) for key in keys}
+        release_freed_memory()
+        return weights
 
     def _run(
         self, index: int, layer: nn.Module, part: MicroBatch, watch: Watch, stop: bool
@@ -197,11 +201,11 @@ class StreamedDecoder:
         return layer.get_submodule(name.removeprefix(prefix).removesuffix(".weight"))
 
 
-def micro_batches(batches: Sequence[Batch]) -> Iterator[MicroBatch]:
-    """Cut batches into micro-batches of about ``MICRO_BATCH_TOKENS`` tokens."""
+def micro_batches(batches: Sequence[Batch], channels: int) -> Iterator[MicroBatch]:
+    """Cut batches so that an activation of ``channels`` has about ``MICRO_BATCH_VALUES``."""
     for batch in batches:
         windows, tokens = batch.ids.shape
-        step = max(1, MICRO_BATCH_TOKENS // tokens)
+        step = max(1, MICRO_BATCH_VALUES // (tokens * channels))
         for start in range(0, windows, step):
             yield MicroBatch(batch, slice(start, min(start + step, windows)))
 

@@ -13,8 +13,8 @@ from surgery.selection import runs
 
 TORCH_DTYPE = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
-BLOCK_BYTES = 16 << 20
-"""Bytes of a tensor that are read before they are converted."""
+BLOCK_BYTES = 1 << 20
+"""Bytes of a tensor that are read before they are converted; they stay in the cache."""
 
 
 class WeightReader:

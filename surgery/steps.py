@@ -75,8 +75,8 @@ def calibrate_model(
     from calib.device import choose_device, choose_dtype
     from calib.documents import read_documents
 
-    tokenizer = load_tokenizer(layout.checkpoint.path)
-    windows = token_windows(read_documents(data, seed), tokenizer, samples, seq_len)
+    documents = read_documents(data, seed)
+    windows = token_windows(documents, load_tokenizer(layout.checkpoint.path), samples, seq_len)
     rarity = _rarity_or_whole(layout)
     sizes = vocab_sizes or candidate_vocab_sizes(layout, rarity.must_keep)
     edges = sorted({*sizes, layout.vocab_size})

@@ -144,7 +144,7 @@ def _sync_directory(path: Path) -> None:
 
 
 def check_place(path: Path, source: Path) -> None:
-    """Refuse an output that exists, or that lies inside the source or around it.
+    """Refuse an output that exists, lies below a file, or inside the source or around it.
 
     Raises:
         OutputError: naming both.
@@ -157,5 +157,8 @@ def check_place(path: Path, source: Path) -> None:
             found=f"source {source}",
             fix="choose a directory beside the source",
         )
+    above = next(parent for parent in output.parents if parent.exists())
+    if not above.is_dir():
+        raise OutputError(path, "lies below a file", found=above, fix="choose another output")
     if path.exists():
         raise OutputError(path, "exists already", fix="choose another output, or move it away")

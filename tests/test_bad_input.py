@@ -554,7 +554,7 @@ OUTPUTS = [
             ("output is a file", write("out", ""), "out",
              ("out", "exists already", "choose another")),
             ("output below a file", nothing, "text.txt/out",
-             ("text.txt/out", "Not a directory")),
+             ("text.txt/out", "lies below a file", "choose another")),
         )
         for command in (f"apply plan.json -o {name}", f"{PRUNE} {name}")
     ),

@@ -112,7 +112,7 @@ def _hooked_pass(
         layer.get_submodule("mlp.down_proj").register_forward_pre_hook(
             lambda module, inputs, number=number: watch(number, inputs[0])
         )
-    for part in micro_batches(_batches(windows)):
+    for part in micro_batches(_batches(windows), channels):
         current.append(part)
         decoder(input_ids=part.ids, use_cache=False)
     return sums
