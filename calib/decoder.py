@@ -19,8 +19,8 @@ from surgery.layout import Layout
 MICRO_BATCH_VALUES = 1 << 21
 """Values of one FFN activation at a time, tokens × I: 8 MiB in fp32 (one window at least)."""
 
-RELEASE_EVERY = 8
-"""Micro-batches after which freed memory is given back; its 6 ms then cost below 1 %."""
+RELEASE_EVERY = 4
+"""Micro-batches after which freed memory is given back: 6 ms each, 2 % on SmolLM2-135M."""
 
 HEAD_ROWS = 8192
 """Rows of lm_head in memory at a time."""
