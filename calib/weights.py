@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from surgery.checkpoint import Checkpoint
-from surgery.errors import CheckpointError
 from surgery.header import TensorRef
 from surgery.selection import runs
+from surgery.stream import read_into
 
 TORCH_DTYPE = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -69,13 +69,5 @@ class WeightReader:
     def _fill(self, ref: TensorRef, target: memoryview, offset: int) -> None:
         if ref.path not in self._files:
             self._files[ref.path] = os.open(ref.path, os.O_RDONLY)
-        while target:
-            count = os.preadv(self._files[ref.path], [target], offset)
-            if count == 0:
-                raise CheckpointError(
-                    f"{ref.path}: tensor {ref.name}",
-                    "shard ended early: it changed while it was read",
-                    fix="run again with the source left alone",
-                )
-            self.bytes_read += count
-            target, offset = target[count:], offset + count
+        read_into(ref.path, self._files[ref.path], target, offset)
+        self.bytes_read += len(target)

@@ -76,7 +76,7 @@ def _gather(edit: Edit, indices: np.ndarray, source: int) -> Iterator[memoryview
             taken = np.empty(math.prod(kept), dtype)
         block = buffer[: math.prod(shape)]
         offset = tensor.start + (row * positions + start) * columns * dtype.itemsize
-        _read_into(tensor.path, source, block.data.cast("B"), offset)
+        read_into(tensor.path, source, block.data.cast("B"), offset)
         result = taken[: math.prod(kept)]
         # mode="clip" writes straight into ``out``; the indices were checked with the plan.
         np.take(block.reshape(shape), inside, axis=1, out=result.reshape(kept), mode="clip")
@@ -118,12 +118,17 @@ def _raw_windows(path: Path, source: int, offset: int, length: int) -> Iterator[
     buffer = memoryview(bytearray(min(length, WINDOW_BYTES)))
     while length:
         window = buffer[: min(length, WINDOW_BYTES)]
-        _read_into(path, source, window, offset)
+        read_into(path, source, window, offset)
         yield window
         offset, length = offset + len(window), length - len(window)
 
 
-def _read_into(path: Path, source: int, target: memoryview, offset: int) -> None:
+def read_into(path: Path, source: int, target: memoryview, offset: int) -> None:
+    """Fill ``target`` from ``offset`` of the shard ``path``, open as ``source``.
+
+    Raises:
+        CheckpointError: the shard ends early.
+    """
     while target:
         count = os.preadv(source, [target], offset)
         if count == 0:

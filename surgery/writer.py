@@ -115,6 +115,8 @@ class OutputDirectory:
 
     def _read_journal(self, plan_digest: str) -> Journal:
         path = self.partial / JOURNAL
+        if not path.exists():  # killed before the first entry or behind the last: nothing counts
+            return Journal(plan_digest, [])
         try:
             journal = msgspec.json.decode(path.read_bytes(), type=Journal)
         except (OSError, msgspec.MsgspecError) as error:

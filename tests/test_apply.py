@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,21 @@ main(["apply", {str(plan)!r}, "-o", {str(out)!r}, "--jobs", "1"])
     assert "continue it with --resume, or delete it" in refused.output
     assert run("apply", plan, "-o", out, "--resume").exit_code == 0
     assert run("apply", plan, "-o", tmp_path / "whole").exit_code == 0
+    assert snapshot(out) == snapshot(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("moment", ["before the first entry", "behind the last"])
+def test_a_partial_directory_without_a_journal_resumes(
+    tmp_path: Path, llama: Path, run: Run, moment: str
+) -> None:
+    plan, out, partial = tmp_path / "plan.json", tmp_path / "out", tmp_path / "out.partial"
+    random_plan(llama, 512, 64).save(plan)
+    assert run("apply", plan, "-o", tmp_path / "whole").exit_code == 0
+    if moment == "behind the last":
+        shutil.copytree(tmp_path / "whole", partial)
+    else:
+        partial.mkdir()
+    assert run("apply", plan, "-o", out, "--resume").exit_code == 0
     assert snapshot(out) == snapshot(tmp_path / "whole")
 
 
