@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from surgery.checkpoint import TOKENIZER_NAME
 from surgery.errors import DataError, TokenizerError
-from surgery.tokenizer import FILE_NAME
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -17,7 +17,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     Raises:
         TokenizerError: absent, or the library refuses it.
     """
-    path = directory / FILE_NAME
+    path = directory / TOKENIZER_NAME
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
@@ -122,7 +122,7 @@ def _special_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
         if full[place : place + len(plain)] == plain:
             return full[:place], full[place + len(plain) :]
     raise TokenizerError(
-        FILE_NAME,
+        TOKENIZER_NAME,
         "post-processor changes the text's own tokens",
         fix="use a tokenizer whose post-processor only adds tokens",
     )

@@ -4,8 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from surgery import tokenizer
-from surgery.checkpoint import INDEX_NAME, Checkpoint
+from surgery.checkpoint import INDEX_NAME, TOKENIZER_NAME, Checkpoint
 from surgery.configs import rewrite_config, visit_ids
 from surgery.errors import TokenizerError
 from surgery.families import family_of
@@ -32,13 +31,13 @@ OWN = ("config.json", INDEX_NAME, "README.md", "compact_surgery.json")
 
 def left_behind(directory: Path, ids: IdMap) -> list[str]:
     """Names in ``directory`` that the output will not have."""
-    names = sorted(p.name for p in directory.iterdir() if not p.name.startswith("."))
+    stays = {*OWN, *_carried(directory, ids)}
     return [
-        name
-        for name in names
-        if name not in OWN
-        and (directory / name).suffix != ".safetensors"
-        and name not in _carried(directory, ids)
+        path.name
+        for path in sorted(directory.iterdir())
+        if path.name not in stays
+        and path.suffix != ".safetensors"
+        and not path.name.startswith(".")
     ]
 
 
@@ -67,10 +66,14 @@ def check_companions(plan: Plan, checkpoint: Checkpoint) -> None:
     pruned_config(plan, checkpoint)
     if ids.identity:
         return
-    for path in (directory / name for name in _carried(directory, ids)):
-        if path.name in TABLES:
-            _rewrite_table(path, TokenizerFile.open(directory), ids)
-        elif path.suffix == ".json" and path.name != tokenizer.FILE_NAME:
+    names = _carried(directory, ids)
+    tables = [name for name in names if name in TABLES]
+    if tables:  # else the tokenizer, which planning has just read, need not be read again
+        source = TokenizerFile.open(directory)
+        for name in tables:
+            _rewrite_table(directory / name, source, ids)
+    for path in (directory / name for name in names if name not in (*TABLES, TOKENIZER_NAME)):
+        if path.suffix == ".json":
             visit_ids(read_json(path), ids.new, path)
 
 
@@ -93,7 +96,7 @@ def _carried(directory: Path, ids: IdMap) -> list[str]:
 
 
 def _rewrite(path: Path, source: TokenizerFile, cut: dict[str, Any], ids: IdMap) -> bytes:
-    if path.name == tokenizer.FILE_NAME:
+    if path.name == TOKENIZER_NAME:
         return dump_table(cut)
     if path.name == "merges.txt":
         lines = (m if isinstance(m, str) else " ".join(m) for m in cut["model"]["merges"])

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint import INDEX_NAME, Checkpoint
+from surgery.checkpoint import INDEX_NAME, TOKENIZER_NAME, Checkpoint
 from surgery.errors import TokenizerError
 from surgery.families import FFN, VOCAB, Family, family_of
 from surgery.idmap import IdMap
@@ -24,7 +24,7 @@ SECTIONS = ("text_config", "llm_config", "thinker_config", "encoder", "decoder")
 TOKEN_KEY = re.compile(r"(bos|eos|unk|pad|sep|cls|mask|\w+_special)_tokens?")
 """Keys of tokenizer_config.json and special_tokens_map.json that name tokens by their text."""
 
-VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "added_tokens.json", INDEX_NAME)
+VOCABULARY_FILES = (TOKENIZER_NAME, "vocab.json", "added_tokens.json", INDEX_NAME)
 """JSON files that list tokens or tensors instead of referring to tokens."""
 
 Change = Callable[[int], int | None]

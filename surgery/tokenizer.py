@@ -16,8 +16,6 @@ from surgery.idmap import IdMap
 from surgery.jsonfile import read_json
 from surgery.tokenizer_checks import AGAIN, check_tokenizer, walk_processor
 
-FILE_NAME = TOKENIZER_NAME
-
 
 @dataclass(frozen=True, eq=False)
 class TokenizerFile:
@@ -33,7 +31,7 @@ class TokenizerFile:
         Raises:
             TokenizerError: absent, not byte-level BPE, or its parts contradict each other.
         """
-        path = directory / FILE_NAME
+        path = directory / TOKENIZER_NAME
         if not path.exists():
             raise TokenizerError(
                 path,
@@ -52,7 +50,7 @@ class TokenizerFile:
         Without the search for keys given twice it takes a third less memory, which makes it the
         smaller part of apply's.
         """
-        path = directory / FILE_NAME
+        path = directory / TOKENIZER_NAME
         try:
             data = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
         except (OSError, msgspec.MsgspecError, RecursionError) as error:

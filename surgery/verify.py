@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from surgery.apply import PROVENANCE_NAME, ProvenanceFile
-from surgery.checkpoint import Checkpoint
+from surgery.checkpoint import TOKENIZER_NAME, Checkpoint
 from surgery.configs import VOCABULARY_FILES, referenced_ids
 from surgery.edits import Edit, edits
 from surgery.errors import PlanError
@@ -19,7 +19,6 @@ from surgery.layout import Layout
 from surgery.plan import Plan
 from surgery.selection import MAKE_AGAIN
 from surgery.stream import edit_windows
-from surgery.tokenizer import FILE_NAME
 
 SAMPLES = (
     "The quick brown fox jumps over the lazy dog; 12,345.67 times in 2024!\n\n\tIndented\r\n",
@@ -138,14 +137,14 @@ def _check_sizes(layout: Layout, plan: Plan) -> list[str]:
 def _check_ids(layout: Layout) -> list[str]:
     """Ids lie below the rows; only added tokens may follow right behind the last row."""
     directory, rows = layout.checkpoint.path, layout.vocab_size
-    path, limit, faults = directory / FILE_NAME, rows, []
+    path, limit, faults = directory / TOKENIZER_NAME, rows, []
     if path.exists():
         data = read_json(path)
         added = {token["content"]: token["id"] for token in data.get("added_tokens") or []}
         limit += sum(i >= rows for i in added.values())
         tokens = {**_model_ids(data), **added}
         faults += [
-            f"{FILE_NAME}: {token!r} has id {i}, of {rows} rows"
+            f"{TOKENIZER_NAME}: {token!r} has id {i}, of {rows} rows"
             for token, i in tokens.items()
             if not 0 <= i < (limit if token in added else rows)
         ]
@@ -165,12 +164,12 @@ def _model_ids(data: dict[str, Any]) -> dict[str, int]:
 
 def _check_tokenizer(directory: Path, source: Path, plan: Plan) -> list[str]:
     """Encode and decode samples with both tokenizers, through the library that others use."""
-    if not (source / FILE_NAME).exists():
+    if not (source / TOKENIZER_NAME).exists():
         return []
     from tokenizers import Tokenizer
 
-    old = Tokenizer.from_file(str(source / FILE_NAME))
-    new = Tokenizer.from_file(str(directory / FILE_NAME))
+    old = Tokenizer.from_file(str(source / TOKENIZER_NAME))
+    new = Tokenizer.from_file(str(directory / TOKENIZER_NAME))
     ids, faults = plan.ids(), []
     for token, old_id in old.get_vocab().items():
         if (new_id := ids.new(old_id)) is not None and new.token_to_id(token) != new_id:
