@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from calib.corpus import digest
-from calib.decoder import MicroBatch, StreamedDecoder
+from calib.decoder import StreamedDecoder
 from calib.weights import WeightReader
 from surgery.layout import Layout
 from surgery.stats import ChannelStats, StatsInfo
@@ -51,7 +51,7 @@ def calibrate(
     seq_len: int,
     device: torch.device,
     dtype: torch.dtype,
-    progress: Callable[[int], object] = lambda tokens: None,
+    progress: Callable[[int], object] = lambda windows: None,
 ) -> ChannelStats:
     """Sum the squared input of every down_proj over ``windows`` (paper eq. 4 and 5), by bucket.
 
@@ -63,7 +63,7 @@ def calibrate(
         seq_len: Tokens of a full window, for the record.
         device: Where the layers compute.
         dtype: What they compute in; sums are float64.
-        progress: Called with the tokens of each micro-batch of each layer.
+        progress: Called with the windows that have passed a layer.
 
     Raises:
         DataError: a token without a row in the embedding.
@@ -72,18 +72,19 @@ def calibrate(
     flat = np.concatenate(windows)
     count = len(bucket_edges)
     buckets = torch.from_numpy(bucket_of)
-    sums: list[ChannelSums] = []
+    # All layers' sums come first: made among activations, they would split the heap's free space.
+    sums = [
+        ChannelSums(count, layout.intermediate_size, device)
+        for _ in range(layout.num_hidden_layers)
+    ]
 
-    def watch(layer: int, part: MicroBatch, act: torch.Tensor) -> None:
-        if layer == len(sums):
-            sums.append(ChannelSums(count, act.shape[-1], act.device))
-        member = membership(buckets[part.ids], count).to(act.device)
+    def watch(layer: int, ids: torch.Tensor, act: torch.Tensor) -> None:
+        member = membership(buckets[ids], count).to(act.device)
         sums[layer].add(act.flatten(0, -2), member)
-        progress(part.ids.numel())
 
     with WeightReader(layout.checkpoint, device, dtype) as reader:
         decoder = StreamedDecoder(layout, reader)
-        decoder.run_layers(decoder.embed(windows), watch, stop_early=True)
+        decoder.run_layers(decoder.embed(windows), watch, stop_early=True, progress=progress)
     info = StatsInfo(
         fingerprint=layout.checkpoint.fingerprint,
         text_digest=digest(windows),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,23 +12,18 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from calib.empty import empty_model
+from calib.ffn import FFN_VALUES, watched_ffn
 from calib.memory import release_freed_memory
 from calib.weights import WeightReader
 from surgery.errors import DataError
 from surgery.layout import Layout
 
-MICRO_BATCH_VALUES = 1 << 21
-"""Values of one FFN activation at a time, tokens × I: 8 MiB in fp32 (one window at least)."""
-
-RELEASE_EVERY = 4
-"""Micro-batches after which freed memory is given back: 6 ms each, 2 % on SmolLM2-135M."""
-
 HEAD_ROWS = 8192
 """Rows of lm_head in memory at a time."""
 
-Watch = Callable[[int, "MicroBatch", torch.Tensor], torch.Tensor | None]
-"""Called with layer, micro-batch and the input of down_proj ``(windows, tokens, I)``; what it
-returns, if anything, goes into down_proj instead."""
+Watch = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
+"""Called with layer, token ids ``(windows, tokens)`` and their input of down_proj ``(windows,
+tokens, I)``; what it returns, if anything, goes into down_proj instead."""
 
 
 @dataclass
@@ -71,7 +67,7 @@ class StreamedDecoder:
         self._layers = self._model.model.layers
         self._model.model.layers = nn.ModuleList(map(_Recorder, self._layers))
         self._model.model.norm.load_state_dict(
-            {"weight": reader.read(layout.family.final_norm)}, assign=True
+            {"weight": reader.place(reader.read(layout.family.final_norm))}, assign=True
         )
         for module in self._model.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -114,27 +110,34 @@ class StreamedDecoder:
 
     @torch.no_grad()
     def run_layers(
-        self, batches: Sequence[Batch], watch: Watch, *, stop_early: bool = False
+        self,
+        batches: Sequence[Batch],
+        watch: Watch,
+        *,
+        stop_early: bool = False,
+        progress: Callable[[int], object] = lambda windows: None,
     ) -> None:
         """Carry all batches through every layer; the next layer is read meanwhile.
+
+        It waits in the file's dtype: one layer and a half in memory where bf16 computes in fp32.
 
         Args:
             batches: From ``embed``; their hidden states are overwritten.
             watch: Sees, and may change, the input of each down_proj.
             stop_early: Leave out what follows the last layer's down_proj input.
+            progress: Called with the windows that have passed a layer.
         """
         last = len(self._layers) - 1
         parts = list(micro_batches(batches, self.layout.intermediate_size))
         with ThreadPoolExecutor(1) as background:
             following = background.submit(self._read_layer, 0)
             for index, layer in enumerate(self._layers):
-                layer.load_state_dict(following.result(), assign=True)
+                self._load(layer, following.result())
                 if index < last:
                     following = background.submit(self._read_layer, index + 1)
-                for count, part in enumerate(parts):
+                for part in parts:
                     self._run(index, layer, part, watch, stop_early and index == last)
-                    if count % RELEASE_EVERY == 0:
-                        release_freed_memory()
+                    progress(len(part.ids))
                 layer.to("meta")
 
     @torch.no_grad()
@@ -173,39 +176,40 @@ class StreamedDecoder:
     def _read_layer(self, index: int) -> dict[str, torch.Tensor]:
         prefix = f"{self.layout.family.layers}.{index}."
         keys = self._layers[index].state_dict()
-        weights = {key: self.reader.read(prefix + key) for key in keys}
-        release_freed_memory()
-        return weights
+        return {key: self.reader.read(prefix + key) for key in keys}
+
+    def _load(self, layer: nn.Module, stored: dict[str, torch.Tensor]) -> None:
+        """Give ``layer`` its weights; each leaves ``stored`` as soon as it is placed."""
+        weights = {key: self.reader.place(stored.pop(key)) for key in list(stored)}
+        layer.load_state_dict(weights, assign=True)
 
     def _run(
         self, index: int, layer: nn.Module, part: MicroBatch, watch: Watch, stop: bool
     ) -> None:
-        def pre_hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
-            changed = watch(index, part, inputs[0])
-            if stop:
+        def see(tokens: slice, act: torch.Tensor) -> torch.Tensor | None:
+            changed = watch(index, part.ids[:, tokens], act)
+            if stop and tokens.stop == part.ids.shape[1]:
                 raise _Stop
-            return None if changed is None else (changed, *inputs[1:])
+            return changed
 
-        handle = self._down_proj(index, layer).register_forward_pre_hook(pre_hook)
-        try:
+        ffn, down_proj = self._ffn(index, layer)
+        with suppress(_Stop), watched_ffn(ffn, down_proj, self.layout.intermediate_size, see):
             hidden = part.hidden.to(self.reader.device)
             part.hidden.copy_(layer(hidden, **part.batch.arguments[index]))
-        except _Stop:
-            pass
-        finally:
-            handle.remove()
 
-    def _down_proj(self, index: int, layer: nn.Module) -> nn.Module:
+    def _ffn(self, index: int, layer: nn.Module) -> tuple[nn.Module, nn.Module]:
+        """The FFN of ``layer`` and the down_proj in it."""
         name = self.layout.family.ffn_output.format(layer=index)
         prefix = f"{self.layout.family.layers}.{index}."
-        return layer.get_submodule(name.removeprefix(prefix).removesuffix(".weight"))
+        path = name.removeprefix(prefix).removesuffix(".weight")
+        return layer.get_submodule(path.rpartition(".")[0]), layer.get_submodule(path)
 
 
 def micro_batches(batches: Sequence[Batch], channels: int) -> Iterator[MicroBatch]:
-    """Cut batches so that an activation of ``channels`` has about ``MICRO_BATCH_VALUES``."""
+    """Take as many windows at a time as one piece of the FFN has room for; one at least."""
     for batch in batches:
         windows, tokens = batch.ids.shape
-        step = max(1, MICRO_BATCH_VALUES // (tokens * channels))
+        step = max(1, FFN_VALUES // (tokens * channels))
         for start in range(0, windows, step):
             yield MicroBatch(batch, slice(start, min(start + step, windows)))
 

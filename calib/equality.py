@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from calib.decoder import MicroBatch, StreamedDecoder, Watch
+from calib.decoder import StreamedDecoder, Watch
 from calib.weights import WeightReader
 from surgery.layout import Layout
 from surgery.plan import Plan
@@ -45,7 +45,7 @@ def compare_forward(plan: Plan, dense: Layout, pruned: Layout, device: torch.dev
         mask[torch.from_numpy(plan.channels(layer)).to(device)] = 1
         masks.append(mask)
 
-    def mask_channels(layer: int, _: MicroBatch, act: torch.Tensor) -> torch.Tensor:
+    def mask_channels(layer: int, _: torch.Tensor, act: torch.Tensor) -> torch.Tensor:
         return act * masks[layer]
 
     expected = _logits(dense, list(kept[chosen]), kept, mask_channels, device)

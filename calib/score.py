@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from calib.decoder import Batch, MicroBatch, StreamedDecoder
+from calib.decoder import Batch, StreamedDecoder
 from calib.weights import WeightReader
 from surgery.errors import CheckpointError
 from surgery.layout import Layout
@@ -57,13 +57,10 @@ def score(
         for ids, text in zip(encoded, texts, strict=True)
     )
 
-    def watch(_: int, part: MicroBatch, __: torch.Tensor) -> None:
-        progress(len(part.ids))
-
     with WeightReader(layout.checkpoint, device, dtype) as reader:
         decoder = StreamedDecoder(layout, reader)
         batches = decoder.embed(windows)
-        decoder.run_layers(batches, watch)
+        decoder.run_layers(batches, lambda *_: None, progress=progress)
         bits = _bits(decoder, batches, layout.vocab_size)
     return Score(
         bits=bits,

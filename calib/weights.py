@@ -1,5 +1,7 @@
 """Weights from a checkpoint into torch tensors, every byte read at most once."""
 
+import math
+import mmap
 import os
 from pathlib import Path
 
@@ -39,11 +41,20 @@ class WeightReader:
         self._files.clear()
 
     def read(self, name: str) -> torch.Tensor:
-        """Return the tensor ``name`` whole."""
-        return self.rows(name, np.arange(self._tensors[name].shape[0]))
+        """Return the tensor ``name`` whole, on the CPU and in the file's dtype."""
+        ref = self._tensors[name]
+        stored = _pages(ref.shape, TORCH_DTYPE[ref.dtype])
+        self._fill(ref, _raw(stored), ref.start)
+        return stored
+
+    def place(self, stored: torch.Tensor) -> torch.Tensor:
+        """Return what ``read`` gave in the dtype and on the device asked for."""
+        if self.device.type != "cpu" or stored.dtype == self.dtype:
+            return stored.to(self.device, self.dtype)
+        return _pages(stored.shape, self.dtype).copy_(stored)
 
     def rows(self, name: str, rows: np.ndarray) -> torch.Tensor:
-        """Return the ascending ``rows`` of tensor ``name``: ``(len(rows), ...)``.
+        """Return the ascending ``rows`` of tensor ``name``, placed: ``(len(rows), ...)``.
 
         They are converted a block at a time, so that no tensor is in memory in two dtypes.
         """
@@ -58,7 +69,7 @@ class WeightReader:
         """Read ``rows`` as the file has them, a positional read for each run of rows."""
         stored = torch.empty((len(rows), *ref.shape[1:]), dtype=TORCH_DTYPE[ref.dtype])
         row_bytes = ref.nbytes // ref.shape[0]
-        target = stored.view(-1).view(torch.uint8).numpy().data
+        target = _raw(stored)
         starts, stops = runs(rows)
         for first, last in zip(starts.tolist(), stops.tolist(), strict=True):
             length = (last - first) * row_bytes
@@ -71,3 +82,18 @@ class WeightReader:
             self._files[ref.path] = os.open(ref.path, os.O_RDONLY)
         read_into(ref.path, self._files[ref.path], target, offset)
         self.bytes_read += len(target)
+
+
+def _pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return memory on pages of its own, which go back to the system when it is freed.
+
+    On the heap, layers leave holes among the activations: on the 8B shape, with 8 windows of 256
+    tokens, the peak then grew by 10 MB with every layer.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
+def _raw(tensor: torch.Tensor) -> memoryview:
+    return tensor.view(-1).view(torch.uint8).numpy().data

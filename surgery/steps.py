@@ -81,8 +81,8 @@ def calibrate_model(
     sizes = vocab_sizes or candidate_vocab_sizes(layout, rarity.must_keep)
     edges = sorted({*sizes, layout.vocab_size})
     where = choose_device(device)
-    steps = sum(map(len, windows)) * layout.num_hidden_layers
-    with progress_bar("calibrate", "tokens", steps) as progress:
+    steps = layout.num_hidden_layers * len(windows)
+    with progress_bar("calibrate", "window", steps) as progress:
         return calibrate(
             layout,
             windows,

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from calib.calibrate import ChannelSums, calibrate, membership
 from calib.corpus import byte_windows, load_tokenizer, token_windows
 from calib.decoder import StreamedDecoder
+from calib.ffn import pieces
 from calib.score import score
 from calib.weights import WeightReader
 from surgery.channels import bucket_weights, choose_channels
@@ -89,6 +90,21 @@ def test_streamed_sums_equal_hooks_bit_for_bit(
         assert np.array_equal(stats.sum_abs[layer], sums.sum_abs.numpy())
         assert stats.sum_sq[layer].min() > 0
     assert stats.token_counts.sum() == stats.info.tokens == sum(map(len, sample_windows(path)))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_the_ffn_in_pieces_of_tokens_gives_the_same(
+    tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny.save(tmp_path / "model", model_type)
+    whole = take_stats(path)
+    monkeypatch.setattr("calib.ffn.FFN_VALUES", 20 * tiny.INTERMEDIATE_SIZE)
+    assert len(pieces(1, SEQ_LEN, tiny.INTERMEDIATE_SIZE)) == 3
+    in_pieces = take_stats(path)
+    for name in ("sum_sq", "sum_abs"):
+        for expected, found in zip(getattr(whole, name), getattr(in_pieces, name), strict=True):
+            assert np.allclose(expected, found, rtol=1e-5, atol=0)
+    assert np.array_equal(whole.token_counts, in_pieces.token_counts)
 
 
 def test_importance_is_equation_5_by_hand(tmp_path: Path) -> None:

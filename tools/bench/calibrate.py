@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 import calib.calibrate
 from calib.calibrate import ChannelSums, membership
 from calib.corpus import load_tokenizer, token_windows
-from calib.decoder import Batch, MicroBatch, micro_batches
+from calib.decoder import Batch, micro_batches
 from calib.documents import read_documents
+from calib.ffn import pieces
 from calib.weights import WeightReader
 from surgery.layout import Layout
 from surgery.stats import ChannelStats
@@ -101,11 +102,12 @@ def _hooked_pass(
     count = len(like.info.bucket_edges)
     buckets = torch.from_numpy(like.bucket_of)
     sums: list[ChannelSums] = []
-    current: list[MicroBatch] = []
+    current: list[torch.Tensor] = []
 
     def watch(layer: int, act: torch.Tensor) -> None:
-        member = membership(buckets[current[-1].ids], count)
-        sums[layer].add(act.flatten(0, -2), member)
+        for tokens in pieces(*act.shape):
+            member = membership(buckets[current[-1][:, tokens]], count)
+            sums[layer].add(act[:, tokens].flatten(0, -2), member)
 
     for number, layer in enumerate(decoder.get_submodule("layers").children()):
         sums.append(ChannelSums(count, channels, torch.device("cpu")))
@@ -113,7 +115,7 @@ def _hooked_pass(
             lambda module, inputs, number=number: watch(number, inputs[0])
         )
     for part in micro_batches(_batches(windows), channels):
-        current.append(part)
+        current.append(part.ids)
         decoder(input_ids=part.ids, use_cache=False)
     return sums
 
