@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgery.errors import OutputError
 from surgery.families import GROUPS
 from surgery.layout import Layout
+from surgery.plot import saved_figure
 
 
 @dataclass(frozen=True)
@@ -62,28 +62,18 @@ def plot_census(census: Census, path: Path) -> None:
     """Write a bar of the census's shares to the image file ``path``.
 
     Raises:
-        OutputError: matplotlib (extra ``plot``) is not there or does not know the file's suffix.
+        OutputError: as ``saved_figure``.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise OutputError(
-            path, "needs matplotlib", fix="pip install 'compact-surgery[plot]'"
-        ) from error
-    figure = Figure(figsize=(8, 2.2), layout="constrained")
-    axes = figure.subplots()
-    left = 0.0
-    for group, count in census.groups.items():
-        share = 100 * count / census.parameters
-        axes.barh(0, share, left=left, label=f"{group} {share:.1f} %", edgecolor="white")
-        left += share
-    axes.set(xlim=(0, 100), yticks=[], xlabel="share of parameters (%)")
-    axes.set_title(
-        f"{Path(census.model).name}: {census.parameters / 1e6:,.1f} M parameters, "
-        f"{'tied' if census.tied else 'untied'} embeddings"
-    )
-    figure.legend(loc="outside lower center", ncols=len(census.groups), frameon=False)
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as error:
-        raise OutputError(path, "cannot be drawn", found=error, fix="name a .png file") from error
+    with saved_figure(path, 8, 2.2) as figure:
+        axes = figure.subplots()
+        left = 0.0
+        for group, count in census.groups.items():
+            share = 100 * count / census.parameters
+            axes.barh(0, share, left=left, label=f"{group} {share:.1f} %", edgecolor="white")
+            left += share
+        axes.set(xlim=(0, 100), yticks=[], xlabel="share of parameters (%)")
+        axes.set_title(
+            f"{Path(census.model).name}: {census.parameters / 1e6:,.1f} M parameters, "
+            f"{'tied' if census.tied else 'untied'} embeddings"
+        )
+        figure.legend(loc="outside lower center", ncols=len(census.groups), frameon=False)

@@ -14,6 +14,14 @@ from surgery.jsonfile import read_json
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 TOKENIZER_NAME = "tokenizer.json"
+LEGACY_NAMES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
+"""What a tokenizer is built from where tokenizer.json is absent; the first two must be there."""
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
 
 
@@ -64,10 +72,10 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over config.json, tokenizer.json and headers: what plans and statistics fit."""
+        """SHA-256 over config.json, tokenizer and headers: what plans and statistics fit."""
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
-        if (self.path / TOKENIZER_NAME).exists():
-            digest.update((self.path / TOKENIZER_NAME).read_bytes())
+        for path in tokenizer_files(self.path):
+            digest.update(path.read_bytes())
         for name, shard in sorted(self.shards.items()):
             digest.update(name.encode())
             digest.update(shard.raw)
@@ -76,6 +84,14 @@ class Checkpoint:
     def json(self, name: str) -> dict[str, Any]:
         """Return the JSON file ``name`` beside the weights, or an empty object if absent."""
         return read_json(self.path / name) if (self.path / name).exists() else {}
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """Files that the tokenizer is read from: tokenizer.json, or those of ``LEGACY_NAMES``."""
+    if (directory / TOKENIZER_NAME).exists():
+        return [directory / TOKENIZER_NAME]
+    found = [directory / name for name in LEGACY_NAMES if (directory / name).exists()]
+    return found if [path.name for path in found[:2]] == list(LEGACY_NAMES[:2]) else []
 
 
 def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ import resource
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from surgery import __version__
 from surgery.apply import JOBS
 from surgery.errors import SurgeryError
 from surgery.options import (
+    Target,
+    VocabularyOptions,
     compute_options,
     criterion_option,
     data_option,
@@ -25,6 +28,7 @@ from surgery.options import (
     seed_option,
     seq_len_option,
     size_options,
+    vocabulary_options,
 )
 
 
@@ -59,13 +63,22 @@ def main() -> None:
 @main.command()
 @model_argument
 @json_option
+@click.option("--vocab", is_flag=True, help="Show what the vocabulary's rows are spent on instead.")
 @click.option("--plot", type=path_type, metavar="FILE.png", help="Write a picture (extra 'plot').")
-def inspect(model: str, as_json: bool, plot: Path | None) -> None:
+def inspect(model: str, as_json: bool, vocab: bool, plot: Path | None) -> None:
     """Show where the parameters are; reads headers only."""
     from surgery.census import Census, plot_census
     from surgery.steps import open_model
+    from surgery.vocab_census import plot_vocab_census, vocabulary_census
 
-    census = Census.of(open_model(model)[0], model)
+    layout = open_model(model)[0]
+    if vocab:
+        tokens = vocabulary_census(layout)
+        click.echo(json.dumps(asdict(tokens)) if as_json else tokens.table())
+        if plot is not None:
+            plot_vocab_census(tokens, plot)
+        return
+    census = Census.of(layout, model)
     click.echo(json.dumps(asdict(census)) if as_json else census.table())
     if plot is not None:
         plot_census(census, plot)
@@ -84,16 +97,29 @@ def inspect(model: str, as_json: bool, plot: Path | None) -> None:
     help="Sizes V' for which the statistics are to be exact; "
     "else those of --ratio 0.1, 0.2, 0.35 and 0.5.",
 )
+@vocabulary_options
 @click.option("-o", "output", type=path_type, default="stats.safetensors", show_default=True)
-def calibrate(model: str, vocab_sizes: str | None, output: Path, **options: Any) -> None:
-    """Sum squared FFN activations over text, one layer in memory at a time."""
-    from surgery.steps import calibrate_model, open_model, parse_vocab_sizes
+def calibrate(
+    model: str,
+    vocab_sizes: str | None,
+    output: Path,
+    vocabulary: VocabularyOptions,
+    **options: Any,
+) -> None:
+    """Sum squared FFN activations over text, one layer in memory at a time.
+
+    The statistics are exact for a plan with the same options of the vocabulary.
+    """
+    from calib.documents import read_documents
+    from surgery.choices import parse_vocab_sizes, rarity_or_whole
+    from surgery.steps import calibrate_model, open_model
 
     layout, _ = open_model(model)
     if not output.absolute().parent.is_dir():  # known before the work, not after it
         raise Refusal(f"{output}: its directory does not exist; create it, or name another")
     sizes = parse_vocab_sizes(vocab_sizes, layout) if vocab_sizes else None
-    stats = calibrate_model(layout, sizes, **options)
+    rarity = rarity_or_whole(layout, vocabulary, read_documents(options["data"]))
+    stats = calibrate_model(layout, sizes, rarity=rarity, **options)
     stats.save(output)
     click.echo(f"{output}: {stats.info.samples} windows, {stats.info.tokens:,} tokens")
 
@@ -102,25 +128,45 @@ def calibrate(model: str, vocab_sizes: str | None, output: Path, **options: Any)
 @model_argument
 @click.option("--stats", type=path_type, help="From calibrate.")
 @size_options
+@vocabulary_options
+@click.option(
+    "--data",
+    metavar="TEXT",
+    help="To show what the cut of the vocabulary costs, and to count tokens in; as for calibrate.",
+)
 @criterion_option
 @click.option("--output", type=path_type, metavar="DIR", help="Where apply is to write.")
 @click.option("-o", "plan_path", type=path_type, default="plan.json", show_default=True)
 def plan(
     model: str,
     stats: Path | None,
+    target: Target,
+    vocabulary: VocabularyOptions,
+    data: str | None,
     criterion: str,
     output: Path | None,
     plan_path: Path,
-    **target: Any,
 ) -> None:
     """Choose what to cut and predict the result; no weights are read."""
+    from calib.documents import read_documents
+    from surgery.choices import choose_sizes
     from surgery.stats import ChannelStats
-    from surgery.steps import choose_sizes, open_model, plan_model
+    from surgery.steps import open_model, plan_model
 
     layout, source = open_model(model)
     loaded = ChannelStats.load(stats) if stats else None
-    chosen = choose_sizes(layout, **target)
-    made = plan_model(layout, source, chosen, loaded, criterion, target["ratio"], output)
+    chosen = choose_sizes(layout, target, vocabulary, read_documents(data) if data else None)
+    made = plan_model(
+        layout,
+        source,
+        chosen,
+        loaded,
+        criterion=criterion,
+        ratio=target.ratio,
+        output=output,
+        vocab_by=vocabulary.vocab_by,
+        documents=read_documents(data) if data else (),
+    )
     made.save(plan_path)
     _show_plan(made, layout.checkpoint.path)
 
@@ -218,13 +264,13 @@ def score(model: str, as_json: bool, **options: Any) -> None:
 @seed_option
 @compute_options
 @size_options
+@vocabulary_options
 @criterion_option
 @click.option("-o", "output", type=path_type, metavar="DIR", required=True)
 def prune(
     model: str,
-    ratio: float | None,
-    vocab_size: int | None,
-    intermediate_size: int | None,
+    target: Target,
+    vocabulary: VocabularyOptions,
     criterion: str,
     output: Path,
     **options: Any,
@@ -233,19 +279,32 @@ def prune(
 
     The statistics and the plan stay beside DIR as DIR.stats.safetensors and DIR.plan.json.
     """
-    from surgery.steps import calibrate_model, choose_sizes, open_model, plan_model, run_apply
+    from calib.documents import read_documents
+    from surgery.choices import choose_sizes
+    from surgery.steps import calibrate_model, open_model, plan_model, run_apply
     from surgery.verify import verify_files
     from surgery.writer import check_place
 
     layout, source = open_model(model)
     path = layout.checkpoint.path
     check_place(output, path)
-    chosen = choose_sizes(layout, ratio, vocab_size, intermediate_size)
-    plan_model(layout, source, chosen, None, criterion, ratio, output)  # refuses before the work
+    chosen = choose_sizes(layout, target, vocabulary, read_documents(options["data"]))
+    planned = partial(
+        plan_model,
+        layout,
+        source,
+        chosen,
+        criterion=criterion,
+        ratio=target.ratio,
+        output=output,
+        vocab_by=vocabulary.vocab_by,
+    )
+    planned(None)  # refuses before the work
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    stats = calibrate_model(layout, [chosen[1].vocab_size], **options)
+    sizes = [chosen.sizes.vocab_size]
+    stats = calibrate_model(layout, sizes, rarity=chosen.rarity, **options)
     stats.save(output.with_name(output.name + ".stats.safetensors"))
-    made = plan_model(layout, source, chosen, stats, criterion, ratio, output)
+    made = planned(stats, documents=read_documents(options["data"]))
     made.save(output.with_name(output.name + ".plan.json"))
     _show_plan(made, path)
     run_apply(made, path, output, resume=False, jobs=JOBS)

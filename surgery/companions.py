@@ -1,16 +1,19 @@
 """The files beside the weights: which are carried, rewritten through the id map, or left behind."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint import INDEX_NAME, TOKENIZER_NAME, Checkpoint
-from surgery.configs import rewrite_config, visit_ids
+from surgery.configs import drop_tokens, rewrite_config
 from surgery.errors import TokenizerError
 from surgery.families import family_of
 from surgery.idmap import IdMap
 from surgery.jsonfile import dump_json, dump_table, read_json
 from surgery.plan import Plan
+from surgery.references import visit_ids
+from surgery.sentencepiece import cut_sentencepiece, is_sentencepiece
 from surgery.tokenizer import TokenizerFile
 
 CARRIED = re.compile(
@@ -19,7 +22,9 @@ CARRIED = re.compile(
 )
 """Files an output may have; all others are left behind, and said to be."""
 
-SHADOWING = ("tekken.json", "params.json", "tokenizer.model")
+SENTENCEPIECE_NAME = "tokenizer.model"
+
+SHADOWING = ("tekken.json", "params.json", SENTENCEPIECE_NAME)
 """Vocabulary files that other loaders prefer silently: never left stale beside a cut one."""
 
 TABLES = ("vocab.json", "added_tokens.json")
@@ -56,25 +61,39 @@ def companion_files(plan: Plan, checkpoint: Checkpoint) -> dict[str, bytes]:
     return {name: _rewrite(directory / name, source, cut, ids) for name in names}
 
 
-def check_companions(plan: Plan, checkpoint: Checkpoint) -> None:
+def check_companions(plan: Plan, checkpoint: Checkpoint, source: TokenizerFile | None) -> None:
     """Refuse, while planning, what ``companion_files`` would refuse later.
+
+    Args:
+        plan: What is to be made.
+        checkpoint: Of the plan's source.
+        source: Its tokenizer; None where the vocabulary stays whole.
 
     Raises:
         TokenizerError: as there.
     """
     directory, ids = checkpoint.path, plan.ids()
     pruned_config(plan, checkpoint)
-    if ids.identity:
+    if ids.identity or source is None:
         return
-    names = _carried(directory, ids)
-    tables = [name for name in names if name in TABLES]
-    if tables:  # else the tokenizer, which planning has just read, need not be read again
-        source = TokenizerFile.open(directory)
-        for name in tables:
-            _rewrite_table(directory / name, source, ids)
-    for path in (directory / name for name in names if name not in (*TABLES, TOKENIZER_NAME)):
-        if path.suffix == ".json":
-            visit_ids(read_json(path), ids.new, path)
+    for path in (directory / name for name in _carried(directory, ids)):
+        is_table = path.suffix == ".json" and path.name != TOKENIZER_NAME
+        if is_table or path.name == SENTENCEPIECE_NAME:
+            _rewrite(path, source, {}, ids)
+
+
+def rewrite_document(path: Path, tokens: Mapping[str, int], ids: IdMap) -> dict[str, Any]:
+    """Return a JSON file that refers to ``tokens`` of the source, with new ids.
+
+    Raises:
+        TokenizerError: an id or a token that does not stay is needed.
+    """
+    gone = {token for token, old in tokens.items() if ids.new(old) is None}
+    data = visit_ids(drop_tokens(read_json(path), gone, path), ids.new, path)
+    sizes = {ids.old_size: ids.new_size, len(tokens): len(tokens) - len(gone)}
+    if path.name == "tokenizer_config.json" and type(data.get("vocab_size")) is int:
+        data["vocab_size"] = sizes.get(data["vocab_size"], data["vocab_size"])
+    return data
 
 
 def pruned_config(plan: Plan, checkpoint: Checkpoint) -> bytes:
@@ -91,8 +110,15 @@ def _carried(directory: Path, ids: IdMap) -> list[str]:
     return [
         name
         for name in names
-        if CARRIED.fullmatch(name) and name not in OWN and (ids.identity or name not in SHADOWING)
+        if CARRIED.fullmatch(name)
+        and name not in OWN
+        and (ids.identity or name not in SHADOWING or _can_be_cut(directory / name))
     ]
+
+
+def _can_be_cut(path: Path) -> bool:
+    """Whether ``path`` is the SentencePiece model that its name says; others go by that name."""
+    return path.name == SENTENCEPIECE_NAME and is_sentencepiece(path.read_bytes())
 
 
 def _rewrite(path: Path, source: TokenizerFile, cut: dict[str, Any], ids: IdMap) -> bytes:
@@ -103,8 +129,10 @@ def _rewrite(path: Path, source: TokenizerFile, cut: dict[str, Any], ids: IdMap)
         return "\n".join(["#version: 0.2", *lines, ""]).encode("utf-8")
     if path.name in TABLES:
         return dump_table(_rewrite_table(path, source, ids))
+    if path.name == SENTENCEPIECE_NAME:
+        return cut_sentencepiece(path.read_bytes(), path, source.token_ids, ids)
     if path.suffix == ".json":
-        return dump_json(visit_ids(read_json(path), ids.new, path))
+        return dump_json(rewrite_document(path, source.token_ids, ids))
     return path.read_bytes()
 
 

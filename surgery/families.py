@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from surgery.default_ids import DEFAULT_IDS
 from surgery.errors import FamilyError
 from surgery.header import TensorRef
 
@@ -125,16 +126,14 @@ _FFN_NORMS = _per_layer(
 )
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(
-        _DECODER + _INV_FREQ, tied=False, default_ids={"bos_token_id": 1, "eos_token_id": 2}
-    ),
-    "mistral": Family(_DECODER, tied=False, default_ids={"bos_token_id": 1, "eos_token_id": 2}),
+    "llama": Family(_DECODER + _INV_FREQ, tied=False, default_ids=DEFAULT_IDS["llama"]),
+    "mistral": Family(_DECODER, tied=False, default_ids=DEFAULT_IDS["mistral"]),
     "qwen2": Family(_DECODER, tied=False),
     "qwen3": Family(_DECODER + _QK_NORM, tied=False),
     "gemma3_text": Family(
         _DECODER + _QK_NORM + _FFN_NORMS,
         tied=True,
-        default_ids={"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2},
+        default_ids=DEFAULT_IDS["gemma3_text"],
     ),
 }
 """model_type → family."""

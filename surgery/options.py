@@ -1,6 +1,8 @@
 """Options that several commands share."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,39 @@ def combined(*options: Callable[..., Any]) -> Callable[..., Any]:
         return command
 
     return decorate
+
+
+def gathered(name: str, kind: type[Any], *options: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a decorator that adds ``options`` and hands them over as one argument ``name``."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(command)
+        def gather(*arguments: Any, **given: Any) -> Any:
+            parts = {field.name: given.pop(field.name) for field in fields(kind)}
+            return command(*arguments, **given, **{name: kind(**parts)})
+
+        return combined(*options)(gather)
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class Target:
+    """How much goes: a share of the parameters, or the two sizes that stay."""
+
+    ratio: float | None
+    vocab_size: int | None
+    intermediate_size: int | None
+
+
+@dataclass(frozen=True)
+class VocabularyOptions:
+    """What is asked of the vocabulary beside its size."""
+
+    vocab_by: str = "merge-order"
+    drop_reserved: bool = False
+    keep_tokens: Path | None = None
+    keep_scripts: tuple[str, ...] = ()
 
 
 path_type = click.Path(path_type=Path)
@@ -62,7 +97,9 @@ compute_options = combined(
         help="auto: float32 on the CPU, else the checkpoint's.",
     ),
 )
-size_options = combined(
+size_options = gathered(
+    "target",
+    Target,
     click.option(
         "--ratio",
         type=float,
@@ -77,4 +114,33 @@ criterion_option = click.option(
     show_default=True,
     type=click.Choice(list(CRITERIA)),
     help="Importance of a channel.",
+)
+vocabulary_options = gathered(
+    "vocabulary",
+    VocabularyOptions,
+    click.option(
+        "--vocab-by",
+        default="merge-order",
+        show_default=True,
+        type=click.Choice(["merge-order", "frequency"]),
+        help="Rarity of tokens: the tail of the merge list, or counts over --data.",
+    ),
+    click.option(
+        "--drop-reserved",
+        is_flag=True,
+        help="Let tokens go that are reserved for later use and that nothing refers to.",
+    ),
+    click.option(
+        "--keep-tokens",
+        type=path_type,
+        metavar="FILE",
+        help="Tokens that must stay, one a line, as spelled in the vocabulary or as plain text.",
+    ),
+    click.option(
+        "--keep-script",
+        "keep_scripts",
+        multiple=True,
+        metavar="NAME",
+        help="Keep all tokens of a Unicode script, such as Cyrillic. May be given several times.",
+    ),
 )

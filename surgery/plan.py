@@ -15,9 +15,10 @@ from surgery.header import TensorRef
 from surgery.idmap import IdMap
 from surgery.jsonfile import dump_table, write_atomic
 from surgery.layout import Layout
+from surgery.rarity import Rarity
 from surgery.selection import MAKE_AGAIN
 from surgery.stats import ChannelStats
-from surgery.vocabulary import Rarity
+from surgery.vocab_cost import VocabularyCost
 
 FORMAT = 1
 
@@ -66,6 +67,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Added tokens behind the last row, kept behind the last row."""
     kept_channels: list[str]
     """Per layer, the channels that stay (``selection.encode``). Empty: none chosen yet."""
+    vocabulary: VocabularyCost | None
+    """What the cut of the vocabulary costs; None where it stays whole."""
     provenance: Provenance
     format: int = FORMAT
 
@@ -155,6 +158,7 @@ def make_plan(
     source: str,
     output: str | None = None,
     ratio: float | None = None,
+    vocabulary: VocabularyCost | None = None,
 ) -> Plan:
     """Plan the cut of ``layout`` to ``sizes``; no weights are read.
 
@@ -167,7 +171,7 @@ def make_plan(
     check_sizes(layout, sizes)
     ids = rarity.id_map(sizes.vocab_size)
     kept_channels: list[str] = []
-    notes: list[str] = []
+    notes = vocabulary.warnings() if vocabulary else []
     if stats is not None:
         _check_stats(layout, stats)
         notes += _approximations(stats, ids, criterion)
@@ -185,6 +189,7 @@ def make_plan(
         kept_tokens=selection.encode(ids.kept, layout.vocab_size),
         rowless_tokens=rarity.rowless,
         kept_channels=kept_channels,
+        vocabulary=vocabulary,
         provenance=Provenance(
             criterion=criterion,
             ratio=ratio,

@@ -1,6 +1,10 @@
 """A plan as text for people: what goes, what stays, what to know."""
 
 from surgery.plan import Plan
+from surgery.vocab_cost import ScriptCost, VocabularyCost
+
+SHOWN_SCRIPTS = 12
+"""Scripts that lose most tokens; plan.json has them all."""
 
 
 def plan_table(plan: Plan, left_behind: list[str]) -> str:
@@ -11,9 +15,39 @@ def plan_table(plan: Plan, left_behind: list[str]) -> str:
         old, new = getattr(before, name), getattr(after, name)
         label = {"nbytes": "bytes of weights"}.get(name, name)
         rows.append(f"{label:<20}{old:>18,}{new:>18,}{1 - new / old:>10.2%}")
+    if plan.vocabulary is not None:
+        rows += ["", *_vocabulary_rows(plan.vocabulary)]
     rows += [f"note: {note}" for note in plan.provenance.notes]
     if left_behind:
         rows.append(f"note: left behind: {', '.join(left_behind)}")
     if not plan.complete:
         rows.append("note: sizes only; give --stats to choose the channels and apply the plan")
     return "\n".join(rows)
+
+
+def _vocabulary_rows(cost: VocabularyCost) -> list[str]:
+    """Tokens that each script loses, and tokens per byte of its text where there is some."""
+    lost = [script for script in cost.scripts if script.tokens_before > script.tokens_after]
+    lost.sort(key=lambda script: script.tokens_after - script.tokens_before)
+    heads = f"{'tokens of':<20}{'before':>18}{'after':>18}{'removed':>10}"
+    measured = cost.text_bytes > 0
+    rows = [heads + (f"{'text grows':>12}" if measured else "")]
+    for script in lost[:SHOWN_SCRIPTS]:
+        share = 1 - script.tokens_after / script.tokens_before
+        row = f"{script.script:<20}{script.tokens_before:>18,}{script.tokens_after:>18,}"
+        rows.append(f"{row}{share:>10.2%}{_growth(script):>12}".rstrip())
+    if len(lost) > SHOWN_SCRIPTS:
+        rows.append(f"and {len(lost) - SHOWN_SCRIPTS} other scripts, in the plan's file")
+    if cost.tokens_per_byte_before and cost.tokens_per_byte_after:
+        before, after = cost.tokens_per_byte_before, cost.tokens_per_byte_after
+        rows.append(
+            f"tokens per byte of the text: {before:.4f} before, {after:.4f} after "
+            f"({after / before - 1:+.1%})"
+        )
+    else:
+        rows.append("note: --data TEXT shows how much longer text becomes")
+    return rows
+
+
+def _growth(script: ScriptCost) -> str:
+    return f"{script.growth:+.1%}" if script.text_tokens_before else ""

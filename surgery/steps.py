@@ -1,21 +1,22 @@
 """The steps that commands are made of: open, choose sizes, calibrate, apply, compare."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery.apply import apply_plan
-from surgery.budget import Sizes, candidate_vocab_sizes, split
+from surgery.budget import candidate_vocab_sizes
 from surgery.checkpoint import Checkpoint
+from surgery.choices import Chosen
 from surgery.companions import check_companions
-from surgery.errors import BudgetError, TokenizerError
 from surgery.layout import Layout
 from surgery.plan import Plan, make_plan
+from surgery.rarity import Rarity
 from surgery.source import resolve_model
 from surgery.stats import ChannelStats
-from surgery.vocabulary import Rarity, identity_rarity, rarity_of
+from surgery.vocab_cost import vocabulary_cost
 
 if TYPE_CHECKING:
     from calib.score import Score
@@ -25,34 +26,6 @@ def open_model(model: str) -> tuple[Layout, str]:
     """Return the layout of MODEL and the name that finds it again."""
     path, source = resolve_model(model)
     return Layout.of(Checkpoint.open(path)), source
-
-
-def choose_sizes(
-    layout: Layout, ratio: float | None, vocab_size: int | None, intermediate_size: int | None
-) -> tuple[Rarity, Sizes]:
-    """Return the order of rarity and (V', I') from ``--ratio`` or from the two sizes.
-
-    A vocabulary that stays whole needs no tokenizer that can be cut.
-
-    Raises:
-        BudgetError: neither a ratio nor both sizes, or all of them.
-    """
-    if (ratio is None) == (vocab_size is None) or (vocab_size is None) != (
-        intermediate_size is None
-    ):
-        raise BudgetError(
-            "sizes",
-            "are not clear",
-            expected="--ratio, or --vocab-size and --intermediate-size",
-            fix="give one or the other",
-        )
-    if vocab_size is not None and intermediate_size is not None:
-        whole = vocab_size == layout.vocab_size
-        rarity = identity_rarity(layout.vocab_size) if whole else rarity_of(layout)
-        return rarity, Sizes(vocab_size, intermediate_size)
-    assert ratio is not None
-    rarity = rarity_of(layout)
-    return rarity, split(layout, ratio, rarity.must_keep)
 
 
 def calibrate_model(
@@ -65,10 +38,11 @@ def calibrate_model(
     seed: int | None,
     device: str,
     dtype: str,
+    rarity: Rarity,
 ) -> ChannelStats:
     """Take statistics that are exact for ``vocab_sizes``, or for the usual ratios' sizes.
 
-    A tokenizer that cannot be cut gives one bucket, which is right for a whole vocabulary.
+    Tokens are put into buckets by ``rarity``.
     """
     from calib.calibrate import calibrate
     from calib.corpus import load_tokenizer, token_windows
@@ -77,7 +51,6 @@ def calibrate_model(
 
     documents = read_documents(data, seed)
     windows = token_windows(documents, load_tokenizer(layout.checkpoint.path), samples, seq_len)
-    rarity = _rarity_or_whole(layout)
     sizes = vocab_sizes or candidate_vocab_sizes(layout, rarity.must_keep)
     edges = sorted({*sizes, layout.vocab_size})
     where = choose_device(device)
@@ -98,24 +71,36 @@ def calibrate_model(
 def plan_model(
     layout: Layout,
     source: str,
-    chosen: tuple[Rarity, Sizes],
+    chosen: Chosen,
     stats: ChannelStats | None,
+    *,
     criterion: str,
     ratio: float | None,
     output: Path | None,
+    vocab_by: str,
+    documents: Iterable[str] = (),
 ) -> Plan:
-    """Make the plan of a command; ``source`` and ``chosen`` come from the two steps above."""
+    """Make the plan of a command; ``source`` and ``chosen`` come from the steps above.
+
+    ``documents`` show what the cut of the vocabulary costs.
+    """
+    ids = chosen.rarity.id_map(chosen.sizes.vocab_size)
+    cost = None
+    if chosen.tokenizer is not None:
+        cost = vocabulary_cost(chosen.tokenizer, ids, vocab_by, documents)
     plan = make_plan(
         layout,
-        *chosen,
+        chosen.rarity,
+        chosen.sizes,
         stats,
         criterion=criterion,
         source=source,
         output=str(output.absolute()) if output else None,
         ratio=ratio,
+        vocabulary=cost,
     )
     # What apply would refuse in the files beside the weights is refused now.
-    check_companions(plan, layout.checkpoint)
+    check_companions(plan, layout.checkpoint, chosen.tokenizer)
     return plan
 
 
@@ -179,31 +164,3 @@ def progress_bar(what: str, unit: str, total: int) -> Iterator[Callable[[int], o
         total=total, desc=what, unit=unit, unit_scale=True, disable=not sys.stderr.isatty()
     ) as bar:
         yield bar.update
-
-
-def parse_vocab_sizes(text: str, layout: Layout) -> list[int]:
-    """Return the sizes in "V,V,…".
-
-    Raises:
-        BudgetError: not numbers between 1 and V.
-    """
-    try:
-        sizes = [int(part) for part in text.split(",")]
-    except ValueError:
-        sizes = [0]
-    if not 1 <= min(sizes) <= max(sizes) <= layout.vocab_size:
-        raise BudgetError(
-            "--vocab-sizes",
-            "are not sizes of this vocabulary",
-            expected=f"numbers from 1 to {layout.vocab_size}, with commas",
-            found=text,
-            fix="correct them",
-        )
-    return sizes
-
-
-def _rarity_or_whole(layout: Layout) -> Rarity:
-    try:
-        return rarity_of(layout)
-    except TokenizerError:
-        return identity_rarity(layout.vocab_size)

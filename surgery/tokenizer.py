@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -14,31 +14,31 @@ from surgery.checkpoint import TOKENIZER_NAME
 from surgery.errors import TokenizerError
 from surgery.idmap import IdMap
 from surgery.jsonfile import read_json
+from surgery.kinds import Kind, alphabet, kind_of
+from surgery.legacy_tokenizer import build_tokenizer, is_legacy
 from surgery.tokenizer_checks import AGAIN, check_tokenizer, walk_processor
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 @dataclass(frozen=True, eq=False)
 class TokenizerFile:
-    """A byte-level BPE tokenizer.json that can be cut."""
+    """A tokenizer.json that can be cut."""
 
     path: Path
     data: dict[str, Any]
 
     @classmethod
     def open(cls, directory: Path) -> "TokenizerFile":
-        """Load and validate ``directory/tokenizer.json``.
+        """Load and validate ``directory/tokenizer.json``, or build what it would be.
 
         Raises:
-            TokenizerError: absent, not byte-level BPE, or its parts contradict each other.
+            TokenizerError: absent, of no kind that can be cut, or its parts contradict each other.
         """
         path = directory / TOKENIZER_NAME
         if not path.exists():
-            raise TokenizerError(
-                path,
-                "is missing",
-                fix="save the tokenizer with transformers' AutoTokenizer, or keep the vocabulary "
-                "whole",
-            )
+            return cls(path, build_tokenizer(directory))
         data = read_json(path)
         check_tokenizer(data, path)
         return cls(path, data)
@@ -51,6 +51,8 @@ class TokenizerFile:
         smaller part of apply's.
         """
         path = directory / TOKENIZER_NAME
+        if is_legacy(directory):
+            return cls(path, build_tokenizer(directory))
         try:
             data = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
         except (OSError, msgspec.MsgspecError, RecursionError) as error:
@@ -58,16 +60,35 @@ class TokenizerFile:
         check_tokenizer(data, path)
         return cls(path, data)
 
-    @property
+    def library(self) -> "Tokenizer":
+        """The tokenizers library's tokenizer of this file."""
+        from tokenizers import Tokenizer
+
+        if self.path.exists():
+            return Tokenizer.from_file(str(self.path))
+        return Tokenizer.from_buffer(msgspec.json.encode(self.data))
+
+    @cached_property
+    def kind(self) -> Kind:
+        """How the tokens are spelled."""
+        return kind_of(self.data, self.path)
+
+    @cached_property
     def vocab(self) -> dict[str, int]:
         """Token → id, as the model has it (added tokens outside of it are in ``added``)."""
-        vocab: dict[str, int] = self.data["model"]["vocab"]
-        return vocab
+        vocab: Any = self.data["model"]["vocab"]
+        return vocab if isinstance(vocab, dict) else {entry[0]: i for i, entry in enumerate(vocab)}
+
+    @cached_property
+    def scores(self) -> np.ndarray | None:
+        """float64 by id: the pieces' log probabilities; None where the model has none."""
+        vocab = self.data["model"]["vocab"]
+        return None if isinstance(vocab, dict) else np.array([entry[1] for entry in vocab])
 
     @cached_property
     def merge_entries(self) -> list[Any]:
         """Merge rules as the file has them, "a b" or [a, b], without a ``#version`` line."""
-        merges = self.data["model"]["merges"]
+        merges = self.data["model"].get("merges", [])
         return [m for m in merges if not (isinstance(m, str) and m.startswith("#version"))]
 
     @cached_property
@@ -96,8 +117,9 @@ class TokenizerFile:
 
     @cached_property
     def added(self) -> dict[str, int]:
-        """Added tokens (special ones among them) → id."""
-        return {token["content"]: token["id"] for token in self.data.get("added_tokens") or []}
+        """Added tokens (special ones among them) → id; without text they are none."""
+        entries = self.data.get("added_tokens") or []
+        return {entry["content"]: entry["id"] for entry in entries if entry["content"]}
 
     @property
     def ignore_merges(self) -> bool:
@@ -109,6 +131,16 @@ class TokenizerFile:
         """Every token → id, added ones included."""
         return {**self.vocab, **self.added}
 
+    @cached_property
+    def alphabet(self) -> set[int]:
+        """Ids without which some text could not be written, or not without unknown tokens."""
+        model = self.data["model"]
+        unknown = {model["unk_id"]} if type(model.get("unk_id")) is int else set()
+        if model.get("unk_token") in self.token_ids:
+            unknown.add(self.token_ids[model["unk_token"]])
+        byte_fallback = bool(model.get("byte_fallback"))
+        return unknown | alphabet(self.kind, self.vocab, byte_fallback=byte_fallback)
+
     def rewrite(self, ids: IdMap) -> dict[str, Any]:
         """Return tokenizer.json for the kept tokens: same keys, same order, new ids.
 
@@ -117,23 +149,33 @@ class TokenizerFile:
         Raises:
             TokenizerError: the post-processor or the padding refers to a token that goes.
         """
-        model = dict(self.data["model"])
-        model["vocab"] = {
-            token: new for token, old in self.vocab.items() if (new := ids.new(old)) is not None
-        }
-        stays = ids.keep_mask()[self.merges].all(axis=1)
-        model["merges"] = list(compress(self.merge_entries, stays))
-        data = {**self.data, "model": model}
+        data = {**self.data, "model": self._cut_model(ids)}
         if data.get("added_tokens"):
             data["added_tokens"] = [
-                {**token, "id": self._map(ids, token["id"], "added_tokens")}
+                {**token, "id": new}
                 for token in data["added_tokens"]
+                if token["content"] and (new := ids.new(token["id"])) is not None
             ]
         if isinstance(data.get("padding"), dict):
             pad_id = self._map(ids, data["padding"]["pad_id"], "padding.pad_id")
             data["padding"] = {**data["padding"], "pad_id": pad_id}
         data["post_processor"] = self._map_processor(ids, data.get("post_processor"))
         return data
+
+    def _cut_model(self, ids: IdMap) -> dict[str, Any]:
+        model = dict(self.data["model"])
+        if isinstance(model["vocab"], list):
+            model["vocab"] = list(compress(model["vocab"], ids.keep_mask()))
+            if type(model.get("unk_id")) is int:
+                model["unk_id"] = ids.new(model["unk_id"])
+            return model
+        model["vocab"] = {
+            token: new for token, old in self.vocab.items() if (new := ids.new(old)) is not None
+        }
+        if "merges" in model:
+            stays = ids.keep_mask()[self.merges].all(axis=1)
+            model["merges"] = list(compress(self.merge_entries, stays))
+        return model
 
     def referenced_ids(self) -> set[int]:
         """Ids that padding and the post-processor put into every text."""

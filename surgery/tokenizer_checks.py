@@ -1,10 +1,11 @@
-"""What a tokenizer.json must be to be cut: byte-level BPE, without contradictions."""
+"""What a tokenizer.json must be to be cut: of a known kind, without contradictions."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from surgery.errors import TokenizerError
+from surgery.kinds import kind_of
 
 AGAIN = "download the file again"
 
@@ -13,10 +14,21 @@ def check_tokenizer(data: dict[str, Any], path: Path) -> None:
     """Check the parsed tokenizer.json ``data``; ``path`` names it in errors.
 
     Raises:
-        TokenizerError: not byte-level BPE, or its parts contradict each other.
+        TokenizerError: of no kind that can be cut, or its parts contradict each other.
     """
-    _check_type(data, path)
-    _check_ids(data, path)
+    kind_of(data, path)
+    model = data["model"]
+    if isinstance(model.get("vocab"), list):
+        model_ids = _piece_ids(model["vocab"], path)
+    elif isinstance(model.get("vocab"), dict):
+        model_ids = model["vocab"]
+    else:
+        raise TokenizerError(path, "has no model.vocab", fix=AGAIN)
+    if model["type"] == "BPE":
+        _check_merges(model.get("merges"), path)
+    if (model["type"] == "Unigram") != isinstance(model["vocab"], list):
+        raise TokenizerError(path, f"model.vocab is not that of a {model['type']} model", fix=AGAIN)
+    _check_ids(data, model_ids, path)
 
 
 def walk_processor(part: Any, change: Callable[[Any], Any]) -> Any:
@@ -36,25 +48,50 @@ def walk_processor(part: Any, change: Callable[[Any], Any]) -> Any:
     return result
 
 
-def _check_type(data: dict[str, Any], path: Path) -> None:
-    model = data.get("model")
-    kind = model.get("type") if isinstance(model, dict) else None
-    if kind != "BPE" or not isinstance(model, dict):
-        raise _refusal(path, f"{kind} model")
-    if not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
-        raise TokenizerError(
-            path, "has no model.vocab or model.merges", fix="download the file again"
-        )
-    for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
-        if model.get(key):
-            raise _refusal(path, f"BPE with {key} {model[key]!r}")
-    if model.get("byte_fallback") or not _has_byte_level(data):
-        raise _refusal(path, "SentencePiece-style BPE")
+def _check_merges(merges: Any, path: Path) -> None:
+    """Merges are a list, all "a b" or all [a, b]; the pairs are checked where they are read."""
+    if not isinstance(merges, list):
+        raise TokenizerError(path, "has no model.merges", fix=AGAIN)
+    rules = merges[1:] if merges and str(merges[0]).startswith("#version") else merges
+    for rule in rules:
+        if type(rule) is not type(rules[0]):
+            raise TokenizerError(
+                f"{path}: merge {rule!r}",
+                "is not of the form of the first",
+                expected=f"a form like {rules[0]!r}",
+                fix=AGAIN,
+            )
 
 
-def _check_ids(data: dict[str, Any], path: Path) -> None:
+def _piece_ids(pieces: list[Any], path: Path) -> dict[str, int]:
+    """Piece → id of a Unigram vocabulary, whose entries are [piece, score]."""
+    ids: dict[str, int] = {}
+    for id_, entry in enumerate(pieces):
+        if not (
+            isinstance(entry, list)
+            and len(entry) == 2
+            and isinstance(entry[0], str)
+            and isinstance(entry[1], int | float)
+        ):
+            raise TokenizerError(
+                f"{path}: piece {id_}",
+                "is no piece with a score",
+                expected='["piece", -1.5]',
+                found=str(entry)[:80],
+                fix=AGAIN,
+            )
+        if ids.setdefault(entry[0], id_) != id_:
+            raise TokenizerError(
+                f"{path}: piece {entry[0]!r}",
+                "is there twice",
+                found=f"ids {ids[entry[0]]} and {id_}",
+                fix=AGAIN,
+            )
+    return ids
+
+
+def _check_ids(data: dict[str, Any], vocab: dict[str, int], path: Path) -> None:
     """Ids are numbers, given once, and added tokens have the id the loader will give them."""
-    vocab = data["model"]["vocab"]
     if not all(type(id_) is int and id_ >= 0 for id_ in vocab.values()):
         raise TokenizerError(path, "model.vocab has an id that is no number", fix=AGAIN)
     owner: dict[int, str] = {}
@@ -66,6 +103,8 @@ def _check_ids(data: dict[str, Any], path: Path) -> None:
         if not _is_added_token(entry):
             raise TokenizerError(f"{path}: added token {entry!r}", "lacks content or id", fix=AGAIN)
         token, declared = entry["content"], entry["id"]
+        if not token:
+            continue  # the library ignores it, and so does the cut
         assigned = vocab.get(token, next_id)
         next_id += token not in vocab
         if declared != assigned:
@@ -106,27 +145,7 @@ def _is_added_token(entry: Any) -> bool:
     )
 
 
-def _refusal(path: Path, found: str) -> TokenizerError:
-    return TokenizerError(
-        path,
-        "this kind of vocabulary cannot be cut yet",
-        expected="byte-level BPE",
-        found=found,
-        fix="keep the vocabulary whole with --vocab-size and cut channels only",
-    )
-
-
 def _clash(path: Path, id_: int, first: str, second: str) -> TokenizerError:
     return TokenizerError(
         f"{path}: id {id_}", "belongs to two tokens", found=f"{first!r} and {second!r}", fix=AGAIN
     )
-
-
-def _has_byte_level(data: dict[str, Any]) -> bool:
-    def types(part: Any) -> set[str]:
-        if not isinstance(part, dict):
-            return set()
-        inner = [*part.get("pretokenizers", []), *part.get("decoders", [])]
-        return {str(part.get("type"))}.union(*(types(child) for child in inner))
-
-    return "ByteLevel" in types(data.get("pre_tokenizer")) | types(data.get("decoder"))

@@ -3,22 +3,20 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 
 from surgery.apply import PROVENANCE_NAME, ProvenanceFile
 from surgery.checkpoint import TOKENIZER_NAME, Checkpoint
-from surgery.configs import VOCABULARY_FILES, referenced_ids
 from surgery.edits import Edit, edits
 from surgery.errors import PlanError
 from surgery.header import TensorRef
-from surgery.jsonfile import read_json
 from surgery.layout import Layout
 from surgery.plan import Plan
 from surgery.selection import MAKE_AGAIN
 from surgery.stream import edit_windows
+from surgery.verify_ids import Origin, id_faults
 
 SAMPLES = (
     "The quick brown fox jumps over the lazy dog; 12,345.67 times in 2024!\n\n\tIndented\r\n",
@@ -72,23 +70,25 @@ def verify_files(directory: Path, plan: Plan | None, source: Path | None) -> Ver
     """
     checkpoint = Checkpoint.open(directory)
     layout = Layout.of(checkpoint)
+    origin = Origin(source, plan) if plan is not None and source is not None else None
+    wanted = edits(origin.plan, Layout.of(Checkpoint.open(origin.path))) if origin else None
     report = VerifyReport()
     report.checks["headers and config.json agree"] = []
-    report.checks["ids in JSON files point at tokens"] = _check_ids(layout)
+    report.checks["ids in JSON files point at tokens"] = id_faults(layout, origin)[:MOST_FAULTS]
     if plan is None:
         report.skipped["sizes are the plan's"] = "no plan"
     else:
         report.checks["sizes are the plan's"] = _check_sizes(layout, plan)
-    if plan is None or source is None:
+    if origin is None or wanted is None:
         reason = "no plan" if plan is None else "the source is not at hand"
         report.skipped["kept rows and channels are bit-identical"] = reason
         report.skipped["tokenizer gives back text as the source does"] = reason
     else:
         report.checks["kept rows and channels are bit-identical"] = compare_bytes(
-            edits(plan, Layout.of(Checkpoint.open(source))), checkpoint
+            wanted, checkpoint
         )
         report.checks["tokenizer gives back text as the source does"] = _check_tokenizer(
-            directory, source, plan
+            directory, origin.path, origin.plan
         )
     return report
 
@@ -132,34 +132,6 @@ def _check_sizes(layout: Layout, plan: Plan) -> list[str]:
     if found == expected:
         return []
     return [f"expected vocab_size, intermediate_size {expected}, found {found}"]
-
-
-def _check_ids(layout: Layout) -> list[str]:
-    """Ids lie below the rows; only added tokens may follow right behind the last row."""
-    directory, rows = layout.checkpoint.path, layout.vocab_size
-    path, limit, faults = directory / TOKENIZER_NAME, rows, []
-    if path.exists():
-        data = read_json(path)
-        added = {token["content"]: token["id"] for token in data.get("added_tokens") or []}
-        limit += sum(i >= rows for i in added.values())
-        tokens = {**_model_ids(data), **added}
-        faults += [
-            f"{TOKENIZER_NAME}: {token!r} has id {i}, of {rows} rows"
-            for token, i in tokens.items()
-            if not 0 <= i < (limit if token in added else rows)
-        ]
-    for file in sorted(directory.glob("*.json")):
-        if file.name in VOCABULARY_FILES or file.name == PROVENANCE_NAME:
-            continue
-        ids = referenced_ids(read_json(file), file.name)
-        faults += [f"{file.name}: id {i}, of {limit} tokens" for i in sorted(ids) if i >= limit]
-    return faults[:MOST_FAULTS]
-
-
-def _model_ids(data: dict[str, Any]) -> dict[str, int]:
-    """Token → id of a tokenizer.json whose vocabulary is a table or a list of pieces."""
-    vocab = data.get("model", {}).get("vocab", {})
-    return vocab if isinstance(vocab, dict) else {piece[0]: i for i, piece in enumerate(vocab)}
 
 
 def _check_tokenizer(directory: Path, source: Path, plan: Plan) -> list[str]:

@@ -1,77 +1,53 @@
-"""Which tokens stay: the order of rarity, and the id map for a target size."""
+"""Which tokens stay: every token's rarity, by the merges or by counts, closed under parents."""
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 
-from surgery.configs import token_references
-from surgery.errors import BudgetError, TokenizerError
-from surgery.idmap import IdMap
+from surgery.canonical import MergeTree
+from surgery.configs import template_tokens, token_references
+from surgery.errors import TokenizerError
+from surgery.kinds import SENTENCEPIECE, WORDPIECE
 from surgery.layout import Layout
+from surgery.rarity import Rarity
+from surgery.scripts import scripts_of
 from surgery.tokenizer import TokenizerFile
-
-WHITESPACE = frozenset("ĠĊĉč")
-"""Space, newline, tab and carriage return in the byte-level alphabet."""
 
 DEAD = np.iinfo(np.int64).max
 """Rank of a vocabulary entry that no merge produces: it can never occur."""
 
-NO_RULE = (DEAD, -1)
-"""Rank and product of a pair that no merge joins."""
+RESERVED = re.compile(
+    r"<unused_?\d+>|<\|?reserved_special_token_\d+\|?>|<\|reserved_token_\d+\|>"
+    r"|<[｜|]place[▁_]holder[▁_]no[▁_]\d+[｜|]>|<\|placeholder\d+\|>|<\|dummy_\d+\|>"
+    r"|\[control_\d+\]|<SPECIAL_\d+>"
+)
+"""Names of tokens that a vocabulary holds for later use."""
 
 
-@dataclass(frozen=True, eq=False)
-class Rarity:
-    """The rows of the embedding from the most to the least common."""
+@dataclass(frozen=True)
+class VocabularyChoice:
+    """What the user wants of the vocabulary beside its size."""
 
-    order: np.ndarray
-    """int64 ``[V]``: row ids. Any prefix that holds ``must_keep`` is closed under merges."""
-    must_keep: int
-    """How many rows at the front have to stay."""
-    tokens: int
-    """Tokens that have a row; the rest of ``order`` are padding rows."""
-    rowless: int
-    """Added tokens behind the last row."""
-
-    def id_map(self, vocab_size: int) -> IdMap:
-        """Keep the ``vocab_size`` most common rows.
-
-        Raises:
-            BudgetError: ``vocab_size`` is above V or below what must stay.
-        """
-        if not self.must_keep <= vocab_size <= len(self.order):
-            raise BudgetError(
-                "--vocab-size",
-                "is out of reach",
-                expected=f"{self.must_keep} (bytes, special and referenced tokens, white space) "
-                f"to {len(self.order)} (the source's rows)",
-                found=vocab_size,
-                fix="choose a size in this range",
-            )
-        return IdMap(np.sort(self.order[:vocab_size]), len(self.order), self.rowless)
-
-    def buckets(self, edges: Sequence[int]) -> np.ndarray:
-        """int64 ``[V]``: for each row the first bucket whose edge lies beyond its rank."""
-        buckets = np.empty(len(self.order), dtype=np.int64)
-        buckets[self.order] = np.searchsorted(edges, np.arange(len(self.order)), side="right")
-        return buckets
+    counts: np.ndarray | None = None
+    """int64 by id: how often each token occurs; None orders by the merge list."""
+    drop_reserved: bool = False
+    """Rank tokens that are reserved for later use behind all others."""
+    keep: frozenset[int] = frozenset()
+    """Ids that must stay."""
+    keep_scripts: tuple[str, ...] = ()
+    """Unicode scripts whose tokens must stay."""
 
 
-def identity_rarity(rows: int) -> Rarity:
-    """The order of a vocabulary that is not cut: every row must stay."""
-    return Rarity(np.arange(rows), must_keep=rows, tokens=rows, rowless=0)
-
-
-def rarity_of(layout: Layout) -> Rarity:
-    """Order the rows of a checkpoint's embedding by its tokenizer and JSON files.
+def open_vocabulary(layout: Layout) -> TokenizerFile:
+    """Open a checkpoint's tokenizer and check that it belongs to the embedding.
 
     Raises:
-        TokenizerError: the tokenizer cannot be cut.
+        TokenizerError: it cannot be cut, or has tokens without a row that are not the last ones.
     """
-    directory = layout.checkpoint.path
-    tokenizer = TokenizerFile.open(directory)
+    tokenizer = TokenizerFile.open(layout.checkpoint.path)
     beyond = sorted(i for i in tokenizer.token_ids.values() if i >= layout.vocab_size)
     if beyond and (
         max(tokenizer.vocab.values()) >= layout.vocab_size
@@ -84,115 +60,151 @@ def rarity_of(layout: Layout) -> Rarity:
             found=beyond[0],
             fix="use the tokenizer that belongs to this checkpoint",
         )
-    referenced = token_references(layout.checkpoint, tokenizer.token_ids)
-    return merge_order(tokenizer, layout.vocab_size, referenced)
+    return tokenizer
 
 
-def merge_order(tokenizer: TokenizerFile, rows: int, referenced: Iterable[int]) -> Rarity:
-    """Order ``rows`` embedding rows by the paper's rule: the tail of the merge list is rarest.
+def rarity_of(
+    layout: Layout,
+    choice: VocabularyChoice = VocabularyChoice(),
+    tokenizer: TokenizerFile | None = None,
+) -> Rarity:
+    """Order the rows of a checkpoint's embedding by its tokenizer, its JSON files and ``choice``.
 
-    First come the rows that must stay: the byte alphabet, added tokens, ``referenced`` ids, runs
-    of white space, and whatever these are merged from. Then tokens by the rank of their merge,
-    raised to that of their parents, so that every prefix keeps a token's parents with it; then
-    dead tokens, then padding rows.
+    Args:
+        layout: The checkpoint.
+        choice: What must stay, and what counts as rare.
+        tokenizer: From ``open_vocabulary``, where it is at hand.
+
+    Raises:
+        TokenizerError: the tokenizer cannot be cut.
     """
-    ids = tokenizer.token_ids
-    token_rows = np.fromiter((i for i in ids.values() if i < rows), dtype=np.int64)
-    bpe = Canonical(tokenizer)
-    rank, length = _merge_ranks(tokenizer, bpe, rows)
-    must = set(tokenizer.added.values()) | set(referenced) | tokenizer.referenced_ids()
-    must |= {i for token, i in tokenizer.vocab.items() if _is_base(token)}
-    must = _with_parents(bpe, {i for i in must if i < rows})
-    token_order = token_rows[np.lexsort((token_rows, length[token_rows], rank[token_rows]))]
-    first = np.fromiter(sorted(must), dtype=np.int64)
+    tokenizer = tokenizer or open_vocabulary(layout)
+    referenced = token_references(layout.checkpoint, tokenizer.token_ids)
+    reserved = reserved_tokens(tokenizer) if choice.drop_reserved else {}
+    referenced |= template_tokens(layout.checkpoint.path, reserved)
+    return order_rows(tokenizer, layout.vocab_size, referenced, choice)
+
+
+def reserved_tokens(tokenizer: TokenizerFile) -> dict[str, int]:
+    """Tokens → ids whose names say that they are held for later use."""
+    return {token: id_ for token, id_ in tokenizer.token_ids.items() if RESERVED.fullmatch(token)}
+
+
+def order_rows(
+    tokenizer: TokenizerFile,
+    rows: int,
+    referenced: Iterable[int],
+    choice: VocabularyChoice = VocabularyChoice(),
+) -> Rarity:
+    """Order ``rows`` embedding rows from those that must stay to the rarest.
+
+    First come the rows that must stay: the alphabet, added tokens, ``referenced`` ids, runs of
+    white space, what ``choice`` asks for, and whatever these are merged from. Then tokens by
+    count, where there are counts, and by rank (``merge_ranks``); a token is never before its
+    parents, so that text whose tokens all stay is cut as before. Then dead tokens, reserved ones
+    if they may go, and padding rows.
+    """
+    size = max(rows, max(tokenizer.token_ids.values(), default=0) + 1)
+    tree = MergeTree(tokenizer.vocab, tokenizer.merges, size)
+    rank = merge_ranks(tokenizer, tree)
+    must = tokenizer.alphabet | set(tokenizer.added.values()) | choice.keep
+    must |= _of_scripts(tokenizer, choice.keep_scripts)
+    must |= set(referenced) | tokenizer.referenced_ids()
+    count = np.zeros(len(rank), dtype=np.int64)
+    if choice.counts is not None:
+        count[: len(choice.counts)] = choice.counts[: len(count)]
+        tree.lift_parents(count)
+    if choice.drop_reserved:
+        unused = set(reserved_tokens(tokenizer).values()) - set(referenced) - choice.keep
+        unused -= tokenizer.referenced_ids()
+        must -= unused
+        count[list(unused)] = -1
+    token_rows = np.unique([i for i in tokenizer.token_ids.values() if i < rows])
+    first = tree.with_parents(np.array(sorted(i for i in must if i < rows), dtype=np.int64))
+    order = np.lexsort((token_rows, tree.length[token_rows], rank[token_rows], -count[token_rows]))
+    later = token_rows[order]
     padding = np.setdiff1d(np.arange(rows), token_rows)
-    later = token_order[~np.isin(token_order, first)]
     return Rarity(
-        np.concatenate([first, later, np.setdiff1d(padding, first)]),
+        np.concatenate([first, later[~np.isin(later, first)], np.setdiff1d(padding, first)]),
         must_keep=len(first),
         tokens=len(token_rows),
-        rowless=sum(i >= rows for i in ids.values()),
+        rowless=sum(i >= rows for i in tokenizer.token_ids.values()),
     )
 
 
-def _is_base(token: str) -> bool:
-    return len(token) == 1 or WHITESPACE.issuperset(token)
+def merge_ranks(tokenizer: TokenizerFile, tree: MergeTree) -> np.ndarray:
+    """int64 by id: the paper's order, the tail of the merge list is rarest; ``DEAD`` for the dead.
 
-
-def _merge_ranks(
-    tokenizer: TokenizerFile, bpe: "Canonical", rows: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rank of each row's token by its first merge (-1 without need of one), and its length."""
-    product = tokenizer.merges[:, 2]
-    size = max(rows, max(tokenizer.vocab.values(), default=0) + 1)
-    rank = np.full(size, DEAD, dtype=np.int64)
-    length = np.zeros(size, dtype=np.int64)
-    for token, id_ in tokenizer.vocab.items():
-        length[id_] = len(token)
-        if len(token) == 1:
-            rank[id_] = -1
-    rank[product[::-1]] = np.arange(len(product))[::-1]
-    _raise_to_parents(tokenizer.merges, bpe, rank)
-    return rank[:rows], length[:rows]
-
-
-def _raise_to_parents(merges: np.ndarray, bpe: "Canonical", rank: np.ndarray) -> None:
-    """Raise each token's rank to those of its canonical parents, in place.
-
-    Only tokens with a merge whose parent ranks behind its product need a run of the merges:
-    none in Qwen's vocabulary, 35,997 in Llama 3.1's (0.7 s), of which 81 are raised.
+    Byte-level BPE ranks a token by its first merge. SentencePiece-style vocabularies keep their
+    merges in the order of ids, but list runs of spaces last and characters behind all pieces; so
+    they rank by id, and a character as the first piece that needs it, or behind all pieces.
+    Unigram ranks by score, WordPiece by id. A token without merges that is still found whole
+    (``ignore_merges``) ranks where its id stands.
     """
-    left, right, product = merges.T
-    canonical: dict[int, tuple[int, ...]] = {}
-    while True:
-        late = (rank[left] >= rank[product]) | (rank[right] >= rank[product])
-        todo = set(product[late].tolist()).difference(canonical)
-        if not todo:
-            return
-        canonical.update((id_, bpe.parents(id_)) for id_ in todo)
-        raised = rank.tolist()
-        for id_ in sorted(canonical, key=lambda id_: len(bpe.names[id_])):
-            for parent in canonical[id_]:
-                raised[id_] = max(raised[id_], raised[parent])
-        rank[:] = raised
+    by_id = np.arange(len(tree.length))
+    known = tree.length > 0
+    if tokenizer.scores is not None:
+        rank = np.full(len(by_id), DEAD)
+        rank[np.argsort(-tokenizer.scores, kind="stable")] = np.arange(len(tokenizer.scores))
+        return rank
+    if tokenizer.kind is WORDPIECE:
+        return np.where(known, by_id, DEAD)
+    if tokenizer.kind is SENTENCEPIECE:
+        rank = np.where(tree.merged, by_id, DEAD)
+        letters = np.flatnonzero(tree.length == 1)
+        rank[letters] = len(by_id) + letters
+        parents, children = tree.parents[tree.merged], np.flatnonzero(tree.merged)
+        for side in parents.T:
+            of_letter = tree.length[side] == 1
+            np.minimum.at(rank, side[of_letter], children[of_letter])
+    else:
+        rank = np.full(len(by_id), DEAD)
+        product = tokenizer.merges[:, 2]
+        rank[product[::-1]] = np.arange(len(product))[::-1]
+        rank[(tree.length > 1) & ~tree.merged] = DEAD
+        rank[tree.length == 1] = -1
+    if tokenizer.ignore_merges:
+        whole = np.flatnonzero(known & (rank == DEAD))
+        before = np.maximum.accumulate(np.where(rank == DEAD, -1, rank))
+        rank[whole] = before[whole]
+    tree.lower_children(rank)
+    return rank
 
 
-def _with_parents(bpe: "Canonical", ids: set[int]) -> set[int]:
-    """Close ``ids`` under canonical parents."""
-    todo, closed = list(ids), set(ids)
-    while todo:
-        new = set(bpe.parents(todo.pop())) - closed
-        closed |= new
-        todo.extend(new)
-    return closed
+def keep_file(path: Path, tokenizer: TokenizerFile) -> frozenset[int]:
+    """Ids of the tokens in ``path``: one a line, as the vocabulary spells it or as plain text.
+
+    Raises:
+        TokenizerError: a line is no token.
+    """
+    spelled: dict[str, int] = {}
+    for token, id_ in tokenizer.vocab.items():
+        text = tokenizer.kind.text(token)
+        if text is not None:
+            spelled.setdefault(text, id_)
+    found = set()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise TokenizerError(path, "is not UTF-8 text", fix="save it as UTF-8") from error
+    for number, line in enumerate(lines, 1):
+        named = tokenizer.token_ids.get(line, spelled.get(line))
+        if line and named is None:
+            raise TokenizerError(
+                f"{path}: line {number}",
+                "is no token of this vocabulary",
+                found=repr(line),
+                fix="correct or remove it; inspect --vocab shows what there is",
+            )
+        if named is not None:
+            found.add(named)
+    return frozenset(found)
 
 
-class Canonical:
-    """The parents by which BPE really reaches a token: one merge entry is not enough."""
-
-    def __init__(self, tokenizer: TokenizerFile) -> None:
-        self.names = {id_: token for token, id_ in tokenizer.vocab.items()}
-        """Id → token, of the model's vocabulary."""
-        self._ids = tokenizer.vocab
-        # A pair given twice: the last one wins, as in the tokenizers library.
-        self._rules = {
-            (left, right): (rank, product)
-            for rank, (left, right, product) in enumerate(tokenizer.merges.tolist())
-        }
-
-    def parents(self, id_: int) -> tuple[int, ...]:
-        """Ids of the last merge when BPE runs on the token; empty if it is not reached so."""
-        token = self.names.get(id_, "")
-        if any(character not in self._ids for character in token):
-            return ()
-        parts, rules = [self._ids[character] for character in token], self._rules
-        while len(parts) > 1:
-            found = [rules.get(pair, NO_RULE) for pair in pairwise(parts)]
-            best = min(found)
-            if best is NO_RULE:
-                break
-            if len(parts) == 2:
-                return (parts[0], parts[1]) if best[1] == id_ else ()
-            place = found.index(best)
-            parts[place : place + 2] = [best[1]]
-        return ()
+def _of_scripts(tokenizer: TokenizerFile, names: tuple[str, ...]) -> set[int]:
+    """Ids of the tokens whose letters are of these scripts."""
+    if not names:
+        return set()
+    scripts = scripts_of(map(tokenizer.kind.text, tokenizer.vocab))
+    ids = tokenizer.vocab.values()
+    return {id_ for id_, script in zip(ids, scripts, strict=True) if script in names}

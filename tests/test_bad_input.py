@@ -16,9 +16,11 @@ from click.testing import Result
 from safetensors.numpy import load_file, save_file
 
 from surgery.checkpoint import INDEX_NAME, Checkpoint
+from surgery.choices import choose_sizes
 from surgery.layout import Layout
+from surgery.options import Target, VocabularyOptions
 from surgery.stats import ChannelStats, StatsInfo
-from surgery.steps import choose_sizes, plan_model
+from surgery.steps import plan_model
 from tests.conftest import Run
 
 Damage = Callable[[Path], object]
@@ -68,8 +70,18 @@ def pattern(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -
     layout = Layout.of(Checkpoint.open(root / "model"))
     stats = statistics(layout)
     stats.save(root / "stats.safetensors")
-    chosen = choose_sizes(layout, None, 512, 64)
-    plan_model(layout, "model", chosen, stats, "act2", None, None).save(root / "plan.json")
+    chosen = choose_sizes(layout, Target(None, 512, 64), VocabularyOptions())
+    plan = plan_model(
+        layout,
+        "model",
+        chosen,
+        stats,
+        criterion="act2",
+        ratio=None,
+        output=None,
+        vocab_by="merge-order",
+    )
+    plan.save(root / "plan.json")
     return root
 
 
@@ -580,21 +592,46 @@ OUTPUTS = [
          "verify model", ("compact_surgery.json", "no plan", "found", "plan again")),
 ]  # fmt: skip
 
+KIND = ("tokenizer.json", "cannot be cut", "expected BPE on bytes", "keep the vocabulary whole")
+"""What every refusal of a kind of tokenizer says."""
+
 TOKENIZERS = [
     Case("tokenizer missing", remove("model/tokenizer.json"), PLAN,
          ("tokenizer.json", "missing", "keep the vocabulary whole")),
     Case("tokenizer missing for text", remove("model/tokenizer.json"), f"{SCORE} text.txt",
          ("tokenizer.json", "cannot be loaded", "No such file", "AutoTokenizer")),
-    *(
-        Case(f"{kind} tokenizer", model_key(type=kind), PLAN,
-             ("tokenizer.json", "expected byte-level BPE", f"found {kind} model",
-              "keep the vocabulary whole"))
-        for kind in ("Unigram", "WordPiece")
-    ),
-    Case("SentencePiece-style BPE", model_key(byte_fallback=True), PLAN,
-         ("tokenizer.json", "byte-level BPE", "SentencePiece", "keep the vocabulary whole")),
+    Case("WordLevel tokenizer", model_key(type="WordLevel"), PLAN,
+         (*KIND, "found WordLevel model")),
+    Case("WordPiece with another prefix",
+         model_key(type="WordPiece", continuing_subword_prefix="@@"), PLAN,
+         (*KIND, "found WordPiece with continuing_subword_prefix '@@'")),
+    Case("BPE with a suffix", model_key(end_of_word_suffix="</w>"), PLAN,
+         (*KIND, "found BPE with end_of_word_suffix '</w>'")),
     Case("BPE with dropout", model_key(dropout=0.1), PLAN,
-         ("tokenizer.json", "byte-level BPE", "dropout 0.1", "keep the vocabulary whole")),
+         (*KIND, "found BPE with dropout 0.1")),
+    Case("BPE on words",
+         tokenizer(lambda data: data.update(pre_tokenizer={"type": "Whitespace"}, decoder=None)),
+         PLAN, (*KIND, "found BPE without a byte-level")),
+    Case("Unigram with a table", model_key(type="Unigram"), PLAN,
+         ("tokenizer.json", "model.vocab is not that of a Unigram model", "download")),
+    Case("Unigram piece without a score",
+         model_key(type="Unigram", vocab=[["<unk>", 0.0], ["a"]], unk_id=0), PLAN,
+         ("tokenizer.json", "piece 1", "no piece with a score", "found ['a']", "download")),
+    Case("Unigram piece twice",
+         model_key(type="Unigram", vocab=[["a", 0.0], ["a", -1.0]], unk_id=0), PLAN,
+         ("tokenizer.json", "piece 'a'", "twice", "found ids 0 and 1", "download")),
+    Case("merges in two forms",
+         tokenizer(lambda data: data["model"]["merges"].append("t h")), PLAN,
+         ("tokenizer.json", "merge 't h'", "not of the form of the first", "download")),
+    Case("token to keep that is none", write("keep.txt", "e\nzzzzqqq\n"),
+         f"{PLAN} --keep-tokens keep.txt",
+         ("keep.txt", "line 2", "no token of this vocabulary", "found 'zzzzqqq'", "correct")),
+    Case("tokens to keep in no file", nothing, f"{PLAN} --keep-tokens none.txt",
+         ("none.txt", "No such file")),
+    Case("script that is none", nothing, f"{PLAN} --keep-script Cirillic",
+         ("--keep-script", "found 'Cirillic'", "did you mean Cyrillic?")),
+    Case("frequency without text", nothing, f"{PLAN} --vocab-by frequency",
+         ("--vocab-by frequency", "needs a text", "--data TEXT")),
     Case("two tokens on one id", tokenizer(two_tokens_one_id), PLAN,
          ("tokenizer.json", "id ", "two tokens", "found 'Ġ", "download")),
     Case("token id is text", tokenizer(lambda data: data["model"]["vocab"].update(the="7")), PLAN,
@@ -608,7 +645,10 @@ TOKENIZERS = [
          tokenizer(lambda data: data["model"]["merges"].append(["q", "zzz"])), PLAN,
          ("tokenizer.json", "merge 'q' 'zzz'", "vocabulary lacks", "expected 'zzz'", "download")),
     Case("merge of three",
-         tokenizer(lambda data: data["model"]["merges"].append("a b c")), PLAN,
+         tokenizer(lambda data: data["model"]["merges"].append(["a", "b", "c"])), PLAN,
+         ("tokenizer.json", "merge ['a', 'b', 'c']", "not a pair", "download")),
+    Case("merge of a token with a space",
+         tokenizer(lambda data: data["model"].update(merges=["a b c"])), PLAN,
          ("tokenizer.json", "merge 'a b c'", "not a pair", "download")),
     Case("more tokens than rows",
          tokenizer(lambda data: data["model"]["vocab"].update(zzz=700)), PLAN,

@@ -138,7 +138,8 @@ def test_verify_finds_a_stale_id(tmp_path: Path, pruned: Path, run: Run, id_: in
     path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [2, id_]}))
     result = run("verify", out)
     assert result.exit_code == 1
-    assert f"generation_config.json: id {id_}" in result.output
+    assert "generation_config.json: eos_token_id[1]: expected " in result.output
+    assert f"found {id_}" in result.output
 
 
 def test_verify_finds_a_tokenizer_that_was_not_cut(

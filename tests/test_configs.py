@@ -1,4 +1,4 @@
-"""Token ids in JSON files: every key form is found, mapped, and nothing else is touched."""
+"""JSON files beside the weights: sizes, names of tokens, chat templates, and config.json."""
 
 import json
 import shutil
@@ -7,203 +7,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from surgery.checkpoint import Checkpoint
+from surgery.companions import rewrite_document
 from surgery.configs import (
-    referenced_ids,
+    drop_tokens,
     referenced_tokens,
     rewrite_config,
+    template_tokens,
     token_references,
-    visit_ids,
+    visit_sizes,
 )
 from surgery.errors import TokenizerError
 from surgery.families import FAMILIES
 from surgery.idmap import IdMap
-from surgery.layout import Layout
-from surgery.vocabulary import rarity_of
 
 HERE = Path("config.json")
-IDS = IdMap(np.arange(0, 100, 2), 100)
-"""Even ids stay and are halved; odd ones go."""
-
-NUMBER_KEYS = [
-    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "decoder_start_token_id",
-    "forced_bos_token_id", "image_token_id", "video_token_id", "vision_start_token_id",
-    "image_token_index", "boi_token_index", "eoi_token_index", "image_patch_id", "im_start_id",
-    "im_end_id", "im_newline_id", "image_start_id", "slice_end_id", "newline_id", "pad_index",
-    "unk_index", "bos_index", "eos_index", "mask_index", "audio_token_id",
-]  # fmt: skip
-LIST_KEYS = ["eos_token_id", "suppress_tokens", "begin_suppress_tokens", "stop_token_ids"]
-NESTED_KEYS = ["bad_words_ids", "force_words_ids"]
-OTHER_KEYS = [
-    "vocab_size", "hidden_size", "num_hidden_layers", "type_vocab_size", "token_type_ids_size",
-    "max_length", "model_max_length", "id2label", "architectures", "bos_token", "codec_bos_id",
-    "num_token_id_bits", "sliding_window", "layer_types",
-]  # fmt: skip
-SECTIONS = ["text_config", "llm_config", "thinker_config", "encoder", "decoder"]
-
-kept = st.integers(0, 49).map(lambda i: 2 * i)
-gone = st.integers(0, 49).map(lambda i: 2 * i + 1) | st.integers(100, 10**9)
-none = st.none() | st.integers(-300, -1)
-
-
-def visit(**data: Any) -> dict[str, Any]:
-    return visit_ids(data, IDS.new, HERE)
-
-
-# Forms of a reference.
-
-
-@pytest.mark.parametrize("key", NUMBER_KEYS)
-@pytest.mark.parametrize("old", [0, 2, 98])
-def test_a_number_is_mapped(key: str, old: int) -> None:
-    assert visit(**{key: old}) == {key: old // 2}
-
-
-@given(key=st.sampled_from(NUMBER_KEYS), value=none)
-def test_null_and_negative_numbers_stay(key: str, value: int | None) -> None:
-    assert visit(**{key: value}) == {key: value}
-
-
-@pytest.mark.parametrize("key", LIST_KEYS)
-@given(entries=st.lists(kept | gone | st.integers(-300, -1), max_size=9))
-def test_a_list_is_mapped_without_the_entries_that_go(key: str, entries: list[int]) -> None:
-    expected = [old if old < 0 else old // 2 for old in entries if old < 0 or old in IDS.kept]
-    if expected or not entries:
-        assert visit(**{key: entries}) == {key: expected}
-    else:
-        with pytest.raises(TokenizerError, match=f"config.json: {key}: points at no token"):
-            visit(**{key: entries})
-
-
-@pytest.mark.parametrize("key", NESTED_KEYS)
-def test_a_word_goes_with_any_of_its_tokens(key: str) -> None:
-    assert visit(**{key: [[2, 4], [6, 7], [9], [8]]}) == {key: [[1, 2], [4]]}
-
-
-def test_alternatives_of_words_are_mapped() -> None:
-    assert visit(force_words_ids=[[[2, 4], [6]], [[8]]]) == {
-        "force_words_ids": [[[1, 2], [3]], [[4]]]
-    }
-
-
-def test_a_biased_sequence_goes_with_any_of_its_tokens() -> None:
-    bias = [[[2, 4], -1.5], [[6, 7], 2.0], [[9], 1.0], [[8], 10]]
-    assert visit(sequence_bias=bias) == {"sequence_bias": [[[1, 2], -1.5], [[4], 10]]}
-
-
-def test_forced_decoder_ids_map_the_id_not_the_place() -> None:
-    assert visit(forced_decoder_ids=[[1, 2], [2, 8], [3, 5]]) == {
-        "forced_decoder_ids": [[1, 1], [2, 4]]
-    }
-    assert visit(forced_decoder_ids=[[1, None], [2, 8]]) == {
-        "forced_decoder_ids": [[1, None], [2, 4]]
-    }
-    assert visit(forced_decoder_ids=None) == {"forced_decoder_ids": None}
-
-
-def test_added_tokens_decoder_maps_its_keys() -> None:
-    tokens = {"0": {"content": "<unk>"}, "10": {"content": "<s>", "id": 10}}
-    assert visit(added_tokens_decoder=tokens) == {
-        "added_tokens_decoder": {"0": {"content": "<unk>"}, "5": {"content": "<s>", "id": 10}}
-    }
-
-
-@pytest.mark.parametrize("key", ["7", "x", "-1", "1.0"])
-def test_added_tokens_decoder_without_a_token_is_refused(key: str) -> None:
-    with pytest.raises(TokenizerError, match=f"config.json: added_tokens_decoder.*{key}"):
-        visit(added_tokens_decoder={key: {"content": "<x>"}})
-
-
-@pytest.mark.parametrize("section", SECTIONS)
-def test_sections_of_the_same_vocabulary_are_mapped(section: str) -> None:
-    found = visit(bos_token_id=2, **{section: {"bos_token_id": 4, "decoder": {"pad_index": 6}}})
-    assert found == {"bos_token_id": 1, section: {"bos_token_id": 2, "decoder": {"pad_index": 3}}}
-
-
-@pytest.mark.parametrize("section", ["vision_config", "audio_config", "talker_config", "codec"])
-def test_other_sections_are_left_alone(section: str) -> None:
-    inside = {"bos_token_id": 4, "image_token_id": 7, "vocab_size": 5}
-    assert visit(**{section: inside}) == {section: inside}
-
-
-@pytest.mark.parametrize("key", OTHER_KEYS)
-@pytest.mark.parametrize("value", [4, 7, [4, 7], {"4": 7}, "4", None, True])
-def test_other_keys_are_left_alone(key: str, value: object) -> None:
-    assert visit(**{key: value}) == {key: value}
-
-
-@pytest.mark.parametrize("value", [True, False, "4", {"a": 4}, 4.5])
-def test_what_is_no_id_is_left_alone(value: object) -> None:
-    assert visit(eos_token_id=value) == {"eos_token_id": value}
-
-
-# Refusals.
-
-
-@given(st.sampled_from(NUMBER_KEYS), gone)
-def test_a_single_id_that_goes_is_refused_by_name(key: str, old: int) -> None:
-    message = rf"^config.json: {key}: points at no token that stays: found {old}; correct the id"
-    with pytest.raises(TokenizerError, match=message):
-        visit(**{key: old})
-
-
-def test_a_refusal_names_the_section() -> None:
-    with pytest.raises(TokenizerError, match=r"config.json: text_config: eos_token_id: .*found 7"):
-        visit(text_config={"eos_token_id": 7})
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        {"eos_token_id": [2, [4]]},
-        {"sequence_bias": [[[2]]]},
-        {"sequence_bias": [3]},
-        {"forced_decoder_ids": [[1]]},
-        {"forced_decoder_ids": [5]},
-    ],
-    ids=str,
-)
-def test_a_malformed_list_is_refused_by_name(data: dict[str, Any]) -> None:
-    with pytest.raises(TokenizerError, match=f"config.json: {next(iter(data))}"):
-        visit_ids(data, IDS.new, HERE)
-
-
-# The whole document.
-
-entries = st.one_of(
-    st.tuples(st.sampled_from(NUMBER_KEYS), kept | none),
-    st.tuples(st.sampled_from(LIST_KEYS), st.lists(kept, max_size=3)),
-    st.tuples(st.sampled_from(NESTED_KEYS), st.just([[2, 4], [6]])),
-    st.tuples(st.sampled_from(OTHER_KEYS), st.integers(-5, 200) | st.text(max_size=3)),
-)
-flat = st.lists(entries, max_size=5).map(dict)
-configs = st.tuples(st.sampled_from(SECTIONS), flat, flat, flat).map(
-    lambda drawn: {**drawn[1], drawn[0]: {**drawn[2], "text_config": drawn[3]}, "last": 1}
-)
-
-
-@given(configs)
-def test_order_and_shape_stay_and_nothing_is_changed_in_place(data: dict[str, Any]) -> None:
-    before = json.dumps(data)
-    result = visit_ids(data, IDS.new, HERE)
-    assert json.dumps(data) == before
-    assert json.dumps(visit_ids(result, lambda new: int(IDS.kept[new]), HERE)) == before
-
-
-@given(configs)
-def test_referenced_ids_are_those_that_are_mapped(data: dict[str, Any]) -> None:
-    mapped: set[int] = set()
-    visit_ids(data, lambda old: mapped.add(old) or old, HERE)  # type: ignore[func-returns-value]
-    assert referenced_ids(data, HERE) == mapped
-
-
-def test_the_identity_changes_nothing() -> None:
-    data = {"eos_token_id": [1, 3], "pad_token_id": 7, "sequence_bias": [[[5], 1.0]]}
-    assert visit_ids(data, lambda old: old, HERE) == data
-
+IDS = IdMap(np.arange(0, 100, 2), 100, rowless=3)
+"""Even ids stay and are halved; odd ones go; 3 tokens have no row."""
 
 # Tokens named by their text.
 
@@ -212,15 +33,110 @@ def test_the_identity_changes_nothing() -> None:
     ("data", "tokens"),
     [
         ({"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}}, {"<s>", "</s>"}),
-        ({"additional_special_tokens": ["<a>", {"content": "<b>"}]}, {"<a>", "<b>"}),
+        ({"image_token": "<i>", "add_bos_token": True, "max_new_tokens": 7}, {"<i>"}),
+        ({"additional_special_tokens": ["<a>", {"content": "<b>"}]}, set()),
         ({"extra_special_tokens": {"image_token": "<i>", "x": {"content": "<x>"}}}, {"<i>", "<x>"}),
-        ({"extra_special_tokens": ["<e>"]}, {"<e>"}),
+        ({"extra_special_tokens": ["<e>"], "suppress_tokens": [1]}, set()),
         ({"model_specific_special_tokens": {"y": "<y>"}}, {"<y>"}),
         ({"unk_token": None, "pad_token": "", "bos_token_id": 1, "tokenizer_class": "T"}, set()),
     ],
 )  # fmt: skip
-def test_tokens_named_by_their_text(data: dict[str, Any], tokens: set[str]) -> None:
+def test_tokens_that_have_a_role(data: dict[str, Any], tokens: set[str]) -> None:
     assert referenced_tokens(data) == tokens
+
+
+def test_tokens_that_go_are_named_no_more() -> None:
+    data = {
+        "bos_token": "<s>",
+        "additional_special_tokens": ["<a>", {"content": "<b>", "lstrip": True}, "<c>"],
+        "extra_special_tokens": ["<a>"],
+        "added_tokens_decoder": {"1": {"content": "<a>"}, "2": {"content": "<c>"}, "3": "<b>"},
+        "suppress_tokens": [1, 2],
+        "chat_template": "<a>",
+    }
+    before = json.dumps(data)
+    assert drop_tokens(data, {"<a>", "<b>", "the"}, HERE) == {
+        "bos_token": "<s>",
+        "additional_special_tokens": ["<c>"],
+        "extra_special_tokens": [],
+        "added_tokens_decoder": {"2": {"content": "<c>"}},
+        "suppress_tokens": [1, 2],
+        "chat_template": "<a>",
+    }
+    assert json.dumps(data) == before
+
+
+@pytest.mark.parametrize(
+    "data", [{"bos_token": "<a>"}, {"extra_special_tokens": {"image_token": {"content": "<a>"}}}]
+)
+def test_a_token_with_a_role_may_not_go(data: dict[str, Any]) -> None:
+    with pytest.raises(
+        TokenizerError, match=r"config.json: token '<a>': has a role .*; plan again"
+    ):
+        drop_tokens(data, {"<a>"}, HERE)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", json.dumps({"chat_template": 'a\n"<a>" b'})),
+        (
+            "tokenizer_config.json",
+            json.dumps({"chat_template": [{"name": "x", "template": "-"}, {"template": "<a>"}]}),
+        ),
+        ("chat_template.json", json.dumps({"chat_template": "{{ '<a>' }}"})),
+        ("chat_template.jinja", "{{ '<a>' }}"),
+        ("processor_config.json", json.dumps({"chat_template": "<a>"})),
+    ],
+)
+def test_tokens_of_a_chat_template(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    (tmp_path / "other.json").write_text(json.dumps({"template": "<b>"}))
+    assert template_tokens(tmp_path, {"<a>": 5, "<b>": 6, "<c>": 7}) == {5}
+
+
+def test_without_a_chat_template_no_token_is_in_one(tmp_path: Path) -> None:
+    for template in (None, 7, [3], [{"name": "<a>"}], {"template": "<a>"}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+        assert template_tokens(tmp_path, {"<a>": 5, "None": 6, "3": 7}) == set()
+
+
+# Sizes of the vocabulary.
+
+SIZE_KEYS = ["vocab_size", "src_vocab_size", "tgt_vocab_size", "decoder_vocab_size",
+             "vocab_size_per_layer_input", "vocab_offset"]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", SIZE_KEYS)
+@pytest.mark.parametrize(("old", "new"), [(100, 50), (103, 53), (None, None)])
+def test_a_size_is_replaced_in_every_section(key: str, old: int | None, new: int | None) -> None:
+    data = {key: old, "decoder": {key: old}, "thinker_config": {"encoder": {key: old}}}
+    assert visit_sizes(data, IDS, HERE) == {
+        key: new, "decoder": {key: new}, "thinker_config": {"encoder": {key: new}}
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("key", SIZE_KEYS)
+@pytest.mark.parametrize("size", [99, 101, 50, 0, "100", True])
+def test_a_size_of_another_vocabulary_is_refused_by_name(key: str, size: object) -> None:
+    match = f"config.json: decoder: {key}: is not the size .*expected 100, found {size}; correct"
+    with pytest.raises(TokenizerError, match=match):
+        visit_sizes({"decoder": {key: size}}, IDS, HERE)
+
+
+def test_only_the_offset_counts_in_sections_of_other_vocabularies() -> None:
+    data = {"vision_config": {"vocab_size": 128, "vocab_offset": 100}, "type_vocab_size": 100,
+            "audio_config": {"vocab_size": 100}, "talker_config": {"vocab_size": 100},
+            "audio_vocab_size": 100}  # fmt: skip
+    assert visit_sizes(data, IDS, HERE) == {
+        **data, "vision_config": {"vocab_size": 128, "vocab_offset": 50}
+    }  # fmt: skip
+    with pytest.raises(TokenizerError, match=r"audio_config: vocab_offset: .*found 228"):
+        visit_sizes({"audio_config": {"vocab_offset": 228}}, IDS, HERE)
+
+
+def test_a_text_config_without_a_size_is_given_one() -> None:
+    assert visit_sizes({"text_config": {}}, IDS, HERE) == {"text_config": {"vocab_size": 50}}
 
 
 # config.json of a model.
@@ -241,21 +157,26 @@ def test_llama_without_bos_keeps_the_default_ids_that_its_config_class_fills_in(
     model: Path,
 ) -> None:
     edit(model / "config.json", bos_token_id=None, eos_token_id=None)
+    (model / "generation_config.json").unlink()  # it names them, too
     config = Checkpoint.open(model).config
     ids = IdMap(np.array([0, 2, 3, *range(300, 400)]), 640)
     result = rewrite_config(config, FAMILIES["llama"], ids, 64, HERE)
     assert result["eos_token_id"] == 1
     assert result["bos_token_id"] is None  # its row is gone: the old 1 would be another token
-    ids = rarity_of(Layout.of(Checkpoint.open(model))).id_map(300)
-    result = rewrite_config(config, FAMILIES["llama"], ids, 64, HERE)
-    assert (result["bos_token_id"], result["eos_token_id"]) == (ids.new(1), ids.new(2))
+    assert {1, 2} <= token_references(Checkpoint.open(model), {"a": 0, "b": 1, "c": 2, "d": 3})
     assert list(result)[: len(config)] == list(config)
 
 
 def test_null_is_not_a_default() -> None:
-    config = {"bos_token_id": None, "vocab_size": 100, "intermediate_size": 9}
+    config = {
+        "model_type": "llama",
+        "bos_token_id": None,
+        "vocab_size": 100,
+        "intermediate_size": 9,
+    }
     result = rewrite_config(config, FAMILIES["llama"], IDS, 8, HERE)
     assert result == {
+        "model_type": "llama",
         "bos_token_id": None,
         "vocab_size": 50,
         "intermediate_size": 8,
@@ -274,12 +195,37 @@ def test_every_file_beside_the_weights_keeps_its_tokens(model: Path) -> None:
     rare = sorted(tokens, key=lambda token: tokens[token])[-6:]
     edit(model / "config.json", eos_token_id=[2, tokens[rare[0]]])
     edit(model / "generation_config.json", suppress_tokens=[tokens[rare[1]], 639])
-    edit(model / "tokenizer_config.json", additional_special_tokens=[rare[2], "<absent>"])
+    edit(
+        model / "tokenizer_config.json",
+        additional_special_tokens=[rare[5]],
+        added_tokens_decoder={str(tokens[rare[5]]): {"content": rare[5]}},
+    )
+    edit(model / "config.json", text_config={"pad_token_id": tokens[rare[2]]})
     (model / "special_tokens_map.json").write_text(json.dumps({"pad_token": {"content": rare[3]}}))
     (model / "processor_config.json").write_text(json.dumps({"image_token_id": tokens[rare[4]]}))
     found = token_references(Checkpoint.open(model), tokens)
     assert {tokens[token] for token in rare[:5]} <= found
-    assert tokens[rare[5]] not in found
+    assert tokens[rare[5]] not in found  # only listed
     assert 639 not in found
-    kept_ids = rarity_of(Layout.of(Checkpoint.open(model))).id_map(300).kept
-    assert {tokens[token] for token in rare[:5]} <= set(kept_ids.tolist())
+
+
+def test_a_token_that_goes_leaves_the_listings_of_every_file(model: Path) -> None:
+    tokens = {"<a>": 4, "<b>": 5, "<c>": 6}
+    edit(
+        model / "tokenizer_config.json",
+        vocab_size=640,
+        additional_special_tokens=["<a>", "<b>"],
+        added_tokens_decoder={"4": {"content": "<a>"}, "6": {"content": "<c>"}},
+    )
+    ids = IdMap(np.array([0, 1, 2, 3, 5, 6]), 640)
+    result = rewrite_document(model / "tokenizer_config.json", tokens, ids)
+    assert result["additional_special_tokens"] == ["<b>"]
+    assert result["added_tokens_decoder"] == {"5": {"content": "<c>"}}
+    assert result["vocab_size"] == 6
+    for old, new in ((3, 2), (620, 620)):  # the number of tokens; neither of the two
+        edit(model / "tokenizer_config.json", vocab_size=old)
+        result = rewrite_document(model / "tokenizer_config.json", tokens, ids)
+        assert result["vocab_size"] == new
+    edit(model / "tokenizer_config.json", added_tokens_decoder={"7": {"content": "<x>"}})
+    with pytest.raises(TokenizerError, match="added_tokens_decoder: 7: is the id of no token"):
+        rewrite_document(model / "tokenizer_config.json", tokens, ids)

@@ -9,7 +9,7 @@ import pytest
 from surgery.budget import CANDIDATE_RATIOS, TOLERANCE, Sizes, split, vocabulary_first
 from surgery.layout import Layout
 from surgery.plan import Plan, make_plan
-from surgery.vocabulary import Rarity
+from surgery.rarity import Rarity
 from tests.conftest import Run
 from tools.paper import TABLE_6, TABLE_8, Row, layout_of, printed
 from tools.shapes import PUBLISHED, write_headers_only, write_tokenizer

@@ -14,8 +14,9 @@ from surgery.checkpoint import Checkpoint
 from surgery.errors import BudgetError, TokenizerError
 from surgery.idmap import IdMap
 from surgery.layout import Layout
+from surgery.rarity import Rarity
 from surgery.tokenizer import TokenizerFile
-from surgery.vocabulary import Rarity, merge_order, rarity_of
+from surgery.vocabulary import order_rows, rarity_of
 from tests import tiny
 
 
@@ -74,7 +75,7 @@ def test_text_of_kept_tokens_is_cut_as_before(
 ) -> None:
     old = train(lines, 400)
     source = as_file(old)
-    rarity = merge_order(source, old.get_vocab_size(), ())
+    rarity = order_rows(source, old.get_vocab_size(), ())
     size = round(rarity.must_keep + share * (len(rarity.order) - rarity.must_keep))
     new, ids = prune(source, rarity, size)
     for text in [*lines, *texts, "<s>" + texts[0] + "</s>"]:
@@ -87,7 +88,7 @@ def test_text_of_kept_tokens_is_cut_as_before(
 def test_half_of_a_real_vocabulary_keeps_most_words(tmp_path: Path) -> None:
     old = tiny.tokenizer()
     source = as_file(old)
-    rarity = merge_order(source, tiny.VOCAB_SIZE, ())
+    rarity = order_rows(source, tiny.VOCAB_SIZE, ())
     new, ids = prune(source, rarity, 480)
     same = [assert_same_segments(old, new, ids, word) for word in tiny.prose(9_000).split()]
     assert 0.5 < sum(same) / len(same) < 1
@@ -95,7 +96,7 @@ def test_half_of_a_real_vocabulary_keeps_most_words(tmp_path: Path) -> None:
 
 def test_the_tail_of_the_merge_list_goes_first() -> None:
     source = as_file(tiny.tokenizer())
-    rarity = merge_order(source, tiny.VOCAB_SIZE, ())
+    rarity = order_rows(source, tiny.VOCAB_SIZE, ())
     products = source.merges[:, 2].tolist()
     later = [i for i in rarity.order.tolist() if i in set(products[5:])]
     runs_of_space = set(products) & set(rarity.order[: rarity.must_keep].tolist())
@@ -104,7 +105,7 @@ def test_the_tail_of_the_merge_list_goes_first() -> None:
 
 
 def test_padding_rows_go_before_any_token() -> None:
-    rarity = merge_order(as_file(tiny.tokenizer()), tiny.VOCAB_SIZE, ())
+    rarity = order_rows(as_file(tiny.tokenizer()), tiny.VOCAB_SIZE, ())
     assert rarity.tokens == tiny.TOKENS
     assert rarity.order[tiny.TOKENS :].tolist() == list(range(tiny.TOKENS, tiny.VOCAB_SIZE))
 
@@ -113,7 +114,7 @@ def test_bytes_special_tokens_references_and_white_space_stay() -> None:
     tokenizer = tiny.tokenizer(special_first=False)
     source = as_file(tokenizer)
     referenced = tokenizer.get_vocab().get("Ġunion", 600)
-    rarity = merge_order(source, tiny.VOCAB_SIZE, [referenced])
+    rarity = order_rows(source, tiny.VOCAB_SIZE, [referenced])
     kept = rarity.id_map(rarity.must_keep)
     must = [*pre_tokenizers.ByteLevel.alphabet(), *tiny.SPECIAL]
     assert all(kept.new(tokenizer.get_vocab()[token]) is not None for token in must)
@@ -140,7 +141,7 @@ def test_parents_that_rank_behind_their_product_stay_with_it() -> None:
     merges = [["b", "c"], ["ab", "c"], ["a", "b"], ["a", "bc"], ["d", "e"]]
     old = hand_made(["a", "b", "c", "d", "e", "bc", "abc", "ab", "de"], merges)
     source = as_file(old)
-    rarity = merge_order(source, 9, ())
+    rarity = order_rows(source, 9, ())
     for size in range(rarity.must_keep, 10):
         new, ids = prune(source, rarity, size)
         for text in ("abc", "ab", "bcde", "abcabc", "deabc"):
@@ -150,14 +151,14 @@ def test_parents_that_rank_behind_their_product_stay_with_it() -> None:
 def test_a_token_is_raised_to_the_rank_of_its_canonical_parents() -> None:
     merges = [["x", "yz"], ["a", "b"], ["y", "z"]]  # "xyz" ranks before its parent "yz"
     source = as_file(hand_made(["x", "y", "z", "a", "b", "xyz", "ab", "yz"], merges))
-    order = merge_order(source, 8, ()).order.tolist()
+    order = order_rows(source, 8, ()).order.tolist()
     assert order.index(7) < order.index(5)
     assert order.index(6) < order.index(5)
 
 
 def test_dead_tokens_go_before_living_ones() -> None:
     tokenizer = hand_made(["a", "b", "dead", "ab"], [["a", "b"]])
-    assert merge_order(as_file(tokenizer), 4, ()).order.tolist() == [0, 1, 3, 2]
+    assert order_rows(as_file(tokenizer), 4, ()).order.tolist() == [0, 1, 3, 2]
 
 
 @pytest.mark.parametrize("form", ["pairs", "strings"])
@@ -166,7 +167,7 @@ def test_merges_keep_their_form(form: str) -> None:
     if form == "strings":
         merges = source.data["model"]["merges"]
         source.data["model"]["merges"] = ["#version: 0.2", *(" ".join(m) for m in merges)]
-    cut = source.rewrite(merge_order(source, tiny.VOCAB_SIZE, ()).id_map(480))["model"]["merges"]
+    cut = source.rewrite(order_rows(source, tiny.VOCAB_SIZE, ()).id_map(480))["model"]["merges"]
     assert cut
     assert all(isinstance(merge, str if form == "strings" else list) for merge in cut)
     assert not any("#version" in merge for merge in cut)

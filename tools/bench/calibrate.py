@@ -25,6 +25,7 @@ from calib.weights import WeightReader
 from surgery.layout import Layout
 from surgery.stats import ChannelStats
 from surgery.steps import calibrate_model, open_model
+from surgery.vocabulary import rarity_of
 
 SLACK_BYTES = 400_000_000
 """What the bound allows beside weights and hidden states: the interpreter, torch, activations."""
@@ -61,6 +62,7 @@ def streamed(model: str, text: str, samples: int, seq_len: int, stats: Path) -> 
         seed=None,
         device="cpu",
         dtype="float32",
+        rarity=rarity_of(layout),
     )
     result.save(stats)
     return {

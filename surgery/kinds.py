@@ -1,0 +1,103 @@
+"""Kinds of tokenizer that can be cut, and what each keeps so that any text can be written."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import TokenizerError
+from surgery.token_text import byte_level_text, sentencepiece_text, wordpiece_text
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a kind of tokenizer spells its tokens."""
+
+    name: str
+    text: Callable[[str], str | None]
+    """Token → the text it stands for; None for bytes that are no whole character."""
+    whitespace: frozenset[str]
+    """Spellings of space, newline, tab and carriage return."""
+
+
+BYTE_LEVEL = Kind("byte-level BPE", byte_level_text, frozenset("ĠĊĉč"))
+SENTENCEPIECE = Kind("SentencePiece-style BPE", sentencepiece_text, frozenset("▁\n\t\r"))
+UNIGRAM = Kind("Unigram", sentencepiece_text, frozenset("▁\n\t\r"))
+WORDPIECE = Kind("WordPiece", wordpiece_text, frozenset())
+
+MODEL_KEYS = {
+    "BPE": ("continuing_subword_prefix", "end_of_word_suffix", "dropout"),
+    "Unigram": (),
+    "WordPiece": (),
+}
+"""Type of model → keys that nothing here knows how to cut around."""
+
+
+def kind_of(data: dict[str, Any], path: Path) -> Kind:
+    """Tell the kind of a parsed tokenizer.json.
+
+    Raises:
+        TokenizerError: it is none that can be cut; the message says which.
+    """
+    model = data.get("model")
+    type_ = model.get("type") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or type_ not in MODEL_KEYS:
+        raise _refusal(path, f"{type_} model")
+    for key in MODEL_KEYS[type_]:
+        if model.get(key):
+            raise _refusal(path, f"BPE with {key} {model[key]!r}")
+    if type_ == "Unigram":
+        return UNIGRAM
+    if type_ == "WordPiece":
+        if model.get("continuing_subword_prefix", "##") != "##":
+            prefix = model["continuing_subword_prefix"]
+            raise _refusal(path, f"WordPiece with continuing_subword_prefix {prefix!r}")
+        return WORDPIECE
+    parts = _component_types(data.get("pre_tokenizer")) | _component_types(data.get("decoder"))
+    if "ByteLevel" in parts and not model.get("byte_fallback"):
+        return BYTE_LEVEL
+    if model.get("byte_fallback") or "Metaspace" in parts:
+        return SENTENCEPIECE
+    raise _refusal(path, "BPE without a byte-level or SentencePiece-style alphabet")
+
+
+def alphabet(kind: Kind, vocab: Mapping[str, int], *, byte_fallback: bool) -> set[int]:
+    """Ids that stay so that any text can still be written, and runs of white space with them.
+
+    Bytes or, where a character has no bytes to fall back to, all single characters: the byte
+    characters, ``<0xXX>``, ``c`` and ``##c``. ``▁`` stays even where bytes exist: decoders turn it
+    into a space before they join bytes.
+    """
+    if kind is SENTENCEPIECE or kind is UNIGRAM:
+        bytes_ = {f"<0x{byte:02X}>" for byte in range(256)} if byte_fallback else set()
+        return {
+            id_
+            for token, id_ in vocab.items()
+            if token in bytes_
+            or kind.whitespace.issuperset(token)
+            or (len(token) == 1 and not byte_fallback)
+        }
+    return {
+        id_
+        for token, id_ in vocab.items()
+        if len(token) == 1
+        or kind.whitespace.issuperset(token)
+        or (kind is WORDPIECE and len(token) == 3 and token.startswith("##"))
+    }
+
+
+def _refusal(path: Path, found: str) -> TokenizerError:
+    return TokenizerError(
+        path,
+        "this kind of vocabulary cannot be cut",
+        expected="BPE on bytes or with SentencePiece's alphabet, Unigram, or WordPiece",
+        found=found,
+        fix="keep the vocabulary whole with --vocab-size and cut channels only",
+    )
+
+
+def _component_types(part: Any) -> set[str]:
+    if not isinstance(part, dict):
+        return set()
+    inner = [*(part.get("pretokenizers") or []), *(part.get("decoders") or [])]
+    return {str(part.get("type"))}.union(*(_component_types(child) for child in inner))

@@ -1,0 +1,32 @@
+"""Pictures: a figure to draw on, saved to a file, with matplotlib as an extra."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from surgery.errors import OutputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@contextmanager
+def saved_figure(path: Path, width: float, height: float) -> Iterator["Figure"]:
+    """Yield a figure of ``width`` × ``height`` inches, which is saved to ``path`` afterwards.
+
+    Raises:
+        OutputError: matplotlib (extra ``plot``) is not there or does not know the file's suffix.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise OutputError(
+            path, "needs matplotlib", fix="pip install 'compact-surgery[plot]'"
+        ) from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    yield figure
+    try:
+        figure.savefig(path, dpi=150)
+    except ValueError as error:
+        raise OutputError(path, "cannot be drawn", found=error, fix="name a .png file") from error
