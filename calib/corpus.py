@@ -2,30 +2,12 @@
 
 import hashlib
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from surgery.checkpoint import TOKENIZER_NAME
 from surgery.errors import DataError, TokenizerError
-from surgery.legacy_tokenizer import is_legacy
-from surgery.tokenizer import TokenizerFile
-
-
-def load_tokenizer(directory: Path) -> Tokenizer:
-    """Load ``directory/tokenizer.json``, or build it, without its truncation and padding.
-
-    Raises:
-        TokenizerError: absent and not to be built, or the library refuses it.
-    """
-    if is_legacy(directory):
-        tokenizer = TokenizerFile.open(directory).library()
-    else:
-        tokenizer = _from_file(directory / TOKENIZER_NAME)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def token_windows(
@@ -107,18 +89,6 @@ def digest(windows: Iterable[np.ndarray]) -> str:
         result.update(len(window).to_bytes(8, "little"))
         result.update(window.astype("<i8").tobytes())
     return result.hexdigest()
-
-
-def _from_file(path: Path) -> Tokenizer:
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise TokenizerError(
-            path,
-            "cannot be loaded",
-            found=error,
-            fix="save the tokenizer with transformers' AutoTokenizer",
-        ) from error
 
 
 def _special_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

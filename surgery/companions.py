@@ -11,6 +11,7 @@ from surgery.errors import TokenizerError
 from surgery.families import family_of
 from surgery.idmap import IdMap
 from surgery.jsonfile import dump_json, dump_table, read_json
+from surgery.legacy_tokenizer import is_legacy
 from surgery.plan import Plan
 from surgery.references import visit_ids
 from surgery.sentencepiece import cut_sentencepiece, is_sentencepiece
@@ -107,6 +108,8 @@ def pruned_config(plan: Plan, checkpoint: Checkpoint) -> bytes:
 
 def _carried(directory: Path, ids: IdMap) -> list[str]:
     names = sorted(path.name for path in directory.iterdir() if path.is_file())
+    if not ids.identity and is_legacy(directory):
+        names.append(TOKENIZER_NAME)  # a cut vocabulary has one in any case
     return [
         name
         for name in names

@@ -16,6 +16,7 @@ from surgery.plan import Plan, make_plan
 from surgery.rarity import Rarity
 from surgery.source import resolve_model
 from surgery.stats import ChannelStats
+from surgery.tokenizer import load_tokenizer
 from surgery.vocab_cost import vocabulary_cost
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def calibrate_model(
     Tokens are put into buckets by ``rarity``.
     """
     from calib.calibrate import calibrate
-    from calib.corpus import load_tokenizer, token_windows
+    from calib.corpus import token_windows
     from calib.device import choose_device, choose_dtype
     from calib.documents import read_documents
 
@@ -115,7 +116,7 @@ def score_model(
     dtype: str,
 ) -> "Score":
     """Score a model on the windows of a text."""
-    from calib.corpus import byte_windows, load_tokenizer
+    from calib.corpus import byte_windows
     from calib.device import choose_device, choose_dtype
     from calib.documents import read_documents
     from calib.score import score

@@ -13,7 +13,7 @@ import numpy as np
 from surgery.checkpoint import TOKENIZER_NAME
 from surgery.errors import TokenizerError
 from surgery.idmap import IdMap
-from surgery.jsonfile import read_json
+from surgery.jsonfile import dump_table, read_json
 from surgery.kinds import Kind, alphabet, kind_of
 from surgery.legacy_tokenizer import build_tokenizer, is_legacy
 from surgery.tokenizer_checks import AGAIN, check_tokenizer, walk_processor
@@ -62,11 +62,7 @@ class TokenizerFile:
 
     def library(self) -> "Tokenizer":
         """The tokenizers library's tokenizer of this file."""
-        from tokenizers import Tokenizer
-
-        if self.path.exists():
-            return Tokenizer.from_file(str(self.path))
-        return Tokenizer.from_buffer(msgspec.json.encode(self.data))
+        return _library(self.data, self.path)
 
     @cached_property
     def kind(self) -> Kind:
@@ -203,6 +199,46 @@ class TokenizerFile:
                 fix="correct the reference in the source",
             )
         return new
+
+
+def tokenizer_data(directory: Path) -> dict[str, Any]:
+    """tokenizer.json of ``directory``, whatever its kind, or what it would be; {} without any."""
+    path = directory / TOKENIZER_NAME
+    if is_legacy(directory):
+        return build_tokenizer(directory)
+    return read_json(path) if path.exists() else {}
+
+
+def load_tokenizer(directory: Path) -> "Tokenizer":
+    """Load ``directory/tokenizer.json``, or build it, without its truncation and padding.
+
+    Raises:
+        TokenizerError: absent and not to be built, or the library refuses it.
+    """
+    path = directory / TOKENIZER_NAME
+    data = tokenizer_data(directory)
+    if not data and not path.exists():
+        raise TokenizerError(
+            path, "is missing", fix="save the tokenizer with transformers' AutoTokenizer"
+        )
+    tokenizer = _library(data, path)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _library(data: dict[str, Any], path: Path) -> "Tokenizer":
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_buffer(dump_table(data))
+    except Exception as error:  # the library raises bare Exception
+        raise TokenizerError(
+            path,
+            "cannot be loaded",
+            found=error,
+            fix="save the tokenizer with transformers' AutoTokenizer",
+        ) from error
 
 
 def _pair(entry: Any, path: Path) -> tuple[str, str]:

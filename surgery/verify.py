@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from surgery.apply import PROVENANCE_NAME, ProvenanceFile
-from surgery.checkpoint import TOKENIZER_NAME, Checkpoint
+from surgery.checkpoint import Checkpoint
 from surgery.edits import Edit, edits
 from surgery.errors import PlanError
 from surgery.header import TensorRef
@@ -16,6 +16,7 @@ from surgery.layout import Layout
 from surgery.plan import Plan
 from surgery.selection import MAKE_AGAIN
 from surgery.stream import edit_windows
+from surgery.tokenizer import load_tokenizer, tokenizer_data
 from surgery.verify_ids import Origin, id_faults
 
 SAMPLES = (
@@ -136,12 +137,9 @@ def _check_sizes(layout: Layout, plan: Plan) -> list[str]:
 
 def _check_tokenizer(directory: Path, source: Path, plan: Plan) -> list[str]:
     """Encode and decode samples with both tokenizers, through the library that others use."""
-    if not (source / TOKENIZER_NAME).exists():
+    if not tokenizer_data(source):
         return []
-    from tokenizers import Tokenizer
-
-    old = Tokenizer.from_file(str(source / TOKENIZER_NAME))
-    new = Tokenizer.from_file(str(directory / TOKENIZER_NAME))
+    old, new = load_tokenizer(source), load_tokenizer(directory)
     ids, faults = plan.ids(), []
     for token, old_id in old.get_vocab().items():
         if (new_id := ids.new(old_id)) is not None and new.token_to_id(token) != new_id:

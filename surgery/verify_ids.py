@@ -16,6 +16,7 @@ from surgery.jsonfile import read_json
 from surgery.layout import Layout
 from surgery.plan import Plan
 from surgery.references import Place, id_places
+from surgery.tokenizer import tokenizer_data
 from surgery.tokenizer_checks import walk_processor
 
 
@@ -34,8 +35,7 @@ class Origin:
     @cached_property
     def tokenizer(self) -> dict[str, Any]:
         """Its tokenizer.json, or an empty object."""
-        path = self.path / TOKENIZER_NAME
-        return read_json(path) if path.exists() else {}
+        return tokenizer_data(self.path)
 
     @cached_property
     def gone(self) -> set[str]:
@@ -67,7 +67,7 @@ def id_faults(layout: Layout, origin: Origin | None) -> list[str]:
     Without ``origin`` an id of another token cannot be told from the right one.
     """
     directory, rows = layout.checkpoint.path, layout.vocab_size
-    data = layout.checkpoint.json(TOKENIZER_NAME)
+    data = tokenizer_data(directory)
     tokens = token_ids(data)
     copied = not tokens or (origin is not None and origin.ids.identity)
     owner = {id_: token for token, id_ in tokens.items()} or dict.fromkeys(range(rows), "")

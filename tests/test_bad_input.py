@@ -599,7 +599,7 @@ TOKENIZERS = [
     Case("tokenizer missing", remove("model/tokenizer.json"), PLAN,
          ("tokenizer.json", "missing", "keep the vocabulary whole")),
     Case("tokenizer missing for text", remove("model/tokenizer.json"), f"{SCORE} text.txt",
-         ("tokenizer.json", "cannot be loaded", "No such file", "AutoTokenizer")),
+         ("tokenizer.json", "is missing", "AutoTokenizer")),
     Case("WordLevel tokenizer", model_key(type="WordLevel"), PLAN,
          (*KIND, "found WordLevel model")),
     Case("WordPiece with another prefix",

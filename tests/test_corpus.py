@@ -15,11 +15,11 @@ from tokenizers import Tokenizer, processors
 from calib.corpus import (
     byte_windows,
     digest,
-    load_tokenizer,
     token_windows,
 )
 from calib.documents import read_documents
 from surgery.errors import DataError, TokenizerError
+from surgery.tokenizer import load_tokenizer
 from tests import tiny
 
 BOS, EOS = 1, 2

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from calib.corpus import load_tokenizer
 from surgery.checkpoint import LEGACY_NAMES, Checkpoint
 from surgery.errors import SurgeryError, TokenizerError
 from surgery.legacy_tokenizer import RECIPES, is_legacy
-from surgery.tokenizer import TokenizerFile
+from surgery.tokenizer import TokenizerFile, load_tokenizer
 from tests import tiny
+from tests.conftest import Run
 from tests.languages import ARTICLE_1
 from tests.tiny import prose
 
@@ -241,3 +241,29 @@ def test_missing(tmp_path: Path, gone: list[str], found: str) -> None:
         TokenizerFile.open(directory)
     expected = f"{directory / 'tokenizer.json'}: is missing{found} save the tokenizer"
     assert str(refusal.value).startswith(expected)
+
+
+def test_the_whole_way_without_a_tokenizer_json(llama: Path, tmp_path: Path, run: Run) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(llama, source)
+    data = json.loads((source / "tokenizer.json").read_text())
+    (source / "tokenizer.json").unlink()
+    (source / "vocab.json").write_text(json.dumps(data["model"]["vocab"]))
+    merges = "\n".join(" ".join(pair) for pair in data["model"]["merges"])
+    (source / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    config = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    config |= {"unk_token": "<unk>", "pad_token": "<pad>"}
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    sizes = ("--vocab-size", 480, "--intermediate-size", 64, "--samples", 2, "--seq-len", 32)
+    result = run("prune", source, "--data", tiny.TEXT, *sizes, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    cut, old = load_tokenizer(tmp_path / "out"), load_tokenizer(source)
+    assert cut.get_vocab_size() == 480
+    assert json.loads((tmp_path / "out" / "vocab.json").read_text()).items() <= (
+        cut.get_vocab().items()
+    )
+    (tmp_path / "out" / "tokenizer.json").unlink()
+    rebuilt = load_tokenizer(tmp_path / "out")
+    for text in ("The crew <s> of the ship</s>", "naïve 人 🙂"):
+        assert rebuilt.encode(text).ids == cut.encode(text).ids
+        assert cut.decode(cut.encode(text).ids) == old.decode(old.encode(text).ids)

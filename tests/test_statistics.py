@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from calib.calibrate import ChannelSums, calibrate, membership
-from calib.corpus import byte_windows, load_tokenizer, token_windows
+from calib.corpus import byte_windows, token_windows
 from calib.decoder import StreamedDecoder
 from calib.ffn import pieces
 from calib.score import score
@@ -19,6 +19,7 @@ from surgery.channels import bucket_weights, choose_channels
 from surgery.checkpoint import Checkpoint
 from surgery.layout import Layout
 from surgery.stats import ChannelStats
+from surgery.tokenizer import load_tokenizer
 from surgery.vocabulary import rarity_of
 from tests import tiny
 from tests.conftest import Run

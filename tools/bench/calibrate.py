@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import calib.calibrate
 from calib.calibrate import ChannelSums, membership
-from calib.corpus import load_tokenizer, token_windows
+from calib.corpus import token_windows
 from calib.decoder import Batch, micro_batches
 from calib.documents import read_documents
 from calib.ffn import pieces
@@ -25,6 +25,7 @@ from calib.weights import WeightReader
 from surgery.layout import Layout
 from surgery.stats import ChannelStats
 from surgery.steps import calibrate_model, open_model
+from surgery.tokenizer import load_tokenizer
 from surgery.vocabulary import rarity_of
 
 SLACK_BYTES = 400_000_000
