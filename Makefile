@@ -20,8 +20,8 @@ help:
 demo: $(VENV)/demo.stamp $(MODEL)/config.json
 	$(BIN)/python tools/demo.py --model $(MODEL) --output build
 
-test: lint
-	$(BIN)/python -m pytest
+test: lint $(VENV)/transformers4.stamp
+	COMPACT_SURGERY_TRANSFORMERS4=$(abspath $(VENV))/transformers4/bin/python $(BIN)/python -m pytest
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -41,6 +41,13 @@ $(VENV)/venv.stamp: pyproject.toml constraints.txt
 
 $(VENV)/%.stamp: $(VENV)/venv.stamp
 	$(BIN)/python -m pip install -c constraints.txt -e '.[$*]'
+	@touch $@
+
+# A pruned vocabulary is read by transformers 4, too: its tokenizers only, which need no torch.
+$(VENV)/transformers4.stamp: $(VENV)/venv.stamp
+	$(PYTHON) -m venv --clear $(VENV)/transformers4
+	$(VENV)/transformers4/bin/python -m pip install transformers==4.57.6 tokenizers==0.22.2 \
+		jinja2 sentencepiece protobuf
 	@touch $@
 
 $(MODEL)/config.json: | $(VENV)/demo.stamp

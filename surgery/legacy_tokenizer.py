@@ -5,7 +5,6 @@ would give other ids.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,34 +13,21 @@ import msgspec
 from surgery.checkpoint import LEGACY_NAMES, TOKENIZER_NAME, tokenizer_files
 from surgery.errors import TokenizerError
 from surgery.jsonfile import read_json
+from surgery.legacy_added_tokens import (
+    CONFIG_NAME,
+    SAVE,
+    Recipe,
+    add_tokens,
+    optional_json,
+    post_processor,
+    special_settings,
+)
 from surgery.tokenizer_checks import AGAIN, check_tokenizer
 
 if TYPE_CHECKING:
-    from tokenizers import AddedToken, Tokenizer
-    from tokenizers.processors import PostProcessor
+    from tokenizers import Tokenizer
 
-VOCAB_NAME, MERGES_NAME, CONFIG_NAME, ADDED_NAME, SPECIAL_NAME = LEGACY_NAMES
-
-ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""Keys of tokenizer_config.json that name a special token, in the order of their ids."""
-
-EXTRA, EXTRA_BEFORE_5 = "extra_special_tokens", "additional_special_tokens"
-"""Keys that list more special tokens."""
-
-FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a class of transformers makes a tokenizer of the two files."""
-
-    default_roles: tuple[str, ...]
-    """Roles of <|endoftext|> where tokenizer_config.json says nothing about them."""
-    split: str | None = None
-    """Regex that cuts NFC text before the byte level; None for the byte level's own."""
-    plain_special: bool = False
-    """Whether special tokens lose flags such as lstrip."""
-
+VOCAB_NAME, MERGES_NAME = LEGACY_NAMES[:2]
 
 RECIPES = {
     "GPT2Tokenizer": Recipe(("bos_token", "eos_token", "unk_token")),
@@ -56,8 +42,6 @@ RECIPES = {
 
 CLASS_OF_TYPE = {"qwen2": "Qwen2Tokenizer"}
 """model_type → the class that transformers 5 takes, whatever tokenizer_config.json says."""
-
-SAVE = "save it with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
 
 
 def is_legacy(directory: Path) -> bool:
@@ -83,11 +67,11 @@ def build_tokenizer(directory: Path) -> dict[str, Any]:
         )
     vocab = read_json(directory / VOCAB_NAME)
     try:
-        settings, extra = _settings(directory)
+        settings, extra = special_settings(directory)
         recipe = _recipe(directory, settings.get("tokenizer_class"))
         tokenizer = _byte_level_bpe(directory, vocab, recipe, settings)
-        roles = _add_tokens(tokenizer, directory, recipe, settings, extra)
-        tokenizer.post_processor = _post_processor(tokenizer, settings, roles)
+        roles = add_tokens(tokenizer, directory, recipe, settings, extra)
+        tokenizer.post_processor = post_processor(tokenizer, settings, roles)
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # of another form
         where = directory / CONFIG_NAME
         raise TokenizerError(where, "cannot be read", found=repr(error), fix=SAVE) from error
@@ -97,34 +81,9 @@ def build_tokenizer(directory: Path) -> dict[str, Any]:
     return data
 
 
-def _settings(directory: Path) -> tuple[dict[str, Any], list[Any]]:
-    """tokenizer_config.json, under special_tokens_map.json where that is read; extra tokens."""
-    settings = _optional(directory / CONFIG_NAME)
-    if not settings.get(EXTRA) and EXTRA_BEFORE_5 in settings:
-        settings[EXTRA] = settings.pop(EXTRA_BEFORE_5)
-    shared = {} if "added_tokens_decoder" in settings else _optional(directory / SPECIAL_NAME)
-    found = [part.get(key) for part in (settings, shared) for key in (EXTRA, EXTRA_BEFORE_5)]
-    lists = [entry for entry in found if entry is not None and entry != {}]
-    own = [
-        key
-        for key, value in {**settings, **shared}.items()
-        if key.endswith("_token") and key not in ROLES and isinstance(value, str | dict)
-    ]
-    if own or any(entry != lists[0] or isinstance(entry, dict) for entry in lists):
-        raise TokenizerError(
-            directory / CONFIG_NAME,
-            "names special tokens that transformers 4 and 5 treat differently",
-            expected=f"{EXTRA} and {', '.join(ROLES)}",
-            found=own[0] if own else " and ".join(map(str, lists)),
-            fix=SAVE,
-        )
-    settings |= {key: _token(value) for key, value in shared.items() if key != EXTRA_BEFORE_5}
-    return settings, lists[0] if lists else []
-
-
 def _recipe(directory: Path, class_: Any) -> Recipe:
     name = str(class_).removesuffix("Fast")
-    model_type = str(_optional(directory / "config.json").get("model_type"))
+    model_type = str(optional_json(directory / "config.json").get("model_type"))
     expected = CLASS_OF_TYPE.get(model_type, name)
     if name not in RECIPES or name != expected:
         raise TokenizerError(
@@ -182,98 +141,3 @@ def _merges(path: Path) -> list[tuple[str, str]]:
             )
         merges.append((parts[0], parts[1]))
     return merges
-
-
-def _add_tokens(
-    tokenizer: "Tokenizer",
-    directory: Path,
-    recipe: Recipe,
-    settings: Mapping[str, Any],
-    extra: list[Any],
-) -> dict[str, str]:
-    """Add special and other added tokens; return role → special token."""
-    from tokenizers import AddedToken
-
-    where, declared = _declared(directory, settings)
-    by_text = {token.content: token for _, token in declared}
-    roles = _roles(recipe, settings, by_text)
-    special = [*roles.values(), *map(_token, extra)]
-    tokens = [token for _, token in declared]
-    for token in special:
-        if str(token) not in by_text and token not in tokens:
-            tokens.append(token)
-    named = {str(token) for token in roles.values()}
-    tokens = [AddedToken(t, special=True) if isinstance(t, str) else t for t in tokens]
-    for token in tokens:
-        token.special = token.special or token.content in named
-    tokenizer.add_tokens(tokens)
-    if recipe.plain_special:
-        tokenizer.add_tokens([AddedToken(str(token), special=True) for token in special])
-    for id_, token in declared:
-        if tokenizer.token_to_id(token.content) != id_:
-            raise TokenizerError(
-                f"{where}: token {token.content!r}",
-                "has another id than transformers will give it",
-                expected=tokenizer.token_to_id(token.content),
-                found=id_,
-                fix=SAVE,
-            )
-    return {role: str(token) for role, token in roles.items()}
-
-
-def _declared(
-    directory: Path, settings: Mapping[str, Any]
-) -> tuple[Path, list[tuple[int, "AddedToken"]]]:
-    """The file that gives added tokens their ids, and these tokens by id."""
-    from tokenizers import AddedToken
-
-    if "added_tokens_decoder" in settings:
-        where, entries = directory / CONFIG_NAME, settings["added_tokens_decoder"].items()
-        found = [(int(id_), _token(entry)) for id_, entry in entries]
-    else:
-        where = directory / ADDED_NAME
-        names = [*(settings.get(role) for role in ROLES), *(settings.get(EXTRA) or [])]
-        special = set(map(str, names))
-        found = [
-            (id_, AddedToken(text, normalized=text not in special, special=text in special))
-            for text, id_ in _optional(where).items()
-        ]
-    return where, sorted(found, key=lambda pair: pair[0])
-
-
-def _roles(
-    recipe: Recipe, settings: Mapping[str, Any], declared: Mapping[str, "AddedToken"]
-) -> dict[str, Any]:
-    """Role → special token, a string or an AddedToken, in the order of ``ROLES``."""
-    default = dict.fromkeys(recipe.default_roles, "<|endoftext|>")
-    named = {role: _token({**default, **settings}.get(role)) for role in ROLES}
-    return {
-        role: declared.get(str(token), token) for role, token in named.items() if token is not None
-    }
-
-
-def _post_processor(
-    tokenizer: "Tokenizer", settings: Mapping[str, Any], roles: Mapping[str, str]
-) -> "PostProcessor":
-    """What puts bos and eos around a text, or nothing."""
-    from tokenizers.processors import TemplateProcessing
-
-    bos, eos = (settings.get(f"add_{key}") and roles.get(key) for key in ("bos_token", "eos_token"))
-    first = " ".join(f"{piece}:0" for piece in (bos, "$A", eos) if piece)
-    second = " ".join(f"{piece}:1" for piece in (bos, "$B", eos) if piece)
-    ids = [(token, tokenizer.token_to_id(token)) for token in (bos, eos) if token]
-    return TemplateProcessing(single=first, pair=f"{first} {second}", special_tokens=ids)
-
-
-def _token(entry: Any) -> Any:
-    """A special token as transformers passes it on: a string or an AddedToken."""
-    from tokenizers import AddedToken
-
-    if not isinstance(entry, dict):
-        return entry
-    flags = {flag: entry[flag] for flag in FLAGS if flag in entry}
-    return AddedToken(entry["content"], **flags)
-
-
-def _optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}

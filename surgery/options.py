@@ -11,6 +11,12 @@ import click
 from surgery.channels import CRITERIA, DEFAULT_CRITERION
 
 
+class Refusal(click.ClickException):
+    """Bad usage or bad input: one line on stderr."""
+
+    exit_code = 2
+
+
 def combined(*options: Callable[..., Any]) -> Callable[..., Any]:
     """Return one decorator that adds all of ``options``."""
 

@@ -1,5 +1,8 @@
 """A plan as text for people: what goes, what stays, what to know."""
 
+from pathlib import Path
+
+from surgery.companions import left_behind
 from surgery.plan import Plan
 from surgery.vocab_cost import ScriptCost, VocabularyCost
 
@@ -7,8 +10,8 @@ SHOWN_SCRIPTS = 12
 """Scripts that lose most tokens; plan.json has them all."""
 
 
-def plan_table(plan: Plan, left_behind: list[str]) -> str:
-    """Before, after and removed share of each size, then the notes."""
+def plan_table(plan: Plan, source: Path) -> str:
+    """Before, after and removed share of each size, then the notes; ``source`` is the plan's."""
     before, after = plan.before, plan.after
     rows = [f"{'':<20}{'before':>18}{'after':>18}{'removed':>10}"]
     for name in ("vocab_size", "intermediate_size", "parameters", "nbytes"):
@@ -18,8 +21,8 @@ def plan_table(plan: Plan, left_behind: list[str]) -> str:
     if plan.vocabulary is not None:
         rows += ["", *_vocabulary_rows(plan.vocabulary)]
     rows += [f"note: {note}" for note in plan.provenance.notes]
-    if left_behind:
-        rows.append(f"note: left behind: {', '.join(left_behind)}")
+    if names := left_behind(source, plan.ids()):
+        rows.append(f"note: left behind: {', '.join(names)}")
     if not plan.complete:
         rows.append("note: sizes only; give --stats to choose the channels and apply the plan")
     return "\n".join(rows)
