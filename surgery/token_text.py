@@ -12,7 +12,7 @@ def _byte_level_alphabet() -> dict[str, int]:
     return alphabet
 
 
-BYTE_LEVEL = _byte_level_alphabet()
+BYTE_CHARACTERS = _byte_level_alphabet()
 """Character of GPT-2's byte-level alphabet → the byte it stands for, all 256."""
 
 _BYTE_PIECES = {f"<0x{byte:02X}>": chr(byte) if byte < 0x80 else None for byte in range(256)}
@@ -25,7 +25,7 @@ def byte_level_text(token: str) -> str | None:
     many added tokens, which stand for themselves).
     """
     try:
-        return bytes([BYTE_LEVEL[char] for char in token]).decode()
+        return bytes([BYTE_CHARACTERS[char] for char in token]).decode()
     except (KeyError, UnicodeDecodeError):
         return None
 

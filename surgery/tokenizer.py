@@ -14,8 +14,9 @@ from surgery.checkpoint import TOKENIZER_NAME
 from surgery.errors import TokenizerError
 from surgery.idmap import IdMap
 from surgery.jsonfile import dump_table, read_json
-from surgery.kinds import Kind, alphabet, kind_of
+from surgery.kinds import BYTE_LEVEL, Kind, alphabet, kind_of
 from surgery.legacy_tokenizer import build_tokenizer, is_legacy
+from surgery.token_text import BYTE_CHARACTERS
 from surgery.tokenizer_checks import AGAIN, check_tokenizer, walk_processor
 
 if TYPE_CHECKING:
@@ -136,6 +137,13 @@ class TokenizerFile:
             unknown.add(self.token_ids[model["unk_token"]])
         byte_fallback = bool(model.get("byte_fallback"))
         return unknown | alphabet(self.kind, self.vocab, byte_fallback=byte_fallback)
+
+    @property
+    def missing_bytes(self) -> int:
+        """Bytes that a byte-level vocabulary without unknown token cannot write (SmolLM2: 21)."""
+        if self.kind is not BYTE_LEVEL or self.data["model"].get("unk_token"):
+            return 0
+        return len(BYTE_CHARACTERS.keys() - self.vocab.keys())
 
     def rewrite(self, ids: IdMap) -> dict[str, Any]:
         """Return tokenizer.json for the kept tokens: same keys, same order, new ids.

@@ -56,20 +56,28 @@ class VocabularyCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tokens_per_byte_after: float | None
     scripts: list[ScriptCost]
     """Most tokens first."""
+    missing_bytes: int = 0
+    """Bytes that the source's byte-level vocabulary lacks."""
 
     def warnings(self) -> list[str]:
-        """One line for each script whose text grows a lot."""
+        """One line for each script whose text grows a lot, and one for text that is lost."""
         grown = [
             cost
             for cost in self.scripts
             if cost.text_bytes >= LEAST_BYTES and cost.growth > GROWTH_WARNED
         ]
-        return [
+        lines = [
             f"{cost.script} text grows by {cost.growth:.0%} in tokens "
             f"({cost.tokens_before:,} tokens of that script become {cost.tokens_after:,}); "
             f"--keep-script {cost.script} or --vocab-by frequency on such text keeps it short"
             for cost in grown
         ]
+        if self.missing_bytes:
+            lines.append(
+                f"the source's vocabulary lacks {self.missing_bytes} of the 256 bytes: it drops "
+                "text with them without a word, and so will the result"
+            )
+        return lines
 
 
 def vocabulary_cost(
@@ -105,6 +113,7 @@ def vocabulary_cost(
         sum(old.values()) / total if total else None,
         sum(new.values()) / total if total else None,
         costs,
+        tokenizer.missing_bytes,
     )
 
 

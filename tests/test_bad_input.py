@@ -287,6 +287,18 @@ def model_key(**changes: Any) -> Damage:
     return tokenizer(lambda data: data["model"].update(changes))
 
 
+def prepend(path: Path, head: bytes) -> None:
+    path.write_bytes(head + path.read_bytes())
+
+
+def gap_under_added(data: Any) -> None:
+    """One token fewer, so that the loader gives an added token the id of the last one."""
+    del data["model"]["merges"][-1]
+    last = max(data["model"]["vocab"], key=data["model"]["vocab"].get)
+    del data["model"]["vocab"][last]
+    data["added_tokens"].append(dict(data["added_tokens"][0], id=620, content="<late>"))
+
+
 def two_tokens_one_id(data: Any) -> None:
     vocab = data["model"]["vocab"]
     vocab["Ġthe"] = vocab["Ġa"]
@@ -632,6 +644,26 @@ TOKENIZERS = [
          ("--keep-script", "found 'Cirillic'", "did you mean Cyrillic?")),
     Case("frequency without text", nothing, f"{PLAN} --vocab-by frequency",
          ("--vocab-by frequency", "needs a text", "--data TEXT")),
+    Case("tokenizer with a key twice",
+         replace("model/tokenizer.json", '"model": {', '"model": {"type": "BPE",'), PLAN,
+         ("tokenizer.json", "not valid JSON", "'type' twice", "download")),
+    Case("tokenizer with a BOM",
+         lambda root: prepend(root / "model/tokenizer.json", b"\xef\xbb\xbf"), PLAN,
+         ("tokenizer.json", "not valid JSON", "BOM", "download")),
+    Case("tokenizer with NaN", model_key(extra=float("nan")), PLAN,
+         ("tokenizer.json", "not valid JSON", "NaN", "download")),
+    Case("tokenizer cut short", cut("model/tokenizer.json", -200), PLAN,
+         ("tokenizer.json", "not valid JSON", "download")),
+    Case("tokenizer 100,000 deep", write("model/tokenizer.json", '{"model":' + "[" * 100_000),
+         PLAN, ("tokenizer.json", "nested too deeply", "download")),
+    Case("tokenizer with a lone surrogate",
+         tokenizer(lambda data: data["model"]["vocab"].update({"\ud800": 620})), PLAN,
+         ("tokenizer.json", "not valid JSON", "surrogates", "download")),
+    Case("two added tokens on one id", tokenizer(
+         lambda data: data["added_tokens"].append(dict(data["added_tokens"][0], content="<x>"))),
+         PLAN, ("tokenizer.json", "added token '<x>'", "expected 620", "found 0", "save")),
+    Case("id gap that collides", tokenizer(gap_under_added), PLAN,
+         ("tokenizer.json", "added token '<late>'", "expected 619", "found 620", "save")),
     Case("two tokens on one id", tokenizer(two_tokens_one_id), PLAN,
          ("tokenizer.json", "id ", "two tokens", "found 'Ġ", "download")),
     Case("token id is text", tokenizer(lambda data: data["model"]["vocab"].update(the="7")), PLAN,

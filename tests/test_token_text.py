@@ -5,24 +5,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, pre_tokenizers
 
-from surgery.token_text import BYTE_LEVEL, byte_level_text, sentencepiece_text, wordpiece_text
+from surgery.token_text import BYTE_CHARACTERS, byte_level_text, sentencepiece_text, wordpiece_text
 
 
 def as_byte_level(raw: bytes) -> str:
-    chars = {byte: char for char, byte in BYTE_LEVEL.items()}
+    chars = {byte: char for char, byte in BYTE_CHARACTERS.items()}
     return "".join(chars[byte] for byte in raw)
 
 
 def test_the_alphabet_is_that_of_tokenizers() -> None:
-    assert set(BYTE_LEVEL) == set(pre_tokenizers.ByteLevel.alphabet())
-    assert sorted(BYTE_LEVEL.values()) == list(range(256))
+    assert set(BYTE_CHARACTERS) == set(pre_tokenizers.ByteLevel.alphabet())
+    assert sorted(BYTE_CHARACTERS.values()) == list(range(256))
 
 
 @pytest.mark.parametrize(
     ("char", "byte"), [("Ġ", 0x20), ("Ċ", 0x0A), ("Ā", 0), ("!", 0x21), ("ÿ", 0xFF), ("Ń", 0xAD)]
 )
 def test_some_characters_of_the_alphabet(char: str, byte: int) -> None:
-    assert BYTE_LEVEL[char] == byte
+    assert BYTE_CHARACTERS[char] == byte
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1))

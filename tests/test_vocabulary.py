@@ -16,6 +16,8 @@ from surgery.idmap import IdMap
 from surgery.layout import Layout
 from surgery.rarity import Rarity
 from surgery.tokenizer import TokenizerFile
+from surgery.tokenizer_checks import check_tokenizer
+from surgery.vocab_cost import vocabulary_cost
 from surgery.vocabulary import order_rows, rarity_of
 from tests import tiny
 
@@ -204,3 +206,47 @@ def test_ids_stay_in_order_and_become_compact(size: int, rowless: int, data: st.
     assert ids.new(-1) is None
     assert ids.new(size + rowless) is None
     assert np.array_equal(np.flatnonzero(ids.keep_mask()), kept)
+
+
+def test_an_id_gap_becomes_compact() -> None:
+    """Row 3 belongs to no token: it is a padding row, and goes first."""
+    data = json.loads(hand_made(["a", "b", "ab"], [["a", "b"]]).to_str())
+    data["model"]["vocab"] = {"a": 0, "b": 1, "ab": 4}
+    data["model"]["merges"] = [["a", "b"]]
+    source = TokenizerFile(Path("x"), data)
+    rarity = order_rows(source, 5, ())
+    assert rarity.order[3:].tolist() == [2, 3]
+    assert source.rewrite(rarity.id_map(3))["model"]["vocab"] == {"a": 0, "b": 1, "ab": 2}
+
+
+def test_an_added_token_without_content_is_dropped() -> None:
+    source = as_file(tiny.tokenizer())
+    empty = dict(source.data["added_tokens"][0], content="", id=7)
+    source.data["added_tokens"].insert(2, empty)
+    check_tokenizer(source.data, source.path)
+    cut = source.rewrite(order_rows(source, tiny.VOCAB_SIZE, ()).id_map(480))
+    assert [token["content"] for token in cut["added_tokens"]] == list(tiny.SPECIAL)
+
+
+def test_of_a_pair_given_twice_the_last_merge_counts() -> None:
+    """As in the library: (a, b) ranks behind (b, c), so that "abc" is a + bc."""
+    merges = [["a", "b"], ["b", "c"], ["a", "b"], ["a", "bc"], ["ab", "c"]]
+    old = hand_made(["a", "b", "c", "ab", "bc", "abc"], merges)
+    source = as_file(old)
+    source.data["model"]["merges"] = merges
+    rarity = order_rows(source, 6, ())
+    for size in range(rarity.must_keep, 7):
+        new, ids = prune(source, rarity, size)
+        for text in ("abc", "ab", "bc", "cab"):
+            assert_same_segments(old, new, ids, text)
+
+
+def test_missing_bytes_are_named(tmp_path: Path) -> None:
+    source = as_file(tiny.tokenizer())
+    assert source.missing_bytes == 0
+    for token in ("ÿ", "ö"):
+        source.data["model"]["vocab"].pop(token)
+    lossy = TokenizerFile(source.path, source.data)
+    ids = order_rows(lossy, tiny.VOCAB_SIZE, ()).id_map(480)
+    warnings = vocabulary_cost(lossy, ids, "merge-order", ()).warnings()
+    assert any("lacks 2 of the 256 bytes" in line for line in warnings)
