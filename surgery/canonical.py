@@ -5,7 +5,10 @@ from collections.abc import Mapping
 import numpy as np
 
 NEVER = np.iinfo(np.int64).max
-"""Rank of a pair that no merge joins."""
+"""Rule of a pair that no merge joins."""
+
+PRODUCT_BITS = 32
+"""A rule is one number, rank and below it product, so that the least is the first to apply."""
 
 UNICODE = 0x110000
 
@@ -14,7 +17,7 @@ class Canonical:
     """A tokenizer's own BPE, run on the text of its tokens.
 
     One merge entry is not enough to tell a token's parents: Llama 3.1 and Gemma 3 have tokens with
-    several. All tokens of one length take their steps together: 0.5 s for Llama 3.1's 128,000
+    several. All tokens of one length take their steps together: 0.4 s for Llama 3.1's 128,000
     tokens, where a loop over them took 1.3 s.
     """
 
@@ -34,8 +37,8 @@ class Canonical:
         keys = self._keys(merges[:, 0], merges[:, 1])
         # A pair given twice: the last one wins, as in the tokenizers library.
         self._pairs, place = np.unique(keys[::-1], return_index=True)
-        self._rank = len(keys) - 1 - place
-        self._product = merges[self._rank, 2]
+        rank = len(keys) - 1 - place
+        self._rules = (rank << PRODUCT_BITS) + merges[rank, 2]
 
     def parents(self, ids: np.ndarray) -> np.ndarray:
         """Return int64 ``[len(ids), 2]``: the parts that BPE joins last on each token's text.
@@ -57,36 +60,33 @@ class Canonical:
         """Run BPE on the rows of ``parts`` ``[n, length]``; one merge in every row is a step."""
         result = np.full((len(parts), 2), -1, dtype=np.int64)
         rows = np.arange(len(parts))
-        rank, product = self._look_up(parts[:, :-1], parts[:, 1:])
+        rules = self._look_up(parts[:, :-1], parts[:, 1:])
         while len(rows):
-            place = rank.argmin(axis=1)
-            alive = rank[np.arange(len(rows)), place] != NEVER
-            rows, parts, place = rows[alive], parts[alive], place[alive]
-            rank, product = rank[alive], product[alive]
+            place = rules.argmin(axis=1)
+            first = rules[np.arange(len(rows)), place]
+            alive = first != NEVER
+            rows, parts, rules = rows[alive], parts[alive], rules[alive]
+            place, joined = place[alive], first[alive] & ((1 << PRODUCT_BITS) - 1)
             if parts.shape[1] == 2:
-                reached = product[:, 0] == wanted[rows]
+                reached = joined == wanted[rows]
                 result[rows[reached]] = parts[reached]
                 break
-            every = np.arange(len(rows))
-            joined = product[every, place]
             parts = _without(parts, place + 1)
-            parts[every, place] = joined
-            rank, product = _without(rank, place), _without(product, place)
+            parts[np.arange(len(rows)), place] = joined
+            rules = _without(rules, place)
             for side in (place - 1, place):
-                inside = np.flatnonzero((side >= 0) & (side < rank.shape[1]))
+                inside = np.flatnonzero((side >= 0) & (side < rules.shape[1]))
                 at = side[inside]
-                pair = self._look_up(parts[inside, at], parts[inside, at + 1])
-                rank[inside, at], product[inside, at] = pair
+                rules[inside, at] = self._look_up(parts[inside, at], parts[inside, at + 1])
         return result
 
-    def _look_up(self, left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Rank and product of pairs of parts; ``NEVER`` and -1 where no merge joins them."""
+    def _look_up(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """Rules of pairs of parts; ``NEVER`` where no merge joins them."""
         if not len(self._pairs):
-            return np.full(left.shape, NEVER), np.full(left.shape, -1)
+            return np.full(left.shape, NEVER)
         keys = self._keys(left, right)
         place = np.minimum(np.searchsorted(self._pairs, keys), len(self._pairs) - 1)
-        found = self._pairs[place] == keys
-        return np.where(found, self._rank[place], NEVER), np.where(found, self._product[place], -1)
+        return np.where(self._pairs[place] == keys, self._rules[place], NEVER)
 
     def _keys(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         return left * self._size + right
@@ -94,8 +94,8 @@ class Canonical:
 
 def _without(table: np.ndarray, column: np.ndarray) -> np.ndarray:
     """Return ``table`` ``[n, m]`` without element ``column[i]`` of each row i."""
-    places = np.arange(table.shape[1] - 1)
-    return np.take_along_axis(table, places + (places >= column[:, None]), axis=1)
+    stays = np.arange(table.shape[1]) != column[:, None]
+    return table[stays].reshape(len(table), table.shape[1] - 1)
 
 
 class MergeTree:

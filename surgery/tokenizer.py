@@ -101,16 +101,11 @@ class TokenizerFile:
         """One rule at a time: a list of all of them would double apply's memory."""
         vocab = self.vocab
         for entry in self.merge_entries:
-            left, right = _pair(entry, self.path)
             try:
+                left, right = entry if isinstance(entry, list) else entry.split(" ")
                 yield vocab[left], vocab[right], vocab[left + right]
-            except KeyError as error:
-                raise TokenizerError(
-                    f"{self.path}: merge {left!r} {right!r}",
-                    "needs a token that the vocabulary lacks",
-                    expected=repr(error.args[0]),
-                    fix=AGAIN,
-                ) from error
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise _bad_merge(entry, error, self.path) from error
 
     @cached_property
     def added(self) -> dict[str, int]:
@@ -249,8 +244,13 @@ def _library(data: dict[str, Any], path: Path) -> "Tokenizer":
         ) from error
 
 
-def _pair(entry: Any, path: Path) -> tuple[str, str]:
+def _bad_merge(entry: Any, error: Exception, path: Path) -> TokenizerError:
     parts = entry.split(" ") if isinstance(entry, str) else entry
     if not (isinstance(parts, list) and [type(part) for part in parts] == [str, str]):
-        raise TokenizerError(f"{path}: merge {entry!r}", "is not a pair of tokens", fix=AGAIN)
-    return parts[0], parts[1]
+        return TokenizerError(f"{path}: merge {entry!r}", "is not a pair of tokens", fix=AGAIN)
+    return TokenizerError(
+        f"{path}: merge {parts[0]!r} {parts[1]!r}",
+        "needs a token that the vocabulary lacks",
+        expected=repr(error.args[0]),
+        fix=AGAIN,
+    )

@@ -2,9 +2,11 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
 
 from surgery.frequency import encoded
 from surgery.idmap import IdMap
@@ -89,8 +91,8 @@ def vocabulary_cost(
     """
     scripts = scripts_of(map(tokenizer.kind.text, tokenizer.vocab))
     before = Counter(scripts)
-    kept = (ids.new(id_) is not None for id_ in tokenizer.vocab.values())
-    after = Counter(script for script, stays in zip(scripts, kept, strict=True) if stays)
+    kept = ids.keep_mask()[np.fromiter(tokenizer.vocab.values(), dtype=np.int64)].tolist()
+    after = Counter(compress(scripts, kept))
     lines: dict[str, list[str]] = {}
     for text in _first(documents):
         for line in text.splitlines(keepends=True):
