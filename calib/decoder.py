@@ -12,11 +12,14 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from calib.empty import empty_model
-from calib.ffn import FFN_VALUES, watched_ffn
-from calib.memory import release_freed_memory
+from calib.ffn import watched_ffn
+from calib.memory import release_freed_memory, reuse_freed_memory
 from calib.weights import WeightReader
 from surgery.errors import DataError
 from surgery.layout import Layout
+
+MICRO_BATCH_VALUES = 1 << 21
+"""Values of one FFN activation at a time, tokens × I: 8 MiB in fp32 (one window at least)."""
 
 HEAD_ROWS = 8192
 """Rows of lm_head in memory at a time."""
@@ -72,6 +75,7 @@ class StreamedDecoder:
         for module in self._model.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(reader.device))
+        reuse_freed_memory()
         release_freed_memory()  # of planning, tokenizing and building, before the weights come
 
     @torch.no_grad()
@@ -206,10 +210,10 @@ class StreamedDecoder:
 
 
 def micro_batches(batches: Sequence[Batch], channels: int) -> Iterator[MicroBatch]:
-    """Take as many windows at a time as one piece of the FFN has room for; one at least."""
+    """Take windows together until an FFN activation has ``MICRO_BATCH_VALUES``; one at least."""
     for batch in batches:
         windows, tokens = batch.ids.shape
-        step = max(1, FFN_VALUES // (tokens * channels))
+        step = max(1, MICRO_BATCH_VALUES // (tokens * channels))
         for start in range(0, windows, step):
             yield MicroBatch(batch, slice(start, min(start + step, windows)))
 

@@ -99,7 +99,7 @@ def test_the_ffn_in_pieces_of_tokens_gives_the_same(
 ) -> None:
     path = tiny.save(tmp_path / "model", model_type)
     whole = take_stats(path)
-    monkeypatch.setattr("calib.ffn.FFN_VALUES", 20 * tiny.INTERMEDIATE_SIZE)
+    monkeypatch.setattr("calib.ffn.PIECE_VALUES", 20 * tiny.INTERMEDIATE_SIZE)
     assert len(pieces(1, SEQ_LEN, tiny.INTERMEDIATE_SIZE)) == 3
     in_pieces = take_stats(path)
     for name in ("sum_sq", "sum_abs"):
