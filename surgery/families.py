@@ -49,6 +49,8 @@ class Family:
         default_factory=lambda: {VOCAB: "vocab_size", FFN: "intermediate_size"}
     )
     """Axis name → the key of config.json that holds its length."""
+    misread_vocab_sizes: Mapping[int, str] = field(default_factory=dict)
+    """Sizes V' by which another program tells models apart → what it would take this one for."""
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
     final_norm: str = "model.norm.weight"
@@ -125,9 +127,24 @@ _FFN_NORMS = _per_layer(
     "norms", "pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight"
 )
 
+_MISREAD = {
+    32016: "llama.cpp's converter takes it for CodeLlama",
+    49152: "llama.cpp's converter switches the bos token off",
+}
+
 FAMILIES: dict[str, Family] = {
-    "llama": Family(_DECODER + _INV_FREQ, tied=False, default_ids=DEFAULT_IDS["llama"]),
-    "mistral": Family(_DECODER, tied=False, default_ids=DEFAULT_IDS["mistral"]),
+    "llama": Family(
+        _DECODER + _INV_FREQ,
+        tied=False,
+        default_ids=DEFAULT_IDS["llama"],
+        misread_vocab_sizes=_MISREAD,
+    ),
+    "mistral": Family(
+        _DECODER,
+        tied=False,
+        default_ids=DEFAULT_IDS["mistral"],
+        misread_vocab_sizes=_MISREAD,
+    ),
     "qwen2": Family(_DECODER, tied=False),
     "qwen3": Family(_DECODER + _QK_NORM, tied=False),
     "gemma3_text": Family(

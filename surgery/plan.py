@@ -172,6 +172,9 @@ def make_plan(
     ids = rarity.id_map(sizes.vocab_size)
     kept_channels: list[str] = []
     notes = vocabulary.warnings() if vocabulary else []
+    misread = layout.family.misread_vocab_sizes.get(sizes.vocab_size)
+    if vocabulary and misread:
+        notes.append(f"vocab_size {sizes.vocab_size}: {misread}; another size avoids that")
     if stats is not None:
         _check_stats(layout, stats)
         notes += _approximations(stats, ids, criterion)

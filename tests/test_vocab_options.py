@@ -191,3 +191,12 @@ def test_inspect_vocab(llama: Path, tmp_path: Path, run: Run) -> None:
     picture = tmp_path / "vocab.png"
     assert "padding rows" in run("inspect", llama, "--vocab", "--plot", picture).output
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_size_that_another_program_misreads_is_named(tmp_path: Path, run: Run) -> None:
+    path = tiny.save(tmp_path / "model", vocab_size=32_100)
+    options = ("--intermediate-size", tiny.INTERMEDIATE_SIZE, "-o", tmp_path / "plan.json")
+    for size, named in ((32_016, True), (32_000, False)):
+        result = run("plan", path, "--vocab-size", size, *options)
+        assert result.exit_code == 0, result.output
+        assert ("takes it for CodeLlama; another size" in result.output) == named
