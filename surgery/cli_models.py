@@ -15,6 +15,7 @@ from surgery.options import (
     Refusal,
     Target,
     VocabularyOptions,
+    calibration_options,
     compute_options,
     criterion_option,
     data_option,
@@ -23,7 +24,6 @@ from surgery.options import (
     path_type,
     samples_option,
     seed_option,
-    seq_len_option,
     size_options,
     vocabulary_options,
 )
@@ -31,11 +31,7 @@ from surgery.options import (
 
 @click.command()
 @model_argument
-@data_option
-@samples_option
-@seq_len_option
-@seed_option
-@compute_options
+@calibration_options
 @click.option(
     "--vocab-sizes",
     metavar="V,V,…",
@@ -108,11 +104,7 @@ def score(model: str, as_json: bool, **options: Any) -> None:
 
 @click.command()
 @model_argument
-@data_option
-@samples_option
-@seq_len_option
-@seed_option
-@compute_options
+@calibration_options
 @size_options
 @vocabulary_options
 @criterion_option

@@ -1,7 +1,7 @@
 """Token ids that config classes fill in where config.json names none: written out, with new ids.
 
 An absent key means the *old* id to whoever loads the pruned model. The table is transformers' own;
-tests/test_configs.py compares it with the installed classes.
+tests/test_default_ids.py compares it with the installed classes.
 """
 
 from collections.abc import Callable, Mapping

@@ -9,21 +9,20 @@ from surgery.errors import TokenizerError
 from surgery.token_text import byte_level_text, sentencepiece_text, wordpiece_text
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kind:
     """How a kind of tokenizer spells its tokens."""
 
-    name: str
     text: Callable[[str], str | None]
     """Token → the text it stands for; None for bytes that are no whole character."""
     whitespace: frozenset[str]
     """Spellings of space, newline, tab and carriage return."""
 
 
-BYTE_LEVEL = Kind("byte-level BPE", byte_level_text, frozenset("ĠĊĉč"))
-SENTENCEPIECE = Kind("SentencePiece-style BPE", sentencepiece_text, frozenset("▁\n\t\r"))
-UNIGRAM = Kind("Unigram", sentencepiece_text, frozenset("▁\n\t\r"))
-WORDPIECE = Kind("WordPiece", wordpiece_text, frozenset())
+BYTE_LEVEL = Kind(byte_level_text, frozenset("ĠĊĉč"))
+SENTENCEPIECE = Kind(sentencepiece_text, frozenset("▁\n\t\r"))
+UNIGRAM = Kind(sentencepiece_text, frozenset("▁\n\t\r"))
+WORDPIECE = Kind(wordpiece_text, frozenset())
 
 MODEL_KEYS = {
     "BPE": ("continuing_subword_prefix", "end_of_word_suffix", "dropout"),

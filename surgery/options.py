@@ -103,6 +103,9 @@ compute_options = combined(
         help="auto: float32 on the CPU, else the checkpoint's.",
     ),
 )
+calibration_options = combined(
+    data_option, samples_option, seq_len_option, seed_option, compute_options
+)
 size_options = gathered(
     "target",
     Target,

@@ -38,10 +38,14 @@ class Origin:
         return tokenizer_data(self.path)
 
     @cached_property
+    def tokens(self) -> dict[str, int]:
+        """Its token → id."""
+        return token_ids(self.tokenizer)
+
+    @cached_property
     def gone(self) -> set[str]:
         """Tokens that do not stay."""
-        tokens = token_ids(self.tokenizer).items()
-        return {token for token, old in tokens if self.new(old) is None}
+        return {token for token, old in self.tokens.items() if self.new(old) is None}
 
     def new(self, old: int) -> int | None:
         """The output's id of ``old``, or None."""
@@ -57,7 +61,7 @@ class Origin:
             size = self.plan.after.intermediate_size
             data = rewrite_config(data, family_of(data, path), self.ids, size, path)
         elif not self.ids.identity:
-            data = rewrite_document(path, token_ids(self.tokenizer), self.ids)
+            data = rewrite_document(path, self.tokens, self.ids)
         return id_places(data, name)
 
 

@@ -3,14 +3,13 @@
 from collections import Counter
 from collections.abc import Iterable
 from itertools import compress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 
 from surgery.frequency import encoded
 from surgery.idmap import IdMap
-from surgery.jsonfile import dump_table
 from surgery.scripts import script_of, scripts_of
 from surgery.tokenizer import TokenizerFile
 
@@ -101,7 +100,7 @@ def vocabulary_cost(
     old, new = dict.fromkeys(lines, 0), dict.fromkeys(lines, 0)
     if lines:
         old = _counts(tokenizer.library(), lines)
-        new = _counts(_library(tokenizer.rewrite(ids)), lines)
+        new = _counts(TokenizerFile(tokenizer.path, tokenizer.rewrite(ids)).library(), lines)
     costs = [
         ScriptCost(
             name, before[name], after[name], nbytes.get(name, 0), old.get(name, 0), new.get(name, 0)
@@ -132,9 +131,3 @@ def _first(documents: Iterable[str]) -> Iterable[str]:
 def _counts(tokenizer: "Tokenizer", lines: dict[str, list[str]]) -> dict[str, int]:
     """Script → tokens of its lines."""
     return {name: sum(map(len, encoded(tokenizer, texts))) for name, texts in lines.items()}
-
-
-def _library(data: dict[str, Any]) -> "Tokenizer":
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_buffer(dump_table(data))
