@@ -9,37 +9,47 @@ from calib.corpus import digest
 from calib.decoder import StreamedDecoder
 from calib.weights import WeightReader
 from surgery.layout import Layout
-from surgery.stats import ChannelStats, StatsInfo
+from surgery.stats import AxisSums, ChannelStats, StatsInfo
 
 CHUNK_VALUES = 1 << 20
 """Activations held in float64 at a time: 8 MiB."""
 
 
 class ChannelSums:
-    """Σ act² and Σ |act| of one layer by bucket, in float64."""
+    """Sums over one channel axis of one layer, by bucket and expert."""
 
-    def __init__(self, buckets: int, channels: int, device: torch.device) -> None:
-        self.sum_sq = torch.zeros((buckets, channels), dtype=torch.float64, device=device)
+    def __init__(self, buckets: int, experts: int, channels: int, device: torch.device) -> None:
+        shape = (buckets, experts, channels)
+        self.sum_sq = torch.zeros(shape, dtype=torch.float64, device=device)
         self.sum_abs = torch.zeros_like(self.sum_sq)
+        self.tokens = torch.zeros((buckets, experts), dtype=torch.int64)
 
-    def add(self, act: torch.Tensor, member: torch.Tensor) -> None:
+    def add(self, expert: int, buckets: torch.Tensor, act: torch.Tensor) -> None:
         """Add the activations of some tokens.
 
         Args:
+            expert: Who saw them; 0 in a dense FFN.
+            buckets: int64 ``(tokens,)``: the bucket of each token, on the CPU.
             act: ``(tokens, I)``, the input of down_proj.
-            member: float64 ``(buckets, tokens)``: 1 where the token belongs to the bucket.
         """
+        count = len(self.tokens)
+        self.tokens[:, expert] += torch.bincount(buckets, minlength=count)
+        member = membership(buckets, count).to(act.device)
         step = max(1, CHUNK_VALUES // act.shape[1])
         for start in range(0, len(act), step):
             part = slice(start, start + step)
             wide = act[part].double().abs_()
-            self.sum_abs += member[:, part] @ wide
-            self.sum_sq += member[:, part] @ wide.square_()
+            self.sum_abs[:, expert] += member[:, part] @ wide
+            self.sum_sq[:, expert] += member[:, part] @ wide.square_()
+
+    def numbers(self) -> AxisSums:
+        """The sums as arrays."""
+        return AxisSums(self.sum_sq.cpu().numpy(), self.sum_abs.cpu().numpy(), self.tokens.numpy())
 
 
 def membership(buckets: torch.Tensor, count: int) -> torch.Tensor:
     """Return float64 ``(count, tokens)``: 1 where ``buckets[token]`` is the row."""
-    return torch.nn.functional.one_hot(buckets.flatten(), count).T.double()
+    return torch.nn.functional.one_hot(buckets, count).T.double()
 
 
 def calibrate(
@@ -74,13 +84,12 @@ def calibrate(
     buckets = torch.from_numpy(bucket_of)
     # All layers' sums come first: made among activations, they would split the heap's free space.
     sums = [
-        ChannelSums(count, layout.intermediate_size, device)
-        for _ in range(layout.num_hidden_layers)
+        {axis: ChannelSums(count, n, layout.channels_of(axis), device) for axis, n in axes.items()}
+        for axes in layout.watched
     ]
 
-    def watch(layer: int, ids: torch.Tensor, act: torch.Tensor) -> None:
-        member = membership(buckets[ids], count).to(act.device)
-        sums[layer].add(act.flatten(0, -2), member)
+    def watch(layer: int, axis: str, expert: int, ids: torch.Tensor, act: torch.Tensor) -> None:
+        sums[layer][axis].add(expert, buckets[ids], act)
 
     with WeightReader(layout.checkpoint, device, dtype) as reader:
         decoder = StreamedDecoder(layout, reader)
@@ -96,8 +105,7 @@ def calibrate(
     )
     return ChannelStats(
         info,
-        [layer.sum_sq.cpu().numpy() for layer in sums],
-        [layer.sum_abs.cpu().numpy() for layer in sums],
+        [{axis: found.numbers() for axis, found in axes.items()} for axes in sums],
         np.bincount(flat, minlength=layout.vocab_size),
         bucket_of,
     )

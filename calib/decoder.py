@@ -3,20 +3,21 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from calib.empty import empty_model
-from calib.ffn import watched_ffn
+from calib.ffn import Seen, Unit, watched_ffn
 from calib.memory import release_freed_memory, reuse_freed_memory
 from calib.weights import WeightReader
 from surgery.errors import DataError
 from surgery.layout import Layout
+from surgery.slots import BUFFER
 
 MICRO_BATCH_VALUES = 1 << 21
 """Values of one FFN activation at a time, tokens × I: 8 MiB in fp32 (one window at least)."""
@@ -24,9 +25,12 @@ MICRO_BATCH_VALUES = 1 << 21
 HEAD_ROWS = 8192
 """Rows of lm_head in memory at a time."""
 
-Watch = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
-"""Called with layer, token ids ``(windows, tokens)`` and their input of down_proj ``(windows,
-tokens, I)``; what it returns, if anything, goes into down_proj instead."""
+Watch = Callable[[int, str, int, torch.Tensor, torch.Tensor], torch.Tensor | None]
+"""Called with layer, channel axis, expert (0 in a dense FFN), token ids ``(n,)`` and their input of
+down_proj ``(n, I)``; what it returns, if anything, goes into down_proj instead."""
+
+Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
+"""What the model passes to a layer beside the hidden states: masks, rotary tables."""
 
 
 @dataclass
@@ -37,8 +41,8 @@ class Batch:
     """int64 ``(windows, tokens)``."""
     hidden: torch.Tensor
     """``(windows, tokens, D)`` on the CPU."""
-    arguments: list[Mapping[str, Any]]
-    """Per layer, what the model passes beside the hidden states: masks, rotary tables."""
+    arguments: dict[int, list[Arguments]] = field(default_factory=dict)
+    """Number of windows that run together → the arguments of each layer."""
 
 
 @dataclass(frozen=True)
@@ -66,21 +70,22 @@ class StreamedDecoder:
         """Build the model from config.json without weights; nothing of it is random."""
         self.layout = layout
         self.reader = reader
-        self._model = empty_model(layout, reader.dtype)
-        self._layers = self._model.model.layers
-        self._model.model.layers = nn.ModuleList(map(_Recorder, self._layers))
-        self._model.model.norm.load_state_dict(
-            {"weight": reader.place(reader.read(layout.family.final_norm))}, assign=True
-        )
-        for module in self._model.model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(reader.device))
+        self._model, self._conversion = empty_model(layout, reader.dtype)
+        parent, _, self._list_name = layout.family.layers.rpartition(".")
+        self._parent = self._model.get_submodule(parent)
+        self._layers = list(getattr(self._parent, self._list_name))
+        self._recorders = [_Recorder(layer) for layer in self._layers]
+        self._recorders[-1].last = True
+        self._channels = max((layout.channels_of(axis) for axis in layout.family.widths), default=1)
+        self._returns_tuple = False
+        self._set_layers(self._recorders)
+        self._load_ends()
         reuse_freed_memory()
         release_freed_memory()  # of planning, tokenizing and building, before the weights come
 
     @torch.no_grad()
     def embed(self, windows: Sequence[np.ndarray]) -> list[Batch]:
-        """Group ``windows`` by length, in order, and look their tokens up.
+        """Group ``windows`` by length, in order, and carry them up to the first layer.
 
         Only the rows of tokens that occur are read.
 
@@ -96,18 +101,21 @@ class StreamedDecoder:
                 found=used[-1] if len(used) else "none",
                 fix="give other text",
             )
-        embedding = self._model.model.embed_tokens
-        rows = self.reader.rows(self.layout.family.embedding, used)
+        embedding = self._model.get_input_embeddings()
+        rows = self.reader.rows(self._tensor(self.layout.family.embedding), used)
         embedding.weight = nn.Parameter(rows, requires_grad=False)
         embedding.padding_idx = None
         batches = []
         for length in dict.fromkeys(map(len, windows)):
             ids = torch.from_numpy(np.stack([w for w in windows if len(w) == length]))
-            hidden = torch.empty((*ids.shape, rows.shape[1]), dtype=self.reader.dtype)
-            batch = Batch(ids, hidden, self._arguments(length, rows.shape[1]))
-            for part in micro_batches([batch], self.layout.intermediate_size):
+            batch = Batch(ids, torch.empty(0))
+            for part in micro_batches([batch], self._channels):
                 places = torch.from_numpy(np.searchsorted(used, part.ids.numpy()))
-                part.hidden.copy_(embedding(places.to(self.reader.device)))
+                hidden, arguments = self._record(embedding(places.to(self.reader.device)))
+                if not len(batch.hidden):
+                    batch.hidden = torch.empty((*ids.shape, hidden.shape[-1]), dtype=hidden.dtype)
+                batch.arguments.setdefault(len(part.ids), arguments)
+                part.hidden.copy_(hidden)
             batches.append(batch)
         embedding.to("meta")
         return batches
@@ -132,11 +140,11 @@ class StreamedDecoder:
             progress: Called with the windows that have passed a layer.
         """
         last = len(self._layers) - 1
-        parts = list(micro_batches(batches, self.layout.intermediate_size))
+        parts = list(micro_batches(batches, self._channels))
         with ThreadPoolExecutor(1) as background:
             following = background.submit(self._read_layer, 0)
             for index, layer in enumerate(self._layers):
-                self._load(layer, following.result())
+                self._load(index, layer, following.result())
                 if index < last:
                     following = background.submit(self._read_layer, index + 1)
                 for part in parts:
@@ -154,59 +162,104 @@ class StreamedDecoder:
         ``(windows, tokens, D)`` as they left the last layer; logits are ``(windows, tokens,
         block)`` as the library computes them, caps included.
         """
-        head = self.layout.family.head
-        name = self.layout.family.embedding if self.layout.tied else head
-        decoder = _Finished(self._model.model.norm)
-        self._model.model, kept = decoder, self._model.model
+        family = self.layout.family
+        name = self._tensor(family.embedding if self.layout.tied else family.head)
+        bias = self.layout.by_name.get(family.head.removesuffix("weight") + "bias")
+        width = self.layout.checkpoint.tensors[self._tensor(family.embedding)].shape[1]
+        head, finished = self._model.get_output_embeddings(), _Finished(self._returns_tuple)
+        self._set_layers([finished])
         try:
             for start in range(0, len(rows), HEAD_ROWS):
-                weight = self.reader.rows(name, rows[start : start + HEAD_ROWS])
-                self._model.lm_head.weight = nn.Parameter(weight, requires_grad=False)
+                block = rows[start : start + HEAD_ROWS]
+                head.weight = nn.Parameter(self.reader.rows(name, block), requires_grad=False)
+                if bias is not None:
+                    head.bias = nn.Parameter(
+                        self.reader.rows(bias.name, block), requires_grad=False
+                    )
                 for place, states in enumerate(hidden):
-                    decoder.hidden = states.to(self.reader.device)
-                    yield place, start, self._model(inputs_embeds=decoder.hidden).logits
+                    finished.hidden = states.to(self.reader.device)
+                    begin = finished.hidden.new_zeros((*states.shape[:2], width))
+                    yield place, start, self._model(inputs_embeds=begin, use_cache=False).logits
         finally:
-            self._model.model = kept
-            self._model.lm_head.to("meta")
+            self._set_layers(self._recorders)
+            head.to("meta")
 
-    def _arguments(self, length: int, hidden_size: int) -> list[Mapping[str, Any]]:
-        """Run the model over recorders to learn what it passes to layers for this length."""
-        probe = torch.zeros(
-            (1, length, hidden_size), device=self.reader.device, dtype=self.reader.dtype
-        )
-        self._model.model(inputs_embeds=probe, use_cache=False)
-        return [recorder.arguments for recorder in self._model.model.layers]
+    def _tensor(self, name: str) -> str:
+        """The file's name of a tensor of the text model."""
+        return self.layout.by_name[name].name
+
+    def _set_layers(self, layers: Sequence[nn.Module]) -> None:
+        setattr(self._parent, self._list_name, nn.ModuleList(layers))
+
+    def _load_ends(self) -> None:
+        """Read what lies before and behind the layers, but embedding and head."""
+        family = self.layout.family
+        apart = (family.embedding, family.head, family.head.removesuffix("weight") + "bias")
+        names = {
+            name: self.reader.read(ref.name)
+            for name, ref in self.layout.by_name.items()
+            if self.layout.places[ref.name].layer is None and name not in apart
+        }
+        weights = {k: self.reader.place(v) for k, v in self._conversion.convert(names).items()}
+        self._model.load_state_dict(weights, strict=False, assign=True)
+        self._move_buffers(self._model)
+
+    def _move_buffers(self, module: nn.Module) -> None:
+        for part in module.modules():
+            for name, buffer in part.named_buffers(recurse=False):
+                setattr(part, name, buffer.to(self.reader.device))
+
+    def _record(self, embeds: torch.Tensor) -> tuple[torch.Tensor, list[Arguments]]:
+        """Run the model up to its layers and learn what it passes to each of them."""
+        with suppress(_Recorded):
+            self._model(inputs_embeds=embeds, use_cache=False)
+        first = self._recorders[0]
+        return first.hidden, [recorder.arguments for recorder in self._recorders]
 
     def _read_layer(self, index: int) -> dict[str, torch.Tensor]:
-        prefix = f"{self.layout.family.layers}.{index}."
-        keys = self._layers[index].state_dict()
-        return {key: self.reader.read(prefix + key) for key in keys}
+        """The tensors of a layer by their names in the text model, in the file's dtype."""
+        places = self.layout.places
+        return {
+            name: self.reader.read(ref.name)
+            for name, ref in self.layout.of_layer[index].items()
+            if places[ref.name].slot.block != BUFFER
+        }
 
-    def _load(self, layer: nn.Module, stored: dict[str, torch.Tensor]) -> None:
-        """Give ``layer`` its weights; each leaves ``stored`` as soon as it is placed."""
-        weights = {key: self.reader.place(stored.pop(key)) for key in list(stored)}
+    def _load(self, index: int, layer: nn.Module, stored: dict[str, torch.Tensor]) -> None:
+        """Give ``layer`` its weights; each stored one is freed as soon as it is placed."""
+        prefix = f"{self.layout.family.layers}.{index}."
+        converted = self._conversion.convert(stored)
+        weights: dict[str, torch.Tensor] = {}
+        while converted:
+            name, value = converted.popitem()
+            weights[name.removeprefix(prefix)] = self.reader.place(value)
         layer.load_state_dict(weights, assign=True)
+        self._move_buffers(layer)
+
+    def _units(self, index: int) -> list[Unit]:
+        """What has channels in a layer."""
+        prefix = f"{self.layout.family.layers}.{index}."
+        units: dict[str, Unit] = {}
+        for name, ref in self.layout.of_layer[index].items():
+            slot = self.layout.places[ref.name].slot
+            if slot.watched and slot.width:
+                target = self._conversion.target(name)[0].removeprefix(prefix)
+                path, _, leaf = target.rpartition(".")
+                units[path] = Unit(slot.width, path, leaf != "weight")
+        return list(units.values())
 
     def _run(
         self, index: int, layer: nn.Module, part: MicroBatch, watch: Watch, stop: bool
     ) -> None:
-        def see(tokens: slice, act: torch.Tensor) -> torch.Tensor | None:
-            changed = watch(index, part.ids[:, tokens], act)
-            if stop and tokens.stop == part.ids.shape[1]:
-                raise _Stop
-            return changed
-
-        ffn, down_proj = self._ffn(index, layer)
-        with suppress(_Stop), watched_ffn(ffn, down_proj, self.layout.intermediate_size, see):
-            hidden = part.hidden.to(self.reader.device)
-            part.hidden.copy_(layer(hidden, **part.batch.arguments[index]))
-
-    def _ffn(self, index: int, layer: nn.Module) -> tuple[nn.Module, nn.Module]:
-        """The FFN of ``layer`` and the down_proj in it."""
-        name = self.layout.family.ffn_output.format(layer=index)
-        prefix = f"{self.layout.family.layers}.{index}."
-        path = name.removeprefix(prefix).removesuffix(".weight")
-        return layer.get_submodule(path.rpartition(".")[0]), layer.get_submodule(path)
+        positional, named = part.batch.arguments[len(part.ids)][index]
+        hidden = part.hidden.to(self.reader.device)
+        with (
+            suppress(Seen),
+            watched_ffn(layer, self._units(index), part.ids, partial(watch, index), stop=stop),
+        ):
+            result = layer(hidden, *positional, **named)
+            self._returns_tuple = isinstance(result, tuple)
+            part.hidden.copy_(result[0] if self._returns_tuple else result)
 
 
 def micro_batches(batches: Sequence[Batch], channels: int) -> Iterator[MicroBatch]:
@@ -218,8 +271,8 @@ def micro_batches(batches: Sequence[Batch], channels: int) -> Iterator[MicroBatc
             yield MicroBatch(batch, slice(start, min(start + step, windows)))
 
 
-class _Stop(Exception):
-    """Ends the last layer's forward once its statistic is taken."""
+class _Recorded(Exception):
+    """Ends a forward once the last layer's arguments are known."""
 
 
 class _Recorder(nn.Module):
@@ -228,23 +281,29 @@ class _Recorder(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.__dict__["_layer"] = layer  # not a submodule: the recorder has no weights
+        self.last = False
 
     def __getattr__(self, name: str) -> Any:
         # Models ask their layers for things such as attention_type.
         return getattr(self.__dict__["_layer"], name)
 
-    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        self.arguments = arguments
-        return hidden_states
+    def forward(self, *positional: Any, **named: Any) -> tuple[torch.Tensor]:
+        """Keep hidden states and arguments; a tuple serves models that expect one, too."""
+        hidden = positional[0] if positional else named.pop("hidden_states")
+        self.hidden: torch.Tensor = hidden[0] if isinstance(hidden, tuple) else hidden
+        self.arguments: Arguments = (positional[1:], named)
+        if self.last:
+            raise _Recorded
+        return (self.hidden,)
 
 
 class _Finished(nn.Module):
-    """Stands in for the decoder when its hidden states are known: only the final norm is left."""
+    """Stands in for all layers when what leaves the last one is known."""
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, returns_tuple: bool) -> None:
         super().__init__()
-        self.norm = norm
         self.hidden = torch.empty(0)
+        self._returns_tuple = returns_tuple
 
-    def forward(self, **_: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(self.hidden))
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return (self.hidden,) if self._returns_tuple else self.hidden

@@ -31,11 +31,12 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     """Return the dtype ``name``; "auto" is float32 on the CPU, else that of the checkpoint.
 
-    CPUs are slow in 16 bits, and float32 holds every bf16 and fp16 weight exactly.
+    CPUs are slow in 16 bits, and float32 holds every bf16 and fp16 weight exactly. FP8 counts as
+    bf16, which it is dequantized to.
     """
     if name != "auto":
         return DTYPES[name]
     if device.type == "cpu":
         return torch.float32
     largest = max(checkpoint.tensors.values(), key=lambda tensor: tensor.nbytes)
-    return TORCH_DTYPE[largest.dtype]
+    return TORCH_DTYPE.get(largest.dtype, torch.bfloat16)

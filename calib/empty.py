@@ -8,23 +8,26 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from calib.conversion import Conversion
+from calib.experts import IMPLEMENTATION
 from surgery.errors import CheckpointError
 from surgery.layout import Layout
+from surgery.slots import BUFFER
 
 
-def empty_model(layout: Layout, dtype: torch.dtype) -> Any:
-    """Build the library's model of a checkpoint's config: real buffers, no weights.
+def empty_model(layout: Layout, dtype: torch.dtype) -> tuple[Any, Conversion]:
+    """Build the library's model of a checkpoint's text config: real buffers, no weights.
 
     Raises:
         CheckpointError: config.json does not make a model, or not one with these tensors.
     """
     checkpoint = layout.checkpoint
     try:
-        config = AutoConfig.for_model(**checkpoint.config)
+        config = AutoConfig.for_model(**_text_config(layout))
+        config._experts_implementation = IMPLEMENTATION
         with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="sdpa"
-            )
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        conversion = Conversion(model)
     except Exception as error:  # the library raises whatever a wrong value leads to
         raise CheckpointError(
             checkpoint.path / "config.json",
@@ -32,24 +35,46 @@ def empty_model(layout: Layout, dtype: torch.dtype) -> Any:
             found=f"{type(error).__name__}: {error}",
             fix="check config.json",
         ) from error
-    _check_shapes(model, layout)
-    return model.eval().requires_grad_(False)
+    _check_shapes(model, conversion, layout)
+    return model.eval().requires_grad_(False), conversion
 
 
-def _check_shapes(model: nn.Module, layout: Layout) -> None:
+def _text_config(layout: Layout) -> dict[str, Any]:
+    """What config.json says of the language model, with a model type that has one alone."""
+    family, text = layout.family, dict(layout.config)
+    text["model_type"] = family.text_type or family.model_type or text.get("model_type")
+    if family.section:
+        text["tie_word_embeddings"] = layout.tied
+    # Quantized sources are read as the numbers they stand for; code is never run.
+    return {k: v for k, v in text.items() if k not in ("quantization_config", "auto_map")}
+
+
+def _check_shapes(model: nn.Module, conversion: Conversion, layout: Layout) -> None:
     """Refuse a checkpoint whose tensors are not those that config.json makes the library expect."""
-    tensors = layout.checkpoint.tensors
-    for name, parameter in model.state_dict().items():
-        ref = tensors.get(name)
-        if ref is None and layout.tied and name == layout.family.head:
+    tensors = layout.by_name
+    empty = {n: torch.empty(t.shape, device="meta") for n, t in tensors.items()}
+    found = conversion.convert(empty)
+    parameters = model.state_dict()
+    for name, parameter in parameters.items():
+        value = found.get(name)
+        if value is None and layout.tied and name == layout.family.head:
             continue
-        if ref is None or ref.shape != tuple(parameter.shape):
+        if value is None or value.shape != parameter.shape:
+            ref = tensors.get(name)
             raise CheckpointError(
                 f"{ref.path if ref else layout.checkpoint.path}: tensor {name}",
-                "is missing" if ref is None else "shape contradicts config.json",
+                "is missing" if value is None else "shape contradicts config.json",
                 expected=list(parameter.shape),
-                found=list(ref.shape) if ref else None,
+                found=list(value.shape) if value is not None else None,
                 fix="check config.json",
+            )
+    for name, ref in tensors.items():
+        needed = layout.places[ref.name].slot.block != BUFFER
+        if needed and conversion.target(name)[0] not in parameters:
+            raise CheckpointError(
+                f"{ref.path}: tensor {ref.name}",
+                "is not in the model that transformers makes of config.json",
+                fix="check config.json, such as its flags for biases",
             )
 
 

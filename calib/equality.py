@@ -7,6 +7,7 @@ import torch
 
 from calib.decoder import StreamedDecoder, Watch
 from calib.weights import WeightReader
+from surgery.edits import kept_channels
 from surgery.layout import Layout
 from surgery.plan import Plan
 
@@ -34,33 +35,38 @@ def compare_forward(plan: Plan, dense: Layout, pruned: Layout, device: torch.dev
     """Run seeded random kept tokens through both models in fp32 and compare their logits.
 
     The dense model has the removed channels set to zero before down_proj and is asked only for
-    the logits of the kept tokens: what COMPACT's cut means (paper Algorithm 1).
+    the logits of the kept tokens: what COMPACT's cut means (paper Algorithm 1). Where the plan
+    makes bf16 of FP8, so does the dense model.
     """
     ids = plan.ids()
     kept = ids.kept
     chosen = np.random.default_rng(0).integers(0, len(kept), (WINDOWS, TOKENS))
-    masks = []
-    for layer in range(dense.num_hidden_layers):
-        mask = torch.zeros(dense.intermediate_size, device=device)
-        mask[torch.from_numpy(plan.channels(layer)).to(device)] = 1
-        masks.append(mask)
+    channels = kept_channels(plan, dense)
 
-    def mask_channels(layer: int, _: torch.Tensor, act: torch.Tensor) -> torch.Tensor:
-        return act * masks[layer]
+    def mask_channels(
+        layer: int, axis: str, expert: int, _: torch.Tensor, act: torch.Tensor
+    ) -> torch.Tensor:
+        stays = torch.from_numpy(channels[layer][axis][expert]).to(act.device)
+        masked = torch.zeros_like(act)
+        masked[:, stays] = act[:, stays]
+        return masked
 
-    expected = _logits(dense, list(kept[chosen]), kept, mask_channels, device)
-    found = _logits(pruned, list(chosen), np.arange(len(kept)), lambda *_: None, device)
+    def logits(layout: Layout, ids: np.ndarray, rows: np.ndarray, watch: Watch) -> torch.Tensor:
+        fp8 = torch.bfloat16 if plan.dequantize else None
+        with WeightReader(layout.checkpoint, device, torch.float32, dequantize=fp8) as reader:
+            return _logits(StreamedDecoder(layout, reader), list(ids), rows, watch)
+
+    expected = logits(dense, kept[chosen], kept, mask_channels)
+    found = logits(pruned, chosen, np.arange(len(kept)), lambda *_: None)
     difference = (expected - found).abs().max() / expected.abs().max()
     return Equality(chosen.size, float(difference))
 
 
 def _logits(
-    layout: Layout, windows: list[np.ndarray], rows: np.ndarray, watch: Watch, device: torch.device
+    decoder: StreamedDecoder, windows: list[np.ndarray], rows: np.ndarray, watch: Watch
 ) -> torch.Tensor:
     """Logits ``(windows, tokens, len(rows))`` in fp32, on the CPU."""
-    with WeightReader(layout.checkpoint, device, torch.float32) as reader:
-        decoder = StreamedDecoder(layout, reader)
-        batches = decoder.embed(windows)
-        decoder.run_layers(batches, watch)
-        blocks = [block.cpu() for _, _, block in decoder.logits([batches[0].hidden], rows)]
+    batches = decoder.embed(windows)
+    decoder.run_layers(batches, watch)
+    blocks = [block.cpu() for _, _, block in decoder.logits([batches[0].hidden], rows)]
     return torch.cat(blocks, dim=-1)

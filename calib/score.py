@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from calib.decoder import Batch, StreamedDecoder
 from calib.weights import WeightReader
+from surgery.default_ids import fill_defaults
 from surgery.errors import CheckpointError
 from surgery.layout import Layout
 
@@ -92,9 +93,10 @@ def _bits(decoder: StreamedDecoder, batches: Sequence[Batch], vocab_size: int) -
 def _first_token(layout: Layout) -> int:
     """The id of bos, or of eos where there is none, by config.json or generation_config.json."""
     checkpoint = layout.checkpoint
-    defaults = layout.family.default_ids
+    filled = fill_defaults(checkpoint.config, lambda old: old, checkpoint.family)
+    generation = checkpoint.json("generation_config.json")
     for key in ("bos_token_id", "eos_token_id"):
-        for config in (checkpoint.config, checkpoint.json("generation_config.json"), defaults):
+        for config in (layout.config, generation, layout.family.text_config(filled)):
             value = config.get(key)
             value = value[0] if isinstance(value, list) and value else value
             if isinstance(value, int):

@@ -11,9 +11,10 @@ import torch
 from surgery.checkpoint import Checkpoint
 from surgery.header import TensorRef
 from surgery.selection import runs
-from surgery.stream import read_into
+from surgery.stream import read_into, read_scales
 
 TORCH_DTYPE = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+FP8_DTYPE = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 BLOCK_BYTES = 1 << 20
 """Bytes of a tensor that are read before they are converted; they stay in the cache."""
@@ -22,13 +23,26 @@ BLOCK_BYTES = 1 << 20
 class WeightReader:
     """Positional reads from the shards of a checkpoint, in the dtype and on the device asked for.
 
-    ``bytes_read`` counts what was read, so that a test can hold it against the file.
+    Weights in FP8 are multiplied by their scales in float32 and rounded once, as the library does
+    it: to the dtype asked for, or to what ``dequantize`` says. ``bytes_read`` counts what was read,
+    so that a test can hold it against the file.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        dequantize: torch.dtype | None = None,
+    ) -> None:
         self.device = device
         self.dtype = dtype
         self.bytes_read = 0
+        self._dequantize = dequantize or dtype
+        self._checkpoint = checkpoint
+        fp8 = checkpoint.quantization
+        self._block_shape = fp8.block_shape if fp8 else (1, 1)
         self._tensors = checkpoint.tensors
         self._files: dict[Path, int] = {}
 
@@ -41,8 +55,16 @@ class WeightReader:
         self._files.clear()
 
     def read(self, name: str) -> torch.Tensor:
-        """Return the tensor ``name`` whole, on the CPU and in the file's dtype."""
+        """Return the tensor ``name`` whole, on the CPU and in the file's dtype; FP8 dequantized.
+
+        The numbers that FP8 stands for can be merged with others, as experts are; its codes
+        cannot, so that a layer of FP8 waits in the dtype that it is dequantized to.
+        """
         ref = self._tensors[name]
+        scales = self._scales(ref)
+        if scales is not None:
+            result = _pages(ref.shape, self._dequantize)
+            return self._rows_into(result, ref, np.arange(ref.shape[0]), scales)
         stored = _pages(ref.shape, TORCH_DTYPE[ref.dtype])
         self._fill(ref, _raw(stored), ref.start)
         return stored
@@ -60,14 +82,42 @@ class WeightReader:
         """
         ref = self._tensors[name]
         result = torch.empty((len(rows), *ref.shape[1:]), dtype=self.dtype, device=self.device)
+        return self._rows_into(result, ref, rows, self._scales(ref))
+
+    def _rows_into(
+        self, result: torch.Tensor, ref: TensorRef, rows: np.ndarray, scales: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Fill ``result`` with ``rows``, a block at a time, and return it."""
         step = max(1, BLOCK_BYTES // (ref.nbytes // ref.shape[0]))
         for start in range(0, len(rows), step):
-            result[start : start + step].copy_(self._stored(ref, rows[start : start + step]))
+            block = rows[start : start + step]
+            stored = self._stored(ref, block)
+            if scales is not None:
+                stored = self._dequantized(stored, block, scales)
+            result[start : start + step].copy_(stored)
         return result
+
+    def _scales(self, ref: TensorRef) -> torch.Tensor | None:
+        """float32 scales ``[block rows, block columns]`` of an FP8 weight; None for others."""
+        scales = self._checkpoint.scales_of(ref)
+        if scales is None:
+            return None
+        self.bytes_read += scales.nbytes
+        return torch.from_numpy(read_scales(scales))
+
+    def _dequantized(
+        self, codes: torch.Tensor, rows: np.ndarray, scales: torch.Tensor
+    ) -> torch.Tensor:
+        """The numbers of ``rows`` of an FP8 weight; a block at the edge may be cut off."""
+        block_rows, block_columns = self._block_shape
+        per_row = scales[torch.from_numpy(rows // block_rows)]
+        columns = torch.arange(codes.shape[1]) // block_columns
+        return (codes.float() * per_row[:, columns]).to(self._dequantize)
 
     def _stored(self, ref: TensorRef, rows: np.ndarray) -> torch.Tensor:
         """Read ``rows`` as the file has them, a positional read for each run of rows."""
-        stored = torch.empty((len(rows), *ref.shape[1:]), dtype=TORCH_DTYPE[ref.dtype])
+        dtype = (TORCH_DTYPE | FP8_DTYPE)[ref.dtype]
+        stored = torch.empty((len(rows), *ref.shape[1:]), dtype=dtype)
         row_bytes = ref.nbytes // ref.shape[0]
         target = _raw(stored)
         starts, stops = runs(rows)

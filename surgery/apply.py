@@ -13,7 +13,7 @@ from surgery import __version__
 from surgery.card import model_card
 from surgery.checkpoint import INDEX_NAME, Checkpoint
 from surgery.companions import companion_files, pruned_config
-from surgery.edits import Edit, edits
+from surgery.edits import OutputTensor, edits
 from surgery.header import encode_header
 from surgery.jsonfile import dump_json, dump_table
 from surgery.layout import Layout
@@ -49,7 +49,7 @@ def apply_plan(
     """Write the checkpoint that ``plan`` makes of ``source`` to the new directory ``output``.
 
     Shards are written first, config.json and the index last, all in ``output.partial``, which is
-    renamed at the end. Memory is two windows per job.
+    renamed at the end. Memory is two windows per job, five where FP8 becomes bf16.
 
     Args:
         plan: A complete plan made for ``source``.
@@ -62,14 +62,14 @@ def apply_plan(
     Raises:
         SurgeryError: see the modules this calls; nothing appears under ``output``.
     """
-    checkpoint = Checkpoint.open(source)
-    by_shard = edits(plan, Layout.of(checkpoint))
+    checkpoint = Checkpoint.open(source, plan.family)
+    by_shard = {n: shard for n, shard in edits(plan, Layout.of(checkpoint)).items() if shard}
     files = companion_files(plan, checkpoint)
     config = pruned_config(plan, checkpoint)
     directory = OutputDirectory(output, plan.digest, source=source, resume=resume)
     todo = {name: shard for name, shard in by_shard.items() if name not in directory.finished}
     with directory:
-        directory.check_space(sum(edit.nbytes for shard in todo.values() for edit in shard))
+        directory.check_space(sum(t.nbytes for shard in todo.values() for t in shard))
         _write_shards(directory, checkpoint, todo, jobs, progress)
         for name, data in files.items():
             directory.write(name, data)
@@ -77,14 +77,14 @@ def apply_plan(
         directory.write(PROVENANCE_NAME, _provenance(plan))
         directory.write("config.json", config)
         if checkpoint.index is not None:
-            directory.write(INDEX_NAME, _index(checkpoint.index, plan))
+            directory.write(INDEX_NAME, _index(checkpoint.index, by_shard, plan))
         directory.commit()
 
 
 def _write_shards(
     directory: OutputDirectory,
     checkpoint: Checkpoint,
-    todo: dict[str, list[Edit]],
+    todo: dict[str, list[OutputTensor]],
     jobs: int,
     progress: Callable[[int], object],
 ) -> None:
@@ -112,30 +112,38 @@ def _write_shard(
     directory: OutputDirectory,
     checkpoint: Checkpoint,
     name: str,
-    shard: list[Edit],
+    shard: list[OutputTensor],
     progress: Callable[[int], object],
 ) -> None:
     """Write one output shard: its header, then its tensors in the source's order."""
     source = os.open(checkpoint.path / name, os.O_RDONLY)
     try:
         with directory.shard(name) as output:
-            entries = [(edit.source.name, edit.source.dtype, edit.shape) for edit in shard]
+            entries = [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard]
             header = encode_header(entries, checkpoint.shards[name].metadata)
             write_all(output, memoryview(header))
-            for edit in shard:
-                stream_edit(edit, source, output)
-                progress(edit.nbytes)
+            for tensor in shard:
+                for edit in tensor.edits:
+                    stream_edit(edit, source, output)
+                progress(tensor.nbytes)
     finally:
         os.close(source)
 
 
-def _index(index: dict[str, Any], plan: Plan) -> bytes:
+def _index(index: dict[str, Any], by_shard: dict[str, list[OutputTensor]], plan: Plan) -> bytes:
+    stays = {tensor.name for shard in by_shard.values() for tensor in shard}
+    weight_map = {name: shard for name, shard in index["weight_map"].items() if name in stays}
     old = index.get("metadata")
     metadata = dict(old) if isinstance(old, dict) else {}
     metadata["total_size"] = plan.after.nbytes
     if "total_parameters" in metadata:
-        metadata["total_parameters"] = plan.after.parameters
-    return dump_json({**index, "metadata": metadata})
+        # transformers does not count buffers, the plan does: only the difference is sure
+        gone = plan.before.parameters - plan.after.parameters
+        known = type(metadata["total_parameters"]) is int and not plan.dropped
+        metadata["total_parameters"] = (
+            metadata["total_parameters"] - gone if known else plan.after.parameters
+        )
+    return dump_json({**index, "metadata": metadata, "weight_map": weight_map})
 
 
 def _provenance(plan: Plan) -> bytes:

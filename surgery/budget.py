@@ -1,15 +1,20 @@
 """From a target ratio to the two sizes (V', I')."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
+from surgery.divisors import Steps
 from surgery.errors import BudgetError
-from surgery.families import FFN, VOCAB
+from surgery.family import VOCAB
 from surgery.layout import Layout
 
 MULTIPLE_OF = 128
 """Engines want sizes that divide evenly over tiles and devices."""
+
+STEPS = Steps(MULTIPLE_OF, MULTIPLE_OF)
 
 TOLERANCE = 0.005
 """How far, in parts of all parameters, the reached ratio may lie from the target."""
@@ -24,28 +29,36 @@ CAP_PER_SHARE = 3.75
 
 @dataclass(frozen=True)
 class Sizes:
-    """The two knobs."""
+    """The knobs."""
 
     vocab_size: int
     """V': rows of the embedding."""
-    intermediate_size: int
-    """I': channels per layer."""
+    widths: Mapping[str, int]
+    """Key of config.json → I': channels of every FFN, or expert, of this kind."""
+    dequantize: bool = False
+    """Whether weights in FP8 become bf16, with twice the bytes and no blocks to keep whole."""
+
+
+def whole(layout: Layout) -> Sizes:
+    """The sizes of the source."""
+    return Sizes(layout.vocab_size, layout.widths)
 
 
 def check_sizes(layout: Layout, sizes: Sizes) -> None:
-    """Refuse an intermediate size that the model does not have; V' is the vocabulary's to check.
+    """Refuse a width that the model does not have; V' is the vocabulary's to check.
 
     Raises:
         BudgetError: I' above I or below 1.
     """
-    if not 1 <= sizes.intermediate_size <= layout.intermediate_size:
-        raise BudgetError(
-            "--intermediate-size",
-            "is out of reach",
-            expected=f"1 to {layout.intermediate_size} (the source's channels)",
-            found=sizes.intermediate_size,
-            fix="choose a size in this range",
-        )
+    for key, size in sizes.widths.items():
+        if not 1 <= size <= layout.widths.get(key, 0):
+            raise BudgetError(
+                f"--width {key}" if len(layout.widths) > 1 else "--intermediate-size",
+                "is out of reach",
+                expected=f"1 to {layout.widths.get(key, 0)} (the source's channels)",
+                found=size,
+                fix="choose a size in this range",
+            )
 
 
 def vocabulary_first(layout: Layout, removed: float) -> float:
@@ -56,27 +69,30 @@ def vocabulary_first(layout: Layout, removed: float) -> float:
     parameters (0.5B and 1B), 47 % at 13 % (8B), 13 % at 3 % (70B). So the cap is
     ``min(2/3, 3.75 · vocabulary's share)`` of the vocabulary; the rest comes from the channels.
     """
-    total = layout.parameters(layout.vocab_size, layout.intermediate_size)
+    total = layout.parameters(layout.vocab_size, layout.widths)
     vocabulary = layout.vocab_size * layout.axis_cost(VOCAB)
     return min(removed, min(VOCAB_CAP, CAP_PER_SHARE * vocabulary / total) * vocabulary)
 
 
-def split(layout: Layout, ratio: float, smallest_vocab: int) -> Sizes:
-    """Choose (V', I') that remove ``ratio`` of all parameters, close to the rule's split.
+def split(layout: Layout, ratio: float, smallest_vocab: int, steps: Steps = STEPS) -> Sizes:
+    """Choose the sizes that remove ``ratio`` of all parameters, close to the rule's split.
 
-    Every I' (a multiple of 128, or I itself) is paired with the V' that meets the target; of the
-    pairs within ``TOLERANCE`` the one nearest to ``vocabulary_first`` wins.
+    Every I' of the costliest width (a multiple of its step, or I itself) is paired with the V'
+    that meets the target; other widths shrink by the same share. Of the pairs within
+    ``TOLERANCE`` the one nearest to ``vocabulary_first`` wins. Where a step of I' is so large a
+    part of the model that there is none, as in mixtures of experts, the pair nearest to the target
+    is taken if it lies within half a step.
 
     Args:
         layout: The source.
         ratio: Removed parameters over all parameters, tied embeddings counted once.
         smallest_vocab: Rows that have to stay.
+        steps: What the sizes must be multiples of.
 
     Raises:
         BudgetError: no pair of allowed sizes meets the target.
     """
-    full = Sizes(layout.vocab_size, layout.intermediate_size)
-    total = layout.parameters(full.vocab_size, full.intermediate_size)
+    total = layout.parameters(layout.vocab_size, layout.widths)
     if not 0 < ratio < 1:
         raise BudgetError(
             "--ratio",
@@ -85,19 +101,26 @@ def split(layout: Layout, ratio: float, smallest_vocab: int) -> Sizes:
             found=ratio,
             fix="choose one",
         )
-    row, channel = layout.axis_cost(VOCAB), layout.axis_cost(FFN)
+    row = layout.axis_cost(VOCAB)
     target = vocabulary_first(layout, ratio * total)
-    best: tuple[float, Sizes] | None = None
-    for intermediate_size in _steps(1, full.intermediate_size):
-        rest = ratio * total - (full.intermediate_size - intermediate_size) * channel
-        vocab_size = _nearest(full.vocab_size - rest / row, smallest_vocab, full.vocab_size)
-        removed = (full.vocab_size - vocab_size) * row
-        distance = abs(removed - target)
-        if abs(removed - rest) <= TOLERANCE * total and (best is None or distance < best[0]):
-            best = (distance, Sizes(vocab_size, intermediate_size))
-    if best is None:
-        raise _unreachable(layout, ratio, smallest_vocab)
-    return best[1]
+    found: list[tuple[float, float, Sizes]] = []
+    choices = _width_choices(layout, steps.width)
+    for widths in choices:
+        rest = ratio * total - _removed(layout, widths)
+        wanted = layout.vocab_size - rest / row
+        vocab_size = _nearest(wanted, smallest_vocab, layout.vocab_size, steps.vocab)
+        removed = (layout.vocab_size - vocab_size) * row
+        found.append(
+            (abs(removed - rest) / total, abs(removed - target), Sizes(vocab_size, widths))
+        )
+    exact = [(distance, error, sizes) for error, distance, sizes in found if error <= TOLERANCE]
+    if exact:
+        return min(exact, key=lambda pair: pair[0])[2]
+    error, _, sizes = min(found, key=lambda pair: pair[:2])
+    gone = [_removed(layout, widths) / total for widths in choices]
+    if error > TOLERANCE + max((a - b for a, b in pairwise(gone)), default=0) / 2:
+        raise _unreachable(layout, ratio, smallest_vocab, steps)
+    return sizes
 
 
 def candidate_vocab_sizes(layout: Layout, smallest_vocab: int) -> list[int]:
@@ -111,24 +134,41 @@ def candidate_vocab_sizes(layout: Layout, smallest_vocab: int) -> list[int]:
     return sorted(sizes)
 
 
-def _steps(low: int, high: int) -> list[int]:
-    first = -(-low // MULTIPLE_OF) * MULTIPLE_OF
-    return sorted({*range(first, high + 1, MULTIPLE_OF), high})
+def _width_choices(layout: Layout, step: int) -> list[dict[str, int]]:
+    """Every I' of the costliest width with the others at the nearest same share."""
+    if not layout.widths:
+        return [{}]
+    first, full = next(iter(layout.widths.items()))
+    return [
+        {key: _nearest(size / full * width, 1, width, step) for key, width in layout.widths.items()}
+        | {first: size}
+        for size in _steps(1, full, step)
+    ]
 
 
-def _nearest(wanted: float, low: int, high: int) -> int:
-    return min(_steps(low, high), key=lambda size: abs(size - wanted))
+def _removed(layout: Layout, widths: Mapping[str, int]) -> int:
+    """Parameters that go with the channels beyond ``widths``."""
+    return sum((layout.widths[key] - size) * layout.axis_cost(key) for key, size in widths.items())
 
 
-def _unreachable(layout: Layout, ratio: float, smallest_vocab: int) -> BudgetError:
-    total = layout.parameters(layout.vocab_size, layout.intermediate_size)
-    rows = layout.vocab_size - np.array(_steps(smallest_vocab, layout.vocab_size))
-    channels = layout.intermediate_size - np.array(_steps(1, layout.intermediate_size))
-    removed = np.add.outer(rows * layout.axis_cost(VOCAB), channels * layout.axis_cost(FFN)) / total
+def _steps(low: int, high: int, step: int) -> list[int]:
+    first = -(-low // step) * step
+    return sorted({*range(first, high + 1, step), high})
+
+
+def _nearest(wanted: float, low: int, high: int, step: int) -> int:
+    return min(_steps(low, high, step), key=lambda size: abs(size - wanted))
+
+
+def _unreachable(layout: Layout, ratio: float, smallest_vocab: int, steps: Steps) -> BudgetError:
+    total = layout.parameters(layout.vocab_size, layout.widths)
+    rows = layout.vocab_size - np.array(_steps(smallest_vocab, layout.vocab_size, steps.vocab))
+    channels = [_removed(layout, widths) for widths in _width_choices(layout, steps.width)]
+    removed = np.add.outer(rows * layout.axis_cost(VOCAB), channels) / total
     nearest = removed.flat[np.argmin(np.abs(removed - ratio))]
     return BudgetError(
         "--ratio",
-        f"no sizes in steps of {MULTIPLE_OF} meet it",
+        f"no sizes in steps of {steps.vocab} and {steps.width} meet it",
         expected=f"at most {removed.max():.4f}; nearest is {nearest:.4f}",
         found=ratio,
         fix="choose another ratio, or give --vocab-size and --intermediate-size",

@@ -4,6 +4,7 @@ import json
 import re
 
 from surgery.checkpoint import Checkpoint
+from surgery.jsonfile import read_file
 from surgery.plan import Plan
 
 LICENSE = re.compile(r"^license: *(\S+) *$", re.MULTILINE)
@@ -16,8 +17,11 @@ def model_card(plan: Plan, checkpoint: Checkpoint) -> bytes:
     removed = 1 - after.parameters / before.parameters
     head = ["---", f"base_model: {json.dumps(base)}"]
     card = checkpoint.path / "README.md"
-    if card.exists() and (found := LICENSE.search(card.read_text("utf-8", "replace"))):
+    if card.exists() and (found := LICENSE.search(read_file(card).decode("utf-8", "replace"))):
         head.append(f"license: {found[1]}")
+    widths = "\n".join(
+        f"| {key} | {size:,} | {after.widths[key]:,} |" for key, size in before.widths.items()
+    )
     text = f"""{chr(10).join(head)}
 library_name: transformers
 pipeline_tag: text-generation
@@ -34,7 +38,7 @@ with COMPACT (arXiv 2509.06836). The layout is the standard one and loads like i
 | | before | after |
 |---|---:|---:|
 | vocabulary rows | {before.vocab_size:,} | {after.vocab_size:,} |
-| FFN channels per layer | {before.intermediate_size:,} | {after.intermediate_size:,} |
+{widths}
 | parameters | {before.parameters:,} | {after.parameters:,} |
 | bytes of weights | {before.nbytes:,} | {after.nbytes:,} |
 

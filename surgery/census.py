@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgery.families import GROUPS
+from surgery.family import GROUPS
 from surgery.layout import Layout
 from surgery.plot import saved_figure
 
@@ -15,7 +15,10 @@ class Census:
     model: str
     model_type: str
     vocab_size: int
-    intermediate_size: int
+    widths: dict[str, int]
+    """Key of config.json → channels of every FFN, or expert, of this kind."""
+    experts: int
+    """Routed experts of a layer."""
     num_hidden_layers: int
     tied: bool
     parameters: int
@@ -24,37 +27,41 @@ class Census:
     """Bytes of all tensors on disk."""
     shards: int
     groups: dict[str, int]
-    """Parameters by group: vocabulary, attention, ffn, norms."""
+    """Parameters by group: vocabulary, attention, ffn, norms, and what is no language model."""
 
     @classmethod
     def of(cls, layout: Layout, model: str) -> "Census":
         """Count ``layout`` from its headers; ``model`` is the name to print."""
-        groups = layout.groups()
+        groups = layout.groups
         return cls(
             model=model,
             model_type=layout.checkpoint.config["model_type"],
             vocab_size=layout.vocab_size,
-            intermediate_size=layout.intermediate_size,
+            widths=dict(layout.widths),
+            experts=layout.experts,
             num_hidden_layers=layout.num_hidden_layers,
             tied=layout.tied,
             parameters=groups.total(),
             nbytes=layout.checkpoint.nbytes,
             shards=len(layout.checkpoint.shards),
-            groups={group: groups[group] for group in GROUPS},
+            groups={group: groups[group] for group in GROUPS if group != "other" or groups[group]},
         )
 
     def table(self) -> str:
         """The census as text for people."""
+        wide = 2 + max(map(len, ("intermediate_size", *self.widths)))
         rows = [
             f"{self.model}  ({self.model_type}, {self.num_hidden_layers} layers, "
             f"{self.shards} shard{'s' if self.shards != 1 else ''})",
-            f"{'vocab_size':<18}{self.vocab_size:>16,}{'  tied' if self.tied else ''}",
-            f"{'intermediate_size':<18}{self.intermediate_size:>16,}",
+            f"{'vocab_size':<{wide}}{self.vocab_size:>16,}{'  tied' if self.tied else ''}",
+            *(f"{key:<{wide}}{width:>16,}" for key, width in self.widths.items()),
         ]
+        if self.experts:
+            rows.append(f"{'experts':<{wide}}{self.experts:>16,}")
         for group, count in self.groups.items():
-            rows.append(f"{group:<18}{count:>16,}{count / self.parameters:>8.1%}")
-        rows.append(f"{'parameters':<18}{self.parameters:>16,}")
-        rows.append(f"{'bytes':<18}{self.nbytes:>16,}")
+            rows.append(f"{group:<{wide}}{count:>16,}{count / self.parameters:>8.1%}")
+        rows.append(f"{'parameters':<{wide}}{self.parameters:>16,}")
+        rows.append(f"{'bytes':<{wide}}{self.nbytes:>16,}")
         return "\n".join(rows)
 
 

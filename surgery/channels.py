@@ -1,13 +1,17 @@
 """Which FFN channels stay: statistics → importance → the best I' of each layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from surgery.family import EXPERT, WIDTHS
 from surgery.idmap import IdMap
-from surgery.stats import ChannelStats
+from surgery.stats import AxisSums, ChannelStats
 
 DEFAULT_CRITERION = "common-act2"
+
+LEAST_TOKENS = 16
+"""Fewer tokens than this do not rank an expert's channels."""
 
 
 def bucket_weights(stats: ChannelStats, ids: IdMap) -> np.ndarray:
@@ -22,47 +26,81 @@ def bucket_weights(stats: ChannelStats, ids: IdMap) -> np.ndarray:
     return np.divide(stays, total, out=np.zeros(buckets), where=total > 0)
 
 
-def _common_act2(stats: ChannelStats, layer: int, ids: IdMap) -> np.ndarray:
-    return _weighted_sum(bucket_weights(stats, ids), stats.sum_sq[layer])
+def _common_act2(stats: ChannelStats, sums: AxisSums, ids: IdMap, seed: list[int]) -> np.ndarray:
+    return _weighted_sum(bucket_weights(stats, ids), sums.sum_sq)
 
 
-def _act2(stats: ChannelStats, layer: int, ids: IdMap) -> np.ndarray:
-    return _weighted_sum(np.ones(len(stats.info.bucket_edges)), stats.sum_sq[layer])
+def _act2(stats: ChannelStats, sums: AxisSums, ids: IdMap, seed: list[int]) -> np.ndarray:
+    return sums.sum_sq.sum(axis=0)
 
 
-def _abs_act(stats: ChannelStats, layer: int, ids: IdMap) -> np.ndarray:
-    return _weighted_sum(np.ones(len(stats.info.bucket_edges)), stats.sum_abs[layer])
+def _abs_act(stats: ChannelStats, sums: AxisSums, ids: IdMap, seed: list[int]) -> np.ndarray:
+    return sums.sum_abs.sum(axis=0)
 
 
-def _random(stats: ChannelStats, layer: int, ids: IdMap) -> np.ndarray:
-    return np.random.default_rng(layer).random((stats.sum_sq[layer].shape[1],))
+def _random(stats: ChannelStats, sums: AxisSums, ids: IdMap, seed: list[int]) -> np.ndarray:
+    return np.random.default_rng(seed).random(sums.sum_sq.shape[1:])
 
 
 def _weighted_sum(weights: np.ndarray, sums: np.ndarray) -> np.ndarray:
-    """Σ_b ``weights[b]`` · ``sums[b, k]``: float64 ``[I]``."""
-    total: np.ndarray = np.einsum("b,bk->k", weights, sums)
+    """Σ_b ``weights[b]`` · ``sums[b, e, k]``: float64 ``[experts, I]``."""
+    total: np.ndarray = np.einsum("b,bek->ek", weights, sums)
     return total
 
 
-CRITERIA: dict[str, Callable[[ChannelStats, int, IdMap], np.ndarray]] = {
+CRITERIA: dict[str, Callable[[ChannelStats, AxisSums, IdMap, list[int]], np.ndarray]] = {
     DEFAULT_CRITERION: _common_act2,
     "act2": _act2,
     "abs-act": _abs_act,
     "random": _random,
 }
-"""Importance I_k of each channel: eq. 5, eq. 4, Σ|act| over all tokens, and seeded chance."""
+"""Importance I_k of each expert's channels: eq. 5, eq. 4, Σ|act| over all tokens, seeded chance.
+
+An FFN that is no expert counts as one."""
+
+Kept = list[dict[str, list[np.ndarray]]]
+"""Per layer: channel axis → per expert the ascending indices of the channels that stay."""
 
 
 def choose_channels(
-    stats: ChannelStats, ids: IdMap, intermediate_size: int, criterion: str
-) -> list[np.ndarray]:
-    """Return per layer the ascending indices of the ``intermediate_size`` best channels.
+    stats: ChannelStats,
+    ids: IdMap,
+    lengths: Mapping[str, int],
+    criterion: str,
+    blocks: Mapping[str, int] | None = None,
+) -> Kept:
+    """Return the ``lengths[axis]`` best channels of every layer and expert.
 
-    Of channels with equal importance the first ones stay.
+    Of channels with equal importance the first ones stay. Those of an axis that has one of
+    ``blocks`` go and stay in whole blocks of this length, by the sum of their importance.
     """
-    kept = []
-    for layer in range(len(stats.sum_sq)):
-        importance = CRITERIA[criterion](stats, layer, ids)
-        order = np.argsort(-importance, kind="stable")
-        kept.append(np.sort(order[:intermediate_size]))
+    kept: Kept = []
+    for layer, axes in enumerate(stats.layers):
+        kept.append({})
+        for number, axis in enumerate(WIDTHS):
+            if axis in axes and axis in lengths:
+                importance = CRITERIA[criterion](stats, axes[axis], ids, [layer, number])
+                length, block = lengths[axis], (blocks or {}).get(axis, 1)
+                kept[-1][axis] = [best(row, length, block) for row in importance]
     return kept
+
+
+def best(importance: np.ndarray, count: int, block: int) -> np.ndarray:
+    """Ascending indices of the ``count`` most important channels, in whole blocks."""
+    if block > 1:
+        importance = np.add.reduceat(importance, np.arange(0, len(importance), block))
+    order = np.argsort(-importance, kind="stable")
+    chosen = np.sort(order[: -(-count // block)])
+    inside = (chosen[:, None] * block + np.arange(block)).reshape(-1)
+    return inside[:count]
+
+
+def unseen_experts(stats: ChannelStats, least: int) -> dict[int, list[int]]:
+    """Layer → experts that fewer than ``least`` calibration tokens were routed to."""
+    found = {}
+    for layer, axes in enumerate(stats.layers):
+        if EXPERT in axes:
+            few = np.flatnonzero(axes[EXPERT].tokens.sum(axis=0) < least)
+            if len(few):
+                found[layer] = few.tolist()
+    return found

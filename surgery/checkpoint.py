@@ -9,7 +9,8 @@ from typing import Any
 
 from surgery.errors import CheckpointError
 from surgery.header import Header, TensorRef, read_header
-from surgery.jsonfile import read_json
+from surgery.jsonfile import read_file, read_json
+from surgery.quantized import Fp8, quantization_of
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -35,35 +36,46 @@ class Checkpoint:
     """File name → header, in the order in which the tensors' names first point at the files."""
     index: dict[str, Any] | None
     """model.safetensors.index.json, or None for a single file."""
+    family: str | None = None
+    """The model type as which it is treated; None is config.json's own."""
+    quantization: Fp8 | None = None
+    """How weights in FP8 are scaled; None where none is quantized."""
 
     @classmethod
-    def open(cls, path: Path) -> "Checkpoint":
-        """Read the headers and config.json of directory ``path``.
+    def open(cls, path: Path, family: str | None = None) -> "Checkpoint":
+        """Read the headers and config.json of directory ``path``, to be treated as ``family``.
 
         Raises:
-            CheckpointError: anything that is missing, damaged, quantized, pickled, or that would
-                need code from the checkpoint.
+            CheckpointError: anything that is missing, damaged, pickled, or quantized in another
+                way than FP8 with block scales.
         """
         if not path.is_dir():
             raise CheckpointError(
                 path, "is not a directory", fix="name a model directory or a hub id org/name"
             )
         config = read_json(path / "config.json")
-        _refuse_unsupported(path, config)
+        quantization = quantization_of(config, path / "config.json")
         if (path / SINGLE_NAME).exists():
-            return cls(path, config, {SINGLE_NAME: read_header(path / SINGLE_NAME)}, None)
+            single = {SINGLE_NAME: read_header(path / SINGLE_NAME)}
+            return cls(path, config, single, None, family, quantization)
         if not (path / INDEX_NAME).exists():
             _refuse_missing_weights(path)
         index = read_json(path / INDEX_NAME)
         weight_map = _weight_map(path, index)
         shards = {name: read_header(path / name) for name in dict.fromkeys(weight_map.values())}
         _check_index(path, weight_map, shards)
-        return cls(path, config, shards, index)
+        return cls(path, config, shards, index, family, quantization)
 
     @cached_property
     def tensors(self) -> dict[str, TensorRef]:
         """Every tensor by name, shard by shard in the order of their bytes."""
         return {tensor.name: tensor for shard in self.shards.values() for tensor in shard.tensors}
+
+    def scales_of(self, weight: TensorRef) -> TensorRef | None:
+        """The scales of an FP8 weight; None for every other tensor."""
+        if self.quantization is None or weight.dtype != self.quantization.dtype:
+            return None
+        return self.tensors.get(self.quantization.scales_of(weight.name))
 
     @cached_property
     def nbytes(self) -> int:
@@ -73,9 +85,9 @@ class Checkpoint:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over config.json, tokenizer and headers: what plans and statistics fit."""
-        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        digest = hashlib.sha256(read_file(self.path / "config.json"))
         for path in tokenizer_files(self.path):
-            digest.update(path.read_bytes())
+            digest.update(read_file(path))
         for name, shard in sorted(self.shards.items()):
             digest.update(name.encode())
             digest.update(shard.raw)
@@ -92,26 +104,6 @@ def tokenizer_files(directory: Path) -> list[Path]:
         return [directory / TOKENIZER_NAME]
     found = [directory / name for name in LEGACY_NAMES if (directory / name).exists()]
     return found if [path.name for path in found[:2]] == list(LEGACY_NAMES[:2]) else []
-
-
-def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
-    where = path / "config.json"
-    if "quantization_config" in config:
-        method = config["quantization_config"]
-        name = method.get("quant_method", "unknown") if isinstance(method, dict) else method
-        raise CheckpointError(
-            where,
-            "checkpoint is quantized",
-            expected="bf16, fp16 or fp32 weights",
-            found=f"quant_method {name}",
-            fix="prune the unquantized checkpoint, then quantize the result",
-        )
-    if "auto_map" in config:
-        raise CheckpointError(
-            where,
-            "checkpoint brings its own code (auto_map), which is never run",
-            fix="use the version of this model that transformers itself supports",
-        )
 
 
 def _refuse_missing_weights(path: Path) -> None:

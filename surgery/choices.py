@@ -1,9 +1,14 @@
 """What the command line asks for → the order of rarity and the sizes of the cut."""
 
+import re
 from collections.abc import Iterable
+from dataclasses import replace
+from math import lcm
 from typing import NamedTuple
 
-from surgery.budget import Sizes, split
+from surgery.blocks import blocks
+from surgery.budget import MULTIPLE_OF, Sizes, split, whole
+from surgery.divisors import Steps, parse_target, steps
 from surgery.errors import BudgetError, DataError, TokenizerError
 from surgery.frequency import count_tokens
 from surgery.layout import Layout
@@ -29,7 +34,7 @@ def choose_sizes(
     vocabulary: VocabularyOptions,
     documents: Iterable[str] | None = None,
 ) -> Chosen:
-    """Return the order of rarity and (V', I') from ``--ratio`` or from the two sizes.
+    """Return the order of rarity and the sizes, from ``--ratio`` or as they are given.
 
     Args:
         layout: The model.
@@ -38,18 +43,24 @@ def choose_sizes(
         documents: To count tokens in, where the order is by frequency.
 
     Raises:
-        BudgetError: neither a ratio nor both sizes, or all of them.
+        BudgetError: neither a ratio nor sizes, or both; sizes that do not divide as asked.
         DataError: the order is by frequency and there is no text.
         TokenizerError: the vocabulary cannot be cut, or lacks what is to be kept.
     """
-    sizes = _given_sizes(target)
+    sizes = _given_sizes(target, layout)
     if sizes is not None and sizes.vocab_size == layout.vocab_size:
         return Chosen(identity_rarity(layout.vocab_size), sizes, None)
     tokenizer = open_vocabulary(layout)
     choice = _choice(layout, tokenizer, vocabulary, documents)
     rarity = rarity_of(layout, choice, tokenizer)
     if sizes is None:
-        sizes = split(layout, target.ratio or 0.0, rarity.must_keep)
+        wanted = _steps(target)
+        if not target.dequantize:
+            by_key = blocks(layout)
+            whole_blocks = lcm(wanted.width, *(by_key.get(key, 1) for key in layout.widths))
+            wanted = replace(wanted, width=whole_blocks)
+        sizes = split(layout, target.ratio or 0.0, rarity.must_keep, wanted)
+        sizes = replace(sizes, dequantize=target.dequantize)
     return Chosen(rarity, sizes, tokenizer)
 
 
@@ -85,19 +96,84 @@ def parse_vocab_sizes(text: str, layout: Layout) -> list[int]:
     return sizes
 
 
-def _given_sizes(target: Target) -> Sizes | None:
-    """The two sizes, or None where they follow from the ratio."""
-    given = (target.vocab_size is not None, target.intermediate_size is not None)
-    if (target.ratio is not None, *given) not in {(True, False, False), (False, True, True)}:
+def _steps(target: Target) -> Steps:
+    """What the sizes must be multiples of."""
+    multiple_of = target.multiple_of or MULTIPLE_OF
+    return parse_target(target.serve, multiple_of) if target.serve else steps(multiple_of)
+
+
+def _given_sizes(target: Target, layout: Layout) -> Sizes | None:
+    """The sizes, or None where they follow from the ratio."""
+    if target == Target(dequantize=True):
+        return replace(whole(layout), dequantize=True)
+    widths = _given_widths(target, layout)
+    by_size = target.vocab_size is not None and (bool(widths) or not layout.widths)
+    by_ratio = target.ratio is not None and target.vocab_size is None and not widths
+    if by_ratio == by_size or (target.ratio is not None and not by_ratio):
         raise BudgetError(
             "sizes",
             "are not clear",
             expected="--ratio, or --vocab-size and --intermediate-size",
             fix="give one or the other",
         )
-    if target.vocab_size is None or target.intermediate_size is None:
+    if target.vocab_size is None:
         return None
-    return Sizes(target.vocab_size, target.intermediate_size)
+    sizes = Sizes(target.vocab_size, {**layout.widths, **widths}, target.dequantize)
+    if target.multiple_of or target.serve:
+        _check_steps(layout, sizes, _steps(target))
+    return sizes
+
+
+def _given_widths(target: Target, layout: Layout) -> dict[str, int]:
+    """Key of config.json → channels, from --intermediate-size and --width."""
+    found: dict[str, int] = {}
+    for text in target.widths:
+        key, _, number = text.partition("=")
+        if key not in layout.widths or not re.fullmatch("[0-9]{1,9}", number):
+            raise BudgetError(
+                "--width",
+                "is no width of this model",
+                expected=f"KEY=N with KEY one of {', '.join(layout.widths) or 'none'}",
+                found=text,
+                fix="correct it",
+            )
+        found[key] = int(number)
+    if target.intermediate_size is not None:
+        found = {_main_width(layout): target.intermediate_size} | found
+    return found
+
+
+def _main_width(layout: Layout) -> str:
+    """What --intermediate-size means: the key of that name, or the only one there is."""
+    if "intermediate_size" in layout.widths:
+        return "intermediate_size"
+    if len(layout.widths) == 1:
+        return next(iter(layout.widths))
+    names = ", ".join(layout.widths)
+    raise BudgetError(
+        "--intermediate-size",
+        "is not clear: this model has several widths"
+        if names
+        else "cannot change: config.json has no key for the width of this model's FFN",
+        expected=f"--width with one of {names}" if names else None,
+        fix="use --width" if names else "cut the vocabulary alone, with --vocab-size",
+    )
+
+
+def _check_steps(layout: Layout, sizes: Sizes, wanted: Steps) -> None:
+    """Refuse given sizes that are no multiples of what was asked for; whole ones stay."""
+    given = {"vocab_size": (sizes.vocab_size, layout.vocab_size, wanted.vocab)}
+    for key, size in sizes.widths.items():
+        given[key] = (size, layout.widths[key], wanted.width)
+    for key, (size, full, step) in given.items():
+        if size != full and size % step:
+            raise BudgetError(
+                key,
+                "does not divide as --multiple-of and --target ask",
+                expected=f"a multiple of {step}, such as {max(step, round(size / step) * step)}",
+                found=size,
+                fix="choose one, or leave the options out",
+            )
 
 
 def _choice(

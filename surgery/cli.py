@@ -13,11 +13,13 @@ from surgery.apply import JOBS
 from surgery.cli_models import calibrate, prune, score
 from surgery.errors import SurgeryError
 from surgery.options import (
+    ChannelOptions,
     Refusal,
     Target,
     VocabularyOptions,
-    criterion_option,
+    channel_options,
     device_option,
+    family_option,
     json_option,
     model_argument,
     path_type,
@@ -52,14 +54,22 @@ def main() -> None:
 @model_argument
 @json_option
 @click.option("--vocab", is_flag=True, help="Show what the vocabulary's rows are spent on instead.")
+@click.option("--probe", is_flag=True, help="Show which families fit, and propose an entry.")
 @click.option("--plot", type=path_type, metavar="FILE.png", help="Write a picture (extra 'plot').")
-def inspect(model: str, as_json: bool, vocab: bool, plot: Path | None) -> None:
+@family_option
+def inspect(
+    model: str, as_json: bool, vocab: bool, probe: bool, plot: Path | None, family: str | None
+) -> None:
     """Show where the parameters are; reads headers only."""
     from surgery.census import Census, plot_census
-    from surgery.steps import open_model
+    from surgery.steps import open_model, probe_model
     from surgery.vocab_census import plot_vocab_census, vocabulary_census
 
-    layout = open_model(model)[0]
+    if probe:
+        proposal = probe_model(model)
+        click.echo(json.dumps(asdict(proposal)) if as_json else proposal.table())
+        return
+    layout = open_model(model, family)[0]
     if vocab:
         tokens = vocabulary_census(layout)
         click.echo(json.dumps(asdict(tokens)) if as_json else tokens.table())
@@ -74,6 +84,7 @@ def inspect(model: str, as_json: bool, vocab: bool, plot: Path | None) -> None:
 
 @main.command()
 @model_argument
+@family_option
 @click.option("--stats", type=path_type, help="From calibrate.")
 @size_options
 @vocabulary_options
@@ -82,16 +93,17 @@ def inspect(model: str, as_json: bool, vocab: bool, plot: Path | None) -> None:
     metavar="TEXT",
     help="To show what the cut of the vocabulary costs, and to count tokens in; as for calibrate.",
 )
-@criterion_option
+@channel_options
 @click.option("--output", type=path_type, metavar="DIR", help="Where apply is to write.")
 @click.option("-o", "plan_path", type=path_type, default="plan.json", show_default=True)
 def plan(
     model: str,
+    family: str | None,
     stats: Path | None,
     target: Target,
     vocabulary: VocabularyOptions,
     data: str | None,
-    criterion: str,
+    channels: ChannelOptions,
     output: Path | None,
     plan_path: Path,
 ) -> None:
@@ -102,7 +114,7 @@ def plan(
     from surgery.stats import ChannelStats
     from surgery.steps import open_model, plan_model
 
-    layout, source = open_model(model)
+    layout, source = open_model(model, family)
     loaded = ChannelStats.load(stats) if stats else None
     chosen = choose_sizes(layout, target, vocabulary, read_documents(data) if data else None)
     made = plan_model(
@@ -110,7 +122,7 @@ def plan(
         source,
         chosen,
         loaded,
-        criterion=criterion,
+        channels=channels,
         ratio=target.ratio,
         output=output,
         vocab_by=vocabulary.vocab_by,

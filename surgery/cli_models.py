@@ -12,13 +12,15 @@ import click
 
 from surgery.apply import JOBS
 from surgery.options import (
+    ChannelOptions,
     Refusal,
     Target,
     VocabularyOptions,
     calibration_options,
+    channel_options,
     compute_options,
-    criterion_option,
     data_option,
+    family_option,
     json_option,
     model_argument,
     path_type,
@@ -31,6 +33,7 @@ from surgery.options import (
 
 @click.command()
 @model_argument
+@family_option
 @calibration_options
 @click.option(
     "--vocab-sizes",
@@ -42,6 +45,7 @@ from surgery.options import (
 @click.option("-o", "output", type=path_type, default="stats.safetensors", show_default=True)
 def calibrate(
     model: str,
+    family: str | None,
     vocab_sizes: str | None,
     output: Path,
     vocabulary: VocabularyOptions,
@@ -55,7 +59,7 @@ def calibrate(
     from surgery.choices import parse_vocab_sizes, rarity_or_whole
     from surgery.steps import calibrate_model, open_model
 
-    layout, _ = open_model(model)
+    layout, _ = open_model(model, family)
     if not output.absolute().parent.is_dir():  # known before the work, not after it
         raise Refusal(f"{output}: its directory does not exist; create it, or name another")
     sizes = parse_vocab_sizes(vocab_sizes, layout) if vocab_sizes else None
@@ -67,6 +71,7 @@ def calibrate(
 
 @click.command()
 @model_argument
+@family_option
 @data_option
 @samples_option
 @click.option(
@@ -79,12 +84,12 @@ def calibrate(
 @seed_option
 @compute_options
 @json_option
-def score(model: str, as_json: bool, **options: Any) -> None:
+def score(model: str, family: str | None, as_json: bool, **options: Any) -> None:
     """Measure bits per byte on held-out text, one layer in memory at a time."""
     from surgery.steps import open_model, score_model
 
     start = time.perf_counter()
-    result = score_model(open_model(model)[0], **options)
+    result = score_model(open_model(model, family)[0], **options)
     facts = {
         "bits_per_byte": result.bits_per_byte,
         "bytes": result.bytes,
@@ -104,16 +109,18 @@ def score(model: str, as_json: bool, **options: Any) -> None:
 
 @click.command()
 @model_argument
+@family_option
 @calibration_options
 @size_options
 @vocabulary_options
-@criterion_option
+@channel_options
 @click.option("-o", "output", type=path_type, metavar="DIR", required=True)
 def prune(
     model: str,
+    family: str | None,
     target: Target,
     vocabulary: VocabularyOptions,
-    criterion: str,
+    channels: ChannelOptions,
     output: Path,
     **options: Any,
 ) -> None:
@@ -128,7 +135,7 @@ def prune(
     from surgery.verify import verify_files
     from surgery.writer import check_place
 
-    layout, source = open_model(model)
+    layout, source = open_model(model, family)
     path = layout.checkpoint.path
     check_place(output, path)
     chosen = choose_sizes(layout, target, vocabulary, read_documents(options["data"]))
@@ -137,7 +144,7 @@ def prune(
         layout,
         source,
         chosen,
-        criterion=criterion,
+        channels=channels,
         ratio=target.ratio,
         output=output,
         vocab_by=vocabulary.vocab_by,
@@ -145,8 +152,10 @@ def prune(
     planned(None)  # refuses before the work
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
     sizes = [chosen.sizes.vocab_size]
-    stats = calibrate_model(layout, sizes, rarity=chosen.rarity, **options)
-    stats.save(output.with_name(output.name + ".stats.safetensors"))
+    stats = None
+    if layout.widths:
+        stats = calibrate_model(layout, sizes, rarity=chosen.rarity, **options)
+        stats.save(output.with_name(output.name + ".stats.safetensors"))
     made = planned(stats, documents=read_documents(options["data"]))
     made.save(output.with_name(output.name + ".plan.json"))
     click.echo(plan_table(made, path))

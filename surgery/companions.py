@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint import INDEX_NAME, TOKENIZER_NAME, Checkpoint
-from surgery.configs import drop_tokens, rewrite_config
+from surgery.configs import dequantized_config, drop_tokens, rewrite_config
 from surgery.errors import TokenizerError
 from surgery.families import family_of
+from surgery.family import Family
 from surgery.idmap import IdMap
-from surgery.jsonfile import dump_json, dump_table, read_json
+from surgery.jsonfile import dump_json, dump_table, read_file, read_json
 from surgery.legacy_tokenizer import is_legacy
 from surgery.plan import Plan
 from surgery.references import visit_ids
@@ -56,7 +57,7 @@ def companion_files(plan: Plan, checkpoint: Checkpoint) -> dict[str, bytes]:
     directory, ids = checkpoint.path, plan.ids()
     names = _carried(directory, ids)
     if ids.identity:
-        return {name: (directory / name).read_bytes() for name in names}
+        return {name: read_file(directory / name) for name in names}
     source = TokenizerFile.reopen(directory)
     cut = source.rewrite(ids)
     return {name: _rewrite(directory / name, source, cut, ids) for name in names}
@@ -100,10 +101,19 @@ def rewrite_document(path: Path, tokens: Mapping[str, int], ids: IdMap) -> dict[
 def pruned_config(plan: Plan, checkpoint: Checkpoint) -> bytes:
     """config.json of the output; the source's own bytes when nothing changes."""
     path = checkpoint.path / "config.json"
-    family = family_of(checkpoint.config, path)
-    size = plan.after.intermediate_size
-    config = rewrite_config(checkpoint.config, family, plan.ids(), size, path)
-    return path.read_bytes() if config == checkpoint.config else dump_json(config)
+    family = family_of(checkpoint.config, path, checkpoint.family)
+    changes = config_changes(plan, family)
+    config = rewrite_config(checkpoint.config, family, plan.ids(), changes, path)
+    if plan.dequantize:
+        config = dequantized_config(config, family)
+    return read_file(path) if config == checkpoint.config else dump_json(config)
+
+
+def config_changes(plan: Plan, family: Family) -> dict[str, int]:
+    """Key of config.json → new number: widths that change, and no layers that guess ahead."""
+    changes = {k: n for k, n in plan.after.widths.items() if n != plan.before.widths.get(k)}
+    drafts = plan.dropped and family.draft_layers
+    return changes | ({family.draft_layers: 0} if drafts else {})
 
 
 def _carried(directory: Path, ids: IdMap) -> list[str]:
@@ -121,7 +131,7 @@ def _carried(directory: Path, ids: IdMap) -> list[str]:
 
 def _can_be_cut(path: Path) -> bool:
     """Whether ``path`` is the SentencePiece model that its name says; others go by that name."""
-    return path.name == SENTENCEPIECE_NAME and is_sentencepiece(path.read_bytes())
+    return path.name == SENTENCEPIECE_NAME and is_sentencepiece(read_file(path))
 
 
 def _rewrite(path: Path, source: TokenizerFile, cut: dict[str, Any], ids: IdMap) -> bytes:
@@ -133,10 +143,10 @@ def _rewrite(path: Path, source: TokenizerFile, cut: dict[str, Any], ids: IdMap)
     if path.name in TABLES:
         return dump_table(_rewrite_table(path, source, ids))
     if path.name == SENTENCEPIECE_NAME:
-        return cut_sentencepiece(path.read_bytes(), path, source.token_ids, ids)
+        return cut_sentencepiece(read_file(path), path, source.token_ids, ids)
     if path.suffix == ".json":
         return dump_json(rewrite_document(path, source.token_ids, ids))
-    return path.read_bytes()
+    return read_file(path)
 
 
 def _rewrite_table(path: Path, source: TokenizerFile, ids: IdMap) -> dict[str, int]:

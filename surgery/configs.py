@@ -2,19 +2,23 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint import INDEX_NAME, TOKENIZER_NAME, Checkpoint
 from surgery.default_ids import OFFSET_SECTIONS, SECTIONS, fill_defaults
 from surgery.errors import TokenizerError
-from surgery.families import FFN, VOCAB, Family
+from surgery.family import Family
 from surgery.idmap import IdMap
-from surgery.jsonfile import read_json
+from surgery.jsonfile import read_file, read_json
 from surgery.references import referenced_ids, visit_ids
 
 SIZE_KEY = re.compile(r"((src|tgt|decoder)_)?vocab_size|vocab_size_per_layer_input|vocab_offset")
 """Keys whose number is that of the text vocabulary's rows; type_vocab_size is another's."""
+
+DTYPE_KEYS = ("dtype", "torch_dtype")
+"""Keys for the dtype of the weights; the second is the older."""
 
 TOKEN_KEY = re.compile(r"\w+_tokens?")
 """Keys that name tokens by their text, in tokenizer_config.json and its like."""
@@ -29,7 +33,7 @@ def token_references(checkpoint: Checkpoint, tokens: dict[str, int]) -> set[int]
     for path in _documents(checkpoint.path):
         data = read_json(path)
         if path.name == "config.json":
-            data = fill_defaults(data, lambda old: old)
+            data = fill_defaults(data, lambda old: old, checkpoint.family)
         found |= referenced_ids(data, path)
         found |= {tokens[token] for token in referenced_tokens(data) if token in tokens}
     return found & set(tokens.values())
@@ -73,7 +77,7 @@ def drop_tokens(data: dict[str, Any], gone: set[str], where: object) -> dict[str
 
 def template_tokens(directory: Path, tokens: Mapping[str, int]) -> set[int]:
     """Ids of those ``tokens`` whose text stands in a chat template of ``directory``."""
-    texts = [path.read_text("utf-8", "replace") for path in sorted(directory.glob("*.jinja"))]
+    texts = [read_file(p).decode("utf-8", "replace") for p in sorted(directory.glob("*.jinja"))]
     for path in _documents(directory):
         template = read_json(path).get("chat_template")
         named = template if isinstance(template, list) else [{"template": template}]
@@ -84,11 +88,12 @@ def template_tokens(directory: Path, tokens: Mapping[str, int]) -> set[int]:
 
 
 def rewrite_config(
-    config: dict[str, Any], family: Family, ids: IdMap, intermediate_size: int, where: Path
+    config: dict[str, Any], family: Family, ids: IdMap, changes: Mapping[str, int], where: Path
 ) -> dict[str, Any]:
     """Return config.json of the pruned model, key order kept.
 
-    Ids that the config class would fill in with the *old* defaults are written out.
+    Ids that the config class would fill in with the *old* defaults are written out. A pointer to
+    code (auto_map) goes: the output has none, and transformers itself knows the model type.
 
     Raises:
         TokenizerError: an id that is needed does not stay, or a size of the text vocabulary is
@@ -96,11 +101,25 @@ def rewrite_config(
     """
     result = dict(config)
     if not ids.identity:
-        result = visit_ids(fill_defaults(config, ids.new), ids.new, where)
+        result = visit_ids(fill_defaults(config, ids.new, family.model_type), ids.new, where)
         result = visit_sizes(result, ids, where)
-    result[family.sizes[VOCAB]] = ids.new_size
-    result[family.sizes[FFN]] = intermediate_size
-    return result
+    text = dict(family.text_config(result))
+    if "vocab_size" in text or not ids.identity:
+        text["vocab_size"] = ids.new_size
+    for key, size in changes.items():
+        text[key] = [size] * len(text[key]) if isinstance(text.get(key), list) else size
+    result = {**result, family.section: text} if family.section else text
+    return {key: value for key, value in result.items() if key != "auto_map"}
+
+
+def dequantized_config(config: dict[str, Any], family: Family) -> dict[str, Any]:
+    """Return config.json of a model whose FP8 weights have become bf16, key order kept."""
+    result = {key: value for key, value in config.items() if key != "quantization_config"}
+    if family.section and isinstance(result.get(family.section), dict):
+        section = dequantized_config(result[family.section], replace(family, section=""))
+        result[family.section] = section
+    named = [key for key in DTYPE_KEYS if key in result]
+    return result | dict.fromkeys(named, "bfloat16")
 
 
 def visit_sizes(data: dict[str, Any], ids: IdMap, where: object) -> dict[str, Any]:

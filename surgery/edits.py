@@ -1,41 +1,109 @@
-"""Edits: each output tensor as a copy or a selection of one source tensor."""
+"""Edits: each output tensor as copies or selections of a source tensor."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
-from surgery.budget import Sizes
+from surgery.blocks import check_blocks, whole_blocks
+from surgery.budget import Sizes, whole
+from surgery.checkpoint import Checkpoint
 from surgery.errors import PlanError
-from surgery.families import FFN, VOCAB
-from surgery.header import TensorRef
+from surgery.family import STACK, VOCAB, Dim
+from surgery.header import ITEMSIZE, TensorRef
 from surgery.layout import Layout
-from surgery.plan import Plan, Shape, cut_shape, shape_of
+from surgery.plan import Plan, Shape
+from surgery.predict import axis_lengths, cut_shape, output_dtype, shape_of
+from surgery.selection import MAKE_AGAIN
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What makes numbers of an FP8 weight."""
+
+    scales: TensorRef
+    """One a block, perhaps in another shard than the weight."""
+    block_shape: tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """One output tensor."""
+    """A run of bytes of an output tensor."""
 
     source: TensorRef
-    shape: tuple[int, ...]
-    """Of the output."""
+    """A tensor of the source, or the matrix of one expert in it."""
     dim: int = 0
     """The dimension that ``indices`` select on."""
     indices: np.ndarray | None = None
-    """Ascending positions that stay; None copies the tensor."""
+    """Ascending positions that stay; None keeps the tensor whole."""
+    scaling: Scaling | None = None
+    """Given, the elements are dequantized to bf16; else they are moved as they are."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element of the output."""
+        return self.source.itemsize if self.scaling is None else ITEMSIZE["BF16"]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the output tensor."""
-        return math.prod(self.shape) * self.source.itemsize
+        """Bytes that this adds to the output."""
+        elements = self.source.parameters
+        if self.indices is not None:
+            elements = elements // self.source.shape[self.dim] * len(self.indices)
+        return elements * self.itemsize
 
 
-def edits(plan: Plan, layout: Layout) -> dict[str, list[Edit]]:
-    """Return the edits that ``plan`` makes of ``layout``: shard → tensors in the source's order.
+@dataclass(frozen=True, eq=False)
+class OutputTensor:
+    """One tensor of the output: its edits, one behind the other."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    edits: tuple[Edit, ...]
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return sum(edit.nbytes for edit in self.edits)
+
+
+def edits(plan: Plan, layout: Layout) -> dict[str, list[OutputTensor]]:
+    """Return what ``plan`` makes of ``layout``: shard → tensors in the source's order.
+
+    Every tensor of the source is in exactly one output tensor, or among those that are dropped,
+    or holds scales that are multiplied into their weight.
 
     Raises:
         PlanError: the plan was made for another source, or its channels are not chosen yet.
+    """
+    sizes = check_plan(plan, layout)
+    kept_tokens = plan.ids().kept
+    kept = kept_channels(plan, layout)
+
+    def outputs(tensor: TensorRef) -> Iterator[OutputTensor]:
+        dtype = output_dtype(layout, tensor, sizes)
+        if dtype is not None:
+            shape = cut_shape(layout, tensor, sizes)
+            made = _edits_of(layout, tensor, shape, kept_tokens, kept)
+            if dtype != tensor.dtype:
+                scaling = _scaling(layout.checkpoint, tensor)
+                made = tuple(replace(edit, scaling=scaling) for edit in made)
+            yield OutputTensor(tensor.name, dtype, shape, made)
+
+    return {
+        name: [made for tensor in header.tensors for made in outputs(tensor)]
+        for name, header in layout.checkpoint.shards.items()
+    }
+
+
+def check_plan(plan: Plan, layout: Layout) -> Sizes:
+    """Return the sizes of a plan that fits ``layout``.
+
+    Raises:
+        PlanError: as ``edits``.
     """
     if plan.fingerprint != layout.checkpoint.fingerprint:
         raise PlanError(
@@ -43,7 +111,7 @@ def edits(plan: Plan, layout: Layout) -> dict[str, list[Edit]]:
             "is not the checkpoint that the plan was made for",
             expected=f"fingerprint {plan.fingerprint[:12]}",
             found=layout.checkpoint.fingerprint[:12],
-            fix="make the plan again",
+            fix=MAKE_AGAIN,
         )
     if not plan.complete:
         raise PlanError(
@@ -51,45 +119,106 @@ def edits(plan: Plan, layout: Layout) -> dict[str, list[Edit]]:
             "predicts sizes only: its channels are not chosen",
             fix="calibrate, then plan again with --stats",
         )
-    full = Sizes(layout.vocab_size, layout.intermediate_size)
-    sizes = Sizes(plan.after.vocab_size, plan.after.intermediate_size)
-    for part, found, wanted in (("before", plan.before, full), ("after", plan.after, sizes)):
-        _check_shape(f"plan: {part}", found, shape_of(layout, wanted))
-    if len(plan.kept_channels) not in (0, layout.num_hidden_layers):
-        raise PlanError(
-            "plan: kept_channels",
-            "does not have an entry per layer",
-            expected=layout.num_hidden_layers,
-            found=len(plan.kept_channels),
-            fix="make the plan again",
+    _check("plan: before.widths", list(plan.before.widths), list(layout.widths))
+    _check("plan: after.widths", list(plan.after.widths), list(layout.widths))
+    sizes = Sizes(plan.after.vocab_size, plan.after.widths, plan.dequantize)
+    check_blocks(layout, sizes)
+    _check_shape("plan: before", plan.before, shape_of(layout, whole(layout)))
+    _check_shape("plan: after", plan.after, shape_of(layout, sizes))
+    _check("plan: dropped", plan.dropped, layout.dropped)
+    if plan.kept_channels:
+        _check("plan: layers of kept_channels", len(plan.kept_channels), layout.num_hidden_layers)
+    return sizes
+
+
+KeptChannels = list[dict[str, list[np.ndarray]]]
+
+
+def kept_channels(plan: Plan, layout: Layout) -> KeptChannels:
+    """Per layer: channel axis → per expert the ascending channels that stay.
+
+    Raises:
+        PlanError: the plan has other layers, experts or numbers of channels.
+    """
+    full, new = (axis_lengths(layout, w) for w in (layout.widths, plan.after.widths))
+    result: KeptChannels = []
+    for layer, axes in enumerate(layout.watched):
+        result.append({})
+        for named in plan.kept_channels[layer : layer + 1]:
+            _check(f"plan: axes of kept_channels of layer {layer}", sorted(named), sorted(axes))
+        for axis, experts in axes.items():
+            result[-1][axis] = plan.channels(layer, axis, full[axis], experts)
+            for chosen in result[-1][axis]:
+                where = f"kept_channels of layer {layer}: {axis}"
+                _check(f"plan: {where}", len(chosen), new[axis])
+    return result
+
+
+def _edits_of(
+    layout: Layout,
+    tensor: TensorRef,
+    shape: Sequence[int],
+    kept_tokens: np.ndarray,
+    kept: KeptChannels,
+) -> tuple[Edit, ...]:
+    """The edits that make ``tensor`` one of ``shape``."""
+    place = layout.places[tensor.name]
+    cut = [number for number, size in enumerate(tensor.shape) if shape[number] != size]
+    if not cut:
+        return (Edit(tensor),)
+    number, dim = cut[0], place.slot.dims[cut[0]]
+    assert dim is not None  # cut_shape changes named axes only
+    if dim.axis == VOCAB or place.layer is None:
+        return (Edit(tensor, number, kept_tokens),)
+    chosen = kept[place.layer][dim.axis]
+    if Dim(STACK) in place.slot.dims:
+        channels = layout.channels_of(dim.axis)
+        return tuple(
+            Edit(part, number - 1, positions(indices, dim, channels))
+            for part, indices in zip(matrices(tensor), chosen, strict=True)
         )
-    kept_tokens = plan.ids().kept
-    kept_channels = [plan.channels(layer) for layer in range(layout.num_hidden_layers)]
+    indices = positions(chosen[place.expert or 0], dim, layout.channels_of(dim.axis))
+    fp8 = layout.checkpoint.quantization
+    if place.scales and fp8 is not None:
+        where = f"plan: {tensor.name}"
+        indices = whole_blocks(indices, fp8.block_shape[number], where)
+    return (Edit(tensor, number, indices),)
 
-    def edit(tensor: TensorRef) -> Edit:
-        slot, layer = layout.slots[tensor.name]
-        shape = cut_shape(layout, tensor, sizes)
-        for dim, axis in enumerate(slot.axes):
-            if axis is not None and shape[dim] != tensor.shape[dim]:
-                if axis == FFN and layer is not None:
-                    return Edit(tensor, shape, dim, kept_channels[layer])
-                if axis == VOCAB:
-                    return Edit(tensor, shape, dim, kept_tokens)
-        return Edit(tensor, shape)
 
-    return {
-        name: [edit(tensor) for tensor in header.tensors]
-        for name, header in layout.checkpoint.shards.items()
-    }
+def _scaling(checkpoint: Checkpoint, weight: TensorRef) -> Scaling | None:
+    scales, fp8 = checkpoint.scales_of(weight), checkpoint.quantization
+    return Scaling(scales, fp8.block_shape) if scales and fp8 else None
+
+
+def positions(channels: np.ndarray, dim: Dim, length: int) -> np.ndarray:
+    """Ascending positions of ``channels`` on a dimension that holds ``dim.copies`` of an axis."""
+    copies = np.arange(dim.copies)
+    if dim.interleaved:
+        return (channels[:, None] * dim.copies + copies).reshape(-1)
+    return (copies[:, None] * length + channels).reshape(-1)
+
+
+def matrices(tensor: TensorRef) -> list[TensorRef]:
+    """The parts of a tensor along its first dimension, as tensors of their own."""
+    shape = tensor.shape[1:]
+    step = math.prod(shape) * tensor.itemsize
+    return [
+        replace(tensor, shape=shape, start=tensor.start + number * step)
+        for number in range(tensor.shape[0])
+    ]
 
 
 def _check_shape(where: str, found: Shape, expected: Shape) -> None:
     for name in Shape.__struct_fields__:
-        if getattr(found, name) != getattr(expected, name):
-            raise PlanError(
-                f"{where}.{name}",
-                "is not what the source has or comes to",
-                expected=getattr(expected, name),
-                found=getattr(found, name),
-                fix="make the plan again",
-            )
+        _check(f"{where}.{name}", getattr(found, name), getattr(expected, name))
+
+
+def _check(where: str, found: object, expected: object) -> None:
+    if found != expected:
+        raise PlanError(
+            where,
+            "is not what the source has or comes to",
+            expected=expected,
+            found=found,
+            fix=MAKE_AGAIN,
+        )

@@ -39,6 +39,25 @@ class FamilyError(SurgeryError):
     """The model type is unknown, or a tensor does not belong to its family."""
 
 
+class UnknownTypeError(FamilyError):
+    """The table of families has no entry for a model type."""
+
+    def __init__(
+        self,
+        where: object,
+        model_type: object,
+        *,
+        code: bool,
+        fix: str = "add an entry to FAMILIES in surgery/families.py",
+    ) -> None:
+        also = ", and its own code is never run" if code else ""
+        super().__init__(where, f"model type is not supported{also}", found=model_type, fix=fix)
+        self.where = where
+        self.model_type = model_type
+        self.code = code
+        """Whether the checkpoint brings code."""
+
+
 class TokenizerError(SurgeryError):
     """The tokenizer cannot be cut, or its files contradict each other."""
 

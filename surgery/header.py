@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import CheckpointError
-from surgery.jsonfile import parse_json
+from surgery.jsonfile import open_regular, parse_json
 
 ITEMSIZE = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
@@ -22,6 +22,9 @@ ITEMSIZE = {
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the reference parser."""
+
+MAX_DIMENSIONS = 64
+"""What numpy and torch take; a million of large sizes would be multiplied for hours."""
 
 MIN_BYTES = 10
 """The length of the header and an empty JSON object."""
@@ -81,8 +84,8 @@ def read_header(path: Path) -> Header:
         CheckpointError: truncated, or offsets that lie, overlap or leave holes.
     """
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             length = _header_length(path, file.read(8), size)
             raw = file.read(length)
     except OSError as error:
@@ -153,13 +156,21 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorRef:
         raise CheckpointError(
             where, "header entry is incomplete", expected="dtype, shape, data_offsets", fix=AGAIN
         ) from error
-    if dtype not in ITEMSIZE:
+    if not isinstance(dtype, str) or dtype not in ITEMSIZE:
         raise CheckpointError(
             where,
             "dtype is not supported",
             expected=f"one of {' '.join(ITEMSIZE)}",
             found=dtype,
             fix="use an unquantized checkpoint",
+        )
+    if len(numbers) > MAX_DIMENSIONS + 2:
+        raise CheckpointError(
+            where,
+            "has too many dimensions",
+            expected=f"at most {MAX_DIMENSIONS}",
+            found=len(shape),
+            fix=AGAIN,
         )
     if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
         raise CheckpointError(where, "shape or offsets are not natural numbers", fix=AGAIN)

@@ -1,10 +1,15 @@
 """JSON files of a checkpoint: read strictly, written with the source's key order."""
 
+import errno
 import json
+import math
 import os
 import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -12,6 +17,13 @@ from surgery.errors import CheckpointError
 
 MAX_DEPTH = 100
 """Far above what any file nests; what recurses over a document later may rely on it."""
+
+MAX_BYTES = 1 << 27
+"""Four times Gemma 3's tokenizer.json, the largest of the files that are read whole."""
+
+MAX_MARKS = 1 << 23
+"""Brackets, colons and commas, about one a value: a parsed value may take 100 bytes. Gemma 3's
+tokenizer.json has a quarter of this."""
 
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -24,20 +36,49 @@ def read_json(path: Path) -> dict[str, Any]:
             infinity, or not an object.
     """
     try:
-        return parse_json(path.read_bytes(), path)
+        return parse_json(read_file(path), path)
     except OSError as error:
         raise CheckpointError(
             path, "cannot be read", found=error.strerror, fix="check the model directory"
         ) from error
 
 
+@contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """Open ``path`` to read.
+
+    Raises:
+        OSError: not a regular file: a FIFO would wait for ever, a device never end.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        yield file
+
+
+def read_file(path: Path) -> bytes:
+    """Return the content of a file that is no shard.
+
+    Raises:
+        OSError: not a regular file, or larger than ``MAX_BYTES``.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_BYTES:
+            raise OSError(errno.EFBIG, f"larger than {MAX_BYTES:,} bytes", str(path))
+        return file.read(size)
+
+
 def parse_json(raw: bytes, where: Path) -> dict[str, Any]:
     """Parse ``raw`` as one JSON object; ``where`` names it in errors."""
     try:
+        if sum(map(raw.count, (b"[", b"{", b":", b","))) > MAX_MARKS:
+            raise ValueError(f"more than {MAX_MARKS:,} values")
         value = json.loads(
             raw.decode("utf-8"),
             object_pairs_hook=_unique_keys,
             parse_constant=_refuse_constant,
+            parse_float=_finite,
         )
         if SURROGATE.search(raw):  # a pair of them is a character, a single one is not
             json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -107,6 +148,13 @@ def _check_depth(value: Any) -> None:
         if not level:
             return
     raise RecursionError
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {text[:40]}")
+    return value
 
 
 def _refuse_constant(name: str) -> float:

@@ -1,15 +1,18 @@
 """A checkpoint seen through its family: named axes, their lengths, every tensor accounted for."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from surgery.checkpoint import Checkpoint
 from surgery.errors import CheckpointError
-from surgery.families import FFN, VOCAB, Family, Slot, family_of
+from surgery.families import family_of
+from surgery.family import EXPERT, STACK, VOCAB, Dim, Family
 from surgery.header import TensorRef
-
-FLOATS = ("BF16", "F16", "F32")
+from surgery.layout_checks import check_layout
+from surgery.places import CARRIED, DRAFT, Place, Places, no_size, size_in, without_numbers
 
 
 @dataclass(frozen=True)
@@ -20,131 +23,193 @@ class Layout:
     family: Family
     vocab_size: int
     """Rows of the embedding."""
-    intermediate_size: int
+    widths: Mapping[str, int]
+    """Key of config.json → channels; those that some tensor has, the costliest first."""
     num_hidden_layers: int
     tied: bool
     """Whether lm_head is the embedding."""
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> "Layout":
+    def of(cls, checkpoint: Checkpoint, family: Family | None = None) -> "Layout":
         """Match every tensor of ``checkpoint`` with its family and check the named axes.
 
+        Args:
+            checkpoint: What to describe.
+            family: An entry that is not in the table; else the table's is taken.
+
         Raises:
-            FamilyError: unknown model type, or a tensor the family does not have.
+            UnknownTypeError: the table has no entry for the model type.
+            FamilyError: a tensor the family does not have.
             CheckpointError: a tensor is missing or its shape contradicts config.json.
         """
         where = checkpoint.path / "config.json"
-        family = family_of(checkpoint.config, where)
-        layout = cls(
-            checkpoint,
-            family,
-            vocab_size=_size(checkpoint, family.sizes[VOCAB]),
-            intermediate_size=_size(checkpoint, family.sizes[FFN]),
-            num_hidden_layers=_size(checkpoint, "num_hidden_layers"),
-            tied=bool(checkpoint.config.get("tie_word_embeddings", family.tied)),
+        family = family or family_of(checkpoint.config, where, checkpoint.family)
+        config = family.text_config(checkpoint.config)
+        tied = checkpoint.config.get(
+            "tie_word_embeddings", config.get("tie_word_embeddings", family.tied)
         )
-        for tensor in checkpoint.tensors.values():
-            layout._check(tensor)
-        layout._check_complete()
+        depth = size_in(config, family.depth, where)
+        if depth is None:
+            raise no_size(where, family.depth, config.get(family.depth))
+        if depth > len(checkpoint.tensors):
+            raise CheckpointError(
+                where,
+                f"{family.depth} is more than there are tensors",
+                expected=f"at most {len(checkpoint.tensors)}",
+                found=depth,
+                fix="check config.json",
+            )
+        bare = cls(checkpoint, family, 0, {}, depth, bool(tied))
+        lengths = bare._lengths(config, where)
+        vocab_size = lengths.pop(VOCAB, 0)
+        widths = {key: lengths[key] for key in sorted(lengths, key=lambda k: -bare.weights[k])}
+        layout = cls(checkpoint, family, vocab_size, widths, depth, bool(tied))
+        check_layout(layout)
         return layout
 
+    @property
+    def where(self) -> object:
+        """config.json, for errors."""
+        return self.checkpoint.path / "config.json"
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What config.json says of the language model."""
+        return self.family.text_config(self.checkpoint.config)
+
     @cached_property
-    def slots(self) -> dict[str, tuple[Slot, int | None]]:
-        """Tensor name → its slot and layer."""
-        return {name: self.family.slot(ref) for name, ref in self.checkpoint.tensors.items()}
+    def places(self) -> dict[str, Place]:
+        """Tensor name of the file → its place."""
+        key = self.family.draft_layers
+        drafts = (size_in(self.config, key, self.where, least=0) if key else None) or 0
+        places = Places(self.checkpoint, self.family, self.num_hidden_layers, drafts)
+        return {name: places.of(ref) for name, ref in self.checkpoint.tensors.items()}
+
+    @cached_property
+    def by_name(self) -> dict[str, TensorRef]:
+        """Tensors of the language model as transformers' text model spells them."""
+        tensors = self.checkpoint.tensors
+        return {
+            place.name: tensors[name]
+            for name, place in self.places.items()
+            if place.slot not in (CARRIED, DRAFT) and not place.scales
+        }
+
+    @cached_property
+    def of_layer(self) -> list[dict[str, TensorRef]]:
+        """Per layer the part of ``by_name`` that lies in it."""
+        found: list[dict[str, TensorRef]] = [{} for _ in range(self.num_hidden_layers)]
+        for name, ref in self.by_name.items():
+            layer = self.places[ref.name].layer
+            if layer is not None:
+                found[layer][name] = ref
+        return found
 
     @cached_property
     def counted(self) -> tuple[TensorRef, ...]:
         """Tensors whose parameters count: all, but a tied lm_head that is stored again."""
-        tensors = self.checkpoint.tensors
-        return tuple(t for n, t in tensors.items() if not (self.tied and n == self.family.head))
-
-    def axis_length(self, axis: str) -> int:
-        """Length of the named axis."""
-        return {VOCAB: self.vocab_size, FFN: self.intermediate_size}[axis]
-
-    def axis_cost(self, axis: str) -> int:
-        """Parameters that one position of ``axis`` costs, over the whole model."""
-        return sum(
-            t.parameters // self.axis_length(axis)
-            for t in self.counted
-            if axis in self.slots[t.name][0].axes
+        twice = self.family.head if self.tied else ""
+        places = self.places
+        return tuple(
+            t
+            for n, t in self.checkpoint.tensors.items()
+            if places[n].name != twice and not places[n].dropped and not places[n].scales
         )
 
-    def parameters(self, vocab_size: int, intermediate_size: int) -> int:
-        """Parameters of the model with these two sizes, tied embeddings counted once.
+    @cached_property
+    def experts(self) -> int:
+        """Routed experts of a layer; 0 without any."""
+        counts = [0]
+        for name, place in self.places.items():
+            if place.slot.width == EXPERT:
+                packed = Dim(STACK) in place.slot.dims
+                shape = self.checkpoint.tensors[name].shape
+                counts.append(shape[0] if packed and shape else (place.expert or 0) + 1)
+        return max(counts)
 
-        The paper's eq. 1 and 2 are the two terms: one row of the vocabulary costs D (2D when
+    def channels_of(self, axis: str) -> int:
+        """Length of one of the channel axes; 0 where the model has no such axis."""
+        width = self.family.widths.get(axis)
+        if width is None or width.key not in self.widths:
+            return 0
+        return self.widths[width.key] * self.times(axis)
+
+    def times(self, axis: str) -> int:
+        """How many times its width a channel axis is long."""
+        key = self.family.widths[axis].times
+        return (size_in(self.config, key, self.where, least=0) if key else None) or 1
+
+    @cached_property
+    def watched(self) -> tuple[dict[str, int], ...]:
+        """Per layer: channel axis → number of experts (1 for an FFN that is no expert)."""
+        found: list[dict[str, int]] = [{} for _ in range(self.num_hidden_layers)]
+        for place in self.places.values():
+            if place.slot.watched and place.layer is not None and place.slot.width:
+                routed = place.expert is not None or Dim(STACK) in place.slot.dims
+                found[place.layer][place.slot.width] = self.experts if routed else 1
+        return tuple(found)
+
+    @cached_property
+    def dropped(self) -> list[str]:
+        """Tensors that no output has, those of several experts as one name."""
+        return without_numbers([n for n, place in self.places.items() if place.dropped])
+
+    def axis_cost(self, key: str) -> int:
+        """Parameters that one row (VOCAB) or one channel of the width ``key`` costs."""
+        length = self.vocab_size if key == VOCAB else self.widths[key]
+        return self.weights[key] // length
+
+    def parameters(self, vocab_size: int, widths: Mapping[str, int]) -> int:
+        """Parameters of the model with these sizes, tied embeddings counted once.
+
+        The paper's eq. 1 and 2 are two of the terms: one row of the vocabulary costs D (2D when
         untied), one channel 3·L·D.
         """
         return (
-            sum(t.parameters for t in self.counted)
+            self.groups.total()
             - (self.vocab_size - vocab_size) * self.axis_cost(VOCAB)
-            - (self.intermediate_size - intermediate_size) * self.axis_cost(FFN)
+            - sum((self.widths[key] - widths[key]) * self.axis_cost(key) for key in self.widths)
         )
 
+    @cached_property
     def groups(self) -> Counter[str]:
         """Parameters per group of the census, summing to ``parameters`` of the full sizes."""
         counts: Counter[str] = Counter()
         for tensor in self.counted:
-            counts[self.slots[tensor.name][0].group] += tensor.parameters
+            counts[self.places[tensor.name].slot.group] += tensor.parameters
         return counts
 
-    def _check(self, tensor: TensorRef) -> None:
-        where = f"{tensor.path}: tensor {tensor.name}"
-        slot, layer = self.slots[tensor.name]
-        if tensor.dtype not in FLOATS:
-            raise CheckpointError(
-                where,
-                "dtype is not one that can be pruned",
-                expected=" or ".join(FLOATS),
-                found=tensor.dtype,
-                fix="use the unquantized checkpoint",
-            )
-        if layer is not None and layer >= self.num_hidden_layers:
-            raise CheckpointError(
-                where,
-                "layer is beyond config.json's num_hidden_layers",
-                expected=f"less than {self.num_hidden_layers}",
-                found=layer,
-                fix="check config.json",
-            )
-        for dim, axis in enumerate(slot.axes):
-            if axis is None:
-                continue
-            length = tensor.shape[dim] if len(tensor.shape) == len(slot.axes) else None
-            if length != self.axis_length(axis):
-                raise CheckpointError(
-                    where,
-                    f"shape contradicts config.json's {self.family.sizes[axis]}",
-                    expected=f"{self.axis_length(axis)} on dimension {dim}",
-                    found=list(tensor.shape),
-                    fix="check config.json",
-                )
+    def key_of(self, dim: Dim | None) -> str | None:
+        """VOCAB or the key of config.json that ``dim`` follows; None where it is never cut."""
+        if dim is None or dim.axis == STACK:
+            return None
+        if dim.axis == VOCAB:
+            return VOCAB
+        width = self.family.widths.get(dim.axis)
+        return width.key if width else None
 
-    def _check_complete(self) -> None:
-        present = Counter(slot.name for slot, _ in self.slots.values())
-        for slot in self.family.slots:
-            required = slot.required or (slot.name == self.family.head and not self.tied)
-            wanted = self.num_hidden_layers if "{layer}" in slot.name else 1
-            if required and present[slot.name] != wanted:
-                names = (slot.name.format(layer=layer) for layer in range(wanted))
-                missing = next(n for n in names if n not in self.checkpoint.tensors)
-                raise CheckpointError(
-                    f"{self.checkpoint.path}: tensor {missing}",
-                    "is missing",
-                    fix="download the checkpoint again",
-                )
+    def unit(self, dim: Dim) -> int:
+        """Positions on a dimension that one step of its width takes."""
+        return dim.copies * (1 if dim.axis == VOCAB else self.times(dim.axis))
 
+    @cached_property
+    def weights(self) -> Counter[str]:
+        """VOCAB or key of a width → parameters of all tensors that have it."""
+        found: Counter[str] = Counter()
+        for tensor in self.counted:
+            for key in {self.key_of(dim) for dim in self.places[tensor.name].slot.dims} - {None}:
+                found[str(key)] += tensor.parameters
+        return found
 
-def _size(checkpoint: Checkpoint, key: str) -> int:
-    value = checkpoint.config.get(key)
-    if type(value) is not int or value < 1:
-        raise CheckpointError(
-            checkpoint.path / "config.json",
-            f"{key} is missing or not a size",
-            expected="a positive number",
-            found=value,
-            fix="check config.json",
-        )
-    return value
+    def _lengths(self, config: Mapping[str, Any], where: object) -> dict[str, int]:
+        """VOCAB and every width that a tensor has → its length by config.json, or by the tensor."""
+        found: dict[str, int] = {}
+        for name, place in self.places.items():
+            for number, dim in enumerate(place.slot.dims):
+                key = self.key_of(dim)
+                if dim is None or key is None or key in found or place.scales:
+                    continue
+                said = size_in(config, "vocab_size" if key == VOCAB else key, where)
+                shape = self.checkpoint.tensors[name].shape
+                found[key] = said or (shape[number] if number < len(shape) else 0) // self.unit(dim)
+        return found

@@ -12,7 +12,7 @@ import msgspec
 
 from surgery.checkpoint import LEGACY_NAMES, TOKENIZER_NAME, tokenizer_files
 from surgery.errors import TokenizerError
-from surgery.jsonfile import read_json
+from surgery.jsonfile import read_file, read_json
 from surgery.legacy_added_tokens import (
     CONFIG_NAME,
     SAVE,
@@ -127,7 +127,7 @@ def _byte_level_bpe(
 def _merges(path: Path) -> list[tuple[str, str]]:
     """The rules of merges.txt; a line ends at a newline only, for tokens may hold any other."""
     try:
-        text = path.read_bytes().decode("utf-8").removesuffix("\n")
+        text = read_file(path).decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise TokenizerError(path, "is not UTF-8", found=error, fix=AGAIN) from error
     merges = []

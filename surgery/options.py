@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from surgery.channels import CRITERIA, DEFAULT_CRITERION
+from surgery.channels import CRITERIA, DEFAULT_CRITERION, LEAST_TOKENS
 
 
 class Refusal(click.ClickException):
@@ -44,11 +44,18 @@ def gathered(name: str, kind: type[Any], *options: Callable[..., Any]) -> Callab
 
 @dataclass(frozen=True)
 class Target:
-    """How much goes: a share of the parameters, or the two sizes that stay."""
+    """How much goes: a share of the parameters, or the sizes that stay; and in which dtype."""
 
-    ratio: float | None
-    vocab_size: int | None
-    intermediate_size: int | None
+    ratio: float | None = None
+    vocab_size: int | None = None
+    intermediate_size: int | None = None
+    widths: tuple[str, ...] = ()
+    """KEY=N each, for models with several widths."""
+    multiple_of: int | None = None
+    """None is the usual step, which given sizes need not keep."""
+    serve: str | None = None
+    """Such as "tp=4,group=128"."""
+    dequantize: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,9 +68,22 @@ class VocabularyOptions:
     keep_scripts: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class ChannelOptions:
+    """How channels are chosen."""
+
+    criterion: str = DEFAULT_CRITERION
+    min_expert_tokens: int = LEAST_TOKENS
+
+
 path_type = click.Path(path_type=Path)
 
 model_argument = click.argument("model", metavar="MODEL")
+family_option = click.option(
+    "--family",
+    metavar="NAME",
+    help="Treat the model as this model type, whatever config.json says.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
 data_option = click.option(
     "--data",
@@ -116,13 +136,47 @@ size_options = gathered(
     ),
     click.option("--vocab-size", type=int, help="V': embedding rows to keep."),
     click.option("--intermediate-size", type=int, help="I': channels per layer to keep."),
+    click.option(
+        "--width",
+        "widths",
+        multiple=True,
+        metavar="KEY=N",
+        help="Channels to keep by their key in config.json, such as moe_intermediate_size=512.",
+    ),
+    click.option(
+        "--multiple-of",
+        type=click.IntRange(1),
+        help="What V' and I' are to be multiples of.  [default: 128 with --ratio]",
+    ),
+    click.option(
+        "--target",
+        "serve",
+        metavar="tp=N,group=N",
+        help="Tensor parallelism and quantization groups that V' and I' must divide for.",
+    ),
+    click.option(
+        "--dequantize",
+        is_flag=True,
+        help="Write FP8 weights as bf16, which can be cut anywhere; alone it cuts nothing.",
+    ),
 )
-criterion_option = click.option(
-    "--criterion",
-    default=DEFAULT_CRITERION,
-    show_default=True,
-    type=click.Choice(list(CRITERIA)),
-    help="Importance of a channel.",
+channel_options = gathered(
+    "channels",
+    ChannelOptions,
+    click.option(
+        "--criterion",
+        default=DEFAULT_CRITERION,
+        show_default=True,
+        type=click.Choice(list(CRITERIA)),
+        help="Importance of a channel.",
+    ),
+    click.option(
+        "--min-expert-tokens",
+        default=LEAST_TOKENS,
+        show_default=True,
+        type=click.IntRange(0),
+        help="Refuse to rank the channels of an expert that saw fewer tokens.",
+    ),
 )
 vocabulary_options = gathered(
     "vocabulary",

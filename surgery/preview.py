@@ -13,14 +13,19 @@ SHOWN_SCRIPTS = 12
 def plan_table(plan: Plan, source: Path) -> str:
     """Before, after and removed share of each size, then the notes; ``source`` is the plan's."""
     before, after = plan.before, plan.after
-    rows = [f"{'':<20}{'before':>18}{'after':>18}{'removed':>10}"]
-    for name in ("vocab_size", "intermediate_size", "parameters", "nbytes"):
-        old, new = getattr(before, name), getattr(after, name)
-        label = {"nbytes": "bytes of weights"}.get(name, name)
-        rows.append(f"{label:<20}{old:>18,}{new:>18,}{1 - new / old:>10.2%}")
+    sizes = [("vocab_size", before.vocab_size, after.vocab_size)]
+    sizes += [(key, before.widths[key], after.widths[key]) for key in before.widths]
+    sizes.append(("parameters", before.parameters, after.parameters))
+    sizes.append(("bytes of weights", before.nbytes, after.nbytes))
+    wide = max(20, 2 + max(len(label) for label, _, _ in sizes))
+    rows = [f"{'':<{wide}}{'before':>18}{'after':>18}{'removed':>10}"]
+    for label, old, new in sizes:
+        rows.append(f"{label:<{wide}}{old:>18,}{new:>18,}{1 - new / old:>10.2%}")
     if plan.vocabulary is not None:
         rows += ["", *_vocabulary_rows(plan.vocabulary)]
     rows += [f"note: {note}" for note in plan.provenance.notes]
+    if plan.dropped:
+        rows.append(f"note: left out, for they only guess ahead: {', '.join(plan.dropped)}")
     if names := left_behind(source, plan.ids()):
         rows.append(f"note: left behind: {', '.join(names)}")
     if not plan.complete:

@@ -1,5 +1,6 @@
 """Channel statistics as a file: what calibration measured and planning reads."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,11 +8,14 @@ import msgspec
 import numpy as np
 
 from surgery.errors import StatsError
-from surgery.jsonfile import write_atomic
+from surgery.family import WIDTHS
+from surgery.jsonfile import open_regular, write_atomic
 
-FORMAT = 1
+FORMAT = 2
 KEY = "compact_surgery"
 AGAIN = "calibrate again"
+PARTS = ("sum_sq", "sum_abs", "tokens")
+ARRAY = re.compile(rf"layers\.(0|[1-9][0-9]{{0,4}})\.({'|'.join(WIDTHS)})\.({'|'.join(PARTS)})")
 
 
 class StatsInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -35,14 +39,24 @@ class StatsInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 @dataclass(frozen=True, eq=False)
+class AxisSums:
+    """Sums over the input of down_proj on one channel axis of one layer."""
+
+    sum_sq: np.ndarray
+    """float64 ``[buckets, experts, I]``: Σ act² over the tokens of each bucket."""
+    sum_abs: np.ndarray
+    """float64 ``[buckets, experts, I]``: Σ |act|."""
+    tokens: np.ndarray
+    """int64 ``[buckets, experts]``: tokens that each expert saw; one expert where all see all."""
+
+
+@dataclass(frozen=True, eq=False)
 class ChannelStats:
     """Sums over calibration tokens of the input of down_proj."""
 
     info: StatsInfo
-    sum_sq: list[np.ndarray]
-    """Per layer float64 ``[buckets, I]``: Σ act² over the tokens of each bucket."""
-    sum_abs: list[np.ndarray]
-    """Per layer float64 ``[buckets, I]``: Σ |act|."""
+    layers: list[dict[str, AxisSums]]
+    """Per layer: channel axis (``family.WIDTHS``) → its sums."""
     token_counts: np.ndarray
     """int64 ``[V]``: how often each token occurred."""
     bucket_of: np.ndarray
@@ -55,9 +69,10 @@ class ChannelStats:
         from safetensors.numpy import save
 
         arrays = {"token_counts": self.token_counts, "bucket_of": self.bucket_of}
-        for layer, (squares, absolutes) in enumerate(zip(self.sum_sq, self.sum_abs, strict=True)):
-            arrays[f"layers.{layer}.sum_sq"] = squares
-            arrays[f"layers.{layer}.sum_abs"] = absolutes
+        for layer, axes in enumerate(self.layers):
+            for axis, sums in axes.items():
+                for part in PARTS:
+                    arrays[f"layers.{layer}.{axis}.{part}"] = getattr(sums, part)
         write_atomic(path, save(arrays, {KEY: msgspec.json.encode(self.info).decode()}))
 
     @classmethod
@@ -70,7 +85,7 @@ class ChannelStats:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(path, framework="numpy") as file:
+            with open_regular(path), safe_open(path, framework="numpy") as file:
                 info = msgspec.json.decode((file.metadata() or {}).get(KEY, ""), type=StatsInfo)
                 arrays = {name: file.get_tensor(name) for name in list(file.keys())}
         except OSError as error:
@@ -86,15 +101,7 @@ class ChannelStats:
             )
         try:
             counts, buckets = arrays.pop("token_counts"), arrays.pop("bucket_of")
-            layers = range(len(arrays) // 2)
-            stats = cls(
-                info,
-                [arrays.pop(f"layers.{layer}.sum_sq") for layer in layers],
-                [arrays.pop(f"layers.{layer}.sum_abs") for layer in layers],
-                counts,
-                buckets,
-                path,
-            )
+            stats = cls(info, _layers(arrays, path), counts, buckets, path)
         except KeyError as error:
             raise StatsError(path, "lacks an array", expected=error, fix=AGAIN) from error
         stats._check(path)
@@ -102,20 +109,59 @@ class ChannelStats:
 
     def _check(self, path: Path) -> None:
         buckets = len(self.info.bucket_edges)
-        shapes = {array.shape for array in (*self.sum_sq, *self.sum_abs)}
-        finite = all(np.isfinite(array).all() for array in (*self.sum_sq, *self.sum_abs))
-        shape = next(iter(shapes), ())
-        if len(shapes) != 1 or len(shape) != 2 or shape[0] != buckets:
-            raise StatsError(
-                path,
-                "arrays have different shapes",
-                expected=f"[{buckets}, I]",
-                found=sorted(shapes),
-                fix=AGAIN,
-            )
-        if not finite:
-            raise StatsError(path, "has a sum that is not finite", fix=AGAIN)
         inside = (self.bucket_of >= 0) & (self.bucket_of < buckets)
         vectors = self.token_counts.ndim == 1 and self.token_counts.shape == self.bucket_of.shape
+        _check_dtypes(path, np.int64, self.token_counts, self.bucket_of)
         if not vectors or not len(inside) or not inside.all() or self.token_counts.min() < 0:
             raise StatsError(path, "token counts and buckets do not fit", fix=AGAIN)
+        for layer, axes in enumerate(self.layers):
+            for axis, sums in axes.items():
+                _check_sums(sums, buckets, f"{path}: layers.{layer}.{axis}")
+
+
+def _layers(arrays: dict[str, np.ndarray], path: Path) -> list[dict[str, AxisSums]]:
+    """Put the arrays of a file into order; there is one of each part for every axis."""
+    axes: dict[int, set[str]] = {}
+    for name in arrays:
+        match = ARRAY.fullmatch(name)
+        if not match:
+            raise StatsError(f"{path}: {name}", "is no array of statistics", fix=AGAIN)
+        axes.setdefault(int(match[1]), set()).add(match[2])
+    return [
+        {
+            axis: AxisSums(*(arrays[f"layers.{layer}.{axis}.{part}"] for part in PARTS))
+            for axis in sorted(axes.get(layer, ()))
+        }
+        for layer in range(max(axes, default=-1) + 1)
+    ]
+
+
+def _check_sums(sums: AxisSums, buckets: int, where: str) -> None:
+    shape = sums.sum_sq.shape
+    fits = len(shape) == 3 and shape[0] == buckets and sums.sum_abs.shape == shape
+    if not fits or sums.tokens.shape != shape[:2]:
+        raise StatsError(
+            where,
+            "arrays have different shapes",
+            expected=f"[{buckets}, experts, I]",
+            found=[sums.sum_sq.shape, sums.sum_abs.shape, sums.tokens.shape],
+            fix=AGAIN,
+        )
+    _check_dtypes(where, np.float64, sums.sum_sq, sums.sum_abs)
+    _check_dtypes(where, np.int64, sums.tokens)
+    if not (np.isfinite(sums.sum_sq).all() and np.isfinite(sums.sum_abs).all()):
+        raise StatsError(where, "has a sum that is not finite", fix=AGAIN)
+    if sums.tokens.min(initial=0) < 0:
+        raise StatsError(where, "has a count below 0", fix=AGAIN)
+
+
+def _check_dtypes(where: object, dtype: type, *arrays: np.ndarray) -> None:
+    for array in arrays:
+        if array.dtype != dtype:
+            raise StatsError(
+                where,
+                "has an array of another dtype",
+                expected=np.dtype(dtype),
+                found=array.dtype,
+                fix=AGAIN,
+            )

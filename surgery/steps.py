@@ -11,8 +11,12 @@ from surgery.budget import candidate_vocab_sizes
 from surgery.checkpoint import Checkpoint
 from surgery.choices import Chosen
 from surgery.companions import check_companions
+from surgery.errors import BudgetError, UnknownTypeError
 from surgery.layout import Layout
-from surgery.plan import Plan, make_plan
+from surgery.options import ChannelOptions
+from surgery.plan import Plan
+from surgery.planning import make_plan
+from surgery.probe import Proposal, propose, unknown_type
 from surgery.rarity import Rarity
 from surgery.source import resolve_model
 from surgery.stats import ChannelStats
@@ -23,10 +27,23 @@ if TYPE_CHECKING:
     from calib.score import Score
 
 
-def open_model(model: str) -> tuple[Layout, str]:
-    """Return the layout of MODEL and the name that finds it again."""
+def open_model(model: str, family: str | None = None) -> tuple[Layout, str]:
+    """Return the layout of MODEL and the name that finds it again.
+
+    Raises:
+        UnknownTypeError: the table has no entry for its model type, and ``family`` is None.
+    """
     path, source = resolve_model(model)
-    return Layout.of(Checkpoint.open(path)), source
+    checkpoint = Checkpoint.open(path, family)
+    try:
+        return Layout.of(checkpoint), source
+    except UnknownTypeError as error:
+        raise unknown_type(checkpoint, error) from error
+
+
+def probe_model(model: str) -> Proposal:
+    """Say what MODEL may be, whatever its model type; a local directory or a hub id."""
+    return propose(Checkpoint.open(resolve_model(model)[0]))
 
 
 def calibrate_model(
@@ -50,6 +67,12 @@ def calibrate_model(
     from calib.device import choose_device, choose_dtype
     from calib.documents import read_documents
 
+    if not layout.widths:
+        raise BudgetError(
+            layout.checkpoint.path / "config.json",
+            "has no key for the width of this model's FFN, so there are no channels to choose",
+            fix="plan the vocabulary alone, with --vocab-size",
+        )
     documents = read_documents(data, seed)
     windows = token_windows(documents, load_tokenizer(layout.checkpoint.path), samples, seq_len)
     sizes = vocab_sizes or candidate_vocab_sizes(layout, rarity.must_keep)
@@ -75,7 +98,7 @@ def plan_model(
     chosen: Chosen,
     stats: ChannelStats | None,
     *,
-    criterion: str,
+    channels: ChannelOptions,
     ratio: float | None,
     output: Path | None,
     vocab_by: str,
@@ -87,14 +110,15 @@ def plan_model(
     """
     ids = chosen.rarity.id_map(chosen.sizes.vocab_size)
     cost = None
-    if chosen.tokenizer is not None:
+    if chosen.tokenizer is not None and not ids.identity:
         cost = vocabulary_cost(chosen.tokenizer, ids, vocab_by, documents)
     plan = make_plan(
         layout,
         chosen.rarity,
         chosen.sizes,
         stats,
-        criterion=criterion,
+        criterion=channels.criterion,
+        least_tokens=channels.min_expert_tokens,
         source=source,
         output=str(output.absolute()) if output else None,
         ratio=ratio,
@@ -146,7 +170,7 @@ def forward_faults(plan: Plan, source: Path, directory: Path, device: str) -> li
     from calib.device import choose_device
     from calib.equality import TOLERANCE, compare_forward
 
-    dense, pruned = (Layout.of(Checkpoint.open(path)) for path in (source, directory))
+    dense, pruned = (Layout.of(Checkpoint.open(path, plan.family)) for path in (source, directory))
     result = compare_forward(plan, dense, pruned, choose_device(device))
     if result.ok:
         return []

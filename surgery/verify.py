@@ -9,14 +9,16 @@ import numpy as np
 
 from surgery.apply import PROVENANCE_NAME, ProvenanceFile
 from surgery.checkpoint import Checkpoint
-from surgery.edits import Edit, edits
-from surgery.errors import PlanError
+from surgery.edits import OutputTensor, edits
+from surgery.engines import engine_faults, facts_of
+from surgery.errors import PlanError, TokenizerError
 from surgery.header import TensorRef
+from surgery.jsonfile import read_file
 from surgery.layout import Layout
 from surgery.plan import Plan
 from surgery.selection import MAKE_AGAIN
 from surgery.stream import edit_windows
-from surgery.tokenizer import load_tokenizer, tokenizer_data
+from surgery.tokenizer import TokenizerFile, load_tokenizer, tokenizer_data
 from surgery.verify_ids import Origin, id_faults
 
 SAMPLES = (
@@ -38,6 +40,8 @@ class VerifyReport:
     """Check → its faults; an empty list passed."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Check → why it could not be made."""
+    notes: list[str] = field(default_factory=list)
+    """Known constraints of engines that the checkpoint breaks; they are no faults of its."""
 
     @property
     def ok(self) -> bool:
@@ -49,6 +53,7 @@ class VerifyReport:
         rows = [f"ok       {name}" for name, faults in self.checks.items() if not faults]
         rows += [f"skipped  {name}: {why}" for name, why in self.skipped.items()]
         rows += [f"FAULT    {n}: {fault}" for n, faults in self.checks.items() for fault in faults]
+        rows += [f"note     {note}" for note in self.notes]
         return "\n".join(rows)
 
 
@@ -58,7 +63,7 @@ def embedded_plan(directory: Path) -> Plan | None:
     if not path.exists():
         return None
     try:
-        return msgspec.json.decode(path.read_bytes(), type=ProvenanceFile).plan
+        return msgspec.json.decode(read_file(path), type=ProvenanceFile).plan
     except (OSError, msgspec.MsgspecError) as error:
         raise PlanError(path, "holds no plan", found=error, fix=MAKE_AGAIN) from error
 
@@ -69,11 +74,12 @@ def verify_files(directory: Path, plan: Plan | None, source: Path | None) -> Ver
     Raises:
         SurgeryError: ``directory`` is no checkpoint, or ``source`` is not the plan's.
     """
-    checkpoint = Checkpoint.open(directory)
+    family = plan.family if plan is not None else None
+    checkpoint = Checkpoint.open(directory, family)
     layout = Layout.of(checkpoint)
     origin = Origin(source, plan) if plan is not None and source is not None else None
-    wanted = edits(origin.plan, Layout.of(Checkpoint.open(origin.path))) if origin else None
-    report = VerifyReport()
+    wanted = edits(origin.plan, Layout.of(Checkpoint.open(origin.path, family))) if origin else None
+    report = VerifyReport(notes=_engine_notes(layout, plan))
     report.checks["headers and config.json agree"] = []
     report.checks["ids in JSON files point at tokens"] = id_faults(layout, origin)[:MOST_FAULTS]
     if plan is None:
@@ -94,33 +100,43 @@ def verify_files(directory: Path, plan: Plan | None, source: Path | None) -> Ver
     return report
 
 
-def compare_bytes(by_shard: dict[str, list[Edit]], output: Checkpoint) -> list[str]:
+def _engine_notes(layout: Layout, plan: Plan | None) -> list[str]:
+    try:
+        tokenizer = TokenizerFile.open(layout.checkpoint.path)
+    except TokenizerError:  # of a kind that is not cut
+        tokenizer = None
+    before = plan.before.vocab_size if plan is not None else None
+    return engine_faults(facts_of(layout, tokenizer, before))
+
+
+def compare_bytes(by_shard: dict[str, list[OutputTensor]], output: Checkpoint) -> list[str]:
     """Stream every edit again and compare it with what lies in ``output``; return the faults."""
     faults = []
-    wanted = {edit.source.name: edit for shard in by_shard.values() for edit in shard}
+    wanted = {tensor.name: tensor for shard in by_shard.values() for tensor in shard}
     for name in sorted(output.tensors.keys() - wanted.keys()):
         faults.append(f"tensor {name} is not in the plan")
-    for name, edit in wanted.items():
+    for name, tensor in wanted.items():
         found = output.tensors.get(name)
         if found is None:
             faults.append(f"tensor {name} is missing")
-        elif (found.dtype, found.shape) != (edit.source.dtype, edit.shape):
-            expected = f"{edit.source.dtype} {list(edit.shape)}"
+        elif (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
+            expected = f"{tensor.dtype} {list(tensor.shape)}"
             faults.append(f"tensor {name}: expected {expected}, found {list(found.shape)}")
-        elif not _same_bytes(edit, found):
+        elif not _same_bytes(tensor, found):
             faults.append(f"{found.path}: tensor {name} differs from the source's kept values")
     return faults
 
 
-def _same_bytes(edit: Edit, found: TensorRef) -> bool:
-    source = os.open(edit.source.path, os.O_RDONLY)
+def _same_bytes(tensor: OutputTensor, found: TensorRef) -> bool:
+    source = os.open(tensor.edits[0].source.path, os.O_RDONLY)
     output = os.open(found.path, os.O_RDONLY)
     try:
         offset = found.start
-        for window in edit_windows(edit, source):
-            if os.pread(output, len(window), offset) != window:
-                return False
-            offset += len(window)
+        for edit in tensor.edits:
+            for window in edit_windows(edit, source):
+                if os.pread(output, len(window), offset) != window:
+                    return False
+                offset += len(window)
         return True
     finally:
         os.close(source)
@@ -128,11 +144,9 @@ def _same_bytes(edit: Edit, found: TensorRef) -> bool:
 
 
 def _check_sizes(layout: Layout, plan: Plan) -> list[str]:
-    found = (layout.vocab_size, layout.intermediate_size)
-    expected = (plan.after.vocab_size, plan.after.intermediate_size)
-    if found == expected:
-        return []
-    return [f"expected vocab_size, intermediate_size {expected}, found {found}"]
+    found = {"vocab_size": layout.vocab_size, **layout.widths}
+    expected = {"vocab_size": plan.after.vocab_size, **plan.after.widths}
+    return [] if found == expected else [f"expected {expected}, found {found}"]
 
 
 def _check_tokenizer(directory: Path, source: Path, plan: Plan) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from surgery.apply import PROVENANCE_NAME
 from surgery.checkpoint import TOKENIZER_NAME
-from surgery.companions import TABLES, rewrite_document
+from surgery.companions import TABLES, config_changes, rewrite_document
 from surgery.configs import VOCABULARY_FILES, drop_tokens, rewrite_config
 from surgery.errors import TokenizerError
 from surgery.families import family_of
@@ -58,8 +58,9 @@ class Origin:
             return {}
         data = read_json(path)
         if name == "config.json":
-            size = self.plan.after.intermediate_size
-            data = rewrite_config(data, family_of(data, path), self.ids, size, path)
+            family = family_of(data, path, self.plan.family)
+            changes = config_changes(self.plan, family)
+            data = rewrite_config(data, family, self.ids, changes, path)
         elif not self.ids.identity:
             data = rewrite_document(path, self.tokens, self.ids)
         return id_places(data, name)

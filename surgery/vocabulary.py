@@ -10,6 +10,7 @@ import numpy as np
 from surgery.canonical import MergeTree
 from surgery.configs import template_tokens, token_references
 from surgery.errors import TokenizerError
+from surgery.jsonfile import read_file
 from surgery.kinds import SENTENCEPIECE, WORDPIECE
 from surgery.layout import Layout
 from surgery.rarity import Rarity
@@ -184,7 +185,7 @@ def keep_file(path: Path, tokenizer: TokenizerFile) -> frozenset[int]:
             spelled.setdefault(text, id_)
     found = set()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_file(path).decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise TokenizerError(path, "is not UTF-8 text", fix="save it as UTF-8") from error
     for number, line in enumerate(lines, 1):

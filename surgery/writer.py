@@ -10,7 +10,7 @@ from threading import Lock
 import msgspec
 
 from surgery.errors import OutputError
-from surgery.jsonfile import write_atomic
+from surgery.jsonfile import read_file, write_atomic
 
 JOURNAL = "journal.json"
 
@@ -118,7 +118,7 @@ class OutputDirectory:
         if not path.exists():  # killed before the first entry or behind the last: nothing counts
             return Journal(plan_digest, [])
         try:
-            journal = msgspec.json.decode(path.read_bytes(), type=Journal)
+            journal = msgspec.json.decode(read_file(path), type=Journal)
         except (OSError, msgspec.MsgspecError) as error:
             raise OutputError(
                 path, "cannot be resumed", found=error, fix=f"delete {self.partial} and start anew"

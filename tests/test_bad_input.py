@@ -15,13 +15,12 @@ import torch
 from click.testing import Result
 from safetensors.numpy import load_file, save_file
 
-from surgery.checkpoint import INDEX_NAME, Checkpoint
-from surgery.choices import choose_sizes
-from surgery.layout import Layout
-from surgery.options import Target, VocabularyOptions
-from surgery.stats import ChannelStats, StatsInfo
-from surgery.steps import plan_model
+from surgery.checkpoint import INDEX_NAME
+from surgery.plan import Plan
+from surgery.stats import ChannelStats
+from tests import tiny
 from tests.conftest import Run
+from tests.plans import layout_of, random_plan, random_stats
 
 Damage = Callable[[Path], object]
 """Spoils something in a bench directory."""
@@ -52,35 +51,14 @@ class Case(NamedTuple):
     """All of them stand in the one line on stderr."""
 
 
-def statistics(layout: Layout) -> ChannelStats:
-    """Make up statistics that belong to ``layout``."""
-    rng = np.random.default_rng(0)
-    info = StatsInfo(layout.checkpoint.fingerprint, "", 1, 1, 1, [layout.vocab_size], "float32")
-    sums = [rng.random((1, layout.intermediate_size)) for _ in range(layout.num_hidden_layers)]
-    counts = np.ones(layout.vocab_size, dtype=np.int64)
-    return ChannelStats(info, sums, sums, counts, np.zeros_like(counts))
-
-
 @pytest.fixture(scope="session")
 def pattern(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with all that commands need: model, text, statistics, plan."""
     root = tmp_path_factory.mktemp("bench")
     shutil.copytree(llama, root / "model")
     shutil.copy(text, root / "text.txt")
-    layout = Layout.of(Checkpoint.open(root / "model"))
-    stats = statistics(layout)
-    stats.save(root / "stats.safetensors")
-    chosen = choose_sizes(layout, Target(None, 512, 64), VocabularyOptions())
-    plan = plan_model(
-        layout,
-        "model",
-        chosen,
-        stats,
-        criterion="act2",
-        ratio=None,
-        output=None,
-        vocab_by="merge-order",
-    )
+    random_stats(layout_of(root / "model")).save(root / "stats.safetensors")
+    plan = msgspec.structs.replace(random_plan(root / "model", 512, 64), source="model")
     plan.save(root / "plan.json")
     return root
 
@@ -254,7 +232,7 @@ def stats(**changes: Any) -> Damage:
         arrays = load_file(path)
         for key, value in changes.items():
             if value is None:
-                del arrays[key]
+                del arrays[key.replace("__", ".")]
             elif isinstance(value, np.ndarray):
                 arrays[key.replace("__", ".")] = value
             else:
@@ -262,6 +240,20 @@ def stats(**changes: Any) -> Damage:
         save_file(arrays, path, {"compact_surgery": json.dumps(info)})
 
     return damage
+
+
+def sums_of(layer: int, axis: str = "ffn") -> list[str]:
+    """Names of a layer's sums, as ``stats`` takes them."""
+    return [f"layers__{layer}__{axis}__{part}" for part in ("sum_sq", "sum_abs")]
+
+
+def kept_channels(layer: int, **axes: list[str]) -> Damage:
+    """Let the plan keep other channels of ``layer``."""
+    return change("plan.json", lambda data: data["kept_channels"][layer].update(axes))
+
+
+def rename(data: dict[str, Any], old: str, new: str) -> None:
+    data[new] = data.pop(old)
 
 
 def journal(content: str) -> Damage:
@@ -361,12 +353,10 @@ SHARDS = [
 
 CONFIGS = [
     Case("unknown model type", config(model_type="mamba"), INSPECT,
-         ("config.json", "model type", "expected one of llama, ", "found mamba", "families.py")),
+         ("config.json", "model type", "not supported", "found mamba", "--family llama")),
     Case("quantized", config(quantization_config={"quant_method": "gptq"}), INSPECT,
          ("config.json", "quantized", "expected bf16, fp16 or fp32", "found quant_method gptq",
           "prune the unquantized")),
-    Case("code of its own", config(auto_map={"AutoModel": "m.M"}), INSPECT,
-         ("config.json", "auto_map", "never run", "transformers")),
     Case("config missing", remove("model/config.json"), INSPECT,
          ("config.json", "cannot be read", "No such file", "check the model directory")),
     Case("config cut", cut("model/config.json", 90), INSPECT,
@@ -383,8 +373,17 @@ CONFIGS = [
          ("config.json", "nested too deeply", "download")),
     Case("config with half a character", replace("model/config.json", "{", '{"a": "\\ud800",'),
          INSPECT, ("config.json", "not valid JSON", "found", "download")),
-    Case("no intermediate_size", no_config_key("intermediate_size"), INSPECT,
+    Case("no number of layers", no_config_key("num_hidden_layers"), INSPECT,
+         ("config.json", "num_hidden_layers", "expected a positive number", "check config.json")),
+    Case("intermediate_size is 0", config(intermediate_size=0), INSPECT,
+         ("config.json", "intermediate_size", "expected a positive number", "found 0", "check")),
+    Case("intermediate_size differs by layer", config(intermediate_size=[96, 96, 64]), INSPECT,
          ("config.json", "intermediate_size", "expected a positive number", "check config.json")),
+    Case("no intermediate_size and tensors that differ",
+         each(no_config_key("intermediate_size"),
+              tensors(lambda found: found.update({DOWN: np.zeros((32, 80), np.float32)}))),
+         INSPECT, (GATE, "intermediate_size", "expected 80 on dimension 0", "found [96, 32]",
+                   "check config.json")),
     Case("vocab_size is text", config(vocab_size="640"), INSPECT,
          ("config.json", "vocab_size", "expected a positive number", "found 640", "check")),
     Case("vocab_size contradicts the embedding", config(vocab_size=700), INSPECT,
@@ -436,6 +435,22 @@ SIZE_OPTIONS = [
     Case("no channels", nothing, "plan model --vocab-size 512 --intermediate-size 0 -o new.json",
          ("--intermediate-size", "out of reach", "expected 1 to 96", "found 0", "choose")),
     *(
+        Case(f"width {given}", nothing, f"plan model --vocab-size 512 --width {given} -o new.json",
+             ("--width", "no width of this model", "expected KEY=N with KEY one of inter",
+              f"found {given}", "correct it"))
+        for given in ("moe_intermediate_size=64", "intermediate_size", "intermediate_size=x", "=64",
+                      "intermediate_size=-64", "intermediate_size=6.5")
+    ),
+    Case("rows that do not divide", nothing, f"plan model {SIZES} --multiple-of 96 -o new.json",
+         ("vocab_size", "does not divide", "expected a multiple of 96, such as 480", "found 512")),
+    Case("channels that do not divide", nothing,
+         "plan model --vocab-size 512 --intermediate-size 60 --multiple-of 32 -o new.json",
+         ("intermediate_size", "does not divide", "expected a multiple of 32, such as 64",
+          "found 60")),
+    Case("channels that do not divide for a target", nothing,
+         "plan model --vocab-size 512 --intermediate-size 64 --target tp=2,group=64 -o new.json",
+         ("intermediate_size", "does not divide", "expected a multiple of 128", "found 64")),
+    *(
         Case(f"ratio {ratio}", nothing, f"plan model --ratio {ratio} -o new.json",
              ("ratio", "expected above 0, below 1", f"found {float(ratio)}", "choose"))
         for ratio in ("0", "1.5", "-0.1", "1", "nan")
@@ -465,9 +480,35 @@ SIZE_OPTIONS = [
 STATS = [
     Case("statistics of another model", config(rms_norm_eps=1e-5), PLAN,
          ("stats.safetensors", "another model", "expected fingerprint", "found", "calibrate")),
-    Case("statistics of other sizes", stats(layers__0__sum_sq=np.zeros((1, 96)),
-         token_counts=np.ones(3, np.int64), bucket_of=np.zeros(3, np.int64)), PLAN,
-         ("stats.safetensors", "other sizes", "expected (3, 96, 640)", "(3, 96, 3)", "calibrate")),
+    Case("statistics of another vocabulary",
+         stats(token_counts=np.ones(3, np.int64), bucket_of=np.zeros(3, np.int64)), PLAN,
+         ("stats.safetensors", "other sizes", "expected (3, {'ffn': (1, 96)}, 640)",
+          "found (3, {'ffn': (1, 96)}, 3)", "calibrate again")),
+    Case("statistics of other channels",
+         stats(**dict.fromkeys(sums_of(1), np.ones((1, 1, 80)))), PLAN,
+         ("stats.safetensors", "other sizes", "of layer 1", "expected (3, {'ffn': (1, 96)}, 640)",
+          "found (3, {'ffn': (1, 80)}, 640)", "calibrate again")),
+    Case("statistics of experts",
+         stats(**dict.fromkeys(sums_of(2), np.ones((1, 4, 96))),
+               layers__2__ffn__tokens=np.ones((1, 4), np.int64)), PLAN,
+         ("stats.safetensors", "other sizes", "of layer 2", "found (3, {'ffn': (4, 96)}, 640)",
+          "calibrate again")),
+    Case("statistics with an axis too many",
+         stats(**dict.fromkeys(sums_of(0, "shared"), np.ones((1, 1, 96))),
+               layers__0__shared__tokens=np.ones((1, 1), np.int64)), PLAN,
+         ("stats.safetensors", "other sizes", "of layer 0", "'shared': (1, 96)", "calibrate")),
+    Case("statistics of too few layers",
+         stats(**dict.fromkeys([*sums_of(2), "layers__2__ffn__tokens"])), PLAN,
+         ("stats.safetensors", "other sizes", "of layer 2",
+          "expected (3, {'ffn': (1, 96)}, 640)", "found (2, 640)", "calibrate again")),
+    Case("statistics of too many layers",
+         stats(**dict.fromkeys(sums_of(3), np.ones((1, 1, 96))),
+               layers__3__ffn__tokens=np.ones((1, 1), np.int64)), PLAN,
+         ("stats.safetensors", "other sizes", "of layer 3", "expected (3, 640)",
+          "found (4, {'ffn': (1, 96)}, 640)", "calibrate again")),
+    Case("statistics without a layer",
+         stats(**dict.fromkeys([*sums_of(1), "layers__1__ffn__tokens"])), PLAN,
+         ("stats.safetensors", "other sizes", "of layer 1", "found (3, {}, 640)", "calibrate")),
     Case("text for statistics", nothing, PLAN.replace("stats.safetensors", "text.txt"),
          ("text.txt", "not a statistics file", "found", "calibrate again")),
     Case("weights for statistics", nothing, PLAN.replace("stats.safetensors", f"model/{SHARD_1}"),
@@ -476,14 +517,41 @@ STATS = [
          ("stats.safetensors", "No such file", "name the file that calibrate wrote")),
     Case("statistics cut", cut("stats.safetensors", -8), PLAN,
          ("stats.safetensors", "not a statistics file", "found", "calibrate again")),
-    Case("statistics of the next format", stats(format=2), PLAN,
-         ("stats.safetensors", "another format", "expected 1", "found 2", "calibrate again")),
+    Case("statistics of the next format", stats(format=3), PLAN,
+         ("stats.safetensors", "another format", "expected 2", "found 3", "calibrate again")),
     Case("statistics without counts", stats(token_counts=None), PLAN,
          ("stats.safetensors", "lacks an array", "token_counts", "calibrate again")),
-    Case("statistics with NaN", stats(layers__0__sum_sq=np.full((1, 96), np.nan)), PLAN,
-         ("stats.safetensors", "not finite", "calibrate again")),
-    Case("statistics of odd shape", stats(layers__0__sum_sq=np.ones((2, 96))), PLAN,
-         ("stats.safetensors", "different shapes", "expected [1, I]", "found", "calibrate again")),
+    Case("statistics without sums", stats(layers__1__ffn__sum_abs=None), PLAN,
+         ("stats.safetensors", "lacks an array", "layers.1.ffn.sum_abs", "calibrate again")),
+    Case("statistics with an array too many", stats(layers__0__ffn__mean=np.ones(1)), PLAN,
+         ("stats.safetensors: layers.0.ffn.mean", "no array of statistics", "calibrate again")),
+    Case("statistics of an unknown axis", stats(layers__0__heads__sum_sq=np.ones(1)), PLAN,
+         ("stats.safetensors: layers.0.heads.sum_sq", "no array of statistics", "calibrate")),
+    Case("statistics with NaN", stats(layers__0__ffn__sum_sq=np.full((1, 1, 96), np.nan)), PLAN,
+         ("stats.safetensors: layers.0.ffn", "not finite", "calibrate again")),
+    Case("statistics of odd shape", stats(layers__0__ffn__sum_sq=np.ones((2, 1, 96))), PLAN,
+         ("stats.safetensors: layers.0.ffn", "different shapes", "expected [1, experts, I]",
+          "found", "calibrate again")),
+    Case("statistics of the first format's shape", stats(layers__0__ffn__sum_sq=np.ones((1, 96))),
+         PLAN, ("stats.safetensors: layers.0.ffn", "different shapes", "calibrate again")),
+    Case("statistics of tokens by bucket alone",
+         stats(layers__0__ffn__tokens=np.ones(1, np.int64)), PLAN,
+         ("stats.safetensors: layers.0.ffn", "different shapes", "found", "calibrate again")),
+    Case("statistics of tokens below 0",
+         stats(layers__0__ffn__tokens=np.full((1, 1), -1)), PLAN,
+         ("stats.safetensors: layers.0.ffn", "count below 0", "calibrate again")),
+    Case("statistics whose buckets are no whole numbers", stats(bucket_of=np.zeros(640)), PLAN,
+         ("stats.safetensors", "dtype", "expected int64", "found float64", "calibrate again")),
+    Case("statistics whose counts are no whole numbers", stats(token_counts=np.ones(640)), PLAN,
+         ("stats.safetensors", "dtype", "expected int64", "found float64", "calibrate again")),
+    Case("statistics in single precision",
+         stats(layers__0__ffn__sum_sq=np.ones((1, 1, 96), np.float32)), PLAN,
+         ("stats.safetensors: layers.0.ffn", "dtype", "expected float64", "found float32",
+          "calibrate again")),
+    Case("statistics whose tokens are no whole numbers",
+         stats(layers__0__ffn__tokens=np.ones((1, 1))), PLAN,
+         ("stats.safetensors: layers.0.ffn", "dtype", "expected int64", "found float64",
+          "calibrate again")),
     Case("statistics with a bucket too many", stats(bucket_of=np.full(640, 1)), PLAN,
          ("stats.safetensors", "do not fit", "calibrate again")),
     Case("statistics with a bucket below 0", stats(bucket_of=np.full(640, -1)), PLAN,
@@ -504,12 +572,43 @@ PLANS = [
          ("plan.json", "not a plan", "found", "plan again")),
     Case("plan with an unknown field", plan_key(None, extra=1), APPLY,
          ("plan.json", "not a plan", "extra", "plan again")),
-    Case("plan of the next format", plan_key(None, format=2), APPLY,
-         ("plan.json", "format", "expected 1", "found 2", "plan again")),
+    Case("plan of the next format", plan_key(None, format=3), APPLY,
+         ("plan.json", "format", "expected 2", "found 3", "plan again")),
     Case("plan keeps fewer tokens than it says", plan_key("after", vocab_size=513), APPLY,
          ("plan.json", "kept_tokens", "expected 513", "found 512", "plan again")),
-    Case("plan keeps fewer channels than it says", plan_key("after", intermediate_size=65), APPLY,
-         ("plan.json", "kept_channels of layer 0", "expected 65", "found 64", "plan again")),
+    Case("plan of the first format", plan_key("after", intermediate_size=64), APPLY,
+         ("plan.json", "not a plan", "intermediate_size", "plan again")),
+    Case("plan keeps fewer channels than it says", kept_channels(1, ffn=["0-62"]), APPLY,
+         ("plan: kept_channels of layer 1: ffn", "expected 64", "found 63", "plan again")),
+    Case("plan keeps channels that are not there", kept_channels(1, ffn=["33-96"]), APPLY,
+         ("kept_channels of layer 1: ffn", "not a set of indices", "range 33-96 of 96 indices",
+          "plan again")),
+    Case("plan keeps no channels", kept_channels(2, ffn=["most"]), APPLY,
+         ("kept_channels of layer 2: ffn", "not a set of indices", "most", "plan again")),
+    Case("plan keeps channels of experts", kept_channels(0, ffn=["0-63", "0-63"]), APPLY,
+         ("kept_channels of layer 0: ffn", "as many experts", "expected 1", "found 2", "again")),
+    Case("plan keeps channels of no expert", kept_channels(0, ffn=[]), APPLY,
+         ("kept_channels of layer 0: ffn", "as many experts", "expected 1", "found 0", "again")),
+    Case("plan keeps channels of another axis",
+         change("plan.json", lambda data: rename(data["kept_channels"][1], "ffn", "shared")),
+         APPLY, ("plan: axes of kept_channels of layer 1", "expected ['ffn']", "found ['shared']",
+                 "plan again")),
+    Case("plan keeps channels of an axis too many", kept_channels(0, expert=["0-63"]), APPLY,
+         ("plan: axes of kept_channels of layer 0", "expected ['ffn']", "found ['expert', 'ffn']",
+          "plan again")),
+    Case("plan for other channels than it keeps",
+         plan_key("after", widths={"intermediate_size": 65}), APPLY,
+         ("plan: after.", "plan again")),
+    Case("plan for more channels than there are",
+         plan_key("before", widths={"intermediate_size": 128}), APPLY,
+         ("plan: before.widths", "'intermediate_size': 96", "'intermediate_size': 128", "again")),
+    Case("plan for a width that the source lacks",
+         plan_key("after", widths={"intermediate_size": 64, "moe_intermediate_size": 64}), APPLY,
+         ("plan: after.widths", "expected", "found", "moe_intermediate_size", "plan again")),
+    Case("plan without widths", plan_key("after", widths={}), APPLY,
+         ("plan: after.widths", "expected", "found", "plan again")),
+    Case("plan leaves tensors out", plan_key(None, dropped=[DOWN]), APPLY,
+         ("plan: dropped", "expected []", DOWN, "plan again")),
     Case("plan keeps no tokens", plan_key(None, kept_tokens=""), APPLY,
          ("plan.json", "kept_tokens", "expected 512", "found 0", "plan again")),
     Case("plan keeps no indices", plan_key(None, kept_tokens="all"), APPLY,
@@ -720,6 +819,41 @@ def test_refused_in_one_line_and_nothing_written(case: Case, bench: Path, run: R
     before = snapshot(bench)
     assert_refused(run(*case.command.split()), *case.words)
     assert snapshot(bench) == before
+
+
+@pytest.mark.parametrize(
+    ("key", "old", "new"), [("intermediate_size", 96, 64), ("vocab_size", 640, 512)]
+)
+def test_a_size_that_config_json_does_not_say_is_the_tensors(
+    key: str, old: int, new: int, bench: Path, run: Run
+) -> None:
+    """Config classes may have it as a default; what changes is written out."""
+    no_config_key(key)(bench)
+    facts = json.loads(run(*INSPECT.split(), "--json").stdout)
+    assert (facts | facts["widths"])[key] == old
+    random_stats(layout_of(bench / "model")).save(bench / "stats.safetensors")
+    for command in (PLAN, "apply new.json -o out", "verify out --plan new.json"):
+        result = run(*command.split())
+        assert result.exit_code == 0, result.output
+    assert json.loads((bench / "out/config.json").read_text())[key] == new
+    assert tiny.load(bench / "out").config.intermediate_size == 64
+    plan = Plan.load(bench / "new.json")
+    assert (plan.before.vocab_size, plan.before.widths["intermediate_size"]) == (640, 96)
+
+
+def test_code_of_a_checkpoint_is_never_run_and_left_behind(bench: Path, run: Run) -> None:
+    """Where transformers knows the model type, a pointer to code is no obstacle."""
+    code = "from pathlib import Path\nPath('run').touch()\nclass C: pass\n"
+    (bench / "model" / "custom.py").write_text(code)
+    names = {"AutoConfig": "custom.C", "AutoModelForCausalLM": "custom.C"}
+    config(auto_map=names)(bench)
+    change("model/tokenizer_config.json", lambda data: data.update(auto_map=names))(bench)
+    for command in (f"{PRUNE} out", "verify out --forward", f"{SCORE} text.txt"):
+        result = run(*command.split())
+        assert result.exit_code == 0, result.output
+    assert not (bench / "run").exists()
+    assert not list((bench / "out").glob("*.py"))
+    assert "auto_map" not in json.loads((bench / "out/config.json").read_text())
 
 
 @pytest.mark.parametrize("command", [APPLY, f"{PRUNE} out"])

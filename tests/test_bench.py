@@ -1,15 +1,19 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer
 
+from calib.empty import empty_model
 from surgery.checkpoint import Checkpoint
 from surgery.layout import Layout
 from surgery.vocabulary import rarity_of
 from tests.tiny import MODEL_TYPES
 from tools.bench.child import measure
-from tools.shapes import PUBLISHED, llama_config, write_headers_only, write_random, write_tokenizer
+from tools.published import MIXTURES, PUBLISHED, llama_config
+from tools.shapes import write_headers_only, write_random, write_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -20,23 +24,42 @@ from tools.shapes import PUBLISHED, llama_config, write_headers_only, write_rand
         ("Llama-3.1-8B", 8_030_261_248),
         ("Llama-3.1-70B", 70_553_706_496),
         ("Gemma-3-1B", 999_885_952),
+        ("Mixtral-8x7B", 46_702_792_704),
+        ("Qwen3-30B-A3B", 30_532_122_624),
+        ("DeepSeek-V3", 671_026_419_200),
     ],
 )
 def test_headers_have_the_published_number_of_parameters(
     tmp_path: Path, name: str, parameters: int
 ) -> None:
-    layout = Layout.of(Checkpoint.open(write_headers_only(tmp_path, PUBLISHED[name], shards=2)))
-    assert layout.parameters(layout.vocab_size, layout.intermediate_size) == parameters
+    config = (PUBLISHED | MIXTURES)[name]
+    layout = Layout.of(Checkpoint.open(write_headers_only(tmp_path, config, shards=2)))
+    assert layout.parameters(layout.vocab_size, layout.widths) == parameters
+    empty_model(layout, torch.bfloat16)  # transformers expects the same tensors, by their headers
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+SPARSE: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    "deepseek_v3": {
+        **{"n_routed_experts": 4, "n_shared_experts": 2, "moe_intermediate_size": 64},
+        **{"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
+        **{"q_lora_rank": None, "kv_lora_rank": 12, "qk_rope_head_dim": 4},
+        **{"qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4},
+    },
+}
+"""Model type → what its config has beside a dense one's."""
+
+
+@pytest.mark.parametrize("model_type", [*MODEL_TYPES, *SPARSE])
 @pytest.mark.parametrize("tied", [True, False])
 def test_random_checkpoints_of_every_family_are_accepted(
     tmp_path: Path, model_type: str, tied: bool
 ) -> None:
-    changes = {"model_type": model_type, "tie_word_embeddings": tied}
-    config = llama_config(32, 96, 2, 4, 2, 640, **changes)
+    changes = {"model_type": model_type, "tie_word_embeddings": tied, **SPARSE.get(model_type, {})}
+    config = llama_config(32, 96, 2, 4, 2, 640, head_dim=8) | changes
     layout = Layout.of(Checkpoint.open(write_random(tmp_path, config, max_shard_bytes=60_000)))
+    empty_model(layout, torch.bfloat16)
     assert layout.tied == tied
     assert len(layout.checkpoint.shards) > 1
     embedding = layout.checkpoint.tensors[layout.family.embedding]

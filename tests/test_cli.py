@@ -62,6 +62,66 @@ def test_prune_leaves_statistics_and_plan_beside_the_output(pruned: Path, run: R
         assert (pruned.with_name("again") / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("key", "widths"),
+    [
+        ("gpt2", {"n_inner": 64}),
+        ("deepseek_v3", {"moe_intermediate_size": 32, "intermediate_size": 64}),
+        ("gpt_oss", {"intermediate_size": 32}),
+        ("gemma3", {"intermediate_size": 64}),
+    ],
+)
+def test_any_kind_of_decoder_is_pruned(
+    tmp_path: Path, text: Path, run: Run, key: str, widths: dict[str, int]
+) -> None:
+    """Of another layout, of experts, of packed experts, inside an image model."""
+    model, out = tiny.save(tmp_path / "model", key), tmp_path / "out"
+    given = [part for name, size in widths.items() for part in ("--width", f"{name}={size}")]
+    calibration = ("--data", text, "--seq-len", 64, "--samples", 16)
+    steps = (
+        ("prune", model, *calibration, "--vocab-size", 512, *given, "-o", out),
+        ("verify", out, "--forward"),
+        ("score", out, "--data", text, "--samples", 2, "--window-bytes", 300),
+    )
+    for step in steps:
+        result = run(*step)
+        assert result.exit_code == 0, (step, result.output, result.exception)
+    facts = json.loads(run("inspect", out, "--json").stdout)
+    assert facts["vocab_size"] == 512
+    assert facts["widths"] == widths
+    assert Plan.load(tmp_path / "out.plan.json").after.parameters == facts["parameters"]
+
+
+def test_experts_that_saw_too_few_tokens_are_not_ranked_unless_asked(
+    tmp_path: Path, text: Path, run: Run
+) -> None:
+    model, stats, plan = tiny.save(tmp_path / "model", "mixtral"), tmp_path / "s", tmp_path / "p"
+    calibration = ("--data", text, "--seq-len", 16, "--samples", 1)
+    assert run("calibrate", model, *calibration, "-o", stats).exit_code == 0
+    refused = run("plan", model, "--stats", stats, *SIZES, "-o", plan)
+    assert refused.exit_code == 2
+    assert "experts saw too few tokens" in refused.stderr
+    assert "--min-expert-tokens" in refused.stderr
+    assert not plan.exists()
+    again = run("plan", model, "--stats", stats, *SIZES, "--min-expert-tokens", 0, "-o", plan)
+    assert again.exit_code == 0, again.output
+
+
+def test_without_a_key_for_its_width_only_the_vocabulary_is_cut(
+    tmp_path: Path, text: Path, run: Run
+) -> None:
+    model, plan, out = tiny.save(tmp_path / "model", "bloom"), tmp_path / "plan", tmp_path / "out"
+    for command in ("calibrate", "plan"):
+        options = ("--data", text) if command == "calibrate" else SIZES
+        refused = run(command, model, *options, "-o", tmp_path / "refused")
+        assert refused.exit_code == 2
+        assert "--vocab-size" in refused.stderr
+        assert not (tmp_path / "refused").exists()
+    assert run("plan", model, "--vocab-size", 512, "-o", plan).exit_code == 0
+    assert run("apply", plan, "-o", out).exit_code == 0
+    assert run("verify", out, "--forward").exit_code == 0
+
+
 def test_prune_makes_the_directories_above_its_output(
     tmp_path: Path, llama: Path, text: Path, run: Run
 ) -> None:
@@ -79,7 +139,7 @@ def test_ratio_chooses_both_sizes(tmp_path: Path, run: Run) -> None:
     assert result.exit_code == 0, result.output
     plan = Plan.load(tmp_path / "plan.json")
     assert abs(1 - plan.after.parameters / plan.before.parameters - 0.3) <= 0.005
-    assert plan.after.vocab_size % 128 == plan.after.intermediate_size % 128 == 0
+    assert plan.after.vocab_size % 128 == plan.after.widths["intermediate_size"] % 128 == 0
     assert not plan.complete
     assert "sizes only" in result.output
 

@@ -19,12 +19,13 @@ from surgery.configs import (
     visit_sizes,
 )
 from surgery.errors import TokenizerError
-from surgery.families import FAMILIES
+from surgery.families import family_of
 from surgery.idmap import IdMap
 
 HERE = Path("config.json")
 IDS = IdMap(np.arange(0, 100, 2), 100, rowless=3)
 """Even ids stay and are halved; odd ones go; 3 tokens have no row."""
+LLAMA = family_of({"model_type": "llama"}, HERE)
 
 # Tokens named by their text.
 
@@ -160,7 +161,7 @@ def test_llama_without_bos_keeps_the_default_ids_that_its_config_class_fills_in(
     (model / "generation_config.json").unlink()  # it names them, too
     config = Checkpoint.open(model).config
     ids = IdMap(np.array([0, 2, 3, *range(300, 400)]), 640)
-    result = rewrite_config(config, FAMILIES["llama"], ids, 64, HERE)
+    result = rewrite_config(config, LLAMA, ids, {"intermediate_size": 64}, HERE)
     assert result["eos_token_id"] == 1
     assert result["bos_token_id"] is None  # its row is gone: the old 1 would be another token
     assert {1, 2} <= token_references(Checkpoint.open(model), {"a": 0, "b": 1, "c": 2, "d": 3})
@@ -174,7 +175,7 @@ def test_null_is_not_a_default() -> None:
         "vocab_size": 100,
         "intermediate_size": 9,
     }
-    result = rewrite_config(config, FAMILIES["llama"], IDS, 8, HERE)
+    result = rewrite_config(config, LLAMA, IDS, {"intermediate_size": 8}, HERE)
     assert result == {
         "model_type": "llama",
         "bos_token_id": None,
@@ -186,8 +187,53 @@ def test_null_is_not_a_default() -> None:
 
 def test_a_whole_vocabulary_leaves_every_id_as_it_is() -> None:
     config = {"vocab_size": 100, "eos_token_id": 10**6, "intermediate_size": 9}
-    result = rewrite_config(config, FAMILIES["llama"], IdMap(np.arange(100), 100), 8, HERE)
+    whole = IdMap(np.arange(100), 100)
+    result = rewrite_config(config, LLAMA, whole, {"intermediate_size": 8}, HERE)
     assert result == config | {"intermediate_size": 8}
+
+
+def test_a_width_that_config_json_leaves_to_its_class_is_written_out() -> None:
+    config = {"model_type": "llama", "num_hidden_layers": 2}
+    result = rewrite_config(config, LLAMA, IdMap(np.arange(100), 100), {}, HERE)
+    assert result == config
+    result = rewrite_config(config, LLAMA, IDS, {"intermediate_size": 8}, HERE)
+    assert result["vocab_size"] == 50
+    assert result["intermediate_size"] == 8
+
+
+def test_a_width_given_for_each_layer_stays_a_list() -> None:
+    config = {"model_type": "llama", "vocab_size": 100, "intermediate_size": [9, 9, 9]}
+    result = rewrite_config(config, LLAMA, IDS, {"intermediate_size": 8}, HERE)
+    assert result["intermediate_size"] == [8, 8, 8]
+
+
+@pytest.mark.parametrize("inner", ["gemma3_text", None])
+def test_the_sizes_of_a_language_model_lie_in_its_section(inner: str | None) -> None:
+    text = {"model_type": inner, "vocab_size": 100, "intermediate_size": 9, "eos_token_id": 4}
+    vision = {"vocab_size": 77, "intermediate_size": 9}
+    config: dict[str, Any] = {
+        "model_type": "gemma3",
+        "image_token_index": 6,
+        "text_config": {key: value for key, value in text.items() if value},
+        "vision_config": vision,
+        "boi_token_index": 8,
+    }
+    before = json.dumps(config)
+    family = family_of(config, HERE)
+    result = rewrite_config(config, family, IDS, {"intermediate_size": 8}, HERE)
+    assert json.dumps(config) == before
+    assert list(result)[: len(config)] == list(config)
+    assert result["vision_config"] == vision
+    assert (result["image_token_index"], result["boi_token_index"]) == (3, 4)
+    assert result["text_config"] == config["text_config"] | {
+        "vocab_size": 50,
+        "intermediate_size": 8,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+    }
+    assert "vocab_size" not in result
+    assert "intermediate_size" not in result
 
 
 def test_every_file_beside_the_weights_keeps_its_tokens(model: Path) -> None:

@@ -15,7 +15,8 @@ from surgery.default_ids import (
     fill_defaults,
 )
 from surgery.families import FAMILIES
-from surgery.references import ID_KEY
+from surgery.family import Wrapper
+from surgery.references import ID_KEY, visit_ids
 
 KEY = re.compile(f"{ID_KEY.pattern}|{'|'.join(COUNTS)}")
 MODEL_TYPES = sorted({*DEFAULT_IDS, *FAMILIES})
@@ -65,9 +66,26 @@ def test_the_config_class_accepts_what_is_written_where_no_token_stays(model_typ
             assert (written[key] in (None, -1)) == (key not in COUNTS)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_families_share_the_table(family: str) -> None:
-    assert FAMILIES[family].default_ids == DEFAULT_IDS[family]
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_family_is_in_the_table(model_type: str) -> None:
+    """One without defaults, too: a class that gains some is noticed."""
+    assert model_type in DEFAULT_IDS
+    family = FAMILIES[model_type]
+    if isinstance(family, Wrapper):
+        assert family.section in SECTION_TYPES[model_type]
+
+
+def test_of_several_default_ids_those_that_stay_are_written() -> None:
+    """As GLM's eos has them."""
+    config = {"model_type": "glm"}
+    defaults = [151329, 151336, 151338]
+    filled = fill_defaults(config, lambda old: None if old == 151329 else old)
+    assert filled == {**config, "pad_token_id": None, "eos_token_id": defaults}
+    ids = {151336: 7, 151338: 9}
+    assert visit_ids(filled, ids.get, "config.json") == {
+        **config, "pad_token_id": None, "eos_token_id": [7, 9]
+    }  # fmt: skip
+    assert fill_defaults(config, lambda old: None)["eos_token_id"] == -1
 
 
 def test_absent_keys_are_filled_in_behind_the_others() -> None:

@@ -9,6 +9,7 @@ import pytest
 from surgery.cli import main
 from tests import tiny
 from tests.conftest import Run
+from tools.family_table import BEGIN, END, family_table, untested
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -71,3 +72,11 @@ def test_readme_has_a_line_for_every_dependency() -> None:
     assert section
     for name in re.findall(r'"([\w-]+)', section[1]):
         assert re.search(rf"^\| {name} \|", README, re.MULTILINE), name
+
+
+def test_readme_table_of_families_is_the_code_s() -> None:
+    assert f"{BEGIN}{family_table()}{END}" in README
+
+
+def test_every_family_has_a_tiny_checkpoint_that_tests_use() -> None:
+    assert untested() == set()

@@ -6,13 +6,15 @@ import msgspec
 import numpy as np
 import pytest
 
-from surgery.budget import CANDIDATE_RATIOS, TOLERANCE, Sizes, split, vocabulary_first
+from surgery.budget import CANDIDATE_RATIOS, TOLERANCE, Sizes, split, vocabulary_first, whole
 from surgery.layout import Layout
-from surgery.plan import Plan, make_plan
+from surgery.plan import Plan
+from surgery.planning import make_plan
 from surgery.rarity import Rarity
 from tests.conftest import Run
-from tools.paper import TABLE_6, TABLE_8, Row, layout_of, printed
-from tools.shapes import PUBLISHED, write_headers_only, write_tokenizer
+from tools.paper import TABLE_6, TABLE_8, Row, layout_of, parameters, printed
+from tools.published import PUBLISHED
+from tools.shapes import write_headers_only, write_tokenizer
 
 GEMMA_SURPLUS = 9_000_000
 """The paper counts about 9 M more for Gemma-3-1B than the public shapes have (1,009 for 999.9)."""
@@ -26,8 +28,7 @@ def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Layout]:
 
 def plan_of(layout: Layout, row: Row) -> Plan:
     rarity = Rarity(np.arange(layout.vocab_size), 1, layout.vocab_size, 0)
-    sizes = Sizes(row.vocab_size, row.intermediate_size)
-    return make_plan(layout, rarity, sizes, None, criterion="act2", source="x")
+    return make_plan(layout, rarity, row.sizes, None, criterion="act2", source="x")
 
 
 @pytest.mark.parametrize(
@@ -57,10 +58,9 @@ def test_plan_command_reproduces_table_8_on_a_real_size_tokenizer(tmp_path: Path
 def test_ratio_alone_hits_the_target(layouts: dict[str, Layout], model: str, ratio: float) -> None:
     layout = layouts[model]
     sizes = split(layout, ratio, 1024)
-    before = layout.parameters(layout.vocab_size, layout.intermediate_size)
-    after = layout.parameters(sizes.vocab_size, sizes.intermediate_size)
-    assert abs(1 - after / before - ratio) <= TOLERANCE
-    assert sizes.vocab_size % 128 == sizes.intermediate_size % 128 == 0
+    reached = 1 - parameters(layout, sizes) / parameters(layout, whole(layout))
+    assert abs(reached - ratio) <= TOLERANCE
+    assert sizes.vocab_size % 128 == sizes.widths["intermediate_size"] % 128 == 0
 
 
 @pytest.mark.parametrize(
@@ -69,15 +69,14 @@ def test_ratio_alone_hits_the_target(layouts: dict[str, Layout], model: str, rat
 def test_the_rule_splits_like_the_sweeps_of_table_8(layouts: dict[str, Layout], row: Row) -> None:
     """Of what is removed, the vocabulary's share lies within 22 points of the sweep's."""
     layout = layouts[row.model]
-    whole = layout.parameters(layout.vocab_size, layout.intermediate_size)
+    total = parameters(layout, whole(layout))
 
     def share(sizes: Sizes) -> float:
-        removed = whole - layout.parameters(sizes.vocab_size, sizes.intermediate_size)
-        channels_only = layout.parameters(layout.vocab_size, sizes.intermediate_size)
-        return 1 - (whole - channels_only) / removed
+        removed = total - parameters(layout, sizes)
+        channels_only = layout.parameters(layout.vocab_size, sizes.widths)
+        return 1 - (total - channels_only) / removed
 
-    swept = share(Sizes(row.vocab_size, row.intermediate_size))
-    assert share(split(layout, row.ratio, 1024)) == pytest.approx(swept, abs=0.22)
+    assert share(split(layout, row.ratio, 1024)) == pytest.approx(share(row.sizes), abs=0.22)
 
 
 def test_small_models_lose_vocabulary_first_and_large_ones_channels(
@@ -86,7 +85,7 @@ def test_small_models_lose_vocabulary_first_and_large_ones_channels(
     shares = []
     for model in ("Qwen2.5-0.5B", "Llama-3.2-1B", "Llama-3.1-8B", "Llama-3.1-70B"):
         layout = layouts[model]
-        removed = 0.2 * layout.parameters(layout.vocab_size, layout.intermediate_size)
+        removed = 0.2 * parameters(layout, whole(layout))
         shares.append(vocabulary_first(layout, removed) / removed)
     assert shares == sorted(shares, reverse=True)
     assert shares[0] > 0.9

@@ -1,6 +1,5 @@
 """Streamed statistics and scores equal those of a full load."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -9,28 +8,25 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from calib.calibrate import ChannelSums, calibrate, membership
+from calib.calibrate import ChannelSums, calibrate
 from calib.corpus import byte_windows, token_windows
 from calib.decoder import StreamedDecoder
 from calib.ffn import pieces
 from calib.score import score
 from calib.weights import WeightReader
 from surgery.channels import bucket_weights, choose_channels
-from surgery.checkpoint import Checkpoint
-from surgery.layout import Layout
 from surgery.stats import ChannelStats
 from surgery.tokenizer import load_tokenizer
 from surgery.vocabulary import rarity_of
 from tests import tiny
 from tests.conftest import Run
+from tests.full_load import full_load_bits, hooked_activations
+from tests.plans import layout_of
 
 CPU = torch.device("cpu")
 EDGES = [400, 512, tiny.VOCAB_SIZE]
 SEQ_LEN = 48
-
-
-def layout_of(path: Path) -> Layout:
-    return Layout.of(Checkpoint.open(path))
+COMMON = "common-act2"
 
 
 def sample_windows(path: Path) -> list[np.ndarray]:
@@ -53,28 +49,6 @@ def take_stats(path: Path, edges: list[int] = EDGES) -> ChannelStats:
     )
 
 
-def hooked_activations(
-    path: Path, windows: list[np.ndarray]
-) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Per layer, (token ids, down_proj input) of a full load, windows of one length together."""
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation="sdpa"
-    ).eval()
-    seen: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in model.model.layers]
-    ids = torch.empty(0)
-
-    def hook(layer: int) -> Any:
-        return lambda _, inputs: seen[layer].append((ids, inputs[0].clone()))
-
-    for index, layer in enumerate(model.model.layers):
-        layer.mlp.down_proj.register_forward_pre_hook(hook(index))
-    for length in dict.fromkeys(map(len, windows)):
-        ids = torch.from_numpy(np.stack([w for w in windows if len(w) == length]))
-        with torch.no_grad():
-            model(ids)
-    return seen
-
-
 @pytest.mark.parametrize("model_type", tiny.MODEL_TYPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_streamed_sums_equal_hooks_bit_for_bit(
@@ -83,13 +57,16 @@ def test_streamed_sums_equal_hooks_bit_for_bit(
     path = tiny.save(tmp_path / "model", model_type, dtype=dtype, sharded=True)
     stats = take_stats(path)
     bucket_of = torch.from_numpy(rarity_of(layout_of(path)).buckets(EDGES))
-    for layer, seen in enumerate(hooked_activations(path, sample_windows(path))):
-        sums = ChannelSums(len(EDGES), tiny.INTERMEDIATE_SIZE, CPU)
-        for ids, act in seen:
-            sums.add(act.flatten(0, 1), membership(bucket_of[ids], len(EDGES)))
-        assert np.array_equal(stats.sum_sq[layer], sums.sum_sq.numpy())
-        assert np.array_equal(stats.sum_abs[layer], sums.sum_abs.numpy())
-        assert stats.sum_sq[layer].min() > 0
+    seen = hooked_activations(path, model_type, sample_windows(path))
+    for layer, axes in enumerate(seen):
+        sums = ChannelSums(len(EDGES), 1, tiny.INTERMEDIATE_SIZE, CPU)
+        for expert, ids, act in axes["ffn"]:
+            sums.add(expert, bucket_of[ids], act)
+        found = stats.layers[layer]["ffn"]
+        assert np.array_equal(found.sum_sq, sums.sum_sq.numpy())
+        assert np.array_equal(found.sum_abs, sums.sum_abs.numpy())
+        assert np.array_equal(found.tokens, sums.tokens.numpy())
+        assert found.sum_sq.min() > 0
     assert stats.token_counts.sum() == stats.info.tokens == sum(map(len, sample_windows(path)))
 
 
@@ -102,9 +79,10 @@ def test_the_ffn_in_pieces_of_tokens_gives_the_same(
     monkeypatch.setattr("calib.ffn.PIECE_VALUES", 20 * tiny.INTERMEDIATE_SIZE)
     assert len(pieces(1, SEQ_LEN, tiny.INTERMEDIATE_SIZE)) == 3
     in_pieces = take_stats(path)
-    for name in ("sum_sq", "sum_abs"):
-        for expected, found in zip(getattr(whole, name), getattr(in_pieces, name), strict=True):
-            assert np.allclose(expected, found, rtol=1e-5, atol=0)
+    for expected, found in zip(whole.layers, in_pieces.layers, strict=True):
+        for name in ("sum_sq", "sum_abs"):
+            old, new = (getattr(axes["ffn"], name) for axes in (expected, found))
+            assert np.allclose(old, new, rtol=1e-5, atol=0)
     assert np.array_equal(whole.token_counts, in_pieces.token_counts)
 
 
@@ -130,22 +108,26 @@ def test_importance_is_equation_5_by_hand(tmp_path: Path) -> None:
             weights.append(weight)
             importance += weight * (gate / (1 + np.exp(-gate)) * up) ** 2
     assert 0 < sum(weights) < len(weights)  # some tokens are in S, some are not
-    assert np.allclose(bucket_weights(stats, ids) @ stats.sum_sq[1], importance, rtol=1e-4)
-    chosen = choose_channels(stats, ids, 40, "common-act2")[1]
+    sums = stats.layers[1]["ffn"].sum_sq[:, 0]
+    assert np.allclose(bucket_weights(stats, ids) @ sums, importance, rtol=1e-4)
+    chosen = choose_channels(stats, ids, {"ffn": 40}, COMMON)[1]["ffn"][0]
     assert set(chosen) == set(np.argsort(-importance)[:40])
-    assert set(chosen) != set(choose_channels(stats, ids, 40, "random")[1])
+    assert set(chosen) != set(choose_channels(stats, ids, {"ffn": 40}, "random")[1]["ffn"][0])
 
 
 def test_rare_tokens_change_act2_but_not_common_act2(tmp_path: Path) -> None:
     path = tiny.save(tmp_path / "model")
     stats, ids = take_stats(path), rarity_of(layout_of(path)).id_map(400)
     assert np.array_equal(bucket_weights(stats, ids), [1, 0, 0])
-    for sums in stats.sum_sq:
-        sums[1:] += np.random.default_rng(0).random(sums.shape[1]) * 1e6
-    before = choose_channels(take_stats(path), ids, 40, "common-act2")
-    after = choose_channels(stats, ids, 40, "common-act2")
+    for axes in stats.layers:
+        sums = axes["ffn"].sum_sq
+        sums[1:] += np.random.default_rng(0).random(sums.shape[2]) * 1e6
+    lengths = {"ffn": 40}
+    before = [kept["ffn"][0] for kept in choose_channels(take_stats(path), ids, lengths, COMMON)]
+    after = [kept["ffn"][0] for kept in choose_channels(stats, ids, lengths, COMMON)]
     assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
-    assert not np.array_equal(choose_channels(stats, ids, 40, "act2")[0], before[0])
+    plain = choose_channels(stats, ids, lengths, "act2")[0]["ffn"][0]
+    assert not np.array_equal(plain, before[0])
 
 
 def test_size_inside_a_bucket_counts_by_the_share_that_stays(tmp_path: Path, run: Run) -> None:
@@ -189,17 +171,8 @@ def test_score_equals_a_full_load(
     capped = model_type == "gemma3_text"
     changes: dict[str, Any] = {"final_logit_softcapping": 2.0} if capped else {}
     path = tiny.save(tmp_path / "model", model_type, tied=tied, **changes)
-    tokenizer = load_tokenizer(path)
     texts = byte_windows([tiny.prose(700), tiny.prose(900)[700:]], 10, 256)
-    found = score(layout_of(path), texts, tokenizer, device=CPU, dtype=torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    bits = 0.0
-    for text in texts:
-        ids = [model.config.bos_token_id, *tokenizer.encode(text, add_special_tokens=False).ids]
-        with torch.no_grad():
-            logits = model(torch.tensor([ids])).logits[0, :-1].double()
-        nats = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum")
-        bits += float(nats) / math.log(2)
+    found = score(layout_of(path), texts, load_tokenizer(path), device=CPU, dtype=torch.float32)
     assert found.bytes == sum(len(text.encode()) for text in texts)
-    assert found.bits == pytest.approx(bits, rel=1e-5)
+    assert found.bits == pytest.approx(full_load_bits(path, model_type, texts), rel=1e-5)
     assert found.lossy_windows == 0

@@ -1,12 +1,20 @@
 """Tiny real checkpoints, built in memory from transformers' own configs and saved by it."""
 
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedTokenizerFast,
+)
+
+from tests.tiny_configs import TINY, WRAPPERS
 
 TEXT = Path(__file__).parent.parent / "tools" / "text" / "heldout.txt"
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
@@ -48,34 +56,22 @@ def tokenizer(*, special_first: bool = True, bos: bool = True) -> Tokenizer:
     return Tokenizer.from_str(_trained(special_first, bos))
 
 
-def config(model_type: str, *, tied: bool, specials: dict[str, int], **changes: Any) -> Any:
-    """Return a tiny config of ``model_type``."""
-    sizes: dict[str, Any] = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 32,
-        "intermediate_size": INTERMEDIATE_SIZE,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": tied,
+def config(key: str, *, tied: bool, specials: dict[str, int], **changes: Any) -> Any:
+    """Return the tiny config of ``key``, as in ``tiny_configs.TINY``."""
+    ids = {
         "bos_token_id": specials["<s>"],
         "eos_token_id": specials["</s>"],
         "pad_token_id": specials["<pad>"],
     }
-    if model_type == "gemma3_text":
-        sizes |= {
-            "query_pre_attn_scalar": 8,
-            "sliding_window": 16,
-            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        }
-    return AutoConfig.for_model(model_type, **{**sizes, **changes})
+    values = {"tie_word_embeddings": tied, **deepcopy(TINY[key])}
+    text = values.get("text_config", values)
+    text |= ids | changes | {"tie_word_embeddings": tied}
+    return AutoConfig.for_model(key.partition(":")[0], **values)
 
 
 def save(
     path: Path,
-    model_type: str = "llama",
+    key: str = "llama",
     *,
     tied: bool = False,
     dtype: torch.dtype = torch.float32,
@@ -91,9 +87,8 @@ def save(
     fast = tokenizer(special_first=special_first, bos=bos)
     specials = {token: fast.get_vocab()[token] for token in SPECIAL}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        config(model_type, tied=tied, specials=specials, **changes)
-    )
+    made = config(key, tied=tied, specials=specials, **changes)
+    model = auto_class(key).from_config(made)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -106,3 +101,16 @@ def save(
         pad_token="<pad>",
     ).save_pretrained(path)
     return path
+
+
+def auto_class(key: str) -> Any:
+    """The class of transformers that loads a model of ``key``."""
+    return AutoModelForImageTextToText if key in WRAPPERS else AutoModelForCausalLM
+
+
+def load(path: Path, key: str = "llama") -> Any:
+    """Load a checkpoint in fp32; experts run in the library's plain loop."""
+    model = auto_class(key).from_pretrained(path, dtype=torch.float32)
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
+    return model.eval()

@@ -1,16 +1,17 @@
 """The paper's Tables 2, 3, 6 and 8 from headers alone, beside the tool's own rule of thumb.
 
-python tools/paper.py
+python -m tools.paper
 """
 
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgery.budget import Sizes, split
+from surgery.budget import Sizes, split, whole
 from surgery.checkpoint import Checkpoint
 from surgery.layout import Layout
-from tools.shapes import PUBLISHED, write_headers_only
+from tools.published import PUBLISHED
+from tools.shapes import write_headers_only
 
 SMALLEST_VOCAB = 1024
 """Stands for the bytes and special tokens that have to stay; the rule never comes near it."""
@@ -27,6 +28,11 @@ class Row:
     intermediate_size: int
     parameters: str
     """As printed: millions, or billions for 70B."""
+
+    @property
+    def sizes(self) -> Sizes:
+        """The two sizes as the tool has them."""
+        return Sizes(self.vocab_size, {"intermediate_size": self.intermediate_size})
 
 
 TABLE_8 = (
@@ -79,6 +85,11 @@ def layout_of(model: str, directory: Path) -> Layout:
     return Layout.of(Checkpoint.open(write_headers_only(directory / model, PUBLISHED[model])))
 
 
+def parameters(layout: Layout, sizes: Sizes) -> int:
+    """Count the parameters of a cut."""
+    return layout.parameters(sizes.vocab_size, sizes.widths)
+
+
 def main() -> None:
     """Print every row with what the tool computes and what its rule of thumb would choose."""
     with tempfile.TemporaryDirectory() as name:
@@ -89,15 +100,14 @@ def main() -> None:
     )
     for row in (*TABLE_8, *TABLE_6):
         layout = layouts[row.model]
-        total = layout.parameters(layout.vocab_size, layout.intermediate_size)
-        found = printed(layout.parameters(row.vocab_size, row.intermediate_size))
-        full = Sizes(layout.vocab_size, layout.intermediate_size)
+        full = whole(layout)
+        found = printed(parameters(layout, row.sizes))
         rule = split(layout, row.ratio, SMALLEST_VOCAB) if row.ratio else full
-        reached = 1 - layout.parameters(rule.vocab_size, rule.intermediate_size) / total
+        reached = 1 - parameters(layout, rule) / parameters(layout, full)
         print(
             f"{row.model:<15}{row.ratio:>6.0%}{row.vocab_size:>8}{row.intermediate_size:>7}"
             f"{row.parameters:>8}{found:>8}"
-            f"{rule.vocab_size:>10}{rule.intermediate_size:>9}{reached:>9.2%}"
+            f"{rule.vocab_size:>10}{rule.widths['intermediate_size']:>9}{reached:>9.2%}"
         )
 
 

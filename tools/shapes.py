@@ -3,9 +3,12 @@
 ``write_headers_only`` makes a directory whose shards are sparse files: enough for whatever reads
 headers, at the size of the largest models. ``write_random`` fills the same directory with finite
 bfloat16 weights. ``synthetic_tokenizer`` makes a byte-level BPE of any size.
+
+The model types are those of ``tools/published.py`` and their like: attention by q, k, v and o or
+DeepSeek's latent one, FFNs that are gated, experts one by one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,9 +16,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from surgery.checkpoint import INDEX_NAME, SINGLE_NAME
-from surgery.families import Family, Slot, family_of
+from surgery.families import family_of
+from surgery.family import VOCAB, Dim, Family, Slot
 from surgery.header import ITEMSIZE, encode_header
 from surgery.jsonfile import dump_json
+from surgery.slots import BUFFER
 from tools.synthetic_tokenizer import SPECIAL_TOKENS, synthetic_tokenizer
 
 DTYPE = "BF16"
@@ -33,83 +38,20 @@ Config = Mapping[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 
 
-def llama_config(
-    hidden_size: int,
-    intermediate_size: int,
-    num_hidden_layers: int,
-    num_attention_heads: int,
-    num_key_value_heads: int,
-    vocab_size: int,
-    **changes: Any,
-) -> dict[str, Any]:
-    """Return a config.json of model type llama; ``changes`` replaces or adds keys.
-
-    bos and eos are the first two of the synthetic tokenizer's special tokens, which end at
-    ``vocab_size`` where that allows it.
-    """
-    special = max(vocab_size - SPECIAL_TOKENS, 0)
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": hidden_size,
-        "intermediate_size": intermediate_size,
-        "num_hidden_layers": num_hidden_layers,
-        "num_attention_heads": num_attention_heads,
-        "num_key_value_heads": num_key_value_heads,
-        "vocab_size": vocab_size,
-        "tie_word_embeddings": False,
-        "bos_token_id": special,
-        "eos_token_id": special + 1,
-        "hidden_act": "silu",
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-05,
-        "rope_theta": 500000.0,
-        "torch_dtype": "bfloat16",
-    } | changes
-
-
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "Qwen2.5-0.5B": llama_config(
-        *(896, 4864, 24, 14, 2, 151936),
-        model_type="qwen2",
-        architectures=["Qwen2ForCausalLM"],
-        tie_word_embeddings=True,
-        rms_norm_eps=1e-06,
-        rope_theta=1000000.0,
-    ),
-    "Llama-3.2-1B": llama_config(
-        *(2048, 8192, 16, 32, 8, 128256), head_dim=64, tie_word_embeddings=True
-    ),
-    "Llama-3.1-8B": llama_config(4096, 14336, 32, 32, 8, 128256),
-    "Llama-3.1-70B": llama_config(8192, 28672, 80, 64, 8, 128256),
-    "Gemma-3-1B": llama_config(
-        *(1152, 6912, 26, 4, 1, 262144),
-        model_type="gemma3_text",
-        architectures=["Gemma3ForCausalLM"],
-        head_dim=256,
-        tie_word_embeddings=True,
-        hidden_activation="gelu_pytorch_tanh",
-        max_position_embeddings=32768,
-        query_pre_attn_scalar=256,
-        rms_norm_eps=1e-06,
-        rope_theta=1000000.0,
-        sliding_window=512,
-    ),
-}
-"""Model name → a config with its published dimensions."""
-
-
 def tensor_shapes(config: Config) -> Shapes:
     """Return name → shape of every tensor, in the order in which checkpoints store them."""
     family = family_of(config, "config")
-    slots = [slot for slot in family.slots if _present(slot, config, family)]
-    layers = [slot for slot in slots if "{layer}" in slot.name]
-    names = [
-        family.embedding,
-        *(s.name.format(layer=n) for n in range(config["num_hidden_layers"]) for s in layers),
-        *(s.name for s in slots if s not in layers and s.name != family.embedding),
-    ]
-    return {name: _shape(name, config) for name in names}
+    shapes: Shapes = {family.embedding: _shape(family.by_name[family.embedding], config, family)}
+    for layer in range(config["num_hidden_layers"]):
+        slots = [s for s in family.slots if "{layer}" in s.name and _present(s, config, layer)]
+        for slot, expert in _with_experts(slots, _experts(config)):
+            shapes[slot.name.format(layer=layer, expert=expert)] = _shape(slot, config, family)
+    for slot in family.slots:
+        if "{layer}" not in slot.name and slot.name != family.embedding:
+            tied = slot.name == family.head and config.get("tie_word_embeddings", family.tied)
+            if not tied and not slot.name.endswith("bias"):
+                shapes[slot.name] = _shape(slot, config, family)
+    return shapes
 
 
 def write_headers_only(path: Path, config: Config, shards: int = 1) -> Path:
@@ -153,32 +95,82 @@ def write_tokenizer(path: Path, config: Config) -> Path:
     return path
 
 
-def _present(slot: Slot, config: Config, family: Family) -> bool:
-    """Whether the model that ``config`` describes has the tensors of ``slot``."""
-    if slot.required:
-        return True
-    if slot.name == family.head:
-        return not config.get("tie_word_embeddings", family.tied)
+def _experts(config: Config) -> int:
+    """Routed experts of a layer; 0 in a dense model."""
+    keys = ("n_routed_experts", "num_local_experts", "num_experts")
+    return next((int(config[key]) for key in keys if key in config), 0)
+
+
+def _with_experts(slots: list[Slot], experts: int) -> Iterator[tuple[Slot, int]]:
+    """Every slot of a layer, those of experts once for each, expert by expert."""
+    routed = [slot for slot in slots if "{expert}" in slot.name]
+    yield from ((slot, 0) for slot in slots if slot not in routed)
+    yield from ((slot, expert) for expert in range(experts) for slot in routed)
+
+
+def _present(slot: Slot, config: Config, layer: int) -> bool:
+    """Whether layer ``layer`` of the model that ``config`` describes has the tensor of ``slot``."""
     module, kind = slot.name.split(".")[-2:]
-    if kind != "bias":
+    sparse = _experts(config) > 0 and layer >= config.get("first_k_dense_replace", 0)
+    blocks = {
+        "packed": False,
+        BUFFER: False,
+        "dense": not sparse,
+        "experts": sparse,
+        "shared": sparse and bool(config.get("n_shared_experts")),
+    }
+    if not blocks.get(slot.block, sparse or not slot.beside):
         return False
-    if slot.group == "ffn":
-        return bool(config.get("mlp_bias"))
-    return module in BIASED.get(config["model_type"], ()) or bool(config.get("attention_bias"))
+    if kind == "bias" and slot.group == "attention":
+        return module in BIASED.get(config["model_type"], ()) or bool(config.get("attention_bias"))
+    if kind == "bias":
+        return slot.group == "ffn" and bool(config.get("mlp_bias"))
+    if module in ("q_a_proj", "q_a_layernorm", "q_b_proj"):
+        return bool(config.get("q_lora_rank"))
+    return not (module == "q_proj" and config.get("q_lora_rank"))
 
 
-def _shape(name: str, config: Config) -> tuple[int, ...]:
-    """Shape of tensor ``name``: a bias is as long as its weight's first dimension."""
+def _shape(slot: Slot, config: Config, family: Family) -> tuple[int, ...]:
+    """Shape of a tensor of ``slot``: its axes first, then what its module says."""
+    hidden, module = config["hidden_size"], slot.name.split(".")[-2]
+    if any(slot.dims):
+        return tuple(_length(dim, config, family) if dim else hidden for dim in slot.dims)
+    if "experts" in slot.beside:
+        experts = _experts(config)
+        return (experts, hidden) if slot.name.endswith("weight") else (experts,)
+    shape = _attention_shapes(config).get(module, (hidden,))
+    return shape[:1] if slot.name.endswith("bias") else shape
+
+
+def _length(dim: Dim, config: Config, family: Family) -> int:
+    """Positions of a dimension that carries an axis."""
+    if dim.axis == VOCAB:
+        return int(config["vocab_size"])
+    width = family.widths[dim.axis]
+    return int(config[width.key]) * int(config.get(width.times, 1)) * dim.copies
+
+
+def _attention_shapes(config: Config) -> Shapes:
+    """Last but one part of a name → shape of the weight, of attention and its norms."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    if "kv_lora_rank" in config:
+        nope, rope, value = (
+            config[key] for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        )
+        rank, query_rank = config["kv_lora_rank"], config.get("q_lora_rank") or hidden
+        return {
+            "q_proj": (heads * (nope + rope), hidden),
+            "q_a_proj": (query_rank, hidden),
+            "q_a_layernorm": (query_rank,),
+            "q_b_proj": (heads * (nope + rope), query_rank),
+            "kv_a_proj_with_mqa": (rank + rope, hidden),
+            "kv_a_layernorm": (rank,),
+            "kv_b_proj": (heads * (nope + value), rank),
+            "o_proj": (hidden, heads * value),
+        }
     head = config.get("head_dim") or hidden // heads
     queries, keys = heads * head, config.get("num_key_value_heads", heads) * head
-    rows, channels = config["vocab_size"], config["intermediate_size"]
-    weights = {
-        "embed_tokens": (rows, hidden),
-        "lm_head": (rows, hidden),
-        "gate_proj": (channels, hidden),
-        "up_proj": (channels, hidden),
-        "down_proj": (hidden, channels),
+    return {
         "q_proj": (queries, hidden),
         "k_proj": (keys, hidden),
         "v_proj": (keys, hidden),
@@ -186,9 +178,6 @@ def _shape(name: str, config: Config) -> tuple[int, ...]:
         "q_norm": (head,),
         "k_norm": (head,),
     }
-    module, kind = name.split(".")[-2:]
-    shape = weights.get(module, (hidden,))
-    return shape if kind == "weight" else shape[:1]
 
 
 def _start(path: Path, config: Config, count: int) -> dict[str, Shapes]:

@@ -16,14 +16,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import calib.calibrate
-from calib.calibrate import ChannelSums, membership
+from calib.calibrate import ChannelSums
 from calib.corpus import token_windows
 from calib.decoder import Batch, micro_batches
 from calib.documents import read_documents
 from calib.ffn import pieces
 from calib.weights import WeightReader
+from surgery.family import FFN
 from surgery.layout import Layout
-from surgery.stats import ChannelStats
+from surgery.stats import PARTS, ChannelStats
 from surgery.steps import calibrate_model, open_model
 from surgery.tokenizer import load_tokenizer
 from surgery.vocabulary import rarity_of
@@ -84,10 +85,13 @@ def full(model: str, text: str, samples: int, seq_len: int, stats: Path) -> Figu
         model, dtype=torch.float32, attn_implementation="sdpa"
     ).model
     loaded = time.perf_counter()
-    sums = _hooked_pass(decoder, windows, expected, layout.intermediate_size)
+    sums = _hooked_pass(decoder, windows, expected, layout.channels_of(FFN))
     done = time.perf_counter()
-    pairs = [(s.sum_sq.numpy(), e) for s, e in zip(sums, expected.sum_sq, strict=True)]
-    pairs += [(s.sum_abs.numpy(), e) for s, e in zip(sums, expected.sum_abs, strict=True)]
+    pairs = [
+        (getattr(own.numbers(), part), getattr(axes[FFN], part))
+        for own, axes in zip(sums, expected.layers, strict=True)
+        for part in PARTS
+    ]
     return {
         "load_seconds": loaded - start,
         "pass_seconds": done - loaded,
@@ -109,11 +113,11 @@ def _hooked_pass(
 
     def watch(layer: int, act: torch.Tensor) -> None:
         for tokens in pieces(*act.shape):
-            member = membership(buckets[current[-1][:, tokens]], count)
-            sums[layer].add(act[:, tokens].flatten(0, -2), member)
+            ids = current[-1][:, tokens].flatten()
+            sums[layer].add(0, buckets[ids], act[:, tokens].flatten(0, -2))
 
     for number, layer in enumerate(decoder.get_submodule("layers").children()):
-        sums.append(ChannelSums(count, channels, torch.device("cpu")))
+        sums.append(ChannelSums(count, 1, channels, torch.device("cpu")))
         layer.get_submodule("mlp.down_proj").register_forward_pre_hook(
             lambda module, inputs, number=number: watch(number, inputs[0])
         )
@@ -126,24 +130,20 @@ def _hooked_pass(
 def _batches(windows: Sequence[np.ndarray]) -> list[Batch]:
     """Group windows by length as ``StreamedDecoder.embed`` does, without hidden states."""
     return [
-        Batch(torch.from_numpy(np.stack([w for w in windows if len(w) == n])), torch.empty(0), [])
+        Batch(torch.from_numpy(np.stack([w for w in windows if len(w) == n])), torch.empty(0))
         for n in dict.fromkeys(map(len, windows))
     ]
 
 
 def _sizes(layout: Layout, stats: ChannelStats) -> Figures:
     """What the bound on anonymous memory and the bytes to read are made of."""
-    tensors = layout.checkpoint.tensors.values()
-    of_layer = dict.fromkeys(range(layout.num_hidden_layers), 0)
-    for tensor in tensors:
-        layer = layout.slots[tensor.name][1]
-        if layer is not None:
-            of_layer[layer] += tensor.parameters
-    embedding = layout.checkpoint.tensors[layout.family.embedding]
+    layers = [list(tensors.values()) for tensors in layout.of_layer]
+    largest = max(sum(tensor.parameters for tensor in layer) for layer in layers)
+    embedding = layout.by_name[layout.family.embedding]
     used, hidden_size = int(np.count_nonzero(stats.token_counts)), embedding.shape[1]
     computed = 4
     parts = {
-        "two_layers_bytes": 2 * max(of_layer.values()) * computed,
+        "two_layers_bytes": 2 * largest * computed,
         "hidden_bytes": stats.info.tokens * hidden_size * computed,
         "embedding_bytes": used * hidden_size * computed,
         "slack_bytes": SLACK_BYTES,
@@ -153,7 +153,7 @@ def _sizes(layout: Layout, stats: ChannelStats) -> Figures:
         "tokens": stats.info.tokens,
         "threads": torch.get_num_threads(),
         "file_bytes": layout.checkpoint.nbytes,
-        "needed_bytes": sum(t.nbytes for t in tensors if layout.slots[t.name][1] is not None)
+        "needed_bytes": sum(tensor.nbytes for layer in layers for tensor in layer)
         + used * hidden_size * embedding.itemsize,
         "bound_bytes": sum(parts.values()),
         "bound": parts,

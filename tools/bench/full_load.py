@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from surgery.family import FFN
 from surgery.plan import Plan
 
 
@@ -20,13 +21,14 @@ def full_load_apply(plan: Plan, output: Path) -> None:
     with torch.no_grad():
         for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
             _keep(embedding, rows, 0)
+        full = plan.before.widths["intermediate_size"]
         for number, layer in enumerate(model.model.layers):
-            channels = torch.from_numpy(plan.channels(number))
+            channels = torch.from_numpy(plan.channels(number, FFN, full)[0])
             _keep(layer.mlp.gate_proj, channels, 0)
             _keep(layer.mlp.up_proj, channels, 0)
             _keep(layer.mlp.down_proj, channels, 1)
     model.config.vocab_size = plan.after.vocab_size
-    model.config.intermediate_size = plan.after.intermediate_size
+    model.config.intermediate_size = plan.after.widths["intermediate_size"]
     for key in ("bos_token_id", "eos_token_id"):
         for config in (model.config, model.generation_config):
             setattr(config, key, plan.ids().new(getattr(config, key)))

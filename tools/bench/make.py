@@ -11,14 +11,16 @@ from pathlib import Path
 import numpy as np
 
 from surgery.budget import Sizes
+from surgery.channels import LEAST_TOKENS
 from surgery.checkpoint import Checkpoint
 from surgery.layout import Layout
-from surgery.plan import make_plan
-from surgery.stats import ChannelStats, StatsInfo
+from surgery.planning import make_plan
+from surgery.stats import AxisSums, ChannelStats, StatsInfo
 from surgery.vocabulary import rarity_of
-from tools.shapes import PUBLISHED, write_headers_only, write_random, write_tokenizer
+from tools.published import PUBLISHED
+from tools.shapes import write_headers_only, write_random, write_tokenizer
 
-PAPER_SIZES = Sizes(67840, 8448)
+PAPER_SIZES = Sizes(67840, {"intermediate_size": 8448})
 """V' and I' of LLaMA-3.1-8B at 35 % in the paper."""
 SHARDS_70B = 30
 
@@ -56,8 +58,17 @@ def make_headers(directory: Path) -> None:
 
 def _random_stats(layout: Layout, edge: int) -> ChannelStats:
     generator = np.random.default_rng(0)
-    shape = (layout.num_hidden_layers, 2, layout.intermediate_size)
-    sum_sq, sum_abs = generator.random(shape), generator.random(shape)
+    layers = [
+        {
+            axis: AxisSums(
+                generator.random((2, experts, layout.channels_of(axis))),
+                generator.random((2, experts, layout.channels_of(axis))),
+                np.full((2, experts), LEAST_TOKENS),
+            )
+            for axis, experts in axes.items()
+        }
+        for axes in layout.watched
+    ]
     info = StatsInfo(
         fingerprint=layout.checkpoint.fingerprint,
         text_digest="random",
@@ -69,7 +80,7 @@ def _random_stats(layout: Layout, edge: int) -> ChannelStats:
     )
     counts = np.ones(layout.vocab_size, dtype=np.int64)
     buckets = rarity_of(layout).buckets(info.bucket_edges)
-    return ChannelStats(info, list(sum_sq), list(sum_abs), counts, buckets)
+    return ChannelStats(info, layers, counts, buckets)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,178 @@
+"""From headers, sizes and statistics to a plan; no weights are read."""
+
+from itertools import zip_longest
+
+import numpy as np
+
+from surgery import selection
+from surgery.blocks import blocks, check_blocks
+from surgery.budget import TOLERANCE, Sizes, check_sizes, whole
+from surgery.channels import LEAST_TOKENS, bucket_weights, choose_channels, unseen_experts
+from surgery.errors import StatsError
+from surgery.family import EXPERT
+from surgery.idmap import IdMap
+from surgery.layout import Layout
+from surgery.plan import Plan, Provenance
+from surgery.predict import axis_lengths, shape_of
+from surgery.rarity import Rarity
+from surgery.stats import ChannelStats
+from surgery.vocab_cost import VocabularyCost
+
+
+def make_plan(
+    layout: Layout,
+    rarity: Rarity,
+    sizes: Sizes,
+    stats: ChannelStats | None,
+    *,
+    criterion: str,
+    source: str,
+    output: str | None = None,
+    ratio: float | None = None,
+    vocabulary: VocabularyCost | None = None,
+    least_tokens: int = LEAST_TOKENS,
+) -> Plan:
+    """Plan the cut of ``layout`` to ``sizes``; no weights are read.
+
+    Without ``stats`` the plan predicts sizes but, where channels go, cannot be applied.
+
+    Raises:
+        BudgetError: a size out of reach, or not in whole blocks of FP8 weights.
+        StatsError: the statistics belong to another model, or an expert saw fewer than
+            ``least_tokens`` tokens.
+    """
+    check_sizes(layout, sizes)
+    check_blocks(layout, sizes)
+    ids = rarity.id_map(sizes.vocab_size)
+    kept_channels: list[dict[str, list[str]]] = []
+    notes = _notes(layout, sizes, ratio, vocabulary)
+    if stats is not None:
+        check_stats(layout, stats)
+        experts = layout.family.widths.get(EXPERT)
+        if experts and sizes.widths.get(experts.key) != layout.widths.get(experts.key):
+            check_experts(stats, least_tokens)
+        notes += _approximations(stats, ids, criterion)
+        kept_channels = _encoded(layout, stats, ids, sizes, criterion)
+    return Plan(
+        source=source,
+        fingerprint=layout.checkpoint.fingerprint,
+        output=output,
+        before=shape_of(layout, whole(layout)),
+        after=shape_of(layout, sizes),
+        kept_tokens=selection.encode(ids.kept, layout.vocab_size),
+        rowless_tokens=rarity.rowless,
+        kept_channels=kept_channels,
+        dropped=layout.dropped,
+        dequantize=sizes.dequantize,
+        vocabulary=vocabulary,
+        family=layout.checkpoint.family,
+        provenance=Provenance(
+            criterion=criterion,
+            ratio=ratio,
+            text_digest=stats.info.text_digest if stats else None,
+            calibration_tokens=stats.info.tokens if stats else 0,
+            notes=notes,
+        ),
+    )
+
+
+def _encoded(
+    layout: Layout, stats: ChannelStats, ids: IdMap, sizes: Sizes, criterion: str
+) -> list[dict[str, list[str]]]:
+    """The channels that stay, as the plan holds them."""
+    full = axis_lengths(layout, layout.widths)
+    lengths = axis_lengths(layout, sizes.widths)
+    by_key = {} if sizes.dequantize else blocks(layout)
+    by_axis = {axis: by_key.get(width.key, 1) for axis, width in layout.family.widths.items()}
+    kept = choose_channels(stats, ids, lengths, criterion, by_axis)
+    return [
+        {axis: [selection.encode(k, full[axis]) for k in of_axis] for axis, of_axis in axes.items()}
+        for axes in kept
+    ]
+
+
+def check_stats(layout: Layout, stats: ChannelStats) -> None:
+    """Refuse statistics of another model.
+
+    Raises:
+        StatsError: its fingerprint or a size is another.
+    """
+    if stats.info.fingerprint != layout.checkpoint.fingerprint:
+        raise StatsError(
+            stats.where,
+            "were taken from another model",
+            expected=f"fingerprint {layout.checkpoint.fingerprint[:12]}",
+            found=stats.info.fingerprint[:12],
+            fix=f"calibrate {layout.checkpoint.path}",
+        )
+    full = axis_lengths(layout, layout.widths)
+    expected = [
+        {axis: (experts, full[axis]) for axis, experts in axes.items()} for axes in layout.watched
+    ]
+    found = [{axis: sums.sum_sq.shape[1:] for axis, sums in a.items()} for a in stats.layers]
+    if found != expected or len(stats.token_counts) != layout.vocab_size:
+        layer = next((i for i, (a, b) in enumerate(zip_longest(found, expected)) if a != b), 0)
+        raise StatsError(
+            stats.where,
+            f"have other sizes than the model (layers, experts and channels of layer {layer}, "
+            "tokens)",
+            expected=(len(expected), *expected[layer : layer + 1], layout.vocab_size),
+            found=(len(found), *found[layer : layer + 1], len(stats.token_counts)),
+            fix="calibrate again",
+        )
+
+
+def check_experts(stats: ChannelStats, least: int) -> None:
+    """Refuse to rank the channels of experts that hardly saw a token.
+
+    Raises:
+        StatsError: one saw fewer than ``least``.
+    """
+    few = unseen_experts(stats, least)
+    if few:
+        layer = next(iter(few))
+        raise StatsError(
+            stats.where,
+            f"{sum(map(len, few.values()))} experts saw too few tokens to rank their channels, "
+            f"such as expert {few[layer][0]} of layer {layer}",
+            expected=f"at least {least}",
+            found=int(stats.layers[layer][EXPERT].tokens[:, few[layer][0]].sum()),
+            fix="calibrate with more text, or accept it with --min-expert-tokens",
+        )
+
+
+def _notes(
+    layout: Layout, sizes: Sizes, ratio: float | None, vocabulary: VocabularyCost | None
+) -> list[str]:
+    """What follows from the sizes alone."""
+    notes = vocabulary.warnings() if vocabulary else []
+    misread = layout.family.misread_vocab_sizes.get(sizes.vocab_size)
+    if vocabulary and misread:
+        notes.append(f"vocab_size {sizes.vocab_size}: {misread}; another size avoids that")
+    full = layout.parameters(layout.vocab_size, layout.widths)
+    reached = 1 - layout.parameters(sizes.vocab_size, sizes.widths) / full
+    if ratio is not None and abs(reached - ratio) > TOLERANCE:
+        notes.append(f"the steps of the sizes reach {reached:.1%}, not {ratio:.1%}")
+    if sizes.dequantize:
+        notes.append("FP8 weights become bf16, in which each has two bytes instead of one")
+    if layout.checkpoint.family is not None:
+        kind = layout.checkpoint.config.get("model_type")
+        notes.append(
+            f"treated as {layout.checkpoint.family}; config.json keeps model type {kind}, "
+            "which whatever loads the output has to know"
+        )
+    return notes
+
+
+def _approximations(stats: ChannelStats, ids: IdMap, criterion: str) -> list[str]:
+    weights = bucket_weights(stats, ids)
+    partial = np.flatnonzero((weights > 0) & (weights < 1))
+    if criterion != "common-act2" or not len(partial):
+        return []
+    edges = [0, *stats.info.bucket_edges]
+    parts = ", ".join(f"{edges[b]}-{edges[b + 1]} by {weights[b]:.1%}" for b in partial)
+    return [
+        f"vocab_size {ids.new_size} lies inside a bucket of the statistics, which counts by the "
+        f"share of its occurrences that stay ({parts}); "
+        f"calibrate --vocab-sizes {ids.new_size} makes it exact"
+    ]

@@ -1,0 +1,78 @@
+"""Plans with channels chosen by chance, and the dense model that each must equal."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from surgery.budget import Sizes
+from surgery.checkpoint import Checkpoint
+from surgery.edits import kept_channels
+from surgery.family import EXPERT, STACK, Dim
+from surgery.layout import Layout
+from surgery.plan import Plan
+from surgery.planning import make_plan
+from surgery.stats import AxisSums, ChannelStats, StatsInfo
+from surgery.vocabulary import rarity_of
+
+
+def layout_of(path: Path) -> Layout:
+    return Layout.of(Checkpoint.open(path))
+
+
+def random_stats(layout: Layout, seed: int = 0) -> ChannelStats:
+    """Statistics in which chance decides, different in each layer and expert."""
+    rng = np.random.default_rng(seed)
+    info = StatsInfo(layout.checkpoint.fingerprint, "", 1, 1, 1, [layout.vocab_size], "float32")
+    layers: list[dict[str, AxisSums]] = []
+    for axes in layout.watched:
+        layers.append({})
+        for axis, experts in axes.items():
+            sums = rng.random((1, experts, layout.channels_of(axis)))
+            layers[-1][axis] = AxisSums(sums, sums, np.full((1, experts), 1000))
+    counts = np.ones(layout.vocab_size, dtype=np.int64)
+    return ChannelStats(info, layers, counts, np.zeros_like(counts))
+
+
+def random_plan(
+    path: Path, vocab_size: int, widths: int | Mapping[str, int] | float, seed: int = 0
+) -> Plan:
+    """Plan a cut of ``path`` to ``widths``: one for all, one each, or a share of each."""
+    layout = layout_of(path)
+    if isinstance(widths, float):
+        widths = {key: max(1, round(widths * size)) for key, size in layout.widths.items()}
+    elif isinstance(widths, int):
+        widths = dict.fromkeys(layout.widths, widths)
+    return make_plan(
+        layout,
+        rarity_of(layout),
+        Sizes(vocab_size, widths),
+        random_stats(layout, seed),
+        criterion="act2",
+        source=str(path),
+    )
+
+
+def masked_dense(source: Path, plan: Plan, output: Path) -> Path:
+    """Copy ``source`` with zeros where the removed channels go into each down_proj."""
+    layout = layout_of(source)
+    kept = kept_channels(plan, layout)
+    shutil.copytree(source, output)
+    for file in sorted(output.glob("*.safetensors")):
+        tensors = load_file(file)
+        for name, tensor in tensors.items():
+            place = layout.places[name]
+            if place.slot.watched and place.layer is not None and place.slot.width:
+                chosen = kept[place.layer][place.slot.width]
+                dim = place.slot.dims.index(Dim(place.slot.width))
+                parts = tensor if Dim(STACK) in place.slot.dims else [tensor]
+                dim -= Dim(STACK) in place.slot.dims
+                first = place.expert or 0 if place.slot.width == EXPERT else 0
+                for number, part in enumerate(parts):
+                    gone = np.setdiff1d(np.arange(part.shape[dim]), chosen[first + number])
+                    part.index_fill_(dim, torch.from_numpy(gone), 0)
+        save_file(tensors, file, {"format": "pt"})
+    return output

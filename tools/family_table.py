@@ -1,0 +1,148 @@
+"""The README's table of families, made from the table of axes and from what the tests cover.
+
+python -m tools.family_table            print it
+python -m tools.family_table --write    put it into README.md
+"""
+
+from pathlib import Path
+
+import click
+
+from surgery.families import FAMILIES
+from surgery.family import EXPERT, FFN, SHARED, Family, Wrapper
+from tests.loading import NOT_IN_4
+from tests.tiny_configs import TINY
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN = "<!-- made by python -m tools.family_table -->\n"
+END = "<!-- end of the table of families -->\n"
+
+MODELS = {
+    "llama": "Llama 1, 2, 3; Falcon 3; SmolLM2; Yi",
+    "mistral": "Mistral 7B, Nemo, Small",
+    "ministral": "Ministral 8B",
+    "ministral3": "Ministral 3",
+    "qwen2": "Qwen 2, 2.5",
+    "qwen3": "Qwen 3",
+    "gemma": "Gemma 1",
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3, text",
+    "vaultgemma": "VaultGemma",
+    "granite": "Granite 3",
+    "granite_swa": "Granite with sliding windows",
+    "olmo": "OLMo 1",
+    "olmo2": "OLMo 2",
+    "olmo3": "OLMo 3",
+    "smollm3": "SmolLM 3",
+    "stablelm": "StableLM 2",
+    "cohere": "Command R",
+    "cohere2": "Command R7B, A",
+    "exaone4": "EXAONE 4",
+    "internlm3": "InternLM 3",
+    "ernie4_5": "ERNIE 4.5 dense",
+    "hunyuan_v1_dense": "Hunyuan dense",
+    "seed_oss": "Seed-OSS",
+    "helium": "Helium",
+    "diffllama": "DiffLlama",
+    "youtu": "Youtu-LLM",
+    "phi3": "Phi-3, 3.5, 4",
+    "glm": "GLM-4 9B",
+    "glm4": "GLM-4-0414",
+    "arcee": "AFM",
+    "nemotron": "Nemotron 3, 4",
+    "jais2": "Jais 2",
+    "apertus": "Apertus",
+    "starcoder2": "StarCoder 2",
+    "nanochat": "nanochat",
+    "phi": "Phi-1, 1.5, 2",
+    "persimmon": "Persimmon",
+    "gpt2": "GPT-2",
+    "gpt_bigcode": "StarCoder 1",
+    "gptj": "GPT-J",
+    "codegen": "CodeGen",
+    "gpt_neo": "GPT-Neo",
+    "gpt_neox": "Pythia, GPT-NeoX",
+    "opt": "OPT",
+    "biogpt": "BioGPT",
+    "falcon": "Falcon 1, 2",
+    "bloom": "BLOOM",
+    "mpt": "MPT",
+    "mixtral": "Mixtral",
+    "phimoe": "Phi-3.5-MoE",
+    "minimax_m2": "MiniMax M2",
+    "olmoe": "OLMoE",
+    "flex_olmo": "FlexOlmo",
+    "qwen2_moe": "Qwen 1.5, 2 MoE",
+    "qwen3_moe": "Qwen 3 MoE",
+    "qwen3_next": "Qwen 3 Next",
+    "deepseek_v2": "DeepSeek V2",
+    "deepseek_v3": "DeepSeek V3, R1",
+    "glm4_moe": "GLM-4.5, 4.6",
+    "dots1": "dots.llm1",
+    "solar_open": "Solar Open",
+    "exaone_moe": "K-EXAONE",
+    "afmoe": "Trinity",
+    "ernie4_5_moe": "ERNIE 4.5 MoE",
+    "hunyuan_v1_moe": "Hunyuan A13B",
+    "cohere2_moe": "Command A MoE",
+    "granitemoe": "Granite 3 MoE",
+    "granitemoeshared": "Granite MoE, shared experts",
+    "gpt_oss": "GPT-OSS, as bf16",
+    "llama4_text": "Llama 4, text",
+    "gemma3": "Gemma 3",
+    "mistral3": "Mistral Small 3.1, Ministral 3",
+    "llama4": "Llama 4",
+    "llava": "LLaVA 1.5",
+    "internvl": "InternVL 3",
+    "qwen2_vl": "Qwen2-VL",
+    "qwen2_5_vl": "Qwen2.5-VL",
+    "qwen3_vl": "Qwen3-VL dense",
+}
+"""Model type → well-known models of it."""
+
+REAL = {"llama": "SmolLM2-135M", "gemma3_text": "Gemma 3 270M"}
+"""Model type → the published weights that were taken through the command line."""
+
+PARTS = {FFN: "FFN", EXPERT: "experts", SHARED: "shared expert"}
+
+
+def family_table() -> str:
+    """Return the table in Markdown, one row for each entry of FAMILIES."""
+    rows = [
+        "| model_type | such as | cut, beside the vocabulary | loads in | real weights |",
+        "|---|---|---|---|---|",
+    ]
+    for name, entry in FAMILIES.items():
+        cut = "what its language model has" if isinstance(entry, Wrapper) else widths(entry)
+        majors = "5" if name in NOT_IN_4 else "5 and 4.57"
+        rows.append(f"| {name} | {MODELS[name]} | {cut} | {majors} | {REAL.get(name, '')} |")
+    return "\n".join(rows) + "\n"
+
+
+def widths(family: Family) -> str:
+    """The channels that can be cut, by their keys in config.json."""
+    by_key: dict[str, list[str]] = {}
+    for axis, width in family.widths.items():
+        by_key.setdefault(width.key, []).append(PARTS[axis])
+    return "; ".join(f"{' and '.join(p)} (`{k}`)" for k, p in by_key.items()) or "nothing"
+
+
+def untested() -> set[str]:
+    """Entries of FAMILIES that no tiny checkpoint stands for."""
+    return set(FAMILIES) - {key.partition(":")[0] for key in TINY}
+
+
+@click.command()
+@click.option("--write", is_flag=True, help="Put the table into README.md.")
+def main(write: bool) -> None:
+    """Print the table of families."""
+    if not write:
+        click.echo(family_table(), nl=False)
+        return
+    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    README.write_text(f"{before}{BEGIN}{family_table()}{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
