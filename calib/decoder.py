@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from calib.empty import empty_model
+from calib.empty import empty_model, library_errors
 from calib.ffn import Seen, Unit, watched_ffn
 from calib.memory import release_freed_memory, reuse_freed_memory
 from calib.weights import WeightReader
@@ -179,7 +179,9 @@ class StreamedDecoder:
                 for place, states in enumerate(hidden):
                     finished.hidden = states.to(self.reader.device)
                     begin = finished.hidden.new_zeros((*states.shape[:2], width))
-                    yield place, start, self._model(inputs_embeds=begin, use_cache=False).logits
+                    with library_errors(self.layout):
+                        logits = self._model(inputs_embeds=begin, use_cache=False).logits
+                    yield place, start, logits
         finally:
             self._set_layers(self._recorders)
             head.to("meta")
@@ -211,7 +213,7 @@ class StreamedDecoder:
 
     def _record(self, embeds: torch.Tensor) -> tuple[torch.Tensor, list[Arguments]]:
         """Run the model up to its layers and learn what it passes to each of them."""
-        with suppress(_Recorded):
+        with library_errors(self.layout), suppress(_Recorded):
             self._model(inputs_embeds=embeds, use_cache=False)
         first = self._recorders[0]
         return first.hidden, [recorder.arguments for recorder in self._recorders]
@@ -254,6 +256,7 @@ class StreamedDecoder:
         positional, named = part.batch.arguments[len(part.ids)][index]
         hidden = part.hidden.to(self.reader.device)
         with (
+            library_errors(self.layout),
             suppress(Seen),
             watched_ffn(layer, self._units(index), part.ids, partial(watch, index), stop=stop),
         ):

@@ -10,9 +10,20 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from calib.conversion import Conversion
 from calib.experts import IMPLEMENTATION
-from surgery.errors import CheckpointError
+from surgery.errors import CheckpointError, SurgeryError
 from surgery.layout import Layout
 from surgery.slots import BUFFER
+
+NOT_TAKEN = (
+    "quantization_config",
+    "auto_map",
+    "attn_implementation",
+    "_attn_implementation",
+    "experts_implementation",
+    "_experts_implementation",
+)
+"""Keys of config.json that build no model: quantized weights are read as the numbers they stand
+for, and what names code, such as a kernel on the hub, is never run."""
 
 
 def empty_model(layout: Layout, dtype: torch.dtype) -> tuple[Any, Conversion]:
@@ -45,8 +56,7 @@ def _text_config(layout: Layout) -> dict[str, Any]:
     text["model_type"] = family.text_type or family.model_type or text.get("model_type")
     if family.section:
         text["tie_word_embeddings"] = layout.tied
-    # Quantized sources are read as the numbers they stand for; code is never run.
-    return {k: v for k, v in text.items() if k not in ("quantization_config", "auto_map")}
+    return {key: value for key, value in text.items() if key not in NOT_TAKEN}
 
 
 def _check_shapes(model: nn.Module, conversion: Conversion, layout: Layout) -> None:
@@ -76,6 +86,26 @@ def _check_shapes(model: nn.Module, conversion: Conversion, layout: Layout) -> N
                 "is not in the model that transformers makes of config.json",
                 fix="check config.json, such as its flags for biases",
             )
+
+
+@contextmanager
+def library_errors(layout: Layout) -> Iterator[None]:
+    """Make one line of whatever a wrong value of config.json leads to in the library's code.
+
+    Raises:
+        CheckpointError: instead of any other error.
+    """
+    try:
+        yield
+    except SurgeryError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            layout.checkpoint.path / "config.json",
+            "transformers cannot run the model that this describes",
+            found=f"{type(error).__name__}: {error}",
+            fix="check config.json",
+        ) from error
 
 
 @contextmanager

@@ -160,6 +160,11 @@ def _main_width(layout: Layout) -> str:
     )
 
 
+def _near(size: int, step: int, full: int) -> int:
+    """The multiple of ``step`` next to ``size``, or all of ``full`` where there is none below."""
+    return max(step, min(round(size / step), full // step) * step) if step <= full else full
+
+
 def _check_steps(layout: Layout, sizes: Sizes, wanted: Steps) -> None:
     """Refuse given sizes that are no multiples of what was asked for; whole ones stay."""
     given = {"vocab_size": (sizes.vocab_size, layout.vocab_size, wanted.vocab)}
@@ -170,7 +175,7 @@ def _check_steps(layout: Layout, sizes: Sizes, wanted: Steps) -> None:
             raise BudgetError(
                 key,
                 "does not divide as --multiple-of and --target ask",
-                expected=f"a multiple of {step}, such as {max(step, round(size / step) * step)}",
+                expected=f"a multiple of {step}, such as {_near(size, step, full)}",
                 found=size,
                 fix="choose one, or leave the options out",
             )

@@ -11,7 +11,7 @@ import click
 from surgery import __version__
 from surgery.apply import JOBS
 from surgery.cli_models import calibrate, prune, score
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, is_panic, printable
 from surgery.options import (
     ChannelOptions,
     Refusal,
@@ -38,7 +38,13 @@ class Commands(click.Group):
         except SurgeryError as error:
             raise Refusal(str(error)) from error
         except OSError as error:
-            raise Refusal(f"{error.filename or 'input or output'}: {error.strerror}") from error
+            reason = f"{error.filename or 'input or output'}: {error.strerror or error}"
+            raise Refusal(printable(reason)) from error
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            reason = f"tokenizer.json: the tokenizers library gave up on it: {error}"
+            raise Refusal(printable(f"{reason}; download the file again")) from error
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -29,6 +29,9 @@ SENTENCEPIECE_NAME = "tokenizer.model"
 SHADOWING = ("tekken.json", "params.json", SENTENCEPIECE_NAME)
 """Vocabulary files that other loaders prefer silently: never left stale beside a cut one."""
 
+CODE = "auto_map"
+"""Key that points at Python files of a checkpoint, which are never run and left behind."""
+
 TABLES = ("vocab.json", "added_tokens.json")
 """Files of token → id."""
 
@@ -57,7 +60,7 @@ def companion_files(plan: Plan, checkpoint: Checkpoint) -> dict[str, bytes]:
     directory, ids = checkpoint.path, plan.ids()
     names = _carried(directory, ids)
     if ids.identity:
-        return {name: read_file(directory / name) for name in names}
+        return {name: _copy(directory / name) for name in names}
     source = TokenizerFile.reopen(directory)
     cut = source.rewrite(ids)
     return {name: _rewrite(directory / name, source, cut, ids) for name in names}
@@ -85,7 +88,7 @@ def check_companions(plan: Plan, checkpoint: Checkpoint, source: TokenizerFile |
 
 
 def rewrite_document(path: Path, tokens: Mapping[str, int], ids: IdMap) -> dict[str, Any]:
-    """Return a JSON file that refers to ``tokens`` of the source, with new ids.
+    """Return a JSON file that refers to ``tokens`` of the source, with new ids, and to no code.
 
     Raises:
         TokenizerError: an id or a token that does not stay is needed.
@@ -95,7 +98,7 @@ def rewrite_document(path: Path, tokens: Mapping[str, int], ids: IdMap) -> dict[
     sizes = {ids.old_size: ids.new_size, len(tokens): len(tokens) - len(gone)}
     if path.name == "tokenizer_config.json" and type(data.get("vocab_size")) is int:
         data["vocab_size"] = sizes.get(data["vocab_size"], data["vocab_size"])
-    return data
+    return {key: value for key, value in data.items() if key != CODE}
 
 
 def pruned_config(plan: Plan, checkpoint: Checkpoint) -> bytes:
@@ -132,6 +135,14 @@ def _carried(directory: Path, ids: IdMap) -> list[str]:
 def _can_be_cut(path: Path) -> bool:
     """Whether ``path`` is the SentencePiece model that its name says; others go by that name."""
     return path.name == SENTENCEPIECE_NAME and is_sentencepiece(read_file(path))
+
+
+def _copy(path: Path) -> bytes:
+    """The file as it is, but for a pointer to code, which the output does not have."""
+    raw = read_file(path)
+    if path.suffix != ".json" or CODE.encode() not in raw:
+        return raw
+    return dump_json({key: value for key, value in read_json(path).items() if key != CODE})
 
 
 def _rewrite(path: Path, source: TokenizerFile, cut: dict[str, Any], ids: IdMap) -> bytes:

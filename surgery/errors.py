@@ -1,5 +1,27 @@
 """Errors a user can act on: each is one line that says where, what, and what to do."""
 
+MOST_CHARACTERS = 1200
+"""Of a name or a value in an error; a tensor's name may be a megabyte long."""
+
+
+def shortened(value: object) -> str:
+    """``value`` as text, without its middle where it is very long."""
+    text, half = str(value), MOST_CHARACTERS // 2
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:half]} … {text[-half:]}"
+
+
+def printable(text: str) -> str:
+    """``text`` as one line that sends no escape sequence to a terminal."""
+    line = " ".join(text.split())
+    if line.isprintable():
+        return line
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in line)
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust gave up, which Python does not count among the ``Exception``."""
+    return type(error).__name__ == "PanicException"
+
 
 class SurgeryError(Exception):
     """Base of every error that bad input can cause.
@@ -17,17 +39,17 @@ class SurgeryError(Exception):
         fix: str,
     ) -> None:
         details = [
-            f"{word} {value}"
+            f"{word} {shortened(value)}"
             for word, value in (("expected", expected), ("found", found))
             if value is not None
         ]
         facts = f": {', '.join(details)}" if details else ""
-        super().__init__(" ".join(f"{where}: {problem}{facts}; {fix}".split()))
+        super().__init__(printable(f"{shortened(where)}: {problem}{facts}; {fix}"))
 
     def inside(self, where: object) -> "SurgeryError":
         """The same error, with the file in front that it was found in."""
         error = type(self).__new__(type(self))
-        Exception.__init__(error, f"{where}: {self}")
+        Exception.__init__(error, printable(f"{where}: {self}"))
         return error
 
 

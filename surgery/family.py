@@ -18,7 +18,7 @@ STACK = "stack"
 
 GROUPS = ("vocabulary", "attention", "ffn", "norms", "other")
 
-_NUMBER = re.compile(r"0|[1-9][0-9]*")
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 _PLACES = ("{layer}", "{expert}")
 
 

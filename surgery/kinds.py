@@ -40,7 +40,7 @@ def kind_of(data: dict[str, Any], path: Path) -> Kind:
     """
     model = data.get("model")
     type_ = model.get("type") if isinstance(model, dict) else None
-    if not isinstance(model, dict) or type_ not in MODEL_KEYS:
+    if not isinstance(model, dict) or not isinstance(type_, str) or type_ not in MODEL_KEYS:
         raise _refusal(path, f"{type_} model")
     for key in MODEL_KEYS[type_]:
         if model.get(key):
@@ -98,5 +98,6 @@ def _refusal(path: Path, found: str) -> TokenizerError:
 def _component_types(part: Any) -> set[str]:
     if not isinstance(part, dict):
         return set()
-    inner = [*(part.get("pretokenizers") or []), *(part.get("decoders") or [])]
+    lists = (part.get("pretokenizers"), part.get("decoders"))
+    inner = [child for children in lists if isinstance(children, list) for child in children]
     return {str(part.get("type"))}.union(*(_component_types(child) for child in inner))

@@ -12,6 +12,9 @@ SCALE_SUFFIX = "_scale_inv"
 FORMATS = {"e4m3": "F8_E4M3", "e5m2": "F8_E5M2"}
 """``fmt`` of a quantization_config → the safetensors dtype of the weights."""
 
+MOST_BLOCK = 1 << 16
+"""Far above the usual side of a block, 128; positions in a block are enumerated."""
+
 ORIGINAL = "prune the unquantized checkpoint that it was made from, then quantize the result"
 
 
@@ -115,12 +118,12 @@ def _block_shape(sizes: Any, where: Path) -> tuple[int, int]:
     if (
         not isinstance(sizes, list)
         or len(sizes) != 2
-        or not all(type(size) is int and size > 0 for size in sizes)
+        or not all(type(size) is int and 0 < size <= MOST_BLOCK for size in sizes)
     ):
         raise CheckpointError(
             where,
             "weight_block_size is not a shape",
-            expected="two positive integers",
+            expected=f"two numbers from 1 to {MOST_BLOCK}",
             found=sizes,
             fix="download the file again",
         )

@@ -9,6 +9,10 @@ from surgery.kinds import kind_of
 
 AGAIN = "download the file again"
 
+MOST_STEPS = 1 << 28
+"""Most that the squares of all tokens' lengths sum up to, which is what running BPE on them costs;
+Gemma 3's 262,144 tokens come to 11 million."""
+
 
 def check_tokenizer(data: dict[str, Any], path: Path) -> None:
     """Check the parsed tokenizer.json ``data``; ``path`` names it in errors.
@@ -24,10 +28,16 @@ def check_tokenizer(data: dict[str, Any], path: Path) -> None:
         model_ids = model["vocab"]
     else:
         raise TokenizerError(path, "has no model.vocab", fix=AGAIN)
-    if model["type"] == "BPE":
+    if model["type"] == "BPE" or "merges" in model:
         _check_merges(model.get("merges"), path)
     if (model["type"] == "Unigram") != isinstance(model["vocab"], list):
         raise TokenizerError(path, f"model.vocab is not that of a {model['type']} model", fix=AGAIN)
+    if sum(len(token) ** 2 for token in model_ids) > MOST_STEPS:
+        longest = max(map(len, model_ids))
+        raise TokenizerError(
+            path, "has too long tokens", found=f"one of {longest:,} characters", fix=AGAIN
+        )
+    _check_unknown(model, model_ids, path)
     _check_ids(data, model_ids, path)
 
 
@@ -61,6 +71,18 @@ def _check_merges(merges: Any, path: Path) -> None:
                 expected=f"a form like {rules[0]!r}",
                 fix=AGAIN,
             )
+
+
+def _check_unknown(model: Mapping[str, Any], vocab: Mapping[str, int], path: Path) -> None:
+    """The token for text that has no other is one, by name or by id."""
+    token, id_ = model.get("unk_token"), model.get("unk_id")
+    if not isinstance(token, str | None) or (type(id_) is int and not 0 <= id_ < len(vocab)):
+        raise TokenizerError(
+            f"{path}: model.unk_{'token' if id_ is None else 'id'}",
+            "is no token",
+            found=token if id_ is None else id_,
+            fix=AGAIN,
+        )
 
 
 def _piece_ids(pieces: list[Any], path: Path) -> dict[str, int]:
@@ -99,7 +121,10 @@ def _check_ids(data: dict[str, Any], vocab: dict[str, int], path: Path) -> None:
         if owner.setdefault(id_, token) != token:
             raise _clash(path, id_, owner[id_], token)
     next_id = len(vocab)
-    for entry in data.get("added_tokens") or []:
+    added = data.get("added_tokens") or []
+    if not isinstance(added, list):
+        raise TokenizerError(path, "added_tokens is no list", fix=AGAIN)
+    for entry in added:
         if not _is_added_token(entry):
             raise TokenizerError(f"{path}: added token {entry!r}", "lacks content or id", fix=AGAIN)
         token, declared = entry["content"], entry["id"]

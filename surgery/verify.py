@@ -64,7 +64,9 @@ def embedded_plan(directory: Path) -> Plan | None:
         return None
     try:
         return msgspec.json.decode(read_file(path), type=ProvenanceFile).plan
-    except (OSError, msgspec.MsgspecError) as error:
+    except PlanError as error:
+        raise error.inside(path) from error
+    except (OSError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise PlanError(path, "holds no plan", found=error, fix=MAKE_AGAIN) from error
 
 

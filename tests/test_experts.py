@@ -310,10 +310,16 @@ def test_a_pointer_to_code_is_dropped_where_transformers_knows_the_type(
     config["auto_map"] = {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
     (source / "config.json").write_text(json.dumps(config))
     (source / "modeling_phi3.py").write_text("raise SystemExit('run')\n")
-    apply_plan(random_plan(source, 512, 0.5), source, tmp_path / "out")
-    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
-    assert not (tmp_path / "out" / "modeling_phi3.py").exists()
-    assert run("verify", tmp_path / "out", "--forward").exit_code == 0
+    path = source / "tokenizer_config.json"
+    named = {"auto_map": {"AutoTokenizer": ["tokenization_x.XTokenizer", None]}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **named}))
+    for vocab_size in (512, tiny.VOCAB_SIZE):
+        out = tmp_path / f"out-{vocab_size}"
+        apply_plan(random_plan(source, vocab_size, 0.5), source, out)
+        for name in ("config.json", "tokenizer_config.json"):
+            assert "auto_map" not in json.loads((out / name).read_text())
+        assert not (out / "modeling_phi3.py").exists()
+        assert run("verify", out, "--forward").exit_code == 0
 
 
 def test_a_ratio_between_two_steps_of_the_experts_takes_the_nearer(
