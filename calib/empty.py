@@ -14,6 +14,9 @@ from surgery.errors import CheckpointError, SurgeryError
 from surgery.layout import Layout
 from surgery.slots import BUFFER
 
+MESSAGE = 300
+"""Characters of the library's own words that an error quotes: it can list every model type."""
+
 NOT_TAKEN = (
     "quantization_config",
     "auto_map",
@@ -43,7 +46,7 @@ def empty_model(layout: Layout, dtype: torch.dtype) -> tuple[Any, Conversion]:
         raise CheckpointError(
             checkpoint.path / "config.json",
             "transformers cannot build a model of it",
-            found=f"{type(error).__name__}: {error}",
+            found=f"{type(error).__name__}: {str(error)[:MESSAGE]}",
             fix="check config.json",
         ) from error
     _check_shapes(model, conversion, layout)
@@ -103,7 +106,7 @@ def library_errors(layout: Layout) -> Iterator[None]:
         raise CheckpointError(
             layout.checkpoint.path / "config.json",
             "transformers cannot run the model that this describes",
-            found=f"{type(error).__name__}: {error}",
+            found=f"{type(error).__name__}: {str(error)[:MESSAGE]}",
             fix="check config.json",
         ) from error
 

@@ -160,9 +160,11 @@ def _main_width(layout: Layout) -> str:
     )
 
 
-def _near(size: int, step: int, full: int) -> int:
+def _near(size: int, step: int, full: int) -> str:
     """The multiple of ``step`` next to ``size``, or all of ``full`` where there is none below."""
-    return max(step, min(round(size / step), full // step) * step) if step <= full else full
+    if step > full:
+        return f"or all {full}"
+    return f"such as {max(step, min(round(size / step), full // step) * step)}"
 
 
 def _check_steps(layout: Layout, sizes: Sizes, wanted: Steps) -> None:
@@ -175,7 +177,7 @@ def _check_steps(layout: Layout, sizes: Sizes, wanted: Steps) -> None:
             raise BudgetError(
                 key,
                 "does not divide as --multiple-of and --target ask",
-                expected=f"a multiple of {step}, such as {_near(size, step, full)}",
+                expected=f"a multiple of {step}, {_near(size, step, full)}",
                 found=size,
                 fix="choose one, or leave the options out",
             )

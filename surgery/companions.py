@@ -17,6 +17,7 @@ from surgery.plan import Plan
 from surgery.references import visit_ids
 from surgery.sentencepiece import cut_sentencepiece, is_sentencepiece
 from surgery.tokenizer import TokenizerFile
+from surgery.writer import JOURNAL
 
 CARRIED = re.compile(
     r".+\.(json|jinja)|merges\.txt|tokenizer\.model|(LICENSE|NOTICE|USE_POLICY|COPYRIGHT).*",
@@ -35,7 +36,7 @@ CODE = "auto_map"
 TABLES = ("vocab.json", "added_tokens.json")
 """Files of token → id."""
 
-OWN = ("config.json", INDEX_NAME, "README.md", "compact_surgery.json")
+OWN = ("config.json", INDEX_NAME, "README.md", "compact_surgery.json", JOURNAL)
 """Files that apply writes itself."""
 
 
@@ -128,6 +129,7 @@ def _carried(directory: Path, ids: IdMap) -> list[str]:
         for name in names
         if CARRIED.fullmatch(name)
         and name not in OWN
+        and not name.endswith(".safetensors")
         and (ids.identity or name not in SHADOWING or _can_be_cut(directory / name))
     ]
 

@@ -60,19 +60,22 @@ def read_file(path: Path) -> bytes:
     """Return the content of a file that is no shard.
 
     Raises:
-        OSError: not a regular file, or larger than ``MAX_BYTES``.
+        OSError: not a regular file, or more than ``MAX_BYTES`` or ``MAX_MARKS``.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_BYTES:
             raise OSError(errno.EFBIG, f"larger than {MAX_BYTES:,} bytes", str(path))
-        return file.read(size)
+        raw = file.read(size)
+    if _marks(raw) > MAX_MARKS:
+        raise OSError(errno.EFBIG, f"more than {MAX_MARKS:,} values", str(path))
+    return raw
 
 
 def parse_json(raw: bytes, where: Path) -> dict[str, Any]:
     """Parse ``raw`` as one JSON object; ``where`` names it in errors."""
     try:
-        if sum(map(raw.count, (b"[", b"{", b":", b","))) > MAX_MARKS:
+        if _marks(raw) > MAX_MARKS:
             raise ValueError(f"more than {MAX_MARKS:,} values")
         value = json.loads(
             raw.decode("utf-8"),
@@ -123,6 +126,10 @@ def write_atomic(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def _marks(raw: bytes) -> int:
+    return sum(map(raw.count, (b"[", b"{", b":", b",")))
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
