@@ -23,7 +23,8 @@ demo: $(VENV)/demo.stamp $(MODEL)/config.json
 	$(BIN)/python tools/demo.py --model $(MODEL) --output build
 
 test: lint $(VENV)/transformers4.stamp
-	COMPACT_SURGERY_TRANSFORMERS4=$(abspath $(PYTHON4)) $(BIN)/python -m pytest
+	COMPACT_SURGERY_TRANSFORMERS4=$(abspath $(PYTHON4)) \
+		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
