@@ -24,7 +24,7 @@ demo: $(VENV)/demo.stamp $(MODEL)/config.json
 
 test: lint $(VENV)/transformers4.stamp
 	COMPACT_SURGERY_TRANSFORMERS4=$(abspath $(PYTHON4)) \
-		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from surgery.errors import printable
 from surgery.family import GROUPS
 from surgery.layout import Layout
 from surgery.plot import saved_figure
@@ -35,7 +36,7 @@ class Census:
         groups = layout.groups
         return cls(
             model=model,
-            model_type=layout.checkpoint.config["model_type"],
+            model_type=printable(str(layout.checkpoint.config["model_type"])),
             vocab_size=layout.vocab_size,
             widths=dict(layout.widths),
             experts=layout.experts,

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from surgery.companions import left_behind
+from surgery.errors import printable
 from surgery.plan import Plan
 from surgery.vocab_cost import ScriptCost, VocabularyCost
 
@@ -27,7 +28,7 @@ def plan_table(plan: Plan, source: Path) -> str:
     if plan.dropped:
         rows.append(f"note: left out, for they only guess ahead: {', '.join(plan.dropped)}")
     if names := left_behind(source, plan.ids()):
-        rows.append(f"note: left behind: {', '.join(names)}")
+        rows.append(f"note: left behind: {printable(', '.join(names))}")
     if not plan.complete:
         rows.append("note: sizes only; give --stats to choose the channels and apply the plan")
     return "\n".join(rows)

@@ -9,7 +9,7 @@ from typing import Any
 
 from surgery.axes import WIDTH_KEY
 from surgery.checkpoint import Checkpoint
-from surgery.errors import FamilyError, SurgeryError, UnknownTypeError
+from surgery.errors import FamilyError, SurgeryError, UnknownTypeError, printable
 from surgery.evidence import Evidence
 from surgery.families import FAMILIES
 from surgery.family import Family, Wrapper, template
@@ -56,7 +56,7 @@ class Proposal:
 
 def propose(checkpoint: Checkpoint) -> Proposal:
     """Say what ``checkpoint`` may be, whatever its model type; reads headers and config.json."""
-    model_type = str(checkpoint.config.get("model_type"))
+    model_type = printable(str(checkpoint.config.get("model_type")))
     try:
         entry = _wrapper(checkpoint) or _alone(checkpoint)
     except SurgeryError as error:

@@ -1,5 +1,7 @@
 """Channel statistics as a file: what calibration measured and planning reads."""
 
+import errno
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,9 @@ from surgery.jsonfile import open_regular, write_atomic
 FORMAT = 2
 KEY = "compact_surgery"
 AGAIN = "calibrate again"
+MAX_BYTES = 1 << 33
+"""Twice what 60 layers of 384 experts with 2,048 channels have in five buckets."""
+
 PARTS = ("sum_sq", "sum_abs", "tokens")
 ARRAY = re.compile(rf"layers\.(0|[1-9][0-9]{{0,4}})\.({'|'.join(WIDTHS)})\.({'|'.join(PARTS)})")
 
@@ -85,7 +90,10 @@ class ChannelStats:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with open_regular(path), safe_open(path, framework="numpy") as file:
+            with open_regular(path) as opened:
+                if (size := os.fstat(opened.fileno()).st_size) > MAX_BYTES:
+                    raise OSError(errno.EFBIG, f"{size:,} bytes, more than {MAX_BYTES:,}")
+            with safe_open(path, framework="numpy") as file:
                 info = msgspec.json.decode((file.metadata() or {}).get(KEY, ""), type=StatsInfo)
                 arrays = {name: file.get_tensor(name) for name in list(file.keys())}
         except OSError as error:
@@ -93,7 +101,7 @@ class ChannelStats:
             raise StatsError(
                 path, "cannot be read", found=reason, fix="name the file that calibrate wrote"
             ) from error
-        except (SafetensorError, msgspec.MsgspecError) as error:
+        except (SafetensorError, msgspec.MsgspecError, MemoryError) as error:
             raise StatsError(path, "is not a statistics file", found=error, fix=AGAIN) from error
         if info.format != FORMAT:
             raise StatsError(
