@@ -31,8 +31,12 @@ def read_documents(data: str, seed: int | None = None) -> Iterable[str]:
 
 
 def _local_documents(path: Path) -> Iterator[str]:
-    if not path.exists():
-        raise DataError(path, "does not exist", fix="name a .txt or .jsonl file or a directory")
+    if not (path.is_file() or path.is_dir()):
+        raise DataError(
+            path,
+            "does not exist" if not path.exists() else "is not a file",
+            fix="name a .txt or .jsonl file or a directory",
+        )
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     found = False
     for file in files:

@@ -17,6 +17,9 @@ from surgery.slots import BUFFER
 MESSAGE = 300
 """Characters of the library's own words that an error quotes: it can list every model type."""
 
+MOST_BUFFER_BYTES = 1 << 30
+"""Of tables such as masks, which grow with the square of a config's number of positions."""
+
 NOT_TAKEN = (
     "quantization_config",
     "auto_map",
@@ -35,21 +38,16 @@ def empty_model(layout: Layout, dtype: torch.dtype) -> tuple[Any, Conversion]:
     Raises:
         CheckpointError: config.json does not make a model, or not one with these tensors.
     """
-    checkpoint = layout.checkpoint
-    try:
+    with library_errors(layout):
         config = AutoConfig.for_model(**_text_config(layout))
         config._experts_implementation = IMPLEMENTATION
+        with torch.device("meta"):
+            sketch = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        _check_shapes(sketch, Conversion(sketch), layout)
+        _check_buffers(sketch, layout)
         with _parameters_on_meta():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         conversion = Conversion(model)
-    except Exception as error:  # the library raises whatever a wrong value leads to
-        raise CheckpointError(
-            checkpoint.path / "config.json",
-            "transformers cannot build a model of it",
-            found=f"{type(error).__name__}: {str(error)[:MESSAGE]}",
-            fix="check config.json",
-        ) from error
-    _check_shapes(model, conversion, layout)
     return model.eval().requires_grad_(False), conversion
 
 
@@ -91,6 +89,18 @@ def _check_shapes(model: nn.Module, conversion: Conversion, layout: Layout) -> N
             )
 
 
+def _check_buffers(sketch: nn.Module, layout: Layout) -> None:
+    nbytes = sum(buffer.nbytes for buffer in sketch.buffers())
+    if nbytes > MOST_BUFFER_BYTES:
+        raise CheckpointError(
+            layout.checkpoint.path / "config.json",
+            "asks for tables that do not fit in memory",
+            expected=f"at most {MOST_BUFFER_BYTES:,} bytes",
+            found=f"{nbytes:,}",
+            fix="lower the number of positions",
+        )
+
+
 @contextmanager
 def library_errors(layout: Layout) -> Iterator[None]:
     """Make one line of whatever a wrong value of config.json leads to in the library's code.
@@ -105,7 +115,7 @@ def library_errors(layout: Layout) -> Iterator[None]:
     except Exception as error:
         raise CheckpointError(
             layout.checkpoint.path / "config.json",
-            "transformers cannot run the model that this describes",
+            "transformers cannot build or run the model that it describes",
             found=f"{type(error).__name__}: {str(error)[:MESSAGE]}",
             fix="check config.json",
         ) from error

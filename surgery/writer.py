@@ -38,7 +38,7 @@ class OutputDirectory:
         self.partial = path.with_name(path.name + ".partial")
         self._lock = Lock()
         self._journal = Journal(plan_digest, [])
-        if resume and self.partial.is_dir():
+        if resume and self.partial.is_dir() and not self.partial.is_symlink():
             self._journal = self._read_journal(plan_digest)
             return
         try:
@@ -151,7 +151,10 @@ def check_place(path: Path, source: Path) -> None:
     Raises:
         OutputError: naming both.
     """
-    output, source = path.resolve(), source.resolve()
+    try:
+        output, source = path.resolve(), source.resolve()
+    except (RuntimeError, ValueError) as error:  # a loop of links, a null character
+        raise OutputError(path, "is no place", found=error, fix="choose another output") from error
     if output == source or source in output.parents or output in source.parents:
         raise OutputError(
             path,
@@ -162,5 +165,5 @@ def check_place(path: Path, source: Path) -> None:
     above = next(parent for parent in output.parents if parent.exists())
     if not above.is_dir():
         raise OutputError(path, "lies below a file", found=above, fix="choose another output")
-    if path.exists():
+    if path.exists() or path.is_symlink():
         raise OutputError(path, "exists already", fix="choose another output, or move it away")
