@@ -41,12 +41,18 @@ from surgery.options import (
     help="Sizes V' for which the statistics are to be exact; "
     "else those of --ratio 0.1, 0.2, 0.35 and 0.5.",
 )
+@click.option(
+    "--part",
+    metavar="K/N",
+    help="Use every N-th window from the K-th on; stats merge adds the parts.",
+)
 @vocabulary_options
 @click.option("-o", "output", type=path_type, default="stats.safetensors", show_default=True)
 def calibrate(
     model: str,
     family: str | None,
     vocab_sizes: str | None,
+    part: str | None,
     output: Path,
     vocabulary: VocabularyOptions,
     **options: Any,
@@ -57,14 +63,16 @@ def calibrate(
     """
     from calib.documents import read_documents
     from surgery.choices import parse_vocab_sizes, rarity_or_whole
+    from surgery.part import Part
     from surgery.steps import calibrate_model, open_model
 
+    chosen = Part.parse(part) if part else None
     layout, _ = open_model(model, family)
     if not output.absolute().parent.is_dir():  # known before the work, not after it
         raise Refusal(f"{output}: its directory does not exist; create it, or name another")
     sizes = parse_vocab_sizes(vocab_sizes, layout) if vocab_sizes else None
     rarity = rarity_or_whole(layout, vocabulary, read_documents(options["data"]))
-    stats = calibrate_model(layout, sizes, rarity=rarity, **options)
+    stats = calibrate_model(layout, sizes, rarity=rarity, part=chosen, **options)
     stats.save(output)
     click.echo(f"{output}: {stats.info.samples} windows, {stats.info.tokens:,} tokens")
 

@@ -14,6 +14,7 @@ from surgery.companions import check_companions
 from surgery.errors import BudgetError, UnknownTypeError
 from surgery.layout import Layout
 from surgery.options import ChannelOptions
+from surgery.part import Part
 from surgery.plan import Plan
 from surgery.planning import make_plan
 from surgery.probe import Proposal, propose, unknown_type
@@ -57,10 +58,11 @@ def calibrate_model(
     device: str,
     dtype: str,
     rarity: Rarity,
+    part: Part | None = None,
 ) -> ChannelStats:
     """Take statistics that are exact for ``vocab_sizes``, or for the usual ratios' sizes.
 
-    Tokens are put into buckets by ``rarity``.
+    Tokens are put into buckets by ``rarity``; ``part`` of the windows is used, else all.
     """
     from calib.calibrate import calibrate
     from calib.corpus import token_windows
@@ -75,6 +77,7 @@ def calibrate_model(
         )
     documents = read_documents(data, seed)
     windows = token_windows(documents, load_tokenizer(layout.checkpoint.path), samples, seq_len)
+    windows = part.choose(windows) if part else windows
     sizes = vocab_sizes or candidate_vocab_sizes(layout, rarity.must_keep)
     edges = sorted({*sizes, layout.vocab_size})
     where = choose_device(device)
