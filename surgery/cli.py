@@ -20,6 +20,7 @@ from surgery.options import (
     VocabularyOptions,
     channel_options,
     device_option,
+    engine_option,
     family_option,
     json_option,
     model_argument,
@@ -140,7 +141,8 @@ def plan(
 @click.option(
     "--jobs", default=JOBS, show_default=True, type=click.IntRange(1), help="Shards at a time."
 )
-def apply(plan_path: Path, output: Path | None, resume: bool, jobs: int) -> None:
+@engine_option
+def apply(plan_path: Path, output: Path | None, resume: bool, jobs: int, engine: str) -> None:
     """Stream a plan's source into a new checkpoint directory."""
     from surgery.plan import Plan
     from surgery.source import resolve_model
@@ -151,7 +153,7 @@ def apply(plan_path: Path, output: Path | None, resume: bool, jobs: int) -> None
     if place is None:
         raise Refusal(f"{plan_path}: names no output; give -o DIR")
     source, _ = resolve_model(loaded.source)
-    run_apply(loaded, source, place, resume=resume, jobs=jobs)
+    run_apply(loaded, source, place, resume=resume, jobs=jobs, engine=engine)
     click.echo(f"{place}: {loaded.after.parameters:,} parameters, {loaded.after.nbytes:,} bytes")
 
 

@@ -1,6 +1,7 @@
 """A part of the calibration windows, for one machine of several."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from surgery.errors import DataError
@@ -48,3 +49,25 @@ class Part:
                 fix="give more text, a shorter --seq-len or fewer parts",
             )
         return chosen
+
+
+@dataclass(frozen=True)
+class Division:
+    """How the calibration windows are divided over machines."""
+
+    part: Part | None = None
+    """The windows that are used; None is all of them."""
+    engine: str = "local"
+    """Or "ray"."""
+    parts: int | None = None
+    """Tasks of ``ray``; None is one for each node, or each GPU."""
+    folder: Path = Path()
+    """What all nodes of ``ray`` can write to."""
+
+    def choose(self, windows: list[Item]) -> list[Item]:
+        """The windows that are used.
+
+        Raises:
+            DataError: there are none.
+        """
+        return self.part.choose(windows) if self.part else windows
