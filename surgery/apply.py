@@ -1,7 +1,7 @@
 """Apply a plan: stream every edit into a new checkpoint directory."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -19,7 +19,7 @@ from surgery.jsonfile import dump_json, dump_table
 from surgery.layout import Layout
 from surgery.plan import Plan
 from surgery.stream import stream_edit, write_all
-from surgery.writer import OutputDirectory
+from surgery.writer import OutputDirectory, new_shard
 
 JOBS = 4
 """Shards at a time: while one is synced to the disk another is copied (8B shape: 2.4 s for 3.2)."""
@@ -44,6 +44,7 @@ def apply_plan(
     *,
     resume: bool = False,
     jobs: int = JOBS,
+    engine: str = "local",
     progress: Callable[[int], object] = lambda nbytes: None,
 ) -> None:
     """Write the checkpoint that ``plan`` makes of ``source`` to the new directory ``output``.
@@ -56,13 +57,14 @@ def apply_plan(
         source: The checkpoint's directory; it is only read.
         output: Must not exist, and lie outside of ``source``.
         resume: Go on with an interrupted run of the same plan.
-        jobs: Shards written at the same time.
+        jobs: Shards written at the same time in this process.
+        engine: "local", or "ray": each shard a task on a cluster that shares the file system.
         progress: Called with the bytes of each finished tensor.
 
     Raises:
         SurgeryError: see the modules this calls; nothing appears under ``output``.
     """
-    checkpoint = Checkpoint.open(source, plan.family)
+    checkpoint = Checkpoint.open(source.absolute() if engine == "ray" else source, plan.family)
     by_shard = {n: shard for n, shard in edits(plan, Layout.of(checkpoint)).items() if shard}
     files = companion_files(plan, checkpoint)
     config = pruned_config(plan, checkpoint)
@@ -70,7 +72,12 @@ def apply_plan(
     todo = {name: shard for name, shard in by_shard.items() if name not in directory.finished}
     with directory:
         directory.check_space(sum(t.nbytes for shard in todo.values() for t in shard))
-        _write_shards(directory, checkpoint, todo, jobs, progress)
+        if engine == "ray":
+            from surgery.ray_engine import write_shards_on_ray
+
+            write_shards_on_ray(directory, checkpoint, todo, progress)
+        else:
+            _write_shards(directory, checkpoint, todo, jobs, progress)
         for name, data in files.items():
             directory.write(name, data)
         directory.write("README.md", model_card(plan, checkpoint))
@@ -95,7 +102,9 @@ def _write_shards(
         if stop.is_set():
             return
         try:
-            _write_shard(directory, checkpoint, name, todo[name], progress)
+            metadata = checkpoint.shards[name].metadata
+            write_shard(directory.partial, checkpoint.path / name, todo[name], metadata, progress)
+            directory.finish(name)
         except BaseException:
             stop.set()
             raise
@@ -108,26 +117,36 @@ def _write_shards(
             stop.set()
 
 
-def _write_shard(
-    directory: OutputDirectory,
-    checkpoint: Checkpoint,
-    name: str,
+def write_shard(
+    partial: Path,
+    source: Path,
     shard: list[OutputTensor],
-    progress: Callable[[int], object],
+    metadata: Mapping[str, str],
+    progress: Callable[[int], object] = lambda nbytes: None,
+    *,
+    attempt: str = "",
 ) -> None:
-    """Write one output shard: its header, then its tensors in the source's order."""
-    source = os.open(checkpoint.path / name, os.O_RDONLY)
+    """Write one output shard: its header, then its tensors in the source's order.
+
+    Args:
+        partial: The directory it appears in, whole or not at all, under the source shard's name.
+        source: The source shard.
+        shard: Its tensors.
+        metadata: Of its header.
+        progress: Called with the bytes of each finished tensor.
+        attempt: As for ``new_shard``.
+    """
+    descriptor = os.open(source, os.O_RDONLY)
     try:
-        with directory.shard(name) as output:
+        with new_shard(partial, source.name, attempt) as output:
             entries = [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard]
-            header = encode_header(entries, checkpoint.shards[name].metadata)
-            write_all(output, memoryview(header))
+            write_all(output, memoryview(encode_header(entries, metadata)))
             for tensor in shard:
                 for edit in tensor.edits:
-                    stream_edit(edit, source, output)
+                    stream_edit(edit, descriptor, output)
                 progress(tensor.nbytes)
     finally:
-        os.close(source)
+        os.close(descriptor)
 
 
 def _index(index: dict[str, Any], by_shard: dict[str, list[OutputTensor]], plan: Plan) -> bytes:

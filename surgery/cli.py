@@ -11,6 +11,7 @@ import click
 from surgery import __version__
 from surgery.apply import JOBS
 from surgery.cli_models import calibrate, prune, score
+from surgery.cli_stats import stats
 from surgery.errors import SurgeryError, is_panic, printable
 from surgery.options import (
     ChannelOptions,
@@ -19,6 +20,7 @@ from surgery.options import (
     VocabularyOptions,
     channel_options,
     device_option,
+    engine_option,
     family_option,
     json_option,
     model_argument,
@@ -145,7 +147,8 @@ def plan(
 @click.option(
     "--jobs", default=JOBS, show_default=True, type=click.IntRange(1), help="Shards at a time."
 )
-def apply(plan_path: Path, output: Path | None, resume: bool, jobs: int) -> None:
+@engine_option
+def apply(plan_path: Path, output: Path | None, resume: bool, jobs: int, engine: str) -> None:
     """Stream a plan's source into a new checkpoint directory."""
     from surgery.plan import Plan
     from surgery.source import resolve_model
@@ -156,7 +159,7 @@ def apply(plan_path: Path, output: Path | None, resume: bool, jobs: int) -> None
     if place is None:
         raise Refusal(f"{plan_path}: names no output; give -o DIR")
     source, _ = resolve_model(loaded.source)
-    run_apply(loaded, source, place, resume=resume, jobs=jobs)
+    run_apply(loaded, source, place, resume=resume, jobs=jobs, engine=engine)
     click.echo(f"{place}: {loaded.after.parameters:,} parameters, {loaded.after.nbytes:,} bytes")
 
 
@@ -186,5 +189,5 @@ def verify(directory: Path, plan_path: Path | None, forward: bool, device: str) 
     sys.exit(0 if report.ok else 1)
 
 
-for command in (calibrate, score, prune):
+for command in (calibrate, score, prune, stats):
     main.add_command(command)

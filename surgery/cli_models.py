@@ -20,6 +20,7 @@ from surgery.options import (
     channel_options,
     compute_options,
     data_option,
+    engine_option,
     family_option,
     json_option,
     model_argument,
@@ -41,12 +42,26 @@ from surgery.options import (
     help="Sizes V' for which the statistics are to be exact; "
     "else those of --ratio 0.1, 0.2, 0.35 and 0.5.",
 )
+@click.option(
+    "--part",
+    metavar="K/N",
+    help="Use every N-th window from the K-th on; stats merge adds the parts.",
+)
+@engine_option
+@click.option(
+    "--parts",
+    type=click.IntRange(1),
+    help="Tasks of --engine ray.  [default: one for each node, or for each GPU]",
+)
 @vocabulary_options
 @click.option("-o", "output", type=path_type, default="stats.safetensors", show_default=True)
 def calibrate(
     model: str,
     family: str | None,
     vocab_sizes: str | None,
+    part: str | None,
+    engine: str,
+    parts: int | None,
     output: Path,
     vocabulary: VocabularyOptions,
     **options: Any,
@@ -57,14 +72,19 @@ def calibrate(
     """
     from calib.documents import read_documents
     from surgery.choices import parse_vocab_sizes, rarity_or_whole
+    from surgery.part import Division, Part
     from surgery.steps import calibrate_model, open_model
 
+    place = output.absolute().parent
+    division = Division(Part.parse(part) if part else None, engine, parts, place)
+    if parts and engine != "ray":
+        raise Refusal("--parts is for --engine ray; use --part K/N to take a part here")
     layout, _ = open_model(model, family)
-    if not output.absolute().parent.is_dir():  # known before the work, not after it
+    if not place.is_dir():  # known before the work, not after it
         raise Refusal(f"{output}: its directory does not exist; create it, or name another")
     sizes = parse_vocab_sizes(vocab_sizes, layout) if vocab_sizes else None
     rarity = rarity_or_whole(layout, vocabulary, read_documents(options["data"]))
-    stats = calibrate_model(layout, sizes, rarity=rarity, **options)
+    stats = calibrate_model(layout, sizes, rarity=rarity, division=division, **options)
     stats.save(output)
     click.echo(f"{output}: {stats.info.samples} windows, {stats.info.tokens:,} tokens")
 

@@ -1,5 +1,7 @@
 """Errors a user can act on: each is one line that says where, what, and what to do."""
 
+from typing import Any
+
 MOST_CHARACTERS = 1200
 """Of a name or a value in an error; a tensor's name may be a megabyte long."""
 
@@ -46,11 +48,19 @@ class SurgeryError(Exception):
         facts = f": {', '.join(details)}" if details else ""
         super().__init__(printable(f"{shortened(where)}: {problem}{facts}; {fix}"))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Carry the message as it is between processes, not through the constructor."""
+        return _same_error, (type(self), str(self)), self.__dict__
+
     def inside(self, where: object) -> "SurgeryError":
         """The same error, with the file in front that it was found in."""
-        error = type(self).__new__(type(self))
-        Exception.__init__(error, printable(f"{where}: {self}"))
-        return error
+        return _same_error(type(self), printable(f"{where}: {self}"))
+
+
+def _same_error(kind: type[SurgeryError], message: str) -> SurgeryError:
+    error = kind.__new__(kind)
+    Exception.__init__(error, message)
+    return error
 
 
 class CheckpointError(SurgeryError):
@@ -98,6 +108,10 @@ class PlanError(SurgeryError):
 
 class DataError(SurgeryError):
     """The text is missing, unreadable or too short."""
+
+
+class EngineError(SurgeryError):
+    """There is no cluster, or it lost the work."""
 
 
 class OutputError(SurgeryError):

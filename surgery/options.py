@@ -113,6 +113,13 @@ device_option = click.option(
     type=click.Choice(["auto", "cpu", "cuda"]),
     help="auto: CUDA where there is one.",
 )
+engine_option = click.option(
+    "--engine",
+    default="local",
+    show_default=True,
+    type=click.Choice(["local", "ray"]),
+    help="ray: tasks on a cluster whose nodes share the file system (extra 'ray').",
+)
 compute_options = combined(
     device_option,
     click.option(

@@ -3,8 +3,11 @@
 import errno
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -29,7 +32,7 @@ class StatsInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fingerprint: str
     """Of the source checkpoint: config, tokenizer and headers."""
     text_digest: str
-    """SHA-256 over the calibration windows' token ids."""
+    """SHA-256 over the calibration windows' token ids, or over ``parts``."""
     samples: int
     """Windows of text."""
     seq_len: int
@@ -40,7 +43,14 @@ class StatsInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Bucket b holds the tokens of rarity rank ``edges[b-1] <= rank < edges[b]``; the last is V."""
     dtype: str
     """What the layers computed in."""
+    parts: list[str] = []
+    """The texts' digests in merged statistics, ascending; none in those of one run."""
     format: int = FORMAT
+
+    @property
+    def texts(self) -> list[str]:
+        """The digest of each text that was counted."""
+        return self.parts or [self.text_digest]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,35 +97,22 @@ class ChannelStats:
         Raises:
             StatsError: not such a file, or its parts contradict each other.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with open_regular(path) as opened:
-                if (size := os.fstat(opened.fileno()).st_size) > MAX_BYTES:
-                    raise OSError(errno.EFBIG, f"{size:,} bytes, more than {MAX_BYTES:,}")
-            with safe_open(path, framework="numpy") as file:
-                info = msgspec.json.decode((file.metadata() or {}).get(KEY, ""), type=StatsInfo)
-                arrays = {name: file.get_tensor(name) for name in list(file.keys())}
-        except OSError as error:
-            reason = error.strerror or error
-            raise StatsError(
-                path, "cannot be read", found=reason, fix="name the file that calibrate wrote"
-            ) from error
-        except (SafetensorError, msgspec.MsgspecError, MemoryError) as error:
-            raise StatsError(path, "is not a statistics file", found=error, fix=AGAIN) from error
-        if info.format != FORMAT:
-            raise StatsError(
-                path, "has another format", expected=FORMAT, found=info.format, fix=AGAIN
-            )
+        with _opened(path) as (info, file):
+            arrays = {name: file.get_tensor(name) for name in list(file.keys())}
         try:
             counts, buckets = arrays.pop("token_counts"), arrays.pop("bucket_of")
             stats = cls(info, _layers(arrays, path), counts, buckets, path)
         except KeyError as error:
             raise StatsError(path, "lacks an array", expected=error, fix=AGAIN) from error
-        stats._check(path)
+        stats.check(path)
         return stats
 
-    def _check(self, path: Path) -> None:
+    def check(self, path: Path) -> None:
+        """Refuse parts that contradict each other, and sums and counts that are no numbers.
+
+        Raises:
+            StatsError: naming ``path`` and the array.
+        """
         buckets = len(self.info.bucket_edges)
         inside = (self.bucket_of >= 0) & (self.bucket_of < buckets)
         vectors = self.token_counts.ndim == 1 and self.token_counts.shape == self.bucket_of.shape
@@ -125,6 +122,41 @@ class ChannelStats:
         for layer, axes in enumerate(self.layers):
             for axis, sums in axes.items():
                 _check_sums(sums, buckets, f"{path}: layers.{layer}.{axis}")
+
+
+def read_info(path: Path) -> StatsInfo:
+    """Read where the statistics in ``path`` come from, and nothing else.
+
+    Raises:
+        StatsError: not a statistics file.
+    """
+    with _opened(path) as (info, _):
+        return info
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[StatsInfo, Any]]:
+    """Yield what a file's metadata say and the file, with safetensors' methods."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with open_regular(path) as opened:
+            if (size := os.fstat(opened.fileno()).st_size) > MAX_BYTES:
+                raise OSError(errno.EFBIG, f"{size:,} bytes, more than {MAX_BYTES:,}")
+        with safe_open(path, framework="numpy") as file:
+            info = msgspec.json.decode((file.metadata() or {}).get(KEY, ""), type=StatsInfo)
+            if info.format != FORMAT:
+                raise StatsError(
+                    path, "has another format", expected=FORMAT, found=info.format, fix=AGAIN
+                )
+            yield info, file
+    except OSError as error:
+        reason = error.strerror or error
+        raise StatsError(
+            path, "cannot be read", found=reason, fix="name the file that calibrate wrote"
+        ) from error
+    except (SafetensorError, msgspec.MsgspecError, MemoryError) as error:
+        raise StatsError(path, "is not a statistics file", found=error, fix=AGAIN) from error
 
 
 def _layers(arrays: dict[str, np.ndarray], path: Path) -> list[dict[str, AxisSums]]:

@@ -14,6 +14,7 @@ from surgery.companions import check_companions
 from surgery.errors import BudgetError, UnknownTypeError
 from surgery.layout import Layout
 from surgery.options import ChannelOptions
+from surgery.part import Division
 from surgery.plan import Plan
 from surgery.planning import make_plan
 from surgery.probe import Proposal, propose, unknown_type
@@ -25,6 +26,9 @@ from surgery.vocab_cost import vocabulary_cost
 
 if TYPE_CHECKING:
     from calib.score import Score
+
+
+WHOLE = Division()
 
 
 def open_model(model: str, family: str | None = None) -> tuple[Layout, str]:
@@ -57,10 +61,11 @@ def calibrate_model(
     device: str,
     dtype: str,
     rarity: Rarity,
+    division: Division = WHOLE,
 ) -> ChannelStats:
     """Take statistics that are exact for ``vocab_sizes``, or for the usual ratios' sizes.
 
-    Tokens are put into buckets by ``rarity``.
+    Tokens are put into buckets by ``rarity``, windows divided over machines by ``division``.
     """
     from calib.calibrate import calibrate
     from calib.corpus import token_windows
@@ -74,11 +79,28 @@ def calibrate_model(
             fix="plan the vocabulary alone, with --vocab-size",
         )
     documents = read_documents(data, seed)
-    windows = token_windows(documents, load_tokenizer(layout.checkpoint.path), samples, seq_len)
+    windows = division.choose(
+        token_windows(documents, load_tokenizer(layout.checkpoint.path), samples, seq_len)
+    )
     sizes = vocab_sizes or candidate_vocab_sizes(layout, rarity.must_keep)
     edges = sorted({*sizes, layout.vocab_size})
-    where = choose_device(device)
     steps = layout.num_hidden_layers * len(windows)
+    if division.engine == "ray":
+        from calib.ray_engine import calibrate_on_ray
+
+        with progress_bar("calibrate", "window", steps) as progress:
+            return calibrate_on_ray(
+                layout,
+                windows,
+                rarity.buckets(edges),
+                edges,
+                division,
+                seq_len=seq_len,
+                device=device,
+                dtype=dtype,
+                progress=progress,
+            )
+    where = choose_device(device)
     with progress_bar("calibrate", "window", steps) as progress:
         return calibrate(
             layout,
@@ -159,10 +181,12 @@ def score_model(
         )
 
 
-def run_apply(plan: Plan, source: Path, output: Path, *, resume: bool, jobs: int) -> None:
+def run_apply(
+    plan: Plan, source: Path, output: Path, *, resume: bool, jobs: int, engine: str = "local"
+) -> None:
     """Apply ``plan`` under a progress bar."""
     with progress_bar("apply", "B", plan.after.nbytes) as progress:
-        apply_plan(plan, source, output, resume=resume, jobs=jobs, progress=progress)
+        apply_plan(plan, source, output, resume=resume, jobs=jobs, engine=engine, progress=progress)
 
 
 def forward_faults(plan: Plan, source: Path, directory: Path, device: str) -> list[str]:

@@ -80,17 +80,8 @@ class OutputDirectory:
                 fix="free space, or name another output, then run with --resume",
             )
 
-    @contextmanager
-    def shard(self, name: str) -> Iterator[int]:
-        """Open the shard ``name`` for appending; on a clean exit it is synced and counts."""
-        temporary = self.partial / f"{name}.tmp"
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        try:
-            yield descriptor
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        temporary.rename(self.partial / name)
+    def finish(self, name: str) -> None:
+        """Note that the shard ``name`` is complete and synced."""
         with self._lock:
             self._journal.shards.append(name)
             self._save_journal()
@@ -100,7 +91,9 @@ class OutputDirectory:
         write_atomic(self.partial / name, data)
 
     def commit(self) -> None:
-        """Let the output appear under its name."""
+        """Let the output appear under its name, without what processes left that were lost."""
+        for path in self.partial.glob("*.tmp"):
+            path.unlink()
         (self.partial / JOURNAL).unlink()
         _sync_directory(self.partial)
         try:
@@ -135,6 +128,25 @@ class OutputDirectory:
 
     def _save_journal(self) -> None:
         write_atomic(self.partial / JOURNAL, msgspec.json.encode(self._journal))
+
+
+@contextmanager
+def new_shard(partial: Path, name: str, attempt: str = "") -> Iterator[int]:
+    """Open the shard ``name`` of a partial directory for appending; on a clean exit it is there.
+
+    Args:
+        partial: The directory.
+        name: The shard.
+        attempt: Sets its temporary file apart from that of another process.
+    """
+    temporary = partial / f"{name}{attempt}.tmp"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        yield descriptor
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    temporary.rename(partial / name)
 
 
 def _sync_directory(path: Path) -> None:
