@@ -1,6 +1,5 @@
 """Apply a plan: stream every edit into a new checkpoint directory."""
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,7 @@ from surgery.header import encode_header
 from surgery.jsonfile import dump_json, dump_table, read_file
 from surgery.layout import Layout
 from surgery.plan import Plan
-from surgery.stream import stream_edit, write_all
+from surgery.stream import open_shard, stream_edit, write_all
 from surgery.writer import OutputDirectory, forget
 
 JOBS = 4
@@ -120,18 +119,14 @@ def _write_shard(
     progress: Callable[[int], object],
 ) -> None:
     """Write one output shard: its header, then its tensors in the source's order."""
-    source = os.open(checkpoint.path / name, os.O_RDONLY)
-    try:
-        with directory.shard(name) as output:
-            entries = [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard]
-            header = encode_header(entries, checkpoint.shards[name].metadata)
-            write_all(output, memoryview(header))
-            for tensor in shard:
-                for edit in tensor.edits:
-                    stream_edit(edit, source, output)
-                progress(tensor.nbytes)
-    finally:
-        os.close(source)
+    with open_shard(checkpoint.path / name) as source, directory.shard(name) as output:
+        entries = [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard]
+        header = encode_header(entries, checkpoint.shards[name].metadata)
+        write_all(output, memoryview(header))
+        for tensor in shard:
+            for edit in tensor.edits:
+                stream_edit(edit, source, output)
+            progress(tensor.nbytes)
 
 
 def _index(index: dict[str, Any], by_shard: dict[str, list[OutputTensor]], plan: Plan) -> bytes:

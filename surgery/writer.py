@@ -75,21 +75,43 @@ class OutputDirectory:
 
     @contextmanager
     def shard(self, name: str) -> Iterator[int]:
-        """Open the shard ``name`` for appending; on a clean exit it is synced and counts."""
-        temporary = self.partial / f"{name}.tmp"
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        try:
-            yield descriptor
-            os.fsync(descriptor)
-            nbytes = os.fstat(descriptor).st_size
-        finally:
-            os.close(descriptor)
-        temporary.rename(self.partial / name)
+        """Open the shard ``name`` for appending; on a clean exit it is synced and counts.
+
+        Raises:
+            OutputError: it cannot be written; what fails on the way counts as that, too.
+        """
+        with self._writing(name):
+            temporary = self.partial / f"{name}.tmp"
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            try:
+                yield descriptor
+                os.fsync(descriptor)
+                nbytes = os.fstat(descriptor).st_size
+            finally:
+                os.close(descriptor)
+            temporary.rename(self.partial / name)
         self._journal.finish(name, nbytes)
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a small file whole."""
-        write_atomic(self.partial / name, data)
+        """Write a small file whole.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        with self._writing(name):
+            write_atomic(self.partial / name, data)
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                self.path / name,
+                "cannot be written",
+                found=error.strerror,
+                fix="make that possible, then run again with --resume",
+            ) from error
 
     def commit(self) -> None:
         """Let the output appear under its name."""
@@ -158,7 +180,12 @@ def forget(path: Path) -> None:
 
 
 def _open_journal(path: Path) -> Journal:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            path.parent, "cannot be made", found=error.strerror, fix="choose another output"
+        ) from error
     return Journal(path.with_name(path.name + JOURNAL))
 
 
