@@ -11,6 +11,7 @@ import msgspec
 from surgery import __version__
 from surgery.card import model_card
 from surgery.checkpoint import INDEX_NAME, Checkpoint
+from surgery.checksums import check_digest, known_digests
 from surgery.companions import companion_files, pruned_config
 from surgery.edits import OutputTensor, edits
 from surgery.errors import SurgeryError
@@ -44,6 +45,7 @@ def apply_plan(
     *,
     resume: bool = False,
     jobs: int = JOBS,
+    checksum: bool = False,
     progress: Callable[[int], object] = lambda nbytes: None,
 ) -> None:
     """Write the checkpoint that ``plan`` makes of ``source`` to the new directory ``output``.
@@ -57,6 +59,8 @@ def apply_plan(
         output: Must not exist, and lie outside of ``source``.
         resume: Go on with an interrupted run of the same plan; a finished one is left as it is.
         jobs: Shards written at the same time.
+        checksum: Compare each shard with its known SHA-256, which reads all of it, before any of
+            it is used.
         progress: Called with the bytes of each finished tensor.
 
     Raises:
@@ -67,13 +71,14 @@ def apply_plan(
         return
     checkpoint = Checkpoint.open(source, plan.family)
     by_shard = {n: shard for n, shard in edits(plan, Layout.of(checkpoint)).items() if shard}
+    digests = known_digests(checkpoint.path, list(by_shard)) if checksum else {}
     files = companion_files(plan, checkpoint)
     config = pruned_config(plan, checkpoint)
     directory = OutputDirectory(output, plan.digest, source=source, resume=resume)
     todo = {name: shard for name, shard in by_shard.items() if name not in directory.finished}
     with directory:
         directory.check_space(sum(t.nbytes for shard in todo.values() for t in shard))
-        _write_shards(directory, checkpoint, todo, jobs, progress)
+        _write_shards(directory, checkpoint, todo, digests, jobs, progress)
         for name, data in files.items():
             directory.write(name, data)
         directory.write("README.md", model_card(plan, checkpoint))
@@ -88,6 +93,7 @@ def _write_shards(
     directory: OutputDirectory,
     checkpoint: Checkpoint,
     todo: dict[str, list[OutputTensor]],
+    digests: dict[str, str],
     jobs: int,
     progress: Callable[[int], object],
 ) -> None:
@@ -98,6 +104,9 @@ def _write_shards(
         if stop.is_set():
             return
         try:
+            if name in digests:
+                with open_shard(checkpoint.path / name) as source:
+                    check_digest(checkpoint.path / name, source, digests[name])
             _write_shard(directory, checkpoint, name, todo[name], progress)
         except BaseException:
             stop.set()

@@ -139,7 +139,12 @@ def plan(
 @click.option(
     "--jobs", default=JOBS, show_default=True, type=click.IntRange(1), help="Shards at a time."
 )
-def apply(plan_path: Path, output: Path | None, resume: bool, jobs: int) -> None:
+@click.option(
+    "--checksum",
+    is_flag=True,
+    help="Compare each shard with its SHA-256, from SHA256SUMS beside it or from the hub, first.",
+)
+def apply(plan_path: Path, output: Path | None, resume: bool, jobs: int, checksum: bool) -> None:
     """Stream a plan's source into a new checkpoint directory."""
     from surgery.plan import Plan
     from surgery.source import resolve_model
@@ -150,7 +155,7 @@ def apply(plan_path: Path, output: Path | None, resume: bool, jobs: int) -> None
     if place is None:
         raise Refusal(f"{plan_path}: names no output; give -o DIR")
     source, _ = resolve_model(loaded.source)
-    run_apply(loaded, source, place, resume=resume, jobs=jobs)
+    run_apply(loaded, source, place, resume=resume, jobs=jobs, checksum=checksum)
     click.echo(f"{place}: {loaded.after.parameters:,} parameters, {loaded.after.nbytes:,} bytes")
 
 

@@ -159,10 +159,14 @@ def score_model(
         )
 
 
-def run_apply(plan: Plan, source: Path, output: Path, *, resume: bool, jobs: int) -> None:
+def run_apply(
+    plan: Plan, source: Path, output: Path, *, resume: bool, jobs: int, checksum: bool = False
+) -> None:
     """Apply ``plan`` under a progress bar."""
     with progress_bar("apply", "B", plan.after.nbytes) as progress:
-        apply_plan(plan, source, output, resume=resume, jobs=jobs, progress=progress)
+        apply_plan(
+            plan, source, output, resume=resume, jobs=jobs, checksum=checksum, progress=progress
+        )
 
 
 def forward_faults(plan: Plan, source: Path, directory: Path, device: str) -> list[str]:

@@ -48,7 +48,7 @@ def edit_windows(edit: Edit, source: int) -> Iterator[memoryview]:
     """Yield the output bytes of ``edit``, at most a window at a time, in order."""
     tensor, indices = edit.source, edit.indices
     if indices is None and edit.scaling is None:
-        yield from _raw_windows(tensor.path, source, tensor.start, tensor.nbytes)
+        yield from raw_windows(tensor.path, source, tensor.start, tensor.nbytes)
     else:
         every = np.arange(tensor.shape[edit.dim]) if indices is None else indices
         yield from _gather(edit, every, source)
@@ -178,11 +178,12 @@ def _copy_range(path: Path, source: int, output: int, offset: int, length: int) 
             if count == 0:
                 raise _ended_early(path, offset)
             offset, length = offset + count, length - count
-    for window in _raw_windows(path, source, offset, length):
+    for window in raw_windows(path, source, offset, length):
         write_all(output, window)
 
 
-def _raw_windows(path: Path, source: int, offset: int, length: int) -> Iterator[memoryview]:
+def raw_windows(path: Path, source: int, offset: int, length: int) -> Iterator[memoryview]:
+    """Yield ``length`` bytes from ``offset``, at most a window at a time."""
     buffer = memoryview(bytearray(min(length, WINDOW_BYTES)))
     while length:
         window = buffer[: min(length, WINDOW_BYTES)]
