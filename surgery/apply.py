@@ -1,6 +1,5 @@
 """Apply a plan: stream every edit into a new checkpoint directory."""
 
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,14 +11,16 @@ import msgspec
 from surgery import __version__
 from surgery.card import model_card
 from surgery.checkpoint import INDEX_NAME, Checkpoint
+from surgery.checksums import check_digest, known_digests
 from surgery.companions import companion_files, pruned_config
 from surgery.edits import OutputTensor, edits
+from surgery.errors import SurgeryError
 from surgery.header import encode_header
-from surgery.jsonfile import dump_json, dump_table
+from surgery.jsonfile import dump_json, dump_table, read_file
 from surgery.layout import Layout
 from surgery.plan import Plan
-from surgery.stream import stream_edit, write_all
-from surgery.writer import OutputDirectory, new_shard
+from surgery.stream import open_shard, stream_edit, write_all
+from surgery.writer import OutputDirectory, forget, new_shard
 
 JOBS = 4
 """Shards at a time: while one is synced to the disk another is copied (8B shape: 2.4 s for 3.2)."""
@@ -45,6 +46,7 @@ def apply_plan(
     resume: bool = False,
     jobs: int = JOBS,
     engine: str = "local",
+    checksum: bool = False,
     progress: Callable[[int], object] = lambda nbytes: None,
 ) -> None:
     """Write the checkpoint that ``plan`` makes of ``source`` to the new directory ``output``.
@@ -56,16 +58,22 @@ def apply_plan(
         plan: A complete plan made for ``source``.
         source: The checkpoint's directory; it is only read.
         output: Must not exist, and lie outside of ``source``.
-        resume: Go on with an interrupted run of the same plan.
+        resume: Go on with an interrupted run of the same plan; a finished one is left as it is.
         jobs: Shards written at the same time in this process.
         engine: "local", or "ray": each shard a task on a cluster that shares the file system.
+        checksum: Compare each shard with its known SHA-256, which reads all of it, before any of
+            it is used.
         progress: Called with the bytes of each finished tensor.
 
     Raises:
         SurgeryError: see the modules this calls; nothing appears under ``output``.
     """
+    if resume and _is_written(output, plan):
+        forget(output)
+        return
     checkpoint = Checkpoint.open(source.absolute() if engine == "ray" else source, plan.family)
     by_shard = {n: shard for n, shard in edits(plan, Layout.of(checkpoint)).items() if shard}
+    digests = known_digests(checkpoint.path, list(by_shard)) if checksum else {}
     files = companion_files(plan, checkpoint)
     config = pruned_config(plan, checkpoint)
     directory = OutputDirectory(output, plan.digest, source=source, resume=resume)
@@ -75,9 +83,11 @@ def apply_plan(
         if engine == "ray":
             from surgery.ray_engine import write_shards_on_ray
 
+            for name in todo:
+                _check_digest(checkpoint.path / name, digests)
             write_shards_on_ray(directory, checkpoint, todo, progress)
         else:
-            _write_shards(directory, checkpoint, todo, jobs, progress)
+            _write_shards(directory, checkpoint, todo, digests, jobs, progress)
         for name, data in files.items():
             directory.write(name, data)
         directory.write("README.md", model_card(plan, checkpoint))
@@ -92,6 +102,7 @@ def _write_shards(
     directory: OutputDirectory,
     checkpoint: Checkpoint,
     todo: dict[str, list[OutputTensor]],
+    digests: dict[str, str],
     jobs: int,
     progress: Callable[[int], object],
 ) -> None:
@@ -102,8 +113,10 @@ def _write_shards(
         if stop.is_set():
             return
         try:
-            metadata = checkpoint.shards[name].metadata
-            write_shard(directory.partial, checkpoint.path / name, todo[name], metadata, progress)
+            metadata, source = checkpoint.shards[name].metadata, checkpoint.path / name
+            _check_digest(source, digests)
+            with directory.writing(name):
+                write_shard(directory.partial, source, todo[name], metadata, progress)
             directory.finish(name)
         except BaseException:
             stop.set()
@@ -136,17 +149,19 @@ def write_shard(
         progress: Called with the bytes of each finished tensor.
         attempt: As for ``new_shard``.
     """
-    descriptor = os.open(source, os.O_RDONLY)
-    try:
-        with new_shard(partial, source.name, attempt) as output:
-            entries = [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard]
-            write_all(output, memoryview(encode_header(entries, metadata)))
-            for tensor in shard:
-                for edit in tensor.edits:
-                    stream_edit(edit, descriptor, output)
-                progress(tensor.nbytes)
-    finally:
-        os.close(descriptor)
+    with open_shard(source) as descriptor, new_shard(partial, source.name, attempt) as output:
+        entries = [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard]
+        write_all(output, memoryview(encode_header(entries, metadata)))
+        for tensor in shard:
+            for edit in tensor.edits:
+                stream_edit(edit, descriptor, output)
+            progress(tensor.nbytes)
+
+
+def _check_digest(source: Path, digests: Mapping[str, str]) -> None:
+    if source.name in digests:
+        with open_shard(source) as descriptor:
+            check_digest(source, descriptor, digests[source.name])
 
 
 def _index(index: dict[str, Any], by_shard: dict[str, list[OutputTensor]], plan: Plan) -> bytes:
@@ -163,6 +178,15 @@ def _index(index: dict[str, Any], by_shard: dict[str, list[OutputTensor]], plan:
             metadata["total_parameters"] - gone if known else plan.after.parameters
         )
     return dump_json({**index, "metadata": metadata, "weight_map": weight_map})
+
+
+def _is_written(output: Path, plan: Plan) -> bool:
+    """Whether ``output`` is what ``plan`` makes: it appears whole, so its name is proof enough."""
+    try:
+        made = msgspec.json.decode(read_file(output / PROVENANCE_NAME), type=ProvenanceFile)
+    except (OSError, ValueError, SurgeryError):
+        return False
+    return made.plan_digest == plan.digest
 
 
 def _provenance(plan: Plan) -> bytes:

@@ -148,7 +148,14 @@ def plan(
     "--jobs", default=JOBS, show_default=True, type=click.IntRange(1), help="Shards at a time."
 )
 @engine_option
-def apply(plan_path: Path, output: Path | None, resume: bool, jobs: int, engine: str) -> None:
+@click.option(
+    "--checksum",
+    is_flag=True,
+    help="Compare each shard with its SHA-256, from SHA256SUMS beside it or from the hub, first.",
+)
+def apply(
+    plan_path: Path, output: Path | None, resume: bool, jobs: int, engine: str, checksum: bool
+) -> None:
     """Stream a plan's source into a new checkpoint directory."""
     from surgery.plan import Plan
     from surgery.source import resolve_model
@@ -159,7 +166,7 @@ def apply(plan_path: Path, output: Path | None, resume: bool, jobs: int, engine:
     if place is None:
         raise Refusal(f"{plan_path}: names no output; give -o DIR")
     source, _ = resolve_model(loaded.source)
-    run_apply(loaded, source, place, resume=resume, jobs=jobs, engine=engine)
+    run_apply(loaded, source, place, resume=resume, jobs=jobs, engine=engine, checksum=checksum)
     click.echo(f"{place}: {loaded.after.parameters:,} parameters, {loaded.after.nbytes:,} bytes")
 
 

@@ -182,11 +182,27 @@ def score_model(
 
 
 def run_apply(
-    plan: Plan, source: Path, output: Path, *, resume: bool, jobs: int, engine: str = "local"
+    plan: Plan,
+    source: Path,
+    output: Path,
+    *,
+    resume: bool,
+    jobs: int,
+    engine: str = "local",
+    checksum: bool = False,
 ) -> None:
     """Apply ``plan`` under a progress bar."""
     with progress_bar("apply", "B", plan.after.nbytes) as progress:
-        apply_plan(plan, source, output, resume=resume, jobs=jobs, engine=engine, progress=progress)
+        apply_plan(
+            plan,
+            source,
+            output,
+            resume=resume,
+            jobs=jobs,
+            engine=engine,
+            checksum=checksum,
+            progress=progress,
+        )
 
 
 def forward_faults(plan: Plan, source: Path, directory: Path, device: str) -> list[str]:

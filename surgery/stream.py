@@ -1,9 +1,9 @@
 """Carry the bytes of one edit from a source shard to an output file through a small buffer."""
 
-import errno
 import math
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +22,6 @@ They stay in the processor's cache: at 16 MiB the columns of the 8B shape took 0
 Runs of a window's mean length are copied inside the kernel, shorter ones gathered here: at 20 KB a
 run, rows took 0.84 s by kernel copies and 0.49 s gathered.
 """
-
-NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 
 DTYPE = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 """Elements are moved as plain bits."""
@@ -50,7 +48,7 @@ def edit_windows(edit: Edit, source: int) -> Iterator[memoryview]:
     """Yield the output bytes of ``edit``, at most a window at a time, in order."""
     tensor, indices = edit.source, edit.indices
     if indices is None and edit.scaling is None:
-        yield from _raw_windows(tensor.path, source, tensor.start, tensor.nbytes)
+        yield from raw_windows(tensor.path, source, tensor.start, tensor.nbytes)
     else:
         every = np.arange(tensor.shape[edit.dim]) if indices is None else indices
         yield from _gather(edit, every, source)
@@ -62,6 +60,33 @@ def write_all(output: int, data: memoryview) -> None:
         data = data[os.write(output, data) :]
 
 
+@contextmanager
+def open_shard(path: Path) -> Iterator[int]:
+    """Yield a file descriptor that reads the shard ``path``.
+
+    Raises:
+        CheckpointError: it cannot be opened.
+    """
+    try:
+        shard = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    try:
+        yield shard
+    finally:
+        os.close(shard)
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    """What to say of a shard that was there when its header was read."""
+    return CheckpointError(
+        path,
+        "shard cannot be read any more",
+        found=error.strerror,
+        fix="bring it back, then run again with --resume",
+    )
+
+
 def read_scales(tensor: TensorRef) -> Float32:
     """The scales of an FP8 weight, from their own shard: one for 16,384 weights, usually.
 
@@ -69,11 +94,8 @@ def read_scales(tensor: TensorRef) -> Float32:
         CheckpointError: the shard ends early.
     """
     raw = np.empty(tensor.nbytes, np.uint8)
-    shard = os.open(tensor.path, os.O_RDONLY)
-    try:
+    with open_shard(tensor.path) as shard:
         read_into(tensor.path, shard, raw.data, tensor.start)
-    finally:
-        os.close(shard)
     return decode_scales(raw, tensor.dtype).reshape(tensor.shape)
 
 
@@ -146,21 +168,22 @@ def _blocks(edit: Edit) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _copy_range(path: Path, source: int, output: int, offset: int, length: int) -> None:
-    """Append ``length`` bytes, inside the kernel where the two file systems allow it."""
-    try:
+    """Append ``length`` bytes, inside the kernel as long as that works.
+
+    What fails there is tried again by reading and writing, which tells whose fault it is.
+    """
+    with suppress(OSError):
         while length and hasattr(os, "copy_file_range"):
             count = os.copy_file_range(source, output, length, offset_src=offset)
             if count == 0:
                 raise _ended_early(path, offset)
             offset, length = offset + count, length - count
-    except OSError as error:
-        if error.errno not in NO_KERNEL_COPY:
-            raise
-    for window in _raw_windows(path, source, offset, length):
+    for window in raw_windows(path, source, offset, length):
         write_all(output, window)
 
 
-def _raw_windows(path: Path, source: int, offset: int, length: int) -> Iterator[memoryview]:
+def raw_windows(path: Path, source: int, offset: int, length: int) -> Iterator[memoryview]:
+    """Yield ``length`` bytes from ``offset``, at most a window at a time."""
     buffer = memoryview(bytearray(min(length, WINDOW_BYTES)))
     while length:
         window = buffer[: min(length, WINDOW_BYTES)]
@@ -173,10 +196,13 @@ def read_into(path: Path, source: int, target: memoryview, offset: int) -> None:
     """Fill ``target`` from ``offset`` of the shard ``path``, open as ``source``.
 
     Raises:
-        CheckpointError: the shard ends early.
+        CheckpointError: the shard ends early, or cannot be read.
     """
     while target:
-        count = os.preadv(source, [target], offset)
+        try:
+            count = os.preadv(source, [target], offset)
+        except OSError as error:
+            raise _unreadable(path, error) from error
         if count == 0:
             raise _ended_early(path, offset)
         target, offset = target[count:], offset + count
@@ -187,5 +213,5 @@ def _ended_early(path: Path, offset: int) -> CheckpointError:
         path,
         "shard ended early: it changed while it was read",
         expected=f"more than {offset} bytes",
-        fix="run again with the source left alone",
+        fix="bring it back as it was, then run again with --resume",
     )

@@ -5,64 +5,57 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock
-
-import msgspec
 
 from surgery.errors import OutputError
-from surgery.jsonfile import read_file, write_atomic
+from surgery.journal import Journal
+from surgery.jsonfile import write_atomic
 
-JOURNAL = "journal.json"
-
-
-class Journal(msgspec.Struct, forbid_unknown_fields=True):
-    """What an interrupted run had finished."""
-
-    plan_digest: str
-    shards: list[str]
-    """Files that are complete and synced."""
+PARTIAL, JOURNAL = ".partial", ".partial.journal"
+"""What the names of the directory under construction and of its journal end with."""
 
 
 class OutputDirectory:
-    """``DIR.partial`` until ``commit`` renames it to ``DIR``; a shard is in it whole or not."""
+    """``DIR.partial`` until ``commit`` renames it to ``DIR``; a shard is in it whole or not.
+
+    Beside it lies its journal, which is made before it and deleted after the rename.
+    """
 
     def __init__(self, path: Path, plan_digest: str, *, source: Path, resume: bool) -> None:
         """Create the partial directory, or with ``resume`` go on with an interrupted one.
 
         Raises:
-            OutputError: the output exists, lies inside the source or around it, an interrupted
-                run is in the way, or the run to resume had another plan.
+            OutputError: the output exists, lies inside the source or around it, another run
+                writes it, an interrupted one is in the way, or the run to resume had another plan.
         """
         check_place(path, source)
         self.path = path
-        self.partial = path.with_name(path.name + ".partial")
-        self._lock = Lock()
-        self._journal = Journal(plan_digest, [])
-        if resume and self.partial.is_dir() and not self.partial.is_symlink():
-            self._journal = self._read_journal(plan_digest)
-            return
+        self.partial = path.with_name(path.name + PARTIAL)
+        self._journal = _open_journal(path)
         try:
-            self.partial.mkdir(parents=True)
-        except FileExistsError as error:
-            raise OutputError(
-                self.partial,
-                "is there from a run that was interrupted or is still going",
-                fix="continue it with --resume, or delete it",
-            ) from error
-        self._save_journal()
+            check_place(path, source)  # the run that held the lock until now may have made it
+            if resume and self.partial.is_dir() and not self.partial.is_symlink():
+                self._go_on(plan_digest)
+            else:
+                self._begin(plan_digest)
+        except BaseException:
+            self._journal.close()
+            raise
 
     @property
     def finished(self) -> frozenset[str]:
         """Shards that need not be written again."""
-        return frozenset(self._journal.shards)
+        return frozenset(self._journal.finished)
 
     def __enter__(self) -> "OutputDirectory":
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         """Leave nothing behind after an error, unless there are finished shards to resume."""
-        if error_type is not None and self.partial.exists() and not self._journal.shards:
-            shutil.rmtree(self.partial)
+        if error_type is None or not self._journal.finished:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self._journal.remove()
+        else:
+            self._journal.close()
 
     def check_space(self, nbytes: int) -> None:
         """Refuse to start when ``nbytes`` do not fit on the disk.
@@ -81,20 +74,39 @@ class OutputDirectory:
             )
 
     def finish(self, name: str) -> None:
-        """Note that the shard ``name`` is complete and synced."""
-        with self._lock:
-            self._journal.shards.append(name)
-            self._save_journal()
+        """Note that the shard ``name`` is complete and synced; threads may call this."""
+        self._journal.finish(name, (self.partial / name).stat().st_size)
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[None]:
+        """Say which file it was that could not be written.
+
+        Raises:
+            OutputError: whatever the file system refuses inside.
+        """
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                self.path / name,
+                "cannot be written",
+                found=error.strerror,
+                fix="make that possible, then run again with --resume",
+            ) from error
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a small file whole."""
-        write_atomic(self.partial / name, data)
+        """Write a small file whole.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        with self.writing(name):
+            write_atomic(self.partial / name, data)
 
     def commit(self) -> None:
         """Let the output appear under its name, without what processes left that were lost."""
         for path in self.partial.glob("*.tmp"):
             path.unlink()
-        (self.partial / JOURNAL).unlink()
         _sync_directory(self.partial)
         try:
             self.partial.rename(self.path)
@@ -102,32 +114,71 @@ class OutputDirectory:
             raise OutputError(
                 self.path,
                 "appeared while it was written",
-                fix=f"move it away and rename {self.partial} yourself",
+                fix="move it away, then run with --resume",
             ) from error
         _sync_directory(self.path.parent)
 
-    def _read_journal(self, plan_digest: str) -> Journal:
-        path = self.partial / JOURNAL
-        if not path.exists():  # killed before the first entry or behind the last: nothing counts
-            return Journal(plan_digest, [])
-        try:
-            journal = msgspec.json.decode(read_file(path), type=Journal)
-        except (OSError, msgspec.MsgspecError) as error:
+    def _begin(self, plan_digest: str) -> None:
+        if self.partial.exists():
             raise OutputError(
-                path, "cannot be resumed", found=error, fix=f"delete {self.partial} and start anew"
-            ) from error
-        if journal.plan_digest != plan_digest:
+                self.partial,
+                "is there from a run that was interrupted",
+                fix="continue it with --resume, or delete it",
+            )
+        self._journal.begin(plan_digest)
+        self.partial.mkdir()
+
+    def _go_on(self, plan_digest: str) -> None:
+        found = self._journal.plan_digest
+        if found is None:
+            raise OutputError(
+                self.partial,
+                "cannot be resumed: it has no journal, so it may be anything",
+                expected=self._journal.path,
+                fix="delete it and start anew",
+            )
+        if found != plan_digest:
             raise OutputError(
                 self.partial,
                 "belongs to another plan",
                 expected=f"plan {plan_digest[:12]}",
-                found=journal.plan_digest[:12],
+                found=found[:12],
                 fix=f"resume with that plan, or delete {self.partial}",
             )
-        return journal
+        self._sweep()
 
-    def _save_journal(self) -> None:
-        write_atomic(self.partial / JOURNAL, msgspec.json.encode(self._journal))
+    def _sweep(self) -> None:
+        """Delete half a file, and whatever else the journal does not vouch for."""
+        whole = {
+            path.name
+            for path in self.partial.iterdir()
+            if path.is_file() and path.stat().st_size == self._journal.finished.get(path.name)
+        }
+        for path in self.partial.iterdir():
+            if path.name not in whole:
+                path.unlink()
+        self._journal.finished = {
+            name: nbytes for name, nbytes in self._journal.finished.items() if name in whole
+        }
+
+
+def forget(path: Path) -> None:
+    """Delete the journal of an output that is complete: its run was killed behind the rename.
+
+    Raises:
+        OutputError: that run still goes on.
+    """
+    _open_journal(path).remove()
+
+
+def _open_journal(path: Path) -> Journal:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            path.parent, "cannot be made", found=error.strerror, fix="choose another output"
+        ) from error
+    return Journal(path.with_name(path.name + JOURNAL))
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -142,17 +141,51 @@ main(["apply", {str(plan)!r}, "-o", {str(out)!r}, "--jobs", "1"])
     assert snapshot(out) == snapshot(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("moment", ["before the first entry", "behind the last"])
-def test_a_partial_directory_without_a_journal_resumes(
-    tmp_path: Path, llama: Path, run: Run, moment: str
+def test_a_partial_directory_without_a_journal_is_left_alone(
+    tmp_path: Path, llama: Path, run: Run
 ) -> None:
+    """It may be the user's."""
+    plan, partial = tmp_path / "plan.json", tmp_path / "out.partial"
+    random_plan(llama, 512, 64).save(plan)
+    partial.mkdir()
+    (partial / "novel.txt").write_text("Call me Ishmael.")
+    result = run("apply", plan, "-o", tmp_path / "out", "--resume")
+    assert result.exit_code == 2
+    assert "out.partial: cannot be resumed: it has no journal" in result.output
+    assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "out.partial"}
+    assert (partial / "novel.txt").read_text() == "Call me Ishmael."
+
+
+def test_a_finished_run_may_be_resumed(tmp_path: Path, llama: Path, run: Run) -> None:
+    """So a script may repeat one command until it succeeds; another plan is refused as ever."""
+    plan, out = tmp_path / "plan.json", tmp_path / "out"
+    random_plan(llama, 512, 64).save(plan)
+    assert run("apply", plan, "-o", out).exit_code == 0
+    inode = (out / "config.json").stat().st_ino
+    assert run("apply", plan, "-o", out, "--resume").exit_code == 0
+    assert (out / "config.json").stat().st_ino == inode
+    random_plan(llama, 500, 64).save(plan)
+    result = run("apply", plan, "-o", out, "--resume")
+    assert result.exit_code == 2
+    assert "exists already" in result.output
+
+
+def test_a_finished_shard_that_was_lost_is_written_again(
+    tmp_path: Path, llama: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut a journal may know more than the directory."""
     plan, out, partial = tmp_path / "plan.json", tmp_path / "out", tmp_path / "out.partial"
     random_plan(llama, 512, 64).save(plan)
     assert run("apply", plan, "-o", tmp_path / "whole").exit_code == 0
-    if moment == "behind the last":
-        shutil.copytree(tmp_path / "whole", partial)
-    else:
-        partial.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("surgery.apply.model_card", lambda *_: 1 / 0)
+        assert run("apply", plan, "-o", out).exit_code == 1
+    shards = sorted(partial.glob("*.safetensors"))
+    assert len(shards) == 5
+    shards[0].unlink()
+    os.truncate(shards[1], 100)
+    with open(tmp_path / "out.partial.journal", "ab") as journal:
+        journal.write(b'{"sha')
     assert run("apply", plan, "-o", out, "--resume").exit_code == 0
     assert snapshot(out) == snapshot(tmp_path / "whole")
 

@@ -256,10 +256,14 @@ def rename(data: dict[str, Any], old: str, new: str) -> None:
     data[new] = data.pop(old)
 
 
+BEGUN = '{"plan_digest": "0123456789abcdef"}'
+"""The first line of the journal of another plan."""
+
+
 def journal(content: str) -> Damage:
     def damage(root: Path) -> None:
         (root / "out.partial").mkdir()
-        (root / "out.partial" / "journal.json").write_text(content)
+        (root / "out.partial.journal").write_text(content + "\n")
 
     return damage
 
@@ -689,12 +693,12 @@ OUTPUTS = [
     Case("statistics in a directory that is not there", nothing,
          f"{CALIBRATE} text.txt".replace("new.safe", "gone/new.safe"),
          ("gone/new.safetensors", "directory does not exist", "create it")),
-    Case("interrupted run in the way", journal("{}"), APPLY,
+    Case("interrupted run in the way", journal(BEGUN), APPLY,
          ("out.partial", "interrupted", "--resume", "delete")),
-    Case("resume with another plan", journal('{"plan_digest": "0123456789abcdef", "shards": []}'),
-         RESUME, ("out.partial", "another plan", "expected plan", "found 0123456789ab", "resume")),
+    Case("resume with another plan", journal(BEGUN), RESUME,
+         ("out.partial", "another plan", "expected plan", "found 0123456789ab", "resume")),
     Case("resume with a damaged journal", journal("{"), RESUME,
-         ("journal.json", "cannot be resumed", "found", "delete")),
+         ("out.partial.journal", "cannot be resumed", "found", "delete")),
     Case("verify nothing", nothing, "verify nowhere",
          ("nowhere", "not a directory", "name a model directory")),
     Case("verify --forward without a plan", nothing, "verify model --forward",

@@ -1,0 +1,89 @@
+"""A flipped bit in a source shard is found by apply --checksum, wherever the checksum is known."""
+
+import hashlib
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tests.conftest import Run
+from tests.plans import random_plan
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def by_sums(source: Path) -> None:
+    shards = sorted(path.name for path in source.glob("*.safetensors"))
+    with open(source / "SHA256SUMS", "wb") as sums:
+        subprocess.run(["sha256sum", *shards], cwd=source, stdout=sums, check=True)
+
+
+def by_cache(source: Path) -> None:
+    """As the hub's cache: links to files that are named by their digest."""
+    blobs = source.parent / "blobs"
+    blobs.mkdir()
+    for path in source.glob("*.safetensors"):
+        blob = blobs / sha256(path)
+        path.rename(blob)
+        path.symlink_to(Path("..") / "blobs" / blob.name)
+
+
+def by_metadata(source: Path) -> None:
+    """As hf download --local-dir."""
+    place = source / ".cache" / "huggingface" / "download"
+    place.mkdir(parents=True)
+    for path in source.glob("*.safetensors"):
+        text = f"{'0' * 40}\n{sha256(path)}\n1700000000.5\n"
+        (place / f"{path.name}.metadata").write_text(text)
+
+
+def flip(path: Path, offset: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("known", [by_sums, by_cache, by_metadata])
+def test_a_flipped_bit_is_found(tmp_path: Path, run: Run, known: object) -> None:
+    assert callable(known)
+    source, plan, out = tiny.save(tmp_path / "model", sharded=True), tmp_path / "p", tmp_path / "o"
+    known(source)
+    random_plan(source, 512, 64).save(plan)
+    apply = ("apply", plan, "-o", out, "--checksum")
+    shard = sorted(source.glob("*.safetensors"))[2]
+    flip(shard, shard.stat().st_size - 1)
+    result = run(*apply)
+    assert result.exit_code == 2
+    assert f"{shard.name}: is damaged: its checksum differs: expected SHA-256 " in result.output
+    assert not out.exists()
+    flip(shard, shard.stat().st_size - 1)
+    assert run(*apply, "--resume").exit_code == 0
+    assert run("apply", plan, "-o", tmp_path / "plain").exit_code == 0
+    for path in out.iterdir():
+        assert path.read_bytes() == (tmp_path / "plain" / path.name).read_bytes()
+    assert not (out / "SHA256SUMS").exists()
+
+
+def test_without_a_known_checksum_nothing_is_begun(tmp_path: Path, llama: Path, run: Run) -> None:
+    random_plan(llama, 512, 64).save(tmp_path / "plan.json")
+    result = run("apply", tmp_path / "plan.json", "-o", tmp_path / "out", "--checksum")
+    assert result.exit_code == 2
+    assert ".safetensors: has no known checksum" in result.output
+    assert "sha256sum *.safetensors > SHA256SUMS" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_sums_that_do_not_name_a_shard(tmp_path: Path, run: Run) -> None:
+    source = tiny.save(tmp_path / "model")
+    random_plan(source, 512, 64).save(tmp_path / "plan.json")
+    for content in (b"", b"\xff\xfe", b"0" * 64 + b"  other.safetensors\n", b"junk\n"):
+        (source / "SHA256SUMS").write_bytes(content)
+        result = run("apply", tmp_path / "plan.json", "-o", tmp_path / "out", "--checksum")
+        assert result.exit_code == 2
+        assert len(result.output.splitlines()) == 1
+        assert "SHA256SUMS" in result.output
