@@ -29,6 +29,7 @@ from surgery.options import (
     size_options,
     vocabulary_options,
 )
+from surgery.resources import Resources, Running, resource_options
 
 
 @click.command()
@@ -43,17 +44,22 @@ from surgery.options import (
 )
 @vocabulary_options
 @click.option("-o", "output", type=path_type, default="stats.safetensors", show_default=True)
+@click.option("--resume", is_flag=True, help="Go on with a run that was interrupted, if any.")
+@resource_options
 def calibrate(
     model: str,
     family: str | None,
     vocab_sizes: str | None,
     output: Path,
     vocabulary: VocabularyOptions,
+    resume: bool,
+    resources: Resources,
     **options: Any,
 ) -> None:
     """Sum squared FFN activations over text, one layer in memory at a time.
 
-    The statistics are exact for a plan with the same options of the vocabulary.
+    What each finished layer leaves lies in OUTPUT.partial until OUTPUT is written. The statistics
+    are exact for a plan with the same options of the vocabulary.
     """
     from calib.documents import read_documents
     from surgery.choices import parse_vocab_sizes, rarity_or_whole
@@ -64,8 +70,8 @@ def calibrate(
         raise Refusal(f"{output}: its directory does not exist; create it, or name another")
     sizes = parse_vocab_sizes(vocab_sizes, layout) if vocab_sizes else None
     rarity = rarity_or_whole(layout, vocabulary, read_documents(options["data"]))
-    stats = calibrate_model(layout, sizes, rarity=rarity, **options)
-    stats.save(output)
+    running = Running(output, resume, resources)
+    stats = calibrate_model(layout, sizes, rarity=rarity, running=running, **options)
     click.echo(f"{output}: {stats.info.samples} windows, {stats.info.tokens:,} tokens")
 
 

@@ -1,6 +1,8 @@
 """Channel statistics as a file: what calibration measured and planning reads."""
 
+import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,11 +11,13 @@ import numpy as np
 
 from surgery.errors import StatsError
 from surgery.family import WIDTHS
-from surgery.jsonfile import open_regular, write_atomic
+from surgery.header import encode_header
+from surgery.jsonfile import open_regular
 
 FORMAT = 2
 KEY = "compact_surgery"
 AGAIN = "calibrate again"
+DTYPES = {"<f8": "F64", "<i8": "I64"}
 PARTS = ("sum_sq", "sum_abs", "tokens")
 ARRAY = re.compile(rf"layers\.(0|[1-9][0-9]{{0,4}})\.({'|'.join(WIDTHS)})\.({'|'.join(PARTS)})")
 
@@ -65,15 +69,14 @@ class ChannelStats:
     """The file they come from, for errors."""
 
     def save(self, path: Path) -> None:
-        """Write the file atomically."""
-        from safetensors.numpy import save
-
+        """Write the file atomically, an array at a time."""
         arrays = {"token_counts": self.token_counts, "bucket_of": self.bucket_of}
         for layer, axes in enumerate(self.layers):
             for axis, sums in axes.items():
                 for part in PARTS:
                     arrays[f"layers.{layer}.{axis}.{part}"] = getattr(sums, part)
-        write_atomic(path, save(arrays, {KEY: msgspec.json.encode(self.info).decode()}))
+        metadata = {KEY: msgspec.json.encode(self.info).decode()}
+        save_arrays(path, arrays, metadata)
 
     @classmethod
     def load(cls, path: Path) -> "ChannelStats":
@@ -117,6 +120,19 @@ class ChannelStats:
         for layer, axes in enumerate(self.layers):
             for axis, sums in axes.items():
                 _check_sums(sums, buckets, f"{path}: layers.{layer}.{axis}")
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file of float64 and int64 arrays, so that it is there whole or not."""
+    entries = [(name, DTYPES[array.dtype.str], array.shape) for name, array in arrays.items()]
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(encode_header(entries, metadata))
+        for array in arrays.values():
+            file.write(np.ascontiguousarray(array).data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def _layers(arrays: dict[str, np.ndarray], path: Path) -> list[dict[str, AxisSums]]:

@@ -18,6 +18,7 @@ from surgery.plan import Plan
 from surgery.planning import make_plan
 from surgery.probe import Proposal, propose, unknown_type
 from surgery.rarity import Rarity
+from surgery.resources import Running
 from surgery.source import resolve_model
 from surgery.stats import ChannelStats
 from surgery.tokenizer import load_tokenizer
@@ -57,15 +58,18 @@ def calibrate_model(
     device: str,
     dtype: str,
     rarity: Rarity,
+    running: Running | None = None,
 ) -> ChannelStats:
     """Take statistics that are exact for ``vocab_sizes``, or for the usual ratios' sizes.
 
-    Tokens are put into buckets by ``rarity``.
+    Tokens are put into buckets by ``rarity``. ``running`` says where they are written; without
+    it they are not.
     """
-    from calib.calibrate import calibrate
+    from calib.calibrate import Run, calibrate
     from calib.corpus import token_windows
     from calib.device import choose_device, choose_dtype
     from calib.documents import read_documents
+    from calib.limits import Limits
 
     if not layout.widths:
         raise BudgetError(
@@ -79,6 +83,14 @@ def calibrate_model(
     edges = sorted({*sizes, layout.vocab_size})
     where = choose_device(device)
     steps = layout.num_hidden_layers * len(windows)
+    spill = running.resources.spill if running else None
+    run = Run(
+        Limits(hidden="file" if spill else "memory"),
+        running.output if running else None,
+        running.resume if running else False,
+        spill,
+        {"--samples": str(samples), "--seed": str(seed)},
+    )
     with progress_bar("calibrate", "window", steps) as progress:
         return calibrate(
             layout,
@@ -89,6 +101,7 @@ def calibrate_model(
             device=where,
             dtype=choose_dtype(dtype, layout.checkpoint, where),
             progress=progress,
+            run=run,
         )
 
 

@@ -21,9 +21,11 @@ from calib.corpus import token_windows
 from calib.decoder import Batch, micro_batches
 from calib.documents import read_documents
 from calib.ffn import pieces
+from calib.states import HiddenStates
 from calib.weights import WeightReader
 from surgery.family import FFN
 from surgery.layout import Layout
+from surgery.resources import Running
 from surgery.stats import PARTS, ChannelStats
 from surgery.steps import calibrate_model, open_model
 from surgery.tokenizer import load_tokenizer
@@ -65,8 +67,8 @@ def streamed(model: str, text: str, samples: int, seq_len: int, stats: Path) -> 
         device="cpu",
         dtype="float32",
         rarity=rarity_of(layout),
+        running=Running(stats),
     )
-    result.save(stats)
     return {
         "pass_seconds": seconds[0],
         "bytes_read": readers[0].bytes_read,
@@ -130,7 +132,7 @@ def _hooked_pass(
 def _batches(windows: Sequence[np.ndarray]) -> list[Batch]:
     """Group windows by length as ``StreamedDecoder.embed`` does, without hidden states."""
     return [
-        Batch(torch.from_numpy(np.stack([w for w in windows if len(w) == n])), torch.empty(0))
+        Batch(torch.from_numpy(np.stack([w for w in windows if len(w) == n])), HiddenStates(), 0)
         for n in dict.fromkeys(map(len, windows))
     ]
 
