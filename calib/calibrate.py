@@ -138,6 +138,7 @@ def calibrate(
         with WeightReader(layout.checkpoint, device, dtype) as reader:
             take = _Taking(layout, torch.from_numpy(bucket_of), reader, run, partial)
             layers = take.layers(windows, len(bucket_edges), progress)
+            run.stages.bytes_read = reader.bytes_read
         stats = ChannelStats(info, layers, counts, bucket_of)
         if partial is not None and run.output is not None:
             stats.save(run.output)

@@ -20,6 +20,8 @@ class Stages:
     """The layers themselves, sums of their activations among it."""
     write: float = 0.0
     """Hidden states and sums, so that a killed run can be continued."""
+    bytes_read: int = 0
+    """From the checkpoint."""
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

@@ -46,6 +46,8 @@ from surgery.resources import Resources, Running, resource_options
 @click.option("-o", "output", type=path_type, default="stats.safetensors", show_default=True)
 @click.option("--resume", is_flag=True, help="Go on with a run that was interrupted, if any.")
 @resource_options
+@click.option("--dry-run", is_flag=True, help="Show what the run would take, and end.")
+@json_option
 def calibrate(
     model: str,
     family: str | None,
@@ -54,6 +56,8 @@ def calibrate(
     vocabulary: VocabularyOptions,
     resume: bool,
     resources: Resources,
+    dry_run: bool,
+    as_json: bool,
     **options: Any,
 ) -> None:
     """Sum squared FFN activations over text, one layer in memory at a time.
@@ -63,16 +67,22 @@ def calibrate(
     """
     from calib.documents import read_documents
     from surgery.choices import parse_vocab_sizes, rarity_or_whole
-    from surgery.steps import calibrate_model, open_model
+    from surgery.steps import open_model, prepare_calibration, take_statistics
 
     layout, _ = open_model(model, family)
     if not output.absolute().parent.is_dir():  # known before the work, not after it
         raise Refusal(f"{output}: its directory does not exist; create it, or name another")
     sizes = parse_vocab_sizes(vocab_sizes, layout) if vocab_sizes else None
     rarity = rarity_or_whole(layout, vocabulary, read_documents(options["data"]))
+    start = time.perf_counter()
     running = Running(output, resume, resources)
-    stats = calibrate_model(layout, sizes, rarity=rarity, running=running, **options)
-    click.echo(f"{output}: {stats.info.samples} windows, {stats.info.tokens:,} tokens")
+    made = prepare_calibration(layout, sizes, rarity=rarity, running=running, **options)
+    if dry_run:
+        click.echo(json.dumps(made.prediction.facts()) if as_json else made.prediction.table())
+        return
+    stats = take_statistics(made)
+    text = f"{output}: {stats.info.samples} windows, {stats.info.tokens:,} tokens"
+    click.echo(json.dumps(made.measured(start)) if as_json else text)
 
 
 @click.command()
@@ -137,7 +147,13 @@ def prune(
     from calib.documents import read_documents
     from surgery.choices import choose_sizes
     from surgery.preview import plan_table
-    from surgery.steps import calibrate_model, open_model, plan_model, run_apply
+    from surgery.steps import (
+        open_model,
+        plan_model,
+        prepare_calibration,
+        run_apply,
+        take_statistics,
+    )
     from surgery.verify import verify_files
     from surgery.writer import check_place
 
@@ -160,7 +176,7 @@ def prune(
     sizes = [chosen.sizes.vocab_size]
     stats = None
     if layout.widths:
-        stats = calibrate_model(layout, sizes, rarity=chosen.rarity, **options)
+        stats = take_statistics(prepare_calibration(layout, sizes, rarity=chosen.rarity, **options))
         stats.save(output.with_name(output.name + ".stats.safetensors"))
     made = planned(stats, documents=read_documents(options["data"]))
     made.save(output.with_name(output.name + ".plan.json"))

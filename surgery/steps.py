@@ -25,6 +25,7 @@ from surgery.tokenizer import load_tokenizer
 from surgery.vocab_cost import vocabulary_cost
 
 if TYPE_CHECKING:
+    from calib.calibration import Calibration
     from calib.score import Score
 
 
@@ -47,7 +48,7 @@ def probe_model(model: str) -> Proposal:
     return propose(Checkpoint.open(resolve_model(model)[0]))
 
 
-def calibrate_model(
+def prepare_calibration(
     layout: Layout,
     vocab_sizes: list[int] | None,
     *,
@@ -59,17 +60,15 @@ def calibrate_model(
     dtype: str,
     rarity: Rarity,
     running: Running | None = None,
-) -> ChannelStats:
-    """Take statistics that are exact for ``vocab_sizes``, or for the usual ratios' sizes.
+) -> "Calibration":
+    """Prepare statistics that are exact for ``vocab_sizes``, or for the usual ratios' sizes.
 
     Tokens are put into buckets by ``rarity``. ``running`` says where they are written; without
     it they are not.
     """
-    from calib.calibrate import Run, calibrate
+    from calib.calibration import prepare
     from calib.corpus import token_windows
-    from calib.device import choose_device, choose_dtype
     from calib.documents import read_documents
-    from calib.limits import Limits
 
     if not layout.widths:
         raise BudgetError(
@@ -81,28 +80,23 @@ def calibrate_model(
     windows = token_windows(documents, load_tokenizer(layout.checkpoint.path), samples, seq_len)
     sizes = vocab_sizes or candidate_vocab_sizes(layout, rarity.must_keep)
     edges = sorted({*sizes, layout.vocab_size})
-    where = choose_device(device)
-    steps = layout.num_hidden_layers * len(windows)
-    spill = running.resources.spill if running else None
-    run = Run(
-        Limits(hidden="file" if spill else "memory"),
-        running.output if running else None,
-        running.resume if running else False,
-        spill,
-        {"--samples": str(samples), "--seed": str(seed)},
+    return prepare(
+        layout,
+        windows,
+        (rarity.buckets(edges), edges),
+        seq_len=seq_len,
+        device=device,
+        dtype=dtype,
+        asked={"--samples": str(samples), "--seed": str(seed)},
+        running=running,
     )
+
+
+def take_statistics(calibration: "Calibration") -> ChannelStats:
+    """Run a calibration under a progress bar."""
+    steps = calibration.layout.num_hidden_layers * len(calibration.windows)
     with progress_bar("calibrate", "window", steps) as progress:
-        return calibrate(
-            layout,
-            windows,
-            rarity.buckets(edges),
-            edges,
-            seq_len=seq_len,
-            device=where,
-            dtype=choose_dtype(dtype, layout.checkpoint, where),
-            progress=progress,
-            run=run,
-        )
+        return calibration.take(progress)
 
 
 def plan_model(

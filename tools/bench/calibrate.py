@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import calib.calibrate
+import calib.calibration
 from calib.calibrate import ChannelSums
 from calib.corpus import token_windows
 from calib.decoder import Batch, micro_batches
@@ -27,7 +28,7 @@ from surgery.family import FFN
 from surgery.layout import Layout
 from surgery.resources import Running
 from surgery.stats import PARTS, ChannelStats
-from surgery.steps import calibrate_model, open_model
+from surgery.steps import open_model, prepare_calibration, take_statistics
 from surgery.tokenizer import load_tokenizer
 from surgery.vocabulary import rarity_of
 
@@ -42,7 +43,7 @@ def streamed(model: str, text: str, samples: int, seq_len: int, stats: Path) -> 
     layout, _ = open_model(model)
     readers: list[WeightReader] = []
     seconds: list[float] = []
-    inner = calib.calibrate.calibrate
+    inner = calib.calibration.calibrate
 
     class CountedReader(WeightReader):
         def __enter__(self) -> "CountedReader":
@@ -56,8 +57,8 @@ def streamed(model: str, text: str, samples: int, seq_len: int, stats: Path) -> 
         return result
 
     calib.calibrate.WeightReader = CountedReader  # type: ignore[misc]
-    calib.calibrate.calibrate = timed
-    result = calibrate_model(
+    calib.calibration.calibrate = timed
+    prepared = prepare_calibration(
         layout,
         None,
         data=text,
@@ -69,6 +70,7 @@ def streamed(model: str, text: str, samples: int, seq_len: int, stats: Path) -> 
         rarity=rarity_of(layout),
         running=Running(stats),
     )
+    result = take_statistics(prepared)
     return {
         "pass_seconds": seconds[0],
         "bytes_read": readers[0].bytes_read,
