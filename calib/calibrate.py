@@ -1,13 +1,23 @@
 """The calibration run: windows through the streamed decoder, sums of squares out."""
 
+import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 
 from calib.corpus import digest
 from calib.decoder import StreamedDecoder
-from calib.weights import WeightReader
+from calib.limits import Limits
+from calib.partial import Partial
+from calib.stages import Stages
+from calib.states import HiddenStates, SpilledStates
+from calib.weights import WeightReader, pages
+from surgery.errors import StatsError
 from surgery.layout import Layout
 from surgery.stats import AxisSums, ChannelStats, StatsInfo
 
@@ -20,8 +30,8 @@ class ChannelSums:
 
     def __init__(self, buckets: int, experts: int, channels: int, device: torch.device) -> None:
         shape = (buckets, experts, channels)
-        self.sum_sq = torch.zeros(shape, dtype=torch.float64, device=device)
-        self.sum_abs = torch.zeros_like(self.sum_sq)
+        self.sum_sq = zeros(shape, device)
+        self.sum_abs = zeros(shape, device)
         self.tokens = torch.zeros((buckets, experts), dtype=torch.int64)
 
     def add(self, expert: int, buckets: torch.Tensor, act: torch.Tensor) -> None:
@@ -52,6 +62,29 @@ def membership(buckets: torch.Tensor, count: int) -> torch.Tensor:
     return torch.nn.functional.one_hot(buckets, count).T.double()
 
 
+def zeros(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Return float64 zeros that, on the CPU, do not split the heap's free space."""
+    if device.type == "cpu" and 0 not in shape:
+        return pages(shape, torch.float64)
+    return torch.zeros(shape, dtype=torch.float64, device=device)
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a calibration is run; what of it may change a sum's last bits is in ``identity``."""
+
+    limits: Limits = field(default_factory=Limits)
+    output: Path | None = None
+    """Where the statistics are written; what a killed run needs to go on lies beside it."""
+    resume: bool = False
+    spill: Path | None = None
+    """Where hidden states live that are in a file; else beside ``output``."""
+    asked: dict[str, str] = field(default_factory=dict)
+    """Options that ``resume`` compares beside what it sees itself."""
+    stages: Stages = field(default_factory=Stages)
+    """Filled by the run."""
+
+
 def calibrate(
     layout: Layout,
     windows: Sequence[np.ndarray],
@@ -62,6 +95,7 @@ def calibrate(
     device: torch.device,
     dtype: torch.dtype,
     progress: Callable[[int], object] = lambda windows: None,
+    run: Run | None = None,
 ) -> ChannelStats:
     """Sum the squared input of every down_proj over ``windows`` (paper eq. 4 and 5), by bucket.
 
@@ -74,38 +108,133 @@ def calibrate(
         device: Where the layers compute.
         dtype: What they compute in; sums are float64.
         progress: Called with the windows that have passed a layer.
+        run: Limits, and where the statistics go; without it they are only returned.
 
     Raises:
         DataError: a token without a row in the embedding.
         CheckpointError: config.json and the tensors do not make a model.
+        OutputError: there is an interrupted run, or the one to resume was another.
     """
-    flat = np.concatenate(windows)
-    count = len(bucket_edges)
-    buckets = torch.from_numpy(bucket_of)
-    # All layers' sums come first: made among activations, they would split the heap's free space.
-    sums = [
-        {axis: ChannelSums(count, n, layout.channels_of(axis), device) for axis, n in axes.items()}
-        for axes in layout.watched
-    ]
-
-    def watch(layer: int, axis: str, expert: int, ids: torch.Tensor, act: torch.Tensor) -> None:
-        sums[layer][axis].add(expert, buckets[ids], act)
-
-    with WeightReader(layout.checkpoint, device, dtype) as reader:
-        decoder = StreamedDecoder(layout, reader)
-        decoder.run_layers(decoder.embed(windows), watch, stop_early=True, progress=progress)
+    run = run or Run()
     info = StatsInfo(
         fingerprint=layout.checkpoint.fingerprint,
         text_digest=digest(windows),
         samples=len(windows),
         seq_len=seq_len,
-        tokens=len(flat),
+        tokens=sum(map(len, windows)),
         bucket_edges=list(bucket_edges),
         dtype=str(dtype).removeprefix("torch."),
     )
-    return ChannelStats(
-        info,
-        [{axis: found.numbers() for axis, found in axes.items()} for axes in sums],
-        np.bincount(flat, minlength=layout.vocab_size),
-        bucket_of,
-    )
+    counts = np.bincount(np.concatenate(windows), minlength=layout.vocab_size)
+    partial = None
+    if run.output is not None:
+        asked = identity(info, bucket_of, device, run)
+        partial = Partial(run.output, asked, resume=run.resume, spill=run.spill)
+    try:
+        made = finished_before(run, info, bucket_of) if partial and not partial.finished else None
+        if partial and made:
+            partial.remove()
+            return made
+        with WeightReader(layout.checkpoint, device, dtype) as reader:
+            take = _Taking(layout, torch.from_numpy(bucket_of), reader, run, partial)
+            layers = take.layers(windows, len(bucket_edges), progress)
+            run.stages.bytes_read = reader.bytes_read
+        stats = ChannelStats(info, layers, counts, bucket_of)
+        if partial is not None and run.output is not None:
+            stats.save(run.output)
+            partial.remove()
+    finally:
+        if partial is not None:
+            partial.close()
+    return stats
+
+
+class _Taking:
+    """The layers' sums in the making: in memory are those of one, where ``partial`` has them."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        buckets: torch.Tensor,
+        reader: WeightReader,
+        run: Run,
+        partial: Partial | None,
+    ) -> None:
+        self._layout, self._buckets, self._reader = layout, buckets, reader
+        self._run, self._partial = run, partial
+        done = partial.finished if partial else 0
+        self._found = [partial.sums(layer) for layer in range(done)] if partial else []
+        self._current: dict[str, ChannelSums] = {}
+
+    def layers(
+        self, windows: Sequence[np.ndarray], buckets: int, progress: Callable[[int], object]
+    ) -> list[dict[str, AxisSums]]:
+        """Compute the layers that are not finished, and return the sums of all."""
+        layout, done = self._layout, len(self._found)
+        progress(done * len(windows))
+        if done == layout.num_hidden_layers:
+            return self._found
+
+        def watch(layer: int, axis: str, expert: int, ids: torch.Tensor, act: torch.Tensor) -> None:
+            if not self._current:
+                self._current = self._zeros(layer, buckets)
+            self._current[axis].add(expert, self._buckets[ids], act)
+
+        def finished(layer: int) -> None:
+            sums = self._current or self._zeros(layer, buckets)
+            self._keep(layer, {axis: each.numbers() for axis, each in sums.items()})
+            self._current = {}
+
+        decoder = StreamedDecoder(layout, self._reader, self._run.limits, self._run.stages)
+        states = self._states()
+        batches = decoder.embed(windows, states, passed=done)
+        decoder.run_layers(batches, watch, stop_early=True, progress=progress, finished=finished)
+        return self._found
+
+    def _zeros(self, layer: int, buckets: int) -> dict[str, ChannelSums]:
+        layout, device = self._layout, self._reader.device
+        return {
+            axis: ChannelSums(buckets, experts, layout.channels_of(axis), device)
+            for axis, experts in layout.watched[layer].items()
+        }
+
+    def _keep(self, layer: int, sums: dict[str, AxisSums]) -> None:
+        if self._partial:
+            self._partial.add(layer, sums)
+            sums = self._partial.sums(layer)
+        self._found.append(sums)
+
+    def _states(self) -> HiddenStates:
+        place, directory = self._run.limits.hidden, self._partial.hidden if self._partial else None
+        if place == "file" and directory is not None:
+            return SpilledStates(directory)
+        return HiddenStates(directory, self._reader.device if place == "device" else None)
+
+
+def identity(
+    info: StatsInfo, bucket_of: np.ndarray, device: torch.device, run: Run
+) -> dict[str, str]:
+    """What a run and its continuation must have in common, by the name users know."""
+    return {
+        "model": info.fingerprint,
+        "text": info.text_digest,
+        "--vocab-sizes": ",".join(map(str, info.bucket_edges)),
+        "order of the vocabulary": hashlib.sha256(bucket_of.astype("<i8").tobytes()).hexdigest(),
+        "--dtype": info.dtype,
+        "--device": device.type,
+        "--seq-len": str(info.seq_len),
+        "--spill": str(run.spill.absolute() if run.spill else None),
+        "size of micro-batches": str(run.limits.micro_batch_values),
+        "version of torch and transformers": f"{torch.__version__} {transformers.__version__}",
+        **run.asked,
+    }
+
+
+def finished_before(run: Run, info: StatsInfo, bucket_of: np.ndarray) -> ChannelStats | None:
+    """What a run has written that was killed just behind its last step; None if none was."""
+    if run.resume and run.output is not None and run.output.exists():
+        with suppress(StatsError):
+            found = ChannelStats.load(run.output)
+            if found.info == info and np.array_equal(found.bucket_of, bucket_of):
+                return found
+    return None

@@ -13,14 +13,14 @@ from torch import nn
 
 from calib.empty import empty_model, library_errors
 from calib.ffn import Seen, Unit, watched_ffn
+from calib.limits import MICRO_BATCH_VALUES, Limits
 from calib.memory import release_freed_memory, reuse_freed_memory
+from calib.stages import Stages
+from calib.states import HiddenStates
 from calib.weights import WeightReader
 from surgery.errors import DataError
 from surgery.layout import Layout
 from surgery.slots import BUFFER
-
-MICRO_BATCH_VALUES = 1 << 21
-"""Values of one FFN activation at a time, tokens × I: 8 MiB in fp32 (one window at least)."""
 
 HEAD_ROWS = 8192
 """Rows of lm_head in memory at a time."""
@@ -35,14 +35,22 @@ Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 @dataclass
 class Batch:
-    """Windows of one length and their hidden states, which every layer overwrites."""
+    """Windows of one length and their hidden states."""
 
     ids: torch.Tensor
     """int64 ``(windows, tokens)``."""
-    hidden: torch.Tensor
-    """``(windows, tokens, D)`` on the CPU."""
+    states: HiddenStates
+    """Of these windows and of others."""
+    first: int
+    """The row of ``states`` with which they begin."""
     arguments: dict[int, list[Arguments]] = field(default_factory=dict)
     """Number of windows that run together → the arguments of each layer."""
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """``(windows, tokens, D)``, what goes into the next layer."""
+        rows = self.states.before[self.first : self.first + self.ids.numel()]
+        return rows.view(*self.ids.shape, -1)
 
 
 @dataclass(frozen=True)
@@ -58,18 +66,35 @@ class MicroBatch:
         return self.batch.ids[self.windows]
 
     @property
-    def hidden(self) -> torch.Tensor:
-        """``(windows, tokens, D)``, writable."""
-        return self.batch.hidden[self.windows]
+    def rows(self) -> slice:
+        """Their rows of the batch's states."""
+        start = self.batch.first + self.windows.start * self.batch.ids.shape[1]
+        return slice(start, start + self.ids.numel())
+
+    def read(self) -> torch.Tensor:
+        """Return ``(windows, tokens, D)``, what goes into the next layer."""
+        return self.batch.states.before[self.rows].view(*self.ids.shape, -1)
+
+    def write(self, hidden: torch.Tensor) -> None:
+        """Keep what the layer made of them."""
+        self.batch.states.after[self.rows].view(*self.ids.shape, -1).copy_(hidden)
 
 
 class StreamedDecoder:
     """A causal LM whose decoder layers are read, used for all text, and dropped in turn."""
 
-    def __init__(self, layout: Layout, reader: WeightReader) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        reader: WeightReader,
+        limits: Limits | None = None,
+        stages: Stages | None = None,
+    ) -> None:
         """Build the model from config.json without weights; nothing of it is random."""
         self.layout = layout
         self.reader = reader
+        self.limits = limits or Limits()
+        self.stages = stages or Stages()
         self._model, self._conversion = empty_model(layout, reader.dtype)
         parent, _, self._list_name = layout.family.layers.rpartition(".")
         self._parent = self._model.get_submodule(parent)
@@ -84,10 +109,17 @@ class StreamedDecoder:
         release_freed_memory()  # of planning, tokenizing and building, before the weights come
 
     @torch.no_grad()
-    def embed(self, windows: Sequence[np.ndarray]) -> list[Batch]:
+    def embed(
+        self, windows: Sequence[np.ndarray], states: HiddenStates | None = None, passed: int = 0
+    ) -> list[Batch]:
         """Group ``windows`` by length, in order, and carry them up to the first layer.
 
         Only the rows of tokens that occur are read.
+
+        Args:
+            windows: Token ids.
+            states: Where their hidden states go; memory, if not said.
+            passed: Layers after which ``states`` have been saved: those are taken up again.
 
         Raises:
             DataError: no token at all, or one without a row in the embedding.
@@ -105,19 +137,24 @@ class StreamedDecoder:
         rows = self.reader.rows(self._tensor(self.layout.family.embedding), used)
         embedding.weight = nn.Parameter(rows, requires_grad=False)
         embedding.padding_idx = None
-        batches = []
+        states = states or HiddenStates()
+        batches: list[Batch] = []
         for length in dict.fromkeys(map(len, windows)):
             ids = torch.from_numpy(np.stack([w for w in windows if len(w) == length]))
-            batch = Batch(ids, torch.empty(0))
-            for part in micro_batches([batch], self._channels):
+            batch = Batch(ids, states, sum(each.ids.numel() for each in batches))
+            for part in self._parts([batch]):
                 places = torch.from_numpy(np.searchsorted(used, part.ids.numpy()))
                 hidden, arguments = self._record(embedding(places.to(self.reader.device)))
-                if not len(batch.hidden):
-                    batch.hidden = torch.empty((*ids.shape, hidden.shape[-1]), dtype=hidden.dtype)
+                if not len(states.before):
+                    states.allocate(sum(map(len, windows)), hidden.shape[-1], hidden.dtype)
                 batch.arguments.setdefault(len(part.ids), arguments)
-                part.hidden.copy_(hidden)
+                if not passed:
+                    states.before[part.rows].view(hidden.shape).copy_(hidden)
+                    states.give_back(part.rows)
             batches.append(batch)
         embedding.to("meta")
+        if passed:
+            states.restore(passed)
         return batches
 
     @torch.no_grad()
@@ -128,29 +165,51 @@ class StreamedDecoder:
         *,
         stop_early: bool = False,
         progress: Callable[[int], object] = lambda windows: None,
+        finished: Callable[[int], object] = lambda layer: None,
     ) -> None:
-        """Carry all batches through every layer; the next layer is read meanwhile.
+        """Carry all batches through the layers that they have not passed.
 
-        It waits in the file's dtype: one layer and a half in memory where bf16 computes in fp32.
+        The next layer is read meanwhile. It waits in the file's dtype: one layer and a half in
+        memory where bf16 computes in fp32.
 
         Args:
             batches: From ``embed``; their hidden states are overwritten.
             watch: Sees, and may change, the input of each down_proj.
             stop_early: Leave out what follows the last layer's down_proj input.
             progress: Called with the windows that have passed a layer.
+            finished: Called with each layer that all windows have passed.
         """
-        last = len(self._layers) - 1
-        parts = list(micro_batches(batches, self._channels))
-        with ThreadPoolExecutor(1) as background:
-            following = background.submit(self._read_layer, 0)
-            for index, layer in enumerate(self._layers):
-                self._load(index, layer, following.result())
-                if index < last:
-                    following = background.submit(self._read_layer, index + 1)
+        last, states = len(self._layers) - 1, batches[0].states
+        parts = list(self._parts(batches))
+        for index, stored in self._stored_layers(states.passed):
+            layer, stop = self._layers[index], stop_early and index == last
+            with self.stages.timed("convert"):
+                self._load(index, layer, stored)
+            with self.stages.timed("compute"):
                 for part in parts:
-                    self._run(index, layer, part, watch, stop_early and index == last)
+                    self._run(index, layer, part, watch, stop)
                     progress(len(part.ids))
-                layer.to("meta")
+            layer.to("meta")
+            with self.stages.timed("write"):
+                states.advance()
+                finished(index)
+
+    def _stored_layers(self, first: int) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        """Yield each layer from ``first`` on with its tensors as stored, the next one underway."""
+        count = len(self._layers)
+        with ThreadPoolExecutor(1) as background:
+            following = background.submit(self._read_layer, min(first, count - 1))
+            for index in range(first, count):
+                with self.stages.timed("wait"):
+                    stored = following.result()
+                if self.limits.prefetch and index + 1 < count:
+                    following = background.submit(self._read_layer, index + 1)
+                yield index, stored
+                if not self.limits.prefetch and index + 1 < count:
+                    following = background.submit(self._read_layer, index + 1)
+
+    def _parts(self, batches: Sequence[Batch]) -> Iterator[MicroBatch]:
+        return micro_batches(batches, self._channels, self.limits.micro_batch_values)
 
     @torch.no_grad()
     def logits(
@@ -221,11 +280,12 @@ class StreamedDecoder:
     def _read_layer(self, index: int) -> dict[str, torch.Tensor]:
         """The tensors of a layer by their names in the text model, in the file's dtype."""
         places = self.layout.places
-        return {
-            name: self.reader.read(ref.name)
-            for name, ref in self.layout.of_layer[index].items()
-            if places[ref.name].slot.block != BUFFER
-        }
+        with self.stages.timed("read"):
+            return {
+                name: self.reader.read(ref.name)
+                for name, ref in self.layout.of_layer[index].items()
+                if places[ref.name].slot.block != BUFFER
+            }
 
     def _load(self, index: int, layer: nn.Module, stored: dict[str, torch.Tensor]) -> None:
         """Give ``layer`` its weights; each stored one is freed as soon as it is placed."""
@@ -254,7 +314,7 @@ class StreamedDecoder:
         self, index: int, layer: nn.Module, part: MicroBatch, watch: Watch, stop: bool
     ) -> None:
         positional, named = part.batch.arguments[len(part.ids)][index]
-        hidden = part.hidden.to(self.reader.device)
+        hidden = part.read().to(self.reader.device)
         with (
             library_errors(self.layout),
             suppress(Seen),
@@ -262,14 +322,17 @@ class StreamedDecoder:
         ):
             result = layer(hidden, *positional, **named)
             self._returns_tuple = isinstance(result, tuple)
-            part.hidden.copy_(result[0] if self._returns_tuple else result)
+            part.write(result[0] if self._returns_tuple else result)
+        part.batch.states.give_back(part.rows)
 
 
-def micro_batches(batches: Sequence[Batch], channels: int) -> Iterator[MicroBatch]:
-    """Take windows together until an FFN activation has ``MICRO_BATCH_VALUES``; one at least."""
+def micro_batches(
+    batches: Sequence[Batch], channels: int, values: int = MICRO_BATCH_VALUES
+) -> Iterator[MicroBatch]:
+    """Take windows together until an FFN activation has ``values``; one at least."""
     for batch in batches:
         windows, tokens = batch.ids.shape
-        step = max(1, MICRO_BATCH_VALUES // (tokens * channels))
+        step = max(1, values // (tokens * channels))
         for start in range(0, windows, step):
             yield MicroBatch(batch, slice(start, min(start + step, windows)))
 

@@ -63,17 +63,17 @@ class WeightReader:
         ref = self._tensors[name]
         scales = self._scales(ref)
         if scales is not None:
-            result = _pages(ref.shape, self._dequantize)
+            result = pages(ref.shape, self._dequantize)
             return self._rows_into(result, ref, np.arange(ref.shape[0]), scales)
-        stored = _pages(ref.shape, TORCH_DTYPE[ref.dtype])
-        self._fill(ref, _raw(stored), ref.start)
+        stored = pages(ref.shape, TORCH_DTYPE[ref.dtype])
+        self._fill(ref, raw(stored), ref.start)
         return stored
 
     def place(self, stored: torch.Tensor) -> torch.Tensor:
         """Return what ``read`` gave in the dtype and on the device asked for."""
         if self.device.type != "cpu" or stored.dtype == self.dtype:
             return stored.to(self.device, self.dtype)
-        return _pages(stored.shape, self.dtype).copy_(stored)
+        return pages(stored.shape, self.dtype).copy_(stored)
 
     def rows(self, name: str, rows: np.ndarray) -> torch.Tensor:
         """Return the ascending ``rows`` of tensor ``name``, placed: ``(len(rows), ...)``.
@@ -119,7 +119,7 @@ class WeightReader:
         dtype = (TORCH_DTYPE | FP8_DTYPE)[ref.dtype]
         stored = torch.empty((len(rows), *ref.shape[1:]), dtype=dtype)
         row_bytes = ref.nbytes // ref.shape[0]
-        target = _raw(stored)
+        target = raw(stored)
         starts, stops = runs(rows)
         for first, last in zip(starts.tolist(), stops.tolist(), strict=True):
             length = (last - first) * row_bytes
@@ -134,7 +134,7 @@ class WeightReader:
         self.bytes_read += len(target)
 
 
-def _pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Return memory on pages of its own, which go back to the system when it is freed.
 
     On the heap, layers leave holes among the activations: on the 8B shape, with 8 windows of 256
@@ -145,5 +145,6 @@ def _pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
-def _raw(tensor: torch.Tensor) -> memoryview:
+def raw(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, writable."""
     return tensor.view(-1).view(torch.uint8).numpy().data

@@ -6,13 +6,14 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from surgery.apply import JOBS
 from surgery.options import (
     ChannelOptions,
+    DivisionOptions,
     Refusal,
     Target,
     VocabularyOptions,
@@ -20,7 +21,7 @@ from surgery.options import (
     channel_options,
     compute_options,
     data_option,
-    engine_option,
+    division_options,
     family_option,
     json_option,
     model_argument,
@@ -30,6 +31,10 @@ from surgery.options import (
     size_options,
     vocabulary_options,
 )
+from surgery.resources import Resources, Running, resource_options
+
+if TYPE_CHECKING:
+    from surgery.part import Division
 
 
 @click.command()
@@ -42,51 +47,67 @@ from surgery.options import (
     help="Sizes V' for which the statistics are to be exact; "
     "else those of --ratio 0.1, 0.2, 0.35 and 0.5.",
 )
-@click.option(
-    "--part",
-    metavar="K/N",
-    help="Use every N-th window from the K-th on; stats merge adds the parts.",
-)
-@engine_option
-@click.option(
-    "--parts",
-    type=click.IntRange(1),
-    help="Tasks of --engine ray.  [default: one for each node, or for each GPU]",
-)
+@division_options
 @vocabulary_options
 @click.option("-o", "output", type=path_type, default="stats.safetensors", show_default=True)
+@click.option("--resume", is_flag=True, help="Go on with a run that was interrupted, if any.")
+@resource_options
+@click.option("--dry-run", is_flag=True, help="Show what the run would take, and end.")
+@json_option
 def calibrate(
     model: str,
     family: str | None,
     vocab_sizes: str | None,
-    part: str | None,
-    engine: str,
-    parts: int | None,
+    spread: DivisionOptions,
     output: Path,
     vocabulary: VocabularyOptions,
+    resume: bool,
+    resources: Resources,
+    dry_run: bool,
+    as_json: bool,
     **options: Any,
 ) -> None:
     """Sum squared FFN activations over text, one layer in memory at a time.
 
-    The statistics are exact for a plan with the same options of the vocabulary.
+    What each finished layer leaves lies in OUTPUT.partial until OUTPUT is written. The statistics
+    are exact for a plan with the same options of the vocabulary.
     """
     from calib.documents import read_documents
     from surgery.choices import parse_vocab_sizes, rarity_or_whole
-    from surgery.part import Division, Part
-    from surgery.steps import calibrate_model, open_model
+    from surgery.steps import open_model, prepare_calibration, take_on_ray, take_statistics
 
     place = output.absolute().parent
-    division = Division(Part.parse(part) if part else None, engine, parts, place)
-    if parts and engine != "ray":
-        raise Refusal("--parts is for --engine ray; use --part K/N to take a part here")
+    division = _division(spread, place, resume)
     layout, _ = open_model(model, family)
     if not place.is_dir():  # known before the work, not after it
         raise Refusal(f"{output}: its directory does not exist; create it, or name another")
     sizes = parse_vocab_sizes(vocab_sizes, layout) if vocab_sizes else None
     rarity = rarity_or_whole(layout, vocabulary, read_documents(options["data"]))
-    stats = calibrate_model(layout, sizes, rarity=rarity, division=division, **options)
-    stats.save(output)
-    click.echo(f"{output}: {stats.info.samples} windows, {stats.info.tokens:,} tokens")
+    start = time.perf_counter()
+    local = division.engine == "local"
+    running = Running(output if local else None, resume, resources, division)
+    made = prepare_calibration(layout, sizes, rarity=rarity, running=running, **options)
+    if dry_run:
+        click.echo(json.dumps(made.prediction.facts()) if as_json else made.prediction.table())
+        return
+    if local:
+        stats = take_statistics(made)
+    else:
+        stats = take_on_ray(made, division, options["device"], options["dtype"])
+        stats.save(output)
+    text = f"{output}: {stats.info.samples} windows, {stats.info.tokens:,} tokens"
+    click.echo(json.dumps(made.measured(start)) if as_json else text)
+
+
+def _division(spread: DivisionOptions, place: Path, resume: bool) -> "Division":
+    from surgery.part import Division, Part
+
+    if spread.parts and spread.engine != "ray":
+        raise Refusal("--parts is for --engine ray; use --part K/N to take a part here")
+    if resume and spread.engine == "ray":
+        raise Refusal("--resume is for --engine local; with ray, tasks of lost nodes begin anew")
+    part = Part.parse(spread.part) if spread.part else None
+    return Division(part, spread.engine, spread.parts, place)
 
 
 @click.command()
@@ -151,7 +172,13 @@ def prune(
     from calib.documents import read_documents
     from surgery.choices import choose_sizes
     from surgery.preview import plan_table
-    from surgery.steps import calibrate_model, open_model, plan_model, run_apply
+    from surgery.steps import (
+        open_model,
+        plan_model,
+        prepare_calibration,
+        run_apply,
+        take_statistics,
+    )
     from surgery.verify import verify_files
     from surgery.writer import check_place
 
@@ -174,7 +201,7 @@ def prune(
     sizes = [chosen.sizes.vocab_size]
     stats = None
     if layout.widths:
-        stats = calibrate_model(layout, sizes, rarity=chosen.rarity, **options)
+        stats = take_statistics(prepare_calibration(layout, sizes, rarity=chosen.rarity, **options))
         stats.save(output.with_name(output.name + ".stats.safetensors"))
     made = planned(stats, documents=read_documents(options["data"]))
     made.save(output.with_name(output.name + ".plan.json"))

@@ -76,6 +76,15 @@ class ChannelOptions:
     min_expert_tokens: int = LEAST_TOKENS
 
 
+@dataclass(frozen=True)
+class DivisionOptions:
+    """How calibration is divided over machines."""
+
+    part: str | None = None
+    engine: str = "local"
+    parts: int | None = None
+
+
 path_type = click.Path(path_type=Path)
 
 model_argument = click.argument("model", metavar="MODEL")
@@ -119,6 +128,21 @@ engine_option = click.option(
     show_default=True,
     type=click.Choice(["local", "ray"]),
     help="ray: tasks on a cluster whose nodes share the file system (extra 'ray').",
+)
+division_options = gathered(
+    "spread",
+    DivisionOptions,
+    click.option(
+        "--part",
+        metavar="K/N",
+        help="Use every N-th window from the K-th on; stats merge adds the parts.",
+    ),
+    engine_option,
+    click.option(
+        "--parts",
+        type=click.IntRange(1),
+        help="Tasks of --engine ray.  [default: one for each node, or for each GPU]",
+    ),
 )
 compute_options = combined(
     device_option,

@@ -3,7 +3,7 @@
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,8 @@ import numpy as np
 
 from surgery.errors import StatsError
 from surgery.family import WIDTHS
-from surgery.jsonfile import open_regular, write_atomic
+from surgery.header import encode_header
+from surgery.jsonfile import open_regular
 
 FORMAT = 2
 KEY = "compact_surgery"
@@ -22,6 +23,7 @@ AGAIN = "calibrate again"
 MAX_BYTES = 1 << 33
 """Twice what 60 layers of 384 experts with 2,048 channels have in five buckets."""
 
+DTYPES = {"<f8": "F64", "<i8": "I64"}
 PARTS = ("sum_sq", "sum_abs", "tokens")
 ARRAY = re.compile(rf"layers\.(0|[1-9][0-9]{{0,4}})\.({'|'.join(WIDTHS)})\.({'|'.join(PARTS)})")
 
@@ -80,15 +82,14 @@ class ChannelStats:
     """The file they come from, for errors."""
 
     def save(self, path: Path) -> None:
-        """Write the file atomically."""
-        from safetensors.numpy import save
-
+        """Write the file atomically, an array at a time."""
         arrays = {"token_counts": self.token_counts, "bucket_of": self.bucket_of}
         for layer, axes in enumerate(self.layers):
             for axis, sums in axes.items():
                 for part in PARTS:
                     arrays[f"layers.{layer}.{axis}.{part}"] = getattr(sums, part)
-        write_atomic(path, save(arrays, {KEY: msgspec.json.encode(self.info).decode()}))
+        metadata = {KEY: msgspec.json.encode(self.info).decode()}
+        save_arrays(path, arrays, metadata)
 
     @classmethod
     def load(cls, path: Path) -> "ChannelStats":
@@ -157,6 +158,19 @@ def _opened(path: Path) -> Iterator[tuple[StatsInfo, Any]]:
         ) from error
     except (SafetensorError, msgspec.MsgspecError, MemoryError) as error:
         raise StatsError(path, "is not a statistics file", found=error, fix=AGAIN) from error
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file of float64 and int64 arrays, so that it is there whole or not."""
+    entries = [(name, DTYPES[array.dtype.str], array.shape) for name, array in arrays.items()]
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(encode_header(entries, metadata))
+        for array in arrays.values():
+            file.write(np.ascontiguousarray(array).data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def _layers(arrays: dict[str, np.ndarray], path: Path) -> list[dict[str, AxisSums]]:

@@ -19,16 +19,18 @@ from surgery.plan import Plan
 from surgery.planning import make_plan
 from surgery.probe import Proposal, propose, unknown_type
 from surgery.rarity import Rarity
+from surgery.resources import Running
 from surgery.source import resolve_model
 from surgery.stats import ChannelStats
 from surgery.tokenizer import load_tokenizer
 from surgery.vocab_cost import vocabulary_cost
 
+RETURNED = Running()
+"""All windows, here, and the statistics are only returned."""
+
 if TYPE_CHECKING:
+    from calib.calibration import Calibration
     from calib.score import Score
-
-
-WHOLE = Division()
 
 
 def open_model(model: str, family: str | None = None) -> tuple[Layout, str]:
@@ -50,7 +52,7 @@ def probe_model(model: str) -> Proposal:
     return propose(Checkpoint.open(resolve_model(model)[0]))
 
 
-def calibrate_model(
+def prepare_calibration(
     layout: Layout,
     vocab_sizes: list[int] | None,
     *,
@@ -61,15 +63,15 @@ def calibrate_model(
     device: str,
     dtype: str,
     rarity: Rarity,
-    division: Division = WHOLE,
-) -> ChannelStats:
-    """Take statistics that are exact for ``vocab_sizes``, or for the usual ratios' sizes.
+    running: Running = RETURNED,
+) -> "Calibration":
+    """Prepare statistics that are exact for ``vocab_sizes``, or for the usual ratios' sizes.
 
-    Tokens are put into buckets by ``rarity``, windows divided over machines by ``division``.
+    Tokens are put into buckets by ``rarity``. ``running`` says which windows are used and where
+    the statistics are written.
     """
-    from calib.calibrate import calibrate
+    from calib.calibration import prepare
     from calib.corpus import token_windows
-    from calib.device import choose_device, choose_dtype
     from calib.documents import read_documents
 
     if not layout.widths:
@@ -79,37 +81,52 @@ def calibrate_model(
             fix="plan the vocabulary alone, with --vocab-size",
         )
     documents = read_documents(data, seed)
-    windows = division.choose(
+    windows = running.division.choose(
         token_windows(documents, load_tokenizer(layout.checkpoint.path), samples, seq_len)
     )
     sizes = vocab_sizes or candidate_vocab_sizes(layout, rarity.must_keep)
     edges = sorted({*sizes, layout.vocab_size})
-    steps = layout.num_hidden_layers * len(windows)
-    if division.engine == "ray":
-        from calib.ray_engine import calibrate_on_ray
+    return prepare(
+        layout,
+        windows,
+        (rarity.buckets(edges), edges),
+        seq_len=seq_len,
+        device=device,
+        dtype=dtype,
+        asked={
+            "--samples": str(samples),
+            "--seed": str(seed),
+            "--part": str(running.division.part),
+        },
+        running=running if running.output else None,
+    )
 
-        with progress_bar("calibrate", "window", steps) as progress:
-            return calibrate_on_ray(
-                layout,
-                windows,
-                rarity.buckets(edges),
-                edges,
-                division,
-                seq_len=seq_len,
-                device=device,
-                dtype=dtype,
-                progress=progress,
-            )
-    where = choose_device(device)
+
+def take_statistics(calibration: "Calibration") -> ChannelStats:
+    """Run a calibration under a progress bar."""
+    steps = calibration.layout.num_hidden_layers * len(calibration.windows)
     with progress_bar("calibrate", "window", steps) as progress:
-        return calibrate(
-            layout,
-            windows,
-            rarity.buckets(edges),
-            edges,
-            seq_len=seq_len,
-            device=where,
-            dtype=choose_dtype(dtype, layout.checkpoint, where),
+        return calibration.take(progress)
+
+
+def take_on_ray(
+    calibration: "Calibration", division: Division, device: str, dtype: str
+) -> ChannelStats:
+    """Run a calibration as Ray tasks under a progress bar; each node chooses its device."""
+    from calib.ray_engine import calibrate_on_ray
+
+    made = calibration
+    steps = made.layout.num_hidden_layers * len(made.windows)
+    with progress_bar("calibrate", "window", steps) as progress:
+        return calibrate_on_ray(
+            made.layout,
+            list(made.windows),
+            made.bucket_of,
+            made.edges,
+            division,
+            seq_len=made.seq_len,
+            device=device,
+            dtype=dtype,
             progress=progress,
         )
 

@@ -47,8 +47,10 @@ class Origin:
         """Tokens that do not stay."""
         return {token for token, old in self.tokens.items() if self.new(old) is None}
 
-    def new(self, old: int) -> int | None:
-        """The output's id of ``old``, or None."""
+    def new(self, old: Any) -> int | None:
+        """The output's id of ``old``, or None; what is no id becomes none."""
+        if type(old) is not int:
+            return None
         return old if self.ids.identity else self.ids.new(old)
 
     def places(self, name: str) -> dict[Place, int]:
@@ -95,11 +97,14 @@ def token_ids(data: dict[str, Any]) -> dict[str, int]:
         vocab = data["model"]["vocab"] if data else {}
         table = vocab if isinstance(vocab, dict) else {piece[0]: i for i, piece in enumerate(vocab)}
         added = {token["content"]: token["id"] for token in data.get("added_tokens") or []}
+        tokens = {**table, **added}
+        if not all(isinstance(t, str) and type(id_) is int for t, id_ in tokens.items()):
+            raise TypeError
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise TokenizerError(
             TOKENIZER_NAME, "has no readable vocabulary", fix="apply the plan again"
         ) from error
-    return {**table, **added}
+    return tokens
 
 
 def _row_faults(data: dict[str, Any], tokens: dict[str, int], rows: int) -> list[str]:

@@ -16,16 +16,19 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import calib.calibrate
+import calib.calibration
 from calib.calibrate import ChannelSums
 from calib.corpus import token_windows
 from calib.decoder import Batch, micro_batches
 from calib.documents import read_documents
 from calib.ffn import pieces
+from calib.states import HiddenStates
 from calib.weights import WeightReader
 from surgery.family import FFN
 from surgery.layout import Layout
+from surgery.resources import Running
 from surgery.stats import PARTS, ChannelStats
-from surgery.steps import calibrate_model, open_model
+from surgery.steps import open_model, prepare_calibration, take_statistics
 from surgery.tokenizer import load_tokenizer
 from surgery.vocabulary import rarity_of
 
@@ -40,7 +43,7 @@ def streamed(model: str, text: str, samples: int, seq_len: int, stats: Path) -> 
     layout, _ = open_model(model)
     readers: list[WeightReader] = []
     seconds: list[float] = []
-    inner = calib.calibrate.calibrate
+    inner = calib.calibration.calibrate
 
     class CountedReader(WeightReader):
         def __enter__(self) -> "CountedReader":
@@ -54,8 +57,8 @@ def streamed(model: str, text: str, samples: int, seq_len: int, stats: Path) -> 
         return result
 
     calib.calibrate.WeightReader = CountedReader  # type: ignore[misc]
-    calib.calibrate.calibrate = timed
-    result = calibrate_model(
+    calib.calibration.calibrate = timed
+    prepared = prepare_calibration(
         layout,
         None,
         data=text,
@@ -65,8 +68,9 @@ def streamed(model: str, text: str, samples: int, seq_len: int, stats: Path) -> 
         device="cpu",
         dtype="float32",
         rarity=rarity_of(layout),
+        running=Running(stats),
     )
-    result.save(stats)
+    result = take_statistics(prepared)
     return {
         "pass_seconds": seconds[0],
         "bytes_read": readers[0].bytes_read,
@@ -130,7 +134,7 @@ def _hooked_pass(
 def _batches(windows: Sequence[np.ndarray]) -> list[Batch]:
     """Group windows by length as ``StreamedDecoder.embed`` does, without hidden states."""
     return [
-        Batch(torch.from_numpy(np.stack([w for w in windows if len(w) == n])), torch.empty(0))
+        Batch(torch.from_numpy(np.stack([w for w in windows if len(w) == n])), HiddenStates(), 0)
         for n in dict.fromkeys(map(len, windows))
     ]
 

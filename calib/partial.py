@@ -1,0 +1,137 @@
+"""The partial directory of a calibration: what a run that is killed leaves for the next one."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from surgery.errors import OutputError
+from surgery.header import read_header
+from surgery.jsonfile import read_file, write_atomic
+from surgery.stats import DTYPES, PARTS, AxisSums, save_arrays
+
+STATE = "state.json"
+NUMPY = {name: dtype for dtype, name in DTYPES.items()}
+
+
+class State(msgspec.Struct, forbid_unknown_fields=True):
+    """Written last: whatever it does not tell of does not count."""
+
+    identity: dict[str, str]
+    """What must not change between a run and its continuation, by the name users know."""
+    finished: int = 0
+    """Layers whose sums are complete, and which the hidden states have passed."""
+    format: int = 1
+
+
+class Partial:
+    """``STATS.partial`` beside the file that is being made; removed once that is written."""
+
+    def __init__(
+        self, output: Path, identity: Mapping[str, str], *, resume: bool, spill: Path | None = None
+    ) -> None:
+        """Create the directory, or with ``resume`` go on with what a killed run left.
+
+        Args:
+            output: The file that is being made.
+            identity: What a killed run must have had, too.
+            resume: Whether there may be one.
+            spill: Where the hidden states lie; None is in the directory itself.
+
+        Raises:
+            OutputError: one is there already, is in use, or belongs to another run.
+        """
+        self.path = output.with_name(output.name + ".partial")
+        if self.path.exists() and not resume:
+            raise OutputError(
+                self.path,
+                "is there from a run that was interrupted or is still going",
+                fix="continue it with --resume, or delete it",
+            )
+        self.path.mkdir(exist_ok=True)
+        self.hidden = spill / (output.name + ".hidden") if spill else self.path
+        """Directory of the hidden states."""
+        self.hidden.mkdir(exist_ok=True)
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._lock)
+            raise OutputError(
+                self.path, "is in use by another run", fix="wait until that one ends"
+            ) from error
+        try:
+            self._state = self._load(State(dict(identity)))
+        except OutputError:
+            os.close(self._lock)
+            raise
+
+    @property
+    def finished(self) -> int:
+        """Layers that need not be computed again."""
+        return self._state.finished
+
+    def add(self, layer: int, axes: Mapping[str, AxisSums]) -> None:
+        """Keep the sums of the next layer; its hidden states are on the disk already."""
+        arrays = {
+            f"{axis}.{part}": getattr(sums, part) for axis, sums in axes.items() for part in PARTS
+        }
+        save_arrays(self._file(layer), arrays, {})
+        self._state.finished = layer + 1
+        write_atomic(self.path / STATE, msgspec.json.encode(self._state))
+
+    def sums(self, layer: int) -> dict[str, AxisSums]:
+        """Return the sums of a finished layer, mapped: they take no memory until they are read."""
+        arrays: dict[str, dict[str, np.ndarray]] = {}
+        for ref in read_header(self._file(layer)).tensors:
+            axis, _, part = ref.name.partition(".")
+            array = np.memmap(ref.path, NUMPY[ref.dtype], "r", ref.start, ref.shape)
+            arrays.setdefault(axis, {})[part] = array
+        return {axis: AxisSums(**parts) for axis, parts in arrays.items()}
+
+    def remove(self) -> None:
+        """Delete the directory; from the first step on, there is nothing to continue."""
+        (self.path / STATE).unlink(missing_ok=True)
+        for directory in {self.hidden, self.path}:
+            shutil.rmtree(directory)
+        self.close()
+
+    def close(self) -> None:
+        """Let another run use the directory."""
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock = -1
+
+    def _file(self, layer: int) -> Path:
+        return self.path / f"layer_{layer:04}.safetensors"
+
+    def _load(self, new: State) -> State:
+        path = self.path / STATE
+        if not path.exists():  # killed before the first layer was finished
+            return new
+        try:
+            state = msgspec.json.decode(read_file(path), type=State)
+        except (OSError, msgspec.MsgspecError) as error:
+            raise OutputError(
+                path, "cannot be resumed", found=error, fix=f"delete {self.path} and start anew"
+            ) from error
+        names = {**state.identity, **new.identity}
+        other = [n for n in names if state.identity.get(n) != new.identity.get(n)]
+        if other or state.format != new.format:
+            raise OutputError(
+                self.path,
+                f"belongs to a run with another {' and another '.join(other) or 'format'}",
+                expected=_texts(state.identity, other),
+                found=_texts(new.identity, other),
+                fix=f"run as before, or delete {self.path} and start anew",
+            )
+        return state
+
+
+def _texts(identity: Mapping[str, Any], names: list[str]) -> str:
+    return " ".join(str(identity.get(name))[:40] for name in names) or "another version's"

@@ -1,0 +1,134 @@
+"""Hidden states of all windows between two layers: in memory, on the device, or in a file."""
+
+import mmap
+import os
+from pathlib import Path
+
+import torch
+
+from calib.weights import pages, raw
+from surgery.stream import read_into
+
+
+class HiddenStates:
+    """Rows ``(tokens, D)`` in memory or on the device; every layer overwrites them.
+
+    ``directory``, if any, holds two files that take turns: ``hidden_0`` after an even number of
+    layers, ``hidden_1`` after an odd one. So a run that is killed within a layer still has what
+    went into it.
+    """
+
+    def __init__(self, directory: Path | None = None, device: torch.device | None = None) -> None:
+        self.before = torch.empty(0)
+        """What goes into the next layer."""
+        self.after = self.before
+        """Where its results go."""
+        self.passed = 0
+        """Layers that they have passed."""
+        self._directory = directory
+        self._device = device or torch.device("cpu")
+
+    @property
+    def nbytes(self) -> int:
+        """Of one set of them."""
+        return self.before.nbytes
+
+    def allocate(self, tokens: int, width: int, dtype: torch.dtype) -> None:
+        """Make room, once it is known how much."""
+        if self._device.type == "cpu":
+            self.before = pages((tokens, width), dtype)
+        else:
+            self.before = torch.empty((tokens, width), dtype=dtype, device=self._device)
+        self.after = self.before
+
+    def give_back(self, rows: slice) -> None:
+        """Say that ``rows`` have passed the layer and are not needed in memory for now."""
+
+    def advance(self) -> None:
+        """Say that all rows have passed one more layer; they are on the disk when this returns."""
+        self.passed += 1
+        if self._directory is not None:
+            with open(self._file(self.passed), "wb") as file:
+                file.write(raw(self.before.cpu()))
+                file.flush()
+                os.fsync(file.fileno())
+
+    def restore(self, passed: int) -> None:
+        """Take up the rows that an earlier run left after ``passed`` layers."""
+        self.passed = passed
+        on_cpu = self.before.device.type == "cpu"
+        found = self.before if on_cpu else torch.empty_like(self.before, device="cpu")
+        path = self._file(passed)
+        with open(path, "rb") as file:
+            read_into(path, file.fileno(), raw(found), 0)
+        self.before.copy_(found)
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        self.before = self.after = torch.empty(0)
+
+    def _file(self, passed: int) -> Path:
+        assert self._directory is not None
+        return self._directory / f"hidden_{passed % 2}"
+
+
+class SpilledStates(HiddenStates):
+    """Rows in two mapped files: a layer reads one and writes the other.
+
+    Their pages are given back after every micro-batch, so that they do not count as memory of
+    this process: what is free of the machine's memory serves as a cache.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self._maps: list[mmap.mmap] = []
+
+    def allocate(self, tokens: int, width: int, dtype: torch.dtype) -> None:
+        """Make both files; a disk that is too small is found here and not within a layer."""
+        self._nbytes = tokens * width * dtype.itemsize
+        for passed in range(2):
+            with open(self._file(passed), "a+b") as file:
+                reserve(file.fileno(), self._nbytes)
+                self._maps.append(mmap.mmap(file.fileno(), self._nbytes))
+        self._views = [torch.frombuffer(m, dtype=dtype).view(tokens, width) for m in self._maps]
+        self._turn()
+
+    def give_back(self, rows: slice) -> None:
+        """Drop the pages of ``rows`` from this process; written ones go to the disk in time."""
+        row_bytes = self.before.shape[1] * self.before.itemsize
+        start = rows.start * row_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+        length = min(self._nbytes, rows.stop * row_bytes) - start
+        for pages_of in self._maps:
+            pages_of.madvise(mmap.MADV_DONTNEED, start, length)
+
+    def advance(self) -> None:
+        """Turn the files round once what the layer wrote is on the disk."""
+        self._maps[(self.passed + 1) % 2].flush()
+        self.passed += 1
+        self._turn()
+
+    def restore(self, passed: int) -> None:
+        """Go on with the file that an earlier run left after ``passed`` layers."""
+        self.passed = passed
+        self._turn()
+
+    def close(self) -> None:
+        """Unmap the files, as soon as nothing views them."""
+        super().close()
+        self._views.clear()
+        self._maps.clear()
+
+    def _turn(self) -> None:
+        self.before = self._views[self.passed % 2]
+        self.after = self._views[(self.passed + 1) % 2]
+
+
+def reserve(descriptor: int, nbytes: int) -> None:
+    """Give a file ``nbytes`` of disk, so that writing to its mapping cannot fail.
+
+    Raises:
+        OSError: no space.
+    """
+    os.ftruncate(descriptor, nbytes)
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, nbytes)

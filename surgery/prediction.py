@@ -1,0 +1,228 @@
+"""What calibrate and score will take: memory, disk and bytes moved, from headers and windows."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from surgery.family import EXPERT
+from surgery.layout import Layout
+from surgery.slots import BUFFER
+
+MB = 10**6
+BASE_BYTES = 345 * MB
+"""Interpreter, torch, transformers and the library's empty model; measured on tiny models."""
+ROW_BYTES = 750
+"""What the tokenizer and the order of the vocabulary leave behind for each row; measured."""
+DEVICE_BASE_BYTES = 500 * MB
+"""A CUDA context and cuBLAS; not measured here."""
+PIECE_BYTES = 1 << 25
+"""One FFN activation at a time (``calib.ffn.PIECE_VALUES`` in fp32)."""
+CHUNK_BYTES = 2 << 23
+"""Activations in float64, and their squares (``calib.calibrate.CHUNK_VALUES``)."""
+HEAP_BYTES = 32 * MB
+"""Freed memory that the heap keeps; measured, below ``calib.memory.HELD_BYTES``."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """The windows, as far as memory depends on them."""
+
+    lengths: Mapping[int, int]
+    """Tokens of a window → number of such windows."""
+    rows: int
+    """Rows of the embedding that occur in them."""
+
+    @property
+    def tokens(self) -> int:
+        """Over all windows."""
+        return sum(length * count for length, count in self.lengths.items())
+
+    @classmethod
+    def full(cls, samples: int, seq_len: int, vocab_size: int) -> "Text":
+        """Windows of one length in which as many tokens occur as can."""
+        return cls({seq_len: samples}, min(vocab_size, samples * seq_len))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the layers compute."""
+
+    itemsize: int
+    """Bytes of a number in the dtype that computes."""
+    buckets: int
+    """Of the statistics; 0 takes none."""
+    device: str = "cpu"
+    micro_batch_values: int = 1 << 21
+    prefetch: bool = True
+    hidden: str = "memory"
+    """"memory", "device" or "file"."""
+    journal: bool = True
+    """Whether hidden states are written after each layer."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes, all of them."""
+
+    memory: Mapping[str, int]
+    """What the peak of the process's memory is made of."""
+    device: Mapping[str, int]
+    """The same of the device's memory; empty on the CPU."""
+    disk: int
+    """Hidden states in files, and sums."""
+    read: int
+    """From the checkpoint."""
+    to_device: int
+    """Weights that go to the device."""
+
+    @property
+    def peak_memory(self) -> int:
+        """Of the process."""
+        return sum(self.memory.values())
+
+    @property
+    def peak_device(self) -> int:
+        """Of the device."""
+        return sum(self.device.values())
+
+    def facts(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        both = {"peak_memory": self.peak_memory, "peak_device": self.peak_device}
+        return both | asdict(self)
+
+    def table(self) -> str:
+        """The facts as rows of text."""
+        rows = [
+            ("peak memory", self.peak_memory),
+            *((f"  {name}", size) for name, size in self.memory.items()),
+            ("peak GPU memory", self.peak_device),
+            *((f"  {name}", size) for name, size in self.device.items()),
+            ("disk", self.disk),
+            ("read from the checkpoint", self.read),
+            ("weights to the device", self.to_device),
+        ]
+        return "\n".join(f"{name:<26}{size / MB:>12,.0f} MB" for name, size in rows if size)
+
+
+def predict(layout: Layout, text: Text, settings: Settings) -> Prediction:
+    """Predict what a pass of ``text`` through the layers takes."""
+    width = layout.by_name[layout.family.embedding].shape[1]
+    states = text.tokens * width * settings.itemsize
+    sums = list(_sums(layout, settings.buckets))
+    kept = max(sums, default=0) if settings.journal else sum(sums)
+    computing = _activations(layout, text, settings, width) + kept
+    work = _weights(layout, settings, computing, text.rows * width * settings.itemsize)
+    memory = {"base": BASE_BYTES + ROW_BYTES * layout.vocab_size}
+    device: dict[str, int] = {}
+    if settings.device == "cpu":
+        memory |= work
+    else:
+        memory["weights"] = max(_stored(layout))  # pinned
+        device = {"base": DEVICE_BASE_BYTES, **work}
+    if settings.hidden != "file":
+        (device if settings.hidden == "device" else memory)["hidden states"] = states
+    copies = 2 if settings.journal or settings.hidden == "file" else 0
+    weights = sum(_stored(layout))
+    itemsize = layout.by_name[layout.family.embedding].itemsize
+    return Prediction(
+        memory,
+        device,
+        disk=copies * states + (2 * sum(sums) if settings.journal else 0),
+        read=weights + _ends(layout) + text.rows * width * itemsize,
+        to_device=weights if device else 0,
+    )
+
+
+def _weights(layout: Layout, settings: Settings, computing: int, embedding: int) -> dict[str, int]:
+    """What is there at the worst time: a layer is loaded or computes, and the next one is read.
+
+    Args:
+        layout: The model.
+        settings: How it computes.
+        computing: Bytes of activations and sums, which come once a layer is loaded.
+        embedding: Bytes of its rows that occur, which go before the first layer comes.
+    """
+    layers = [_Layer.of(layout, index, settings.itemsize) for index in range(len(layout.of_layer))]
+    pairs = zip(layers, [*layers[1:], None], strict=True)
+    peaks = []
+    for layer, following in pairs:
+        ahead = following.stored if following and settings.prefetch else 0
+        beside = max(layer.loading - layer.ready, computing)
+        peaks.append((layer.ready + ahead + beside, layer.ready, ahead, beside))
+    peak, ready, ahead, beside = max(peaks)
+    parts = {"weights": ready, "next layer": ahead, "loading or computing": beside}
+    return parts | ({"embedding": embedding - peak} if embedding > peak else {})
+
+
+@dataclass(frozen=True)
+class _Layer:
+    stored: int
+    """In the file's dtype; FP8 as what it stands for."""
+    ready: int
+    """In the dtype that computes."""
+    loading: int
+    """The most while the one becomes the other."""
+
+    @classmethod
+    def of(cls, layout: Layout, index: int, itemsize: int) -> "_Layer":
+        merged: Counter[str] = Counter()
+        alone, ready, copied = 0, 0, False
+        for ref in layout.of_layer[index].values():
+            place = layout.places[ref.name]
+            if place.slot.block == BUFFER:
+                continue
+            size = _item(ref.dtype, ref.itemsize, itemsize)
+            if place.slot.width == EXPERT and place.expert is not None:
+                merged["down" if place.slot.watched else "up"] += ref.parameters * size
+            else:
+                alone += ref.parameters * size
+            ready += ref.parameters * itemsize
+            copied |= size != itemsize
+        stored = alone + merged.total()
+        # A tensor at a time goes from one dtype to the other; small ones do not count.
+        loading = ready + max(merged.values(), default=0) * copied
+        # Experts are stacked, gates and ups then joined: three times there, the rest once.
+        merging = stored + 2 * merged["up"] if merged else 0
+        return cls(stored, ready, max(loading, merging))
+
+
+def _item(dtype: str, itemsize: int, computed: int) -> int:
+    return computed if dtype.startswith("F8") else itemsize
+
+
+def _stored(layout: Layout) -> list[int]:
+    """Bytes of each layer in the file."""
+    places = layout.places
+    return [
+        sum(ref.nbytes for ref in layer.values() if places[ref.name].slot.block != BUFFER)
+        for layer in layout.of_layer
+    ]
+
+
+def _ends(layout: Layout) -> int:
+    """Bytes in the file of what lies before and behind the layers, but embedding and head."""
+    family = layout.family
+    apart = (family.embedding, family.head, family.head.removesuffix("weight") + "bias")
+    return sum(
+        ref.nbytes
+        for name, ref in layout.by_name.items()
+        if layout.places[ref.name].layer is None and name not in apart
+    )
+
+
+def _sums(layout: Layout, buckets: int) -> Iterator[int]:
+    """Bytes of the sums of each layer."""
+    for axes in layout.watched:
+        yield sum(16 * buckets * n * layout.channels_of(axis) for axis, n in axes.items())
+
+
+def _activations(layout: Layout, text: Text, settings: Settings, width: int) -> int:
+    """A micro-batch in a layer: attention's copies of it, the FFN's three, the float64 chunk."""
+    channels = max((layout.channels_of(axis) for axis in layout.family.widths), default=1)
+    tokens = max(
+        min(count, max(1, settings.micro_batch_values // (length * channels))) * length
+        for length, count in text.lengths.items()
+    )
+    ffn = min(tokens * channels * settings.itemsize, PIECE_BYTES)
+    return 10 * tokens * width * settings.itemsize + 4 * ffn + CHUNK_BYTES + HEAP_BYTES
