@@ -13,11 +13,12 @@ from surgery import __version__
 from surgery.card import model_card
 from surgery.checkpoint import INDEX_NAME, Checkpoint
 from surgery.companions import companion_files, pruned_config
-from surgery.edits import OutputTensor, edits
+from surgery.edits import OutputTensor, edits, sources
 from surgery.header import encode_header
 from surgery.jsonfile import dump_json, dump_table
 from surgery.layout import Layout
 from surgery.plan import Plan
+from surgery.shards import Shards
 from surgery.stream import stream_edit, write_all
 from surgery.writer import OutputDirectory
 
@@ -56,7 +57,7 @@ def apply_plan(
         source: The checkpoint's directory; it is only read.
         output: Must not exist, and lie outside of ``source``.
         resume: Go on with an interrupted run of the same plan.
-        jobs: Shards written at the same time.
+        jobs: Shards written at the same time; those of the hub are written one by one.
         progress: Called with the bytes of each finished tensor.
 
     Raises:
@@ -90,17 +91,20 @@ def _write_shards(
 ) -> None:
     """Write the shards of ``todo``, ``jobs`` at a time; after an error no further one is begun."""
     stop = Event()
+    shards = Shards.of(checkpoint.path)
 
     def write(name: str) -> None:
         if stop.is_set():
             return
         try:
-            _write_shard(directory, checkpoint, name, todo[name], progress)
+            with shards.lease(sources(todo[name]) | {name}):
+                _write_shard(directory, checkpoint, name, todo[name], progress)
         except BaseException:
             stop.set()
             raise
 
-    with ThreadPoolExecutor(jobs) as pool:
+    with shards, ThreadPoolExecutor(1 if shards.remote else jobs) as pool:
+        shards.expect([sources(shard) for shard in todo.values()])
         try:
             for _ in pool.map(write, todo):
                 pass

@@ -164,12 +164,12 @@ def apply(plan_path: Path, output: Path | None, resume: bool, jobs: int) -> None
 def verify(directory: Path, plan_path: Path | None, forward: bool, device: str) -> None:
     """Check an output against its plan and its source; exit status 1 on a fault."""
     from surgery.plan import Plan
-    from surgery.source import local_source
+    from surgery.source import source_at_hand
     from surgery.steps import forward_faults
     from surgery.verify import embedded_plan, verify_files
 
     loaded = Plan.load(plan_path) if plan_path else embedded_plan(directory)
-    source = local_source(loaded.source) if loaded else None
+    source = source_at_hand(loaded.source) if loaded else None
     if forward and (loaded is None or source is None):
         raise Refusal(f"{directory}: --forward needs the plan and its source; neither may be gone")
     report = verify_files(directory, loaded, source)

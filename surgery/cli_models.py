@@ -160,6 +160,6 @@ def prune(
     made.save(output.with_name(output.name + ".plan.json"))
     click.echo(plan_table(made, path))
     run_apply(made, path, output, resume=False, jobs=JOBS)
-    report = verify_files(output, made, path)
+    report = verify_files(output, made, path, download=False)
     click.echo(report.table())
     sys.exit(0 if report.ok else 1)
