@@ -23,6 +23,7 @@ from surgery.options import (
     json_option,
     model_argument,
     path_type,
+    push_option,
     size_options,
     vocabulary_options,
 )
@@ -139,9 +140,13 @@ def plan(
 @click.option(
     "--jobs", default=JOBS, show_default=True, type=click.IntRange(1), help="Shards at a time."
 )
-def apply(plan_path: Path, output: Path | None, resume: bool, jobs: int) -> None:
+@push_option
+def apply(
+    plan_path: Path, output: Path | None, resume: bool, jobs: int, push_to: str | None
+) -> None:
     """Stream a plan's source into a new checkpoint directory."""
     from surgery.plan import Plan
+    from surgery.push import check_push, push
     from surgery.source import resolve_model
     from surgery.steps import run_apply
 
@@ -149,9 +154,13 @@ def apply(plan_path: Path, output: Path | None, resume: bool, jobs: int) -> None
     place = output or (Path(loaded.output) if loaded.output else None)
     if place is None:
         raise Refusal(f"{plan_path}: names no output; give -o DIR")
+    if push_to:
+        check_push(push_to)
     source, _ = resolve_model(loaded.source)
     run_apply(loaded, source, place, resume=resume, jobs=jobs)
     click.echo(f"{place}: {loaded.after.parameters:,} parameters, {loaded.after.nbytes:,} bytes")
+    if push_to:
+        click.echo(push(place, push_to))
 
 
 @main.command()

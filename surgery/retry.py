@@ -64,14 +64,19 @@ def client_errors() -> type[Exception]:
 
 def refused(where: object, error: Exception) -> CheckpointError:
     """What the hub's ``error`` means for the user, in one line."""
-    # "404 Client Error. (Request ID: …)", an empty line, then what it means
-    lines = [line for line in str(error).splitlines() if line.strip()]
     return CheckpointError(
         where,
         "cannot be had from the hub",
-        found=" ".join(lines[:2]) or type(error).__name__,
+        found=reason_of(error),
         fix="check the name, your token and the connection, or name a local directory",
     )
+
+
+def reason_of(error: Exception) -> str:
+    """The part of the hub's message that says what is wrong."""
+    # "404 Client Error. (Request ID: …)", an empty line, then what it means
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) or type(error).__name__
 
 
 def _told_seconds(headers: Any) -> float | None:

@@ -13,6 +13,8 @@ from threading import Event, Lock, Thread
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from tests.hub_push import listing, take
+
 API = re.compile(
     r"/api/(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)"
     r"(/(?P<what>revision|tree)/(?P<revision>[^/]+)(/(?P<folder>.+))?)?"
@@ -145,6 +147,8 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.hub.repos.get(f"{kind}/{match['repo']}") if match else None
         if self.failing.status is not None:
             self._answer(self.failing.status, b'{"error": "trouble"}', self.failing.headers)
+        elif match and match["repo"] in self.hub.pushed:
+            self._json(listing(self.hub, match["repo"], tree=match["what"] == "tree"))
         elif not match or repo is None:
             self._refuse(404, "RepoNotFound")
         elif (refusal := self._refusal(repo, match)) is not None:
@@ -155,6 +159,30 @@ class Handler(BaseHTTPRequestHandler):
             self._tree(repo, unquote(match["folder"] or ""))
         else:
             self._info(repo, match["repo"])
+
+    def do_POST(self) -> None:
+        """Take what a push sends, from who has a token."""
+        path = self._begin()
+        self.failing = self.hub.fault(path)
+        body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        if self.failing.status is not None:
+            self._answer(self.failing.status, b'{"error": "trouble"}', self.failing.headers)
+        elif "Authorization" not in self.headers:
+            self._refuse(401, "")
+        else:
+            answer = take(self.hub, path, body)
+            self._json(answer) if answer is not None else self._refuse(404, "RepoNotFound")
+
+    def do_PUT(self) -> None:
+        """Take a large file, at an address that is signed and needs no token."""
+        path = self._begin()
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        digest = hashlib.sha256(body).hexdigest()
+        if path.rpartition("/")[2] != digest:
+            self._refuse(400, "")
+            return
+        self.hub.objects[digest] = body
+        self._json({})
 
     def log_message(self, format: str, *args: Any) -> None:
         """Keep quiet."""
