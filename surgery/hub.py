@@ -10,7 +10,7 @@ from surgery.checkpoint import INDEX_NAME, SINGLE_NAME, weight_map_of
 from surgery.errors import CheckpointError
 from surgery.jsonfile import read_json, write_atomic
 from surgery.remote import RemoteFile
-from surgery.retry import client_errors, refused, retried
+from surgery.retry import TRIES, client_errors, refused, retried
 from surgery.skeleton import Skeleton, download_small
 
 PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "LICENSE*", "NOTICE*", "*.md"]
@@ -39,14 +39,16 @@ def fetch_model(repo: str, revision: str | None) -> tuple[Path, str]:
         validate_repo_id(repo)
     except ValueError as error:
         raise refused(where, error) from error
-    if revision and COMMIT.fullmatch(revision) and (found := _had_before(repo, revision)):
-        return found, revision
-    try:
-        commit, files = retried(lambda: _listing(repo, revision))
+    pinned = revision if revision and COMMIT.fullmatch(revision) else None
+    known = pinned or _known_commit(repo, revision or "main")
+    before = _had_before(repo, known) if known else None
+    if pinned and before:
+        return before, pinned
+    try:  # as huggingface_hub, do not wait long for a hub that can be done without
+        commit, files = retried(lambda: _listing(repo, revision), 1 if before else TRIES)
     except (OSError, ValueError, client_errors()) as error:
-        known = _known_commit(repo, revision or "main")
-        if known and (found := _had_before(repo, known)):
-            return found, known
+        if known and before:
+            return before, known
         raise refused(where, error) from error
     _remember(repo, revision or "main", commit)
     if snapshot := _complete_snapshot(repo, commit):
@@ -83,9 +85,11 @@ def _listing(repo: str, revision: str | None) -> tuple[str, list[RemoteFile]]:
     from huggingface_hub import HfApi
     from huggingface_hub.utils import filter_repo_objects
 
-    info = HfApi(library_name="compact-surgery").model_info(
-        repo, revision=revision, files_metadata=True
-    )
+    api = HfApi(library_name="compact-surgery")
+    try:
+        info = api.model_info(repo, revision=revision, files_metadata=True)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError("the answer is no description of a model") from error
     if not COMMIT.fullmatch(info.sha or ""):
         raise ValueError(f"the hub names no commit: {info.sha!r}")
     names = {sibling.rfilename: sibling for sibling in info.siblings or []}
@@ -97,7 +101,7 @@ def _remote_file(repo: str, commit: str, sibling: Any) -> RemoteFile:
     size, digest = sibling.size, sibling.blob_id
     if sibling.lfs is not None:
         size, digest = sibling.lfs.size, sibling.lfs.sha256
-    if type(size) is not int or size < 0:
+    if type(size) is not int or size < 0 or not isinstance(digest, str | None):
         raise ValueError(f"the hub does not say how large {sibling.rfilename} is")
     return RemoteFile(repo, commit, sibling.rfilename, size, digest)
 

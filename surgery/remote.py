@@ -59,6 +59,8 @@ class RemoteFile:
                     attempts.wait(error)
                 except errors as last:
                     raise refused(self.where, last) from last
+            except OSError as error:  # offline by the user's settings
+                raise refused(self.where, error) from error
 
     def download(self, path: Path, progress: Callable[[int], object] = lambda n: None) -> None:
         """Bring the whole file to ``path``, which appears when its digest is right.

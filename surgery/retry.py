@@ -10,7 +10,7 @@ from surgery.errors import CheckpointError
 
 Result = TypeVar("Result")
 
-TRIES = 6
+TRIES = 5
 """Attempts without any progress."""
 FIRST_WAIT_SECONDS = 1.0
 """Doubled after each failure in a row, unless the hub says how long."""
@@ -27,8 +27,9 @@ class Garbled(Exception):
 class Attempts:
     """Failures in a row, and how long to wait after each."""
 
-    def __init__(self) -> None:
+    def __init__(self, tries: int = TRIES) -> None:
         self.failures = 0
+        self._tries = tries
 
     def wait(self, error: Exception) -> None:
         """Sleep after a failure that may pass; raise ``error`` where it will not, or often did."""
@@ -36,16 +37,16 @@ class Attempts:
         if response is not None and response.status_code not in PASSING:
             raise error
         self.failures += 1
-        if self.failures >= TRIES:
+        if self.failures >= self._tries:
             raise error
         told = _told_seconds(response.headers) if response is not None else None
         wait = FIRST_WAIT_SECONDS * 2 ** (self.failures - 1) if told is None else told
         time.sleep(min(wait, MOST_WAIT_SECONDS))
 
 
-def retried(call: Callable[[], Result]) -> Result:
+def retried(call: Callable[[], Result], tries: int = TRIES) -> Result:
     """Return what ``call`` returns, tried again after failures that may pass."""
-    attempts, errors = Attempts(), (Garbled, client_errors())
+    attempts, errors = Attempts(tries), (Garbled, client_errors())
     while True:
         try:
             return call()

@@ -36,6 +36,8 @@ class Repo:
     """HTTP status and X-Error-Code."""
     token: str | None = None
     """Only who sends it is let in."""
+    answer: object = None
+    """What is said of it, if not the truth."""
     sparse: bool = False
     """Its shards are holes that nobody downloads: their digests are made up."""
 
@@ -215,7 +217,7 @@ class Handler(BaseHTTPRequestHandler):
         for path in repo.files(""):
             entry: dict[str, object] = {"rfilename": str(path.relative_to(repo.directory))}
             siblings.append(entry | (repo.facts(path) if blobs else {}))
-        self._json({"id": name, "sha": repo.commit, "siblings": siblings})
+        self._json(repo.answer or {"id": name, "sha": repo.commit, "siblings": siblings})
 
     def _tree(self, repo: Repo, folder: str) -> None:
         entries: dict[str, dict[str, object]] = {}

@@ -248,6 +248,40 @@ def test_a_fault_that_stays_is_one_line(
     assert_refused(command(quiet.url, tmp_path, "inspect", "org/tiny"), *words)
 
 
+OUTSIDE = {"rfilename": "../../evil.json", "size": 2, "blobId": "0" * 40}
+CONFIG = {"rfilename": "config.json", "size": 2, "blobId": "0" * 40}
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ([1], ("org/odd", "no description")),
+        ({"id": "org/odd"}, ("org/odd", "commit")),
+        ({"id": "org/odd", "sha": "../.."}, ("org/odd", "commit")),
+        ({"id": "org/odd", "sha": COMMIT, "siblings": [{}]}, ("org/odd", "no description")),
+        ({"id": "org/odd", "sha": COMMIT, "siblings": [{"rfilename": "config.json"}]}, ("large",)),
+        ({"id": "org/odd", "sha": COMMIT, "siblings": [OUTSIDE]}, ("org/odd", "no weights")),
+        (
+            {
+                "id": "org/odd",
+                "sha": COMMIT,
+                "siblings": [
+                    CONFIG | {"size": 1 << 40},
+                    CONFIG | {"rfilename": "model.safetensors", "size": 1 << 62},
+                ],
+            },
+            ("config.json", "larger"),
+        ),
+    ],
+)
+def test_an_odd_answer_of_the_hub_is_one_line(
+    llama: Path, tmp_path: Path, answer: object, words: tuple[str, ...]
+) -> None:
+    with serve({"models/org/odd": Repo(llama, answer=answer)}) as hub:
+        assert_refused(command(hub.url, tmp_path / "home", "inspect", "org/odd"), *words)
+    assert list(tmp_path.rglob("evil*")) == []
+
+
 def test_a_token_is_sent_to_the_hub_but_not_on_to_where_it_points(
     llama: Path, tmp_path: Path
 ) -> None:
