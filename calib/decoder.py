@@ -19,6 +19,7 @@ from calib.stages import Stages
 from calib.states import HiddenStates
 from calib.weights import WeightReader
 from surgery.errors import DataError
+from surgery.header import TensorRef
 from surgery.layout import Layout
 from surgery.slots import BUFFER
 
@@ -104,6 +105,7 @@ class StreamedDecoder:
         self._channels = max((layout.channels_of(axis) for axis in layout.family.widths), default=1)
         self._returns_tuple = False
         self._set_layers(self._recorders)
+        reader.expect(self._reading_order())
         self._load_ends()
         reuse_freed_memory()
         release_freed_memory()  # of planning, tokenizing and building, before the weights come
@@ -226,6 +228,7 @@ class StreamedDecoder:
         bias = self.layout.by_name.get(family.head.removesuffix("weight") + "bias")
         width = self.layout.checkpoint.tensors[self._tensor(family.embedding)].shape[1]
         head, finished = self._model.get_output_embeddings(), _Finished(self._returns_tuple)
+        self.reader.expect([name] * -(-len(rows) // HEAD_ROWS))
         self._set_layers([finished])
         try:
             for start in range(0, len(rows), HEAD_ROWS):
@@ -252,15 +255,25 @@ class StreamedDecoder:
     def _set_layers(self, layers: Sequence[nn.Module]) -> None:
         setattr(self._parent, self._list_name, nn.ModuleList(layers))
 
-    def _load_ends(self) -> None:
-        """Read what lies before and behind the layers, but embedding and head."""
+    def _reading_order(self) -> list[str]:
+        """The file's names of all tensors up to the last layer, as they are read."""
+        ends = [ref.name for ref in self._ends().values()]
+        layers = range(len(self._layers))
+        inside = [ref.name for index in layers for ref in self._stored(index).values()]
+        return [*ends, self._tensor(self.layout.family.embedding), *inside]
+
+    def _ends(self) -> dict[str, TensorRef]:
+        """What lies before and behind the layers, but embedding and head."""
         family = self.layout.family
         apart = (family.embedding, family.head, family.head.removesuffix("weight") + "bias")
-        names = {
-            name: self.reader.read(ref.name)
+        return {
+            name: ref
             for name, ref in self.layout.by_name.items()
             if self.layout.places[ref.name].layer is None and name not in apart
         }
+
+    def _load_ends(self) -> None:
+        names = {name: self.reader.read(ref.name) for name, ref in self._ends().items()}
         weights = {k: self.reader.place(v) for k, v in self._conversion.convert(names).items()}
         self._model.load_state_dict(weights, strict=False, assign=True)
         self._move_buffers(self._model)
@@ -277,15 +290,16 @@ class StreamedDecoder:
         first = self._recorders[0]
         return first.hidden, [recorder.arguments for recorder in self._recorders]
 
-    def _read_layer(self, index: int) -> dict[str, torch.Tensor]:
-        """The tensors of a layer by their names in the text model, in the file's dtype."""
+    def _stored(self, index: int) -> dict[str, TensorRef]:
+        """The tensors of a layer by their names in the text model."""
         places = self.layout.places
+        tensors = self.layout.of_layer[index].items()
+        return {n: ref for n, ref in tensors if places[ref.name].slot.block != BUFFER}
+
+    def _read_layer(self, index: int) -> dict[str, torch.Tensor]:
+        """The same, in the file's dtype."""
         with self.stages.timed("read"):
-            return {
-                name: self.reader.read(ref.name)
-                for name, ref in self.layout.of_layer[index].items()
-                if places[ref.name].slot.block != BUFFER
-            }
+            return {name: self.reader.read(ref.name) for name, ref in self._stored(index).items()}
 
     def _load(self, index: int, layer: nn.Module, stored: dict[str, torch.Tensor]) -> None:
         """Give ``layer`` its weights; each stored one is freed as soon as it is placed."""

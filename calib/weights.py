@@ -3,6 +3,8 @@
 import math
 import mmap
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from surgery.checkpoint import Checkpoint
 from surgery.header import TensorRef
 from surgery.selection import runs
+from surgery.shards import SMALL_BYTES, Shards
 from surgery.stream import read_into, read_scales
 
 TORCH_DTYPE = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -45,14 +48,19 @@ class WeightReader:
         self._block_shape = fp8.block_shape if fp8 else (1, 1)
         self._tensors = checkpoint.tensors
         self._files: dict[Path, int] = {}
+        self._shards = Shards.of(checkpoint.path)
 
     def __enter__(self) -> "WeightReader":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files.clear()
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        self._close_files()
+        self._shards.__exit__(error_type)
+
+    def expect(self, names: Sequence[str]) -> None:
+        """Say which tensors will be read, in order: a hub's shards are had in time and once."""
+        refs = [self._tensors[name] for name in names]
+        self._shards.expect([{ref.path.name} for ref in refs if ref.nbytes > SMALL_BYTES])
 
     def read(self, name: str) -> torch.Tensor:
         """Return the tensor ``name`` whole, on the CPU and in the file's dtype; FP8 dequantized.
@@ -60,8 +68,10 @@ class WeightReader:
         The numbers that FP8 stands for can be merged with others, as experts are; its codes
         cannot, so that a layer of FP8 waits in the dtype that it is dequantized to.
         """
-        ref = self._tensors[name]
-        scales = self._scales(ref)
+        with self._at_hand(self._tensors[name]) as ref:
+            return self._whole(ref, self._scales(self._tensors[name]))
+
+    def _whole(self, ref: TensorRef, scales: torch.Tensor | None) -> torch.Tensor:
         if scales is not None:
             result = pages(ref.shape, self._dequantize)
             return self._rows_into(result, ref, np.arange(ref.shape[0]), scales)
@@ -80,9 +90,9 @@ class WeightReader:
 
         They are converted a block at a time, so that no tensor is in memory in two dtypes.
         """
-        ref = self._tensors[name]
-        result = torch.empty((len(rows), *ref.shape[1:]), dtype=self.dtype, device=self.device)
-        return self._rows_into(result, ref, rows, self._scales(ref))
+        with self._at_hand(self._tensors[name]) as ref:
+            result = torch.empty((len(rows), *ref.shape[1:]), dtype=self.dtype, device=self.device)
+            return self._rows_into(result, ref, rows, self._scales(self._tensors[name]))
 
     def _rows_into(
         self, result: torch.Tensor, ref: TensorRef, rows: np.ndarray, scales: torch.Tensor | None
@@ -103,7 +113,8 @@ class WeightReader:
         if scales is None:
             return None
         self.bytes_read += scales.nbytes
-        return torch.from_numpy(read_scales(scales))
+        with self._shards.tensor(scales) as here:
+            return torch.from_numpy(read_scales(here))
 
     def _dequantized(
         self, codes: torch.Tensor, rows: np.ndarray, scales: torch.Tensor
@@ -126,6 +137,19 @@ class WeightReader:
             self._fill(ref, target[:length], ref.start + first * row_bytes)
             target = target[length:]
         return stored
+
+    @contextmanager
+    def _at_hand(self, ref: TensorRef) -> Iterator[TensorRef]:
+        """Have the bytes of a tensor on this disk; a deleted shard must not stay open."""
+        with self._shards.tensor(ref) as here:
+            yield here
+            if self._shards.remote:
+                self._close_files()
+
+    def _close_files(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
 
     def _fill(self, ref: TensorRef, target: memoryview, offset: int) -> None:
         if ref.path not in self._files:

@@ -13,12 +13,13 @@ from surgery.card import model_card
 from surgery.checkpoint import INDEX_NAME, Checkpoint
 from surgery.checksums import check_digest, known_digests
 from surgery.companions import companion_files, pruned_config
-from surgery.edits import OutputTensor, edits
-from surgery.errors import SurgeryError
+from surgery.edits import OutputTensor, edits, sources
+from surgery.errors import EngineError, SurgeryError
 from surgery.header import encode_header
 from surgery.jsonfile import dump_json, dump_table, read_file
 from surgery.layout import Layout
 from surgery.plan import Plan
+from surgery.shards import Shards
 from surgery.stream import open_shard, stream_edit, write_all
 from surgery.writer import OutputDirectory, forget, new_shard
 
@@ -59,10 +60,10 @@ def apply_plan(
         source: The checkpoint's directory; it is only read.
         output: Must not exist, and lie outside of ``source``.
         resume: Go on with an interrupted run of the same plan; a finished one is left as it is.
-        jobs: Shards written at the same time in this process.
+        jobs: Shards written at the same time in this process; those of the hub one by one.
         engine: "local", or "ray": each shard a task on a cluster that shares the file system.
         checksum: Compare each shard with its known SHA-256, which reads all of it, before any of
-            it is used.
+            it is used; those of the hub are compared in any case.
         progress: Called with the bytes of each finished tensor.
 
     Raises:
@@ -73,7 +74,14 @@ def apply_plan(
         return
     checkpoint = Checkpoint.open(source.absolute() if engine == "ray" else source, plan.family)
     by_shard = {n: shard for n, shard in edits(plan, Layout.of(checkpoint)).items() if shard}
-    digests = known_digests(checkpoint.path, list(by_shard)) if checksum else {}
+    remote = Shards.of(checkpoint.path).remote
+    if remote and engine == "ray":
+        raise EngineError(
+            "--engine ray",
+            "needs the model on the file system that all nodes share",
+            fix="download it there first, and name its directory",
+        )
+    digests = known_digests(checkpoint.path, list(by_shard)) if checksum and not remote else {}
     files = companion_files(plan, checkpoint)
     config = pruned_config(plan, checkpoint)
     directory = OutputDirectory(output, plan.digest, source=source, resume=resume)
@@ -108,21 +116,24 @@ def _write_shards(
 ) -> None:
     """Write the shards of ``todo``, ``jobs`` at a time; after an error no further one is begun."""
     stop = Event()
+    shards = Shards.of(checkpoint.path)
 
     def write(name: str) -> None:
         if stop.is_set():
             return
         try:
             metadata, source = checkpoint.shards[name].metadata, checkpoint.path / name
-            _check_digest(source, digests)
-            with directory.writing(name):
-                write_shard(directory.partial, source, todo[name], metadata, progress)
+            with shards.lease(sources(todo[name]) | {name}):
+                _check_digest(source, digests)
+                with directory.writing(name):
+                    write_shard(directory.partial, source, todo[name], metadata, progress)
             directory.finish(name)
         except BaseException:
             stop.set()
             raise
 
-    with ThreadPoolExecutor(jobs) as pool:
+    with shards, ThreadPoolExecutor(1 if shards.remote else jobs) as pool:
+        shards.expect([sources(shard) for shard in todo.values()])
         try:
             for _ in pool.map(write, todo):
                 pass

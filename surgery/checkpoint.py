@@ -11,6 +11,7 @@ from surgery.errors import CheckpointError
 from surgery.header import Header, TensorRef, read_header
 from surgery.jsonfile import read_file, read_json
 from surgery.quantized import Fp8, quantization_of
+from surgery.skeleton import Skeleton
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -55,14 +56,24 @@ class Checkpoint:
             )
         config = read_json(path / "config.json")
         quantization = quantization_of(config, path / "config.json")
-        if (path / SINGLE_NAME).exists():
-            single = {SINGLE_NAME: read_header(path / SINGLE_NAME)}
+        remote = Skeleton.at(path)
+        if _has_shard(path, SINGLE_NAME, remote):
+            single = {SINGLE_NAME: _header(path, SINGLE_NAME, remote)}
             return cls(path, config, single, None, family, quantization)
         if not (path / INDEX_NAME).exists():
             _refuse_missing_weights(path)
         index = read_json(path / INDEX_NAME)
-        weight_map = _weight_map(path, index)
-        shards = {name: read_header(path / name) for name in dict.fromkeys(weight_map.values())}
+        weight_map = weight_map_of(path, index)
+        for tensor, name in weight_map.items():
+            if not _has_shard(path, name, remote):
+                raise CheckpointError(
+                    f"{path / INDEX_NAME}: tensor {tensor}",
+                    "shard is missing",
+                    expected=path / name,
+                    fix="download the missing shard",
+                )
+        names = dict.fromkeys(weight_map.values())
+        shards = {name: _header(path, name, remote) for name in names}
         _check_index(path, weight_map, shards)
         return cls(path, config, shards, index, family, quantization)
 
@@ -124,7 +135,21 @@ def _refuse_missing_weights(path: Path) -> None:
     )
 
 
-def _weight_map(path: Path, index: dict[str, Any]) -> dict[str, str]:
+def _has_shard(path: Path, name: str, remote: Skeleton | None) -> bool:
+    """Whether the model has the shard, here or on the hub."""
+    return name in remote.shards if remote is not None else (path / name).exists()
+
+
+def _header(path: Path, name: str, remote: Skeleton | None) -> Header:
+    return remote.header(name) if remote is not None else read_header(path / name)
+
+
+def weight_map_of(path: Path, index: dict[str, Any]) -> dict[str, str]:
+    """Return tensor → shard by the index of directory ``path``, which names no file elsewhere.
+
+    Raises:
+        CheckpointError: there is none, or it points outside the directory.
+    """
     where = path / INDEX_NAME
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -140,13 +165,6 @@ def _weight_map(path: Path, index: dict[str, Any]) -> dict[str, str]:
                 expected="a plain file name",
                 found=repr(name),
                 fix="do not use this checkpoint",
-            )
-        if not (path / name).is_file():
-            raise CheckpointError(
-                f"{where}: tensor {tensor}",
-                "shard is missing",
-                expected=path / name,
-                fix="download the missing shard",
             )
     return weight_map
 

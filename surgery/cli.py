@@ -25,6 +25,7 @@ from surgery.options import (
     json_option,
     model_argument,
     path_type,
+    push_option,
     size_options,
     vocabulary_options,
 )
@@ -153,11 +154,19 @@ def plan(
     is_flag=True,
     help="Compare each shard with its SHA-256, from SHA256SUMS beside it or from the hub, first.",
 )
+@push_option
 def apply(
-    plan_path: Path, output: Path | None, resume: bool, jobs: int, engine: str, checksum: bool
+    plan_path: Path,
+    output: Path | None,
+    resume: bool,
+    jobs: int,
+    engine: str,
+    checksum: bool,
+    push_to: str | None,
 ) -> None:
     """Stream a plan's source into a new checkpoint directory."""
     from surgery.plan import Plan
+    from surgery.push import check_push, push
     from surgery.source import resolve_model
     from surgery.steps import run_apply
 
@@ -165,9 +174,13 @@ def apply(
     place = output or (Path(loaded.output) if loaded.output else None)
     if place is None:
         raise Refusal(f"{plan_path}: names no output; give -o DIR")
+    if push_to:
+        check_push(push_to)
     source, _ = resolve_model(loaded.source)
     run_apply(loaded, source, place, resume=resume, jobs=jobs, engine=engine, checksum=checksum)
     click.echo(f"{place}: {loaded.after.parameters:,} parameters, {loaded.after.nbytes:,} bytes")
+    if push_to:
+        click.echo(push(place, push_to))
 
 
 @main.command()
@@ -180,12 +193,12 @@ def apply(
 def verify(directory: Path, plan_path: Path | None, forward: bool, device: str) -> None:
     """Check an output against its plan and its source; exit status 1 on a fault."""
     from surgery.plan import Plan
-    from surgery.source import local_source
+    from surgery.source import source_at_hand
     from surgery.steps import forward_faults
     from surgery.verify import embedded_plan, verify_files
 
     loaded = Plan.load(plan_path) if plan_path else embedded_plan(directory)
-    source = local_source(loaded.source) if loaded else None
+    source = source_at_hand(loaded.source) if loaded else None
     if forward and (loaded is None or source is None):
         raise Refusal(f"{directory}: --forward needs the plan and its source; neither may be gone")
     report = verify_files(directory, loaded, source)

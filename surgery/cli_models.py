@@ -26,6 +26,7 @@ from surgery.options import (
     json_option,
     model_argument,
     path_type,
+    push_option,
     samples_option,
     seed_option,
     size_options,
@@ -156,6 +157,7 @@ def score(model: str, family: str | None, as_json: bool, **options: Any) -> None
 @vocabulary_options
 @channel_options
 @click.option("-o", "output", type=path_type, metavar="DIR", required=True)
+@push_option
 def prune(
     model: str,
     family: str | None,
@@ -163,6 +165,7 @@ def prune(
     vocabulary: VocabularyOptions,
     channels: ChannelOptions,
     output: Path,
+    push_to: str | None,
     **options: Any,
 ) -> None:
     """Calibrate, plan, apply and verify in one command.
@@ -172,6 +175,7 @@ def prune(
     from calib.documents import read_documents
     from surgery.choices import choose_sizes
     from surgery.preview import plan_table
+    from surgery.push import check_push, push
     from surgery.steps import (
         open_model,
         plan_model,
@@ -182,6 +186,8 @@ def prune(
     from surgery.verify import verify_files
     from surgery.writer import check_place
 
+    if push_to:
+        check_push(push_to)
     layout, source = open_model(model, family)
     path = layout.checkpoint.path
     check_place(output, path)
@@ -207,6 +213,8 @@ def prune(
     made.save(output.with_name(output.name + ".plan.json"))
     click.echo(plan_table(made, path))
     run_apply(made, path, output, resume=False, jobs=JOBS)
-    report = verify_files(output, made, path)
+    report = verify_files(output, made, path, download=False)
     click.echo(report.table())
+    if push_to and report.ok:
+        click.echo(push(output, push_to))
     sys.exit(0 if report.ok else 1)

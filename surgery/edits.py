@@ -99,6 +99,13 @@ def edits(plan: Plan, layout: Layout) -> dict[str, list[OutputTensor]]:
     }
 
 
+def sources(shard: Sequence[OutputTensor]) -> frozenset[str]:
+    """Names of the source's shards that these tensors are made of."""
+    made = [edit for tensor in shard for edit in tensor.edits]
+    scaled = {edit.scaling.scales.path.name for edit in made if edit.scaling is not None}
+    return frozenset({edit.source.path.name for edit in made} | scaled)
+
+
 def check_plan(plan: Plan, layout: Layout) -> Sizes:
     """Return the sizes of a plan that fits ``layout``.
 

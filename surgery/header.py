@@ -86,12 +86,24 @@ def read_header(path: Path) -> Header:
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
-            length = _header_length(path, file.read(8), size)
+            length = header_length(path, file.read(8), size)
             raw = file.read(length)
     except OSError as error:
         raise CheckpointError(
             path, "shard cannot be read", found=error.strerror, fix="check the model directory"
         ) from error
+    header = parse_header(path, raw, size)
+    check_reference(path)
+    return header
+
+
+def parse_header(path: Path, raw: bytes, size: int) -> Header:
+    """Validate ``raw``, the header's JSON of a shard of ``size`` bytes that belongs at ``path``.
+
+    Raises:
+        CheckpointError: as ``read_header``.
+    """
+    length = len(raw)
     entries = parse_json(raw, path)
     metadata = entries.pop(METADATA_KEY, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -102,7 +114,6 @@ def read_header(path: Path) -> Header:
         key=lambda tensor: (tensor.start, tensor.nbytes),
     )
     _check_cover(path, tensors, data_start, size)
-    _check_reference(path)
     return Header(tuple(tensors), metadata, raw)
 
 
@@ -121,7 +132,12 @@ def encode_header(
     return struct.pack("<Q", len(raw)) + raw
 
 
-def _header_length(path: Path, prefix: bytes, size: int) -> int:
+def header_length(path: Path, prefix: bytes, size: int) -> int:
+    """Return the length of the JSON that follows ``prefix``, the first 8 of ``size`` bytes.
+
+    Raises:
+        CheckpointError: as ``read_header``.
+    """
     if prefix == LFS_PREFIX:
         raise CheckpointError(
             path, "is a git-lfs pointer, not the shard itself", fix="git lfs pull"
@@ -209,8 +225,12 @@ def _check_cover(path: Path, tensors: Sequence[TensorRef], data_start: int, size
         )
 
 
-def _check_reference(path: Path) -> None:
-    """Let the reference parser, which is fuzzed, have the last word."""
+def check_reference(path: Path) -> None:
+    """Let the reference parser, which is fuzzed, have the last word.
+
+    Raises:
+        CheckpointError: it refuses the file.
+    """
     from safetensors import SafetensorError, safe_open
 
     # Opening takes the file as a mapping and reads only the header.

@@ -94,6 +94,9 @@ family_option = click.option(
     help="Treat the model as this model type, whatever config.json says.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
+push_option = click.option(
+    "--push-to", metavar="ORG/NAME", help="Upload the result to this model on the hub, too."
+)
 data_option = click.option(
     "--data",
     required=True,

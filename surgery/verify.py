@@ -9,7 +9,7 @@ import numpy as np
 
 from surgery.apply import PROVENANCE_NAME, ProvenanceFile
 from surgery.checkpoint import Checkpoint
-from surgery.edits import OutputTensor, edits
+from surgery.edits import OutputTensor, edits, sources
 from surgery.engines import engine_faults, facts_of
 from surgery.errors import PlanError, TokenizerError
 from surgery.header import TensorRef
@@ -17,6 +17,7 @@ from surgery.jsonfile import read_file
 from surgery.layout import Layout
 from surgery.plan import Plan
 from surgery.selection import MAKE_AGAIN
+from surgery.shards import Shards
 from surgery.stream import edit_windows
 from surgery.tokenizer import TokenizerFile, load_tokenizer, tokenizer_data
 from surgery.verify_ids import Origin, id_faults
@@ -70,8 +71,16 @@ def embedded_plan(directory: Path) -> Plan | None:
         raise PlanError(path, "holds no plan", found=error, fix=MAKE_AGAIN) from error
 
 
-def verify_files(directory: Path, plan: Plan | None, source: Path | None) -> VerifyReport:
+SAME_BYTES = "kept rows and channels are bit-identical"
+SAME_TEXT = "tokenizer gives back text as the source does"
+
+
+def verify_files(
+    directory: Path, plan: Plan | None, source: Path | None, *, download: bool = True
+) -> VerifyReport:
     """Check the checkpoint in ``directory`` against ``plan`` and, where it is at hand, its source.
+
+    Weights of a source on the hub are downloaded shard by shard, unless ``download`` is false.
 
     Raises:
         SurgeryError: ``directory`` is no checkpoint, or ``source`` is not the plan's.
@@ -90,15 +99,14 @@ def verify_files(directory: Path, plan: Plan | None, source: Path | None) -> Ver
         report.checks["sizes are the plan's"] = _check_sizes(layout, plan)
     if origin is None or wanted is None:
         reason = "no plan" if plan is None else "the source is not at hand"
-        report.skipped["kept rows and channels are bit-identical"] = reason
-        report.skipped["tokenizer gives back text as the source does"] = reason
+        report.skipped |= {SAME_BYTES: reason, SAME_TEXT: reason}
+        return report
+    shards = Shards.of(origin.path)
+    if shards.remote and not download:
+        report.skipped[SAME_BYTES] = "the verify command downloads the weights for it once more"
     else:
-        report.checks["kept rows and channels are bit-identical"] = compare_bytes(
-            wanted, checkpoint
-        )
-        report.checks["tokenizer gives back text as the source does"] = _check_tokenizer(
-            directory, origin.path, origin.plan
-        )
+        report.checks[SAME_BYTES] = compare_bytes(wanted, checkpoint, shards)
+    report.checks[SAME_TEXT] = _check_tokenizer(directory, origin.path, origin.plan)
     return report
 
 
@@ -111,22 +119,36 @@ def _engine_notes(layout: Layout, plan: Plan | None) -> list[str]:
     return engine_faults(facts_of(layout, tokenizer, before))
 
 
-def compare_bytes(by_shard: dict[str, list[OutputTensor]], output: Checkpoint) -> list[str]:
+def compare_bytes(
+    by_shard: dict[str, list[OutputTensor]], output: Checkpoint, shards: Shards
+) -> list[str]:
     """Stream every edit again and compare it with what lies in ``output``; return the faults."""
-    faults = []
-    wanted = {tensor.name: tensor for shard in by_shard.values() for tensor in shard}
-    for name in sorted(output.tensors.keys() - wanted.keys()):
-        faults.append(f"tensor {name} is not in the plan")
-    for name, tensor in wanted.items():
-        found = output.tensors.get(name)
-        if found is None:
-            faults.append(f"tensor {name} is missing")
-        elif (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
-            expected = f"{tensor.dtype} {list(tensor.shape)}"
-            faults.append(f"tensor {name}: expected {expected}, found {list(found.shape)}")
-        elif not _same_bytes(tensor, found):
-            faults.append(f"{found.path}: tensor {name} differs from the source's kept values")
+    wanted = {tensor.name for shard in by_shard.values() for tensor in shard}
+    gone = sorted(output.tensors.keys() - wanted)
+    faults = [f"tensor {name} is not in the plan" for name in gone]
+    steps = {name: sources(shard) for name, shard in by_shard.items() if shard}
+    with shards:
+        shards.expect(list(steps.values()))
+        for name, needed in steps.items():
+            with shards.lease(needed):
+                faults += [
+                    fault
+                    for tensor in by_shard[name]
+                    if (fault := _difference(tensor, output.tensors.get(tensor.name)))
+                ]
     return faults
+
+
+def _difference(tensor: OutputTensor, found: TensorRef | None) -> str | None:
+    """What is wrong with the output's tensor; None where nothing is."""
+    if found is None:
+        return f"tensor {tensor.name} is missing"
+    if (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
+        expected = f"{tensor.dtype} {list(tensor.shape)}"
+        return f"tensor {tensor.name}: expected {expected}, found {list(found.shape)}"
+    if not _same_bytes(tensor, found):
+        return f"{found.path}: tensor {tensor.name} differs from the source's kept values"
+    return None
 
 
 def _same_bytes(tensor: OutputTensor, found: TensorRef) -> bool:

@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from surgery.layout import Layout
 from surgery.vocabulary import rarity_of
 from tests.tiny import MODEL_TYPES
 from tools.bench.child import measure
+from tools.bench.hub import PeakDisk
 from tools.published import MIXTURES, PUBLISHED, llama_config
 from tools.shapes import write_headers_only, write_random, write_tokenizer
 
@@ -76,6 +78,15 @@ def test_the_synthetic_tokenizer_can_be_cut_and_loads(tmp_path: Path) -> None:
     encoded = tokenizer.encode("A natural born citizen")
     assert encoded.ids[0] == config["bos_token_id"]
     assert tokenizer.decode(encoded.ids) == "A natural born citizen"
+
+
+def test_the_peak_of_a_disk_is_seen(tmp_path: Path) -> None:
+    with PeakDisk([tmp_path, tmp_path / "absent"]) as disk:
+        (tmp_path / "file").write_bytes(bytes(1 << 20))
+        while not disk.peak_bytes:
+            time.sleep(0.005)
+        (tmp_path / "file").unlink()
+    assert disk.peak_bytes == 1 << 20
 
 
 def test_a_child_is_measured() -> None:

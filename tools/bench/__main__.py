@@ -1,7 +1,8 @@
-"""Measure what the project claims: the speed and memory of apply, calibrate and start.
+"""Measure what the project claims: the speed and memory of apply, calibrate, hub and start.
 
     python -m tools.bench apply --work DIR
     python -m tools.bench calibrate MODEL --data TEXT
+    python -m tools.bench hub --work DIR
     python -m tools.bench start --work DIR
 
 Every stage runs in a child process of its own. Linux only. This process stays small: what needs
@@ -22,6 +23,7 @@ from typing import Any
 import click
 
 from tools.bench.child import Usage, compact_surgery, measure, python_module, summary
+from tools.bench.hub import COMMIT, NAME, PeakDisk, on_hub, running_hub
 
 MB = 10**6
 COLUMNS = {
@@ -127,6 +129,46 @@ def bench_calibrate(model: Path, data: str, samples: int, seq_len: int, as_json:
     facts["read_over_needed"] = streamed["bytes_read"] / streamed["needed_bytes"]
     facts["identical"] = full["identical"]
     _show(facts, as_json, list(stages))
+
+
+@main.command("hub")
+@click.option("--repeat", default=3, show_default=True, type=click.IntRange(1))
+@work_option
+@json_option
+def bench_hub(repeat: int, work: Path, as_json: bool) -> None:
+    """Apply a plan whose source is on a hub on this machine, against a download and a local apply.
+
+    The hub apply downloads, checks, cuts and deletes; its disk is sampled as it runs.
+    """
+    measure(python_module("make", "hub", work))
+    model, plan, out, home = work / "model", work / "plan.json", work / "out", work / "home"
+    remote = work / "remote.plan.json"
+    written = json.loads(plan.read_text())
+    remote.write_text(json.dumps(written | {"source": f"{NAME}@{COMMIT}"}))
+    runs: dict[str, list[Usage]] = {"download": [], "local apply": [], "hub apply": []}
+    peak = 0
+    _warm(model)
+    with running_hub(model) as url:
+        commands = {
+            "download": on_hub(url, home, python_module("hub", "download")),
+            "local apply": compact_surgery("apply", plan, "-o", out),
+            "hub apply": on_hub(url, home, compact_surgery("apply", remote, "-o", out)),
+        }
+        for _ in range(repeat):
+            for name, command in commands.items():
+                _remove([out, home])
+                os.sync()
+                with PeakDisk([out, out.with_name("out.partial"), home]) as disk:
+                    runs[name].append(measure(command))
+                peak = max(peak, disk.peak_bytes) if name == "hub apply" else peak
+    shards = sorted(path.stat().st_size for path in model.glob("*.safetensors"))
+    facts: Facts = {name: summary(measured) for name, measured in runs.items()}
+    facts |= {"source_bytes": _nbytes(model), "output_bytes": _nbytes(out), "peak_disk_bytes": peak}
+    facts["peak_disk_over_bound"] = peak / (facts["output_bytes"] + sum(shards[-2:]))
+    slower = max(facts["download"]["seconds"], facts["local apply"]["seconds"])
+    facts["seconds_over_slower"] = facts["hub apply"]["seconds"] / slower
+    _remove([out, home])
+    _show(facts, as_json, list(runs))
 
 
 @main.command("start")

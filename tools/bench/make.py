@@ -1,6 +1,7 @@
 """Make what the benchmarks work on, in a process of its own so that its memory is not theirs.
 
 python -m tools.bench.make plan DIR LAYERS      DIR/model, random, and DIR/plan.json
+python -m tools.bench.make hub DIR              the same of 0.5B shape in ten shards
 python -m tools.bench.make headers DIR          DIR/model, 70B-shaped, headers only
 """
 
@@ -18,10 +19,19 @@ from surgery.planning import make_plan
 from surgery.stats import AxisSums, ChannelStats, StatsInfo
 from surgery.vocabulary import rarity_of
 from tools.published import PUBLISHED
-from tools.shapes import write_headers_only, write_random, write_tokenizer
+from tools.shapes import (
+    MAX_SHARD_BYTES,
+    Config,
+    write_headers_only,
+    write_random,
+    write_tokenizer,
+)
 
 PAPER_SIZES = Sizes(67840, {"intermediate_size": 8448})
 """V' and I' of LLaMA-3.1-8B at 35 % in the paper."""
+HALF_SIZES = Sizes(98816, {"intermediate_size": 3328})
+"""V' and I' of Qwen2.5-0.5B at 35 % or so."""
+HUB_SHARD_BYTES = 100_000_000
 SHARDS_70B = 30
 
 
@@ -30,20 +40,29 @@ def make_planned(directory: Path, layers: int) -> None:
 
     The channels that stay are random.
     """
-    model, plan = directory / "model", directory / "plan.json"
     config = PUBLISHED["Llama-3.1-8B"] | {"num_hidden_layers": layers}
+    _make(directory, config, PAPER_SIZES, MAX_SHARD_BYTES)
+
+
+def make_hub(directory: Path) -> None:
+    """The same of Qwen2.5-0.5B's shape, in shards of about ``HUB_SHARD_BYTES``."""
+    _make(directory, PUBLISHED["Qwen2.5-0.5B"], HALF_SIZES, HUB_SHARD_BYTES)
+
+
+def _make(directory: Path, config: Config, sizes: Sizes, max_shard_bytes: int) -> None:
+    model, plan = directory / "model", directory / "plan.json"
     if plan.exists() and json.loads((model / "config.json").read_text()) == config:
         return
     plan.unlink(missing_ok=True)
     for old in model.glob("*.safetensors*"):
         old.unlink()
-    write_tokenizer(write_random(model, config), config)
+    write_tokenizer(write_random(model, config, max_shard_bytes=max_shard_bytes), config)
     layout = Layout.of(Checkpoint.open(model))
     made = make_plan(
         layout,
         rarity_of(layout),
-        PAPER_SIZES,
-        _random_stats(layout, PAPER_SIZES.vocab_size),
+        sizes,
+        _random_stats(layout, sizes.vocab_size),
         criterion="common-act2",
         source=str(model.resolve()),
     )
@@ -86,5 +105,7 @@ def _random_stats(layout: Layout, edge: int) -> ChannelStats:
 if __name__ == "__main__":
     if sys.argv[1] == "plan":
         make_planned(Path(sys.argv[2]), int(sys.argv[3]))
+    elif sys.argv[1] == "hub":
+        make_hub(Path(sys.argv[2]))
     else:
         make_headers(Path(sys.argv[2]))
