@@ -109,6 +109,7 @@ def plan(
 ) -> None:
     """Choose what to cut and predict the result; no weights are read."""
     from calib.documents import read_documents
+    from surgery.apply_cost import apply_cost
     from surgery.choices import choose_sizes
     from surgery.preview import plan_table
     from surgery.stats import ChannelStats
@@ -130,6 +131,8 @@ def plan(
     )
     made.save(plan_path)
     click.echo(plan_table(made, layout.checkpoint.path))
+    if made.complete:
+        click.echo(apply_cost(made, layout, JOBS).line())
 
 
 @main.command()
@@ -144,7 +147,10 @@ def plan(
     is_flag=True,
     help="Compare each shard with its SHA-256, from SHA256SUMS beside it or from the hub, first.",
 )
-def apply(plan_path: Path, output: Path | None, resume: bool, jobs: int, checksum: bool) -> None:
+@json_option
+def apply(
+    plan_path: Path, output: Path | None, resume: bool, jobs: int, checksum: bool, as_json: bool
+) -> None:
     """Stream a plan's source into a new checkpoint directory."""
     from surgery.plan import Plan
     from surgery.source import resolve_model
@@ -155,8 +161,10 @@ def apply(plan_path: Path, output: Path | None, resume: bool, jobs: int, checksu
     if place is None:
         raise Refusal(f"{plan_path}: names no output; give -o DIR")
     source, _ = resolve_model(loaded.source)
-    run_apply(loaded, source, place, resume=resume, jobs=jobs, checksum=checksum)
-    click.echo(f"{place}: {loaded.after.parameters:,} parameters, {loaded.after.nbytes:,} bytes")
+    took = run_apply(loaded, source, place, resume=resume, jobs=jobs, checksum=checksum)
+    sizes = {"parameters": loaded.after.parameters, "nbytes": loaded.after.nbytes}
+    text = f"{place}: {loaded.after.parameters:,} parameters, {loaded.after.nbytes:,} bytes"
+    click.echo(json.dumps({"output": str(place), **sizes, **took}) if as_json else text)
 
 
 @main.command()
