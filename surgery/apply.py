@@ -1,7 +1,9 @@
 """Apply a plan: stream every edit into a new checkpoint directory."""
 
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -49,7 +51,7 @@ def apply_plan(
     engine: str = "local",
     checksum: bool = False,
     progress: Callable[[int], object] = lambda nbytes: None,
-) -> None:
+) -> dict[str, float]:
     """Write the checkpoint that ``plan`` makes of ``source`` to the new directory ``output``.
 
     Shards are written first, config.json and the index last, all in ``output.partial``, which is
@@ -66,12 +68,16 @@ def apply_plan(
             it is used; those of the hub are compared in any case.
         progress: Called with the bytes of each finished tensor.
 
+    Returns:
+        Seconds by stage: prepare, shards, files. Empty where it was finished already.
+
     Raises:
         SurgeryError: see the modules this calls; nothing appears under ``output``.
     """
     if resume and _is_written(output, plan):
         forget(output)
-        return
+        return {}
+    times = [time.perf_counter()]
     checkpoint = Checkpoint.open(source.absolute() if engine == "ray" else source, plan.family)
     by_shard = {n: shard for n, shard in edits(plan, Layout.of(checkpoint)).items() if shard}
     remote = Shards.of(checkpoint.path).remote
@@ -88,6 +94,7 @@ def apply_plan(
     todo = {name: shard for name, shard in by_shard.items() if name not in directory.finished}
     with directory:
         directory.check_space(sum(t.nbytes for shard in todo.values() for t in shard))
+        times.append(time.perf_counter())
         if engine == "ray":
             from surgery.ray_engine import write_shards_on_ray
 
@@ -96,6 +103,7 @@ def apply_plan(
             write_shards_on_ray(directory, checkpoint, todo, progress)
         else:
             _write_shards(directory, checkpoint, todo, digests, jobs, progress)
+        times.append(time.perf_counter())
         for name, data in files.items():
             directory.write(name, data)
         directory.write("README.md", model_card(plan, checkpoint))
@@ -104,6 +112,9 @@ def apply_plan(
         if checkpoint.index is not None:
             directory.write(INDEX_NAME, _index(checkpoint.index, by_shard, plan))
         directory.commit()
+    times.append(time.perf_counter())
+    spent = (end - start for start, end in pairwise(times))
+    return dict(zip(("prepare", "shards", "files"), spent, strict=True))
 
 
 def _write_shards(

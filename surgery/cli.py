@@ -118,6 +118,7 @@ def plan(
 ) -> None:
     """Choose what to cut and predict the result; no weights are read."""
     from calib.documents import read_documents
+    from surgery.apply_cost import apply_cost
     from surgery.choices import choose_sizes
     from surgery.preview import plan_table
     from surgery.stats import ChannelStats
@@ -139,6 +140,8 @@ def plan(
     )
     made.save(plan_path)
     click.echo(plan_table(made, layout.checkpoint.path))
+    if made.complete:
+        click.echo(apply_cost(made, layout, JOBS).line())
 
 
 @main.command()
@@ -155,6 +158,7 @@ def plan(
     help="Compare each shard with its SHA-256, from SHA256SUMS beside it or from the hub, first.",
 )
 @push_option
+@json_option
 def apply(
     plan_path: Path,
     output: Path | None,
@@ -163,6 +167,7 @@ def apply(
     engine: str,
     checksum: bool,
     push_to: str | None,
+    as_json: bool,
 ) -> None:
     """Stream a plan's source into a new checkpoint directory."""
     from surgery.plan import Plan
@@ -177,10 +182,14 @@ def apply(
     if push_to:
         check_push(push_to)
     source, _ = resolve_model(loaded.source)
-    run_apply(loaded, source, place, resume=resume, jobs=jobs, engine=engine, checksum=checksum)
-    click.echo(f"{place}: {loaded.after.parameters:,} parameters, {loaded.after.nbytes:,} bytes")
+    took = run_apply(
+        loaded, source, place, resume=resume, jobs=jobs, engine=engine, checksum=checksum
+    )
+    sizes = {"parameters": loaded.after.parameters, "nbytes": loaded.after.nbytes}
+    text = f"{place}: {loaded.after.parameters:,} parameters, {loaded.after.nbytes:,} bytes"
     if push_to:
-        click.echo(push(place, push_to))
+        text += f"\n{push(place, push_to)}"
+    click.echo(json.dumps({"output": str(place), **sizes, **took}) if as_json else text)
 
 
 @main.command()

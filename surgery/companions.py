@@ -17,7 +17,6 @@ from surgery.plan import Plan
 from surgery.references import visit_ids
 from surgery.sentencepiece import cut_sentencepiece, is_sentencepiece
 from surgery.tokenizer import TokenizerFile
-from surgery.writer import JOURNAL
 
 CARRIED = re.compile(
     r".+\.(json|jinja)|merges\.txt|tokenizer\.model|(LICENSE|NOTICE|USE_POLICY|COPYRIGHT).*",
@@ -36,7 +35,7 @@ CODE = "auto_map"
 TABLES = ("vocab.json", "added_tokens.json")
 """Files of token → id."""
 
-OWN = ("config.json", INDEX_NAME, "README.md", "compact_surgery.json", JOURNAL)
+OWN = ("config.json", INDEX_NAME, "README.md", "compact_surgery.json")
 """Files that apply writes itself."""
 
 

@@ -85,7 +85,7 @@ def parse_json(raw: bytes, where: Path) -> dict[str, Any]:
         )
         if SURROGATE.search(raw):  # a pair of them is a character, a single one is not
             json.dumps(value, ensure_ascii=False).encode("utf-8")
-        _check_depth(value)
+        check_depth(value)
     except RecursionError as error:
         raise CheckpointError(
             where, "JSON is nested too deeply", fix="download the file again"
@@ -143,7 +143,8 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _check_depth(value: Any) -> None:
+def check_depth(value: Any) -> None:
+    """Raise RecursionError for a parsed document that is nested deeper than ``MAX_DEPTH``."""
     level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(MAX_DEPTH):
         level = [
@@ -154,7 +155,7 @@ def _check_depth(value: Any) -> None:
         ]
         if not level:
             return
-    raise RecursionError
+    raise RecursionError("nested too deeply")
 
 
 def _finite(text: str) -> float:

@@ -1,12 +1,14 @@
 """The steps that commands are made of: open, choose sizes, calibrate, apply, compare."""
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from surgery.apply import apply_plan
+from surgery.apply_cost import moved_bytes, peak_rss_bytes
 from surgery.budget import candidate_vocab_sizes
 from surgery.checkpoint import Checkpoint
 from surgery.choices import Chosen
@@ -207,10 +209,11 @@ def run_apply(
     jobs: int,
     engine: str = "local",
     checksum: bool = False,
-) -> None:
-    """Apply ``plan`` under a progress bar."""
+) -> dict[str, Any]:
+    """Apply ``plan`` under a progress bar; return what it took."""
+    start, before = time.perf_counter(), moved_bytes()
     with progress_bar("apply", "B", plan.after.nbytes) as progress:
-        apply_plan(
+        stages = apply_plan(
             plan,
             source,
             output,
@@ -220,6 +223,12 @@ def run_apply(
             checksum=checksum,
             progress=progress,
         )
+    seconds, after = time.perf_counter() - start, moved_bytes()
+    facts: dict[str, Any] = {"seconds": seconds, "stage_seconds": stages}
+    if before and after:
+        facts |= {key: after[key] - before[key] for key in after}
+        facts["written_bytes_per_second"] = facts["written_bytes"] / seconds
+    return facts | {"peak_rss_bytes": peak_rss_bytes()}
 
 
 def forward_faults(plan: Plan, source: Path, directory: Path, device: str) -> list[str]:

@@ -44,6 +44,12 @@ def stream_edit(edit: Edit, source: int, output: int) -> None:
         _copy_range(edit.source.path, source, output, offset, length)
 
 
+def bytes_read(edit: Edit) -> int:
+    """Bytes of the source that ``stream_edit`` reads: short pieces with what lies between them."""
+    ranges = _long_ranges(edit)
+    return edit.source.nbytes if ranges is None else sum(length for _, length in ranges)
+
+
 def edit_windows(edit: Edit, source: int) -> Iterator[memoryview]:
     """Yield the output bytes of ``edit``, at most a window at a time, in order."""
     tensor, indices = edit.source, edit.indices

@@ -13,7 +13,7 @@ import numpy as np
 from surgery.checkpoint import TOKENIZER_NAME
 from surgery.errors import TokenizerError, is_panic
 from surgery.idmap import IdMap
-from surgery.jsonfile import dump_table, read_file, read_json
+from surgery.jsonfile import check_depth, dump_table, read_file, read_json
 from surgery.kinds import BYTE_LEVEL, Kind, alphabet, kind_of
 from surgery.legacy_tokenizer import build_tokenizer, is_legacy
 from surgery.token_text import BYTE_CHARACTERS
@@ -56,6 +56,7 @@ class TokenizerFile:
             return cls(path, build_tokenizer(directory))
         try:
             data = msgspec.json.decode(read_file(path), type=dict[str, Any])
+            check_depth(data)
         except (OSError, msgspec.MsgspecError, RecursionError) as error:
             raise TokenizerError(path, "cannot be read", found=error, fix=AGAIN) from error
         check_tokenizer(data, path)

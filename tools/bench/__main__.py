@@ -4,6 +4,7 @@
     python -m tools.bench calibrate MODEL --data TEXT
     python -m tools.bench hub --work DIR
     python -m tools.bench start --work DIR
+    python -m tools.bench wide --work DIR
 
 Every stage runs in a child process of its own. Linux only. This process stays small: what needs
 numpy or torch is done by children.
@@ -190,6 +191,25 @@ def bench_start(work: Path, as_json: bool) -> None:
         asked = measure([sys.executable, "-c", ASK_FOR_MODULES, *arguments])
         facts[name] = {**summary(runs), "imported": asked.output.splitlines()[-1].split()}
     _show(facts, as_json, list(stages))
+
+
+@main.command("wide")
+@click.option("--channels", default=2**19, show_default=True, help="8 KB each, of every tensor.")
+@work_option
+@json_option
+def bench_wide(channels: int, work: Path, as_json: bool) -> None:
+    """Apply to single tensors of many gigabytes (sparse), and to ones a 128th of that."""
+    facts: Facts = {"tensor_bytes": channels * 8192}
+    for name, count in (("small", channels // 128), ("large", channels)):
+        shutil.rmtree(work / name, ignore_errors=True)
+        measure(python_module("make", "wide", work / name, str(count)))
+        out = work / name / "out"
+        facts[name] = summary(
+            [measure(compact_surgery("apply", work / name / "plan.json", "-o", out))]
+        )
+        shutil.rmtree(work / name)
+    facts["large_over_small"] = facts["large"]["peak_rss_bytes"] / facts["small"]["peak_rss_bytes"]
+    _show(facts, as_json, ["small", "large"])
 
 
 def _show(facts: Facts, as_json: bool, stages: list[str]) -> None:

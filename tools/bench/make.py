@@ -3,6 +3,7 @@
 python -m tools.bench.make plan DIR LAYERS      DIR/model, random, and DIR/plan.json
 python -m tools.bench.make hub DIR              the same of 0.5B shape in ten shards
 python -m tools.bench.make headers DIR          DIR/model, 70B-shaped, headers only
+python -m tools.bench.make wide DIR CHANNELS    DIR/model, one layer, 8 KB a channel, zeros
 """
 
 import json
@@ -18,7 +19,7 @@ from surgery.layout import Layout
 from surgery.planning import make_plan
 from surgery.stats import AxisSums, ChannelStats, StatsInfo
 from surgery.vocabulary import rarity_of
-from tools.published import PUBLISHED
+from tools.published import PUBLISHED, llama_config
 from tools.shapes import (
     MAX_SHARD_BYTES,
     Config,
@@ -75,14 +76,32 @@ def make_headers(directory: Path) -> None:
     write_tokenizer(write_headers_only(directory / "model", config, SHARDS_70B), config)
 
 
+def make_wide(directory: Path, channels: int) -> None:
+    """Write ``model``, one layer with an FFN of ``channels``, and a plan that keeps an eighth."""
+    model = directory / "model"
+    config = llama_config(4096, channels, 1, 32, 8, 512)
+    write_tokenizer(write_headers_only(model, config), config)
+    layout = Layout.of(Checkpoint.open(model))
+    made = make_plan(
+        layout,
+        rarity_of(layout),
+        Sizes(512, {"intermediate_size": channels // 8}),
+        _random_stats(layout, 512),
+        criterion="act2",
+        source=str(model.resolve()),
+    )
+    made.save(directory / "plan.json")
+
+
 def _random_stats(layout: Layout, edge: int) -> ChannelStats:
-    generator = np.random.default_rng(0)
+    generator, edges = np.random.default_rng(0), sorted({edge, layout.vocab_size})
+    buckets = len(edges)
     layers = [
         {
             axis: AxisSums(
-                generator.random((2, experts, layout.channels_of(axis))),
-                generator.random((2, experts, layout.channels_of(axis))),
-                np.full((2, experts), LEAST_TOKENS),
+                generator.random((buckets, experts, layout.channels_of(axis))),
+                generator.random((buckets, experts, layout.channels_of(axis))),
+                np.full((buckets, experts), LEAST_TOKENS),
             )
             for axis, experts in axes.items()
         }
@@ -94,12 +113,12 @@ def _random_stats(layout: Layout, edge: int) -> ChannelStats:
         samples=0,
         seq_len=0,
         tokens=0,
-        bucket_edges=[edge, layout.vocab_size],
+        bucket_edges=edges,
         dtype="float32",
     )
     counts = np.ones(layout.vocab_size, dtype=np.int64)
-    buckets = rarity_of(layout).buckets(info.bucket_edges)
-    return ChannelStats(info, layers, counts, buckets)
+    bucket_of = rarity_of(layout).buckets(info.bucket_edges)
+    return ChannelStats(info, layers, counts, bucket_of)
 
 
 if __name__ == "__main__":
@@ -107,5 +126,7 @@ if __name__ == "__main__":
         make_planned(Path(sys.argv[2]), int(sys.argv[3]))
     elif sys.argv[1] == "hub":
         make_hub(Path(sys.argv[2]))
+    elif sys.argv[1] == "wide":
+        make_wide(Path(sys.argv[2]), int(sys.argv[3]))
     else:
         make_headers(Path(sys.argv[2]))
