@@ -61,7 +61,10 @@ def places(ray: Any, gpus: bool) -> tuple[int, dict[str, int]]:
 
 
 def results(ray: Any, tasks: Mapping[Any, str], done: Callable[[str, Any], object]) -> None:
-    """Call ``done`` with name and result of each of ``tasks`` as it ends; after an error stop all.
+    """Call ``done`` with name and result of each of ``tasks`` as it ends.
+
+    After an error the others go on until this process ends. They are not cancelled: ray 2.60 then
+    aborts the whole process where one of them ends at that moment.
 
     Raises:
         SurgeryError: what a task raised, or an EngineError where its nodes were lost too often.
@@ -85,6 +88,3 @@ def results(ray: Any, tasks: Mapping[Any, str], done: Callable[[str, Any], objec
             found=f"{type(error).__name__} after {RETRIES} retries",
             fix="check the nodes' memory and logs, then run again",
         ) from error
-    finally:
-        for task in pending:
-            ray.cancel(task, force=True)
