@@ -89,6 +89,7 @@ def apply_plan(
         )
     digests = known_digests(checkpoint.path, list(by_shard)) if checksum and not remote else {}
     files = companion_files(plan, checkpoint)
+    files["README.md"] = model_card(plan, checkpoint)
     config = pruned_config(plan, checkpoint)
     directory = OutputDirectory(output, plan.digest, source=source, resume=resume)
     todo = {name: shard for name, shard in by_shard.items() if name not in directory.finished}
@@ -106,7 +107,6 @@ def apply_plan(
         times.append(time.perf_counter())
         for name, data in files.items():
             directory.write(name, data)
-        directory.write("README.md", model_card(plan, checkpoint))
         directory.write(PROVENANCE_NAME, _provenance(plan))
         directory.write("config.json", config)
         if checkpoint.index is not None:
