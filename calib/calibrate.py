@@ -16,57 +16,11 @@ from calib.limits import Limits
 from calib.partial import Partial
 from calib.stages import Stages
 from calib.states import HiddenStates, SpilledStates
-from calib.weights import WeightReader, pages
+from calib.sums import ChannelSums
+from calib.weights import WeightReader
 from surgery.errors import StatsError
 from surgery.layout import Layout
 from surgery.stats import AxisSums, ChannelStats, StatsInfo
-
-CHUNK_VALUES = 1 << 20
-"""Activations held in float64 at a time: 8 MiB."""
-
-
-class ChannelSums:
-    """Sums over one channel axis of one layer, by bucket and expert."""
-
-    def __init__(self, buckets: int, experts: int, channels: int, device: torch.device) -> None:
-        shape = (buckets, experts, channels)
-        self.sum_sq = zeros(shape, device)
-        self.sum_abs = zeros(shape, device)
-        self.tokens = torch.zeros((buckets, experts), dtype=torch.int64)
-
-    def add(self, expert: int, buckets: torch.Tensor, act: torch.Tensor) -> None:
-        """Add the activations of some tokens.
-
-        Args:
-            expert: Who saw them; 0 in a dense FFN.
-            buckets: int64 ``(tokens,)``: the bucket of each token, on the CPU.
-            act: ``(tokens, I)``, the input of down_proj.
-        """
-        count = len(self.tokens)
-        self.tokens[:, expert] += torch.bincount(buckets, minlength=count)
-        member = membership(buckets, count).to(act.device)
-        step = max(1, CHUNK_VALUES // act.shape[1])
-        for start in range(0, len(act), step):
-            part = slice(start, start + step)
-            wide = act[part].double().abs_()
-            self.sum_abs[:, expert] += member[:, part] @ wide
-            self.sum_sq[:, expert] += member[:, part] @ wide.square_()
-
-    def numbers(self) -> AxisSums:
-        """The sums as arrays."""
-        return AxisSums(self.sum_sq.cpu().numpy(), self.sum_abs.cpu().numpy(), self.tokens.numpy())
-
-
-def membership(buckets: torch.Tensor, count: int) -> torch.Tensor:
-    """Return float64 ``(count, tokens)``: 1 where ``buckets[token]`` is the row."""
-    return torch.nn.functional.one_hot(buckets, count).T.double()
-
-
-def zeros(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Return float64 zeros that, on the CPU, do not split the heap's free space."""
-    if device.type == "cpu" and 0 not in shape:
-        return pages(shape, torch.float64)
-    return torch.zeros(shape, dtype=torch.float64, device=device)
 
 
 @dataclass(frozen=True)
@@ -106,7 +60,7 @@ def calibrate(
         bucket_edges: Rarity ranks at which buckets end; the last is V.
         seq_len: Tokens of a full window, for the record.
         device: Where the layers compute.
-        dtype: What they compute in; sums are float64.
+        dtype: What they compute in; for the sums' own see ``ChannelSums``.
         progress: Called with the windows that have passed a layer.
         run: Limits, and where the statistics go; without it they are only returned.
 

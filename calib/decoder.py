@@ -17,6 +17,7 @@ from calib.limits import MICRO_BATCH_VALUES, Limits
 from calib.memory import release_freed_memory, reuse_freed_memory
 from calib.stages import Stages
 from calib.states import HiddenStates
+from calib.transfer import Transfer
 from calib.weights import WeightReader
 from surgery.errors import DataError
 from surgery.header import TensorRef
@@ -96,6 +97,7 @@ class StreamedDecoder:
         self.reader = reader
         self.limits = limits or Limits()
         self.stages = stages or Stages()
+        self._transfer = Transfer(reader.device)
         self._model, self._conversion = empty_model(layout, reader.dtype)
         parent, _, self._list_name = layout.family.layers.rpartition(".")
         self._parent = self._model.get_submodule(parent)
@@ -183,10 +185,8 @@ class StreamedDecoder:
         """
         last, states = len(self._layers) - 1, batches[0].states
         parts = list(self._parts(batches))
-        for index, stored in self._stored_layers(states.passed):
+        for index in self._loaded_layers(states.passed):
             layer, stop = self._layers[index], stop_early and index == last
-            with self.stages.timed("convert"):
-                self._load(index, layer, stored)
             with self.stages.timed("compute"):
                 for part in parts:
                     self._run(index, layer, part, watch, stop)
@@ -196,19 +196,32 @@ class StreamedDecoder:
                 states.advance()
                 finished(index)
 
-    def _stored_layers(self, first: int) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-        """Yield each layer from ``first`` on with its tensors as stored, the next one underway."""
-        count = len(self._layers)
+    def _loaded_layers(self, first: int) -> Iterator[int]:
+        """Yield each layer from ``first`` on, loaded, the next one underway.
+
+        Merging experts takes a layer's memory twice over; the next layer does not come on top.
+        """
+        count, prefetch = len(self._layers), self.limits.prefetch
         with ThreadPoolExecutor(1) as background:
             following = background.submit(self._read_layer, min(first, count - 1))
             for index in range(first, count):
+                more, merges = index + 1 < count, self._merges(index)
                 with self.stages.timed("wait"):
                     stored = following.result()
-                if self.limits.prefetch and index + 1 < count:
+                if more and prefetch and not merges:
                     following = background.submit(self._read_layer, index + 1)
-                yield index, stored
-                if not self.limits.prefetch and index + 1 < count:
+                with self.stages.timed("convert"):
+                    self._load(index, self._layers[index], stored)
+                if more and prefetch and merges:
                     following = background.submit(self._read_layer, index + 1)
+                yield index
+                if more and not prefetch:
+                    following = background.submit(self._read_layer, index + 1)
+
+    def _merges(self, index: int) -> bool:
+        """Whether the library keeps as one what the file has expert by expert."""
+        places = self.layout.places
+        return any(places[r.name].expert is not None for r in self.layout.of_layer[index].values())
 
     def _parts(self, batches: Sequence[Batch]) -> Iterator[MicroBatch]:
         return micro_batches(batches, self._channels, self.limits.micro_batch_values)
@@ -297,9 +310,10 @@ class StreamedDecoder:
         return {n: ref for n, ref in tensors if places[ref.name].slot.block != BUFFER}
 
     def _read_layer(self, index: int) -> dict[str, torch.Tensor]:
-        """The same, in the file's dtype."""
+        """The same, in the file's dtype; with a device they are on it when this returns."""
         with self.stages.timed("read"):
-            return {name: self.reader.read(ref.name) for name, ref in self._stored(index).items()}
+            stored = {n: self.reader.read(ref.name) for n, ref in self._stored(index).items()}
+            return self._transfer(stored)
 
     def _load(self, index: int, layer: nn.Module, stored: dict[str, torch.Tensor]) -> None:
         """Give ``layer`` its weights; each stored one is freed as soon as it is placed."""

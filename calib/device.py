@@ -1,5 +1,7 @@
 """--device and --dtype: what to compute on, and in what."""
 
+from collections.abc import Callable
+
 import torch
 
 from calib.weights import TORCH_DTYPE
@@ -17,13 +19,19 @@ def choose_device(name: str) -> torch.device:
     """Return the device ``name``; "auto" is CUDA where there is one, else the CPU.
 
     Raises:
-        DeviceError: CUDA was asked for and is not there.
+        DeviceError: it was asked for and is not there.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
+    there: dict[str, Callable[[], bool]] = {
+        "cuda": torch.cuda.is_available,
+        "mps": torch.backends.mps.is_available,
+    }
+    if name in there and not there[name]():
         raise DeviceError(
-            "--device cuda", "is not available", fix="use --device cpu, or install a CUDA torch"
+            f"--device {name}",
+            "is not available",
+            fix=f"use --device cpu, or a torch and a machine with {name}",
         )
     return torch.device(name)
 

@@ -9,6 +9,9 @@ import torch
 from calib.weights import pages, raw
 from surgery.stream import read_into
 
+BLOCK_BYTES = 1 << 24
+"""What is copied between a device and a file at a time."""
+
 
 class HiddenStates:
     """Rows ``(tokens, D)`` in memory or on the device; every layer overwrites them.
@@ -29,9 +32,9 @@ class HiddenStates:
         self._device = device or torch.device("cpu")
 
     @property
-    def nbytes(self) -> int:
-        """Of one set of them."""
-        return self.before.nbytes
+    def _step(self) -> int:
+        """Rows that are copied to or from a file at a time."""
+        return max(1, BLOCK_BYTES // (self.before.shape[1] * self.before.itemsize))
 
     def allocate(self, tokens: int, width: int, dtype: torch.dtype) -> None:
         """Make room, once it is known how much."""
@@ -49,23 +52,22 @@ class HiddenStates:
         self.passed += 1
         if self._directory is not None:
             with open(self._file(self.passed), "wb") as file:
-                file.write(raw(self.before.cpu()))
+                for rows in self.before.split(self._step):
+                    file.write(raw(rows.cpu()))
                 file.flush()
                 os.fsync(file.fileno())
 
     def restore(self, passed: int) -> None:
         """Take up the rows that an earlier run left after ``passed`` layers."""
         self.passed = passed
-        on_cpu = self.before.device.type == "cpu"
-        found = self.before if on_cpu else torch.empty_like(self.before, device="cpu")
         path = self._file(passed)
         with open(path, "rb") as file:
-            read_into(path, file.fileno(), raw(found), 0)
-        self.before.copy_(found)
-
-    def close(self) -> None:
-        """Let go of the memory."""
-        self.before = self.after = torch.empty(0)
+            offset = 0
+            for rows in self.before.split(self._step):
+                block = torch.empty_like(rows, device="cpu")
+                read_into(path, file.fileno(), raw(block), offset)
+                rows.copy_(block)
+                offset += block.nbytes
 
     def _file(self, passed: int) -> Path:
         assert self._directory is not None
@@ -111,12 +113,6 @@ class SpilledStates(HiddenStates):
         """Go on with the file that an earlier run left after ``passed`` layers."""
         self.passed = passed
         self._turn()
-
-    def close(self) -> None:
-        """Unmap the files, as soon as nothing views them."""
-        super().close()
-        self._views.clear()
-        self._maps.clear()
 
     def _turn(self) -> None:
         self.before = self._views[self.passed % 2]

@@ -73,9 +73,9 @@ class WeightReader:
 
     def _whole(self, ref: TensorRef, scales: torch.Tensor | None) -> torch.Tensor:
         if scales is not None:
-            result = pages(ref.shape, self._dequantize)
+            result = self._memory(ref.shape, self._dequantize)
             return self._rows_into(result, ref, np.arange(ref.shape[0]), scales)
-        stored = pages(ref.shape, TORCH_DTYPE[ref.dtype])
+        stored = self._memory(ref.shape, TORCH_DTYPE[ref.dtype])
         self._fill(ref, raw(stored), ref.start)
         return stored
 
@@ -93,6 +93,12 @@ class WeightReader:
         with self._at_hand(self._tensors[name]) as ref:
             result = torch.empty((len(rows), *ref.shape[1:]), dtype=self.dtype, device=self.device)
             return self._rows_into(result, ref, rows, self._scales(self._tensors[name]))
+
+    def _memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Pages of their own; pinned ones, where CUDA copies from them."""
+        if self.device.type == "cuda":
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        return pages(shape, dtype)
 
     def _rows_into(
         self, result: torch.Tensor, ref: TensorRef, rows: np.ndarray, scales: torch.Tensor | None

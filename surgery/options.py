@@ -122,7 +122,7 @@ device_option = click.option(
     "--device",
     default="auto",
     show_default=True,
-    type=click.Choice(["auto", "cpu", "cuda"]),
+    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
     help="auto: CUDA where there is one.",
 )
 engine_option = click.option(

@@ -19,7 +19,7 @@ DEVICE_BASE_BYTES = 500 * MB
 PIECE_BYTES = 1 << 25
 """One FFN activation at a time (``calib.ffn.PIECE_VALUES`` in fp32)."""
 CHUNK_BYTES = 2 << 23
-"""Activations in float64, and their squares (``calib.calibrate.CHUNK_VALUES``)."""
+"""Activations in float64, and their squares (``calib.sums.CHUNK_VALUES``)."""
 HEAP_BYTES = 32 * MB
 """Freed memory that the heap keeps; measured, below ``calib.memory.HELD_BYTES``."""
 
@@ -148,8 +148,9 @@ def _weights(layout: Layout, settings: Settings, computing: int, embedding: int)
     peaks = []
     for layer, following in pairs:
         ahead = following.stored if following and settings.prefetch else 0
-        beside = max(layer.loading - layer.ready, computing)
-        peaks.append((layer.ready + ahead + beside, layer.ready, ahead, beside))
+        peaks.append((layer.ready + ahead + computing, layer.ready, ahead, computing))
+        # The next layer waits until experts are merged.
+        peaks.append((layer.loading, layer.ready, 0, layer.loading - layer.ready))
     peak, ready, ahead, beside = max(peaks)
     parts = {"weights": ready, "next layer": ahead, "loading or computing": beside}
     return parts | ({"embedding": embedding - peak} if embedding > peak else {})
@@ -182,8 +183,7 @@ class _Layer:
         stored = alone + merged.total()
         # A tensor at a time goes from one dtype to the other; small ones do not count.
         loading = ready + max(merged.values(), default=0) * copied
-        # Experts are stacked, gates and ups then joined: three times there, the rest once.
-        merging = stored + 2 * merged["up"] if merged else 0
+        merging = stored + merged["up"]  # gates and ups are there twice while they are joined
         return cls(stored, ready, max(loading, merging))
 
 

@@ -25,6 +25,7 @@ from tools.shapes import write_headers_only, write_random, write_tokenizer
         ("Llama-3.2-1B", 1_235_814_400),
         ("Llama-3.1-8B", 8_030_261_248),
         ("Llama-3.1-70B", 70_553_706_496),
+        ("Llama-3.1-405B", 405_853_388_800),
         ("Gemma-3-1B", 999_885_952),
         ("Mixtral-8x7B", 46_702_792_704),
         ("Qwen3-30B-A3B", 30_532_122_624),

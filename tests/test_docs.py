@@ -9,6 +9,7 @@ import pytest
 from surgery.cli import main
 from tests import tiny
 from tests.conftest import Run
+from tools import predictions
 from tools.family_table import BEGIN, END, family_table, untested
 
 ROOT = Path(__file__).parent.parent
@@ -76,6 +77,10 @@ def test_readme_has_a_line_for_every_dependency() -> None:
 
 def test_readme_table_of_families_is_the_code_s() -> None:
     assert f"{BEGIN}{family_table()}{END}" in README
+
+
+def test_readme_table_of_predictions_is_the_tool_s() -> None:
+    assert f"{predictions.BEGIN}{predictions.prediction_table()}{predictions.END}" in README
 
 
 def test_every_family_has_a_tiny_checkpoint_that_tests_use() -> None:

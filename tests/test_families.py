@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from calib.calibrate import ChannelSums, calibrate
+from calib.calibrate import calibrate
 from calib.corpus import byte_windows, token_windows
 from calib.score import score
+from calib.sums import ChannelSums
 from surgery.apply import apply_plan
 from surgery.tokenizer import load_tokenizer
 from surgery.vocabulary import rarity_of

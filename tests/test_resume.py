@@ -15,8 +15,8 @@ from surgery.stats import ChannelStats
 from tests import tiny
 from tests.conftest import Run
 
-LAYERS = 16
-KILLS = 16
+LAYERS = 12
+KILLS = 12
 ARGUMENTS = ("--seq-len", "64", "--samples", "40")
 
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from calib.calibrate import ChannelSums, calibrate
+from calib.calibrate import calibrate
 from calib.corpus import byte_windows, token_windows
 from calib.decoder import StreamedDecoder
 from calib.ffn import pieces
 from calib.score import score
+from calib.sums import ChannelSums
 from calib.weights import WeightReader
 from surgery.channels import bucket_weights, choose_channels
 from surgery.stats import ChannelStats

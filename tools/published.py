@@ -54,6 +54,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     ),
     "Llama-3.1-8B": llama_config(4096, 14336, 32, 32, 8, 128256),
     "Llama-3.1-70B": llama_config(8192, 28672, 80, 64, 8, 128256),
+    "Llama-3.1-405B": llama_config(16384, 53248, 126, 128, 8, 128256),
     "Gemma-3-1B": llama_config(
         *(1152, 6912, 26, 4, 1, 262144),
         model_type="gemma3_text",

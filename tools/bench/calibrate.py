@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM
 
 import calib.calibrate
 import calib.calibration
-from calib.calibrate import ChannelSums
 from calib.corpus import token_windows
 from calib.decoder import Batch, micro_batches
 from calib.documents import read_documents
 from calib.ffn import pieces
 from calib.states import HiddenStates
+from calib.sums import ChannelSums
 from calib.weights import WeightReader
 from surgery.family import FFN
 from surgery.layout import Layout

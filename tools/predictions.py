@@ -1,0 +1,86 @@
+"""The README's table of what large models take, computed by the tool from headers alone.
+
+python -m tools.predictions            print it
+python -m tools.predictions --write    put it into README.md
+"""
+
+import tempfile
+from pathlib import Path
+
+import click
+
+from surgery.budget import split
+from surgery.checkpoint import Checkpoint
+from surgery.layout import Layout
+from surgery.predict import shape_of
+from surgery.prediction import Settings, Text, predict
+from tools.published import MIXTURES, PUBLISHED
+from tools.shapes import write_headers_only
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN = "<!-- made by python -m tools.predictions -->\n"
+END = "<!-- end of the table of predictions -->\n"
+
+MODELS = {
+    "Llama-3.2-1B": "Llama 3.2 1B",
+    "Llama-3.1-8B": "Llama 3.1 8B",
+    "Llama-3.1-70B": "Llama 3.1 70B",
+    "Llama-3.1-405B": "Llama 3.1 405B",
+    "DeepSeek-V3": "DeepSeek-V3 671B, as bf16",
+}
+SAMPLES, SEQ_LEN, BUCKETS = 256, 2048, 5
+RATIO, SMALLEST = 0.2, 512
+GB = 10**9
+
+
+def prediction_table() -> str:
+    """Return the table in Markdown."""
+    rows = [
+        "| model | on disk | calibrate, CPU, fp32: memory | spilled "
+        "| GPU, bf16: memory | of the GPU "
+        "| spilled: of the GPU | read | written | `apply` at 20 %: written |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *(row(name) for name in MODELS),
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def row(name: str) -> str:
+    """The row of one model."""
+    config = (PUBLISHED | MIXTURES)[name]
+    with tempfile.TemporaryDirectory() as directory:
+        layout = Layout.of(Checkpoint.open(write_headers_only(Path(directory), config, 30)))
+        text = Text.full(SAMPLES, SEQ_LEN, layout.vocab_size)
+        cpu, filed, gpu, apart = (
+            predict(layout, text, Settings(itemsize, BUCKETS, device, hidden=hidden))
+            for itemsize, device, hidden in (
+                (4, "cpu", "memory"),
+                (4, "cpu", "file"),
+                (2, "cuda", "device"),
+                (2, "cuda", "file"),
+            )
+        )
+        after = shape_of(layout, split(layout, RATIO, SMALLEST))
+        states = cpu.memory["hidden states"] * layout.num_hidden_layers
+        figures = (
+            layout.checkpoint.nbytes,
+            *(cpu.peak_memory, filed.peak_memory, gpu.peak_memory, gpu.peak_device),
+            *(apart.peak_device, cpu.read, states, after.nbytes),
+        )
+    return f"| {MODELS[name]} | " + " | ".join(f"{n / GB:,.1f}" for n in figures) + " |"
+
+
+@click.command()
+@click.option("--write", is_flag=True, help="Put the table into README.md.")
+def main(write: bool) -> None:
+    """Print the table of predictions."""
+    if not write:
+        click.echo(prediction_table(), nl=False)
+        return
+    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    README.write_text(f"{before}{BEGIN}{prediction_table()}{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
