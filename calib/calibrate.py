@@ -97,6 +97,10 @@ def calibrate(
         if partial is not None and run.output is not None:
             stats.save(run.output)
             partial.remove()
+    except BaseException:
+        if partial is not None and not partial.finished:  # there is nothing to go on from
+            partial.remove()
+        raise
     finally:
         if partial is not None:
             partial.close()
