@@ -79,31 +79,24 @@ def calibrate(
         bucket_edges=list(bucket_edges),
         dtype=str(dtype).removeprefix("torch."),
     )
-    counts = np.bincount(np.concatenate(windows), minlength=layout.vocab_size)
-    partial = None
-    if run.output is not None:
-        asked = identity(info, bucket_of, device, run)
-        partial = Partial(run.output, asked, resume=run.resume, spill=run.spill)
-    try:
-        made = finished_before(run, info, bucket_of) if partial and not partial.finished else None
-        if partial and made:
-            partial.remove()
-            return made
+
+    def take(partial: Partial | None) -> ChannelStats:
         with WeightReader(layout.checkpoint, device, dtype) as reader:
-            take = _Taking(layout, torch.from_numpy(bucket_of), reader, run, partial)
-            layers = take.layers(windows, len(bucket_edges), progress)
+            taking = _Taking(layout, torch.from_numpy(bucket_of), reader, run, partial)
+            layers = taking.layers(windows, len(bucket_edges), progress)
             run.stages.bytes_read = reader.bytes_read
-        stats = ChannelStats(info, layers, counts, bucket_of)
-        if partial is not None and run.output is not None:
+        counts = np.bincount(np.concatenate(windows), minlength=layout.vocab_size)
+        return ChannelStats(info, layers, counts, bucket_of)
+
+    if run.output is None:
+        return take(None)
+    asked = identity(info, bucket_of, device, run)
+    with Partial(run.output, asked, resume=run.resume, spill=run.spill) as partial:
+        stats = None if partial.finished else finished_before(run, info, bucket_of)
+        if stats is None:
+            stats = take(partial)
             stats.save(run.output)
-            partial.remove()
-    except BaseException:
-        if partial is not None and not partial.finished:  # there is nothing to go on from
-            partial.remove()
-        raise
-    finally:
-        if partial is not None:
-            partial.close()
+        partial.remove()
     return stats
 
 

@@ -1,20 +1,20 @@
 """The streamed decoder: the library's own model, its layers' weights present one at a time."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from calib.batches import Batch, MicroBatch, micro_batches
 from calib.empty import empty_model, library_errors
 from calib.ffn import Seen, Unit, watched_ffn
-from calib.limits import MICRO_BATCH_VALUES, Limits
+from calib.limits import Limits
 from calib.memory import release_freed_memory, reuse_freed_memory
+from calib.recorder import Arguments, Finished, Recorded, Recorder
 from calib.stages import Stages
 from calib.states import HiddenStates
 from calib.transfer import Transfer
@@ -30,56 +30,6 @@ HEAD_ROWS = 8192
 Watch = Callable[[int, str, int, torch.Tensor, torch.Tensor], torch.Tensor | None]
 """Called with layer, channel axis, expert (0 in a dense FFN), token ids ``(n,)`` and their input of
 down_proj ``(n, I)``; what it returns, if anything, goes into down_proj instead."""
-
-Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
-"""What the model passes to a layer beside the hidden states: masks, rotary tables."""
-
-
-@dataclass
-class Batch:
-    """Windows of one length and their hidden states."""
-
-    ids: torch.Tensor
-    """int64 ``(windows, tokens)``."""
-    states: HiddenStates
-    """Of these windows and of others."""
-    first: int
-    """The row of ``states`` with which they begin."""
-    arguments: dict[int, list[Arguments]] = field(default_factory=dict)
-    """Number of windows that run together → the arguments of each layer."""
-
-    @property
-    def hidden(self) -> torch.Tensor:
-        """``(windows, tokens, D)``, what goes into the next layer."""
-        rows = self.states.before[self.first : self.first + self.ids.numel()]
-        return rows.view(*self.ids.shape, -1)
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Some windows of a batch, by view."""
-
-    batch: Batch
-    windows: slice
-
-    @property
-    def ids(self) -> torch.Tensor:
-        """int64 ``(windows, tokens)``."""
-        return self.batch.ids[self.windows]
-
-    @property
-    def rows(self) -> slice:
-        """Their rows of the batch's states."""
-        start = self.batch.first + self.windows.start * self.batch.ids.shape[1]
-        return slice(start, start + self.ids.numel())
-
-    def read(self) -> torch.Tensor:
-        """Return ``(windows, tokens, D)``, what goes into the next layer."""
-        return self.batch.states.before[self.rows].view(*self.ids.shape, -1)
-
-    def write(self, hidden: torch.Tensor) -> None:
-        """Keep what the layer made of them."""
-        self.batch.states.after[self.rows].view(*self.ids.shape, -1).copy_(hidden)
 
 
 class StreamedDecoder:
@@ -102,7 +52,7 @@ class StreamedDecoder:
         parent, _, self._list_name = layout.family.layers.rpartition(".")
         self._parent = self._model.get_submodule(parent)
         self._layers = list(getattr(self._parent, self._list_name))
-        self._recorders = [_Recorder(layer) for layer in self._layers]
+        self._recorders = [Recorder(layer) for layer in self._layers]
         self._recorders[-1].last = True
         self._channels = max((layout.channels_of(axis) for axis in layout.family.widths), default=1)
         self._returns_tuple = False
@@ -240,7 +190,7 @@ class StreamedDecoder:
         name = self._tensor(family.embedding if self.layout.tied else family.head)
         bias = self.layout.by_name.get(family.head.removesuffix("weight") + "bias")
         width = self.layout.checkpoint.tensors[self._tensor(family.embedding)].shape[1]
-        head, finished = self._model.get_output_embeddings(), _Finished(self._returns_tuple)
+        head, finished = self._model.get_output_embeddings(), Finished(self._returns_tuple)
         self.reader.expect([name] * -(-len(rows) // HEAD_ROWS))
         self._set_layers([finished])
         try:
@@ -298,7 +248,7 @@ class StreamedDecoder:
 
     def _record(self, embeds: torch.Tensor) -> tuple[torch.Tensor, list[Arguments]]:
         """Run the model up to its layers and learn what it passes to each of them."""
-        with library_errors(self.layout), suppress(_Recorded):
+        with library_errors(self.layout), suppress(Recorded):
             self._model(inputs_embeds=embeds, use_cache=False)
         first = self._recorders[0]
         return first.hidden, [recorder.arguments for recorder in self._recorders]
@@ -352,52 +302,3 @@ class StreamedDecoder:
             self._returns_tuple = isinstance(result, tuple)
             part.write(result[0] if self._returns_tuple else result)
         part.batch.states.give_back(part.rows)
-
-
-def micro_batches(
-    batches: Sequence[Batch], channels: int, values: int = MICRO_BATCH_VALUES
-) -> Iterator[MicroBatch]:
-    """Take windows together until an FFN activation has ``values``; one at least."""
-    for batch in batches:
-        windows, tokens = batch.ids.shape
-        step = max(1, values // (tokens * channels))
-        for start in range(0, windows, step):
-            yield MicroBatch(batch, slice(start, min(start + step, windows)))
-
-
-class _Recorded(Exception):
-    """Ends a forward once the last layer's arguments are known."""
-
-
-class _Recorder(nn.Module):
-    """Stands in for a layer and keeps what the model passes to it; else it is that layer."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["_layer"] = layer  # not a submodule: the recorder has no weights
-        self.last = False
-
-    def __getattr__(self, name: str) -> Any:
-        # Models ask their layers for things such as attention_type.
-        return getattr(self.__dict__["_layer"], name)
-
-    def forward(self, *positional: Any, **named: Any) -> tuple[torch.Tensor]:
-        """Keep hidden states and arguments; a tuple serves models that expect one, too."""
-        hidden = positional[0] if positional else named.pop("hidden_states")
-        self.hidden: torch.Tensor = hidden[0] if isinstance(hidden, tuple) else hidden
-        self.arguments: Arguments = (positional[1:], named)
-        if self.last:
-            raise _Recorded
-        return (self.hidden,)
-
-
-class _Finished(nn.Module):
-    """Stands in for all layers when what leaves the last one is known."""
-
-    def __init__(self, returns_tuple: bool) -> None:
-        super().__init__()
-        self.hidden = torch.empty(0)
-        self._returns_tuple = returns_tuple
-
-    def forward(self, *_: Any, **__: Any) -> Any:
-        return (self.hidden,) if self._returns_tuple else self.hidden

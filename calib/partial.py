@@ -101,6 +101,15 @@ class Partial:
             shutil.rmtree(directory)
         self.close()
 
+    def __enter__(self) -> "Partial":
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        """Leave nothing behind after an error, unless there are finished layers to go on from."""
+        if error_type is not None and not self.finished and self._lock >= 0:
+            self.remove()
+        self.close()
+
     def close(self) -> None:
         """Let another run use the directory."""
         if self._lock >= 0:

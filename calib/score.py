@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from calib.decoder import Batch, StreamedDecoder
+from calib.batches import Batch
+from calib.decoder import StreamedDecoder
 from calib.weights import WeightReader
 from surgery.default_ids import fill_defaults
 from surgery.errors import CheckpointError

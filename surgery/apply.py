@@ -80,14 +80,7 @@ def apply_plan(
     times = [time.perf_counter()]
     checkpoint = Checkpoint.open(source.absolute() if engine == "ray" else source, plan.family)
     by_shard = {n: shard for n, shard in edits(plan, Layout.of(checkpoint)).items() if shard}
-    remote = Shards.of(checkpoint.path).remote
-    if remote and engine == "ray":
-        raise EngineError(
-            "--engine ray",
-            "needs the model on the file system that all nodes share",
-            fix="download it there first, and name its directory",
-        )
-    digests = known_digests(checkpoint.path, list(by_shard)) if checksum and not remote else {}
+    digests = _digests(checkpoint, list(by_shard), checksum=checksum, engine=engine)
     files = companion_files(plan, checkpoint)
     files["README.md"] = model_card(plan, checkpoint)
     config = pruned_config(plan, checkpoint)
@@ -97,11 +90,7 @@ def apply_plan(
         directory.check_space(sum(t.nbytes for shard in todo.values() for t in shard))
         times.append(time.perf_counter())
         if engine == "ray":
-            from surgery.ray_engine import write_shards_on_ray
-
-            for name in todo:
-                _check_digest(checkpoint.path / name, digests)
-            write_shards_on_ray(directory, checkpoint, todo, progress)
+            _write_shards_on_ray(directory, checkpoint, todo, digests, progress)
         else:
             _write_shards(directory, checkpoint, todo, digests, jobs, progress)
         times.append(time.perf_counter())
@@ -115,6 +104,34 @@ def apply_plan(
     times.append(time.perf_counter())
     spent = (end - start for start, end in pairwise(times))
     return dict(zip(("prepare", "shards", "files"), spent, strict=True))
+
+
+def _digests(
+    checkpoint: Checkpoint, names: list[str], *, checksum: bool, engine: str
+) -> dict[str, str]:
+    """Shard → SHA-256 to compare it with; those of the hub are compared as they arrive."""
+    remote = Shards.of(checkpoint.path).remote
+    if remote and engine == "ray":
+        raise EngineError(
+            "--engine ray",
+            "needs the model on the file system that all nodes share",
+            fix="download it there first, and name its directory",
+        )
+    return known_digests(checkpoint.path, names) if checksum and not remote else {}
+
+
+def _write_shards_on_ray(
+    directory: OutputDirectory,
+    checkpoint: Checkpoint,
+    todo: dict[str, list[OutputTensor]],
+    digests: dict[str, str],
+    progress: Callable[[int], object],
+) -> None:
+    from surgery.ray_engine import write_shards_on_ray
+
+    for name in todo:
+        _check_digest(checkpoint.path / name, digests)
+    write_shards_on_ray(directory, checkpoint, todo, progress)
 
 
 def _write_shards(

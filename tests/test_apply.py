@@ -178,7 +178,7 @@ def test_a_finished_shard_that_was_lost_is_written_again(
     random_plan(llama, 512, 64).save(plan)
     assert run("apply", plan, "-o", tmp_path / "whole").exit_code == 0
     with monkeypatch.context() as patch:
-        patch.setattr("surgery.apply.model_card", lambda *_: 1 / 0)
+        patch.setattr("surgery.apply._provenance", lambda *_: 1 / 0)
         assert run("apply", plan, "-o", out).exit_code == 1
     shards = sorted(partial.glob("*.safetensors"))
     assert len(shards) == 5

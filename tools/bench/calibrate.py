@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 import calib.calibrate
 import calib.calibration
+from calib.batches import Batch, micro_batches
 from calib.corpus import token_windows
-from calib.decoder import Batch, micro_batches
 from calib.documents import read_documents
 from calib.ffn import pieces
 from calib.states import HiddenStates

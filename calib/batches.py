@@ -1,0 +1,68 @@
+"""Windows of text on their way through the layers, some of them at a time."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from calib.limits import MICRO_BATCH_VALUES
+from calib.recorder import Arguments
+from calib.states import HiddenStates
+
+
+@dataclass
+class Batch:
+    """Windows of one length and their hidden states."""
+
+    ids: torch.Tensor
+    """int64 ``(windows, tokens)``."""
+    states: HiddenStates
+    """Of these windows and of others."""
+    first: int
+    """The row of ``states`` with which they begin."""
+    arguments: dict[int, list[Arguments]] = field(default_factory=dict)
+    """Number of windows that run together → the arguments of each layer."""
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """``(windows, tokens, D)``, what goes into the next layer."""
+        rows = self.states.before[self.first : self.first + self.ids.numel()]
+        return rows.view(*self.ids.shape, -1)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some windows of a batch, by view."""
+
+    batch: Batch
+    windows: slice
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """int64 ``(windows, tokens)``."""
+        return self.batch.ids[self.windows]
+
+    @property
+    def rows(self) -> slice:
+        """Their rows of the batch's states."""
+        start = self.batch.first + self.windows.start * self.batch.ids.shape[1]
+        return slice(start, start + self.ids.numel())
+
+    def read(self) -> torch.Tensor:
+        """Return ``(windows, tokens, D)``, what goes into the next layer."""
+        return self.batch.states.before[self.rows].view(*self.ids.shape, -1)
+
+    def write(self, hidden: torch.Tensor) -> None:
+        """Keep what the layer made of them."""
+        self.batch.states.after[self.rows].view(*self.ids.shape, -1).copy_(hidden)
+
+
+def micro_batches(
+    batches: Sequence[Batch], channels: int, values: int = MICRO_BATCH_VALUES
+) -> Iterator[MicroBatch]:
+    """Take windows together until an FFN activation has ``values``; one at least."""
+    for batch in batches:
+        windows, tokens = batch.ids.shape
+        step = max(1, values // (tokens * channels))
+        for start in range(0, windows, step):
+            yield MicroBatch(batch, slice(start, min(start + step, windows)))
