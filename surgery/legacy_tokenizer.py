@@ -22,6 +22,7 @@ from surgery.legacy_added_tokens import (
     post_processor,
     special_settings,
 )
+from surgery.selection import MAX_SIZE
 from surgery.tokenizer_checks import AGAIN, check_tokenizer
 
 if TYPE_CHECKING:
@@ -102,7 +103,8 @@ def _byte_level_bpe(
     """The tokenizer without its added tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    if not all(type(id_) is int and 0 <= id_ < 2**32 for id_ in vocab.values()):
+    # The library counts up to the largest id when it writes the tokenizer.
+    if not all(type(id_) is int and 0 <= id_ < MAX_SIZE for id_ in vocab.values()):
         raise TokenizerError(directory / VOCAB_NAME, "has an id that is no number", fix=AGAIN)
     merges = _merges(directory / MERGES_NAME)
     no_affixes = {"continuing_subword_prefix": "", "end_of_word_suffix": ""}

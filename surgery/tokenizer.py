@@ -57,7 +57,7 @@ class TokenizerFile:
         try:
             data = msgspec.json.decode(read_file(path), type=dict[str, Any])
             check_depth(data)
-        except (OSError, msgspec.MsgspecError, RecursionError) as error:
+        except (OSError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise TokenizerError(path, "cannot be read", found=error, fix=AGAIN) from error
         check_tokenizer(data, path)
         return cls(path, data)

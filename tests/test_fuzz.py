@@ -33,6 +33,9 @@ COMMANDS = {
     "score": "score model --data text.txt --samples 1 --window-bytes 64",
 }
 MODELS = ("calibrate", "score")
+PARTIAL = {"out.partial", "out.partial.journal", "new.safetensors.partial"}
+"""What a command may leave that failed: finished shards or layers, to go on from."""
+
 FILES = {
     "config": ("model/config.json",),
     "tokenizer": ("model/tokenizer.*", "model/vocab.json", "model/merges.txt"),
@@ -90,7 +93,7 @@ def check(run: Run, root: Path, command: str) -> int:
         assert lines[0].startswith("Error: ")
         assert len(lines[0]) < 5_000
         assert lines[0].isprintable()
-        assert new <= {"out.partial"}
+        assert new <= PARTIAL
     else:
         assert new <= {"out", "new.json", "new.safetensors"}
     return result.exit_code

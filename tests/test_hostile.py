@@ -237,6 +237,21 @@ def test_a_tokenizer_nested_too_deeply_for_a_forged_plan(bench: Path, run: Run) 
     assert_refused(run(*APPLY.split()), "tokenizer.json", "nested too deeply")
 
 
+def test_a_tokenizer_that_is_no_text_for_a_forged_plan(bench: Path, run: Run) -> None:
+    raw = (bench / TOKENIZER).read_bytes()
+    (bench / TOKENIZER).write_bytes(raw.replace(b'"<unk>"', b'"<\xff>"', 1))
+    fuzzing.fit_again(bench)
+    assert_refused(run(*APPLY.split()), "tokenizer.json", "cannot be read", "download")
+
+
+def test_an_id_that_the_library_would_count_up_to(tmp_path: Path, run: Run) -> None:
+    fuzzing.save_legacy(tmp_path / "model")
+    place = tmp_path / "model" / "vocab.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"<unk>": 2**32 - 2}))
+    result = run("inspect", tmp_path / "model", "--vocab")
+    assert_refused(result, "vocab.json", "an id that is no number", "download")
+
+
 def test_long_values_lose_their_middle(bench: Path, run: Run) -> None:
     config(model_type="x" * 1_000_000)(bench)
     assert len(run(*INSPECT.split()).stderr) < 2 * MOST_CHARACTERS
