@@ -1,7 +1,5 @@
 """A calibration, prepared: windows cut, settings chosen, its cost known before it is run."""
 
-import resource
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,6 +12,7 @@ import torch
 from calib.calibrate import Run, calibrate
 from calib.device import choose_device, choose_dtype
 from calib.limits import MICRO_BATCH_VALUES, Limits
+from surgery.apply_cost import peak_rss_bytes
 from surgery.caps import within_caps
 from surgery.layout import Layout
 from surgery.prediction import Prediction, Settings, Text, predict
@@ -114,9 +113,3 @@ def text_of(windows: Sequence[np.ndarray]) -> Text:
     """What a prediction must know of ``windows``."""
     rows = len(np.unique(np.concatenate(windows))) if len(windows) else 0
     return Text(Counter(map(len, windows)), rows)
-
-
-def peak_rss_bytes() -> int:
-    """The most memory that this process had, pages of mapped files among it."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

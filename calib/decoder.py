@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 
 import numpy as np
@@ -136,10 +136,14 @@ class StreamedDecoder:
         last, states = len(self._layers) - 1, batches[0].states
         parts = list(self._parts(batches))
         for index in self._loaded_layers(states.passed):
-            layer, stop = self._layers[index], stop_early and index == last
+            layer, units = self._layers[index], self._units(index)
+            seen = partial(watch, index)
             with self.stages.timed("compute"):
                 for part in parts:
-                    self._run(index, layer, part, watch, stop)
+                    watched = watched_ffn(
+                        layer, units, part.ids, seen, stop=stop_early and index == last
+                    )
+                    self._run(index, layer, part, watched)
                     progress(len(part.ids))
             layer.to("meta")
             with self.stages.timed("write"):
@@ -289,15 +293,11 @@ class StreamedDecoder:
         return list(units.values())
 
     def _run(
-        self, index: int, layer: nn.Module, part: MicroBatch, watch: Watch, stop: bool
+        self, index: int, layer: nn.Module, part: MicroBatch, watched: AbstractContextManager[None]
     ) -> None:
         positional, named = part.batch.arguments[len(part.ids)][index]
         hidden = part.read().to(self.reader.device)
-        with (
-            library_errors(self.layout),
-            suppress(Seen),
-            watched_ffn(layer, self._units(index), part.ids, partial(watch, index), stop=stop),
-        ):
+        with library_errors(self.layout), suppress(Seen), watched:
             result = layer(hidden, *positional, **named)
             self._returns_tuple = isinstance(result, tuple)
             part.write(result[0] if self._returns_tuple else result)

@@ -1,7 +1,6 @@
 """The commands that run a model: calibrate, score, prune."""
 
 import json
-import resource
 import sys
 import time
 from functools import partial
@@ -128,6 +127,7 @@ def _division(spread: DivisionOptions, place: Path, resume: bool) -> "Division":
 @json_option
 def score(model: str, family: str | None, as_json: bool, **options: Any) -> None:
     """Measure bits per byte on held-out text, one layer in memory at a time."""
+    from surgery.apply_cost import peak_rss_bytes
     from surgery.steps import open_model, score_model
 
     start = time.perf_counter()
@@ -138,7 +138,7 @@ def score(model: str, family: str | None, as_json: bool, **options: Any) -> None
         "tokens": result.tokens,
         "windows": result.windows,
         "seconds": time.perf_counter() - start,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_rss_bytes(),
     }
     table = (
         "{bits_per_byte:.4f} bits per byte ({windows} windows, {bytes:,} bytes, {tokens:,} tokens)"

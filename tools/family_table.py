@@ -4,16 +4,14 @@ python -m tools.family_table            print it
 python -m tools.family_table --write    put it into README.md
 """
 
-from pathlib import Path
-
 import click
 
 from surgery.families import FAMILIES
 from surgery.family import EXPERT, FFN, SHARED, Family, Wrapper
 from tests.loading import NOT_IN_4
 from tests.tiny_configs import TINY
+from tools.readme import print_or_write
 
-README = Path(__file__).parent.parent / "README.md"
 BEGIN = "<!-- made by python -m tools.family_table -->\n"
 END = "<!-- end of the table of families -->\n"
 
@@ -136,12 +134,7 @@ def untested() -> set[str]:
 @click.option("--write", is_flag=True, help="Put the table into README.md.")
 def main(write: bool) -> None:
     """Print the table of families."""
-    if not write:
-        click.echo(family_table(), nl=False)
-        return
-    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    README.write_text(f"{before}{BEGIN}{family_table()}{END}{after}", encoding="utf-8")
+    print_or_write(family_table(), BEGIN, END, write=write)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from surgery.layout import Layout
 from surgery.predict import shape_of
 from surgery.prediction import Settings, Text, predict
 from tools.published import MIXTURES, PUBLISHED
+from tools.readme import print_or_write
 from tools.shapes import write_headers_only
 
-README = Path(__file__).parent.parent / "README.md"
 BEGIN = "<!-- made by python -m tools.predictions -->\n"
 END = "<!-- end of the table of predictions -->\n"
 
@@ -74,12 +74,7 @@ def row(name: str) -> str:
 @click.option("--write", is_flag=True, help="Put the table into README.md.")
 def main(write: bool) -> None:
     """Print the table of predictions."""
-    if not write:
-        click.echo(prediction_table(), nl=False)
-        return
-    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    README.write_text(f"{before}{BEGIN}{prediction_table()}{END}{after}", encoding="utf-8")
+    print_or_write(prediction_table(), BEGIN, END, write=write)
 
 
 if __name__ == "__main__":
