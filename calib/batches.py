@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from calib.limits import MICRO_BATCH_VALUES
@@ -28,6 +29,30 @@ class Batch:
         """``(windows, tokens, D)``, what goes into the next layer."""
         rows = self.states.before[self.first : self.first + self.ids.numel()]
         return rows.view(*self.ids.shape, -1)
+
+
+@dataclass
+class Stream:
+    """A text on its way through the layers, as one vocabulary cuts it."""
+
+    windows: Sequence[np.ndarray]
+    """Token ids of the source's vocabulary."""
+    states: HiddenStates = field(default_factory=HiddenStates)
+    batches: list[Batch] = field(default_factory=list)
+    """One for each length of window."""
+
+    @property
+    def tokens(self) -> int:
+        """Over all windows."""
+        return sum(map(len, self.windows))
+
+    def hidden(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Yield place in ``windows``, ids ``(tokens,)`` and states ``(tokens, D)`` of each."""
+        of_length: dict[int, list[int]] = {}
+        for place, window in enumerate(self.windows):
+            of_length.setdefault(len(window), []).append(place)
+        for batch, places in zip(self.batches, of_length.values(), strict=True):
+            yield from zip(places, batch.ids, batch.hidden, strict=True)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import transformers
 
+from calib.batches import Stream
 from calib.corpus import digest
 from calib.decoder import StreamedDecoder
 from calib.limits import Limits
@@ -137,9 +138,9 @@ class _Taking:
             self._current = {}
 
         decoder = StreamedDecoder(layout, self._reader, self._run.limits, self._run.stages)
-        states = self._states()
-        batches = decoder.embed(windows, states, passed=done)
-        decoder.run_layers(batches, watch, stop_early=True, progress=progress, finished=finished)
+        stream = Stream(windows, self._states())
+        decoder.embed([stream], passed=done)
+        decoder.run_layers([stream], watch, progress=progress, finished=finished)
         return self._found
 
     def _zeros(self, layer: int, buckets: int) -> dict[str, ChannelSums]:

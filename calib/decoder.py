@@ -1,6 +1,6 @@
 """The streamed decoder: the library's own model, its layers' weights present one at a time."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from functools import partial
@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from calib.batches import Batch, MicroBatch, micro_batches
+from calib.batches import Batch, MicroBatch, Stream, micro_batches
 from calib.empty import empty_model, library_errors
-from calib.ffn import Seen, Unit, watched_ffn
+from calib.ffn import Unit, watched_ffn
 from calib.limits import Limits
 from calib.memory import release_freed_memory, reuse_freed_memory
 from calib.recorder import Arguments, Finished, Recorded, Recorder
 from calib.stages import Stages
-from calib.states import HiddenStates
+from calib.swapped import swapped
 from calib.transfer import Transfer
 from calib.weights import WeightReader
 from surgery.errors import DataError
@@ -27,9 +27,15 @@ from surgery.slots import BUFFER
 HEAD_ROWS = 8192
 """Rows of lm_head in memory at a time."""
 
+NO_WEIGHTS: Mapping[str, torch.Tensor] = {}
+
 Watch = Callable[[int, str, int, torch.Tensor, torch.Tensor], torch.Tensor | None]
 """Called with layer, channel axis, expert (0 in a dense FFN), token ids ``(n,)`` and their input of
 down_proj ``(n, I)``; what it returns, if anything, goes into down_proj instead."""
+
+
+def unchanged(*_: object) -> None:
+    """Watch nothing."""
 
 
 class StreamedDecoder:
@@ -63,21 +69,38 @@ class StreamedDecoder:
         release_freed_memory()  # of planning, tokenizing and building, before the weights come
 
     @torch.no_grad()
-    def embed(
-        self, windows: Sequence[np.ndarray], states: HiddenStates | None = None, passed: int = 0
-    ) -> list[Batch]:
-        """Group ``windows`` by length, in order, and carry them up to the first layer.
+    def embed(self, streams: Sequence[Stream], passed: int = 0) -> None:
+        """Group each stream's windows by length, in order, and carry them up to the first layer.
 
-        Only the rows of tokens that occur are read.
+        Only the rows of tokens that occur are read, once for all streams.
 
         Args:
-            windows: Token ids.
-            states: Where their hidden states go; memory, if not said.
-            passed: Layers after which ``states`` have been saved: those are taken up again.
+            streams: Texts; each must have a token.
+            passed: Layers after which their hidden states have been saved: those are taken up
+                again.
 
         Raises:
             DataError: no token at all, or one without a row in the embedding.
         """
+        used = self._tokens_of(streams)
+        embedding = self._model.get_input_embeddings()
+        rows = self.reader.rows(self._tensor(self.layout.family.embedding), used)
+        embedding.weight = nn.Parameter(rows, requires_grad=False)
+        embedding.padding_idx = None
+        for stream in streams:
+            stream.batches = []
+            for length in dict.fromkeys(map(len, stream.windows)):
+                ids = torch.from_numpy(np.stack([w for w in stream.windows if len(w) == length]))
+                first = sum(each.ids.numel() for each in stream.batches)
+                stream.batches.append(Batch(ids, stream.states, first))
+                self._embed(embedding, stream, used, passed)
+            if passed:
+                stream.states.restore(passed)
+        embedding.to("meta")
+
+    def _tokens_of(self, streams: Sequence[Stream]) -> np.ndarray:
+        """Ascending ids that occur; all of them must have a row."""
+        windows = [window for stream in streams for window in stream.windows]
         used = np.unique(np.concatenate(windows)) if windows else np.zeros(0, dtype=np.int64)
         if not len(used) or used[-1] >= self.layout.vocab_size:
             raise DataError(
@@ -87,68 +110,83 @@ class StreamedDecoder:
                 found=used[-1] if len(used) else "none",
                 fix="give other text",
             )
-        embedding = self._model.get_input_embeddings()
-        rows = self.reader.rows(self._tensor(self.layout.family.embedding), used)
-        embedding.weight = nn.Parameter(rows, requires_grad=False)
-        embedding.padding_idx = None
-        states = states or HiddenStates()
-        batches: list[Batch] = []
-        for length in dict.fromkeys(map(len, windows)):
-            ids = torch.from_numpy(np.stack([w for w in windows if len(w) == length]))
-            batch = Batch(ids, states, sum(each.ids.numel() for each in batches))
-            for part in self._parts([batch]):
-                places = torch.from_numpy(np.searchsorted(used, part.ids.numpy()))
-                hidden, arguments = self._record(embedding(places.to(self.reader.device)))
-                if not len(states.before):
-                    states.allocate(sum(map(len, windows)), hidden.shape[-1], hidden.dtype)
-                batch.arguments.setdefault(len(part.ids), arguments)
-                if not passed:
-                    states.before[part.rows].view(hidden.shape).copy_(hidden)
-                    states.give_back(part.rows)
-            batches.append(batch)
-        embedding.to("meta")
-        if passed:
-            states.restore(passed)
-        return batches
+        return used
 
-    @torch.no_grad()
+    def _embed(self, embedding: nn.Module, stream: Stream, used: np.ndarray, passed: int) -> None:
+        """Fill the last batch's rows of the hidden states, and learn what the layers are given."""
+        batch, states = stream.batches[-1], stream.states
+        for part in self._parts([batch]):
+            places = torch.from_numpy(np.searchsorted(used, part.ids.numpy()))
+            hidden, arguments = self._record(embedding(places.to(self.reader.device)))
+            if not len(states.before):
+                states.allocate(stream.tokens, hidden.shape[-1], hidden.dtype)
+            batch.arguments.setdefault(len(part.ids), arguments)
+            if not passed:
+                states.before[part.rows].view(hidden.shape).copy_(hidden)
+                states.give_back(part.rows)
+
     def run_layers(
         self,
-        batches: Sequence[Batch],
-        watch: Watch,
+        streams: Sequence[Stream],
+        watch: Watch = unchanged,
         *,
-        stop_early: bool = False,
         progress: Callable[[int], object] = lambda windows: None,
         finished: Callable[[int], object] = lambda layer: None,
     ) -> None:
-        """Carry all batches through the layers that they have not passed.
-
-        The next layer is read meanwhile. It waits in the file's dtype: one layer and a half in
-        memory where bf16 computes in fp32.
+        """Carry all streams through the layers that they have not passed.
 
         Args:
-            batches: From ``embed``; their hidden states are overwritten.
+            streams: From ``embed``; their hidden states are overwritten.
             watch: Sees, and may change, the input of each down_proj.
-            stop_early: Leave out what follows the last layer's down_proj input.
             progress: Called with the windows that have passed a layer.
             finished: Called with each layer that all windows have passed.
         """
-        last, states = len(self._layers) - 1, batches[0].states
-        parts = list(self._parts(batches))
-        for index in self._loaded_layers(states.passed):
-            layer, units = self._layers[index], self._units(index)
-            seen = partial(watch, index)
-            with self.stages.timed("compute"):
-                for part in parts:
-                    watched = watched_ffn(
-                        layer, units, part.ids, seen, stop=stop_early and index == last
-                    )
-                    self._run(index, layer, part, watched)
-                    progress(len(part.ids))
-            layer.to("meta")
-            with self.stages.timed("write"):
-                states.advance()
-                finished(index)
+        for index in self.layers(streams[0].states.passed):
+            for stream in streams:
+                self.run(index, stream, watch, progress=progress)
+            finished(index)
+
+    def layers(self, first: int = 0) -> Iterator[int]:
+        """Yield the number of each layer from ``first`` on while its weights are in memory.
+
+        The next layer is read meanwhile. It waits in the file's dtype: one layer and a half in
+        memory where bf16 computes in fp32.
+        """
+        for index in self._loaded_layers(first):
+            yield index
+            self._layers[index].to("meta")
+
+    @torch.no_grad()
+    def run(
+        self,
+        index: int,
+        stream: Stream,
+        watch: Watch = unchanged,
+        weights: Mapping[str, torch.Tensor] = NO_WEIGHTS,
+        *,
+        progress: Callable[[int], object] = lambda windows: None,
+    ) -> None:
+        """Carry ``stream`` through the layer ``index``, one that ``layers`` has yielded.
+
+        Args:
+            index: Number of the layer.
+            stream: Its hidden states are overwritten.
+            watch: Sees, and may change, the input of each down_proj.
+            weights: Parameters of the layer that this stream is to see instead of its own.
+            progress: Called with the windows that have passed.
+        """
+        layer, units = self._layers[index], self.units(index)
+        with self.stages.timed("compute"), swapped(layer, weights):
+            for part in self._parts(stream.batches):
+                watched = watched_ffn(layer, units, part.ids, partial(watch, index))
+                self._run(index, layer, part, watched)
+                progress(len(part.ids))
+        with self.stages.timed("write"):
+            stream.states.advance()
+
+    def layer(self, index: int) -> nn.Module:
+        """The library's layer; it has weights while ``layers`` is at it."""
+        return self._layers[index]
 
     def _loaded_layers(self, first: int) -> Iterator[int]:
         """Yield each layer from ``first`` on, loaded, the next one underway.
@@ -182,35 +220,43 @@ class StreamedDecoder:
 
     @torch.no_grad()
     def logits(
-        self, hidden: Sequence[torch.Tensor], rows: np.ndarray
-    ) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """Yield (tensor, first row, logits) of lm_head, block by block of ``rows``.
+        self, hidden: Sequence[tuple[torch.Tensor, np.ndarray]]
+    ) -> Iterator[tuple[int, slice, torch.Tensor]]:
+        """Yield (place in ``hidden``, which of its rows, logits) of lm_head, block by block.
 
-        Each block of the head is read once and used for all ``hidden`` states
-        ``(windows, tokens, D)`` as they left the last layer; logits are ``(windows, tokens,
-        block)`` as the library computes them, caps included.
+        Each row of the head is read once, whichever of ``hidden`` want it: states ``(windows,
+        tokens, D)`` as they left the last layer, with the ascending rows of their vocabulary.
+        Logits are ``(windows, tokens, rows of the block)`` as the library computes them, caps
+        included.
         """
         family = self.layout.family
         name = self._tensor(family.embedding if self.layout.tied else family.head)
         bias = self.layout.by_name.get(family.head.removesuffix("weight") + "bias")
         width = self.layout.checkpoint.tensors[self._tensor(family.embedding)].shape[1]
         head, finished = self._model.get_output_embeddings(), Finished(self._returns_tuple)
-        self.reader.expect([name] * -(-len(rows) // HEAD_ROWS))
+        every = np.unique(np.concatenate([rows for _, rows in hidden]))
+        self.reader.expect([name] * -(-len(every) // HEAD_ROWS))
         self._set_layers([finished])
         try:
-            for start in range(0, len(rows), HEAD_ROWS):
-                block = rows[start : start + HEAD_ROWS]
+            for start in range(0, len(every), HEAD_ROWS):
+                block = every[start : start + HEAD_ROWS]
                 head.weight = nn.Parameter(self.reader.rows(name, block), requires_grad=False)
                 if bias is not None:
                     head.bias = nn.Parameter(
                         self.reader.rows(bias.name, block), requires_grad=False
                     )
-                for place, states in enumerate(hidden):
+                for place, (states, rows) in enumerate(hidden):
+                    first, stop = np.searchsorted(rows, (block[0], block[-1] + 1)).tolist()
+                    if first == stop:
+                        continue
                     finished.hidden = states.to(self.reader.device)
                     begin = finished.hidden.new_zeros((*states.shape[:2], width))
                     with library_errors(self.layout):
                         logits = self._model(inputs_embeds=begin, use_cache=False).logits
-                    yield place, start, logits
+                    if stop - first < len(block):
+                        wanted = torch.from_numpy(np.searchsorted(block, rows[first:stop]))
+                        logits = logits[..., wanted.to(logits.device)]
+                    yield place, slice(first, stop), logits
         finally:
             self._set_layers(self._recorders)
             head.to("meta")
@@ -280,7 +326,7 @@ class StreamedDecoder:
         layer.load_state_dict(weights, assign=True)
         self._move_buffers(layer)
 
-    def _units(self, index: int) -> list[Unit]:
+    def units(self, index: int) -> list[Unit]:
         """What has channels in a layer."""
         prefix = f"{self.layout.family.layers}.{index}."
         units: dict[str, Unit] = {}
@@ -297,7 +343,7 @@ class StreamedDecoder:
     ) -> None:
         positional, named = part.batch.arguments[len(part.ids)][index]
         hidden = part.read().to(self.reader.device)
-        with library_errors(self.layout), suppress(Seen), watched:
+        with library_errors(self.layout), watched:
             result = layer(hidden, *positional, **named)
             self._returns_tuple = isinstance(result, tuple)
             part.write(result[0] if self._returns_tuple else result)

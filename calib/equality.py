@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from calib.batches import Stream
 from calib.decoder import StreamedDecoder, Watch
 from calib.weights import WeightReader
 from surgery.edits import kept_channels
@@ -66,7 +67,9 @@ def _logits(
     decoder: StreamedDecoder, windows: list[np.ndarray], rows: np.ndarray, watch: Watch
 ) -> torch.Tensor:
     """Logits ``(windows, tokens, len(rows))`` in fp32, on the CPU."""
-    batches = decoder.embed(windows)
-    decoder.run_layers(batches, watch)
-    blocks = [block.cpu() for _, _, block in decoder.logits([batches[0].hidden], rows)]
+    stream = Stream(windows)
+    decoder.embed([stream])
+    decoder.run_layers([stream], watch)
+    hidden = stream.batches[0].hidden
+    blocks = [block.cpu() for _, _, block in decoder.logits([(hidden, rows)])]
     return torch.cat(blocks, dim=-1)

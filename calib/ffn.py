@@ -22,10 +22,6 @@ See = Callable[[str, int, torch.Tensor, torch.Tensor], torch.Tensor | None]
 of down_proj ``(n, I)``; what it returns, if anything, goes into down_proj instead."""
 
 
-class Seen(Exception):
-    """The last activation that was asked for has been seen."""
-
-
 @dataclass(frozen=True)
 class Unit:
     """A module of a layer that has channels."""
@@ -40,7 +36,7 @@ class Unit:
 
 @contextmanager
 def watched_ffn(
-    layer: nn.Module, units: Sequence[Unit], ids: torch.Tensor, see: See, *, stop: bool
+    layer: nn.Module, units: Sequence[Unit], ids: torch.Tensor, see: See
 ) -> Iterator[None]:
     """Show ``see`` the activations of all ``units`` while ``layer`` runs.
 
@@ -49,7 +45,6 @@ def watched_ffn(
         units: Of this layer.
         ids: int64 ``(windows, tokens)``: what the layer runs on.
         see: Sees, and may change, the activations.
-        stop: End the layer, where it has one unit that is dense, once all is seen.
     """
     with ExitStack() as stack:
         for unit in units:
@@ -59,8 +54,7 @@ def watched_ffn(
             else:
                 above, _, _ = unit.path.rpartition(".")
                 ffn = layer.get_submodule(above) if above and len(units) == 1 else None
-                ends = stop and len(units) == 1
-                stack.enter_context(_dense(unit, module, ffn, ids, see, stop=ends))
+                stack.enter_context(_dense(unit, module, ffn, ids, see))
         yield
 
 
@@ -73,13 +67,7 @@ def _routed(unit: Unit, module: nn.Module, ids: torch.Tensor, see: See) -> Itera
 
 @contextmanager
 def _dense(
-    unit: Unit,
-    down_proj: nn.Module,
-    ffn: nn.Module | None,
-    ids: torch.Tensor,
-    see: See,
-    *,
-    stop: bool,
+    unit: Unit, down_proj: nn.Module, ffn: nn.Module | None, ids: torch.Tensor, see: See
 ) -> Iterator[None]:
     """Let ``ffn``, if it is a module of its own, work on pieces of its tokens.
 
@@ -102,8 +90,6 @@ def _dense(
     def pre_hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
         act = inputs[0]
         changed = see(unit.axis, 0, ids[:, part].flatten(), act.flatten(0, -2))
-        if stop and part.stop == ids.shape[1]:
-            raise Seen
         return None if changed is None else (changed.view(act.shape), *inputs[1:])
 
     handle = down_proj.register_forward_pre_hook(pre_hook)

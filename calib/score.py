@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from calib.batches import Batch
+from calib.batches import Stream
 from calib.decoder import StreamedDecoder
 from calib.weights import WeightReader
 from surgery.default_ids import fill_defaults
@@ -51,9 +51,9 @@ def score(
     progress: Callable[[int], object] = lambda windows: None,
 ) -> Score:
     """Score ``texts``, each preceded by bos (eos where there is none), through streamed layers."""
-    first = _first_token(layout)
+    first = first_token(layout)
     encoded = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-    windows = [np.array([first, *ids]) for ids in encoded if ids]
+    stream = Stream([np.array([first, *ids]) for ids in encoded if ids])
     lossy = sum(
         tokenizer.decode(ids, skip_special_tokens=False) != text
         for ids, text in zip(encoded, texts, strict=True)
@@ -61,37 +61,67 @@ def score(
 
     with WeightReader(layout.checkpoint, device, dtype) as reader:
         decoder = StreamedDecoder(layout, reader)
-        batches = decoder.embed(windows)
-        decoder.run_layers(batches, lambda *_: None, progress=progress)
-        bits = _bits(decoder, batches, layout.vocab_size)
+        decoder.embed([stream])
+        decoder.run_layers([stream], progress=progress)
+        (bits,) = token_bits(decoder, [(stream, np.arange(layout.vocab_size))])
     return Score(
-        bits=bits,
+        bits=sum(float(window.sum()) for window in bits),
         bytes=sum(len(text.encode("utf-8")) for text in texts),
-        tokens=sum(len(window) - 1 for window in windows),
+        tokens=sum(len(window) - 1 for window in stream.windows),
         windows=len(texts),
         lossy_windows=lossy,
     )
 
 
 @torch.no_grad()
-def _bits(decoder: StreamedDecoder, batches: Sequence[Batch], vocab_size: int) -> float:
-    """Σ −log2 softmax at the next token, log-sum-exp taken block by block of the head."""
-    hidden = [batch.hidden[i : i + 1, :-1] for batch in batches for i in range(len(batch.ids))]
-    targets = [batch.ids[i : i + 1, 1:] for batch in batches for i in range(len(batch.ids))]
-    total = [torch.full(target.shape, -math.inf) for target in targets]
-    chosen = [torch.zeros(target.shape) for target in targets]
-    for place, start, logits in decoder.logits(hidden, np.arange(vocab_size)):
-        block = logits.float()
-        total[place] = torch.logaddexp(total[place], block.logsumexp(-1).cpu())
-        local = targets[place] - start
-        inside = (local >= 0) & (local < block.shape[-1])
-        index = local.clamp(0, block.shape[-1] - 1).unsqueeze(-1).to(block.device)
-        chosen[place][inside] = block.gather(-1, index).squeeze(-1).cpu()[inside]
-    nats = sum(float((t - c).double().sum()) for t, c in zip(total, chosen, strict=True))
-    return nats / math.log(2)
+def token_bits(
+    decoder: StreamedDecoder, streams: Sequence[tuple[Stream, np.ndarray]]
+) -> list[list[np.ndarray]]:
+    """Return per stream and window −log2 softmax at each next token, float64 ``(tokens - 1,)``.
+
+    The log-sum-exp is taken block by block of the head, which is read once.
+
+    Args:
+        decoder: Its layers are done.
+        streams: Each with the ascending ids that are its vocabulary.
+    """
+    sums = [_Sums(ids, states, rows) for s, rows in streams for _, ids, states in s.hidden()]
+    for place, part, logits in decoder.logits([(each.states, each.rows) for each in sums]):
+        sums[place].add(part, logits[0].float())
+    bits = iter(sums)
+    result = []
+    for stream, _ in streams:
+        order = [place for place, _, _ in stream.hidden()]
+        found = {place: next(bits).bits() for place in order}
+        result.append([found[place] for place in sorted(found)])
+    return result
 
 
-def _first_token(layout: Layout) -> int:
+class _Sums:
+    """One window's log-sum-exp and the logits of its next tokens, in the making."""
+
+    def __init__(self, ids: torch.Tensor, states: torch.Tensor, rows: np.ndarray) -> None:
+        self.states = states[None, :-1]
+        self.rows = rows
+        self._targets = torch.from_numpy(np.searchsorted(rows, ids[1:].numpy()))
+        self._total = torch.full(self._targets.shape, -math.inf)
+        self._chosen = torch.zeros(self._targets.shape)
+
+    def add(self, part: slice, logits: torch.Tensor) -> None:
+        """Count ``logits`` ``(tokens, rows)`` of the ``part`` of the vocabulary."""
+        self._total = torch.logaddexp(self._total, logits.logsumexp(-1).cpu())
+        inside = (self._targets >= part.start) & (self._targets < part.stop)
+        index = (self._targets[inside] - part.start).to(logits.device)
+        self._chosen[inside] = (
+            logits[inside.to(logits.device)].gather(-1, index[:, None])[:, 0].cpu()
+        )
+
+    def bits(self) -> np.ndarray:
+        """float64 ``(tokens - 1,)``."""
+        return (self._total - self._chosen).double().numpy() / math.log(2)
+
+
+def first_token(layout: Layout) -> int:
     """The id of bos, or of eos where there is none, by config.json or generation_config.json."""
     checkpoint = layout.checkpoint
     filled = fill_defaults(checkpoint.config, lambda old: old, checkpoint.family)

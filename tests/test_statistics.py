@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from calib.batches import Stream
 from calib.calibrate import calibrate
 from calib.corpus import byte_windows, token_windows
 from calib.decoder import StreamedDecoder
@@ -153,7 +154,9 @@ def test_every_weight_byte_is_read_once(tmp_path: Path) -> None:
     used = len(np.unique(np.concatenate(windows)))
     with WeightReader(layout.checkpoint, CPU, torch.float32) as reader:
         decoder = StreamedDecoder(layout, reader)
-        decoder.run_layers(decoder.embed(windows), lambda *_: None)
+        stream = Stream(windows)
+        decoder.embed([stream])
+        decoder.run_layers([stream])
     tensors = layout.checkpoint.tensors
     rest = sum(
         tensors[name].nbytes for name in tensors if "embed" not in name and name != "lm_head.weight"
