@@ -19,7 +19,7 @@ DEVICE_BASE_BYTES = 500 * MB
 PIECE_BYTES = 1 << 25
 """One FFN activation at a time (``calib.ffn.PIECE_VALUES`` in fp32)."""
 CHUNK_BYTES = 3 << 23
-"""Activations in float64, and whose they are, or states (``calib.sums.CHUNK_VALUES``)."""
+"""Activations in float64, and whose they are (``calib.sums.CHUNK_VALUES``)."""
 HEAP_BYTES = 32 * MB
 """Freed memory that the heap keeps; measured, below ``calib.memory.HELD_BYTES``."""
 

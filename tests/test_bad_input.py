@@ -242,9 +242,13 @@ def stats(**changes: Any) -> Damage:
     return damage
 
 
-def sums_of(layer: int, axis: str = "ffn") -> list[str]:
-    """Names of a layer's sums, as ``stats`` takes them."""
-    return [f"layers__{layer}__{axis}__{part}" for part in ("sum_sq", "sum_abs")]
+def sums_of(layer: int, *shape: int, axis: str = "ffn") -> dict[str, np.ndarray]:
+    """Statistics of ``shape`` (experts, I), as ``stats`` takes them."""
+    shapes = dict.fromkeys(("sum_sq", "sum_abs"), (1, *shape))
+    shapes |= dict.fromkeys(("sum_l2", "weight_norm"), shape)
+    arrays = {part: np.ones(of_part) for part, of_part in shapes.items()}
+    arrays["tokens"] = np.ones((1, *shape[:1]), np.int64)
+    return {f"layers__{layer}__{axis}__{part}": array for part, array in arrays.items()}
 
 
 def kept_channels(layer: int, **axes: list[str]) -> Damage:
@@ -489,29 +493,26 @@ STATS = [
          ("stats.safetensors", "other sizes", "expected (3, {'ffn': (1, 96)}, 640)",
           "found (3, {'ffn': (1, 96)}, 3)", "calibrate again")),
     Case("statistics of other channels",
-         stats(**dict.fromkeys(sums_of(1), np.ones((1, 1, 80)))), PLAN,
+         stats(**sums_of(1, 1, 80)), PLAN,
          ("stats.safetensors", "other sizes", "of layer 1", "expected (3, {'ffn': (1, 96)}, 640)",
           "found (3, {'ffn': (1, 80)}, 640)", "calibrate again")),
     Case("statistics of experts",
-         stats(**dict.fromkeys(sums_of(2), np.ones((1, 4, 96))),
-               layers__2__ffn__tokens=np.ones((1, 4), np.int64)), PLAN,
+         stats(**sums_of(2, 4, 96)), PLAN,
          ("stats.safetensors", "other sizes", "of layer 2", "found (3, {'ffn': (4, 96)}, 640)",
           "calibrate again")),
     Case("statistics with an axis too many",
-         stats(**dict.fromkeys(sums_of(0, "shared"), np.ones((1, 1, 96))),
-               layers__0__shared__tokens=np.ones((1, 1), np.int64)), PLAN,
+         stats(**sums_of(0, 1, 96, axis="shared")), PLAN,
          ("stats.safetensors", "other sizes", "of layer 0", "'shared': (1, 96)", "calibrate")),
     Case("statistics of too few layers",
-         stats(**dict.fromkeys([*sums_of(2), "layers__2__ffn__tokens"])), PLAN,
+         stats(**dict.fromkeys(sums_of(2, 1, 96)), cosines=np.ones(2)), PLAN,
          ("stats.safetensors", "other sizes", "of layer 2",
           "expected (3, {'ffn': (1, 96)}, 640)", "found (2, 640)", "calibrate again")),
     Case("statistics of too many layers",
-         stats(**dict.fromkeys(sums_of(3), np.ones((1, 1, 96))),
-               layers__3__ffn__tokens=np.ones((1, 1), np.int64)), PLAN,
+         stats(**sums_of(3, 1, 96), cosines=np.ones(4)), PLAN,
          ("stats.safetensors", "other sizes", "of layer 3", "expected (3, 640)",
           "found (4, {'ffn': (1, 96)}, 640)", "calibrate again")),
     Case("statistics without a layer",
-         stats(**dict.fromkeys([*sums_of(1), "layers__1__ffn__tokens"])), PLAN,
+         stats(**dict.fromkeys(sums_of(1, 1, 96))), PLAN,
          ("stats.safetensors", "other sizes", "of layer 1", "found (3, {}, 640)", "calibrate")),
     Case("text for statistics", nothing, PLAN.replace("stats.safetensors", "text.txt"),
          ("text.txt", "not a statistics file", "found", "calibrate again")),
@@ -521,8 +522,23 @@ STATS = [
          ("stats.safetensors", "No such file", "name the file that calibrate wrote")),
     Case("statistics cut", cut("stats.safetensors", -8), PLAN,
          ("stats.safetensors", "not a statistics file", "found", "calibrate again")),
-    Case("statistics of the next format", stats(format=3), PLAN,
-         ("stats.safetensors", "another format", "expected 2", "found 3", "calibrate again")),
+    Case("statistics of the next format", stats(format=4), PLAN,
+         ("stats.safetensors", "another format", "expected 3", "found 4", "calibrate again")),
+    Case("statistics without cosines", stats(cosines=None), PLAN,
+         ("stats.safetensors", "lacks an array", "cosines", "calibrate again")),
+    Case("statistics with a cosine too few", stats(cosines=np.ones(2)), PLAN,
+         ("stats.safetensors: cosines", "each layer", "expected [3]", "found [2]", "calibrate")),
+    Case("statistics with a cosine that is none", stats(cosines=np.full(3, np.nan)), PLAN,
+         ("stats.safetensors: cosines", "not finite", "calibrate again")),
+    Case("statistics whose cosines are whole numbers", stats(cosines=np.ones(3, np.int64)), PLAN,
+         ("stats.safetensors: cosines", "dtype", "expected float64", "calibrate again")),
+    Case("statistics without norms", stats(layers__1__ffn__weight_norm=None), PLAN,
+         ("stats.safetensors", "lacks an array", "layers.1.ffn.weight_norm", "calibrate again")),
+    Case("statistics with norms by bucket", stats(layers__1__ffn__sum_l2=np.ones((1, 1, 96))), PLAN,
+         ("stats.safetensors: layers.1.ffn", "different shapes", "calibrate again")),
+    Case("statistics with an endless norm",
+         stats(layers__1__ffn__weight_norm=np.full((1, 96), np.inf)), PLAN,
+         ("stats.safetensors: layers.1.ffn", "not finite", "calibrate again")),
     Case("statistics without counts", stats(token_counts=None), PLAN,
          ("stats.safetensors", "lacks an array", "token_counts", "calibrate again")),
     Case("statistics without sums", stats(layers__1__ffn__sum_abs=None), PLAN,
