@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
+from surgery.cut_tokenizer import cut_tokenizer
 from surgery.frequency import encoded
 from surgery.idmap import IdMap
 from surgery.scripts import script_of, scripts_of
@@ -100,7 +101,7 @@ def vocabulary_cost(
     old, new = dict.fromkeys(lines, 0), dict.fromkeys(lines, 0)
     if lines:
         old = _counts(tokenizer.library(), lines)
-        new = _counts(TokenizerFile(tokenizer.path, tokenizer.rewrite(ids)).library(), lines)
+        new = _counts(cut_tokenizer(tokenizer, ids)[0], lines)
     costs = [
         ScriptCost(
             name, before[name], after[name], nbytes.get(name, 0), old.get(name, 0), new.get(name, 0)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from surgery.cut_tokenizer import cut_tokenizer
 from surgery.idmap import IdMap
 from surgery.tokenizer import TokenizerFile
 from surgery.tokenizer_checks import check_tokenizer
@@ -185,3 +186,49 @@ def test_unigram(data: dict[str, Any], texts: list[str], share: float, seed: int
 @given(data=wordpiece(), **CASES)
 def test_wordpiece(data: dict[str, Any], texts: list[str], share: float, seed: int) -> None:
     assert_cut_as_before(data, texts, share, seed)
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.one_of(byte_level(), sentencepiece(), unigram(), wordpiece()), **CASES)
+def test_text_cut_by_the_pruned_tokenizer_means_the_same_in_old_ids(
+    data: dict[str, Any], texts: list[str], share: float, seed: int
+) -> None:
+    source = TokenizerFile(WHERE, data)
+    tokens = len(source.token_ids)
+    rows = tokens - seed % 3  # the added tokens lie behind; up to two of them have no row
+    rarity = order_rows(source, rows, ())
+    ids = rarity.id_map(round(rarity.must_keep + share * (rows - rarity.must_keep)))
+    pruned, old_ids = cut_tokenizer(source, ids)
+    assert len(old_ids) == ids.new_size + tokens - rows
+    before, stays = source.library(), {*ids.kept.tolist(), *range(rows, tokens)}
+    for text in [*texts, f"<s>{texts[0]}</s>"]:
+        found = old_ids[np.array(pruned.encode(text).ids, dtype=np.int64)].tolist()
+        assert stays.issuperset(found)
+        assert before.decode(found, skip_special_tokens=False) == before.decode(
+            before.encode(text).ids, skip_special_tokens=False
+        )
+
+
+def test_what_pads_and_cuts_off_texts_is_left_out(llama: Path) -> None:
+    data = TokenizerFile.open(llama).data
+    data["truncation"] = {
+        "direction": "Right",
+        "max_length": 4,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+    data["padding"] = {
+        "strategy": {"Fixed": 8},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 3,
+        "pad_type_id": 0,
+        "pad_token": "<pad>",
+    }
+    tokenizer = TokenizerFile(WHERE, data)
+    ids = order_rows(tokenizer, len(tokenizer.token_ids), ()).id_map(400)
+    pruned, old_ids = cut_tokenizer(tokenizer, ids)
+    text = "The text is longer than four tokens."
+    found = old_ids[pruned.encode(text, add_special_tokens=False).ids].tolist()
+    assert 3 not in found
+    assert tokenizer.library().decode(found) == text
