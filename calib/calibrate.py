@@ -1,7 +1,7 @@
 """The calibration run: windows through the streamed decoder, sums of squares out."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +13,14 @@ import transformers
 from calib.batches import Stream
 from calib.corpus import digest
 from calib.decoder import StreamedDecoder
+from calib.influence import cosine_sum
 from calib.limits import Limits
+from calib.norms import weight_norms
 from calib.partial import Partial
 from calib.stages import Stages
 from calib.states import HiddenStates, SpilledStates
 from calib.sums import ChannelSums
+from calib.tokens import Tokens
 from calib.weights import WeightReader
 from surgery.errors import StatsError
 from surgery.layout import Layout
@@ -49,6 +52,7 @@ def calibrate(
     seq_len: int,
     device: torch.device,
     dtype: torch.dtype,
+    vocab_size: int | None = None,
     progress: Callable[[int], object] = lambda windows: None,
     run: Run | None = None,
 ) -> ChannelStats:
@@ -62,6 +66,7 @@ def calibrate(
         seq_len: Tokens of a full window, for the record.
         device: Where the layers compute.
         dtype: What they compute in; for the sums' own see ``ChannelSums``.
+        vocab_size: Rows of the vocabulary that cut the text, for the record; None is all.
         progress: Called with the windows that have passed a layer.
         run: Limits, and where the statistics go; without it they are only returned.
 
@@ -79,15 +84,17 @@ def calibrate(
         tokens=sum(map(len, windows)),
         bucket_edges=list(bucket_edges),
         dtype=str(dtype).removeprefix("torch."),
+        vocab_size=vocab_size,
     )
 
     def take(partial: Partial | None) -> ChannelStats:
         with WeightReader(layout.checkpoint, device, dtype) as reader:
-            taking = _Taking(layout, torch.from_numpy(bucket_of), reader, run, partial)
-            layers = taking.layers(windows, len(bucket_edges), progress)
+            buckets = torch.from_numpy(bucket_of)
+            taking = _Taking(layout, buckets, len(bucket_edges), reader, run, partial)
+            layers, cosines = taking.layers(windows, progress)
             run.stages.bytes_read = reader.bytes_read
         counts = np.bincount(np.concatenate(windows), minlength=layout.vocab_size)
-        return ChannelStats(info, layers, counts, bucket_of)
+        return ChannelStats(info, layers, counts, bucket_of, cosines)
 
     if run.output is None:
         return take(None)
@@ -108,53 +115,69 @@ class _Taking:
         self,
         layout: Layout,
         buckets: torch.Tensor,
+        count: int,
         reader: WeightReader,
         run: Run,
         partial: Partial | None,
     ) -> None:
-        self._layout, self._buckets, self._reader = layout, buckets, reader
+        self._layout, self._reader = layout, reader
+        self._buckets, self._count = buckets, count
         self._run, self._partial = run, partial
         done = partial.finished if partial else 0
         self._found = [partial.sums(layer) for layer in range(done)] if partial else []
         self._current: dict[str, ChannelSums] = {}
+        self._norms: dict[str, torch.Tensor] = {}
+        self._cosines = 0.0
 
     def layers(
-        self, windows: Sequence[np.ndarray], buckets: int, progress: Callable[[int], object]
-    ) -> list[dict[str, AxisSums]]:
-        """Compute the layers that are not finished, and return the sums of all."""
+        self, windows: Sequence[np.ndarray], progress: Callable[[int], object]
+    ) -> tuple[list[dict[str, AxisSums]], np.ndarray]:
+        """Compute the layers that are not finished, and return the sums and cosines of all."""
         layout, done = self._layout, len(self._found)
         progress(done * len(windows))
-        if done == layout.num_hidden_layers:
-            return self._found
+        if done < layout.num_hidden_layers:
+            decoder = StreamedDecoder(layout, self._reader, self._run.limits, self._run.stages)
+            stream = Stream(windows, self._states())
+            decoder.embed([stream], passed=done)
+            decoder.run_layers(
+                [stream],
+                self._watch,
+                loaded=self._begin,
+                compare=self._compare,
+                progress=progress,
+                finished=self._finish,
+            )
+        return [axes for axes, _ in self._found], np.array([cosine for _, cosine in self._found])
 
-        def watch(layer: int, axis: str, expert: int, ids: torch.Tensor, act: torch.Tensor) -> None:
-            if not self._current:
-                self._current = self._zeros(layer, buckets)
-            self._current[axis].add(expert, self._buckets[ids], act)
+    def _begin(self, layer: int, stored: Mapping[str, torch.Tensor]) -> None:
+        self._norms = weight_norms(self._layout, layer, stored)
+        self._current, self._cosines = {}, 0.0
 
-        def finished(layer: int) -> None:
-            sums = self._current or self._zeros(layer, buckets)
-            self._keep(layer, {axis: each.numbers() for axis, each in sums.items()})
-            self._current = {}
+    def _watch(self, layer: int, axis: str, expert: int, tokens: Tokens, act: torch.Tensor) -> None:
+        if not self._current:  # not before the weights are where they compute: that is the peak
+            self._current = self._zeros()
+        self._current[axis].add(expert, tokens, self._buckets[tokens.ids], act)
 
-        decoder = StreamedDecoder(layout, self._reader, self._run.limits, self._run.stages)
-        stream = Stream(windows, self._states())
-        decoder.embed([stream], passed=done)
-        decoder.run_layers([stream], watch, progress=progress, finished=finished)
-        return self._found
+    def _compare(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        self._cosines += cosine_sum(before, after)
 
-    def _zeros(self, layer: int, buckets: int) -> dict[str, ChannelSums]:
-        layout, device = self._layout, self._reader.device
-        return {
-            axis: ChannelSums(buckets, experts, layout.channels_of(axis), device)
-            for axis, experts in layout.watched[layer].items()
-        }
-
-    def _keep(self, layer: int, sums: dict[str, AxisSums]) -> None:
+    def _finish(self, layer: int) -> None:
+        """Keep what the layer has left, on the disk where there is a directory for it."""
+        sums = self._current or self._zeros()
+        found = {axis: each.numbers(self._norms[axis]) for axis, each in sums.items()}
+        self._current = {}
         if self._partial:
-            self._partial.add(layer, sums)
-            sums = self._partial.sums(layer)
-        self._found.append(sums)
+            self._partial.add(layer, found, self._cosines)
+            self._found.append(self._partial.sums(layer))
+        else:
+            self._found.append((found, self._cosines))
+
+    def _zeros(self) -> dict[str, ChannelSums]:
+        device = self._reader.device
+        return {
+            axis: ChannelSums(self._count, len(norms), norms.shape[1], device)
+            for axis, norms in self._norms.items()
+        }
 
     def _states(self) -> HiddenStates:
         place, directory = self._run.limits.hidden, self._partial.hidden if self._partial else None
@@ -170,6 +193,7 @@ def identity(
     return {
         "model": info.fingerprint,
         "text": info.text_digest,
+        "--vocab-size": str(info.vocab_size),
         "--vocab-sizes": ",".join(map(str, info.bucket_edges)),
         "order of the vocabulary": hashlib.sha256(bucket_of.astype("<i8").tobytes()).hexdigest(),
         "--dtype": info.dtype,

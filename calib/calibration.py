@@ -29,6 +29,8 @@ class Calibration:
     seq_len: int
     bucket_of: np.ndarray
     edges: list[int]
+    vocab_size: int | None
+    """Rows of the vocabulary that cut the text; None is all."""
     device: torch.device
     dtype: torch.dtype
     settings: Settings
@@ -45,6 +47,7 @@ class Calibration:
             seq_len=self.seq_len,
             device=self.device,
             dtype=self.dtype,
+            vocab_size=self.vocab_size,
             progress=progress,
             run=self.run,
         )
@@ -70,6 +73,7 @@ def prepare(
     windows: Sequence[np.ndarray],
     buckets: tuple[np.ndarray, list[int]],
     *,
+    vocab_size: int | None,
     seq_len: int,
     device: str,
     dtype: str,
@@ -106,7 +110,9 @@ def prepare(
         asked,
     )
     made = predict(layout, text, settings)
-    return Calibration(layout, windows, seq_len, *buckets, where, computed, settings, made, run)
+    return Calibration(
+        layout, windows, seq_len, *buckets, vocab_size, where, computed, settings, made, run
+    )
 
 
 def text_of(windows: Sequence[np.ndarray]) -> Text:

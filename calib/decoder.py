@@ -17,6 +17,7 @@ from calib.memory import release_freed_memory, reuse_freed_memory
 from calib.recorder import Arguments, Finished, Recorded, Recorder
 from calib.stages import Stages
 from calib.swapped import swapped
+from calib.tokens import Tokens
 from calib.transfer import Transfer
 from calib.weights import WeightReader
 from surgery.errors import DataError
@@ -29,9 +30,15 @@ HEAD_ROWS = 8192
 
 NO_WEIGHTS: Mapping[str, torch.Tensor] = {}
 
-Watch = Callable[[int, str, int, torch.Tensor, torch.Tensor], torch.Tensor | None]
-"""Called with layer, channel axis, expert (0 in a dense FFN), token ids ``(n,)`` and their input of
-down_proj ``(n, I)``; what it returns, if anything, goes into down_proj instead."""
+Watch = Callable[[int, str, int, Tokens, torch.Tensor], torch.Tensor | None]
+"""Called with layer, channel axis, expert (0 in a dense FFN), n tokens and their input of down_proj
+``(n, I)``; what it returns, if anything, goes into down_proj instead."""
+
+Loaded = Callable[[int, Mapping[str, torch.Tensor]], object]
+"""Called with layer and its tensors as the file lays them out, by their names in the text model."""
+
+Compare = Callable[[int, torch.Tensor, torch.Tensor], object]
+"""Called with layer and the hidden states ``(windows, tokens, D)`` before and behind it."""
 
 
 def unchanged(*_: object) -> None:
@@ -130,6 +137,8 @@ class StreamedDecoder:
         streams: Sequence[Stream],
         watch: Watch = unchanged,
         *,
+        loaded: Loaded = unchanged,
+        compare: Compare = unchanged,
         progress: Callable[[int], object] = lambda windows: None,
         finished: Callable[[int], object] = lambda layer: None,
     ) -> None:
@@ -138,21 +147,23 @@ class StreamedDecoder:
         Args:
             streams: From ``embed``; their hidden states are overwritten.
             watch: Sees, and may change, the input of each down_proj.
+            loaded: Sees the weights of each layer.
+            compare: Sees what each layer makes of the hidden states.
             progress: Called with the windows that have passed a layer.
             finished: Called with each layer that all windows have passed.
         """
-        for index in self.layers(streams[0].states.passed):
+        for index in self.layers(streams[0].states.passed, loaded):
             for stream in streams:
-                self.run(index, stream, watch, progress=progress)
+                self.run(index, stream, watch, compare=compare, progress=progress)
             finished(index)
 
-    def layers(self, first: int = 0) -> Iterator[int]:
+    def layers(self, first: int = 0, loaded: Loaded = unchanged) -> Iterator[int]:
         """Yield the number of each layer from ``first`` on while its weights are in memory.
 
         The next layer is read meanwhile. It waits in the file's dtype: one layer and a half in
-        memory where bf16 computes in fp32.
+        memory where bf16 computes in fp32. ``loaded`` sees each layer's weights as they were read.
         """
-        for index in self._loaded_layers(first):
+        for index in self._loaded_layers(first, loaded):
             yield index
             self._layers[index].to("meta")
 
@@ -164,6 +175,7 @@ class StreamedDecoder:
         watch: Watch = unchanged,
         weights: Mapping[str, torch.Tensor] = NO_WEIGHTS,
         *,
+        compare: Compare = unchanged,
         progress: Callable[[int], object] = lambda windows: None,
     ) -> None:
         """Carry ``stream`` through the layer ``index``, one that ``layers`` has yielded.
@@ -173,13 +185,14 @@ class StreamedDecoder:
             stream: Its hidden states are overwritten.
             watch: Sees, and may change, the input of each down_proj.
             weights: Parameters of the layer that this stream is to see instead of its own.
+            compare: Sees what the layer makes of the hidden states.
             progress: Called with the windows that have passed.
         """
         layer, units = self._layers[index], self.units(index)
         with self.stages.timed("compute"), swapped(layer, weights):
             for part in self._parts(stream.batches):
                 watched = watched_ffn(layer, units, part.ids, partial(watch, index))
-                self._run(index, layer, part, watched)
+                self._run(index, layer, part, watched, compare)
                 progress(len(part.ids))
         with self.stages.timed("write"):
             stream.states.advance()
@@ -188,7 +201,7 @@ class StreamedDecoder:
         """The library's layer; it has weights while ``layers`` is at it."""
         return self._layers[index]
 
-    def _loaded_layers(self, first: int) -> Iterator[int]:
+    def _loaded_layers(self, first: int, loaded: Loaded) -> Iterator[int]:
         """Yield each layer from ``first`` on, loaded, the next one underway.
 
         Merging experts takes a layer's memory twice over; the next layer does not come on top.
@@ -203,6 +216,7 @@ class StreamedDecoder:
                 if more and prefetch and not merges:
                     following = background.submit(self._read_layer, index + 1)
                 with self.stages.timed("convert"):
+                    loaded(index, stored)
                     self._load(index, self._layers[index], stored)
                 if more and prefetch and merges:
                     following = background.submit(self._read_layer, index + 1)
@@ -339,12 +353,19 @@ class StreamedDecoder:
         return list(units.values())
 
     def _run(
-        self, index: int, layer: nn.Module, part: MicroBatch, watched: AbstractContextManager[None]
+        self,
+        index: int,
+        layer: nn.Module,
+        part: MicroBatch,
+        watched: AbstractContextManager[None],
+        compare: Compare,
     ) -> None:
         positional, named = part.batch.arguments[len(part.ids)][index]
         hidden = part.read().to(self.reader.device)
         with library_errors(self.layout), watched:
             result = layer(hidden, *positional, **named)
             self._returns_tuple = isinstance(result, tuple)
-            part.write(result[0] if self._returns_tuple else result)
+            after = result[0] if self._returns_tuple else result
+            compare(index, hidden, after)
+            part.write(after)
         part.batch.states.give_back(part.rows)

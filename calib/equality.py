@@ -7,6 +7,7 @@ import torch
 
 from calib.batches import Stream
 from calib.decoder import StreamedDecoder, Watch
+from calib.tokens import Tokens
 from calib.weights import WeightReader
 from surgery.edits import kept_channels
 from surgery.layout import Layout
@@ -45,7 +46,7 @@ def compare_forward(plan: Plan, dense: Layout, pruned: Layout, device: torch.dev
     channels = kept_channels(plan, dense)
 
     def mask_channels(
-        layer: int, axis: str, expert: int, _: torch.Tensor, act: torch.Tensor
+        layer: int, axis: str, expert: int, _: Tokens, act: torch.Tensor
     ) -> torch.Tensor:
         stays = torch.from_numpy(channels[layer][axis][expert]).to(act.device)
         masked = torch.zeros_like(act)

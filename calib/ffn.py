@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from calib.experts import watched_experts
+from calib.tokens import Tokens
 
 PIECE_VALUES = 1 << 23
 """Values of one FFN activation at a time, tokens × I: 32 MiB in fp32.
@@ -17,9 +18,9 @@ PIECE_VALUES = 1 << 23
 In pieces of a quarter of this, a window of 2,048 tokens of the 8B shape took 1.3 × the time.
 """
 
-See = Callable[[str, int, torch.Tensor, torch.Tensor], torch.Tensor | None]
-"""Called with the channel axis, the expert (0 in a dense FFN), token ids ``(n,)`` and their input
-of down_proj ``(n, I)``; what it returns, if anything, goes into down_proj instead."""
+See = Callable[[str, int, Tokens, torch.Tensor], torch.Tensor | None]
+"""Called with the channel axis, the expert (0 in a dense FFN), n tokens and what of them goes into
+down_proj ``(n, I)``; what it returns, if anything, goes there instead."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,10 @@ def watched_ffn(
 
 @contextmanager
 def _routed(unit: Unit, module: nn.Module, ids: torch.Tensor, see: See) -> Iterator[None]:
-    flat = ids.flatten()
-    with watched_experts(module, lambda e, at, act: see(unit.axis, e, flat[at.cpu()], act)):
+    def see_expert(expert: int, places: torch.Tensor, act: torch.Tensor) -> torch.Tensor | None:
+        return see(unit.axis, expert, Tokens.at(ids, places.cpu()), act)
+
+    with watched_experts(module, see_expert):
         yield
 
 
@@ -89,7 +92,7 @@ def _dense(
 
     def pre_hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
         act = inputs[0]
-        changed = see(unit.axis, 0, ids[:, part].flatten(), act.flatten(0, -2))
+        changed = see(unit.axis, 0, Tokens.of(ids, part), act.flatten(0, -2))
         return None if changed is None else (changed.view(act.shape), *inputs[1:])
 
     handle = down_proj.register_forward_pre_hook(pre_hook)

@@ -13,7 +13,7 @@ import numpy as np
 from surgery.errors import OutputError
 from surgery.header import read_header
 from surgery.jsonfile import read_file, write_atomic
-from surgery.stats import DTYPES, PARTS, AxisSums, save_arrays
+from surgery.stats import COSINES, DTYPES, PARTS, AxisSums, save_arrays
 
 STATE = "state.json"
 NUMPY = {name: dtype for dtype, name in DTYPES.items()}
@@ -26,7 +26,7 @@ class State(msgspec.Struct, forbid_unknown_fields=True):
     """What must not change between a run and its continuation, by the name users know."""
     finished: int = 0
     """Layers whose sums are complete, and which the hidden states have passed."""
-    format: int = 1
+    format: int = 2
 
 
 class Partial:
@@ -76,23 +76,28 @@ class Partial:
         """Layers that need not be computed again."""
         return self._state.finished
 
-    def add(self, layer: int, axes: Mapping[str, AxisSums]) -> None:
+    def add(self, layer: int, axes: Mapping[str, AxisSums], cosines: float) -> None:
         """Keep the sums of the next layer; its hidden states are on the disk already."""
         arrays = {
             f"{axis}.{part}": getattr(sums, part) for axis, sums in axes.items() for part in PARTS
         }
+        arrays[COSINES] = np.array([cosines])
         save_arrays(self._file(layer), arrays, {})
         self._state.finished = layer + 1
         write_atomic(self.path / STATE, msgspec.json.encode(self._state))
 
-    def sums(self, layer: int) -> dict[str, AxisSums]:
-        """Return the sums of a finished layer, mapped: they take no memory until they are read."""
+    def sums(self, layer: int) -> tuple[dict[str, AxisSums], float]:
+        """Return the sums of a finished layer, mapped: they take no memory until they are read.
+
+        Beside those of its axes it is the sum of the cosines.
+        """
         arrays: dict[str, dict[str, np.ndarray]] = {}
         for ref in read_header(self._file(layer)).tensors:
             axis, _, part = ref.name.partition(".")
             array = np.memmap(ref.path, NUMPY[ref.dtype], "r", ref.start, ref.shape)
             arrays.setdefault(axis, {})[part] = array
-        return {axis: AxisSums(**parts) for axis, parts in arrays.items()}
+        cosines = float(arrays.pop(COSINES)[""][0])
+        return {axis: AxisSums(**parts) for axis, parts in arrays.items()}, cosines
 
     def remove(self) -> None:
         """Delete the directory; from the first step on, there is nothing to continue."""

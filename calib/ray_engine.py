@@ -24,6 +24,7 @@ def calibrate_on_ray(
     bucket_edges: Sequence[int],
     division: Division,
     *,
+    vocab_size: int | None,
     seq_len: int,
     device: str,
     dtype: str,
@@ -40,6 +41,7 @@ def calibrate_on_ray(
         bucket_of: See there.
         bucket_edges: See there.
         division: The number of parts, one for each window at most, and where tasks may write.
+        vocab_size: See there.
         seq_len: See there.
         device: As on the command line; every node chooses its own.
         dtype: Likewise.
@@ -61,7 +63,9 @@ def calibrate_on_ray(
         buckets = ray.put((bucket_of, list(bucket_edges)))
         chosen = {f"part {k}/{count}": Part(k, count).choose(windows) for k in range(1, count + 1)}
         tasks = {
-            task.remote(*model, part, buckets, seq_len, device, dtype, Path(folder)): name
+            task.remote(
+                *model, part, buckets, vocab_size, seq_len, device, dtype, Path(folder)
+            ): name
             for name, part in chosen.items()
         }
         paths: list[Path] = []
@@ -79,6 +83,7 @@ def part_task(
     family: str | None,
     windows: list[np.ndarray],
     buckets: tuple[np.ndarray, list[int]],
+    vocab_size: int | None,
     seq_len: int,
     device: str,
     dtype: str,
@@ -94,6 +99,7 @@ def part_task(
         layout,
         windows,
         *buckets,
+        vocab_size=vocab_size,
         seq_len=seq_len,
         device=where,
         dtype=choose_dtype(dtype, layout.checkpoint, where),

@@ -1,7 +1,8 @@
-"""Sums of activations and of their squares, by bucket of token rarity."""
+"""Sums of activations, of their squares and of windows' norms, by bucket of token rarity."""
 
 import torch
 
+from calib.tokens import Tokens
 from calib.weights import pages
 from surgery.stats import AxisSums
 
@@ -10,6 +11,27 @@ CHUNK_VALUES = 1 << 20
 
 FEW_TOKENS = 64
 """Tokens whose activations are summed in float32 where there is no float64."""
+
+
+class Sum:
+    """Sums in the making; those of float32 are added with Kahan's compensation."""
+
+    def __init__(self, total: torch.Tensor) -> None:
+        """Begin with zeros, which become the sums."""
+        self.total = total
+        self._lost = torch.zeros_like(total) if total.dtype == torch.float32 else None
+
+    def add(self, part: torch.Tensor, expert: int | None = None) -> None:
+        """Add ``part`` ``(…, I)`` to the sums, or to those of an expert ``(…, experts, I)``."""
+        total = self.total if expert is None else self.total[..., expert, :]
+        if self._lost is None:
+            total += part
+            return
+        lost = self._lost if expert is None else self._lost[..., expert, :]
+        part = part - lost
+        larger = total + part
+        lost.copy_((larger - total) - part)
+        total.copy_(larger)
 
 
 class ChannelSums:
@@ -30,58 +52,57 @@ class ChannelSums:
         compensated: bool | None = None,
     ) -> None:
         """Begin with zeros; ``compensated`` None is where the device has no float64."""
-        shape = (buckets, experts, channels)
         self._compensated = device.type == "mps" if compensated is None else compensated
         self._dtype = torch.float32 if self._compensated else torch.float64
-        self.sum_sq = zeros(shape, self._dtype, device)
-        self.sum_abs = zeros(shape, self._dtype, device)
-        self._lost = [torch.zeros_like(s) for s in self._sums] if self._compensated else []
+        shape = (buckets, experts, channels)
+        self.sum_sq, self.sum_abs, self.sum_l2 = (
+            Sum(zeros(each, self._dtype, device)) for each in (shape, shape, shape[1:])
+        )
         self.tokens = torch.zeros((buckets, experts), dtype=torch.int64)
+        self._window_sq: Sum | None = None
+        """``(windows, I)``: Σ act² of those whose last token has not come."""
 
-    @property
-    def _sums(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.sum_abs, self.sum_sq
-
-    def add(self, expert: int, buckets: torch.Tensor, act: torch.Tensor) -> None:
+    def add(self, expert: int, tokens: Tokens, buckets: torch.Tensor, act: torch.Tensor) -> None:
         """Add the activations of some tokens.
 
         Args:
             expert: Who saw them; 0 in a dense FFN.
-            buckets: int64 ``(tokens,)``: the bucket of each token, on the CPU.
+            tokens: Whose they are; between the first and the last of some windows come no others.
+            buckets: int64 ``(tokens,)``: the bucket of each, on the CPU.
             act: ``(tokens, I)``, the input of down_proj.
         """
         count = len(self.tokens)
         self.tokens[:, expert] += torch.bincount(buckets, minlength=count)
-        member = membership(buckets, count).to(self._dtype).to(act.device)
-        step = max(1, CHUNK_VALUES // act.shape[1])
+        if self._window_sq is None:
+            shape = (tokens.count, act.shape[1])
+            self._window_sq = Sum(torch.zeros(shape, dtype=self._dtype, device=act.device))
+        windows = self._window_sq
+        step = max(1, CHUNK_VALUES // max(act.shape[1], tokens.count))
         step = min(step, FEW_TOKENS) if self._compensated else step
         for start in range(0, len(act), step):
             part = slice(start, start + step)
+            of_bucket = membership(buckets[part], count)
+            groups = torch.cat([of_bucket, membership(tokens.windows[part], tokens.count)])
+            groups = groups.to(act.device, self._dtype)
             wide = act[part].to(self._dtype).abs_()
-            self._add(0, expert, member[:, part] @ wide)
-            self._add(1, expert, member[:, part] @ wide.square_())
+            self.sum_abs.add(groups[:count] @ wide, expert)
+            sums = groups @ wide.square_()
+            self.sum_sq.add(sums[:count], expert)
+            windows.add(sums[count:])
+        if tokens.last:
+            self.sum_l2.add(windows.total.sqrt_().sum(dim=0), expert)
+            self._window_sq = None
 
-    def _add(self, which: int, expert: int, part: torch.Tensor) -> None:
-        """Add ``part`` ``(buckets, I)`` to one of the sums."""
-        total = self._sums[which][:, expert]
-        if not self._compensated:
-            total += part
-            return
-        lost = self._lost[which][:, expert]
-        part = part - lost
-        larger = total + part
-        lost.copy_((larger - total) - part)
-        total.copy_(larger)
-
-    def numbers(self) -> AxisSums:
-        """The sums as arrays."""
-        sums = [each.cpu().double().numpy() for each in self._sums]
-        return AxisSums(sums[1], sums[0], self.tokens.numpy())
+    def numbers(self, weight_norm: torch.Tensor) -> AxisSums:
+        """The sums as arrays, with the norms ``(experts, I)`` of the weights they go into."""
+        sums = (self.sum_sq, self.sum_abs, self.sum_l2)
+        sum_sq, sum_abs, sum_l2 = (each.total.cpu().double().numpy() for each in sums)
+        return AxisSums(sum_sq, sum_abs, self.tokens.numpy(), sum_l2, weight_norm.numpy())
 
 
-def membership(buckets: torch.Tensor, count: int) -> torch.Tensor:
-    """Return float64 ``(count, tokens)``: 1 where ``buckets[token]`` is the row."""
-    return torch.nn.functional.one_hot(buckets, count).T.double()
+def membership(groups: torch.Tensor, count: int) -> torch.Tensor:
+    """Return ``(count, tokens)``: whether ``groups[token]`` is the row."""
+    return torch.arange(count)[:, None] == groups
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

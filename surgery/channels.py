@@ -48,15 +48,32 @@ def _weighted_sum(weights: np.ndarray, sums: np.ndarray) -> np.ndarray:
     return total
 
 
+def _wanda(stats: ChannelStats, sums: AxisSums, ids: IdMap, seed: list[int]) -> np.ndarray:
+    norms: np.ndarray = sums.weight_norm * np.sqrt(_common_act2(stats, sums, ids, seed))
+    return norms
+
+
+def _l2(stats: ChannelStats, sums: AxisSums, ids: IdMap, seed: list[int]) -> np.ndarray:
+    return sums.sum_l2
+
+
 CRITERIA: dict[str, Callable[[ChannelStats, AxisSums, IdMap, list[int]], np.ndarray]] = {
     DEFAULT_CRITERION: _common_act2,
     "act2": _act2,
     "abs-act": _abs_act,
+    "wanda": _wanda,
+    "l2": _l2,
     "random": _random,
 }
-"""Importance I_k of each expert's channels: eq. 5, eq. 4, Σ|act| over all tokens, seeded chance.
+"""Importance I_k of each expert's channels; an FFN that is no expert counts as one.
 
-An FFN that is no expert counts as one."""
+- ``common-act2``: eq. 5, Σ act² over the tokens that stay; ``act2``: eq. 4, over all; ``abs-act``:
+  Σ|act| over all; ``random``: seeded chance.
+- ``wanda``: ||W[:, k]||₂ · √(eq. 5). Wanda (arXiv 2306.11695, eq. 1) scores the weight W[d, k] by
+  |W[d, k]| · ||x_k||₂ with x the input; this is the norm of a channel's scores over its column.
+- ``l2``: first stage of 2SSP (arXiv 2501.17771): the norm √(Σ act²) over a window's tokens, mean
+  over windows. Their number is the same for all channels and left out.
+"""
 
 Kept = list[dict[str, list[np.ndarray]]]
 """Per layer: channel axis → per expert the ascending indices of the channels that stay."""

@@ -12,6 +12,7 @@ import click
 from surgery.apply import JOBS
 from surgery.options import (
     ChannelOptions,
+    CutOptions,
     DivisionOptions,
     Refusal,
     Target,
@@ -19,6 +20,7 @@ from surgery.options import (
     calibration_options,
     channel_options,
     compute_options,
+    cut_options,
     data_option,
     division_options,
     family_option,
@@ -41,12 +43,7 @@ if TYPE_CHECKING:
 @model_argument
 @family_option
 @calibration_options
-@click.option(
-    "--vocab-sizes",
-    metavar="V,V,…",
-    help="Sizes V' for which the statistics are to be exact; "
-    "else those of --ratio 0.1, 0.2, 0.35 and 0.5.",
-)
+@cut_options
 @division_options
 @vocabulary_options
 @click.option("-o", "output", type=path_type, default="stats.safetensors", show_default=True)
@@ -57,7 +54,7 @@ if TYPE_CHECKING:
 def calibrate(
     model: str,
     family: str | None,
-    vocab_sizes: str | None,
+    cut: CutOptions,
     spread: DivisionOptions,
     output: Path,
     vocabulary: VocabularyOptions,
@@ -75,18 +72,20 @@ def calibrate(
     from calib.documents import read_documents
     from surgery.choices import parse_vocab_sizes, rarity_or_whole
     from surgery.steps import open_model, prepare_calibration, take_on_ray, take_statistics
+    from surgery.text_vocabulary import TextVocabulary
 
     place = output.absolute().parent
     division = _division(spread, place, resume)
     layout, _ = open_model(model, family)
     if not place.is_dir():  # known before the work, not after it
         raise Refusal(f"{output}: its directory does not exist; create it, or name another")
-    sizes = parse_vocab_sizes(vocab_sizes, layout) if vocab_sizes else None
+    exact = parse_vocab_sizes(cut.vocab_sizes, layout) if cut.vocab_sizes else ()
     rarity = rarity_or_whole(layout, vocabulary, read_documents(options["data"]))
     start = time.perf_counter()
     local = division.engine == "local"
     running = Running(output if local else None, resume, resources, division)
-    made = prepare_calibration(layout, sizes, rarity=rarity, running=running, **options)
+    of_text = TextVocabulary(rarity, cut.vocab_size, exact)
+    made = prepare_calibration(layout, of_text, running=running, **options)
     if dry_run:
         click.echo(json.dumps(made.prediction.facts()) if as_json else made.prediction.table())
         return
@@ -183,6 +182,7 @@ def prune(
         run_apply,
         take_statistics,
     )
+    from surgery.text_vocabulary import TextVocabulary
     from surgery.verify import verify_files
     from surgery.writer import check_place
 
@@ -204,10 +204,10 @@ def prune(
     )
     planned(None)  # refuses before the work
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    sizes = [chosen.sizes.vocab_size]
     stats = None
     if layout.widths:
-        stats = take_statistics(prepare_calibration(layout, sizes, rarity=chosen.rarity, **options))
+        of_text = TextVocabulary(chosen.rarity, chosen.sizes.vocab_size)
+        stats = take_statistics(prepare_calibration(layout, of_text, **options))
         stats.save(output.with_name(output.name + ".stats.safetensors"))
     made = planned(stats, documents=read_documents(options["data"]))
     made.save(output.with_name(output.name + ".plan.json"))

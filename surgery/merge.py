@@ -11,13 +11,21 @@ import numpy as np
 from surgery.errors import StatsError
 from surgery.stats import AxisSums, ChannelStats, StatsInfo, read_info
 
+SAME_MODEL = "merge statistics of the same checkpoint"
+NORM_TOLERANCE = 1e-9
+"""Machines add the squares of a column in different orders."""
+
 SAME = {
-    "fingerprint": ("another model's", "merge statistics of the same checkpoint"),
+    "fingerprint": ("another model's", SAME_MODEL),
     "bucket_edges": (
         "counted in other buckets of tokens",
         "calibrate with the same --vocab-sizes and options of the vocabulary",
     ),
     "dtype": ("taken in another dtype", "calibrate with the same --dtype"),
+    "vocab_size": (
+        "taken of text that another vocabulary cut",
+        "calibrate with the same --vocab-size",
+    ),
     "seq_len": ("taken with other windows", "calibrate with the same --seq-len"),
 }
 """Field of StatsInfo → what it means when it differs, and what to do."""
@@ -73,18 +81,26 @@ def _add(total: ChannelStats, other: ChannelStats, path: Path) -> ChannelStats:
         raise _refused(path, "has arrays of other shapes", None, None, "calibrate again")
     with np.errstate(over="ignore"):  # the check below refuses what is not finite
         layers = [
-            {axis: _add_sums(sums, axes[axis]) for axis, sums in before.items()}
+            {axis: _add_sums(sums, axes[axis], path) for axis, sums in before.items()}
             for before, axes in zip(total.layers, other.layers, strict=True)
         ]
         counts = total.token_counts + other.token_counts
-    merged = ChannelStats(_add_info(total.info, other.info), layers, counts, total.bucket_of, path)
+        cosines = total.cosines + other.cosines
+    info = _add_info(total.info, other.info)
+    merged = ChannelStats(info, layers, counts, total.bucket_of, cosines, path)
     merged.check(path)
     return merged
 
 
-def _add_sums(one: AxisSums, other: AxisSums) -> AxisSums:
+def _add_sums(one: AxisSums, other: AxisSums, path: Path) -> AxisSums:
+    if not np.allclose(one.weight_norm, other.weight_norm, rtol=NORM_TOLERANCE, atol=0):
+        raise _refused(path, "has other weights", "the same norms", "others", SAME_MODEL)
     return AxisSums(
-        one.sum_sq + other.sum_sq, one.sum_abs + other.sum_abs, one.tokens + other.tokens
+        one.sum_sq + other.sum_sq,
+        one.sum_abs + other.sum_abs,
+        one.tokens + other.tokens,
+        one.sum_l2 + other.sum_l2,
+        one.weight_norm,
     )
 
 

@@ -77,6 +77,15 @@ class ChannelOptions:
 
 
 @dataclass(frozen=True)
+class CutOptions:
+    """Which vocabulary cuts the calibration text, and for which the statistics are exact."""
+
+    vocab_size: int | None = None
+    vocab_sizes: str | None = None
+    """Such as "32768,24576"."""
+
+
+@dataclass(frozen=True)
 class DivisionOptions:
     """How calibration is divided over machines."""
 
@@ -159,6 +168,21 @@ compute_options = combined(
 )
 calibration_options = combined(
     data_option, samples_option, seq_len_option, seed_option, compute_options
+)
+cut_options = gathered(
+    "cut",
+    CutOptions,
+    click.option(
+        "--vocab-size",
+        type=int,
+        help="Cut the text as the tokenizer pruned to V' rows will: what the result will see.",
+    ),
+    click.option(
+        "--vocab-sizes",
+        metavar="V,V,…",
+        help="Sizes V' for which the statistics are to be exact; "
+        "else --vocab-size, or those of --ratio 0.1, 0.2, 0.35 and 0.5.",
+    ),
 )
 size_options = gathered(
     "target",

@@ -52,6 +52,8 @@ def make_plan(
         if experts and sizes.widths.get(experts.key) != layout.widths.get(experts.key):
             check_experts(stats, least_tokens)
         notes += _approximations(stats, ids, criterion)
+        if sizes.widths != layout.widths:
+            notes += _other_text(stats, ids)
         kept_channels = _encoded(layout, stats, ids, sizes, criterion)
     return Plan(
         source=source,
@@ -164,10 +166,20 @@ def _notes(
     return notes
 
 
+def _other_text(stats: ChannelStats, ids: IdMap) -> list[str]:
+    seen = stats.info.vocab_size or ids.old_size
+    if seen == ids.new_size:
+        return []
+    return [
+        f"the statistics are of text as {seen} rows cut it; calibrate --vocab-size {ids.new_size} "
+        "takes them on what the pruned model will see"
+    ]
+
+
 def _approximations(stats: ChannelStats, ids: IdMap, criterion: str) -> list[str]:
     weights = bucket_weights(stats, ids)
     partial = np.flatnonzero((weights > 0) & (weights < 1))
-    if criterion != "common-act2" or not len(partial):
+    if criterion not in ("common-act2", "wanda") or not len(partial):
         return []
     edges = [0, *stats.info.bucket_edges]
     parts = ", ".join(f"{edges[b]}-{edges[b + 1]} by {weights[b]:.1%}" for b in partial)

@@ -18,8 +18,8 @@ DEVICE_BASE_BYTES = 500 * MB
 """A CUDA context and cuBLAS; not measured here."""
 PIECE_BYTES = 1 << 25
 """One FFN activation at a time (``calib.ffn.PIECE_VALUES`` in fp32)."""
-CHUNK_BYTES = 2 << 23
-"""Activations in float64, and their squares (``calib.sums.CHUNK_VALUES``)."""
+CHUNK_BYTES = 3 << 23
+"""Activations in float64, and whose they are, or states (``calib.sums.CHUNK_VALUES``)."""
 HEAP_BYTES = 32 * MB
 """Freed memory that the heap keeps; measured, below ``calib.memory.HELD_BYTES``."""
 
@@ -214,7 +214,8 @@ def _ends(layout: Layout) -> int:
 def _sums(layout: Layout, buckets: int) -> Iterator[int]:
     """Bytes of the sums of each layer."""
     for axes in layout.watched:
-        yield sum(16 * buckets * n * layout.channels_of(axis) for axis, n in axes.items())
+        numbers = 2 * buckets + 2 if buckets else 0
+        yield sum(8 * numbers * n * layout.channels_of(axis) for axis, n in axes.items())
 
 
 def _activations(layout: Layout, text: Text, settings: Settings, width: int) -> int:

@@ -17,14 +17,15 @@ from surgery.family import WIDTHS
 from surgery.header import encode_header
 from surgery.jsonfile import open_regular
 
-FORMAT = 2
+FORMAT = 3
 KEY = "compact_surgery"
 AGAIN = "calibrate again"
 MAX_BYTES = 1 << 33
 """Twice what 60 layers of 384 experts with 2,048 channels have in five buckets."""
 
 DTYPES = {"<f8": "F64", "<i8": "I64"}
-PARTS = ("sum_sq", "sum_abs", "tokens")
+PARTS = ("sum_sq", "sum_abs", "tokens", "sum_l2", "weight_norm")
+COSINES = "cosines"
 ARRAY = re.compile(rf"layers\.(0|[1-9][0-9]{{0,4}})\.({'|'.join(WIDTHS)})\.({'|'.join(PARTS)})")
 
 
@@ -45,6 +46,8 @@ class StatsInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Bucket b holds the tokens of rarity rank ``edges[b-1] <= rank < edges[b]``; the last is V."""
     dtype: str
     """What the layers computed in."""
+    vocab_size: int | None = None
+    """Rows of the pruned vocabulary that cut the text; None where it was the source's."""
     parts: list[str] = []
     """The texts' digests in merged statistics, ascending; none in those of one run."""
     format: int = FORMAT
@@ -65,6 +68,10 @@ class AxisSums:
     """float64 ``[buckets, experts, I]``: Σ |act|."""
     tokens: np.ndarray
     """int64 ``[buckets, experts]``: tokens that each expert saw; one expert where all see all."""
+    sum_l2: np.ndarray
+    """float64 ``[experts, I]``: Σ over windows of the norm √(Σ act²) over the window's tokens."""
+    weight_norm: np.ndarray
+    """float64 ``[experts, I]``: the norm of each channel's column of down_proj."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,12 +85,23 @@ class ChannelStats:
     """int64 ``[V]``: how often each token occurred."""
     bucket_of: np.ndarray
     """int64 ``[V]``: bucket of each token."""
+    cosines: np.ndarray
+    """float64 ``[L]``: Σ over tokens of the cosine between what goes into a layer and comes out."""
     where: object = "statistics"
     """The file they come from, for errors."""
 
+    @property
+    def block_influence(self) -> np.ndarray:
+        """float64 ``[L]``: 1 − the mean cosine, the importance of a layer by ShortGPT (eq. 1)."""
+        return 1 - self.cosines / max(1, self.info.tokens)
+
     def save(self, path: Path) -> None:
         """Write the file atomically, an array at a time."""
-        arrays = {"token_counts": self.token_counts, "bucket_of": self.bucket_of}
+        arrays = {
+            "token_counts": self.token_counts,
+            "bucket_of": self.bucket_of,
+            COSINES: self.cosines,
+        }
         for layer, axes in enumerate(self.layers):
             for axis, sums in axes.items():
                 for part in PARTS:
@@ -102,7 +120,8 @@ class ChannelStats:
             arrays = {name: file.get_tensor(name) for name in list(file.keys())}
         try:
             counts, buckets = arrays.pop("token_counts"), arrays.pop("bucket_of")
-            stats = cls(info, _layers(arrays, path), counts, buckets, path)
+            cosines = arrays.pop(COSINES)
+            stats = cls(info, _layers(arrays, path), counts, buckets, cosines, path)
         except KeyError as error:
             raise StatsError(path, "lacks an array", expected=error, fix=AGAIN) from error
         stats.check(path)
@@ -120,9 +139,24 @@ class ChannelStats:
         _check_dtypes(path, np.int64, self.token_counts, self.bucket_of)
         if not vectors or not len(inside) or not inside.all() or self.token_counts.min() < 0:
             raise StatsError(path, "token counts and buckets do not fit", fix=AGAIN)
+        self._check_cosines(path)
         for layer, axes in enumerate(self.layers):
             for axis, sums in axes.items():
                 _check_sums(sums, buckets, f"{path}: layers.{layer}.{axis}")
+
+    def _check_cosines(self, path: Path) -> None:
+        where = f"{path}: {COSINES}"
+        if self.cosines.shape != (len(self.layers),):
+            raise StatsError(
+                where,
+                "is not one number for each layer",
+                expected=[len(self.layers)],
+                found=list(self.cosines.shape),
+                fix=AGAIN,
+            )
+        _check_dtypes(where, np.float64, self.cosines)
+        if not np.isfinite(self.cosines).all():
+            raise StatsError(where, "has a sum that is not finite", fix=AGAIN)
 
 
 def read_info(path: Path) -> StatsInfo:
@@ -192,18 +226,19 @@ def _layers(arrays: dict[str, np.ndarray], path: Path) -> list[dict[str, AxisSum
 
 def _check_sums(sums: AxisSums, buckets: int, where: str) -> None:
     shape = sums.sum_sq.shape
-    fits = len(shape) == 3 and shape[0] == buckets and sums.sum_abs.shape == shape
-    if not fits or sums.tokens.shape != shape[:2]:
+    found = [getattr(sums, part).shape for part in PARTS]
+    if len(shape) != 3 or found != [(buckets, *shape[1:])] * 2 + [shape[:2], *[shape[1:]] * 2]:
         raise StatsError(
             where,
             "arrays have different shapes",
             expected=f"[{buckets}, experts, I]",
-            found=[sums.sum_sq.shape, sums.sum_abs.shape, sums.tokens.shape],
+            found=found,
             fix=AGAIN,
         )
-    _check_dtypes(where, np.float64, sums.sum_sq, sums.sum_abs)
+    real = (sums.sum_sq, sums.sum_abs, sums.sum_l2, sums.weight_norm)
+    _check_dtypes(where, np.float64, *real)
     _check_dtypes(where, np.int64, sums.tokens)
-    if not (np.isfinite(sums.sum_sq).all() and np.isfinite(sums.sum_abs).all()):
+    if not all(np.isfinite(each).all() for each in real):
         raise StatsError(where, "has a sum that is not finite", fix=AGAIN)
     if sums.tokens.min(initial=0) < 0:
         raise StatsError(where, "has a count below 0", fix=AGAIN)

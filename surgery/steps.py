@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.apply import apply_plan
 from surgery.apply_cost import moved_bytes, peak_rss_bytes
-from surgery.budget import candidate_vocab_sizes
 from surgery.checkpoint import Checkpoint
 from surgery.choices import Chosen
 from surgery.companions import check_companions
@@ -20,10 +19,10 @@ from surgery.part import Division
 from surgery.plan import Plan
 from surgery.planning import make_plan
 from surgery.probe import Proposal, propose, unknown_type
-from surgery.rarity import Rarity
 from surgery.resources import Running
 from surgery.source import resolve_model
 from surgery.stats import ChannelStats
+from surgery.text_vocabulary import TextVocabulary
 from surgery.tokenizer import load_tokenizer
 from surgery.vocab_cost import vocabulary_cost
 
@@ -56,7 +55,7 @@ def probe_model(model: str) -> Proposal:
 
 def prepare_calibration(
     layout: Layout,
-    vocab_sizes: list[int] | None,
+    vocabulary: TextVocabulary,
     *,
     data: str,
     samples: int,
@@ -64,13 +63,11 @@ def prepare_calibration(
     seed: int | None,
     device: str,
     dtype: str,
-    rarity: Rarity,
     running: Running = RETURNED,
 ) -> "Calibration":
-    """Prepare statistics that are exact for ``vocab_sizes``, or for the usual ratios' sizes.
+    """Prepare statistics over a text as ``vocabulary`` cuts it.
 
-    Tokens are put into buckets by ``rarity``. ``running`` says which windows are used and where
-    the statistics are written.
+    ``running`` says which windows are used and where the statistics are written.
     """
     from calib.calibration import prepare
     from calib.corpus import token_windows
@@ -83,15 +80,16 @@ def prepare_calibration(
             fix="plan the vocabulary alone, with --vocab-size",
         )
     documents = read_documents(data, seed)
-    windows = running.division.choose(
-        token_windows(documents, load_tokenizer(layout.checkpoint.path), samples, seq_len)
-    )
-    sizes = vocab_sizes or candidate_vocab_sizes(layout, rarity.must_keep)
-    edges = sorted({*sizes, layout.vocab_size})
+    tokenizer, old_ids = vocabulary.tokenizer(layout)
+    windows = running.division.choose(token_windows(documents, tokenizer, samples, seq_len))
+    if old_ids is not None:
+        windows = [old_ids[window] for window in windows]
+    edges = vocabulary.edges(layout)
     return prepare(
         layout,
         windows,
-        (rarity.buckets(edges), edges),
+        (vocabulary.rarity.buckets(edges), edges),
+        vocab_size=vocabulary.pruned_size(layout),
         seq_len=seq_len,
         device=device,
         dtype=dtype,
@@ -126,6 +124,7 @@ def take_on_ray(
             made.bucket_of,
             made.edges,
             division,
+            vocab_size=made.vocab_size,
             seq_len=made.seq_len,
             device=device,
             dtype=dtype,

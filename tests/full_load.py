@@ -3,53 +3,102 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
+from calib.tokens import Tokens
 from surgery.family import EXPERT
 from surgery.layout import Layout
 from surgery.tokenizer import load_tokenizer
 from tests import tiny
 from tests.plans import layout_of
 
-Seen = list[dict[str, list[tuple[int, torch.Tensor, torch.Tensor]]]]
-"""Per layer: channel axis → (expert, token ids, input of its down_proj) as they came."""
+Activations = list[dict[str, list[tuple[int, Tokens, torch.Tensor]]]]
+"""Per layer: channel axis → (expert, its tokens, input of its down_proj) as they came."""
 
 
-def hooked_activations(path: Path, key: str, windows: Sequence[np.ndarray]) -> Seen:
-    """Run all windows of one length together and see what goes into every down_proj."""
-    model, layout = tiny.load(path, key), layout_of(path)
-    seen: Seen = [defaultdict(list) for _ in layout.watched]
-    ids = torch.empty(0)
+@dataclass
+class FullLoad:
+    """What hooks have seen."""
 
-    def dense(layer: int, axis: str) -> Any:
-        return lambda _, inputs: seen[layer][axis].append(
-            (0, ids.flatten(), inputs[0].flatten(0, -2).clone())
+    activations: Activations
+    cosines: list[float]
+    """Of each layer: Σ over tokens of the cosine between its input and output."""
+    norms: list[dict[str, torch.Tensor]]
+    """Per layer: channel axis → float64 ``(experts, I)``, of the columns of its down_proj."""
+    ids: torch.Tensor
+    """int64 ``(windows, tokens)`` that are running."""
+
+    def dense(self, layer: int, axis: str) -> Any:
+        return lambda _, inputs: self.activations[layer][axis].append(
+            (0, Tokens.of(self.ids), inputs[0].flatten(0, -2).clone())
         )
 
-    def routed(layer: int) -> Any:
+    def routed(self, layer: int) -> Any:
         def hook(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             for expert, tokens, act in expert_activations(module, *inputs, *named.values()):
-                seen[layer][EXPERT].append((expert, ids.flatten()[tokens], act))
+                shown = (expert, Tokens.at(self.ids, tokens), act)
+                self.activations[layer][EXPERT].append(shown)
 
         return hook
 
+    def whole(self, layer: int) -> Any:
+        def hook(_: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+            before = inputs[0] if inputs else named["hidden_states"]
+            after = output[0] if isinstance(output, tuple) else output
+            cosines = torch.cosine_similarity(before.double(), after.double(), dim=-1)
+            self.cosines[layer] += float(cosines.sum())
+
+        return hook
+
+
+def hooked(path: Path, key: str, windows: Sequence[np.ndarray]) -> FullLoad:
+    """Run all windows of one length together; see every layer and what goes into its down_proj."""
+    model, layout = tiny.load(path, key), layout_of(path)
+    depth = layout.num_hidden_layers
+    found = FullLoad(
+        [defaultdict(list) for _ in range(depth)],
+        [0.0] * depth,
+        [{} for _ in range(depth)],
+        torch.empty(0),
+    )
     modules = dict(model.named_modules())
     for layer, tensors in enumerate(layout.of_layer):
         for axis, name in watched_modules(layout, tensors):
-            modules[name_in(modules, name)].register_forward_pre_hook(dense(layer, axis))
+            module = modules[name_in(modules, name)]
+            module.register_forward_pre_hook(found.dense(layer, axis))
+            columns = module.weight if isinstance(module, nn.Linear) else module.weight.T
+            found.norms[layer][axis] = columns.detach().double().norm(dim=0)[None]
         prefix = name_in(modules, f"{layout.family.layers}.{layer}.")
+        modules[prefix.rstrip(".")].register_forward_hook(found.whole(layer), with_kwargs=True)
         for name, module in modules.items():
             if name.startswith(prefix) and name.endswith(".experts"):
-                module.register_forward_pre_hook(routed(layer), with_kwargs=True)
+                module.register_forward_pre_hook(found.routed(layer), with_kwargs=True)
+                inner = (
+                    2 if getattr(module, "is_transposed", not hasattr(module, "has_gate")) else 1
+                )
+                found.norms[layer][EXPERT] = module.down_proj.detach().double().norm(dim=inner)
     for length in dict.fromkeys(map(len, windows)):
-        ids = torch.from_numpy(np.stack([w for w in windows if len(w) == length]))
+        found.ids = torch.from_numpy(np.stack([w for w in windows if len(w) == length]))
         with torch.no_grad():
-            model(input_ids=ids)
-    return seen
+            model(input_ids=found.ids)
+    return found
+
+
+def window_norms(
+    seen: list[tuple[int, Tokens, torch.Tensor]], experts: int, channels: int
+) -> np.ndarray:
+    """float64 ``(experts, I)``: Σ over windows of the norm of each channel's activations."""
+    total = np.zeros((experts, channels))
+    for expert, tokens, act in seen:
+        for window in tokens.windows.unique():
+            total[expert] += np.linalg.norm(act[tokens.windows == window].double().numpy(), axis=0)
+    return total
 
 
 def watched_modules(layout: Layout, tensors: dict[str, Any]) -> Iterator[tuple[str, str]]:

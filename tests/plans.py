@@ -32,9 +32,9 @@ def random_stats(layout: Layout, seed: int = 0) -> ChannelStats:
         layers.append({})
         for axis, experts in axes.items():
             sums = rng.random((1, experts, layout.channels_of(axis)))
-            layers[-1][axis] = AxisSums(sums, sums, np.full((1, experts), 1000))
+            layers[-1][axis] = AxisSums(sums, sums, np.full((1, experts), 1000), sums[0], sums[0])
     counts = np.ones(layout.vocab_size, dtype=np.int64)
-    return ChannelStats(info, layers, counts, np.zeros_like(counts))
+    return ChannelStats(info, layers, counts, np.zeros_like(counts), rng.random(len(layers)))
 
 
 def random_plan(

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 
 import calib.calibrate
 from calib.sums import FEW_TOKENS, ChannelSums
+from calib.tokens import Tokens
 from calib.transfer import Transfer
 from tests import tiny
 from tests.conftest import Run
 from tests.test_statistics import take_stats
 
 CPU = torch.device("cpu")
+NORMS = torch.zeros(1, 1, dtype=torch.float64)
 
 
 @settings(max_examples=30, deadline=None)
@@ -37,10 +39,11 @@ def test_compensated_sums_keep_the_error_they_state(
     exact, found = (ChannelSums(2, 1, 3, CPU, compensated=c) for c in (False, True))
     for sums in (exact, found):
         for part in torch.arange(tokens).chunk(pieces):
-            sums.add(0, buckets[part], act[part])
+            shown = Tokens(part, part % 3, 3, last=int(part[-1]) == tokens - 1)
+            sums.add(0, shown, buckets[part], act[part])
     bound = (FEW_TOKENS + 4) * 2.0**-24
-    for name in ("sum_sq", "sum_abs"):
-        expected, close = (getattr(sums.numbers(), name) for sums in (exact, found))
+    for name in ("sum_sq", "sum_abs", "sum_l2"):
+        expected, close = (getattr(sums.numbers(NORMS), name) for sums in (exact, found))
         assert close.dtype == np.float64
         assert np.all(np.abs(close - expected) <= bound * expected)
 
@@ -48,11 +51,13 @@ def test_compensated_sums_keep_the_error_they_state(
 def test_many_tokens_are_added_without_losing_the_late_ones() -> None:
     """Plain float32 stops growing at 2²⁴ times a term."""
     sums = ChannelSums(1, 1, 1, CPU, compensated=True)
-    sums.add(0, torch.zeros(1, dtype=torch.int64), torch.full((1, 1), 2.0**13))
-    ones = torch.ones(4096, 1)
-    for _ in range(8):
-        sums.add(0, torch.zeros(4096, dtype=torch.int64), ones)
-    assert sums.numbers().sum_sq.item() == 2**26 + 8 * 4096
+    one, many = (torch.zeros(size, dtype=torch.int64) for size in (1, 4096))
+    sums.add(0, Tokens(one, one, 1, last=False), one, torch.full((1, 1), 2.0**13))
+    for number in range(8):
+        sums.add(0, Tokens(many, many, 1, last=number == 7), many, torch.ones(4096, 1))
+    expected = 2**26 + 8 * 4096
+    assert sums.numbers(NORMS).sum_sq.item() == expected
+    assert sums.numbers(NORMS).sum_l2.item() == pytest.approx(expected**0.5, rel=2.0**-24)
 
 
 class Stream:
@@ -118,5 +123,5 @@ def device_is_there() -> bool:
 
 def test_sums_are_float64_but_where_there_is_none() -> None:
     assert calib.calibrate.ChannelSums is ChannelSums
-    assert ChannelSums(1, 1, 2, CPU).sum_sq.dtype == torch.float64
-    assert ChannelSums(1, 1, 2, CPU, compensated=True).sum_sq.dtype == torch.float32
+    assert ChannelSums(1, 1, 2, CPU).sum_sq.total.dtype == torch.float64
+    assert ChannelSums(1, 1, 2, CPU, compensated=True).sum_sq.total.dtype == torch.float32

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from surgery.apply import apply_plan
 from surgery.edits import kept_channels
 from surgery.plan import Plan
-from surgery.stats import ChannelStats
+from surgery.stats import PARTS, ChannelStats
 from tests import tiny
 from tests.conftest import Run
-from tests.full_load import hooked_activations
+from tests.full_load import hooked
 from tests.plans import layout_of, random_plan
 from tests.test_exact import assert_equals_masked_dense, weights
 from tools.published import MIXTURES
@@ -73,7 +73,8 @@ def test_packed_experts_are_cut_like_single_ones(tmp_path: Path, text: Path, run
         found[source.name] = (ChannelStats.load(stats).layers, weights(out))
     for one, other in zip(found["single"][0], found["packed"][0], strict=True):
         for axis in one:
-            assert np.array_equal(one[axis].sum_sq, other[axis].sum_sq)
+            for part in PARTS:
+                assert np.array_equal(getattr(one[axis], part), getattr(other[axis], part)), part
     old, new = found["single"][1], found["packed"][1]
     at = "model.layers.1.mlp.experts"
     for expert in range(4):
@@ -95,7 +96,7 @@ def test_each_expert_keeps_the_channels_that_its_own_tokens_use(
     from surgery.tokenizer import load_tokenizer
 
     windows = token_windows(read_documents(str(text)), load_tokenizer(source), 16, 64)
-    seen = hooked_activations(source, MOE, windows)
+    seen = hooked(source, MOE, windows).activations
     for layer in (1, 2):
         chosen = [kept[layer]["expert"][expert] for expert in range(4)]
         for expert in range(4):

@@ -15,7 +15,7 @@ from surgery.tokenizer import load_tokenizer
 from surgery.vocabulary import rarity_of
 from tests import tiny
 from tests.conftest import Run
-from tests.full_load import full_load_bits, hooked_activations
+from tests.full_load import full_load_bits, hooked, window_norms
 from tests.plans import layout_of, random_plan
 from tests.test_exact import assert_equals_masked_dense
 from tests.tiny_configs import TINY
@@ -44,18 +44,24 @@ def test_streamed_statistics_equal_hooks(tmp_path: Path, key: str) -> None:
     buckets = rarity_of(layout).buckets(EDGES)
     options = {"seq_len": SEQ_LEN, "device": CPU, "dtype": torch.float32}
     stats = calibrate(layout, windows, buckets, EDGES, **options)  # type: ignore[arg-type]
-    seen = hooked_activations(path, key, windows)
+    full = hooked(path, key, windows)
+    seen = full.activations
     for layer, axes in enumerate(layout.watched):
         assert set(axes) == set(seen[layer])
         for axis, experts in axes.items():
             sums = ChannelSums(len(EDGES), experts, layout.channels_of(axis), CPU)
-            for expert, ids, act in seen[layer][axis]:
-                sums.add(expert, torch.from_numpy(buckets)[ids], act)
+            for expert, tokens, act in seen[layer][axis]:
+                sums.add(expert, tokens, torch.from_numpy(buckets)[tokens.ids], act)
             found = stats.layers[layer][axis]
+            norms = window_norms(seen[layer][axis], experts, layout.channels_of(axis))
+            assert np.allclose(found.sum_l2, norms, rtol=1e-4, atol=1e-9)
+            assert np.allclose(found.weight_norm, full.norms[layer][axis], rtol=1e-12)
             assert np.array_equal(found.tokens, sums.tokens.numpy())
             assert found.tokens.sum() >= sum(map(len, windows))
-            assert np.allclose(found.sum_sq, sums.sum_sq.numpy(), rtol=1e-4, atol=1e-9)
-            assert np.allclose(found.sum_abs, sums.sum_abs.numpy(), rtol=1e-4, atol=1e-9)
+            assert np.allclose(found.sum_sq, sums.sum_sq.total.numpy(), rtol=1e-4, atol=1e-9)
+            assert np.allclose(found.sum_abs, sums.sum_abs.total.numpy(), rtol=1e-4, atol=1e-9)
+    assert np.allclose(stats.cosines, full.cosines, rtol=1e-5)
+    assert np.allclose(stats.block_influence, 1 - stats.cosines / sum(map(len, windows)))
 
 
 @pytest.mark.parametrize("key", TINY)

@@ -313,6 +313,7 @@ def test_statistics_are_those_of_the_dequantized_model(
         assert found.keys() == expected.keys()
         for axis, sums in found.items():
             np.testing.assert_array_equal(sums.sum_sq, expected[axis].sum_sq)
+            np.testing.assert_array_equal(sums.weight_norm, expected[axis].weight_norm)
 
 
 @pytest.mark.parametrize("way", [(), ("--dequantize",)], ids=["blocks", "bf16"])

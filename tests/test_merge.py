@@ -35,13 +35,16 @@ def make_stats(name: str, seed: int, **changes: Any) -> ChannelStats:
                 rng.lognormal(sigma=5, size=(3, *shape)),
                 rng.lognormal(sigma=5, size=(3, *shape)),
                 rng.integers(0, 1000, (3, shape[0])),
+                rng.lognormal(sigma=5, size=shape),
+                np.arange(1.0, 1 + np.prod(shape)).reshape(shape),  # the model's
             )
             for axis, shape in axes.items()
         }
         for axes in WIDTHS
     ]
     counts, buckets = rng.integers(0, 50, VOCAB), np.repeat([0, 1, 2], [4, 5, 3])
-    return ChannelStats(msgspec.structs.replace(info, **changes), layers, counts, buckets)
+    info = msgspec.structs.replace(info, **changes)
+    return ChannelStats(info, layers, counts, buckets, rng.normal(size=2))
 
 
 def save(stats: ChannelStats, path: Path) -> Path:
@@ -52,10 +55,12 @@ def save(stats: ChannelStats, path: Path) -> Path:
 def assert_sums(found: ChannelStats, expected: list[ChannelStats]) -> None:
     """``found`` is the sum of ``expected``: counts exactly, sums to 1e-12."""
     assert np.array_equal(found.token_counts, sum(stats.token_counts for stats in expected))
+    assert np.allclose(found.cosines, sum(stats.cosines for stats in expected), rtol=1e-12)
     for layer, axes in enumerate(found.layers):
         assert axes.keys() == expected[0].layers[layer].keys()
         for axis, sums in axes.items():
-            for part in PARTS:
+            assert np.array_equal(sums.weight_norm, expected[0].layers[layer][axis].weight_norm)
+            for part in set(PARTS) - {"weight_norm"}:
                 wanted = sum(getattr(stats.layers[layer][axis], part) for stats in expected)
                 tolerance = 0 if part == "tokens" else 1e-12
                 assert np.allclose(getattr(sums, part), wanted, rtol=tolerance, atol=0)
@@ -110,6 +115,7 @@ def test_one_file_is_itself(tmp_path: Path) -> None:
         ({"fingerprint": "other"}, ("another model's", "expected model", "found other")),
         ({"bucket_edges": [5, 9, 12]}, ("other buckets", "[4, 9, 12]", "--vocab-sizes")),
         ({"dtype": "bfloat16"}, ("another dtype", "expected float32", "--dtype")),
+        ({"vocab_size": 9}, ("another vocabulary cut", "found 9", "--vocab-size")),
         ({"seq_len": 16}, ("other windows", "expected 8, found 16", "--seq-len")),
         ({"text_digest": "first"}, ("count twice", "text first", "one holds, too")),
         ({"parts": ["a", "first"]}, ("count twice", "text first", "one holds, too")),
@@ -137,6 +143,10 @@ def _other_layers(stats: ChannelStats) -> None:
     del stats.layers[1]["shared"]
 
 
+def _other_weights(stats: ChannelStats) -> None:
+    stats.layers[1]["shared"].weight_norm[0, 1] *= 1.001
+
+
 def _huge_sums(stats: ChannelStats) -> None:
     stats.layers[0]["ffn"].sum_sq[:] = 1.7e308
 
@@ -150,6 +160,7 @@ def _huge_counts(stats: ChannelStats) -> None:
     [
         (_other_order, "other buckets"),
         (_other_layers, "other shapes"),
+        (_other_weights, "has other weights: expected the same norms"),
         (_huge_sums, "not finite"),
         (_huge_counts, "do not fit"),
     ],
@@ -224,9 +235,11 @@ def test_parts_of_a_text_equal_one_run(
     for axes, expected in zip(merged.layers, whole.layers, strict=True):
         for axis, sums in axes.items():
             assert np.array_equal(sums.tokens, expected[axis].tokens)
-            for part_name in ("sum_sq", "sum_abs"):
+            assert np.array_equal(sums.weight_norm, expected[axis].weight_norm)
+            for part_name in ("sum_sq", "sum_abs", "sum_l2"):
                 one, other = (getattr(found, part_name) for found in (sums, expected[axis]))
                 assert np.allclose(one, other, rtol=1e-12 if alone else 1e-4, atol=0)
+    assert np.allclose(merged.cosines, whole.cosines, rtol=1e-12 if alone else 1e-5)
     kept = [kept_by(run, model, tmp_path / name) for name in ("whole", "merged")]
     assert kept[0] == kept[1]
 

@@ -17,12 +17,12 @@ from calib.score import score
 from calib.sums import ChannelSums
 from calib.weights import WeightReader
 from surgery.channels import bucket_weights, choose_channels
-from surgery.stats import ChannelStats
+from surgery.stats import PARTS, ChannelStats
 from surgery.tokenizer import load_tokenizer
 from surgery.vocabulary import rarity_of
 from tests import tiny
 from tests.conftest import Run
-from tests.full_load import full_load_bits, hooked_activations
+from tests.full_load import full_load_bits, hooked, window_norms
 from tests.plans import layout_of
 
 CPU = torch.device("cpu")
@@ -59,16 +59,19 @@ def test_streamed_sums_equal_hooks_bit_for_bit(
     path = tiny.save(tmp_path / "model", model_type, dtype=dtype, sharded=True)
     stats = take_stats(path)
     bucket_of = torch.from_numpy(rarity_of(layout_of(path)).buckets(EDGES))
-    seen = hooked_activations(path, model_type, sample_windows(path))
-    for layer, axes in enumerate(seen):
+    full = hooked(path, model_type, sample_windows(path))
+    for layer, axes in enumerate(full.activations):
         sums = ChannelSums(len(EDGES), 1, tiny.INTERMEDIATE_SIZE, CPU)
-        for expert, ids, act in axes["ffn"]:
-            sums.add(expert, bucket_of[ids], act)
+        for expert, tokens, act in axes["ffn"]:
+            sums.add(expert, tokens, bucket_of[tokens.ids], act)
         found = stats.layers[layer]["ffn"]
-        assert np.array_equal(found.sum_sq, sums.sum_sq.numpy())
-        assert np.array_equal(found.sum_abs, sums.sum_abs.numpy())
-        assert np.array_equal(found.tokens, sums.tokens.numpy())
+        expected = sums.numbers(torch.from_numpy(found.weight_norm))
+        for part in PARTS:
+            assert np.array_equal(getattr(found, part), getattr(expected, part)), part
+        assert np.allclose(found.weight_norm, full.norms[layer]["ffn"], rtol=1e-12)
         assert found.sum_sq.min() > 0
+        assert np.allclose(found.sum_l2, window_norms(axes["ffn"], *found.sum_l2.shape), rtol=1e-12)
+    assert np.allclose(stats.cosines, full.cosines, rtol=1e-12)
     assert stats.token_counts.sum() == stats.info.tokens == sum(map(len, sample_windows(path)))
 
 
@@ -82,7 +85,7 @@ def test_the_ffn_in_pieces_of_tokens_gives_the_same(
     assert len(pieces(1, SEQ_LEN, tiny.INTERMEDIATE_SIZE)) == 3
     in_pieces = take_stats(path)
     for expected, found in zip(whole.layers, in_pieces.layers, strict=True):
-        for name in ("sum_sq", "sum_abs"):
+        for name in ("sum_sq", "sum_abs", "sum_l2"):
             old, new = (getattr(axes["ffn"], name) for axes in (expected, found))
             assert np.allclose(old, new, rtol=1e-5, atol=0)
     assert np.array_equal(whole.token_counts, in_pieces.token_counts)

@@ -23,12 +23,14 @@ from calib.documents import read_documents
 from calib.ffn import pieces
 from calib.states import HiddenStates
 from calib.sums import ChannelSums
+from calib.tokens import Tokens
 from calib.weights import WeightReader
 from surgery.family import FFN
 from surgery.layout import Layout
 from surgery.resources import Running
 from surgery.stats import PARTS, ChannelStats
 from surgery.steps import open_model, prepare_calibration, take_statistics
+from surgery.text_vocabulary import TextVocabulary
 from surgery.tokenizer import load_tokenizer
 from surgery.vocabulary import rarity_of
 
@@ -60,14 +62,13 @@ def streamed(model: str, text: str, samples: int, seq_len: int, stats: Path) -> 
     calib.calibration.calibrate = timed
     prepared = prepare_calibration(
         layout,
-        None,
+        TextVocabulary(rarity_of(layout)),
         data=text,
         samples=samples,
         seq_len=seq_len,
         seed=None,
         device="cpu",
         dtype="float32",
-        rarity=rarity_of(layout),
         running=Running(stats),
     )
     result = take_statistics(prepared)
@@ -92,9 +93,10 @@ def full(model: str, text: str, samples: int, seq_len: int, stats: Path) -> Figu
     sums = _hooked_pass(decoder, windows, expected, layout.channels_of(FFN))
     done = time.perf_counter()
     pairs = [
-        (getattr(own.numbers(), part), getattr(axes[FFN], part))
+        (getattr(own.numbers(torch.empty(0)), part), getattr(axes[FFN], part))
         for own, axes in zip(sums, expected.layers, strict=True)
         for part in PARTS
+        if part != "weight_norm"
     ]
     return {
         "load_seconds": loaded - start,
@@ -117,8 +119,8 @@ def _hooked_pass(
 
     def watch(layer: int, act: torch.Tensor) -> None:
         for tokens in pieces(*act.shape):
-            ids = current[-1][:, tokens].flatten()
-            sums[layer].add(0, buckets[ids], act[:, tokens].flatten(0, -2))
+            shown = Tokens.of(current[-1], tokens)
+            sums[layer].add(0, shown, buckets[shown.ids], act[:, tokens].flatten(0, -2))
 
     for number, layer in enumerate(decoder.get_submodule("layers").children()):
         sums.append(ChannelSums(count, 1, channels, torch.device("cpu")))

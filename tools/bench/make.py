@@ -102,6 +102,7 @@ def _random_stats(layout: Layout, edge: int) -> ChannelStats:
                 generator.random((buckets, experts, layout.channels_of(axis))),
                 generator.random((buckets, experts, layout.channels_of(axis))),
                 np.full((buckets, experts), LEAST_TOKENS),
+                *generator.random((2, experts, layout.channels_of(axis))),
             )
             for axis, experts in axes.items()
         }
@@ -118,7 +119,7 @@ def _random_stats(layout: Layout, edge: int) -> ChannelStats:
     )
     counts = np.ones(layout.vocab_size, dtype=np.int64)
     bucket_of = rarity_of(layout).buckets(info.bucket_edges)
-    return ChannelStats(info, layers, counts, bucket_of)
+    return ChannelStats(info, layers, counts, bucket_of, np.zeros(len(layers)))
 
 
 if __name__ == "__main__":
