@@ -100,6 +100,52 @@ def split(layout: Layout, ratio: float, smallest_vocab: int, steps: Steps = STEP
         BudgetError: no pair of allowed sizes meets the target.
     """
     total = layout.parameters(layout.vocab_size, layout.widths)
+    row = layout.axis_cost(VOCAB)
+    target = vocabulary_first(layout, ratio * total)
+    found: list[tuple[float, float, Sizes]] = []
+    for error, sizes in _pairs(layout, ratio, smallest_vocab, steps):
+        removed = (layout.vocab_size - sizes.vocab_size) * row
+        found.append((error, max(target - removed, (removed - target) * BEYOND), sizes))
+    exact = [(distance, error, sizes) for error, distance, sizes in found if error <= TOLERANCE]
+    if exact:
+        return min(exact, key=lambda pair: pair[0])[2]
+    error, _, sizes = min(found, key=lambda pair: pair[:2])
+    gone = [_removed(layout, widths) / total for widths in _width_choices(layout, steps.width)]
+    if error > TOLERANCE + max((a - b for a, b in pairwise(gone)), default=0) / 2:
+        raise _unreachable(layout, ratio, smallest_vocab, steps)
+    return sizes
+
+
+def pairs_at(
+    layout: Layout, ratio: float, smallest_vocab: int, steps: Steps = STEPS
+) -> list[Sizes]:
+    """Return every pair within ``TOLERANCE`` of the target, the smallest vocabulary first.
+
+    A vocabulary that need not be cut stays whole. Where a step of I' is so large that there is none, the pair that ``split`` takes is all.
+
+    Raises:
+        BudgetError: as ``split``.
+    """
+    found = [
+        sizes for error, sizes in _pairs(layout, ratio, smallest_vocab, steps) if error <= TOLERANCE
+    ]
+    found = found or [split(layout, ratio, smallest_vocab, steps)]
+    total = layout.parameters(layout.vocab_size, layout.widths)
+    for place, sizes in enumerate(found):
+        if abs(_removed(layout, sizes.widths) / total - ratio) <= TOLERANCE:
+            found[place] = Sizes(layout.vocab_size, sizes.widths)
+    return sorted(found, key=lambda sizes: sizes.vocab_size)
+
+
+def _pairs(
+    layout: Layout, ratio: float, smallest_vocab: int, steps: Steps
+) -> list[tuple[float, Sizes]]:
+    """Each I' with the V' nearest to the target, and how far from it they end, in parts of all.
+
+    Raises:
+        BudgetError: the target is no share.
+    """
+    total = layout.parameters(layout.vocab_size, layout.widths)
     if not 0 < ratio < 1:
         raise BudgetError(
             "--ratio",
@@ -109,24 +155,14 @@ def split(layout: Layout, ratio: float, smallest_vocab: int, steps: Steps = STEP
             fix="choose one",
         )
     row = layout.axis_cost(VOCAB)
-    target = vocabulary_first(layout, ratio * total)
-    found: list[tuple[float, float, Sizes]] = []
-    choices = _width_choices(layout, steps.width)
-    for widths in choices:
+    found = []
+    for widths in _width_choices(layout, steps.width):
         rest = ratio * total - _removed(layout, widths)
         wanted = layout.vocab_size - rest / row
         vocab_size = _nearest(wanted, smallest_vocab, layout.vocab_size, steps.vocab)
         removed = (layout.vocab_size - vocab_size) * row
-        distance = max(target - removed, (removed - target) * BEYOND)
-        found.append((abs(removed - rest) / total, distance, Sizes(vocab_size, widths)))
-    exact = [(distance, error, sizes) for error, distance, sizes in found if error <= TOLERANCE]
-    if exact:
-        return min(exact, key=lambda pair: pair[0])[2]
-    error, _, sizes = min(found, key=lambda pair: pair[:2])
-    gone = [_removed(layout, widths) / total for widths in choices]
-    if error > TOLERANCE + max((a - b for a, b in pairwise(gone)), default=0) / 2:
-        raise _unreachable(layout, ratio, smallest_vocab, steps)
-    return sizes
+        found.append((abs(removed - rest) / total, Sizes(vocab_size, widths)))
+    return found
 
 
 def candidate_vocab_sizes(layout: Layout, smallest_vocab: int) -> list[int]:
