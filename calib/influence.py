@@ -2,8 +2,10 @@
 
 import torch
 
-VALUES = 1 << 16
-"""Of states in float64 at a time, so that they stay in the cache: half the time of a whole batch."""
+from calib.sums import CHUNK_VALUES
+
+CACHED_VALUES = 1 << 16
+"""Of states in float64 at a time on a CPU: in the cache, half the time of a whole micro-batch."""
 
 
 def cosine_sum(before: torch.Tensor, after: torch.Tensor) -> float:
@@ -13,7 +15,8 @@ def cosine_sum(before: torch.Tensor, after: torch.Tensor) -> float:
     is zero has no direction and counts 0.
     """
     wide = torch.float32 if before.device.type == "mps" else torch.float64
-    rows = max(1, VALUES // before.shape[-1])
+    values = CACHED_VALUES if before.device.type == "cpu" else CHUNK_VALUES
+    rows = max(1, values // before.shape[-1])
     total = 0.0
     for one, other in zip(
         before.flatten(0, -2).split(rows), after.flatten(0, -2).split(rows), strict=True

@@ -153,6 +153,7 @@ def test_an_interrupted_run_is_not_overwritten(
     ("changed", "named"),
     [
         (("--vocab-sizes", "400"), "--vocab-sizes"),
+        (("--vocab-size", "400"), "--vocab-size"),
         (("--dtype", "bfloat16"), "--dtype"),
         (("--seq-len", "48"), "--seq-len"),
         (("--samples", "39"), "--samples"),

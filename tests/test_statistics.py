@@ -16,7 +16,7 @@ from calib.ffn import pieces
 from calib.score import score
 from calib.sums import ChannelSums
 from calib.weights import WeightReader
-from surgery.channels import bucket_weights, choose_channels
+from surgery.channels import CRITERIA, bucket_weights, choose_channels
 from surgery.stats import PARTS, ChannelStats
 from surgery.tokenizer import load_tokenizer
 from surgery.vocabulary import rarity_of
@@ -118,6 +118,30 @@ def test_importance_is_equation_5_by_hand(tmp_path: Path) -> None:
     chosen = choose_channels(stats, ids, {"ffn": 40}, COMMON)[1]["ffn"][0]
     assert set(chosen) == set(np.argsort(-importance)[:40])
     assert set(chosen) != set(choose_channels(stats, ids, {"ffn": 40}, "random")[1]["ffn"][0])
+
+
+def test_wanda_and_l2_are_what_their_papers_say(tmp_path: Path) -> None:
+    path = tiny.save(tmp_path / "model")
+    stats, ids = take_stats(path), rarity_of(layout_of(path)).id_map(512)
+    windows, kept = sample_windows(path), torch.from_numpy(ids.keep_mask())
+    seen = hooked(path, "llama", windows).activations[1]["ffn"]
+    inputs = torch.cat([act[kept[tokens.ids]] for _, tokens, act in seen]).double()
+    assert len(inputs) < sum(map(len, windows))  # some tokens are in S, some are not
+    weight = tiny.load(path).model.layers[1].mlp.down_proj.weight.detach().double()
+    scores = weight.abs() * inputs.norm(dim=0)  # Wanda's, of each weight
+    norms = [
+        act[tokens.windows == window].double().norm(dim=0)
+        for _, tokens, act in seen
+        for window in range(tokens.count)
+    ]
+    assert len(norms) == len(windows)
+    expected = {"wanda": scores.norm(dim=0), "l2": torch.stack(norms).mean(dim=0)}
+    for criterion, importance in expected.items():
+        found = CRITERIA[criterion](stats, stats.layers[1]["ffn"], ids, [0])[0]
+        scale = len(windows) if criterion == "l2" else 1
+        assert np.allclose(found, scale * importance.numpy(), rtol=1e-5)
+        chosen = choose_channels(stats, ids, {"ffn": 40}, criterion)[1]["ffn"][0]
+        assert set(chosen) == set(torch.argsort(-importance)[:40].tolist())
 
 
 def test_rare_tokens_change_act2_but_not_common_act2(tmp_path: Path) -> None:
