@@ -1,5 +1,7 @@
 """Cosines of hidden states, and which tokens are shown together."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -41,9 +43,7 @@ def test_parts_of_windows_hold_every_token_once(data: st.DataObject) -> None:
     windows, length = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 12))
     ids = torch.randperm(windows * length).view(windows, length)
     cuts = sorted({0, length, *data.draw(st.lists(st.integers(0, length), max_size=3))})
-    parts = [
-        Tokens.of(ids, slice(start, stop)) for start, stop in zip(cuts, cuts[1:], strict=False)
-    ]
+    parts = [Tokens.of(ids, slice(start, stop)) for start, stop in pairwise(cuts)]
     assert [part.last for part in parts] == [False] * (len(parts) - 1) + [True]
     for window, expected in enumerate(ids):
         found = [part.ids[part.windows == window] for part in parts]
