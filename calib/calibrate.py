@@ -1,7 +1,7 @@
 """The calibration run: windows through the streamed decoder, sums of squares out."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,7 +126,6 @@ class _Taking:
         done = partial.finished if partial else 0
         self._found = [partial.sums(layer) for layer in range(done)] if partial else []
         self._current: dict[str, ChannelSums] = {}
-        self._norms: dict[str, torch.Tensor] = {}
         self._cosines = 0.0
 
     def layers(
@@ -136,26 +135,23 @@ class _Taking:
         layout, done = self._layout, len(self._found)
         progress(done * len(windows))
         if done < layout.num_hidden_layers:
-            decoder = StreamedDecoder(layout, self._reader, self._run.limits, self._run.stages)
+            self._decoder = StreamedDecoder(
+                layout, self._reader, self._run.limits, self._run.stages
+            )
             stream = Stream(windows, self._states())
-            decoder.embed([stream], passed=done)
-            decoder.run_layers(
+            self._decoder.embed([stream], passed=done)
+            self._decoder.run_layers(
                 [stream],
                 self._watch,
-                loaded=self._begin,
                 compare=self._compare,
                 progress=progress,
                 finished=self._finish,
             )
         return [axes for axes, _ in self._found], np.array([cosine for _, cosine in self._found])
 
-    def _begin(self, layer: int, stored: Mapping[str, torch.Tensor]) -> None:
-        self._norms = weight_norms(self._layout, layer, stored)
-        self._current, self._cosines = {}, 0.0
-
     def _watch(self, layer: int, axis: str, expert: int, tokens: Tokens, act: torch.Tensor) -> None:
-        if not self._current:  # not before the weights are where they compute: that is the peak
-            self._current = self._zeros()
+        if not self._current:
+            self._current = self._zeros(layer)
         self._current[axis].add(expert, tokens, self._buckets[tokens.ids], act)
 
     def _compare(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
@@ -163,20 +159,21 @@ class _Taking:
 
     def _finish(self, layer: int) -> None:
         """Keep what the layer has left, on the disk where there is a directory for it."""
-        sums = self._current or self._zeros()
-        found = {axis: each.numbers(self._norms[axis]) for axis, each in sums.items()}
-        self._current = {}
+        sums = self._current or self._zeros(layer)
+        norms = weight_norms(self._decoder.layer(layer), self._decoder.units(layer))
+        found = {axis: each.numbers(norms[axis]) for axis, each in sums.items()}
         if self._partial:
             self._partial.add(layer, found, self._cosines)
             self._found.append(self._partial.sums(layer))
         else:
             self._found.append((found, self._cosines))
+        self._current, self._cosines = {}, 0.0
 
-    def _zeros(self) -> dict[str, ChannelSums]:
-        device = self._reader.device
+    def _zeros(self, layer: int) -> dict[str, ChannelSums]:
+        layout, device = self._layout, self._reader.device
         return {
-            axis: ChannelSums(self._count, len(norms), norms.shape[1], device)
-            for axis, norms in self._norms.items()
+            axis: ChannelSums(self._count, experts, layout.channels_of(axis), device)
+            for axis, experts in layout.watched[layer].items()
         }
 
     def _states(self) -> HiddenStates:

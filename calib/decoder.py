@@ -34,9 +34,6 @@ Watch = Callable[[int, str, int, Tokens, torch.Tensor], torch.Tensor | None]
 """Called with layer, channel axis, expert (0 in a dense FFN), n tokens and their input of down_proj
 ``(n, I)``; what it returns, if anything, goes into down_proj instead."""
 
-Loaded = Callable[[int, Mapping[str, torch.Tensor]], object]
-"""Called with layer and its tensors as the file lays them out, by their names in the text model."""
-
 Compare = Callable[[int, torch.Tensor, torch.Tensor], object]
 """Called with layer and the hidden states ``(windows, tokens, D)`` before and behind it."""
 
@@ -137,7 +134,6 @@ class StreamedDecoder:
         streams: Sequence[Stream],
         watch: Watch = unchanged,
         *,
-        loaded: Loaded = unchanged,
         compare: Compare = unchanged,
         progress: Callable[[int], object] = lambda windows: None,
         finished: Callable[[int], object] = lambda layer: None,
@@ -147,23 +143,22 @@ class StreamedDecoder:
         Args:
             streams: From ``embed``; their hidden states are overwritten.
             watch: Sees, and may change, the input of each down_proj.
-            loaded: Sees the weights of each layer.
             compare: Sees what each layer makes of the hidden states.
             progress: Called with the windows that have passed a layer.
             finished: Called with each layer that all windows have passed.
         """
-        for index in self.layers(streams[0].states.passed, loaded):
+        for index in self.layers(streams[0].states.passed):
             for stream in streams:
                 self.run(index, stream, watch, compare=compare, progress=progress)
             finished(index)
 
-    def layers(self, first: int = 0, loaded: Loaded = unchanged) -> Iterator[int]:
+    def layers(self, first: int = 0) -> Iterator[int]:
         """Yield the number of each layer from ``first`` on while its weights are in memory.
 
         The next layer is read meanwhile. It waits in the file's dtype: one layer and a half in
-        memory where bf16 computes in fp32. ``loaded`` sees each layer's weights as they were read.
+        memory where bf16 computes in fp32.
         """
-        for index in self._loaded_layers(first, loaded):
+        for index in self._loaded_layers(first):
             yield index
             self._layers[index].to("meta")
 
@@ -201,7 +196,7 @@ class StreamedDecoder:
         """The library's layer; it has weights while ``layers`` is at it."""
         return self._layers[index]
 
-    def _loaded_layers(self, first: int, loaded: Loaded) -> Iterator[int]:
+    def _loaded_layers(self, first: int) -> Iterator[int]:
         """Yield each layer from ``first`` on, loaded, the next one underway.
 
         Merging experts takes a layer's memory twice over; the next layer does not come on top.
@@ -216,7 +211,6 @@ class StreamedDecoder:
                 if more and prefetch and not merges:
                     following = background.submit(self._read_layer, index + 1)
                 with self.stages.timed("convert"):
-                    loaded(index, stored)
                     self._load(index, self._layers[index], stored)
                 if more and prefetch and merges:
                     following = background.submit(self._read_layer, index + 1)

@@ -121,7 +121,8 @@ def pairs_at(
 ) -> list[Sizes]:
     """Return every pair within ``TOLERANCE`` of the target, the smallest vocabulary first.
 
-    A vocabulary that need not be cut stays whole. Where a step of I' is so large that there is none, the pair that ``split`` takes is all.
+    A vocabulary that need not be cut stays whole. Where a step of I' is so large that there is
+    none, the pair that ``split`` takes is all.
 
     Raises:
         BudgetError: as ``split``.

@@ -26,38 +26,37 @@ def bucket_weights(stats: ChannelStats, ids: IdMap) -> np.ndarray:
     return np.divide(stays, total, out=np.zeros(buckets), where=total > 0)
 
 
-def _common_act2(stats: ChannelStats, sums: AxisSums, ids: IdMap, seed: list[int]) -> np.ndarray:
-    return _weighted_sum(bucket_weights(stats, ids), sums.sum_sq)
+Criterion = Callable[[AxisSums, np.ndarray, list[int]], np.ndarray]
+"""From sums, float64 ``[buckets]`` of what each bucket counts and a seed to ``[experts, I]``."""
 
 
-def _act2(stats: ChannelStats, sums: AxisSums, ids: IdMap, seed: list[int]) -> np.ndarray:
-    return sums.sum_sq.sum(axis=0)
-
-
-def _abs_act(stats: ChannelStats, sums: AxisSums, ids: IdMap, seed: list[int]) -> np.ndarray:
-    return sums.sum_abs.sum(axis=0)
-
-
-def _random(stats: ChannelStats, sums: AxisSums, ids: IdMap, seed: list[int]) -> np.ndarray:
-    return np.random.default_rng(seed).random(sums.sum_sq.shape[1:])
-
-
-def _weighted_sum(weights: np.ndarray, sums: np.ndarray) -> np.ndarray:
-    """Σ_b ``weights[b]`` · ``sums[b, e, k]``: float64 ``[experts, I]``."""
-    total: np.ndarray = np.einsum("b,bek->ek", weights, sums)
+def _common_act2(sums: AxisSums, weights: np.ndarray, seed: list[int]) -> np.ndarray:
+    total: np.ndarray = np.einsum("b,bek->ek", weights, sums.sum_sq)
     return total
 
 
-def _wanda(stats: ChannelStats, sums: AxisSums, ids: IdMap, seed: list[int]) -> np.ndarray:
-    norms: np.ndarray = sums.weight_norm * np.sqrt(_common_act2(stats, sums, ids, seed))
+def _act2(sums: AxisSums, weights: np.ndarray, seed: list[int]) -> np.ndarray:
+    return sums.sum_sq.sum(axis=0)
+
+
+def _abs_act(sums: AxisSums, weights: np.ndarray, seed: list[int]) -> np.ndarray:
+    return sums.sum_abs.sum(axis=0)
+
+
+def _random(sums: AxisSums, weights: np.ndarray, seed: list[int]) -> np.ndarray:
+    return np.random.default_rng(seed).random(sums.sum_sq.shape[1:])
+
+
+def _wanda(sums: AxisSums, weights: np.ndarray, seed: list[int]) -> np.ndarray:
+    norms: np.ndarray = sums.weight_norm * np.sqrt(_common_act2(sums, weights, seed))
     return norms
 
 
-def _l2(stats: ChannelStats, sums: AxisSums, ids: IdMap, seed: list[int]) -> np.ndarray:
+def _l2(sums: AxisSums, weights: np.ndarray, seed: list[int]) -> np.ndarray:
     return sums.sum_l2
 
 
-CRITERIA: dict[str, Callable[[ChannelStats, AxisSums, IdMap, list[int]], np.ndarray]] = {
+CRITERIA: dict[str, Criterion] = {
     DEFAULT_CRITERION: _common_act2,
     "act2": _act2,
     "abs-act": _abs_act,
@@ -91,14 +90,27 @@ def choose_channels(
     Of channels with equal importance the first ones stay. Those of an axis that has one of
     ``blocks`` go and stay in whole blocks of this length, by the sum of their importance.
     """
-    kept: Kept = []
-    for layer, axes in enumerate(stats.layers):
-        kept.append({})
-        for number, axis in enumerate(WIDTHS):
-            if axis in axes and axis in lengths:
-                importance = CRITERIA[criterion](stats, axes[axis], ids, [layer, number])
-                length, block = lengths[axis], (blocks or {}).get(axis, 1)
-                kept[-1][axis] = [best(row, length, block) for row in importance]
+    weights = bucket_weights(stats, ids)
+    return [
+        choose_layer(axes, weights, lengths, criterion, blocks or {}, layer)
+        for layer, axes in enumerate(stats.layers)
+    ]
+
+
+def choose_layer(
+    axes: Mapping[str, AxisSums],
+    weights: np.ndarray,
+    lengths: Mapping[str, int],
+    criterion: str,
+    blocks: Mapping[str, int],
+    layer: int,
+) -> dict[str, list[np.ndarray]]:
+    """Choose the channels of one layer, as ``choose_channels``; ``weights`` as for a criterion."""
+    kept = {}
+    for number, axis in enumerate(WIDTHS):
+        if axis in axes and axis in lengths:
+            importance = CRITERIA[criterion](axes[axis], weights, [layer, number])
+            kept[axis] = [best(row, lengths[axis], blocks.get(axis, 1)) for row in importance]
     return kept
 
 

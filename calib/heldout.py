@@ -1,0 +1,62 @@
+"""One text in two parts: what is calibrated on, and what is scored."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from calib.words import Words
+
+BLOCK_CHARACTERS = 1 << 14
+"""Of a document that stay together, so that calibration still finds long windows."""
+
+EVERY = 4
+"""One block in so many is held out."""
+
+
+def split_documents(documents: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return documents to calibrate on and documents held out, every fourth block of the text.
+
+    What of a document lies between two held-out blocks stays together.
+    """
+    kept: list[str] = []
+    held: list[str] = []
+    number = 0
+    for document in documents:
+        run = ""
+        for start in range(0, len(document), BLOCK_CHARACTERS):
+            block = document[start : start + BLOCK_CHARACTERS]
+            number += 1
+            if number % EVERY:
+                run += block
+                continue
+            held.append(block)
+            if run:
+                kept.append(run)
+            run = ""
+        if run:
+            kept.append(run)
+    return kept, held
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Texts as one vocabulary cuts them."""
+
+    windows: list[np.ndarray]
+    """int64, ids of the source's vocabulary, a first token before each text."""
+    words: list[Words]
+
+    @classmethod
+    def of(
+        cls, texts: Sequence[str], tokenizer: Tokenizer, old_ids: np.ndarray, first: int
+    ) -> "Encoded":
+        """Cut ``texts``; ``old_ids`` say what the tokenizer's ids are in the source."""
+        windows, words = [], []
+        for text in texts:
+            encoding = tokenizer.encode(text, add_special_tokens=False)
+            ids = old_ids[np.array(encoding.ids, dtype=np.int64)]
+            windows.append(np.concatenate([[first], ids]))
+            words.append(Words.of(text, ids.tolist(), encoding.offsets))
+        return cls(windows, words)

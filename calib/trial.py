@@ -1,0 +1,170 @@
+"""Variants of one model tried together: each layer is read once and serves all of them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from calib.batches import Stream
+from calib.decoder import StreamedDecoder
+from calib.down import down_matrices, down_name
+from calib.gram import refit_if_better
+from calib.heldout import Encoded
+from calib.reading import Reading, Unit
+from calib.score import token_bits
+from calib.weights import TORCH_DTYPE, WeightReader
+from surgery.channels import DEFAULT_CRITERION, Kept, choose_layer
+from surgery.idmap import IdMap
+from surgery.layout import Layout
+
+Sink = Callable[[int, Mapping[Unit, torch.Tensor]], object]
+"""Called with a layer and its refitted down_projs ``[D, K]`` by unit."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """What is tried."""
+
+    ids: IdMap
+    lengths: Mapping[str, int]
+    """Channel axis → I'."""
+    criterion: str = DEFAULT_CRITERION
+    blocks: Mapping[str, int] = field(default_factory=dict)
+    """Channel axis → length of the blocks that go or stay as one."""
+    repair: bool = False
+    layers: Sequence[Sequence[int]] = ()
+    """As in a plan: the source's layers that each of its own is made of; empty: all as they are."""
+    kept: Kept | None = None
+    """Channels that have been chosen already."""
+
+
+class Trial:
+    """Held-out text through one cut of the model."""
+
+    def __init__(self, cut: Cut, heldout: Encoded, reading: Reading | None) -> None:
+        """Make ready to run.
+
+        Args:
+            cut: What is tried.
+            heldout: Text that its vocabulary has cut.
+            reading: The text that its channels are chosen by; None where none go.
+        """
+        self.cut = cut
+        self.heldout = heldout
+        self.reading = reading
+        self.stream = Stream(heldout.windows)
+        self.kept: Kept = []
+        """The channels that stayed, layer by layer."""
+        self.refitted = 0
+        """Matrices that the gate let through."""
+        self._last = {group[-1]: group for group in cut.layers}
+        self._collapsed: dict[str, torch.Tensor] = {}
+
+    def run(self, decoder: StreamedDecoder, index: int, sink: Sink | None = None) -> None:
+        """Carry the text through a layer as the cut leaves it."""
+        if not self.cut.layers:
+            decoder.run(index, self.stream, weights=self._cut_weights(decoder, index, sink))
+            return
+        group = next((group for group in self.cut.layers if index in group), ())
+        if len(group) > 1:
+            self._collapse(decoder, index, len(group), first=index == group[0])
+        if index in self._last:
+            decoder.run(index, self.stream, weights=self._collapsed)
+            self._collapsed = {}
+
+    def _collapse(self, decoder: StreamedDecoder, index: int, count: int, *, first: bool) -> None:
+        """Add a layer to W + Σ (W_k − W), the sum over the others (LaCo, arXiv 2402.11187)."""
+        for name, weight in decoder.layer(index).named_parameters():
+            if first:
+                self._collapsed[name] = weight.data * (2 - count)
+            else:
+                self._collapsed[name] += weight.data
+
+    def _cut_weights(
+        self, decoder: StreamedDecoder, index: int, sink: Sink | None
+    ) -> dict[str, torch.Tensor]:
+        """down_proj with zeros for channels that go, refitted where that is asked and helps."""
+        if self.reading is None:
+            return {}
+        chosen = self._choose(self.reading, index)
+        layer = decoder.layer(index)
+        found: dict[str, torch.Tensor] = {}
+        refitted: dict[Unit, torch.Tensor] = {}
+        for unit in decoder.units(index):
+            if unit.axis not in chosen:
+                continue
+            own = layer.get_parameter(down_name(unit)).data
+            found[down_name(unit)] = new = torch.zeros_like(own)
+            pairs = zip(*(down_matrices(layer, unit, w) for w in (own, new)), strict=True)
+            for expert, (before, after) in enumerate(pairs):
+                kept = torch.from_numpy(chosen[unit.axis][expert]).to(own.device)
+                after[:, kept] = before[:, kept]
+                grams = [
+                    g[unit.axis, expert] for g in self.reading.grams if (unit.axis, expert) in g
+                ]
+                if self.cut.repair and grams:
+                    dtype = down_dtype(decoder.layout, index, unit.axis)
+                    better = refit_if_better(before, kept, grams, dtype)
+                    if better is not None:
+                        refitted[unit.axis, expert] = better
+                        after[:, kept] = better.to(after.dtype)
+        self.refitted += len(refitted)
+        if sink is not None:
+            sink(index, refitted)
+        return found
+
+    def _choose(self, reading: Reading, index: int) -> dict[str, list[np.ndarray]]:
+        """The channels that stay on each axis that loses some."""
+        cut = self.cut
+        if cut.kept is None:
+            chosen = choose_layer(
+                reading.sums, reading.weights, cut.lengths, cut.criterion, cut.blocks, index
+            )
+        else:
+            chosen = cut.kept[index]
+        self.kept.append(chosen)
+        full = {axis: sums.sum_sq.shape[-1] for axis, sums in reading.sums.items()}
+        return {axis: kept for axis, kept in chosen.items() if len(kept[0]) < full[axis]}
+
+
+def try_all(
+    layout: Layout,
+    trials: Sequence[Trial],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Callable[[int], object] = lambda windows: None,
+    sink: Sink | None = None,
+) -> list[list[np.ndarray]]:
+    """Carry all trials and their readings through the model in one pass.
+
+    A reading shows one layer at a time, to the trials that choose by it, and forgets it.
+
+    Returns:
+        Per trial and window of held-out text, the bits of each token, float64.
+    """
+    readings = list({id(t.reading): t.reading for t in trials if t.reading is not None}.values())
+    streams = [stream for reading in readings for stream in reading.streams]
+    with WeightReader(layout.checkpoint, device, dtype) as reader:
+        decoder = StreamedDecoder(layout, reader)
+        decoder.embed([*streams, *(trial.stream for trial in trials)])
+        for index in decoder.layers():
+            for reading in [*readings, None]:
+                if reading is not None:
+                    reading.measure(decoder, index)
+                for trial in (t for t in trials if t.reading is reading):
+                    trial.run(decoder, index, sink)
+                    progress(len(trial.heldout.windows))
+                if reading is not None:
+                    reading.forget()
+        return token_bits(decoder, [(trial.stream, trial.cut.ids.kept) for trial in trials])
+
+
+def down_dtype(layout: Layout, index: int, axis: str) -> torch.dtype:
+    """The dtype in which the file holds a layer's down_proj; that of FP8 is bf16, once cut."""
+    for ref in layout.of_layer[index].values():
+        slot = layout.places[ref.name].slot
+        if slot.watched and slot.width == axis:
+            return TORCH_DTYPE.get(ref.dtype, torch.bfloat16)
+    raise KeyError(axis)
