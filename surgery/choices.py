@@ -54,14 +54,19 @@ def choose_sizes(
     choice = _choice(layout, tokenizer, vocabulary, documents)
     rarity = rarity_of(layout, choice, tokenizer)
     if sizes is None:
-        wanted = _steps(target)
-        if not target.dequantize:
-            by_key = blocks(layout)
-            whole_blocks = lcm(wanted.width, *(by_key.get(key, 1) for key in layout.widths))
-            wanted = replace(wanted, width=whole_blocks)
-        sizes = split(layout, target.ratio or 0.0, rarity.must_keep, wanted)
+        sizes = split(layout, target.ratio or 0.0, rarity.must_keep, allowed_steps(layout, target))
         sizes = replace(sizes, dequantize=target.dequantize)
     return Chosen(rarity, sizes, tokenizer)
+
+
+def allowed_steps(layout: Layout, target: Target) -> Steps:
+    """What the sizes must be multiples of, whole blocks of FP8 weights among it."""
+    wanted = _steps(target)
+    if target.dequantize:
+        return wanted
+    by_key = blocks(layout)
+    width = lcm(wanted.width, *(by_key.get(key, 1) for key in layout.widths))
+    return replace(wanted, width=width)
 
 
 def rarity_or_whole(
@@ -139,11 +144,11 @@ def _given_widths(target: Target, layout: Layout) -> dict[str, int]:
             )
         found[key] = int(number)
     if target.intermediate_size is not None:
-        found = {_main_width(layout): target.intermediate_size} | found
+        found = {main_width(layout): target.intermediate_size} | found
     return found
 
 
-def _main_width(layout: Layout) -> str:
+def main_width(layout: Layout) -> str:
     """What --intermediate-size means: the key of that name, or the only one there is."""
     if "intermediate_size" in layout.widths:
         return "intermediate_size"

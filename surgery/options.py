@@ -34,7 +34,7 @@ def gathered(name: str, kind: type[Any], *options: Callable[..., Any]) -> Callab
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(command)
         def gather(*arguments: Any, **given: Any) -> Any:
-            parts = {field.name: given.pop(field.name) for field in fields(kind)}
+            parts = {f.name: given.pop(f.name) for f in fields(kind) if f.name in given}
             return command(*arguments, **given, **{name: kind(**parts)})
 
         return combined(*options)(gather)
@@ -184,6 +184,22 @@ cut_options = gathered(
         "else --vocab-size, or those of --ratio 0.1, 0.2, 0.35 and 0.5.",
     ),
 )
+multiple_option = click.option(
+    "--multiple-of",
+    type=click.IntRange(1),
+    help="What V' and I' are to be multiples of.  [default: 128 with --ratio]",
+)
+serve_option = click.option(
+    "--target",
+    "serve",
+    metavar="tp=N,group=N",
+    help="Tensor parallelism and quantization groups that V' and I' must divide for.",
+)
+dequantize_option = click.option(
+    "--dequantize",
+    is_flag=True,
+    help="Write FP8 weights as bf16, which can be cut anywhere; alone it cuts nothing.",
+)
 size_options = gathered(
     "target",
     Target,
@@ -201,22 +217,31 @@ size_options = gathered(
         metavar="KEY=N",
         help="Channels to keep by their key in config.json, such as moe_intermediate_size=512.",
     ),
-    click.option(
-        "--multiple-of",
-        type=click.IntRange(1),
-        help="What V' and I' are to be multiples of.  [default: 128 with --ratio]",
-    ),
-    click.option(
-        "--target",
-        "serve",
-        metavar="tp=N,group=N",
-        help="Tensor parallelism and quantization groups that V' and I' must divide for.",
-    ),
-    click.option(
-        "--dequantize",
-        is_flag=True,
-        help="Write FP8 weights as bf16, which can be cut anywhere; alone it cuts nothing.",
-    ),
+    multiple_option,
+    serve_option,
+    dequantize_option,
+)
+ratio_options = gathered(
+    "target",
+    Target,
+    click.option("--ratio", type=float, required=True, help="Share of all parameters to remove."),
+    multiple_option,
+    serve_option,
+    dequantize_option,
+)
+windows_option = click.option(
+    "--windows",
+    default=64,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Windows of 2,048 bytes that are held out, at most.",
+)
+repair_option = click.option(
+    "--repair",
+    default="none",
+    show_default=True,
+    type=click.Choice(["none", "least-squares"]),
+    help="Refit each down_proj to the channels that stay, where that helps on held-out text.",
 )
 channel_options = gathered(
     "channels",

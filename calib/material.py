@@ -1,0 +1,100 @@
+"""The text that all cuts of a study share: what they are chosen by, and what they are scored on."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from calib.corpus import byte_windows, token_windows
+from calib.heldout import Encoded, split_documents
+from calib.reading import Reading
+from calib.score import first_token
+from surgery.cut_tokenizer import cut_tokenizer
+from surgery.idmap import IdMap
+from surgery.layout import Layout
+from surgery.rarity import Rarity
+from surgery.tokenizer import TokenizerFile, load_tokenizer
+
+WINDOW_BYTES = 2048
+"""Of a window of held-out text."""
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """Text in two parts, cut by whichever vocabulary is asked for."""
+
+    layout: Layout
+    rarity: Rarity
+    tokenizer: TokenizerFile | None
+    """None where the vocabulary stays whole."""
+    calibration: Sequence[str]
+    """Documents."""
+    heldout: Sequence[str]
+    """Windows of text."""
+    samples: int
+    """Windows of calibration text, at most."""
+    seq_len: int
+    _cut: dict[int, tuple[Any, np.ndarray]] = field(default_factory=dict)
+    _heldout: dict[int, Encoded] = field(default_factory=dict)
+
+    @classmethod
+    def split(
+        cls,
+        layout: Layout,
+        rarity: Rarity,
+        tokenizer: TokenizerFile | None,
+        documents: Iterable[str],
+        *,
+        windows: int,
+        samples: int,
+        seq_len: int,
+    ) -> "Material":
+        """Hold out every fourth block of ``documents``, at most ``windows`` windows of it.
+
+        Raises:
+            DataError: the text is too short for that.
+        """
+        kept, held = split_documents(documents)
+        texts = byte_windows(held, windows, WINDOW_BYTES)
+        return cls(layout, rarity, tokenizer, kept, texts, samples, seq_len)
+
+    def ids(self, vocab_size: int) -> IdMap:
+        """The map to the ``vocab_size`` most common tokens."""
+        return self.rarity.id_map(vocab_size)
+
+    def encoded(self, vocab_size: int) -> Encoded:
+        """The held-out text as a vocabulary of this size cuts it."""
+        if vocab_size not in self._heldout:
+            tokenizer, old_ids = self._tokenizer(vocab_size)
+            first = first_token(self.layout)
+            self._heldout[vocab_size] = Encoded.of(self.heldout, tokenizer, old_ids, first)
+        return self._heldout[vocab_size]
+
+    def reading(
+        self, vocab_size: int, *, retokenized: bool, samples: int | None, refits: bool
+    ) -> Reading:
+        """The calibration text for a cut to ``vocab_size``, at most ``samples`` windows of it.
+
+        Cut by the source's tokenizer, tokens that go do not count (paper eq. 5).
+        """
+        tokenizer, old_ids = self._tokenizer(vocab_size if retokenized else self.layout.vocab_size)
+        count = min(samples or self.samples, self.samples)
+        windows = token_windows(self.calibration, tokenizer, count, self.seq_len)
+        edges = sorted({vocab_size, self.layout.vocab_size})
+        counted = 1 if retokenized else len(edges)
+        buckets = np.minimum(self.rarity.buckets(edges), counted - 1)
+        return Reading(
+            self.layout, [old_ids[w] for w in windows], (buckets, counted), refits=refits
+        )
+
+    def _tokenizer(self, vocab_size: int) -> tuple[Any, np.ndarray]:
+        """The library's tokenizer and the source's id of each of its ids."""
+        if vocab_size not in self._cut:
+            ids = self.ids(vocab_size)
+            if self.tokenizer is None or ids.identity:
+                every = np.arange(self.layout.vocab_size + self.rarity.rowless)
+                self._cut[vocab_size] = load_tokenizer(self.layout.checkpoint.path), every
+            else:
+                self._cut[vocab_size] = cut_tokenizer(self.tokenizer, ids)
+        return self._cut[vocab_size]

@@ -1,0 +1,126 @@
+"""Cuts of one model tried on one text, all of a pass together, on identical held-out bytes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from calib.heldout import Encoded
+from calib.material import Material
+from calib.reading import Reading
+from calib.trial import Cut, Trial, try_all
+from surgery.blocks import blocks
+from surgery.budget import Sizes, whole
+from surgery.channels import DEFAULT_CRITERION
+from surgery.comparison import Row
+from surgery.predict import axis_lengths
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A way to make the model smaller."""
+
+    name: str
+    sizes: Sizes
+    criterion: str = DEFAULT_CRITERION
+    retokenize: bool = True
+    """Whether channels are chosen on text as the pruned tokenizer cuts it."""
+    repair: bool = False
+    """Whether down_proj is refitted by least squares."""
+    layers: Sequence[Sequence[int]] = ()
+    """As in a plan; empty keeps all."""
+    samples: int | None = None
+    """Windows of calibration text; None is all there are."""
+
+    @property
+    def text(self) -> tuple[int, bool, int | None]:
+        """What tells calibration texts apart."""
+        return self.sizes.vocab_size, self.retokenize, self.samples
+
+
+@dataclass(eq=False)
+class Study:
+    """Recipes on their way to rows of a table."""
+
+    material: Material
+    device: torch.device
+    dtype: torch.dtype
+    _dense: tuple[Encoded, list[np.ndarray]] | None = field(default=None, init=False)
+
+    def rows(
+        self,
+        recipes: Sequence[Recipe],
+        progress: Callable[[int], object] = lambda windows: None,
+    ) -> list[Row]:
+        """Try ``recipes`` in one pass and compare each with the dense model."""
+        layout = self.material.layout
+        dense = Recipe("dense", whole(layout))
+        everything = [*recipes] if self._dense else [*recipes, dense]
+        readings = self._readings(everything)
+        trials = [self._trial(recipe, readings.get(recipe.text)) for recipe in everything]
+        bits = try_all(layout, trials, device=self.device, dtype=self.dtype, progress=progress)
+        if self._dense is None:
+            self._dense = trials[-1].heldout, bits[-1]
+        return [
+            self._row(recipe, trial, found)
+            for recipe, trial, found in zip(recipes, trials, bits, strict=False)
+        ]
+
+    def windows(self, recipes: int) -> int:
+        """Windows × layers that ``rows`` reports for so many recipes."""
+        count = len(self.material.heldout) * self.material.layout.num_hidden_layers
+        return count * (recipes + (self._dense is None))
+
+    def _readings(self, recipes: Sequence[Recipe]) -> dict[tuple[int, bool, int | None], Reading]:
+        """One for each text that channels are chosen by."""
+        cutting = [r for r in recipes if dict(r.sizes.widths) != dict(self.material.layout.widths)]
+        refits = {r.text for r in cutting if r.repair}
+        return {
+            text: self.material.reading(
+                text[0], retokenized=text[1], samples=text[2], refits=text in refits
+            )
+            for text in dict.fromkeys(r.text for r in cutting)
+        }
+
+    def _trial(self, recipe: Recipe, reading: Reading | None) -> Trial:
+        layout, sizes = self.material.layout, recipe.sizes
+        by_key = blocks(layout)
+        cut = Cut(
+            self.material.ids(sizes.vocab_size),
+            axis_lengths(layout, sizes.widths),
+            recipe.criterion,
+            {axis: by_key.get(width.key, 1) for axis, width in layout.family.widths.items()},
+            recipe.repair,
+            recipe.layers,
+        )
+        if dict(sizes.widths) == dict(layout.widths):
+            reading = None
+        return Trial(cut, self.material.encoded(sizes.vocab_size), reading)
+
+    def _row(self, recipe: Recipe, trial: Trial, found: Sequence[np.ndarray]) -> Row:
+        assert self._dense is not None
+        layout, sizes = self.material.layout, recipe.sizes
+        encoded, dense = self._dense
+        alike, alike_dense, alike_bytes = 0.0, 0.0, 0
+        pairs = zip(trial.heldout.words, found, encoded.words, dense, strict=True)
+        for words, bits, words_before, bits_before in pairs:
+            same = words.alike(words_before)
+            alike += float(words.bits(bits)[same].sum())
+            alike_dense += float(words_before.bits(bits_before)[same].sum())
+            alike_bytes += int(words.nbytes[same].sum())
+        nbytes = sum(len(text.encode("utf-8")) for text in self.material.heldout)
+        total, total_dense = (float(sum(map(np.sum, each))) for each in (found, dense))
+        parameters = layout.parameters(sizes.vocab_size, sizes.widths)
+        return Row(
+            name=recipe.name,
+            vocab_size=sizes.vocab_size,
+            widths=dict(sizes.widths),
+            num_hidden_layers=len(recipe.layers) or layout.num_hidden_layers,
+            parameters=parameters,
+            removed=1 - parameters / layout.parameters(layout.vocab_size, layout.widths),
+            bits_per_byte=total / nbytes,
+            loss=total / total_dense - 1,
+            alike_loss=alike / alike_dense - 1 if alike_dense else 0.0,
+            alike_share=alike_bytes / nbytes,
+        )

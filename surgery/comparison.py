@@ -1,0 +1,83 @@
+"""Cuts side by side: rows of a table, and its pictures."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from surgery.plot import saved_figure
+
+BLEND = 0.5
+"""What bits on words that are cut otherwise count in a score; see ``Row.score``."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cut and what it does to held-out text."""
+
+    name: str
+    vocab_size: int
+    widths: dict[str, int]
+    """Key of config.json → I'."""
+    num_hidden_layers: int
+    parameters: int
+    removed: float
+    """Parts of all parameters."""
+    bits_per_byte: float
+    """Over all bytes."""
+    loss: float
+    """Bits over those of the dense model, less 1."""
+    alike_loss: float
+    """The same on the words that both vocabularies cut alike."""
+    alike_share: float
+    """Their bytes, of all."""
+
+    @property
+    def score(self) -> float:
+        """What a search minimizes."""
+        return BLEND * self.loss + (1 - BLEND) * self.alike_loss
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return the rows as text for people; the best score is marked."""
+    keys = list(rows[0].widths)
+    wide = 2 + max(map(len, ("cut", *(row.name for row in rows))))
+    heads = ["V'", *(["I'"] if len(keys) == 1 else keys), "layers", "parameters", "removed"]
+    heads += ["bits/byte", "loss", "alike", "score"]
+    widths = [max(10, len(head) + 2) for head in heads]
+    lines = [f"{'cut':<{wide}}" + "".join(f"{h:>{w}}" for h, w in zip(heads, widths, strict=True))]
+    best = min(rows, key=lambda row: row.score)
+    for row in rows:
+        cells = [f"{row.vocab_size:,}", *(f"{row.widths[key]:,}" for key in keys)]
+        cells += [str(row.num_hidden_layers), f"{row.parameters / 1e6:,.1f}M"]
+        cells += [f"{row.removed:.1%}", f"{row.bits_per_byte:.4f}"]
+        cells += [f"{row.loss:+.1%}", f"{row.alike_loss:+.1%}", f"{row.score:+.1%}"]
+        text = "".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True))
+        lines.append(f"{row.name:<{wide}}{text}" + ("  best" if row is best else ""))
+    return "\n".join(lines)
+
+
+def plot_pairs(rows: Sequence[Row], path: Path) -> None:
+    """Draw the loss of each pair over its V', for all bytes and for words cut alike.
+
+    Raises:
+        OutputError: as ``saved_figure``.
+    """
+    ordered = sorted(rows, key=lambda row: row.vocab_size)
+    best = min(ordered, key=lambda row: row.score)
+    sizes = [row.vocab_size for row in ordered]
+    with saved_figure(path, 7, 4) as figure:
+        axes = figure.subplots()
+        for label, values in (
+            ("all bytes", [row.loss for row in ordered]),
+            ("words cut alike", [row.alike_loss for row in ordered]),
+            ("score", [row.score for row in ordered]),
+        ):
+            axes.plot(sizes, [100 * value for value in values], marker="o", label=label)
+        axes.axvline(best.vocab_size, color="grey", linestyle=":")
+        widths = ", ".join(f"{key} {size:,}" for key, size in best.widths.items())
+        axes.set(
+            xlabel="V', rows of the embedding",
+            ylabel="bits over the dense model's (%)",
+            title=f"{best.removed:.0%} fewer parameters; best: V' {best.vocab_size:,}, {widths}",
+        )
+        axes.legend(frameon=False)
