@@ -1,13 +1,15 @@
 """verify --forward: a pruned model's logits against the dense model with the same cuts masked."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 from calib.batches import Stream
-from calib.decoder import StreamedDecoder, Watch
-from calib.tokens import Tokens
+from calib.decoder import StreamedDecoder
+from calib.down import Place, cut_weight, down_name, file_matrices, watched_tensors
 from calib.weights import WeightReader
 from surgery.edits import kept_channels
 from surgery.layout import Layout
@@ -36,41 +38,57 @@ class Equality:
 def compare_forward(plan: Plan, dense: Layout, pruned: Layout, device: torch.device) -> Equality:
     """Run seeded random kept tokens through both models in fp32 and compare their logits.
 
-    The dense model has the removed channels set to zero before down_proj and is asked only for
-    the logits of the kept tokens: what COMPACT's cut means (paper Algorithm 1). Where the plan
-    makes bf16 of FP8, so does the dense model.
+    The dense model has zeros in down_proj for the removed channels and is asked only for the
+    logits of the kept tokens: what COMPACT's cut means (paper Algorithm 1). Where the plan
+    replaces tensors or makes bf16 of FP8, so does the dense model.
     """
     ids = plan.ids()
     kept = ids.kept
     chosen = np.random.default_rng(0).integers(0, len(kept), (WINDOWS, TOKENS))
-    channels = kept_channels(plan, dense)
-
-    def mask_channels(
-        layer: int, axis: str, expert: int, _: Tokens, act: torch.Tensor
-    ) -> torch.Tensor:
-        stays = torch.from_numpy(channels[layer][axis][expert]).to(act.device)
-        masked = torch.zeros_like(act)
-        masked[:, stays] = act[:, stays]
-        return masked
-
-    def logits(layout: Layout, ids: np.ndarray, rows: np.ndarray, watch: Watch) -> torch.Tensor:
-        fp8 = torch.bfloat16 if plan.dequantize else None
-        with WeightReader(layout.checkpoint, device, torch.float32, dequantize=fp8) as reader:
-            return _logits(StreamedDecoder(layout, reader), list(ids), rows, watch)
-
-    expected = logits(dense, kept[chosen], kept, mask_channels)
-    found = logits(pruned, chosen, np.arange(len(kept)), lambda *_: None)
+    fp8 = torch.bfloat16 if plan.dequantize else None
+    cuts = _Cuts(plan, dense)
+    with WeightReader(dense.checkpoint, device, torch.float32, dequantize=fp8) as reader:
+        expected = _logits(StreamedDecoder(dense, reader), kept[chosen], kept, cuts.weights)
+    with WeightReader(pruned.checkpoint, device, torch.float32) as reader:
+        found = _logits(StreamedDecoder(pruned, reader), chosen, np.arange(len(kept)))
     difference = (expected - found).abs().max() / expected.abs().max()
     return Equality(chosen.size, float(difference))
 
 
+class _Cuts:
+    """down_projs of the dense model as the plan leaves them: zero columns for what goes."""
+
+    def __init__(self, plan: Plan, dense: Layout) -> None:
+        self._layout = dense
+        self._kept = kept_channels(plan, dense)
+        self._refs = plan.replaced.refs() if plan.replaced else {}
+
+    def weights(self, decoder: StreamedDecoder, index: int) -> dict[str, torch.Tensor]:
+        """The parameters of a layer that are others than the dense model's."""
+        replaced: dict[Place, torch.Tensor] = {}
+        for name in watched_tensors(self._layout, index):
+            if name in self._refs:
+                with safe_open(self._refs[name].path, framework="pt") as file:
+                    replaced |= file_matrices(self._layout, name, file.get_tensor(name))
+        layer, kept = decoder.layer(index), self._kept[index]
+        return {
+            down_name(unit): cut_weight(layer, unit, kept[unit.axis], replaced)
+            for unit in decoder.units(index)
+            if unit.axis in kept
+        }
+
+
 def _logits(
-    decoder: StreamedDecoder, windows: list[np.ndarray], rows: np.ndarray, watch: Watch
+    decoder: StreamedDecoder,
+    windows: np.ndarray,
+    rows: np.ndarray,
+    weights: Callable[[StreamedDecoder, int], Mapping[str, torch.Tensor]] = lambda *_: {},
 ) -> torch.Tensor:
     """Logits ``(windows, tokens, len(rows))`` in fp32, on the CPU."""
-    stream = Stream(windows)
+    stream = Stream(list(windows))
     decoder.embed([stream])
-    decoder.run_layers([stream], watch)
+    for index in decoder.layers():
+        decoder.run(index, stream, weights=weights(decoder, index))
     hidden = stream.batches[0].hidden
     blocks = [block.cpu() for _, _, block in decoder.logits([(hidden, rows)])]
     return torch.cat(blocks, dim=-1)

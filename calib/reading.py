@@ -8,6 +8,7 @@ import torch
 
 from calib.batches import Stream
 from calib.decoder import StreamedDecoder
+from calib.down import Place
 from calib.gram import Gram
 from calib.norms import weight_norms
 from calib.sums import ChannelSums
@@ -17,9 +18,6 @@ from surgery.stats import AxisSums
 
 GATE_EVERY = 8
 """One window in so many decides whether a refitted down_proj is used; the others fit it."""
-
-Unit = tuple[str, int]
-"""Channel axis and expert, 0 for an FFN that is no expert."""
 
 
 class Reading:
@@ -52,7 +50,7 @@ class Reading:
         self.streams = [Stream(part) for part in (fit, gate) if part]
         self._refits = refits
         self.sums: dict[str, AxisSums] = {}
-        self.grams: list[dict[Unit, Gram]] = []
+        self.grams: list[dict[Place, Gram]] = []
         """For fitting, and for the gate where the text is long enough to have one."""
 
     def measure(self, decoder: StreamedDecoder, index: int) -> None:
@@ -65,7 +63,7 @@ class Reading:
         }
         self.grams = []
         for stream in self.streams:
-            grams: dict[Unit, Gram] = {}
+            grams: dict[Place, Gram] = {}
             decoder.run(index, stream, partial(self._see, sums, grams))
             self.grams.append(grams)
         self.sums = {axis: each.numbers(norms[axis]) for axis, each in sums.items()}
@@ -77,7 +75,7 @@ class Reading:
     def _see(
         self,
         sums: dict[str, ChannelSums],
-        grams: dict[Unit, Gram],
+        grams: dict[Place, Gram],
         layer: int,
         axis: str,
         expert: int,

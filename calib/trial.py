@@ -8,17 +8,18 @@ import torch
 
 from calib.batches import Stream
 from calib.decoder import StreamedDecoder
-from calib.down import down_matrices, down_name
+from calib.down import Place, cut_weight, down_matrices, down_name
+from calib.ffn import Unit
 from calib.gram import refit_if_better
 from calib.heldout import Encoded
-from calib.reading import Reading, Unit
+from calib.reading import Reading
 from calib.score import token_bits
 from calib.weights import TORCH_DTYPE, WeightReader
 from surgery.channels import DEFAULT_CRITERION, Kept, choose_layer
 from surgery.idmap import IdMap
 from surgery.layout import Layout
 
-Sink = Callable[[int, Mapping[Unit, torch.Tensor]], object]
+Sink = Callable[[int, Mapping[Place, torch.Tensor]], object]
 """Called with a layer and its refitted down_projs ``[D, K]`` by unit."""
 
 
@@ -42,13 +43,20 @@ class Cut:
 class Trial:
     """Held-out text through one cut of the model."""
 
-    def __init__(self, cut: Cut, heldout: Encoded, reading: Reading | None) -> None:
+    def __init__(
+        self,
+        cut: Cut,
+        heldout: Encoded,
+        reading: Reading | None,
+        sink: Sink = lambda index, refitted: None,
+    ) -> None:
         """Make ready to run.
 
         Args:
             cut: What is tried.
             heldout: Text that its vocabulary has cut.
             reading: The text that its channels are chosen by; None where none go.
+            sink: Is given the refitted matrices of each layer.
         """
         self.cut = cut
         self.heldout = heldout
@@ -58,13 +66,14 @@ class Trial:
         """The channels that stayed, layer by layer."""
         self.refitted = 0
         """Matrices that the gate let through."""
+        self._sink = sink
         self._last = {group[-1]: group for group in cut.layers}
         self._collapsed: dict[str, torch.Tensor] = {}
 
-    def run(self, decoder: StreamedDecoder, index: int, sink: Sink | None = None) -> None:
+    def run(self, decoder: StreamedDecoder, index: int) -> None:
         """Carry the text through a layer as the cut leaves it."""
         if not self.cut.layers:
-            decoder.run(index, self.stream, weights=self._cut_weights(decoder, index, sink))
+            decoder.run(index, self.stream, weights=self._cut_weights(decoder, index))
             return
         group = next((group for group in self.cut.layers if index in group), ())
         if len(group) > 1:
@@ -81,38 +90,43 @@ class Trial:
             else:
                 self._collapsed[name] += weight.data
 
-    def _cut_weights(
-        self, decoder: StreamedDecoder, index: int, sink: Sink | None
-    ) -> dict[str, torch.Tensor]:
+    def _cut_weights(self, decoder: StreamedDecoder, index: int) -> dict[str, torch.Tensor]:
         """down_proj with zeros for channels that go, refitted where that is asked and helps."""
         if self.reading is None:
             return {}
         chosen = self._choose(self.reading, index)
-        layer = decoder.layer(index)
-        found: dict[str, torch.Tensor] = {}
-        refitted: dict[Unit, torch.Tensor] = {}
+        layer, found = decoder.layer(index), {}
+        refitted: dict[Place, torch.Tensor] = {}
         for unit in decoder.units(index):
-            if unit.axis not in chosen:
-                continue
-            own = layer.get_parameter(down_name(unit)).data
-            found[down_name(unit)] = new = torch.zeros_like(own)
-            pairs = zip(*(down_matrices(layer, unit, w) for w in (own, new)), strict=True)
-            for expert, (before, after) in enumerate(pairs):
-                kept = torch.from_numpy(chosen[unit.axis][expert]).to(own.device)
-                after[:, kept] = before[:, kept]
-                grams = [
-                    g[unit.axis, expert] for g in self.reading.grams if (unit.axis, expert) in g
-                ]
-                if self.cut.repair and grams:
-                    dtype = down_dtype(decoder.layout, index, unit.axis)
-                    better = refit_if_better(before, kept, grams, dtype)
-                    if better is not None:
-                        refitted[unit.axis, expert] = better
-                        after[:, kept] = better.to(after.dtype)
-        self.refitted += len(refitted)
-        if sink is not None:
-            sink(index, refitted)
+            if unit.axis in chosen:
+                if self.cut.repair:
+                    refitted |= self._refit(decoder, index, unit, self.reading, chosen[unit.axis])
+                found[down_name(unit)] = cut_weight(layer, unit, chosen[unit.axis], refitted)
+        self._sink(index, refitted)
         return found
+
+    def _refit(
+        self,
+        decoder: StreamedDecoder,
+        index: int,
+        unit: Unit,
+        reading: Reading,
+        kept: Sequence[np.ndarray],
+    ) -> dict[Place, torch.Tensor]:
+        """The matrices of a unit ``[D, K]``, none where refitting helps none of them."""
+        layer, helped = decoder.layer(index), 0
+        found: dict[Place, torch.Tensor] = {}
+        dtype = down_dtype(decoder.layout, index, unit.axis)
+        weight = layer.get_parameter(down_name(unit)).data
+        for expert, matrix in enumerate(down_matrices(layer, unit, weight)):
+            place = unit.axis, expert
+            stays = torch.from_numpy(kept[expert]).to(matrix.device)
+            grams = [grams[place] for grams in reading.grams if place in grams]
+            better = refit_if_better(matrix, stays, grams, dtype) if grams else None
+            helped += better is not None
+            found[place] = matrix[:, stays].to(dtype) if better is None else better
+        self.refitted += helped
+        return found if helped else {}
 
     def _choose(self, reading: Reading, index: int) -> dict[str, list[np.ndarray]]:
         """The channels that stay on each axis that loses some."""
@@ -135,7 +149,6 @@ def try_all(
     device: torch.device,
     dtype: torch.dtype,
     progress: Callable[[int], object] = lambda windows: None,
-    sink: Sink | None = None,
 ) -> list[list[np.ndarray]]:
     """Carry all trials and their readings through the model in one pass.
 
@@ -154,7 +167,7 @@ def try_all(
                 if reading is not None:
                     reading.measure(decoder, index)
                 for trial in (t for t in trials if t.reading is reading):
-                    trial.run(decoder, index, sink)
+                    trial.run(decoder, index)
                     progress(len(trial.heldout.windows))
                 if reading is not None:
                     reading.forget()

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from threading import Event
@@ -21,6 +22,7 @@ from surgery.header import encode_header
 from surgery.jsonfile import dump_json, dump_table, read_file
 from surgery.layout import Layout
 from surgery.plan import Plan
+from surgery.replacement_file import check_file
 from surgery.shards import Shards
 from surgery.stream import open_shard, stream_edit, write_all
 from surgery.writer import OutputDirectory, forget, new_shard
@@ -81,6 +83,8 @@ def apply_plan(
     checkpoint = Checkpoint.open(source.absolute() if engine == "ray" else source, plan.family)
     by_shard = {n: shard for n, shard in edits(plan, Layout.of(checkpoint)).items() if shard}
     digests = _digests(checkpoint, list(by_shard), checksum=checksum, engine=engine)
+    if plan.replaced is not None:
+        check_file(plan.replaced)
     files = companion_files(plan, checkpoint)
     files["README.md"] = model_card(plan, checkpoint)
     config = pruned_config(plan, checkpoint)
@@ -188,19 +192,20 @@ def write_shard(
         progress: Called with the bytes of each finished tensor.
         attempt: As for ``new_shard``.
     """
-    with open_shard(source) as descriptor, new_shard(partial, source.name, attempt) as output:
+    paths = {source, *(edit.source.path for tensor in shard for edit in tensor.edits)}
+    with ExitStack() as stack, new_shard(partial, source.name, attempt) as output:
+        opened = {path: stack.enter_context(open_shard(path)) for path in paths}
         entries = [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard]
         write_all(output, memoryview(encode_header(entries, metadata)))
         for tensor in shard:
             for edit in tensor.edits:
-                stream_edit(edit, descriptor, output)
+                stream_edit(edit, opened[edit.source.path], output)
             progress(tensor.nbytes)
 
 
 def _check_digest(source: Path, digests: Mapping[str, str]) -> None:
     if source.name in digests:
-        with open_shard(source) as descriptor:
-            check_digest(source, descriptor, digests[source.name])
+        check_digest(source, digests[source.name])
 
 
 def _index(index: dict[str, Any], by_shard: dict[str, list[OutputTensor]], plan: Plan) -> bytes:

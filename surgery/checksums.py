@@ -6,10 +6,12 @@ from pathlib import Path
 
 from surgery.errors import CheckpointError
 from surgery.jsonfile import read_file
-from surgery.stream import raw_windows
+from surgery.stream import open_shard, raw_windows
 
 SUMS_NAME = "SHA256SUMS"
 SHA256 = re.compile(r"[0-9a-f]{64}")
+DOWNLOAD_AGAIN = "download it again, then run again with --resume"
+
 HUB_METADATA = ".cache/huggingface/download"
 """Where huggingface_hub keeps what it knows of files that were downloaded to a directory."""
 
@@ -36,23 +38,30 @@ def known_digests(directory: Path, names: list[str]) -> dict[str, str]:
     return {name: digest for name, digest in digests.items() if digest is not None}
 
 
-def check_digest(path: Path, source: int, expected: str) -> None:
-    """Read the whole shard ``path``, open as ``source``, and compare.
+def check_digest(path: Path, expected: str, fix: str = DOWNLOAD_AGAIN) -> None:
+    """Read the whole file ``path`` and compare.
 
     Raises:
         CheckpointError: its bytes are others.
     """
-    digest, size = hashlib.sha256(), path.stat().st_size
-    for window in raw_windows(path, source, 0, size):
-        digest.update(window)
-    if digest.hexdigest() != expected:
+    found = file_digest(path)
+    if found != expected:
         raise CheckpointError(
             path,
             "is damaged: its checksum differs",
             expected=f"SHA-256 {expected[:12]}",
-            found=digest.hexdigest()[:12],
-            fix="download it again, then run again with --resume",
+            found=found[:12],
+            fix=fix,
         )
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, read through a small window."""
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with open_shard(path) as descriptor:
+        for window in raw_windows(path, descriptor, 0, size):
+            digest.update(window)
+    return digest.hexdigest()
 
 
 def _listed(path: Path) -> dict[str, str]:

@@ -20,6 +20,7 @@ from surgery.options import (
     Target,
     VocabularyOptions,
     channel_options,
+    compute_options,
     device_option,
     engine_option,
     family_option,
@@ -27,6 +28,7 @@ from surgery.options import (
     model_argument,
     path_type,
     push_option,
+    seed_option,
     size_options,
     vocabulary_options,
 )
@@ -104,6 +106,8 @@ def inspect(
     help="To show what the cut of the vocabulary costs, and to count tokens in; as for calibrate.",
 )
 @channel_options
+@seed_option
+@compute_options
 @click.option("--output", type=path_type, metavar="DIR", help="Where apply is to write.")
 @click.option("-o", "plan_path", type=path_type, default="plan.json", show_default=True)
 def plan(
@@ -116,14 +120,20 @@ def plan(
     channels: ChannelOptions,
     output: Path | None,
     plan_path: Path,
+    **compute: Any,
 ) -> None:
-    """Choose what to cut and predict the result; no weights are read."""
+    """Choose what to cut and predict the result; no weights are read, but with --repair.
+
+    --repair runs the model on --data, in windows as those of the statistics; --seed, --device and
+    --dtype are for it.
+    """
     from calib.documents import read_documents
     from surgery.apply_cost import apply_cost
     from surgery.choices import choose_sizes
     from surgery.preview import plan_table
     from surgery.stats import ChannelStats
     from surgery.steps import open_model, plan_model
+    from surgery.studies import repair_plan
 
     layout, source = open_model(model, family)
     loaded = ChannelStats.load(stats) if stats else None
@@ -139,6 +149,11 @@ def plan(
         vocab_by=vocabulary.vocab_by,
         documents=read_documents(data) if data else (),
     )
+    if channels.repair != "none":
+        if loaded is None or data is None:
+            raise Refusal("--repair needs --stats and --data: the channels that stay, and a text")
+        text = {"samples": loaded.info.samples, "seq_len": loaded.info.seq_len, **compute}
+        made = repair_plan(made, plan_path, layout, chosen, data=data, **text)
     made.save(plan_path)
     click.echo(plan_table(made, layout.checkpoint.path))
     if made.complete:

@@ -182,6 +182,7 @@ def prune(
         run_apply,
         take_statistics,
     )
+    from surgery.studies import repair_plan
     from surgery.text_vocabulary import TextVocabulary
     from surgery.verify import verify_files
     from surgery.writer import check_place
@@ -210,7 +211,10 @@ def prune(
         stats = take_statistics(prepare_calibration(layout, of_text, **options))
         stats.save(output.with_name(output.name + ".stats.safetensors"))
     made = planned(stats, documents=read_documents(options["data"]))
-    made.save(output.with_name(output.name + ".plan.json"))
+    plan_path = output.with_name(output.name + ".plan.json")
+    if channels.repair != "none":
+        made = repair_plan(made, plan_path, layout, chosen, **options)
+    made.save(plan_path)
     click.echo(plan_table(made, path))
     run_apply(made, path, output, resume=False, jobs=JOBS)
     report = verify_files(output, made, path, download=False)

@@ -18,7 +18,6 @@ from surgery.options import (
     model_argument,
     path_type,
     ratio_options,
-    repair_option,
     vocabulary_options,
     windows_option,
 )
@@ -37,21 +36,16 @@ from surgery.options import (
 )
 @vocabulary_options
 @channel_options
-@repair_option
 @click.option("--plan", "plan_path", type=path_type, metavar="FILE", help="Plan the best pair.")
-@click.option("--output", type=path_type, metavar="DIR", help="Where apply is to write.")
 @click.option("--plot", type=path_type, metavar="FILE.png", help="Write a picture (extra 'plot').")
 @json_option
 def search(
     model: str,
-    family: str | None,
     target: Target,
     candidates: str | None,
     vocabulary: VocabularyOptions,
     channels: ChannelOptions,
-    repair: str,
     plan_path: Path | None,
-    output: Path | None,
     plot: Path | None,
     as_json: bool,
     **options: Any,
@@ -64,17 +58,29 @@ def search(
     from calib.documents import read_documents
     from surgery.choices import choose_sizes
     from surgery.comparison import plot_pairs, table
+    from surgery.preview import plan_table
     from surgery.steps import open_model
-    from surgery.studies import open_study, search_pairs
+    from surgery.studies import open_study, plan_best, search_pairs
 
-    layout, source = open_model(model, family)
+    layout, source = open_model(model, options.pop("family"))
     chosen = choose_sizes(layout, target, vocabulary, read_documents(options["data"]))
     study = open_study(layout, chosen, **options)
-    rows, best = search_pairs(
-        study, chosen, target, candidates, criterion=channels.criterion, repair=repair != "none"
-    )
-    click.echo(
-        json.dumps([asdict(r) | {"score": r.score} for r in rows]) if as_json else table(rows)
-    )
+    rows, best = search_pairs(study, chosen, target, candidates, channels)
+    facts = [asdict(row) | {"score": row.score} for row in rows]
+    click.echo(json.dumps(facts) if as_json else table(rows))
     if plot is not None:
         plot_pairs(rows, plot)
+    if plan_path is not None:
+        del options["windows"]
+        made = plan_best(
+            layout,
+            source,
+            chosen._replace(sizes=best),
+            plan_path,
+            channels=channels,
+            ratio=target.ratio,
+            vocab_by=vocabulary.vocab_by,
+            **options,
+        )
+        made.save(plan_path)
+        click.echo(plan_table(made, layout.checkpoint.path), err=as_json)

@@ -16,6 +16,7 @@ from surgery.header import ITEMSIZE, TensorRef
 from surgery.layout import Layout
 from surgery.plan import Plan, Shape
 from surgery.predict import axis_lengths, cut_shape, output_dtype, shape_of
+from surgery.replacement import check_replaced
 from surgery.selection import MAKE_AGAIN
 
 
@@ -38,6 +39,8 @@ class Edit:
     """The dimension that ``indices`` select on."""
     indices: np.ndarray | None = None
     """Ascending positions that stay; None keeps the tensor whole."""
+    replaces: bool = False
+    """Whether ``source`` lies in a file of the plan's, not in a shard of the source."""
     scaling: Scaling | None = None
     """Given, the elements are dequantized to bf16; else they are moved as they are."""
 
@@ -82,26 +85,35 @@ def edits(plan: Plan, layout: Layout) -> dict[str, list[OutputTensor]]:
     sizes = check_plan(plan, layout)
     kept_tokens = plan.ids().kept
     kept = kept_channels(plan, layout)
+    replaced = plan.replaced.refs() if plan.replaced else {}
 
     def outputs(tensor: TensorRef) -> Iterator[OutputTensor]:
         dtype = output_dtype(layout, tensor, sizes)
         if dtype is not None:
             shape = cut_shape(layout, tensor, sizes)
+            if tensor.name in replaced:
+                edit = Edit(replaced.pop(tensor.name), replaces=True)
+                check_replaced(edit.source, dtype, shape)
+                yield OutputTensor(tensor.name, dtype, shape, (edit,))
+                return
             made = _edits_of(layout, tensor, shape, kept_tokens, kept)
             if dtype != tensor.dtype:
                 scaling = _scaling(layout.checkpoint, tensor)
                 made = tuple(replace(edit, scaling=scaling) for edit in made)
             yield OutputTensor(tensor.name, dtype, shape, made)
 
-    return {
+    made = {
         name: [made for tensor in header.tensors for made in outputs(tensor)]
         for name, header in layout.checkpoint.shards.items()
     }
+    for ref in replaced.values():
+        check_replaced(ref, None, None)
+    return made
 
 
 def sources(shard: Sequence[OutputTensor]) -> frozenset[str]:
     """Names of the source's shards that these tensors are made of."""
-    made = [edit for tensor in shard for edit in tensor.edits]
+    made = [edit for tensor in shard for edit in tensor.edits if not edit.replaces]
     scaled = {edit.scaling.scales.path.name for edit in made if edit.scaling is not None}
     return frozenset({edit.source.path.name for edit in made} | scaled)
 

@@ -118,9 +118,12 @@ def parse_header(path: Path, raw: bytes, size: int) -> Header:
 
 
 def encode_header(
-    tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str], room: int = 0
 ) -> bytes:
-    """Return the length and JSON that precede the data of ``(name, dtype, shape)`` in order."""
+    """Return the length and JSON that precede the data of ``(name, dtype, shape)`` in order.
+
+    Spaces fill it up to ``room`` bytes, as the format allows.
+    """
     entries: dict[str, Any] = {METADATA_KEY: dict(metadata)} if metadata else {}
     offset = 0
     for name, dtype, shape in tensors:
@@ -128,7 +131,7 @@ def encode_header(
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
         offset = end
     raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    raw += b" " * (-len(raw) % 8)
+    raw += b" " * max(-len(raw) % 8, room - len(raw) - 8)
     return struct.pack("<Q", len(raw)) + raw
 
 

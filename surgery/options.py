@@ -74,6 +74,7 @@ class ChannelOptions:
 
     criterion: str = DEFAULT_CRITERION
     min_expert_tokens: int = LEAST_TOKENS
+    repair: str = "none"
 
 
 @dataclass(frozen=True)
@@ -236,13 +237,6 @@ windows_option = click.option(
     type=click.IntRange(1),
     help="Windows of 2,048 bytes that are held out, at most.",
 )
-repair_option = click.option(
-    "--repair",
-    default="none",
-    show_default=True,
-    type=click.Choice(["none", "least-squares"]),
-    help="Refit each down_proj to the channels that stay, where that helps on held-out text.",
-)
 channel_options = gathered(
     "channels",
     ChannelOptions,
@@ -259,6 +253,13 @@ channel_options = gathered(
         show_default=True,
         type=click.IntRange(0),
         help="Refuse to rank the channels of an expert that saw fewer tokens.",
+    ),
+    click.option(
+        "--repair",
+        default="none",
+        show_default=True,
+        type=click.Choice(["none", "least-squares"]),
+        help="Refit down_proj to the channels that stay, on --data, where held-out text agrees.",
     ),
 )
 vocabulary_options = gathered(

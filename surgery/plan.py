@@ -10,10 +10,11 @@ from surgery import selection
 from surgery.errors import PlanError
 from surgery.idmap import IdMap
 from surgery.jsonfile import dump_table, read_file, write_atomic
+from surgery.replacement import Replacement
 from surgery.selection import MAKE_AGAIN
 from surgery.vocab_cost import VocabularyCost
 
-FORMAT = 2
+FORMAT = 3
 
 MOST_ROWLESS = 1 << 16
 """Most tokens behind the last row; Gemma 3 has one."""
@@ -71,6 +72,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vocabulary: VocabularyCost | None
     """What the cut of the vocabulary costs; None where it stays whole."""
     provenance: Provenance
+    replaced: Replacement | None = None
+    """Tensors that come from a file of their own."""
     family: str | None = None
     """Model type as which the source is treated; None is its own."""
     format: int = FORMAT
@@ -134,8 +137,10 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what the plan does: ``encode`` without the place of the output."""
-        return hashlib.sha256(msgspec.structs.replace(self, output=None).encode()).hexdigest()
+        """SHA-256 of what the plan does: ``encode`` without the places of its files."""
+        replaced = self.replaced and msgspec.structs.replace(self.replaced, file="")
+        bare = msgspec.structs.replace(self, output=None, replaced=replaced)
+        return hashlib.sha256(bare.encode()).hexdigest()
 
     def save(self, path: Path) -> None:
         """Write plan.json atomically."""

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from surgery.budget import Sizes, pairs_at
 from surgery.candidates import MOST, parse_candidates
@@ -11,8 +12,13 @@ from surgery.choices import Chosen, allowed_steps, main_width
 from surgery.comparison import Row
 from surgery.errors import BudgetError
 from surgery.layout import Layout
-from surgery.options import Target
-from surgery.steps import progress_bar
+from surgery.options import ChannelOptions, Target
+from surgery.plan import Plan
+from surgery.steps import plan_model, prepare_calibration, progress_bar, take_statistics
+from surgery.text_vocabulary import TextVocabulary
+
+WINDOWS = 64
+"""Of held-out text, where none are asked for."""
 
 if TYPE_CHECKING:
     from calib.study import Study
@@ -26,9 +32,9 @@ def open_study(
     samples: int,
     seq_len: int,
     seed: int | None,
-    windows: int,
     device: str,
     dtype: str,
+    windows: int = WINDOWS,
 ) -> "Study":
     """Divide a text and choose where to compute.
 
@@ -59,14 +65,66 @@ def open_study(
     return Study(material, where, choose_dtype(dtype, layout.checkpoint, where))
 
 
+def repair_plan(plan: Plan, plan_path: Path, layout: Layout, chosen: Chosen, **text: Any) -> Plan:
+    """Refit what ``plan`` leaves of each down_proj into a file beside ``plan_path``.
+
+    ``text`` is what ``open_study`` takes.
+    """
+    from calib.repair import repair
+
+    if plan.after.widths == plan.before.widths:
+        return plan
+    study = open_study(layout, chosen, **text)
+    path = plan_path.with_name(plan_path.name.removesuffix(".json") + ".repair.safetensors")
+
+    with progress_bar("repair", "window", study.windows(2)) as progress:
+        return repair(
+            plan,
+            study.material,
+            path,
+            device=study.device,
+            dtype=study.dtype,
+            progress=progress,
+        )
+
+
+def plan_best(
+    layout: Layout,
+    source: str,
+    chosen: Chosen,
+    plan_path: Path,
+    *,
+    channels: ChannelOptions,
+    ratio: float | None,
+    vocab_by: str,
+    **text: Any,
+) -> Plan:
+    """Calibrate for the sizes chosen, on all of the text, plan, and repair if that is asked."""
+    from calib.documents import read_documents
+
+    vocabulary = TextVocabulary(chosen.rarity, chosen.sizes.vocab_size)
+    plan = plan_model(
+        layout,
+        source,
+        chosen,
+        take_statistics(prepare_calibration(layout, vocabulary, **text)),
+        channels=channels,
+        ratio=ratio,
+        output=None,
+        vocab_by=vocab_by,
+        documents=read_documents(text["data"]),
+    )
+    if channels.repair == "none":
+        return plan
+    return repair_plan(plan, plan_path, layout, chosen, **text)
+
+
 def search_pairs(
     study: "Study",
     chosen: Chosen,
     target: Target,
     candidates: str | None,
-    *,
-    criterion: str,
-    repair: bool,
+    channels: ChannelOptions,
 ) -> tuple[list[Row], Sizes]:
     """Try the pairs that meet ``target``, or ``candidates``; return the rows and the best."""
     from calib.search import search
@@ -82,8 +140,8 @@ def search_pairs(
         pairs,
         chosen.sizes,
         most=MOST if candidates is None else len(pairs),
-        criterion=criterion,
-        repair=repair,
+        criterion=channels.criterion,
+        repair=channels.repair != "none",
         progress=passes("search"),
     )
     return rows, replace(best, dequantize=target.dequantize)

@@ -18,7 +18,7 @@ from surgery.layout import Layout
 from surgery.plan import Plan
 from surgery.selection import MAKE_AGAIN
 from surgery.shards import Shards
-from surgery.stream import edit_windows
+from surgery.stream import edit_windows, open_shard
 from surgery.tokenizer import TokenizerFile, load_tokenizer, tokenizer_data
 from surgery.verify_ids import Origin, id_faults
 
@@ -152,19 +152,14 @@ def _difference(tensor: OutputTensor, found: TensorRef | None) -> str | None:
 
 
 def _same_bytes(tensor: OutputTensor, found: TensorRef) -> bool:
-    source = os.open(tensor.edits[0].source.path, os.O_RDONLY)
-    output = os.open(found.path, os.O_RDONLY)
-    try:
-        offset = found.start
+    offset = found.start
+    with open_shard(tensor.edits[0].source.path) as source, open_shard(found.path) as output:
         for edit in tensor.edits:
             for window in edit_windows(edit, source):
                 if os.pread(output, len(window), offset) != window:
                     return False
                 offset += len(window)
-        return True
-    finally:
-        os.close(source)
-        os.close(output)
+    return True
 
 
 def _check_sizes(layout: Layout, plan: Plan) -> list[str]:

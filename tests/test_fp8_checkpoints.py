@@ -538,7 +538,7 @@ def test_an_edit_that_dequantizes_holds_a_few_windows(tmp_path: Path, dim: int |
     save_file({"s": scales}, tmp_path / "b.safetensors")
     source, grid = (read_header(tmp_path / f"{n}.safetensors").tensors[0] for n in "ab")
     kept = None if dim is None else np.arange(0, (rows, columns)[dim], 3)
-    edit = Edit(source, dim or 0, kept, Scaling(grid, (block, block)))
+    edit = Edit(source, dim or 0, kept, scaling=Scaling(grid, (block, block)))
     descriptors = [os.open(source.path, os.O_RDONLY), os.open("/dev/null", os.O_WRONLY)]
     tracemalloc.start()
     stream.stream_edit(edit, *descriptors)
