@@ -72,21 +72,23 @@ class Material:
         return self._heldout[vocab_size]
 
     def reading(
-        self, vocab_size: int, *, retokenized: bool, samples: int | None, refits: bool
+        self,
+        vocab_size: int,
+        samples: int | None = None,
+        *,
+        edges: Sequence[int] = (),
+        refits: bool = False,
     ) -> Reading:
-        """The calibration text for a cut to ``vocab_size``, at most ``samples`` windows of it.
+        """The calibration text as a vocabulary of this size cuts it, at most ``samples`` windows.
 
-        Cut by the source's tokenizer, tokens that go do not count (paper eq. 5).
+        ``edges`` are sizes V' for which the source's own tokens are counted apart (paper eq. 5).
         """
-        tokenizer, old_ids = self._tokenizer(vocab_size if retokenized else self.layout.vocab_size)
+        tokenizer, old_ids = self._tokenizer(vocab_size)
         count = min(samples or self.samples, self.samples)
         windows = token_windows(self.calibration, tokenizer, count, self.seq_len)
-        edges = sorted({vocab_size, self.layout.vocab_size})
-        counted = 1 if retokenized else len(edges)
-        buckets = np.minimum(self.rarity.buckets(edges), counted - 1)
-        return Reading(
-            self.layout, [old_ids[w] for w in windows], (buckets, counted), refits=refits
-        )
+        ranks = sorted({*edges, self.layout.vocab_size})
+        buckets = self.rarity.buckets(ranks)
+        return Reading(self.layout, [old_ids[w] for w in windows], buckets, ranks, refits=refits)
 
     def _tokenizer(self, vocab_size: int) -> tuple[Any, np.ndarray]:
         """The library's tokenizer and the source's id of each of its ids."""

@@ -27,7 +27,8 @@ class Reading:
         self,
         layout: Layout,
         windows: Sequence[np.ndarray],
-        buckets: tuple[np.ndarray, int],
+        bucket_of: np.ndarray,
+        edges: Sequence[int],
         *,
         refits: bool,
     ) -> None:
@@ -36,15 +37,13 @@ class Reading:
         Args:
             layout: The model.
             windows: Token ids.
-            buckets: int64 ``[V]``, the bucket of each token, and how many there are: one, or two
-                of which the tokens of the second do not count.
+            bucket_of: int64 ``[V]``, the bucket of each token.
+            edges: Ranks of rarity at which buckets end, ascending; the last is V.
             refits: Whether Gram matrices are taken, too.
         """
         self._layout = layout
-        self._buckets = torch.from_numpy(buckets[0])
-        self._count = buckets[1]
-        self.weights = np.array([1.0, 0.0][: self._count])
-        """What the tokens of each bucket count."""
+        self._buckets = torch.from_numpy(bucket_of)
+        self._edges = np.array(edges)
         gate = [w for n, w in enumerate(windows) if refits and n % GATE_EVERY == GATE_EVERY - 1]
         fit = [w for n, w in enumerate(windows) if not refits or n % GATE_EVERY < GATE_EVERY - 1]
         self.streams = [Stream(part) for part in (fit, gate) if part]
@@ -53,12 +52,18 @@ class Reading:
         self.grams: list[dict[Place, Gram]] = []
         """For fitting, and for the gate where the text is long enough to have one."""
 
+    def weights(self, vocab_size: int) -> np.ndarray:
+        """float64 ``[buckets]``: 1 for tokens that stay at V' (paper eq. 5), one of the edges."""
+        if len(self._edges) == 1:  # all tokens that there are stay
+            return np.ones(1)
+        return (self._edges <= vocab_size).astype(np.float64)
+
     def measure(self, decoder: StreamedDecoder, index: int) -> None:
         """Carry the windows through a layer and take ``sums`` and ``grams`` of it."""
         layout, device = self._layout, decoder.reader.device
         norms = weight_norms(decoder.layer(index), decoder.units(index))
         sums = {
-            axis: ChannelSums(self._count, experts, layout.channels_of(axis), device)
+            axis: ChannelSums(len(self._edges), experts, layout.channels_of(axis), device)
             for axis, experts in layout.watched[index].items()
         }
         self.grams = []
@@ -86,8 +91,6 @@ class Reading:
         sums[axis].add(expert, tokens, buckets, act)
         if not self._refits:
             return
-        if self._count > 1:
-            act = act[(buckets < self._count - 1).to(act.device)]
         if (axis, expert) not in grams:
             grams[axis, expert] = Gram(act.shape[1], act.device)
         grams[axis, expert].add(act)

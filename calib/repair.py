@@ -51,7 +51,7 @@ def repair(
     lengths = axis_lengths(layout, plan.after.widths)
     kept = kept_channels(plan, layout)
     plain = Cut(plan.ids(), lengths, kept=kept)
-    reading = material.reading(sizes, retokenized=True, samples=None, refits=True)
+    reading = material.reading(sizes, refits=True)
     encoded = material.encoded(sizes)
     entries = _entries(plan, layout)
     with ReplacementWriter(path, entries) as writer:

@@ -33,10 +33,9 @@ class Recipe:
     samples: int | None = None
     """Windows of calibration text; None is all there are."""
 
-    @property
-    def text(self) -> tuple[int, bool, int | None]:
-        """What tells calibration texts apart."""
-        return self.sizes.vocab_size, self.retokenize, self.samples
+    def text(self, full: int) -> tuple[int, int | None]:
+        """Vocabulary that cuts the calibration text, of ``full`` if not its own, and windows."""
+        return self.sizes.vocab_size if self.retokenize else full, self.samples
 
 
 @dataclass(eq=False)
@@ -58,7 +57,10 @@ class Study:
         dense = Recipe("dense", whole(layout))
         everything = [*recipes] if self._dense else [*recipes, dense]
         readings = self._readings(everything)
-        trials = [self._trial(recipe, readings.get(recipe.text)) for recipe in everything]
+        trials = [
+            self._trial(recipe, readings.get(recipe.text(layout.vocab_size)))
+            for recipe in everything
+        ]
         bits = try_all(layout, trials, device=self.device, dtype=self.dtype, progress=progress)
         if self._dense is None:
             self._dense = trials[-1].heldout, bits[-1]
@@ -72,16 +74,18 @@ class Study:
         count = len(self.material.heldout) * self.material.layout.num_hidden_layers
         return count * (recipes + (self._dense is None))
 
-    def _readings(self, recipes: Sequence[Recipe]) -> dict[tuple[int, bool, int | None], Reading]:
+    def _readings(self, recipes: Sequence[Recipe]) -> dict[tuple[int, int | None], Reading]:
         """One for each text that channels are chosen by."""
-        cutting = [r for r in recipes if dict(r.sizes.widths) != dict(self.material.layout.widths)]
-        refits = {r.text for r in cutting if r.repair}
-        return {
-            text: self.material.reading(
-                text[0], retokenized=text[1], samples=text[2], refits=text in refits
-            )
-            for text in dict.fromkeys(r.text for r in cutting)
-        }
+        layout, found = self.material.layout, {}
+        by_text: dict[tuple[int, int | None], list[Recipe]] = {}
+        for recipe in recipes:
+            if dict(recipe.sizes.widths) != dict(layout.widths):
+                by_text.setdefault(recipe.text(layout.vocab_size), []).append(recipe)
+        for text, users in by_text.items():
+            edges = [r.sizes.vocab_size for r in users if not r.retokenize]
+            refits = any(r.repair for r in users)
+            found[text] = self.material.reading(*text, edges=edges, refits=refits)
+        return found
 
     def _trial(self, recipe: Recipe, reading: Reading | None) -> Trial:
         layout, sizes = self.material.layout, recipe.sizes

@@ -132,8 +132,9 @@ class Trial:
         """The channels that stay on each axis that loses some."""
         cut = self.cut
         if cut.kept is None:
+            weights = reading.weights(cut.ids.new_size)
             chosen = choose_layer(
-                reading.sums, reading.weights, cut.lengths, cut.criterion, cut.blocks, index
+                reading.sums, weights, cut.lengths, cut.criterion, cut.blocks, index
             )
         else:
             chosen = cut.kept[index]

@@ -11,7 +11,7 @@ import click
 from surgery import __version__
 from surgery.apply import JOBS
 from surgery.cli_models import calibrate, prune, score
-from surgery.cli_search import search
+from surgery.cli_search import compare, search
 from surgery.cli_stats import stats
 from surgery.errors import SurgeryError, is_panic, printable
 from surgery.options import (
@@ -234,5 +234,5 @@ def verify(directory: Path, plan_path: Path | None, forward: bool, device: str) 
     sys.exit(0 if report.ok else 1)
 
 
-for command in (calibrate, score, prune, search, stats):
+for command in (calibrate, score, prune, search, compare, stats):
     main.add_command(command)

@@ -1,10 +1,17 @@
 """Cuts side by side: rows of a table, and its pictures."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from surgery.plot import saved_figure
+
+FFN_CRITERIA = ("random", "abs-act", "act2", "wanda", "l2")
+"""Criteria that are compared with the vocabulary whole."""
+
+METHODS = (*FFN_CRITERIA, "vocabulary", "compact", "search")
+"""What can be compared."""
 
 BLEND = 0.5
 """What bits on words that are cut otherwise count in a score; see ``Row.score``."""
@@ -35,6 +42,10 @@ class Row:
     def score(self) -> float:
         """What a search minimizes."""
         return BLEND * self.loss + (1 - BLEND) * self.alike_loss
+
+    def facts(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return asdict(self) | {"score": self.score}
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -81,3 +92,44 @@ def plot_pairs(rows: Sequence[Row], path: Path) -> None:
             title=f"{best.removed:.0%} fewer parameters; best: V' {best.vocab_size:,}, {widths}",
         )
         axes.legend(frameon=False)
+
+
+def plot_methods(found: Mapping[float, Sequence[Row]], path: Path) -> None:
+    """Draw the loss of each method, a group of bars for each ratio.
+
+    Raises:
+        OutputError: as ``saved_figure``.
+    """
+    names = list(dict.fromkeys(row.name for rows in found.values() for row in rows))
+    with saved_figure(path, 8, 0.9 + 0.35 * len(names) * len(found) ** 0.5) as figure:
+        axes = figure.subplots()
+        height = 0.8 / len(found)
+        for group, (ratio, rows) in enumerate(found.items()):
+            places = [names.index(row.name) + group * height for row in rows]
+            losses = [100 * row.loss for row in rows]
+            bars = axes.barh(places, losses, height, label=f"{ratio:.0%} of the parameters gone")
+            axes.bar_label(bars, fmt="%+.1f", padding=3, fontsize=8)
+        middle = height * (len(found) - 1) / 2
+        axes.set_yticks([place + middle for place in range(len(names))], names)
+        axes.invert_yaxis()
+        worst = max(100 * row.loss for rows in found.values() for row in rows)
+        axes.set(xlabel="bits per byte of held-out text, over the dense model's (%)")
+        axes.set_xlim(right=1.12 * worst)
+        axes.legend(frameon=False)
+
+
+def plot_samples(rows: Mapping[int, Row], path: Path) -> None:
+    """Draw the loss over the windows of calibration text (paper figure 3).
+
+    Raises:
+        OutputError: as ``saved_figure``.
+    """
+    with saved_figure(path, 6, 3.5) as figure:
+        axes = figure.subplots()
+        axes.plot(list(rows), [100 * row.loss for row in rows.values()], marker="o")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(list(rows), [str(count) for count in rows])
+        axes.set(
+            xlabel="windows of calibration text",
+            ylabel="bits per byte over the dense model's (%)",
+        )

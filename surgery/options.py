@@ -222,6 +222,7 @@ size_options = gathered(
     serve_option,
     dequantize_option,
 )
+step_options = gathered("target", Target, multiple_option, serve_option, dequantize_option)
 ratio_options = gathered(
     "target",
     Target,

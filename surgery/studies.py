@@ -1,12 +1,12 @@
 """The steps that search and compare are made of: a study opened, its passes under a bar."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.budget import Sizes, pairs_at
+from surgery.budget import Sizes, pairs_at, split
 from surgery.candidates import MOST, parse_candidates
 from surgery.choices import Chosen, allowed_steps, main_width
 from surgery.comparison import Row
@@ -145,6 +145,32 @@ def search_pairs(
         progress=passes("search"),
     )
     return rows, replace(best, dequantize=target.dequantize)
+
+
+def compare_methods(
+    study: "Study", ratios: Sequence[float], target: Target, methods: Sequence[str]
+) -> dict[float, list[Row]]:
+    """Try ``methods`` at each of ``ratios``."""
+    from calib.compare import Target as Ratio
+    from calib.compare import compare
+
+    layout, smallest = study.material.layout, study.material.rarity.must_keep
+    steps = allowed_steps(layout, target)
+    targets = [Ratio(ratio, pairs_at(layout, ratio, smallest, steps)) for ratio in ratios]
+    return compare(study, targets, methods, passes("compare"))
+
+
+def compare_samples(
+    study: "Study", ratio: float, target: Target, counts: Sequence[int]
+) -> dict[int, Row]:
+    """Try the paper's method at the rule of thumb's pair, calibrated on so many windows each."""
+    from calib.compare import by_samples
+    from calib.study import Recipe
+
+    layout, smallest = study.material.layout, study.material.rarity.must_keep
+    sizes = split(layout, ratio, smallest, allowed_steps(layout, target))
+    recipe = Recipe("compact", sizes, retokenize=False)
+    return by_samples(study, recipe, counts, passes("compare"))
 
 
 def passes(what: str) -> Callable[[int], AbstractContextManager[Callable[[int], object]]]:

@@ -53,7 +53,7 @@ def try_plan(plan: Plan, material: Material, output: Path, *, repair: bool) -> t
         kept=kept_channels(plan, layout),
     )
     size = plan.after.vocab_size
-    reading = material.reading(size, retokenized=True, samples=None, refits=repair)
+    reading = material.reading(size, refits=repair)
     entries = _entries(plan, layout)
     with ReplacementWriter(output, entries) as writer:
         sink = _Sink(layout, entries, writer)
@@ -89,7 +89,7 @@ def test_several_trials_do_not_disturb_each_other(tmp_path: Path) -> None:
     def trials() -> list[Trial]:
         made = []
         for size, lengths in ((layout.vocab_size, half), (400, half), (400, full)):
-            reading = material.reading(size, retokenized=True, samples=None, refits=True)
+            reading = material.reading(size, refits=True)
             cut = Cut(material.ids(size), lengths, repair=True)
             made.append(Trial(cut, material.encoded(size), reading if lengths is half else None))
         dropped = Cut(material.ids(layout.vocab_size), full, layers=[[0], [2]])
