@@ -137,7 +137,8 @@ def test_wanda_and_l2_are_what_their_papers_say(tmp_path: Path) -> None:
     assert len(norms) == len(windows)
     expected = {"wanda": scores.norm(dim=0), "l2": torch.stack(norms).mean(dim=0)}
     for criterion, importance in expected.items():
-        found = CRITERIA[criterion](stats, stats.layers[1]["ffn"], ids, [0])[0]
+        weights = bucket_weights(stats, ids)
+        found = CRITERIA[criterion](stats.layers[1]["ffn"], weights, [0])[0]
         scale = len(windows) if criterion == "l2" else 1
         assert np.allclose(found, scale * importance.numpy(), rtol=1e-5)
         chosen = choose_channels(stats, ids, {"ffn": 40}, criterion)[1]["ffn"][0]
