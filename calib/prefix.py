@@ -25,7 +25,7 @@ class Prefix:
 
     def __init__(self, reading: Reading) -> None:
         self.streams = [Stream(stream.windows) for stream in reading.streams]
-        self._dense = [stream.states for stream in reading.streams]
+        self._dense = reading.streams
 
     def grams(self, decoder: StreamedDecoder, index: int, unit: Unit) -> list[Gram]:
         """Sums for fitting and for the gate, the reading having passed the layer, this not yet.
@@ -36,11 +36,11 @@ class Prefix:
         additive = self._adds(decoder, index, unit)
         found = []
         for stream, dense in zip(self.streams, self._dense, strict=True):
-            gram = None
+            gram, states = None, dense.states
             for rows, act, after in decoder.peek(index, stream):
                 gram = gram or Gram(act.shape[1], act.device)
-                drift = PULL * (dense.before[rows].to(after.device) - after) if additive else None
-                dense.give_back(rows)
+                drift = PULL * (states.before[rows].to(after.device) - after) if additive else None
+                states.give_back(rows)
                 gram.add(act, drift)
             if gram is not None:
                 found.append(gram)

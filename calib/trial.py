@@ -1,7 +1,10 @@
 """Variants of one model tried together: each layer is read once and serves all of them."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -16,6 +19,7 @@ from calib.heldout import Encoded
 from calib.prefix import Prefix
 from calib.reading import ALONG_PREFIX, Reading, has_one_ffn
 from calib.score import token_bits
+from calib.states import SpilledStates
 from calib.weights import TORCH_DTYPE, WeightReader
 from surgery.channels import DEFAULT_CRITERION, Kept, choose_layer
 from surgery.idmap import IdMap
@@ -150,20 +154,31 @@ def try_all(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    spill: Path | None = None,
     progress: Callable[[int], object] = lambda windows: None,
 ) -> list[list[np.ndarray]]:
     """Carry all trials and their readings through the model in one pass.
 
     A reading shows one layer at a time, to the trials that choose by it, and forgets it.
 
+    ``spill`` is a directory for files of hidden states, which else are in memory.
+
     Returns:
         Per trial and window of held-out text, the bits of each token, float64.
     """
     readings = list({id(t.reading): t.reading for t in trials if t.reading is not None}.values())
     streams = [stream for reading in readings for stream in reading.streams]
-    with WeightReader(layout.checkpoint, device, dtype) as reader:
+    streams += [stream for trial in trials for stream in trial.streams]
+    with ExitStack() as stack:
+        reader = stack.enter_context(WeightReader(layout.checkpoint, device, dtype))
+        if spill is not None:
+            folder = stack.enter_context(TemporaryDirectory(".hidden", "trials.", spill))
+            for number, stream in enumerate(streams):
+                place = Path(folder) / str(number)
+                place.mkdir()
+                stream.states = SpilledStates(place)
         decoder = StreamedDecoder(layout, reader)
-        decoder.embed([*streams, *(stream for trial in trials for stream in trial.streams)])
+        decoder.embed(streams)
         for index in decoder.layers():
             for reading in [*readings, None]:
                 if reading is not None:

@@ -35,6 +35,7 @@ def open_study(
     device: str,
     dtype: str,
     windows: int = WINDOWS,
+    spill: Path | None = None,
 ) -> "Study":
     """Divide a text and choose where to compute.
 
@@ -62,7 +63,7 @@ def open_study(
         seq_len=seq_len,
     )
     where = choose_device(device)
-    return Study(material, where, choose_dtype(dtype, layout.checkpoint, where))
+    return Study(material, where, choose_dtype(dtype, layout.checkpoint, where), spill)
 
 
 def repair_plan(plan: Plan, plan_path: Path, layout: Layout, chosen: Chosen, **text: Any) -> Plan:
@@ -78,14 +79,7 @@ def repair_plan(plan: Plan, plan_path: Path, layout: Layout, chosen: Chosen, **t
     path = plan_path.with_name(plan_path.name.removesuffix(".json") + ".repair.safetensors")
 
     with progress_bar("repair", "window", study.windows(2)) as progress:
-        return repair(
-            plan,
-            study.material,
-            path,
-            device=study.device,
-            dtype=study.dtype,
-            progress=progress,
-        )
+        return repair(plan, study, path, progress=progress)
 
 
 def plan_best(
@@ -103,11 +97,12 @@ def plan_best(
     from calib.documents import read_documents
 
     vocabulary = TextVocabulary(chosen.rarity, chosen.sizes.vocab_size)
+    ours = {name: value for name, value in text.items() if name not in ("windows", "spill")}
     plan = plan_model(
         layout,
         source,
         chosen,
-        take_statistics(prepare_calibration(layout, vocabulary, **text)),
+        take_statistics(prepare_calibration(layout, vocabulary, **ours)),
         channels=channels,
         ratio=ratio,
         output=None,
