@@ -118,16 +118,17 @@ class Trial:
         """The matrices of a unit ``[D, K]``, none where refitting helps none of them."""
         layer, helped = decoder.layer(index), 0
         found: dict[Place, torch.Tensor] = {}
-        along = {}
-        if self._prefix is not None and has_one_ffn(decoder.units(index)):
-            along = {(unit.axis, 0): self._prefix.grams(decoder, index, unit)}
+        along = self._prefix if has_one_ffn(decoder.units(index)) else None
         dtype = down_dtype(decoder.layout, index, unit.axis)
         weight = layer.get_parameter(down_name(unit)).data
         for expert, matrix in enumerate(down_matrices(layer, unit, weight)):
             place = unit.axis, expert
             stays = torch.from_numpy(kept[expert]).to(matrix.device)
-            grams = along.get(place) or [g[place] for g in reading.grams if place in g]
-            better = refit_if_better(matrix, stays, grams, dtype) if grams else None
+            grams = [grams[place] for grams in reading.grams if place in grams]
+            if along is not None:
+                better = along.refit(decoder, index, unit, stays, dtype)
+            else:
+                better = refit_if_better(matrix, stays, grams, dtype) if grams else None
             helped += better is not None
             found[place] = matrix[:, stays].to(dtype) if better is None else better
         self.refitted += helped
