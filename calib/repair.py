@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from calib.calibration import text_of
 from calib.down import Place, file_matrices, watched_tensors
 from calib.reading import ALONG_PREFIX
 from calib.study import Study
@@ -18,6 +19,8 @@ from surgery.errors import PlanError
 from surgery.layout import Layout
 from surgery.plan import Plan
 from surgery.predict import axis_lengths, cut_shape, output_dtype
+from surgery.prediction import Prediction, Settings
+from surgery.repair_cost import predict_repair
 from surgery.replacement_file import Entry, ReplacementWriter
 
 WHAT = "least squares"
@@ -94,6 +97,21 @@ def _entries(plan: Plan, layout: Layout) -> list[Entry]:
                 )
             found.append((name, dtype, cut_shape(layout, ref, sizes)))
     return found
+
+
+def repair_cost(plan: Plan, study: Study) -> Prediction:
+    """Predict what ``repair`` takes."""
+    material, size = study.material, plan.after.vocab_size
+    windows = material.reading(size).streams[0].windows
+    every = [*windows, *windows, *material.encoded(size).windows, *material.encoded(size).windows]
+    settings = Settings(
+        itemsize=study.dtype.itemsize,
+        buckets=1,
+        device=study.device.type,
+        hidden="file" if study.spill else "memory",
+        journal=False,
+    )
+    return predict_repair(material.layout, plan.after.widths, text_of(every), settings)
 
 
 class _Sink:

@@ -6,6 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
+from surgery.apply_cost import peak_rss_bytes
 from surgery.budget import Sizes, pairs_at, split
 from surgery.candidates import MOST, parse_candidates
 from surgery.choices import Chosen, allowed_steps, main_width
@@ -71,15 +74,19 @@ def repair_plan(plan: Plan, plan_path: Path, layout: Layout, chosen: Chosen, **t
 
     ``text`` is what ``open_study`` takes.
     """
-    from calib.repair import repair
+    from calib.repair import repair, repair_cost
 
     if plan.after.widths == plan.before.widths:
         return plan
     study = open_study(layout, chosen, **text)
     path = plan_path.with_name(plan_path.name.removesuffix(".json") + ".repair.safetensors")
 
+    predicted = repair_cost(plan, study)
+    click.echo(f"repair: about {predicted.peak_memory / 1e6:,.0f} MB of memory", err=True)
     with progress_bar("repair", "window", study.windows(2)) as progress:
-        return repair(plan, study, path, progress=progress)
+        made = repair(plan, study, path, progress=progress)
+    click.echo(f"repair: {peak_rss_bytes() / 1e6:,.0f} MB at its peak", err=True)
+    return made
 
 
 def plan_best(
