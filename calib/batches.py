@@ -9,6 +9,7 @@ import torch
 from calib.limits import MICRO_BATCH_VALUES
 from calib.recorder import Arguments
 from calib.states import HiddenStates
+from surgery.errors import DataError
 
 
 @dataclass
@@ -91,3 +92,22 @@ def micro_batches(
         step = max(1, values // (tokens * channels))
         for start in range(0, windows, step):
             yield MicroBatch(batch, slice(start, min(start + step, windows)))
+
+
+def tokens_of(streams: Sequence[Stream], vocab_size: int) -> np.ndarray:
+    """Ascending ids that occur.
+
+    Raises:
+        DataError: there is no token, or one that is not below ``vocab_size``.
+    """
+    windows = [window for stream in streams for window in stream.windows]
+    used = np.unique(np.concatenate(windows)) if windows else np.zeros(0, dtype=np.int64)
+    if not len(used) or used[-1] >= vocab_size:
+        raise DataError(
+            "--data",
+            "has no token, or one without a row in the embedding",
+            expected=f"ids below {vocab_size}",
+            found=used[-1] if len(used) else "none",
+            fix="give other text",
+        )
+    return used

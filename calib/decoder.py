@@ -1,7 +1,6 @@
 """The streamed decoder: the library's own model, its layers' weights present one at a time."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from functools import partial
 
@@ -9,21 +8,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from calib.batches import Batch, MicroBatch, Stream, micro_batches
+from calib.batches import Batch, MicroBatch, Stream, micro_batches, tokens_of
 from calib.empty import empty_model, library_errors
 from calib.ffn import Unit, watched_ffn
+from calib.layers import Layers, move_buffers
 from calib.limits import Limits
 from calib.memory import release_freed_memory, reuse_freed_memory
 from calib.recorder import Arguments, Finished, Recorded, Recorder
 from calib.stages import Stages
 from calib.swapped import swapped
 from calib.tokens import Tokens
-from calib.transfer import Transfer
 from calib.weights import WeightReader
-from surgery.errors import DataError
 from surgery.header import TensorRef
 from surgery.layout import Layout
-from surgery.slots import BUFFER
 
 HEAD_ROWS = 8192
 """Rows of lm_head in memory at a time."""
@@ -57,12 +54,12 @@ class StreamedDecoder:
         self.reader = reader
         self.limits = limits or Limits()
         self.stages = stages or Stages()
-        self._transfer = Transfer(reader.device)
         self._model, self._conversion = empty_model(layout, reader.dtype)
         parent, _, self._list_name = layout.family.layers.rpartition(".")
         self._parent = self._model.get_submodule(parent)
-        self._layers = list(getattr(self._parent, self._list_name))
-        self._recorders = [Recorder(layer) for layer in self._layers]
+        modules = list(getattr(self._parent, self._list_name))
+        self._layers = Layers(layout, reader, self._conversion, modules, self.limits, self.stages)
+        self._recorders = [Recorder(layer) for layer in modules]
         self._recorders[-1].last = True
         self._channels = max((layout.channels_of(axis) for axis in layout.family.widths), default=1)
         self._returns_tuple = False
@@ -86,7 +83,7 @@ class StreamedDecoder:
         Raises:
             DataError: no token at all, or one without a row in the embedding.
         """
-        used = self._tokens_of(streams)
+        used = tokens_of(streams, self.layout.vocab_size)
         embedding = self._model.get_input_embeddings()
         rows = self.reader.rows(self._tensor(self.layout.family.embedding), used)
         embedding.weight = nn.Parameter(rows, requires_grad=False)
@@ -101,20 +98,6 @@ class StreamedDecoder:
             if passed:
                 stream.states.restore(passed)
         embedding.to("meta")
-
-    def _tokens_of(self, streams: Sequence[Stream]) -> np.ndarray:
-        """Ascending ids that occur; all of them must have a row."""
-        windows = [window for stream in streams for window in stream.windows]
-        used = np.unique(np.concatenate(windows)) if windows else np.zeros(0, dtype=np.int64)
-        if not len(used) or used[-1] >= self.layout.vocab_size:
-            raise DataError(
-                "--data",
-                "has no token, or one without a row in the embedding",
-                expected=f"ids below {self.layout.vocab_size}",
-                found=used[-1] if len(used) else "none",
-                fix="give other text",
-            )
-        return used
 
     def _embed(self, embedding: nn.Module, stream: Stream, used: np.ndarray, passed: int) -> None:
         """Fill the last batch's rows of the hidden states, and learn what the layers are given."""
@@ -158,9 +141,7 @@ class StreamedDecoder:
         The next layer is read meanwhile and, on the CPU, converted to the dtype that computes: two
         layers are in memory. Experts wait in the file's dtype, in which they are merged.
         """
-        for index in self._loaded_layers(first):
-            yield index
-            self._layers[index].to("meta")
+        yield from self._layers.loaded(first)
 
     @torch.no_grad()
     def run(
@@ -183,7 +164,7 @@ class StreamedDecoder:
             compare: Sees what the layer makes of the hidden states.
             progress: Called with the windows that have passed.
         """
-        layer, units = self._layers[index], self.units(index)
+        layer, units = self.layer(index), self.units(index)
         with self.stages.timed("compute"), swapped(layer, weights):
             for part in self._parts(stream.batches):
                 watched = watched_ffn(layer, units, part.ids, partial(watch, index))
@@ -204,7 +185,7 @@ class StreamedDecoder:
         Each micro-batch comes as its rows of the hidden states, the input of down_proj
         ``(tokens, I)`` and the layer's result ``(tokens, D)``.
         """
-        layer, units = self._layers[index], self.units(index)
+        layer, units = self.layer(index), self.units(index)
         for part in self._parts(stream.batches):
             seen: list[torch.Tensor] = []
 
@@ -219,34 +200,11 @@ class StreamedDecoder:
 
     def layer(self, index: int) -> nn.Module:
         """The library's layer; it has weights while ``layers`` is at it."""
-        return self._layers[index]
+        return self._layers.modules[index]
 
-    def _loaded_layers(self, first: int) -> Iterator[int]:
-        """Yield each layer from ``first`` on, loaded, the next one underway.
-
-        Merging experts takes a layer's memory twice over; the next layer does not come on top.
-        """
-        count, prefetch = len(self._layers), self.limits.prefetch
-        with ThreadPoolExecutor(1) as background:
-            following = background.submit(self._read_layer, min(first, count - 1))
-            for index in range(first, count):
-                more, merges = index + 1 < count, self._merges(index)
-                with self.stages.timed("wait"):
-                    stored = following.result()
-                if more and prefetch and not merges:
-                    following = background.submit(self._read_layer, index + 1)
-                with self.stages.timed("convert"):
-                    self._load(index, self._layers[index], stored)
-                if more and prefetch and merges:
-                    following = background.submit(self._read_layer, index + 1)
-                yield index
-                if more and not prefetch:
-                    following = background.submit(self._read_layer, index + 1)
-
-    def _merges(self, index: int) -> bool:
-        """Whether the library keeps as one what the file has expert by expert."""
-        places = self.layout.places
-        return any(places[r.name].expert is not None for r in self.layout.of_layer[index].values())
+    def units(self, index: int) -> list[Unit]:
+        """What has channels in a layer."""
+        return self._layers.units(index)
 
     def _parts(self, batches: Sequence[Batch]) -> Iterator[MicroBatch]:
         return micro_batches(batches, self._channels, self.limits.micro_batch_values)
@@ -265,7 +223,7 @@ class StreamedDecoder:
         family = self.layout.family
         name = self._tensor(family.embedding if self.layout.tied else family.head)
         bias = self.layout.by_name.get(family.head.removesuffix("weight") + "bias")
-        width = self.layout.checkpoint.tensors[self._tensor(family.embedding)].shape[1]
+        width = self.layout.by_name[family.embedding].shape[1]
         head, finished = self._model.get_output_embeddings(), Finished(self._returns_tuple)
         every = np.unique(np.concatenate([rows for _, rows in hidden]))
         self.reader.expect([name] * -(-len(every) // HEAD_ROWS))
@@ -304,30 +262,20 @@ class StreamedDecoder:
     def _reading_order(self) -> list[str]:
         """The file's names of all tensors up to the last layer, as they are read."""
         ends = [ref.name for ref in self._ends().values()]
-        layers = range(len(self._layers))
-        inside = [ref.name for index in layers for ref in self._stored(index).values()]
-        return [*ends, self._tensor(self.layout.family.embedding), *inside]
+        return [*ends, self._tensor(self.layout.family.embedding), *self._layers.names()]
 
     def _ends(self) -> dict[str, TensorRef]:
         """What lies before and behind the layers, but embedding and head."""
-        family = self.layout.family
+        layout, family = self.layout, self.layout.family
         apart = (family.embedding, family.head, family.head.removesuffix("weight") + "bias")
-        return {
-            name: ref
-            for name, ref in self.layout.by_name.items()
-            if self.layout.places[ref.name].layer is None and name not in apart
-        }
+        outside = {n: r for n, r in layout.by_name.items() if layout.places[r.name].layer is None}
+        return {name: ref for name, ref in outside.items() if name not in apart}
 
     def _load_ends(self) -> None:
         names = {name: self.reader.read(ref.name) for name, ref in self._ends().items()}
         weights = {k: self.reader.place(v) for k, v in self._conversion.convert(names).items()}
         self._model.load_state_dict(weights, strict=False, assign=True)
-        self._move_buffers(self._model)
-
-    def _move_buffers(self, module: nn.Module) -> None:
-        for part in module.modules():
-            for name, buffer in part.named_buffers(recurse=False):
-                setattr(part, name, buffer.to(self.reader.device))
+        move_buffers(self._model, self.reader.device)
 
     def _record(self, embeds: torch.Tensor) -> tuple[torch.Tensor, list[Arguments]]:
         """Run the model up to its layers and learn what it passes to each of them."""
@@ -335,49 +283,6 @@ class StreamedDecoder:
             self._model(inputs_embeds=embeds, use_cache=False)
         first = self._recorders[0]
         return first.hidden, [recorder.arguments for recorder in self._recorders]
-
-    def _stored(self, index: int) -> dict[str, TensorRef]:
-        """The tensors of a layer by their names in the text model."""
-        places = self.layout.places
-        tensors = self.layout.of_layer[index].items()
-        return {n: ref for n, ref in tensors if places[ref.name].slot.block != BUFFER}
-
-    def _read_layer(self, index: int) -> dict[str, torch.Tensor]:
-        """The same, read; with a device they are on it when this returns.
-
-        The CPU converts here, while another layer computes; what is to be merged, and a device,
-        do with half the memory if it is done later.
-        """
-        places = self.layout.places
-        with self.stages.timed("read"):
-            stored = {
-                name: self.reader.read(ref.name, convert=places[ref.name].expert is None)
-                for name, ref in self._stored(index).items()
-            }
-            return self._transfer(stored)
-
-    def _load(self, index: int, layer: nn.Module, stored: dict[str, torch.Tensor]) -> None:
-        """Give ``layer`` its weights; each stored one is freed as soon as it is placed."""
-        prefix = f"{self.layout.family.layers}.{index}."
-        converted = self._conversion.convert(stored)
-        weights: dict[str, torch.Tensor] = {}
-        while converted:
-            name, value = converted.popitem()
-            weights[name.removeprefix(prefix)] = self.reader.place(value)
-        layer.load_state_dict(weights, assign=True)
-        self._move_buffers(layer)
-
-    def units(self, index: int) -> list[Unit]:
-        """What has channels in a layer."""
-        prefix = f"{self.layout.family.layers}.{index}."
-        units: dict[str, Unit] = {}
-        for name, ref in self.layout.of_layer[index].items():
-            slot = self.layout.places[ref.name].slot
-            if slot.watched and slot.width:
-                target = self._conversion.target(name)[0].removeprefix(prefix)
-                path, _, leaf = target.rpartition(".")
-                units[path] = Unit(slot.width, path, leaf != "weight")
-        return list(units.values())
 
     def _run(
         self,

@@ -120,19 +120,19 @@ def interrupted(path: Path, text: Path, out: Path, *extra: str) -> None:
     """Leave what a run leaves that fails at its third layer."""
     from click.testing import CliRunner
 
-    from calib import decoder
+    from calib.layers import Layers
     from surgery.cli import main
 
     patch = pytest.MonkeyPatch()
-    load = decoder.StreamedDecoder._load
+    load = Layers._load
 
-    def failing(self: decoder.StreamedDecoder, index: int, *rest: object) -> None:
+    def failing(self: Layers, index: int, *rest: object) -> None:
         if index == 2:
             raise OSError(5, "Input/output error", "shard")
         load(self, index, *rest)  # type: ignore[arg-type]
 
     with patch.context() as scope:
-        scope.setattr(decoder.StreamedDecoder, "_load", failing)
+        scope.setattr(Layers, "_load", failing)
         options = ["--data", str(text), *ARGUMENTS, "-o", str(out), *extra]
         result = CliRunner().invoke(main, ["calibrate", str(path), *options])
     assert result.exit_code == 2, result.output

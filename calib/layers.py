@@ -1,0 +1,119 @@
+"""The decoder layers of the library's model, one loaded at a time, the next one underway."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import nn
+
+from calib.conversion import Conversion
+from calib.ffn import Unit
+from calib.limits import Limits
+from calib.stages import Stages
+from calib.transfer import Transfer
+from calib.weights import WeightReader
+from surgery.header import TensorRef
+from surgery.layout import Layout
+from surgery.slots import BUFFER
+
+
+class Layers:
+    """Modules without weights, and the tensors of the file that belong to each."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        reader: WeightReader,
+        conversion: Conversion,
+        modules: Sequence[nn.Module],
+        limits: Limits,
+        stages: Stages,
+    ) -> None:
+        """Take the library's ``modules``, and what its names and layouts follow by."""
+        self.modules = modules
+        self._layout, self._reader, self._conversion = layout, reader, conversion
+        self._limits, self._stages = limits, stages
+        self._transfer = Transfer(reader.device)
+
+    def names(self) -> list[str]:
+        """The file's names of all their tensors, as they are read."""
+        layers = range(len(self.modules))
+        return [ref.name for index in layers for ref in self._stored(index).values()]
+
+    def loaded(self, first: int) -> Iterator[int]:
+        """Yield each layer from ``first`` on, loaded, the next one underway.
+
+        Merging experts takes a layer's memory twice over; the next layer does not come on top.
+        """
+        count, prefetch = len(self.modules), self._limits.prefetch
+        with ThreadPoolExecutor(1) as background:
+            following = background.submit(self._read, min(first, count - 1))
+            for index in range(first, count):
+                more, merges = index + 1 < count, self._merges(index)
+                with self._stages.timed("wait"):
+                    stored = following.result()
+                if more and prefetch and not merges:
+                    following = background.submit(self._read, index + 1)
+                with self._stages.timed("convert"):
+                    self._load(index, stored)
+                if more and prefetch and merges:
+                    following = background.submit(self._read, index + 1)
+                yield index
+                self.modules[index].to("meta")
+                if more and not prefetch:
+                    following = background.submit(self._read, index + 1)
+
+    def _merges(self, index: int) -> bool:
+        """Whether the library keeps as one what the file has expert by expert."""
+        places = self._layout.places
+        return any(places[r.name].expert is not None for r in self._layout.of_layer[index].values())
+
+    def _stored(self, index: int) -> dict[str, TensorRef]:
+        """The tensors of a layer by their names in the text model."""
+        places = self._layout.places
+        tensors = self._layout.of_layer[index].items()
+        return {n: ref for n, ref in tensors if places[ref.name].slot.block != BUFFER}
+
+    def _read(self, index: int) -> dict[str, torch.Tensor]:
+        """The same, read; with a device they are on it when this returns.
+
+        The CPU converts here, while another layer computes; what is to be merged, and a device,
+        do with half the memory if it is done later.
+        """
+        places = self._layout.places
+        with self._stages.timed("read"):
+            stored = {
+                name: self._reader.read(ref.name, convert=places[ref.name].expert is None)
+                for name, ref in self._stored(index).items()
+            }
+            return self._transfer(stored)
+
+    def _load(self, index: int, stored: dict[str, torch.Tensor]) -> None:
+        """Give a layer its weights; each stored one is freed as soon as it is placed."""
+        prefix = f"{self._layout.family.layers}.{index}."
+        converted = self._conversion.convert(stored)
+        weights: dict[str, torch.Tensor] = {}
+        while converted:
+            name, value = converted.popitem()
+            weights[name.removeprefix(prefix)] = self._reader.place(value)
+        self.modules[index].load_state_dict(weights, assign=True)
+        move_buffers(self.modules[index], self._reader.device)
+
+    def units(self, index: int) -> list[Unit]:
+        """What has channels in a layer."""
+        prefix = f"{self._layout.family.layers}.{index}."
+        units: dict[str, Unit] = {}
+        for name, ref in self._layout.of_layer[index].items():
+            slot = self._layout.places[ref.name].slot
+            if slot.watched and slot.width:
+                target = self._conversion.target(name)[0].removeprefix(prefix)
+                path, _, leaf = target.rpartition(".")
+                units[path] = Unit(slot.width, path, leaf != "weight")
+        return list(units.values())
+
+
+def move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Bring what is no weight to ``device``."""
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, buffer.to(device))
