@@ -170,6 +170,7 @@ class StreamedDecoder:
         watch: Watch = unchanged,
         weights: Mapping[str, torch.Tensor] = NO_WEIGHTS,
         *,
+        layer: nn.Module | None = None,
         compare: Compare = unchanged,
         progress: Callable[[int], object] = lambda windows: None,
     ) -> None:
@@ -180,10 +181,11 @@ class StreamedDecoder:
             stream: Its hidden states are overwritten.
             watch: Sees, and may change, the input of each down_proj.
             weights: Parameters of the layer that this stream is to see instead of its own.
+            layer: Stands in for it, as a copy with other weights does.
             compare: Sees what the layer makes of the hidden states.
             progress: Called with the windows that have passed.
         """
-        layer, units = self._layers[index], self.units(index)
+        layer, units = layer or self._layers[index], self.units(index)
         with self.stages.timed("compute"), swapped(layer, weights):
             for part in self._parts(stream.batches):
                 watched = watched_ffn(layer, units, part.ids, partial(watch, index))
@@ -333,6 +335,12 @@ class StreamedDecoder:
             weights[name.removeprefix(prefix)] = self.reader.place(value)
         layer.load_state_dict(weights, assign=True)
         self._move_buffers(layer)
+
+    def dtypes(self, index: int) -> dict[str, str]:
+        """A layer's parameters → the safetensors dtype that the file has them in."""
+        prefix = f"{self.layout.family.layers}.{index}."
+        stored = self._stored(index).items()
+        return {self._conversion.target(n)[0].removeprefix(prefix): r.dtype for n, r in stored}
 
     def units(self, index: int) -> list[Unit]:
         """What has channels in a layer."""
