@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -93,7 +93,7 @@ def check_layers(layout: Layout, groups: Groups) -> None:
         return
     order = [layer for group in groups for layer in group]
     depth = layout.num_hidden_layers
-    ascending = all(a < b for a, b in zip(order, order[1:], strict=False))
+    ascending = all(a < b for a, b in pairwise(order))
     if not all(groups) or not order or not ascending or not 0 <= order[0] <= order[-1] < depth:
         raise BudgetError(
             "layers",

@@ -10,8 +10,8 @@ import numpy as np
 from surgery.blocks import check_blocks, whole_blocks
 from surgery.budget import Sizes, whole
 from surgery.checkpoint import Checkpoint
-from surgery.errors import PlanError
 from surgery.depth import check_layers
+from surgery.errors import PlanError
 from surgery.family import STACK, VOCAB, Dim, renumbered
 from surgery.header import ITEMSIZE, TensorRef
 from surgery.layout import Layout
