@@ -189,10 +189,35 @@ class StreamedDecoder:
         with self.stages.timed("compute"), swapped(layer, weights):
             for part in self._parts(stream.batches):
                 watched = watched_ffn(layer, units, part.ids, partial(watch, index))
-                self._run(index, layer, part, watched, compare)
+                hidden, after = self._run(index, layer, part, watched)
+                compare(index, hidden, after)
+                part.write(after)
+                stream.states.give_back(part.rows)
                 progress(len(part.ids))
         with self.stages.timed("write"):
             stream.states.advance()
+
+    @torch.no_grad()
+    def peek(
+        self, index: int, stream: Stream, weights: Mapping[str, torch.Tensor] = NO_WEIGHTS
+    ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """Yield what a layer with one dense FFN would make of ``stream``, which stays where it is.
+
+        Each micro-batch comes as its rows of the hidden states, the input of down_proj
+        ``(tokens, I)`` and the layer's result ``(tokens, D)``.
+        """
+        layer, units = self._layers[index], self.units(index)
+        for part in self._parts(stream.batches):
+            seen: list[torch.Tensor] = []
+
+            def see(axis: str, expert: int, tokens: Tokens, act: torch.Tensor) -> None:
+                seen.append(act.view(tokens.count, -1, act.shape[-1]))  # noqa: B023
+
+            with self.stages.timed("compute"), swapped(layer, weights):
+                watched = watched_ffn(layer, units, part.ids, see)
+                _, after = self._run(index, layer, part, watched)
+            stream.states.give_back(part.rows)
+            yield part.rows, torch.cat(seen, dim=1).flatten(0, 1), after.flatten(0, 1)
 
     def layer(self, index: int) -> nn.Module:
         """The library's layer; it has weights while ``layers`` is at it."""
@@ -360,14 +385,11 @@ class StreamedDecoder:
         layer: nn.Module,
         part: MicroBatch,
         watched: AbstractContextManager[None],
-        compare: Compare,
-    ) -> None:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What goes into a layer and what comes out, ``(windows, tokens, D)``."""
         positional, named = part.batch.arguments[len(part.ids)][index]
         hidden = part.read().to(self.reader.device)
         with library_errors(self.layout), watched:
             result = layer(hidden, *positional, **named)
-            self._returns_tuple = isinstance(result, tuple)
-            after = result[0] if self._returns_tuple else result
-            compare(index, hidden, after)
-            part.write(after)
-        part.batch.states.give_back(part.rows)
+        self._returns_tuple = isinstance(result, tuple)
+        return hidden, result[0] if self._returns_tuple else result

@@ -13,35 +13,44 @@ On SmolLM2-135M (V' 32,768, I' 864, 28k tokens) the loss was 18.0 % of the dense
 
 
 class Gram:
-    """G = Σ aᵀa over tokens: float32 ``[I, I]``, added up a few thousand tokens at a time."""
+    """Sums over tokens, float32, added up a few thousand tokens at a time."""
 
     def __init__(self, channels: int, device: torch.device) -> None:
-        self.sums = torch.zeros((channels, channels), device=device)
+        self.inner = torch.zeros((channels, channels), device=device)
+        """G = Σ aᵀa: ``[I, I]``."""
+        self.drift: torch.Tensor | None = None
+        """Σ dᵀa: ``[D, I]`` of what is wanted beside W a, if anything is."""
 
-    def add(self, act: torch.Tensor) -> None:
-        """Add the activations ``(tokens, I)`` of tokens that count."""
+    def add(self, act: torch.Tensor, wanted: torch.Tensor | None = None) -> None:
+        """Add activations ``(tokens, I)`` and what is wanted beside W a ``(tokens, D)``."""
         act = act.float()
-        self.sums.addmm_(act.T, act)
+        self.inner.addmm_(act.T, act)
+        if wanted is not None:
+            if self.drift is None:
+                self.drift = act.new_zeros((wanted.shape[1], act.shape[1]))
+            self.drift.addmm_(wanted.float().T, act)
 
 
 def refit(
-    weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, ridge: float = RIDGE
+    weight: torch.Tensor, gram: Gram, kept: torch.Tensor, ridge: float = RIDGE
 ) -> torch.Tensor:
-    """Return the down_proj ``[D, K]`` that does on ``kept`` channels what ``weight`` does on all.
+    """Return the down_proj ``[D, K]`` that does on ``kept`` channels what is wanted of all.
 
-    It minimizes Σ ‖W a − W′ a_K‖² + λ ‖W′ − W_K‖² over the tokens of the Gram matrix:
-    W′ = W_K + W_R · G[R, K] · (G[K, K] + λI)⁻¹, where R are the channels that go.
+    It minimizes Σ ‖W a + d − W′ a_K‖² + λ ‖W′ − W_K‖² over the tokens of ``gram``:
+    W′ = W_K + (W_R · G[R, K] + Σ dᵀa_K) · (G[K, K] + λI)⁻¹, where R are the channels that go.
 
     Args:
-        weight: ``[D, I]``.
-        gram: ``[I, I]``.
+        weight: W, ``[D, I]``.
+        gram: Of ``I`` channels.
         kept: int64 ``(K,)``, ascending.
         ridge: λ over the mean diagonal of G[K, K].
     """
-    goes = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
+    goes = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     goes[kept] = False
-    inner = gram[kept][:, kept].double()
-    wanted = weight[:, goes].float() @ gram[goes][:, kept]
+    inner = gram.inner[kept][:, kept].double()
+    wanted = weight[:, goes].float() @ gram.inner[goes][:, kept]
+    if gram.drift is not None:
+        wanted += gram.drift[:, kept]
     diagonal = inner.diagonal()
     diagonal += ridge * diagonal.mean() + torch.finfo(torch.float32).tiny
     factor = torch.linalg.cholesky(inner)
@@ -49,11 +58,14 @@ def refit(
     return weight[:, kept].float() + change.float()
 
 
-def error(weight: torch.Tensor, cut: torch.Tensor, kept: torch.Tensor, gram: torch.Tensor) -> float:
-    """Σ ‖W a − W′ a_K‖² over the tokens of ``gram``; shapes as for ``refit``."""
+def error(weight: torch.Tensor, cut: torch.Tensor, kept: torch.Tensor, gram: Gram) -> float:
+    """Σ ‖W a + d − W′ a_K‖² − ‖d‖² over the tokens of ``gram``; shapes as for ``refit``."""
     missing = weight.float().clone()
     missing[:, kept] -= cut.float()
-    return float((missing @ gram * missing).sum(dtype=torch.float64))
+    total = (missing @ gram.inner * missing).sum(dtype=torch.float64)
+    if gram.drift is not None:
+        total += 2 * (gram.drift * missing).sum(dtype=torch.float64)
+    return float(total)
 
 
 def refit_if_better(
@@ -67,8 +79,8 @@ def refit_if_better(
         grams: For fitting, and of other windows to judge by; with one alone it judges itself.
         dtype: What the file can hold.
     """
-    fitted = refit(weight, grams[0].sums, kept).to(dtype)
-    judge = grams[-1].sums
+    fitted = refit(weight, grams[0], kept).to(dtype)
+    judge = grams[-1]
     before, after = weight[:, kept], fitted
     helps = error(weight, after, kept, judge) < error(weight, before, kept, judge)
     return fitted if helps else None

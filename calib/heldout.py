@@ -14,19 +14,24 @@ BLOCK_CHARACTERS = 1 << 14
 EVERY = 4
 """One block in so many is held out."""
 
+LEAST_BLOCKS = 8
+"""Into which a text is divided; those of a short one are shorter."""
+
 
 def split_documents(documents: Iterable[str]) -> tuple[list[str], list[str]]:
     """Return documents to calibrate on and documents held out, every fourth block of the text.
 
     What of a document lies between two held-out blocks stays together.
     """
+    whole = list(documents)
+    length = max(1, min(BLOCK_CHARACTERS, sum(map(len, whole)) // LEAST_BLOCKS))
     kept: list[str] = []
     held: list[str] = []
     number = 0
-    for document in documents:
+    for document in whole:
         run = ""
-        for start in range(0, len(document), BLOCK_CHARACTERS):
-            block = document[start : start + BLOCK_CHARACTERS]
+        for start in range(0, len(document), length):
+            block = document[start : start + length]
             number += 1
             if number % EVERY:
                 run += block

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -9,7 +10,9 @@ import torch
 from calib.batches import Stream
 from calib.decoder import StreamedDecoder
 from calib.down import Place
+from calib.ffn import Unit
 from calib.gram import Gram
+from calib.influence import cosine_sum
 from calib.norms import weight_norms
 from calib.sums import ChannelSums
 from calib.tokens import Tokens
@@ -18,6 +21,18 @@ from surgery.stats import AxisSums
 
 GATE_EVERY = 8
 """One window in so many decides whether a refitted down_proj is used; the others fit it."""
+
+
+LAYERWISE, ALONG_PREFIX = "layerwise", "along-prefix"
+"""Refit each layer on what the dense model gives it, or on what the layers so far have become.
+
+Experts, and FFNs beside one another, are refitted layerwise in any case.
+"""
+
+
+def has_one_ffn(units: Sequence[Unit]) -> bool:
+    """Whether a layer has one FFN that all tokens see."""
+    return len(units) == 1 and not units[0].routed
 
 
 class Reading:
@@ -30,7 +45,7 @@ class Reading:
         bucket_of: np.ndarray,
         edges: Sequence[int],
         *,
-        refits: bool,
+        refits: str = "",
     ) -> None:
         """Take ``windows`` of ids of the source.
 
@@ -39,7 +54,8 @@ class Reading:
             windows: Token ids.
             bucket_of: int64 ``[V]``, the bucket of each token.
             edges: Ranks of rarity at which buckets end, ascending; the last is V.
-            refits: Whether Gram matrices are taken, too.
+            refits: Whether Gram matrices are taken, too: for all of a layer (``LAYERWISE``), or
+                only for what cannot be refitted ``ALONG_PREFIX``.
         """
         self._layout = layout
         self._buckets = torch.from_numpy(bucket_of)
@@ -49,6 +65,8 @@ class Reading:
         self.streams = [Stream(part) for part in (fit, gate) if part]
         self._refits = refits
         self.sums: dict[str, AxisSums] = {}
+        self.cosines: list[float] = []
+        """Per layer passed, Σ cos(x_in, x_out) over the tokens."""
         self.grams: list[dict[Place, Gram]] = []
         """For fitting, and for the gate where the text is long enough to have one."""
 
@@ -66,21 +84,29 @@ class Reading:
             axis: ChannelSums(len(self._edges), experts, layout.channels_of(axis), device)
             for axis, experts in layout.watched[index].items()
         }
-        self.grams = []
-        for stream in self.streams:
-            grams: dict[Place, Gram] = {}
-            decoder.run(index, stream, partial(self._see, sums, grams))
-            self.grams.append(grams)
+        along = self._refits == ALONG_PREFIX and has_one_ffn(decoder.units(index))
+        self.grams = [{} for _ in self.streams if self._refits and not along]
+        self.cosines.append(0.0)
+        for stream, grams in zip_longest(self.streams, self.grams):
+            decoder.run(index, stream, partial(self._see, sums, grams), compare=self._compare)
         self.sums = {axis: each.numbers(norms[axis]) for axis, each in sums.items()}
 
     def forget(self) -> None:
         """Free what the layer has shown."""
         self.sums, self.grams = {}, []
 
+    @property
+    def block_influence(self) -> np.ndarray:
+        """float64 ``[L]``: 1 − mean cosine (ShortGPT, arXiv 2403.03853)."""
+        return 1 - np.array(self.cosines) / sum(stream.tokens for stream in self.streams)
+
+    def _compare(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        self.cosines[-1] += cosine_sum(before, after)
+
     def _see(
         self,
         sums: dict[str, ChannelSums],
-        grams: dict[Place, Gram],
+        grams: dict[Place, Gram] | None,
         layer: int,
         axis: str,
         expert: int,
@@ -89,7 +115,7 @@ class Reading:
     ) -> None:
         buckets = self._buckets[tokens.ids]
         sums[axis].add(expert, tokens, buckets, act)
-        if not self._refits:
+        if grams is None:
             return
         if (axis, expert) not in grams:
             grams[axis, expert] = Gram(act.shape[1], act.device)

@@ -9,6 +9,7 @@ import torch
 
 from calib.down import Place, file_matrices, watched_tensors
 from calib.material import Material
+from calib.reading import ALONG_PREFIX
 from calib.trial import Cut, Trial, try_all
 from calib.weights import TORCH_DTYPE, raw
 from surgery.budget import Sizes
@@ -51,14 +52,14 @@ def repair(
     lengths = axis_lengths(layout, plan.after.widths)
     kept = kept_channels(plan, layout)
     plain = Cut(plan.ids(), lengths, kept=kept)
-    reading = material.reading(sizes, refits=True)
+    reading = material.reading(sizes, refits=ALONG_PREFIX)
     encoded = material.encoded(sizes)
     entries = _entries(plan, layout)
     with ReplacementWriter(path, entries) as writer:
         sink = _Sink(layout, entries, writer)
         trials = [
             Trial(plain, encoded, reading),
-            Trial(replace(plain, repair=True), encoded, reading, sink.write),
+            Trial(replace(plain, repair=ALONG_PREFIX), encoded, reading, sink.write),
         ]
         bits = try_all(layout, trials, device=device, dtype=dtype, progress=progress)
         before, after = (float(sum(window.sum() for window in each)) for each in bits)

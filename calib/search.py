@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
+from calib.reading import LAYERWISE
 from calib.study import Recipe, Study
 from surgery.budget import Sizes
 from surgery.candidates import coarse, fine
@@ -40,7 +41,7 @@ def search(
     rows: list[Row] = []
     for chosen in _passes(pairs, also, most, tried, rows):
         recipes = [
-            Recipe(_name(sizes), sizes, criterion, retokenize=True, repair=repair)
+            Recipe(_name(sizes), sizes, criterion, repair=LAYERWISE if repair else "")
             for sizes in chosen
         ]
         with progress(study.windows(len(recipes))) as advance:

@@ -8,12 +8,13 @@ import torch
 
 from calib.heldout import Encoded
 from calib.material import Material
-from calib.reading import Reading
+from calib.reading import ALONG_PREFIX, LAYERWISE, Reading
 from calib.trial import Cut, Trial, try_all
 from surgery.blocks import blocks
 from surgery.budget import Sizes, whole
 from surgery.channels import DEFAULT_CRITERION
 from surgery.comparison import Row
+from surgery.layout import Layout
 from surgery.predict import axis_lengths
 
 
@@ -26,8 +27,8 @@ class Recipe:
     criterion: str = DEFAULT_CRITERION
     retokenize: bool = True
     """Whether channels are chosen on text as the pruned tokenizer cuts it."""
-    repair: bool = False
-    """Whether down_proj is refitted by least squares."""
+    repair: str = ""
+    """How down_proj is refitted: not at all, ``LAYERWISE`` or ``ALONG_PREFIX``."""
     layers: Sequence[Sequence[int]] = ()
     """As in a plan; empty keeps all."""
     samples: int | None = None
@@ -46,6 +47,9 @@ class Study:
     device: torch.device
     dtype: torch.dtype
     _dense: tuple[Encoded, list[np.ndarray]] | None = field(default=None, init=False)
+    block_influence: np.ndarray | None = field(default=None, init=False)
+    """float64 ``[L]``, known once a recipe has been tried on text that the source's own tokenizer
+    cut."""
 
     def rows(
         self,
@@ -64,6 +68,8 @@ class Study:
         bits = try_all(layout, trials, device=self.device, dtype=self.dtype, progress=progress)
         if self._dense is None:
             self._dense = trials[-1].heldout, bits[-1]
+        if (layout.vocab_size, None) in readings:
+            self.block_influence = readings[layout.vocab_size, None].block_influence
         return [
             self._row(recipe, trial, found)
             for recipe, trial, found in zip(recipes, trials, bits, strict=False)
@@ -83,7 +89,8 @@ class Study:
                 by_text.setdefault(recipe.text(layout.vocab_size), []).append(recipe)
         for text, users in by_text.items():
             edges = [r.sizes.vocab_size for r in users if not r.retokenize]
-            refits = any(r.repair for r in users)
+            kinds = {r.repair for r in users}
+            refits = next((k for k in (LAYERWISE, ALONG_PREFIX) if k in kinds), "")
             found[text] = self.material.reading(*text, edges=edges, refits=refits)
         return found
 
@@ -116,6 +123,10 @@ class Study:
         nbytes = sum(len(text.encode("utf-8")) for text in self.material.heldout)
         total, total_dense = (float(sum(map(np.sum, each))) for each in (found, dense))
         parameters = layout.parameters(sizes.vocab_size, sizes.widths)
+        if recipe.layers:
+            left = {group[0] for group in recipe.layers}
+            gone = [n for n in range(layout.num_hidden_layers) if n not in left]
+            parameters -= sum(layer_parameters(layout, index) for index in gone)
         return Row(
             name=recipe.name,
             vocab_size=sizes.vocab_size,
@@ -128,3 +139,8 @@ class Study:
             alike_loss=alike / alike_dense - 1 if alike_dense else 0.0,
             alike_share=alike_bytes / nbytes,
         )
+
+
+def layer_parameters(layout: Layout, index: int) -> int:
+    """Parameters of one layer."""
+    return sum(ref.parameters for ref in layout.of_layer[index].values())

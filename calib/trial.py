@@ -11,8 +11,10 @@ from calib.decoder import StreamedDecoder
 from calib.down import Place, cut_weight, down_matrices, down_name
 from calib.ffn import Unit
 from calib.gram import refit_if_better
+from calib.groups import Groups
 from calib.heldout import Encoded
-from calib.reading import Reading
+from calib.prefix import Prefix
+from calib.reading import ALONG_PREFIX, Reading, has_one_ffn
 from calib.score import token_bits
 from calib.weights import TORCH_DTYPE, WeightReader
 from surgery.channels import DEFAULT_CRITERION, Kept, choose_layer
@@ -33,7 +35,8 @@ class Cut:
     criterion: str = DEFAULT_CRITERION
     blocks: Mapping[str, int] = field(default_factory=dict)
     """Channel axis → length of the blocks that go or stay as one."""
-    repair: bool = False
+    repair: str = ""
+    """How down_proj is refitted: not at all, ``LAYERWISE`` or ``ALONG_PREFIX``."""
     layers: Sequence[Sequence[int]] = ()
     """As in a plan: the source's layers that each of its own is made of; empty: all as they are."""
     kept: Kept | None = None
@@ -66,29 +69,24 @@ class Trial:
         """The channels that stayed, layer by layer."""
         self.refitted = 0
         """Matrices that the gate let through."""
+        self._prefix = Prefix(reading) if reading and cut.repair == ALONG_PREFIX else None
         self._sink = sink
-        self._last = {group[-1]: group for group in cut.layers}
-        self._collapsed: dict[str, torch.Tensor] = {}
+        self._groups = Groups(cut.layers)
+
+    @property
+    def streams(self) -> list[Stream]:
+        """All text that a trial carries itself."""
+        return [self.stream, *(self._prefix.streams if self._prefix else [])]
 
     def run(self, decoder: StreamedDecoder, index: int) -> None:
         """Carry the text through a layer as the cut leaves it."""
         if not self.cut.layers:
-            decoder.run(index, self.stream, weights=self._cut_weights(decoder, index))
+            weights = self._cut_weights(decoder, index)
+            decoder.run(index, self.stream, weights=weights)
+            if self._prefix is not None:
+                self._prefix.advance(decoder, index, weights)
             return
-        group = next((group for group in self.cut.layers if index in group), ())
-        if len(group) > 1:
-            self._collapse(decoder, index, len(group), first=index == group[0])
-        if index in self._last:
-            decoder.run(index, self.stream, weights=self._collapsed)
-            self._collapsed = {}
-
-    def _collapse(self, decoder: StreamedDecoder, index: int, count: int, *, first: bool) -> None:
-        """Add a layer to W + Σ (W_k − W), the sum over the others (LaCo, arXiv 2402.11187)."""
-        for name, weight in decoder.layer(index).named_parameters():
-            if first:
-                self._collapsed[name] = weight.data * (2 - count)
-            else:
-                self._collapsed[name] += weight.data
+        self._groups.run(decoder, index, self.stream)
 
     def _cut_weights(self, decoder: StreamedDecoder, index: int) -> dict[str, torch.Tensor]:
         """down_proj with zeros for channels that go, refitted where that is asked and helps."""
@@ -116,12 +114,15 @@ class Trial:
         """The matrices of a unit ``[D, K]``, none where refitting helps none of them."""
         layer, helped = decoder.layer(index), 0
         found: dict[Place, torch.Tensor] = {}
+        along = {}
+        if self._prefix is not None and has_one_ffn(decoder.units(index)):
+            along = {(unit.axis, 0): self._prefix.grams(decoder, index, unit)}
         dtype = down_dtype(decoder.layout, index, unit.axis)
         weight = layer.get_parameter(down_name(unit)).data
         for expert, matrix in enumerate(down_matrices(layer, unit, weight)):
             place = unit.axis, expert
             stays = torch.from_numpy(kept[expert]).to(matrix.device)
-            grams = [grams[place] for grams in reading.grams if place in grams]
+            grams = along.get(place) or [g[place] for g in reading.grams if place in g]
             better = refit_if_better(matrix, stays, grams, dtype) if grams else None
             helped += better is not None
             found[place] = matrix[:, stays].to(dtype) if better is None else better
@@ -162,7 +163,7 @@ def try_all(
     streams = [stream for reading in readings for stream in reading.streams]
     with WeightReader(layout.checkpoint, device, dtype) as reader:
         decoder = StreamedDecoder(layout, reader)
-        decoder.embed([*streams, *(trial.stream for trial in trials)])
+        decoder.embed([*streams, *(stream for trial in trials for stream in trial.streams)])
         for index in decoder.layers():
             for reading in [*readings, None]:
                 if reading is not None:

@@ -125,8 +125,8 @@ class Numbers(click.ParamType):
 @click.option(
     "--methods",
     metavar="NAME,…",
-    help="Some of: random, abs-act, act2, wanda, l2 (channels alone), vocabulary (alone), compact "
-    "(the paper's), search (this tool's).  [default: all]",
+    help="Some of: random, abs-act, act2, wanda, l2 (channels alone), shortgpt, laco (layers), "
+    "vocabulary (alone), compact (the paper's), search (this tool's).  [default: all]",
 )
 @click.option(
     "--by-samples",

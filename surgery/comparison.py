@@ -10,7 +10,7 @@ from surgery.plot import saved_figure
 FFN_CRITERIA = ("random", "abs-act", "act2", "wanda", "l2")
 """Criteria that are compared with the vocabulary whole."""
 
-METHODS = (*FFN_CRITERIA, "vocabulary", "compact", "search")
+METHODS = (*FFN_CRITERIA, "shortgpt", "laco", "vocabulary", "compact", "search")
 """What can be compared."""
 
 BLEND = 0.5
@@ -115,7 +115,7 @@ def plot_methods(found: Mapping[float, Sequence[Row]], path: Path) -> None:
         worst = max(100 * row.loss for rows in found.values() for row in rows)
         axes.set(xlabel="bits per byte of held-out text, over the dense model's (%)")
         axes.set_xlim(right=1.12 * worst)
-        axes.legend(frameon=False)
+        figure.legend(loc="outside lower center", ncols=len(found), frameon=False)
 
 
 def plot_samples(rows: Mapping[int, Row], path: Path) -> None:

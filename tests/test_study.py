@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calib.heldout import BLOCK_CHARACTERS, EVERY, split_documents
+from calib.heldout import BLOCK_CHARACTERS, EVERY, LEAST_BLOCKS, split_documents
 from calib.material import Material
+from calib.reading import ALONG_PREFIX, LAYERWISE
 from calib.repair import _entries, _Sink
 from calib.score import score
 from calib.trial import Cut, Trial, try_all
@@ -43,7 +44,7 @@ def bits_of(path: Path, material: Material) -> float:
     return score(layout_of(path), material.heldout, tokenizer, device=CPU, dtype=torch.float32).bits
 
 
-def try_plan(plan: Plan, material: Material, output: Path, *, repair: bool) -> tuple[float, Plan]:
+def try_plan(plan: Plan, material: Material, output: Path, *, repair: str) -> tuple[float, Plan]:
     """Bits of a trial of ``plan``, and the plan with what the trial has refitted."""
     layout = material.layout
     cut = Cut(
@@ -63,14 +64,14 @@ def try_plan(plan: Plan, material: Material, output: Path, *, repair: bool) -> t
     return float(sum(map(np.sum, bits))), made
 
 
-@pytest.mark.parametrize("repair", [False, True])
+@pytest.mark.parametrize("repair", ["", LAYERWISE, ALONG_PREFIX])
 @pytest.mark.parametrize("key", FAMILIES)
-def test_a_trial_is_what_apply_writes(tmp_path: Path, key: str, repair: bool) -> None:
+def test_a_trial_is_what_apply_writes(tmp_path: Path, key: str, repair: str) -> None:
     path = tiny.save(tmp_path / "model", key)
     material = material_of(path)
     plan = random_plan(path, 420, 0.5)
     bits, made = try_plan(plan, material, tmp_path / "new.safetensors", repair=repair)
-    assert (made.replaced is not None) == repair
+    assert (made.replaced is not None) == bool(repair)
     apply_plan(made, path, tmp_path / "out")
     assert bits == pytest.approx(bits_of(tmp_path / "out", material), rel=1e-5)
     assert verify_files(tmp_path / "out", made, path).ok
@@ -89,8 +90,8 @@ def test_several_trials_do_not_disturb_each_other(tmp_path: Path) -> None:
     def trials() -> list[Trial]:
         made = []
         for size, lengths in ((layout.vocab_size, half), (400, half), (400, full)):
-            reading = material.reading(size, refits=True)
-            cut = Cut(material.ids(size), lengths, repair=True)
+            reading = material.reading(size, refits=LAYERWISE)
+            cut = Cut(material.ids(size), lengths, repair=LAYERWISE)
             made.append(Trial(cut, material.encoded(size), reading if lengths is half else None))
         dropped = Cut(material.ids(layout.vocab_size), full, layers=[[0], [2]])
         made.append(Trial(dropped, material.encoded(layout.vocab_size), None))
@@ -109,8 +110,10 @@ def test_splitting_loses_nothing(texts: list[str], length: int) -> None:
     kept, held = split_documents(documents)
     assert sum(map(len, kept)) + sum(map(len, held)) == sum(map(len, documents))
     assert all(any(part in document for document in documents) for part in [*kept, *held])
-    blocks = sum(-(-len(document) // BLOCK_CHARACTERS) for document in documents)
-    assert len(held) == blocks // EVERY
+    total = sum(map(len, documents))
+    size = max(1, min(BLOCK_CHARACTERS, total // LEAST_BLOCKS))
+    assert len(held) == sum(-(-len(document) // size) for document in documents) // EVERY
+    assert total < LEAST_BLOCKS or sum(map(len, held)) >= total / (2 * EVERY)
 
 
 @given(st.text(max_size=80), st.data())
