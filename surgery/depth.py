@@ -27,7 +27,14 @@ def parse_layers(text: str) -> list[list[int]]:
     Raises:
         BudgetError: it is written otherwise.
     """
-    if not _SPEC.fullmatch(text):
+    groups: list[list[int]] = []
+    for part in text.split(",") if _SPEC.fullmatch(text) else ():
+        if "-" in part:
+            first, last = map(int, part.split("-"))
+            groups += [[layer] for layer in range(first, last + 1)] or [[]]
+        else:
+            groups.append([int(layer) for layer in part.split("+")])
+    if not groups or not all(groups):
         raise BudgetError(
             "--layers",
             "does not say which layers stay",
@@ -35,13 +42,6 @@ def parse_layers(text: str) -> list[list[int]]:
             found=text[:80],
             fix="correct it",
         )
-    groups: list[list[int]] = []
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        if dash:
-            groups += [[layer] for layer in range(int(first), int(last) + 1)]
-        else:
-            groups.append([int(layer) for layer in part.split("+")])
     return groups
 
 
