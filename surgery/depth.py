@@ -9,6 +9,7 @@ import numpy as np
 
 from surgery.errors import BudgetError, FamilyError
 from surgery.family import Family
+from surgery.layer_kinds import Each
 from surgery.layout import Layout
 from surgery.layout_checks import FLOATS
 from surgery.slots import BUFFER
@@ -144,6 +145,24 @@ def _shapes(layout: Layout, layer: int) -> dict[tuple[str, int | None], tuple[st
         for ref, place in places
         if place.slot.block != BUFFER
     }
+
+
+def kind_notes(layout: Layout, groups: Groups) -> list[str]:
+    """What to know of layers that config.json says are of several kinds."""
+    notes = []
+    for kind in layout.family.layer_kinds or ():
+        value = layout.config.get(kind.key)
+        if not isinstance(kind, Each) or not isinstance(value, list):
+            continue
+        mixed = [group for group in groups if len({str(value[n]) for n in group}) > 1]
+        if mixed:
+            notes.append(f"{spelled_layers(mixed)} differ in {kind.key}; each becomes as its first")
+        if len(set(map(str, value))) > 1:
+            notes.append(
+                f"{kind.key} says which kind each layer is; an engine that counts layers instead "
+                "runs another model"
+            )
+    return notes
 
 
 def layer_keys(

@@ -8,7 +8,7 @@ from surgery import selection
 from surgery.blocks import blocks, check_blocks
 from surgery.budget import TOLERANCE, Sizes, check_sizes, whole
 from surgery.channels import LEAST_TOKENS, bucket_weights, choose_channels, unseen_experts
-from surgery.depth import check_layers, spelled_layers
+from surgery.depth import check_layers, kind_notes, spelled_layers
 from surgery.errors import StatsError
 from surgery.family import EXPERT
 from surgery.idmap import IdMap
@@ -161,6 +161,7 @@ def _notes(
     reached = 1 - left / full
     if ratio is not None and abs(reached - ratio) > TOLERANCE:
         notes.append(f"the steps of the sizes reach {reached:.1%}, not {ratio:.1%}")
+    notes += kind_notes(layout, sizes.layers) if sizes.layers else []
     if sizes.dequantize:
         notes.append("FP8 weights become bf16, in which each has two bytes instead of one")
     if layout.checkpoint.family is not None:

@@ -214,6 +214,15 @@ def test_keys_that_speak_of_layers_stay_in_step() -> None:
     assert keys("llama", groups, eos_token_id=[1, 2, 3, 4, 5, 6]) == depth
 
 
+def test_a_plan_says_what_to_know_of_several_kinds(tmp_path: Path) -> None:
+    source = tiny.save(tmp_path / "source", "gemma3_text")
+    notes = plan_of(source, [[0, 1], [2]]).provenance.notes
+    assert "0+1 differ in layer_types; each becomes as its first" in notes
+    assert "channels of 0+1 are chosen by the first layer's" in notes
+    assert any("an engine that counts layers instead runs another model" in n for n in notes)
+    assert not any("layer" in note for note in plan_of(source, []).provenance.notes)
+
+
 def test_what_is_taken_for_all_layers_alike_is_so_in_the_library(tmp_path: Path) -> None:
     """A missing list is allowed only where the library makes up one that has no number in it."""
     source = tiny.save(tmp_path / "source", "qwen2", use_sliding_window=False, layer_types=None)
