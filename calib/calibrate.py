@@ -123,8 +123,7 @@ class _Taking:
         self._layout, self._reader = layout, reader
         self._buckets, self._count = buckets, count
         self._run, self._partial = run, partial
-        done = partial.finished if partial else 0
-        self._found = [partial.sums(layer) for layer in range(done)] if partial else []
+        self._found: list[tuple[dict[str, AxisSums], float]] = []
         self._current: dict[str, ChannelSums] = {}
         self._cosines = 0.0
 
@@ -132,13 +131,14 @@ class _Taking:
         self, windows: Sequence[np.ndarray], progress: Callable[[int], object]
     ) -> tuple[list[dict[str, AxisSums]], np.ndarray]:
         """Compute the layers that are not finished, and return the sums and cosines of all."""
-        layout, done = self._layout, len(self._found)
+        layout, done = self._layout, self._partial.finished if self._partial else 0
         progress(done * len(windows))
         if done < layout.num_hidden_layers:
             self._decoder = StreamedDecoder(
                 layout, self._reader, self._run.limits, self._run.stages
             )
-            stream = Stream(windows, self._states())
+            self._states = self._new_states()
+            stream = Stream(windows, self._states)
             self._decoder.embed([stream], passed=done)
             self._decoder.run_layers(
                 [stream],
@@ -147,6 +147,9 @@ class _Taking:
                 progress=progress,
                 finished=self._finish,
             )
+        if self._partial:
+            self._partial.settle()
+            self._found = [self._partial.sums(layer) for layer in range(self._partial.finished)]
         return [axes for axes, _ in self._found], np.array([cosine for _, cosine in self._found])
 
     def _watch(self, layer: int, axis: str, expert: int, tokens: Tokens, act: torch.Tensor) -> None:
@@ -158,13 +161,18 @@ class _Taking:
         self._cosines += cosine_sum(before, after)
 
     def _finish(self, layer: int) -> None:
-        """Keep what the layer has left, on the disk where there is a directory for it."""
+        """Keep what the layer has left, on the disk where there is a directory for it.
+
+        A kill loses the layer that computes and what the disk had not yet taken of the one before:
+        at most a layer's time and that of writing.
+        """
         sums = self._current or self._zeros(layer)
         norms = weight_norms(self._decoder.layer(layer), self._decoder.units(layer))
         found = {axis: each.numbers(norms[axis]) for axis, each in sums.items()}
         if self._partial:
-            self._partial.add(layer, found, self._cosines)
-            self._found.append(self._partial.sums(layer))
+            self._partial.add(layer, found, self._cosines, self._states.sync)
+            if not self._states.lags:
+                self._partial.settle()
         else:
             self._found.append((found, self._cosines))
         self._current, self._cosines = {}, 0.0
@@ -176,11 +184,14 @@ class _Taking:
             for axis, experts in layout.watched[layer].items()
         }
 
-    def _states(self) -> HiddenStates:
+    def _new_states(self) -> HiddenStates:
         place, directory = self._run.limits.hidden, self._partial.hidden if self._partial else None
         if place == "file" and directory is not None:
             return SpilledStates(directory)
-        return HiddenStates(directory, self._reader.device if place == "device" else None)
+        states = HiddenStates(directory, self._reader.device if place == "device" else None)
+        if self._partial:
+            states.settle = self._partial.settle
+        return states
 
 
 def identity(

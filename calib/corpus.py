@@ -1,7 +1,7 @@
 """Documents → windows: of tokens for calibration, of bytes for scores."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -19,7 +19,7 @@ def token_windows(
     around a text goes around every window, within ``seq_len``.
 
     Raises:
-        DataError: not a single full window.
+        DataError: there is no room for text in a window.
     """
     before, after = _special_ids(tokenizer)
     room = seq_len - len(before) - len(after)
@@ -40,6 +40,15 @@ def token_windows(
                 break
         if len(windows) == samples:
             break
+    return windows
+
+
+def check_windows(windows: Sequence[np.ndarray], seq_len: int) -> None:
+    """Refuse a text without a single window of ``seq_len`` tokens.
+
+    Raises:
+        DataError: that.
+    """
     longest = max(map(len, windows), default=0)
     if longest < seq_len:
         raise DataError(
@@ -49,7 +58,6 @@ def token_windows(
             found=f"at most {longest}",
             fix="give longer documents or a smaller --seq-len",
         )
-    return windows
 
 
 def byte_windows(documents: Iterable[str], samples: int, window_bytes: int) -> list[str]:

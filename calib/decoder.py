@@ -155,8 +155,8 @@ class StreamedDecoder:
     def layers(self, first: int = 0) -> Iterator[int]:
         """Yield the number of each layer from ``first`` on while its weights are in memory.
 
-        The next layer is read meanwhile. It waits in the file's dtype: one layer and a half in
-        memory where bf16 computes in fp32.
+        The next layer is read meanwhile and, on the CPU, converted to the dtype that computes: two
+        layers are in memory. Experts wait in the file's dtype, in which they are merged.
         """
         for index in self._loaded_layers(first):
             yield index
@@ -345,9 +345,17 @@ class StreamedDecoder:
         return {n: ref for n, ref in tensors if places[ref.name].slot.block != BUFFER}
 
     def _read_layer(self, index: int) -> dict[str, torch.Tensor]:
-        """The same, in the file's dtype; with a device they are on it when this returns."""
+        """The same, read; with a device they are on it when this returns.
+
+        The CPU converts here, while another layer computes; what is to be merged, and a device,
+        do with half the memory if it is done later.
+        """
+        places = self.layout.places
         with self.stages.timed("read"):
-            stored = {n: self.reader.read(ref.name) for n, ref in self._stored(index).items()}
+            stored = {
+                name: self.reader.read(ref.name, convert=places[ref.name].expert is None)
+                for name, ref in self._stored(index).items()
+            }
             return self._transfer(stored)
 
     def _load(self, index: int, layer: nn.Module, stored: dict[str, torch.Tensor]) -> None:

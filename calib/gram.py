@@ -12,6 +12,10 @@ On SmolLM2-135M (V' 32,768, I' 864, 28k tokens) the loss was 18.0 % of the dense
 """
 
 
+ROWS = 1024
+"""Rows of down_proj solved for at a time, in float64."""
+
+
 class Gram:
     """Sums over tokens, float32, added up a few thousand tokens at a time."""
 
@@ -31,13 +35,12 @@ class Gram:
             self.drift.addmm_(wanted.float().T, act)
 
 
-def refit(
+def equations(
     weight: torch.Tensor, gram: Gram, kept: torch.Tensor, ridge: float = RIDGE
-) -> torch.Tensor:
-    """Return the down_proj ``[D, K]`` that does on ``kept`` channels what is wanted of all.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return G[K, K] + λI, float64 ``[K, K]``, and W_R · G[R, K] + Σ dᵀa_K, ``[D, K]``.
 
-    It minimizes Σ ‖W a + d − W′ a_K‖² + λ ‖W′ − W_K‖² over the tokens of ``gram``:
-    W′ = W_K + (W_R · G[R, K] + Σ dᵀa_K) · (G[K, K] + λI)⁻¹, where R are the channels that go.
+    R are the channels that go. Behind this the sums are not needed any more.
 
     Args:
         weight: W, ``[D, I]``.
@@ -47,15 +50,37 @@ def refit(
     """
     goes = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     goes[kept] = False
-    inner = gram.inner[kept][:, kept].double()
-    wanted = weight[:, goes].float() @ gram.inner[goes][:, kept]
+    gone = torch.nonzero(goes).flatten()
+    wanted = weight[:, gone].float() @ gram.inner[gone[:, None], kept]
     if gram.drift is not None:
         wanted += gram.drift[:, kept]
+    inner = gram.inner[kept[:, None], kept].double()
     diagonal = inner.diagonal()
     diagonal += ridge * diagonal.mean() + torch.finfo(torch.float32).tiny
+    return inner, wanted
+
+
+def solve(
+    weight: torch.Tensor, kept: torch.Tensor, inner: torch.Tensor, wanted: torch.Tensor
+) -> torch.Tensor:
+    """Return the down_proj ``[D, K]`` that does on ``kept`` channels what is wanted of all.
+
+    It minimizes Σ ‖W a + d − W′ a_K‖² + λ ‖W′ − W_K‖²: W′ = W_K + ``wanted`` · ``inner``⁻¹, both
+    from ``equations``.
+    """
     factor = torch.linalg.cholesky(inner)
-    change = torch.cholesky_solve(wanted.double().T, factor).T
-    return weight[:, kept].float() + change.float()
+    del inner
+    result = weight[:, kept].float()
+    for rows, goal in zip(result.split(ROWS), wanted.split(ROWS), strict=True):
+        rows += torch.cholesky_solve(goal.double().T, factor).T.float()
+    return result
+
+
+def refit(
+    weight: torch.Tensor, gram: Gram, kept: torch.Tensor, ridge: float = RIDGE
+) -> torch.Tensor:
+    """``solve`` the ``equations``."""
+    return solve(weight, kept, *equations(weight, gram, kept, ridge))
 
 
 def error(weight: torch.Tensor, cut: torch.Tensor, kept: torch.Tensor, gram: Gram) -> float:

@@ -1,12 +1,14 @@
 """Calibration text through what the layers so far have become, to refit the next one on."""
 
+from collections.abc import Iterator
+
 import torch
 
 from calib.batches import Stream
 from calib.decoder import StreamedDecoder
 from calib.down import down_matrices, down_name
 from calib.ffn import Unit
-from calib.gram import Gram
+from calib.gram import Gram, equations, solve
 from calib.reading import Reading
 
 PULL = 0.5
@@ -25,26 +27,37 @@ class Prefix:
 
     def __init__(self, reading: Reading) -> None:
         self.streams = [Stream(stream.windows) for stream in reading.streams]
-        self._dense = [stream.states for stream in reading.streams]
+        self._dense = reading.streams
 
-    def grams(self, decoder: StreamedDecoder, index: int, unit: Unit) -> list[Gram]:
-        """Sums for fitting and for the gate, the reading having passed the layer, this not yet.
+    def refit(
+        self,
+        decoder: StreamedDecoder,
+        index: int,
+        unit: Unit,
+        kept: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> torch.Tensor | None:
+        """Return the only FFN's down_proj ``[D, K]``, rounded to ``dtype``, or None for no gain.
 
-        What is wanted beside W a is ``PULL`` times what the residual stream has drifted from the
-        dense model's, where the layer adds W a to it: not behind a norm, for example.
+        The reading has passed the layer, this has not yet. What is wanted beside W a is ``PULL``
+        times what the residual stream has drifted from the dense model's, where the layer adds
+        W a to it: not behind a norm, for example.
         """
-        additive = self._adds(decoder, index, unit)
-        found = []
-        for stream, dense in zip(self.streams, self._dense, strict=True):
-            gram = None
-            for rows, act, after in decoder.peek(index, stream):
-                gram = gram or Gram(act.shape[1], act.device)
-                drift = PULL * (dense.before[rows].to(after.device) - after) if additive else None
-                dense.give_back(rows)
-                gram.add(act, drift)
-            if gram is not None:
-                found.append(gram)
-        return found
+        weight = decoder.layer(index).get_parameter(down_name(unit)).data
+        (matrix,) = down_matrices(decoder.layer(index), unit, weight)
+        pull = PULL if self._adds(decoder, index, unit, matrix) else 0.0
+        gram = Gram(matrix.shape[1], matrix.device)
+        for act, drift in self._tokens(decoder, index, 0):
+            gram.add(act, pull * drift if pull else None)
+        inner, wanted = equations(matrix, gram, kept)
+        del gram
+        fitted = solve(matrix, kept, inner, wanted).to(dtype)
+        errors = [0.0, 0.0]
+        for act, drift in self._tokens(decoder, index, -1):
+            goal, part = act @ matrix.T + pull * drift, act[:, kept]
+            for place, candidate in enumerate((matrix[:, kept], fitted.to(matrix.dtype))):
+                errors[place] += float((goal - part @ candidate.T).float().square().sum())
+        return fitted if errors[1] < errors[0] else None
 
     def advance(
         self, decoder: StreamedDecoder, index: int, weights: dict[str, torch.Tensor]
@@ -53,13 +66,22 @@ class Prefix:
         for stream in self.streams:
             decoder.run(index, stream, weights=weights)
 
-    def _adds(self, decoder: StreamedDecoder, index: int, unit: Unit) -> bool:
+    def _tokens(
+        self, decoder: StreamedDecoder, index: int, which: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield activations ``(tokens, I)`` and how far the layer's results lie from the dense
+        model's ``(tokens, D)``: of the windows that fit, or of those that judge."""
+        dense = self._dense[which].states
+        for rows, act, after in decoder.peek(index, self.streams[which]):
+            yield act, dense.before[rows].to(after.device) - after
+            dense.give_back(rows)
+
+    def _adds(self, decoder: StreamedDecoder, index: int, unit: Unit, matrix: torch.Tensor) -> bool:
         """Whether a layer's result changes by W a where W becomes zero, on some windows."""
         weight = decoder.layer(index).get_parameter(down_name(unit)).data
         nothing = {down_name(unit): torch.zeros_like(weight)}
         _, act, after = next(decoder.peek(index, self.streams[0]))
         _, _, without = next(decoder.peek(index, self.streams[0], nothing))
-        (matrix,) = down_matrices(decoder.layer(index), unit, weight)
         expected = act.float() @ matrix.float().T
         missed = (after.float() - without.float() - expected).norm(dim=-1)
         return bool((missed <= ADDITIVE * expected.norm(dim=-1)).float().mean() >= 0.5)

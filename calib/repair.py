@@ -7,9 +7,10 @@ from pathlib import Path
 import msgspec
 import torch
 
+from calib.calibration import text_of
 from calib.down import Place, file_matrices, watched_tensors
-from calib.material import Material
 from calib.reading import ALONG_PREFIX
+from calib.study import Study
 from calib.trial import Cut, Trial, try_all
 from calib.weights import TORCH_DTYPE, raw
 from surgery.budget import Sizes
@@ -18,6 +19,8 @@ from surgery.errors import PlanError
 from surgery.layout import Layout
 from surgery.plan import Plan
 from surgery.predict import axis_lengths, cut_shape, output_dtype
+from surgery.prediction import Prediction, Settings
+from surgery.repair_cost import predict_repair
 from surgery.replacement_file import Entry, ReplacementWriter
 
 WHAT = "least squares"
@@ -25,11 +28,9 @@ WHAT = "least squares"
 
 def repair(
     plan: Plan,
-    material: Material,
+    study: Study,
     path: Path,
     *,
-    device: torch.device,
-    dtype: torch.dtype,
     progress: Callable[[int], object] = lambda windows: None,
 ) -> Plan:
     """Refit the down_projs of ``plan`` in one pass; return the plan that uses them.
@@ -38,16 +39,15 @@ def repair(
     them if they lower the bits of held-out text; else the plan says that they did not.
 
     Args:
-        plan: A complete plan for the model of ``material``.
-        material: Text to fit by, and to judge by.
+        plan: A complete plan for the model of ``study``.
+        study: Text to fit by and to judge by, and where to compute.
         path: File that the matrices are written to.
-        device: Where the layers compute.
-        dtype: What they compute in.
         progress: Called with windows that have passed a layer.
 
     Raises:
         PlanError: its weights stay in FP8, which refitted ones do not fit into.
     """
+    material = study.material
     layout, sizes = material.layout, plan.after.vocab_size
     lengths = axis_lengths(layout, plan.after.widths)
     kept = kept_channels(plan, layout)
@@ -61,7 +61,14 @@ def repair(
             Trial(plain, encoded, reading),
             Trial(replace(plain, repair=ALONG_PREFIX), encoded, reading, sink.write),
         ]
-        bits = try_all(layout, trials, device=device, dtype=dtype, progress=progress)
+        bits = try_all(
+            layout,
+            trials,
+            device=study.device,
+            dtype=study.dtype,
+            spill=study.spill,
+            progress=progress,
+        )
         before, after = (float(sum(window.sum() for window in each)) for each in bits)
         if after >= before:
             writer.discard()
@@ -90,6 +97,21 @@ def _entries(plan: Plan, layout: Layout) -> list[Entry]:
                 )
             found.append((name, dtype, cut_shape(layout, ref, sizes)))
     return found
+
+
+def repair_cost(plan: Plan, study: Study) -> Prediction:
+    """Predict what ``repair`` takes."""
+    material, size = study.material, plan.after.vocab_size
+    windows = material.reading(size).streams[0].windows
+    every = [*windows, *windows, *material.encoded(size).windows, *material.encoded(size).windows]
+    settings = Settings(
+        itemsize=study.dtype.itemsize,
+        buckets=1,
+        device=study.device.type,
+        hidden="file" if study.spill else "memory",
+        journal=False,
+    )
+    return predict_repair(material.layout, plan.after.widths, text_of(every), settings)
 
 
 class _Sink:

@@ -2,6 +2,7 @@
 
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,6 +22,9 @@ class HiddenStates:
     went into it.
     """
 
+    lags = True
+    """Whether the next layer may compute while ``sync`` is still at work."""
+
     def __init__(self, directory: Path | None = None, device: torch.device | None = None) -> None:
         self.before = torch.empty(0)
         """What goes into the next layer."""
@@ -28,6 +32,8 @@ class HiddenStates:
         """Where its results go."""
         self.passed = 0
         """Layers that they have passed."""
+        self.settle: Callable[[], object] = lambda: None
+        """Returns when the older of the two files is not needed any more."""
         self._directory = directory
         self._device = device or torch.device("cpu")
 
@@ -48,13 +54,18 @@ class HiddenStates:
         """Say that ``rows`` have passed the layer and are not needed in memory for now."""
 
     def advance(self) -> None:
-        """Say that all rows have passed one more layer; they are on the disk when this returns."""
+        """Say that all rows have passed one more layer; ``sync`` brings them to the disk."""
+        self.settle()
         self.passed += 1
         if self._directory is not None:
             with open(self._file(self.passed), "wb") as file:
                 for rows in self.before.split(self._step):
                     file.write(raw(rows.cpu()))
-                file.flush()
+
+    def sync(self) -> None:
+        """Bring what ``advance`` wrote to the disk; before it is called again."""
+        if self._directory is not None:
+            with open(self._file(self.passed), "rb") as file:
                 os.fsync(file.fileno())
 
     def restore(self, passed: int) -> None:
@@ -81,6 +92,8 @@ class SpilledStates(HiddenStates):
     this process: what is free of the machine's memory serves as a cache.
     """
 
+    lags = False
+
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
         self._maps: list[mmap.mmap] = []
@@ -104,10 +117,13 @@ class SpilledStates(HiddenStates):
             pages_of.madvise(mmap.MADV_DONTNEED, start, length)
 
     def advance(self) -> None:
-        """Turn the files round once what the layer wrote is on the disk."""
-        self._maps[(self.passed + 1) % 2].flush()
+        """Turn the files round."""
         self.passed += 1
         self._turn()
+
+    def sync(self) -> None:
+        """Bring what the layer wrote to the disk."""
+        self._maps[self.passed % 2].flush()
 
     def restore(self, passed: int) -> None:
         """Go on with the file that an earlier run left after ``passed`` layers."""

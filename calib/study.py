@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -46,6 +47,8 @@ class Study:
     material: Material
     device: torch.device
     dtype: torch.dtype
+    spill: Path | None = None
+    """Directory for files of hidden states; None keeps them in memory."""
     _dense: tuple[Encoded, list[np.ndarray]] | None = field(default=None, init=False)
     block_influence: np.ndarray | None = field(default=None, init=False)
     """float64 ``[L]``, known once a recipe has been tried on text that the source's own tokenizer
@@ -65,7 +68,14 @@ class Study:
             self._trial(recipe, readings.get(recipe.text(layout.vocab_size)))
             for recipe in everything
         ]
-        bits = try_all(layout, trials, device=self.device, dtype=self.dtype, progress=progress)
+        bits = try_all(
+            layout,
+            trials,
+            device=self.device,
+            dtype=self.dtype,
+            spill=self.spill,
+            progress=progress,
+        )
         if self._dense is None:
             self._dense = trials[-1].heldout, bits[-1]
         if (layout.vocab_size, None) in readings:

@@ -1,7 +1,10 @@
 """Variants of one model tried together: each layer is read once and serves all of them."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -16,6 +19,7 @@ from calib.heldout import Encoded
 from calib.prefix import Prefix
 from calib.reading import ALONG_PREFIX, Reading, has_one_ffn
 from calib.score import token_bits
+from calib.states import SpilledStates
 from calib.weights import TORCH_DTYPE, WeightReader
 from surgery.channels import DEFAULT_CRITERION, Kept, choose_layer
 from surgery.idmap import IdMap
@@ -114,16 +118,17 @@ class Trial:
         """The matrices of a unit ``[D, K]``, none where refitting helps none of them."""
         layer, helped = decoder.layer(index), 0
         found: dict[Place, torch.Tensor] = {}
-        along = {}
-        if self._prefix is not None and has_one_ffn(decoder.units(index)):
-            along = {(unit.axis, 0): self._prefix.grams(decoder, index, unit)}
+        along = self._prefix if has_one_ffn(decoder.units(index)) else None
         dtype = down_dtype(decoder.layout, index, unit.axis)
         weight = layer.get_parameter(down_name(unit)).data
         for expert, matrix in enumerate(down_matrices(layer, unit, weight)):
             place = unit.axis, expert
             stays = torch.from_numpy(kept[expert]).to(matrix.device)
-            grams = along.get(place) or [g[place] for g in reading.grams if place in g]
-            better = refit_if_better(matrix, stays, grams, dtype) if grams else None
+            grams = [grams[place] for grams in reading.grams if place in grams]
+            if along is not None:
+                better = along.refit(decoder, index, unit, stays, dtype)
+            else:
+                better = refit_if_better(matrix, stays, grams, dtype) if grams else None
             helped += better is not None
             found[place] = matrix[:, stays].to(dtype) if better is None else better
         self.refitted += helped
@@ -150,20 +155,31 @@ def try_all(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    spill: Path | None = None,
     progress: Callable[[int], object] = lambda windows: None,
 ) -> list[list[np.ndarray]]:
     """Carry all trials and their readings through the model in one pass.
 
     A reading shows one layer at a time, to the trials that choose by it, and forgets it.
 
+    ``spill`` is a directory for files of hidden states, which else are in memory.
+
     Returns:
         Per trial and window of held-out text, the bits of each token, float64.
     """
     readings = list({id(t.reading): t.reading for t in trials if t.reading is not None}.values())
     streams = [stream for reading in readings for stream in reading.streams]
-    with WeightReader(layout.checkpoint, device, dtype) as reader:
+    streams += [stream for trial in trials for stream in trial.streams]
+    with ExitStack() as stack:
+        reader = stack.enter_context(WeightReader(layout.checkpoint, device, dtype))
+        if spill is not None:
+            folder = stack.enter_context(TemporaryDirectory(".hidden", "trials.", spill))
+            for number, stream in enumerate(streams):
+                place = Path(folder) / str(number)
+                place.mkdir()
+                stream.states = SpilledStates(place)
         decoder = StreamedDecoder(layout, reader)
-        decoder.embed([*streams, *(stream for trial in trials for stream in trial.streams)])
+        decoder.embed(streams)
         for index in decoder.layers():
             for reading in [*readings, None]:
                 if reading is not None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from surgery.budget import Sizes
+from surgery.budget import Sizes, check_sizes
 from surgery.errors import BudgetError
 from surgery.layout import Layout
 
@@ -53,6 +53,7 @@ def parse_candidates(text: str, layout: Layout, main_width: str) -> list[Sizes]:
         share = int(width) / full
         widths = {key: max(1, round(share * size)) for key, size in layout.widths.items()}
         sizes = Sizes(int(vocab), widths | {main_width: int(width)})
+        check_sizes(layout, sizes)
         if sizes not in found:
             found.append(sizes)
     return sorted(found, key=lambda sizes: sizes.vocab_size)

@@ -30,6 +30,7 @@ from surgery.options import (
     push_option,
     seed_option,
     size_options,
+    spill_option,
     vocabulary_options,
 )
 
@@ -108,6 +109,7 @@ def inspect(
 @channel_options
 @seed_option
 @compute_options
+@spill_option
 @click.option("--output", type=path_type, metavar="DIR", help="Where apply is to write.")
 @click.option("-o", "plan_path", type=path_type, default="plan.json", show_default=True)
 def plan(
@@ -124,13 +126,13 @@ def plan(
 ) -> None:
     """Choose what to cut and predict the result; no weights are read, but with --repair.
 
-    --repair runs the model on --data, in windows as those of the statistics; --seed, --device and
-    --dtype are for it.
+    --repair runs the model on --data, in windows as those of the statistics; --seed, --device,
+    --dtype and --spill are for it.
     """
     from calib.documents import read_documents
     from surgery.apply_cost import apply_cost
     from surgery.choices import choose_sizes
-    from surgery.preview import plan_table
+    from surgery.preview import RULE, plan_table
     from surgery.stats import ChannelStats
     from surgery.steps import open_model, plan_model
     from surgery.studies import repair_plan
@@ -162,6 +164,8 @@ def plan(
         made = repair_plan(made, plan_path, layout, chosen, data=data, **text)
     made.save(plan_path)
     click.echo(plan_table(made, layout.checkpoint.path))
+    if target.ratio is not None:
+        click.echo(f"note: {RULE}")
     if made.complete:
         click.echo(apply_cost(made, layout, JOBS).line())
 

@@ -173,7 +173,7 @@ def prune(
     """
     from calib.documents import read_documents
     from surgery.choices import choose_sizes
-    from surgery.preview import plan_table
+    from surgery.preview import RULE, plan_table
     from surgery.push import check_push, push
     from surgery.steps import (
         open_model,
@@ -216,6 +216,8 @@ def prune(
         made = repair_plan(made, plan_path, layout, chosen, **options)
     made.save(plan_path)
     click.echo(plan_table(made, path))
+    if target.ratio is not None:
+        click.echo(f"note: {RULE}")
     run_apply(made, path, output, resume=False, jobs=JOBS)
     report = verify_files(output, made, path, download=False)
     click.echo(report.table())

@@ -19,6 +19,7 @@ from surgery.options import (
     model_argument,
     path_type,
     ratio_options,
+    spill_option,
     step_options,
     vocabulary_options,
     windows_option,
@@ -31,6 +32,7 @@ from surgery.options import (
 @ratio_options
 @calibration_options
 @windows_option
+@spill_option
 @click.option(
     "--candidates",
     metavar="V:I,V:I,…",
@@ -72,7 +74,6 @@ def search(
     if plot is not None:
         plot_pairs(rows, plot)
     if plan_path is not None:
-        del options["windows"]
         made = plan_best(
             layout,
             source,
@@ -121,6 +122,7 @@ class Numbers(click.ParamType):
 )
 @calibration_options
 @windows_option
+@spill_option
 @step_options
 @click.option(
     "--methods",

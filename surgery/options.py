@@ -247,6 +247,12 @@ ratio_options = gathered(
     serve_option,
     dequantize_option,
 )
+spill_option = click.option(
+    "--spill",
+    type=path_type,
+    metavar="DIR",
+    help="Keep hidden states in files in DIR, not in memory.",
+)
 windows_option = click.option(
     "--windows",
     default=64,

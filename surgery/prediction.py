@@ -110,7 +110,8 @@ def predict(layout: Layout, text: Text, settings: Settings) -> Prediction:
     width = layout.by_name[layout.family.embedding].shape[1]
     states = text.tokens * width * settings.itemsize
     sums = list(_sums(layout, settings.buckets))
-    kept = max(sums, default=0) if settings.journal else sum(sums)
+    # Those of a layer are written while the next one computes.
+    kept = 2 * max(sums, default=0) if settings.journal else sum(sums)
     computing = _activations(layout, text, settings, width) + kept
     work = _weights(layout, settings, computing, text.rows * width * settings.itemsize)
     memory = {"base": BASE_BYTES + ROW_BYTES * layout.vocab_size}
@@ -143,7 +144,7 @@ def _weights(layout: Layout, settings: Settings, computing: int, embedding: int)
         computing: Bytes of activations and sums, which come once a layer is loaded.
         embedding: Bytes of its rows that occur, which go before the first layer comes.
     """
-    layers = [_Layer.of(layout, index, settings.itemsize) for index in range(len(layout.of_layer))]
+    layers = [_Layer.of(layout, index, settings) for index in range(len(layout.of_layer))]
     pairs = zip(layers, [*layers[1:], None], strict=True)
     peaks = []
     for layer, following in pairs:
@@ -159,14 +160,15 @@ def _weights(layout: Layout, settings: Settings, computing: int, embedding: int)
 @dataclass(frozen=True)
 class _Layer:
     stored: int
-    """In the file's dtype; FP8 as what it stands for."""
+    """As it waits: in the dtype that computes, or the file's for experts and with a device."""
     ready: int
     """In the dtype that computes."""
     loading: int
     """The most while the one becomes the other."""
 
     @classmethod
-    def of(cls, layout: Layout, index: int, itemsize: int) -> "_Layer":
+    def of(cls, layout: Layout, index: int, settings: Settings) -> "_Layer":
+        itemsize, converts = settings.itemsize, settings.device == "cpu"
         merged: Counter[str] = Counter()
         alone, ready, copied = 0, 0, False
         for ref in layout.of_layer[index].values():
@@ -177,6 +179,7 @@ class _Layer:
             if place.slot.width == EXPERT and place.expert is not None:
                 merged["down" if place.slot.watched else "up"] += ref.parameters * size
             else:
+                size = itemsize if converts else size
                 alone += ref.parameters * size
             ready += ref.parameters * itemsize
             copied |= size != itemsize

@@ -8,6 +8,9 @@ from surgery.errors import printable
 from surgery.plan import Plan
 from surgery.vocab_cost import ScriptCost, VocabularyCost
 
+RULE = "V' and I' follow a rule of thumb; compact-surgery search finds the split for your model"
+"""What to know of sizes that --ratio has given."""
+
 SHOWN_SCRIPTS = 12
 """Scripts that lose most tokens; plan.json has them all."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from surgery.options import gathered, path_type
+from surgery.options import gathered, spill_option
 from surgery.part import Division
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -61,10 +61,5 @@ resource_options = gathered(
     click.option(
         "--max-gpu-memory", type=Size(), metavar="SIZE", help="Cap on what is held on the device."
     ),
-    click.option(
-        "--spill",
-        type=path_type,
-        metavar="DIR",
-        help="Keep hidden states in files in DIR, not in memory.",
-    ),
+    spill_option,
 )

@@ -70,7 +70,7 @@ def prepare_calibration(
     ``running`` says which windows are used and where the statistics are written.
     """
     from calib.calibration import prepare
-    from calib.corpus import token_windows
+    from calib.corpus import check_windows, token_windows
     from calib.documents import read_documents
 
     if not layout.widths:
@@ -81,7 +81,9 @@ def prepare_calibration(
         )
     documents = read_documents(data, seed)
     tokenizer, old_ids = vocabulary.tokenizer(layout)
-    windows = running.division.choose(token_windows(documents, tokenizer, samples, seq_len))
+    every = token_windows(documents, tokenizer, samples, seq_len)
+    check_windows(every, seq_len)
+    windows = running.division.choose(every)
     if old_ids is not None:
         windows = [old_ids[window] for window in windows]
     edges = vocabulary.edges(layout)

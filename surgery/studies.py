@@ -6,6 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
+from surgery.apply_cost import peak_rss_bytes
 from surgery.budget import Sizes, pairs_at, split
 from surgery.candidates import MOST, parse_candidates
 from surgery.choices import Chosen, allowed_steps, main_width
@@ -35,6 +38,7 @@ def open_study(
     device: str,
     dtype: str,
     windows: int = WINDOWS,
+    spill: Path | None = None,
 ) -> "Study":
     """Divide a text and choose where to compute.
 
@@ -62,7 +66,7 @@ def open_study(
         seq_len=seq_len,
     )
     where = choose_device(device)
-    return Study(material, where, choose_dtype(dtype, layout.checkpoint, where))
+    return Study(material, where, choose_dtype(dtype, layout.checkpoint, where), spill)
 
 
 def repair_plan(plan: Plan, plan_path: Path, layout: Layout, chosen: Chosen, **text: Any) -> Plan:
@@ -70,7 +74,7 @@ def repair_plan(plan: Plan, plan_path: Path, layout: Layout, chosen: Chosen, **t
 
     ``text`` is what ``open_study`` takes.
     """
-    from calib.repair import repair
+    from calib.repair import repair, repair_cost
 
     if plan.layers:
         raise BudgetError(
@@ -83,15 +87,12 @@ def repair_plan(plan: Plan, plan_path: Path, layout: Layout, chosen: Chosen, **t
     study = open_study(layout, chosen, **text)
     path = plan_path.with_name(plan_path.name.removesuffix(".json") + ".repair.safetensors")
 
+    predicted = repair_cost(plan, study)
+    click.echo(f"repair: about {predicted.peak_memory / 1e6:,.0f} MB of memory", err=True)
     with progress_bar("repair", "window", study.windows(2)) as progress:
-        return repair(
-            plan,
-            study.material,
-            path,
-            device=study.device,
-            dtype=study.dtype,
-            progress=progress,
-        )
+        made = repair(plan, study, path, progress=progress)
+    click.echo(f"repair: {peak_rss_bytes() / 1e6:,.0f} MB at its peak", err=True)
+    return made
 
 
 def plan_best(
@@ -109,11 +110,12 @@ def plan_best(
     from calib.documents import read_documents
 
     vocabulary = TextVocabulary(chosen.rarity, chosen.sizes.vocab_size)
+    ours = {name: value for name, value in text.items() if name not in ("windows", "spill")}
     plan = plan_model(
         layout,
         source,
         chosen,
-        take_statistics(prepare_calibration(layout, vocabulary, **text)),
+        take_statistics(prepare_calibration(layout, vocabulary, **ours)),
         channels=channels,
         ratio=ratio,
         output=None,

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, processors
 
 from calib.corpus import (
     byte_windows,
+    check_windows,
     digest,
     token_windows,
 )
@@ -173,9 +174,9 @@ def test_special_tokens_on_both_sides_count_within_seq_len(prose: str) -> None:
 
 def test_text_without_a_full_window_is_refused(plain: Tokenizer) -> None:
     with pytest.raises(DataError, match="no full window: expected a document of 64 tokens"):
-        token_windows(["short", "texts"], plain, samples=4, seq_len=64)
+        check_windows(token_windows(["short", "texts"], plain, samples=4, seq_len=64), 64)
     with pytest.raises(DataError, match="found at most 0"):
-        token_windows([], plain, samples=4, seq_len=64)
+        check_windows(token_windows([], plain, samples=4, seq_len=64), 64)
 
 
 def test_truncation_and_padding_of_the_tokenizer_do_not_count(tmp_path: Path, prose: str) -> None:

@@ -29,8 +29,8 @@ def shape(path: Path, name: str, layers: int, **changes: Any) -> Layout:
 @pytest.mark.parametrize(
     ("name", "itemsize", "measured"),
     [
-        ("Llama-3.1-8B", 4, 1839),
-        ("Llama-3.1-70B", 4, 6001),
+        ("Llama-3.1-8B", 4, 2312),
+        ("Llama-3.1-70B", 4, 7563),
         ("Qwen3-30B-A3B", 4, 4234),
         ("Qwen3-30B-A3B", 2, 2596),
     ],

@@ -2,6 +2,7 @@
 
     python -m tools.bench apply --work DIR
     python -m tools.bench calibrate MODEL --data TEXT
+    python -m tools.bench large --layers N --work DIR
     python -m tools.bench hub --work DIR
     python -m tools.bench start --work DIR
     python -m tools.bench wide --work DIR
@@ -39,6 +40,7 @@ COLUMNS = {
 }
 """Fact of a stage → its heading in the table."""
 START_RUNS = 5
+WORDS = "one surgeon cut the model and the other one held the lamp, and none of them slept. "
 ASK_FOR_MODULES = """
 import sys
 from surgery.cli import main
@@ -130,6 +132,43 @@ def bench_calibrate(model: Path, data: str, samples: int, seq_len: int, as_json:
     facts["read_over_needed"] = streamed["bytes_read"] / streamed["needed_bytes"]
     facts["identical"] = full["identical"]
     _show(facts, as_json, list(stages))
+
+
+@main.command("large")
+@click.option("--layers", default=2, show_default=True, type=click.IntRange(1))
+@click.option("--samples", default=4, show_default=True, type=click.IntRange(1))
+@click.option("--seq-len", default=256, show_default=True, type=click.IntRange(2))
+@click.option("--repeat", default=1, show_default=True, type=click.IntRange(1))
+@work_option
+@json_option
+def bench_large(
+    layers: int, samples: int, seq_len: int, repeat: int, work: Path, as_json: bool
+) -> None:
+    """Calibrate layers of 70B shape on short text; say what the time goes into."""
+    model, text, stats = work / f"large-{layers}", work / "text.txt", work / "large.stats"
+    measure(python_module("make", "large", model, str(layers)))
+    text.write_text(WORDS * samples * seq_len)
+    sizes = ("--samples", str(samples), "--seq-len", str(seq_len))
+    command = compact_surgery("calibrate", model, "--data", text, *sizes, "-o", stats, "--json")
+    _warm(model)
+    facts: Facts = {"layers": layers, "tokens": samples * seq_len, "source_bytes": _nbytes(model)}
+    names = [f"run {number + 1}" for number in range(repeat)]
+    for name in names:
+        usage = measure(command)
+        found = json.loads(usage.output)
+        took, predicted = found["measured"], found["predicted"]
+        stages = took["stages"]
+        slower = max(stages["read"], stages["compute"])
+        facts[name] = {
+            **summary([usage]),
+            **{key: stages[key] for key in ("read", "wait", "convert", "compute", "write")},
+            "pass_seconds": took["seconds"],
+            "pass_over_slower": took["seconds"] / slower,
+            "peak_over_predicted": took["peak_memory"] / predicted["peak_memory"],
+            "read_over_once": took["read"] / predicted["read"],
+        }
+        stats.unlink()
+    _show(facts, as_json, names)
 
 
 @main.command("hub")

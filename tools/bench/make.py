@@ -4,6 +4,7 @@ python -m tools.bench.make plan DIR LAYERS      DIR/model, random, and DIR/plan.
 python -m tools.bench.make hub DIR              the same of 0.5B shape in ten shards
 python -m tools.bench.make headers DIR          DIR/model, 70B-shaped, headers only
 python -m tools.bench.make wide DIR CHANNELS    DIR/model, one layer, 8 KB a channel, zeros
+python -m tools.bench.make large DIR LAYERS     DIR, random: layers of a 70B model, few tokens
 """
 
 import json
@@ -34,6 +35,7 @@ HALF_SIZES = Sizes(98816, {"intermediate_size": 3328})
 """V' and I' of Qwen2.5-0.5B at 35 % or so."""
 HUB_SHARD_BYTES = 100_000_000
 SHARDS_70B = 30
+LARGE_VOCAB = 4096
 
 
 def make_planned(directory: Path, layers: int) -> None:
@@ -74,6 +76,13 @@ def make_headers(directory: Path) -> None:
     """Write ``model``: the headers and the tokenizer of a 70B checkpoint."""
     config = PUBLISHED["Llama-3.1-70B"]
     write_tokenizer(write_headers_only(directory / "model", config, SHARDS_70B), config)
+
+
+def make_large(model: Path, layers: int) -> None:
+    """Write ``model``: layers of 70B shape, with few tokens: only rows that occur are read."""
+    config = PUBLISHED["Llama-3.1-70B"] | {"num_hidden_layers": layers, "vocab_size": LARGE_VOCAB}
+    if not (model / "tokenizer.json").exists():
+        write_tokenizer(write_random(model, config), config)
 
 
 def make_wide(directory: Path, channels: int) -> None:
@@ -127,7 +136,8 @@ if __name__ == "__main__":
         make_planned(Path(sys.argv[2]), int(sys.argv[3]))
     elif sys.argv[1] == "hub":
         make_hub(Path(sys.argv[2]))
-    elif sys.argv[1] == "wide":
-        make_wide(Path(sys.argv[2]), int(sys.argv[3]))
+    elif sys.argv[1] in ("wide", "large"):
+        make = make_wide if sys.argv[1] == "wide" else make_large
+        make(Path(sys.argv[2]), int(sys.argv[3]))
     else:
         make_headers(Path(sys.argv[2]))
