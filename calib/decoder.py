@@ -151,6 +151,7 @@ class StreamedDecoder:
         watch: Watch = unchanged,
         weights: Mapping[str, torch.Tensor] = NO_WEIGHTS,
         *,
+        layer: nn.Module | None = None,
         compare: Compare = unchanged,
         progress: Callable[[int], object] = lambda windows: None,
     ) -> None:
@@ -161,10 +162,11 @@ class StreamedDecoder:
             stream: Its hidden states are overwritten.
             watch: Sees, and may change, the input of each down_proj.
             weights: Parameters of the layer that this stream is to see instead of its own.
+            layer: Stands in for it, as a copy with other weights does.
             compare: Sees what the layer makes of the hidden states.
             progress: Called with the windows that have passed.
         """
-        layer, units = self.layer(index), self.units(index)
+        layer, units = layer or self.layer(index), self.units(index)
         with self.stages.timed("compute"), swapped(layer, weights):
             for part in self._parts(stream.batches):
                 watched = watched_ffn(layer, units, part.ids, partial(watch, index))
@@ -205,6 +207,10 @@ class StreamedDecoder:
     def units(self, index: int) -> list[Unit]:
         """What has channels in a layer."""
         return self._layers.units(index)
+
+    def dtypes(self, index: int) -> dict[str, str]:
+        """A layer's parameters → the safetensors dtype that the file has them in."""
+        return self._layers.dtypes(index)
 
     def _parts(self, batches: Sequence[Batch]) -> Iterator[MicroBatch]:
         return micro_batches(batches, self._channels, self.limits.micro_batch_values)

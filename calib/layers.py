@@ -99,6 +99,12 @@ class Layers:
         self.modules[index].load_state_dict(weights, assign=True)
         move_buffers(self.modules[index], self._reader.device)
 
+    def dtypes(self, index: int) -> dict[str, str]:
+        """A layer's parameters → the safetensors dtype that the file has them in."""
+        prefix = f"{self._layout.family.layers}.{index}."
+        stored = self._stored(index).items()
+        return {self._conversion.target(n)[0].removeprefix(prefix): r.dtype for n, r in stored}
+
     def units(self, index: int) -> list[Unit]:
         """What has channels in a layer."""
         prefix = f"{self._layout.family.layers}.{index}."

@@ -209,8 +209,9 @@ def _check_digest(source: Path, digests: Mapping[str, str]) -> None:
 
 
 def _index(index: dict[str, Any], by_shard: dict[str, list[OutputTensor]], plan: Plan) -> bytes:
-    stays = {tensor.name for shard in by_shard.values() for tensor in shard}
-    weight_map = {name: shard for name, shard in index["weight_map"].items() if name in stays}
+    lies = {tensor.name: name for name, shard in by_shard.items() for tensor in shard}
+    names = dict.fromkeys([*index["weight_map"], *lies])
+    weight_map = {name: lies[name] for name in names if name in lies}
     old = index.get("metadata")
     metadata = dict(old) if isinstance(old, dict) else {}
     metadata["total_size"] = plan.after.nbytes

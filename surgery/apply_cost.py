@@ -20,8 +20,8 @@ TOKENIZER_BYTES, CUT_BYTES, WHOLE_BYTES = 20_000_000, 7.5, 1.2
 """Beside that, for a vocabulary that is cut, and for each byte of a tokenizer that is cut or stays
 whole. Measured: SmolLM2 92 MB (predicted 90), Gemma 3 327 (314), the benchmark's 8B 118 (139)."""
 
-WINDOWS = {False: 2, True: 5}
-"""Windows a job holds; more where FP8 becomes bf16."""
+WINDOWS, DEQUANTIZING, COLLAPSING = 2, 5, 8
+"""Windows a job holds; more where FP8 becomes bf16, or layers become one."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,10 @@ def _memory(plan: Plan, checkpoint: Checkpoint, jobs: int) -> int:
     nbytes = sum(path.stat().st_size for path in tokenizer_files(checkpoint.path))
     cut = not plan.ids().identity
     tokenizer = TOKENIZER_BYTES + CUT_BYTES * nbytes if cut else WHOLE_BYTES * nbytes
-    windows = jobs * WINDOWS[plan.dequantize] * WINDOW_BYTES
+    held = DEQUANTIZING if plan.dequantize else WINDOWS
+    if any(len(group) > 1 for group in plan.layers):
+        held = COLLAPSING
+    windows = jobs * held * WINDOW_BYTES
     return PROGRAM_BYTES + max(round(tokenizer), windows)
 
 

@@ -1,6 +1,6 @@
 """From a target ratio to the two sizes (V', I')."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -45,6 +45,8 @@ class Sizes:
     """Key of config.json → I': channels of every FFN, or expert, of this kind."""
     dequantize: bool = False
     """Whether weights in FP8 become bf16, with twice the bytes and no blocks to keep whole."""
+    layers: Sequence[Sequence[int]] = ()
+    """As in a plan; empty: all layers stay as they are."""
 
 
 def whole(layout: Layout) -> Sizes:

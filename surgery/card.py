@@ -4,6 +4,7 @@ import json
 import re
 
 from surgery.checkpoint import Checkpoint
+from surgery.depth import spelled_layers
 from surgery.jsonfile import read_file
 from surgery.plan import Plan
 
@@ -33,12 +34,14 @@ tags:
 # {base}, pruned by {removed:.1%}
 
 A smaller checkpoint of `{base}`: rare vocabulary rows and unimportant FFN channels were removed
-with COMPACT (arXiv 2509.06836). The layout is the standard one and loads like its base model.
+with COMPACT (arXiv 2509.06836). {_layers(plan)}The layout is the standard one and loads like its
+base model.
 
 | | before | after |
 |---|---:|---:|
 | vocabulary rows | {before.vocab_size:,} | {after.vocab_size:,} |
 {widths}
+| layers | {before.num_hidden_layers} | {after.num_hidden_layers} |
 | parameters | {before.parameters:,} | {after.parameters:,} |
 | bytes of weights | {before.nbytes:,} | {after.nbytes:,} |
 
@@ -47,6 +50,15 @@ tokens, tokens by merge order. Training-free. Plan `{plan.digest[:16]}`, whole i
 `compact_surgery.json`.
 """
     return text.encode("utf-8")
+
+
+def _layers(plan: Plan) -> str:
+    if not plan.layers:
+        return ""
+    return (
+        f"Of its layers {spelled_layers(plan.layers)} stay; those joined by + became one, as in\n"
+        "LaCo (arXiv 2402.11187). "
+    )
 
 
 def _base_model(plan: Plan, checkpoint: Checkpoint) -> str:

@@ -6,8 +6,11 @@ from dataclasses import replace
 from math import lcm
 from typing import NamedTuple
 
+import numpy as np
+
 from surgery.blocks import blocks
-from surgery.budget import MULTIPLE_OF, Sizes, split, whole
+from surgery.budget import MULTIPLE_OF, TOLERANCE, Sizes, split, whole
+from surgery.depth import check_layers, layers_by_influence, parse_layers
 from surgery.divisors import Steps, parse_target, steps
 from surgery.errors import BudgetError, DataError, TokenizerError
 from surgery.frequency import count_tokens
@@ -33,6 +36,7 @@ def choose_sizes(
     target: Target,
     vocabulary: VocabularyOptions,
     documents: Iterable[str] | None = None,
+    influence: np.ndarray | None = None,
 ) -> Chosen:
     """Return the order of rarity and the sizes, from ``--ratio`` or as they are given.
 
@@ -41,22 +45,68 @@ def choose_sizes(
         target: How much goes.
         vocabulary: How the order comes about.
         documents: To count tokens in, where the order is by frequency.
+        influence: Of each layer, float64 ``[L]``, by which some can be kept.
 
     Raises:
         BudgetError: neither a ratio nor sizes, or both; sizes that do not divide as asked.
         DataError: the order is by frequency and there is no text.
         TokenizerError: the vocabulary cannot be cut, or lacks what is to be kept.
     """
+    layers = _chosen_layers(target, layout, influence)
     sizes = _given_sizes(target, layout)
+    if sizes is not None:
+        sizes = replace(sizes, layers=layers)
     if sizes is not None and sizes.vocab_size == layout.vocab_size:
         return Chosen(identity_rarity(layout.vocab_size), sizes, None)
     tokenizer = open_vocabulary(layout)
     choice = _choice(layout, tokenizer, vocabulary, documents)
     rarity = rarity_of(layout, choice, tokenizer)
     if sizes is None:
-        sizes = split(layout, target.ratio or 0.0, rarity.must_keep, allowed_steps(layout, target))
-        sizes = replace(sizes, dequantize=target.dequantize)
+        sizes = _split(layout, target, rarity.must_keep, layers)
+        sizes = replace(sizes, dequantize=target.dequantize, layers=layers)
     return Chosen(rarity, sizes, tokenizer)
+
+
+def _chosen_layers(target: Target, layout: Layout, influence: np.ndarray | None) -> list[list[int]]:
+    """The layers that are asked for, as in a plan; none where all stay as they are."""
+    if target.layers is None and target.num_hidden_layers is None:
+        return []
+    if target.layers is not None and target.num_hidden_layers is not None:
+        raise BudgetError(
+            "--layers", "and --num-hidden-layers exclude each other", fix="give one of them"
+        )
+    if target.layers is not None:
+        groups = parse_layers(target.layers)
+    elif influence is not None:
+        groups = layers_by_influence(influence, target.num_hidden_layers or 0)
+    else:
+        raise BudgetError(
+            "--num-hidden-layers",
+            "needs statistics that say which layers matter",
+            fix="calibrate, then plan with --stats; or name the layers with --layers",
+        )
+    check_layers(layout, groups)
+    return [] if groups == [[layer] for layer in range(layout.num_hidden_layers)] else groups
+
+
+def _split(layout: Layout, target: Target, smallest: int, layers: list[list[int]]) -> Sizes:
+    """Sizes that remove, with the layers that go, the ratio asked for of all parameters."""
+    steps, ratio, left = allowed_steps(layout, target), target.ratio or 0.0, layout
+    if layers:
+        left = layout.with_layers(layers)
+        full, rest = (each.parameters(layout.vocab_size, layout.widths) for each in (layout, left))
+        if abs(rest / full - (1 - ratio)) <= TOLERANCE:
+            return whole(layout)
+        if rest < (1 - ratio) * full:
+            raise BudgetError(
+                "--ratio",
+                "is less than what goes with the layers alone",
+                expected=f"at least {1 - rest / full:.4f}",
+                found=ratio,
+                fix="keep more layers, or choose a higher ratio",
+            )
+        ratio = 1 - (1 - ratio) * full / rest
+    return split(left, ratio, smallest, steps)
 
 
 def allowed_steps(layout: Layout, target: Target) -> Steps:
@@ -109,8 +159,9 @@ def _steps(target: Target) -> Steps:
 
 def _given_sizes(target: Target, layout: Layout) -> Sizes | None:
     """The sizes, or None where they follow from the ratio."""
-    if target == Target(dequantize=True):
-        return replace(whole(layout), dequantize=True)
+    rest = replace(target, layers=None, num_hidden_layers=None)
+    if rest in (Target(dequantize=True), Target()) and target != Target():
+        return replace(whole(layout), dequantize=target.dequantize)
     widths = _given_widths(target, layout)
     by_size = target.vocab_size is not None and (bool(widths) or not layout.widths)
     by_ratio = target.ratio is not None and target.vocab_size is None and not widths

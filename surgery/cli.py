@@ -139,7 +139,13 @@ def plan(
 
     layout, source = open_model(model, family)
     loaded = ChannelStats.load(stats) if stats else None
-    chosen = choose_sizes(layout, target, vocabulary, read_documents(data) if data else None)
+    chosen = choose_sizes(
+        layout,
+        target,
+        vocabulary,
+        read_documents(data) if data else None,
+        loaded.block_influence if loaded else None,
+    )
     made = plan_model(
         layout,
         source,

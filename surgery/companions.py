@@ -7,6 +7,7 @@ from typing import Any
 
 from surgery.checkpoint import INDEX_NAME, TOKENIZER_NAME, Checkpoint
 from surgery.configs import dequantized_config, drop_tokens, rewrite_config
+from surgery.depth import layer_keys
 from surgery.errors import TokenizerError
 from surgery.families import family_of
 from surgery.family import Family
@@ -107,6 +108,8 @@ def pruned_config(plan: Plan, checkpoint: Checkpoint) -> bytes:
     family = family_of(checkpoint.config, path, checkpoint.family)
     changes = config_changes(plan, family)
     config = rewrite_config(checkpoint.config, family, plan.ids(), changes, path)
+    if plan.layers:
+        config = relayered_config(config, family, plan, path)
     if plan.dequantize:
         config = dequantized_config(config, family)
     return read_file(path) if config == checkpoint.config else dump_json(config)
@@ -117,6 +120,15 @@ def config_changes(plan: Plan, family: Family) -> dict[str, int]:
     changes = {k: n for k, n in plan.after.widths.items() if n != plan.before.widths.get(k)}
     drafts = plan.dropped and family.draft_layers
     return changes | ({family.draft_layers: 0} if drafts else {})
+
+
+def relayered_config(
+    config: dict[str, Any], family: Family, plan: Plan, where: object
+) -> dict[str, Any]:
+    """Return config.json with the number of layers and all that it says of each, key order kept."""
+    text = dict(family.text_config(config))
+    text |= layer_keys(text, family, plan.layers, plan.before.num_hidden_layers, where)
+    return {**config, family.section: text} if family.section else text
 
 
 def _carried(directory: Path, ids: IdMap) -> list[str]:

@@ -1,7 +1,7 @@
 """Edits: each output tensor as copies or selections of a source tensor."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -10,14 +10,16 @@ import numpy as np
 from surgery.blocks import check_blocks, whole_blocks
 from surgery.budget import Sizes, whole
 from surgery.checkpoint import Checkpoint
+from surgery.depth import check_layers
 from surgery.errors import PlanError
-from surgery.family import STACK, VOCAB, Dim
+from surgery.family import STACK, VOCAB, Dim, renumbered
 from surgery.header import ITEMSIZE, TensorRef
 from surgery.layout import Layout
 from surgery.plan import Plan, Shape
 from surgery.predict import axis_lengths, cut_shape, output_dtype, shape_of
 from surgery.replacement import check_replaced
 from surgery.selection import MAKE_AGAIN
+from surgery.slots import BUFFER
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Edit:
     """The dimension that ``indices`` select on."""
     indices: np.ndarray | None = None
     """Ascending positions that stay; None keeps the tensor whole."""
+    terms: tuple[TensorRef, ...] = ()
+    """The same tensor of other layers, which become one with this one (``collapse``)."""
     replaces: bool = False
     """Whether ``source`` lies in a file of the plan's, not in a shard of the source."""
     scaling: Scaling | None = None
@@ -77,7 +81,8 @@ def edits(plan: Plan, layout: Layout) -> dict[str, list[OutputTensor]]:
     """Return what ``plan`` makes of ``layout``: shard → tensors in the source's order.
 
     Every tensor of the source is in exactly one output tensor, or among those that are dropped,
-    or holds scales that are multiplied into their weight.
+    or lies in a layer that goes, or holds scales that are multiplied into their weight. A layer
+    that several become lies where the first of them lay.
 
     Raises:
         PlanError: the plan was made for another source, or its channels are not chosen yet.
@@ -86,21 +91,29 @@ def edits(plan: Plan, layout: Layout) -> dict[str, list[OutputTensor]]:
     kept_tokens = plan.ids().kept
     kept = kept_channels(plan, layout)
     replaced = plan.replaced.refs() if plan.replaced else {}
+    groups = layer_groups(plan, layout)
+    numbers = {group[0]: number for number, group in enumerate(groups)}
 
     def outputs(tensor: TensorRef) -> Iterator[OutputTensor]:
         dtype = output_dtype(layout, tensor, sizes)
         if dtype is not None:
-            shape = cut_shape(layout, tensor, sizes)
-            if tensor.name in replaced:
-                edit = Edit(replaced.pop(tensor.name), replaces=True)
+            shape, layer = cut_shape(layout, tensor, sizes), layout.places[tensor.name].layer
+            name, group = tensor.name, [layer or 0]
+            if layer is not None:
+                name, group = renumbered(name, numbers[layer]), groups[numbers[layer]]
+            if name in replaced:
+                edit = Edit(replaced.pop(name), replaces=True)
                 check_replaced(edit.source, dtype, shape)
-                yield OutputTensor(tensor.name, dtype, shape, (edit,))
+                yield OutputTensor(name, dtype, shape, (edit,))
                 return
-            made = _edits_of(layout, tensor, shape, kept_tokens, kept)
+            chosen = kept[numbers[layer]] if layer is not None else {}
+            made = _edits_of(layout, tensor, shape, kept_tokens, chosen)
+            if len(group) > 1:
+                made = _collapsed(layout, tensor, made, group[1:])
             if dtype != tensor.dtype:
                 scaling = _scaling(layout.checkpoint, tensor)
                 made = tuple(replace(edit, scaling=scaling) for edit in made)
-            yield OutputTensor(tensor.name, dtype, shape, made)
+            yield OutputTensor(name, dtype, shape, made)
 
     made = {
         name: [made for tensor in header.tensors for made in outputs(tensor)]
@@ -115,7 +128,8 @@ def sources(shard: Sequence[OutputTensor]) -> frozenset[str]:
     """Names of the source's shards that these tensors are made of."""
     made = [edit for tensor in shard for edit in tensor.edits if not edit.replaces]
     scaled = {edit.scaling.scales.path.name for edit in made if edit.scaling is not None}
-    return frozenset({edit.source.path.name for edit in made} | scaled)
+    terms = {term.path.name for edit in made for term in edit.terms}
+    return frozenset({edit.source.path.name for edit in made} | scaled | terms)
 
 
 def check_plan(plan: Plan, layout: Layout) -> Sizes:
@@ -140,28 +154,36 @@ def check_plan(plan: Plan, layout: Layout) -> Sizes:
         )
     _check("plan: before.widths", list(plan.before.widths), list(layout.widths))
     _check("plan: after.widths", list(plan.after.widths), list(layout.widths))
-    sizes = Sizes(plan.after.vocab_size, plan.after.widths, plan.dequantize)
+    check_layers(layout, plan.layers)
+    sizes = Sizes(plan.after.vocab_size, plan.after.widths, plan.dequantize, plan.layers)
     check_blocks(layout, sizes)
     _check_shape("plan: before", plan.before, shape_of(layout, whole(layout)))
     _check_shape("plan: after", plan.after, shape_of(layout, sizes))
     _check("plan: dropped", plan.dropped, layout.dropped)
     if plan.kept_channels:
-        _check("plan: layers of kept_channels", len(plan.kept_channels), layout.num_hidden_layers)
+        layers = plan.after.num_hidden_layers
+        _check("plan: layers of kept_channels", len(plan.kept_channels), layers)
     return sizes
+
+
+def layer_groups(plan: Plan, layout: Layout) -> list[list[int]]:
+    """Per layer of the output the source's layers that it is made of."""
+    return plan.layers or [[layer] for layer in range(layout.num_hidden_layers)]
 
 
 KeptChannels = list[dict[str, list[np.ndarray]]]
 
 
 def kept_channels(plan: Plan, layout: Layout) -> KeptChannels:
-    """Per layer: channel axis → per expert the ascending channels that stay.
+    """Per layer of the output: channel axis → per expert the ascending channels that stay.
 
     Raises:
         PlanError: the plan has other layers, experts or numbers of channels.
     """
     full, new = (axis_lengths(layout, w) for w in (layout.widths, plan.after.widths))
     result: KeptChannels = []
-    for layer, axes in enumerate(layout.watched):
+    for layer, group in enumerate(layer_groups(plan, layout)):
+        axes = layout.watched[group[0]]
         result.append({})
         for named in plan.kept_channels[layer : layer + 1]:
             _check(f"plan: axes of kept_channels of layer {layer}", sorted(named), sorted(axes))
@@ -178,9 +200,9 @@ def _edits_of(
     tensor: TensorRef,
     shape: Sequence[int],
     kept_tokens: np.ndarray,
-    kept: KeptChannels,
+    kept: Mapping[str, list[np.ndarray]],
 ) -> tuple[Edit, ...]:
-    """The edits that make ``tensor`` one of ``shape``."""
+    """The edits that make ``tensor`` one of ``shape``; ``kept`` are its layer's channels."""
     place = layout.places[tensor.name]
     cut = [number for number, size in enumerate(tensor.shape) if shape[number] != size]
     if not cut:
@@ -189,7 +211,7 @@ def _edits_of(
     assert dim is not None  # cut_shape changes named axes only
     if dim.axis == VOCAB or place.layer is None:
         return (Edit(tensor, number, kept_tokens),)
-    chosen = kept[place.layer][dim.axis]
+    chosen = kept[dim.axis]
     if Dim(STACK) in place.slot.dims:
         channels = layout.channels_of(dim.axis)
         return tuple(
@@ -202,6 +224,22 @@ def _edits_of(
         where = f"plan: {tensor.name}"
         indices = whole_blocks(indices, fp8.block_shape[number], where)
     return (Edit(tensor, number, indices),)
+
+
+def _collapsed(
+    layout: Layout, tensor: TensorRef, made: tuple[Edit, ...], others: Sequence[int]
+) -> tuple[Edit, ...]:
+    """The edits ``made`` of a layer's tensor, with the same of ``others`` added to them."""
+    place = layout.places[tensor.name]
+    if place.slot.block == BUFFER:
+        return made
+    terms = [layout.of_layer[other][renumbered(place.name, other)] for other in others]
+    if len(made) == 1 and made[0].indices is None:
+        flat = (replace(ref, shape=(ref.parameters,)) for ref in (tensor, *terms))
+        return (Edit(next(flat), terms=tuple(flat)),)
+    parts = [matrices(ref) for ref in terms] if len(made) > 1 else [[ref] for ref in terms]
+    of_each = zip(*parts, strict=True)
+    return tuple(replace(e, terms=t) for e, t in zip(made, of_each, strict=True))
 
 
 def _scaling(checkpoint: Checkpoint, weight: TensorRef) -> Scaling | None:

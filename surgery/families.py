@@ -10,6 +10,7 @@ from typing import Any
 from surgery.default_ids import SECTION_TYPES
 from surgery.errors import FamilyError, UnknownTypeError
 from surgery.family import EXPERT, FFN, SHARED, STACK, Dim, Family, Slot, Width, Wrapper
+from surgery.layer_kinds import KINDS
 from surgery.slots import (
     BASE,
     FFN_NORMS,
@@ -514,7 +515,9 @@ FAMILIES: dict[str, Family | Wrapper] = {
     "internvl": Wrapper(_VISION, _UNDER_PREFIX, tied=True),
     "qwen2_vl": Wrapper(("visual.",), _UNDER_PREFIX, False, {"qwen2_vl_text": "qwen2"}),
     "qwen2_5_vl": Wrapper(("visual.",), _UNDER_PREFIX, False, {"qwen2_5_vl_text": "qwen2"}),
-    "qwen3_vl": Wrapper(("visual.",), _UNDER_PREFIX, False, {"qwen3_vl_text": "qwen3"}),
+    "qwen3_vl": Wrapper(
+        ("visual.",), _UNDER_PREFIX, False, {"qwen3_vl_text": "qwen3"}, by_number=True
+    ),
 }
 """model_type → family, or what to do with a model that has a language model in it."""
 
@@ -562,4 +565,7 @@ def family_of(config: Mapping[str, Any], where: object, name: str | None = None)
 def _entry(model_type: Any, where: object, code: bool) -> Family | Wrapper:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UnknownTypeError(where, model_type, code=code)
-    return FAMILIES[model_type]
+    entry = FAMILIES[model_type]
+    if isinstance(entry, Family):
+        return replace(entry, layer_kinds=KINDS.get(model_type))
+    return entry

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from surgery.layer_kinds import Kind
+
 VOCAB = "vocab"
 FFN = "ffn"
 EXPERT = "expert"
@@ -100,6 +102,9 @@ class Family:
     """Prefixes of tensors that belong to no language model and are copied as they are."""
     draft_layers: str = ""
     """Key for the number of layers behind the last that only guess ahead (MTP): left out."""
+    layer_kinds: tuple[Kind, ...] | None = None
+    """Keys by which layers differ; ``family_of`` takes them from its table. None: layers cannot go,
+    for their number may say what they are."""
     misread_vocab_sizes: Mapping[int, str] = field(default_factory=dict)
     """Sizes V' by which another program tells models apart → what it would take this one for."""
 
@@ -139,6 +144,8 @@ class Wrapper:
     text_types: Mapping[str, str] = field(default_factory=dict)
     """Model type of the section → an equal one, for text, that stands alone."""
     section: str = "text_config"
+    by_number: bool = False
+    """Whether something beside the language model enters it at layers of certain numbers."""
 
     def around(self, family: Family, text_type: str) -> Family:
         """Return ``family`` as it lies in a checkpoint of this type."""
@@ -149,6 +156,7 @@ class Wrapper:
             carried=(*self.carried, *(f"model.{name}" for name in self.carried)),
             section=self.section,
             text_type=text_type,
+            layer_kinds=None if self.by_number else family.layer_kinds,
         )
 
 
@@ -160,3 +168,10 @@ def template(name: str) -> tuple[str, list[int]]:
             parts[place] = _PLACES[len(numbers)]
             numbers.append(int(part))
     return ".".join(parts), numbers
+
+
+def renumbered(name: str, layer: int) -> str:
+    """Return the name of a layer's tensor with ``layer`` for its first number."""
+    parts = name.split(".")
+    place = next(place for place, part in enumerate(parts) if _NUMBER.fullmatch(part))
+    return ".".join([*parts[:place], str(layer), *parts[place + 1 :]])

@@ -1,8 +1,8 @@
 """A checkpoint seen through its family: named axes, their lengths, every tensor accounted for."""
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -28,6 +28,8 @@ class Layout:
     num_hidden_layers: int
     tied: bool
     """Whether lm_head is the embedding."""
+    layers: tuple[int, ...] | None = None
+    """Numbers of the layers whose parameters count; None is all of them."""
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, family: Family | None = None) -> "Layout":
@@ -66,6 +68,13 @@ class Layout:
         layout = cls(checkpoint, family, vocab_size, widths, depth, bool(tied))
         check_layout(layout)
         return layout
+
+    def with_layers(self, groups: Sequence[Sequence[int]]) -> "Layout":
+        """The same, of which only the first layer of each group counts; all, where there is none.
+
+        ``groups`` are as in a plan; other layers go, or become one with the first.
+        """
+        return replace(self, layers=tuple(group[0] for group in groups)) if groups else self
 
     @property
     def where(self) -> object:
@@ -114,6 +123,7 @@ class Layout:
             t
             for n, t in self.checkpoint.tensors.items()
             if places[n].name != twice and not places[n].dropped and not places[n].scales
+            if self.layers is None or places[n].layer in (None, *self.layers)
         )
 
     @cached_property

@@ -56,6 +56,9 @@ class Target:
     serve: str | None = None
     """Such as "tp=4,group=128"."""
     dequantize: bool = False
+    layers: str | None = None
+    """Such as "0-20,21+22+23,24-29"."""
+    num_hidden_layers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -201,6 +204,18 @@ dequantize_option = click.option(
     is_flag=True,
     help="Write FP8 weights as bf16, which can be cut anywhere; alone it cuts nothing.",
 )
+layer_options = combined(
+    click.option(
+        "--layers",
+        metavar="SPEC",
+        help="Layers to keep, such as 0-20,21+22+23,24-29; + makes one of several (LaCo).",
+    ),
+    click.option(
+        "--num-hidden-layers",
+        type=int,
+        help="Layers to keep: those of largest block influence in --stats (ShortGPT).",
+    ),
+)
 size_options = gathered(
     "target",
     Target,
@@ -221,6 +236,7 @@ size_options = gathered(
     multiple_option,
     serve_option,
     dequantize_option,
+    layer_options,
 )
 step_options = gathered("target", Target, multiple_option, serve_option, dequantize_option)
 ratio_options = gathered(

@@ -27,6 +27,7 @@ class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Rows of the embedding."""
     widths: dict[str, int]
     """Key of config.json → channels of every FFN, or expert, of this kind."""
+    num_hidden_layers: int
     parameters: int
     """Tied embeddings once."""
     nbytes: int
@@ -63,8 +64,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rowless_tokens: int
     """Added tokens behind the last row, kept behind the last row."""
     kept_channels: list[dict[str, list[str]]]
-    """Per layer: channel axis → per expert the channels that stay (``selection.encode``), one
-    entry for an FFN that is no expert. Empty: none chosen yet."""
+    """Per layer of the output: channel axis → per expert the channels that stay
+    (``selection.encode``), one entry for an FFN that is no expert. Empty: none chosen yet."""
     dropped: list[str]
     """Tensors that go, with ``{expert}`` for numbers: layers that only guess ahead."""
     dequantize: bool
@@ -72,6 +73,10 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vocabulary: VocabularyCost | None
     """What the cut of the vocabulary costs; None where it stays whole."""
     provenance: Provenance
+    layers: list[list[int]] = []
+    """Per layer of the output the source's layers that it is made of: one that stays, or several
+    that become one, W of the first + Σ (W of another − W of the first) (LaCo, arXiv 2402.11187).
+    Empty: all layers stay as they are."""
     replaced: Replacement | None = None
     """Tensors that come from a file of their own."""
     family: str | None = None
@@ -84,6 +89,10 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "format": (self.format, FORMAT),
             "rowless_tokens": (self.rowless_tokens, min(max(self.rowless_tokens, 0), MOST_ROWLESS)),
             "kept_tokens": (len(self.ids().kept), self.after.vocab_size),
+            "layers": (
+                len(self.layers) or self.before.num_hidden_layers,
+                self.after.num_hidden_layers,
+            ),
         }
         for name, (found, expected) in counts.items():
             if found != expected:
@@ -109,7 +118,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Channels of ``layer`` that stay, ascending, one array per expert.
 
         Args:
-            layer: Number of the layer.
+            layer: Number of the layer in the output.
             axis: One of ``family.WIDTHS``.
             channels: Length of the axis in the source.
             experts: Of the layer on this axis.

@@ -8,6 +8,7 @@ from surgery import selection
 from surgery.blocks import blocks, check_blocks
 from surgery.budget import TOLERANCE, Sizes, check_sizes, whole
 from surgery.channels import LEAST_TOKENS, bucket_weights, choose_channels, unseen_experts
+from surgery.depth import check_layers, kind_notes, spelled_layers
 from surgery.errors import StatsError
 from surgery.family import EXPERT
 from surgery.idmap import IdMap
@@ -43,6 +44,7 @@ def make_plan(
     """
     check_sizes(layout, sizes)
     check_blocks(layout, sizes)
+    check_layers(layout, sizes.layers)
     ids = rarity.id_map(sizes.vocab_size)
     kept_channels: list[dict[str, list[str]]] = []
     notes = _notes(layout, sizes, ratio, vocabulary)
@@ -53,7 +55,7 @@ def make_plan(
             check_experts(stats, least_tokens)
         notes += _approximations(stats, ids, criterion)
         if sizes.widths != layout.widths:
-            notes += _other_text(stats, ids)
+            notes += _other_text(stats, ids) + _other_layers(sizes)
         kept_channels = _encoded(layout, stats, ids, sizes, criterion)
     return Plan(
         source=source,
@@ -66,6 +68,7 @@ def make_plan(
         kept_channels=kept_channels,
         dropped=layout.dropped,
         dequantize=sizes.dequantize,
+        layers=[list(group) for group in sizes.layers],
         vocabulary=vocabulary,
         family=layout.checkpoint.family,
         provenance=Provenance(
@@ -87,6 +90,8 @@ def _encoded(
     by_key = {} if sizes.dequantize else blocks(layout)
     by_axis = {axis: by_key.get(width.key, 1) for axis, width in layout.family.widths.items()}
     kept = choose_channels(stats, ids, lengths, criterion, by_axis)
+    if sizes.layers:
+        kept = [kept[group[0]] for group in sizes.layers]
     return [
         {axis: [selection.encode(k, full[axis]) for k in of_axis] for axis, of_axis in axes.items()}
         for axes in kept
@@ -152,9 +157,11 @@ def _notes(
     if vocabulary and misread:
         notes.append(f"vocab_size {sizes.vocab_size}: {misread}; another size avoids that")
     full = layout.parameters(layout.vocab_size, layout.widths)
-    reached = 1 - layout.parameters(sizes.vocab_size, sizes.widths) / full
+    left = layout.with_layers(sizes.layers).parameters(sizes.vocab_size, sizes.widths)
+    reached = 1 - left / full
     if ratio is not None and abs(reached - ratio) > TOLERANCE:
         notes.append(f"the steps of the sizes reach {reached:.1%}, not {ratio:.1%}")
+    notes += kind_notes(layout, sizes.layers) if sizes.layers else []
     if sizes.dequantize:
         notes.append("FP8 weights become bf16, in which each has two bytes instead of one")
     if layout.checkpoint.family is not None:
@@ -163,6 +170,16 @@ def _notes(
             f"treated as {layout.checkpoint.family}; config.json keeps model type {kind}, "
             "which whatever loads the output has to know"
         )
+    return notes
+
+
+def _other_layers(sizes: Sizes) -> list[str]:
+    collapsed = [group for group in sizes.layers if len(group) > 1]
+    if not sizes.layers:
+        return []
+    notes = ["the statistics were taken with all layers in place"]
+    if collapsed:
+        notes.append(f"channels of {spelled_layers(collapsed)} are chosen by the first layer's")
     return notes
 
 

@@ -32,6 +32,9 @@ def output_dtype(layout: Layout, tensor: TensorRef, sizes: Sizes) -> str | None:
     place = layout.places[tensor.name]
     if place.dropped or (place.scales and sizes.dequantize):
         return None
+    goes = sizes.layers and all(place.layer != group[0] for group in sizes.layers)
+    if goes and place.layer is not None:
+        return None
     is_fp8 = layout.checkpoint.scales_of(tensor) is not None
     return "BF16" if is_fp8 and sizes.dequantize else tensor.dtype
 
@@ -46,7 +49,8 @@ def shape_of(layout: Layout, sizes: Sizes) -> Shape:
     return Shape(
         sizes.vocab_size,
         dict(sizes.widths),
-        layout.parameters(sizes.vocab_size, sizes.widths),
+        len(sizes.layers) or layout.num_hidden_layers,
+        layout.with_layers(sizes.layers).parameters(sizes.vocab_size, sizes.widths),
         nbytes,
     )
 

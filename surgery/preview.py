@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from surgery.companions import left_behind
+from surgery.depth import spelled_layers
 from surgery.errors import printable
 from surgery.plan import Plan
 from surgery.vocab_cost import ScriptCost, VocabularyCost
@@ -19,6 +20,8 @@ def plan_table(plan: Plan, source: Path) -> str:
     before, after = plan.before, plan.after
     sizes = [("vocab_size", before.vocab_size, after.vocab_size)]
     sizes += [(key, before.widths[key], after.widths[key]) for key in before.widths]
+    if plan.layers:
+        sizes.append(("layers", before.num_hidden_layers, after.num_hidden_layers))
     sizes.append(("parameters", before.parameters, after.parameters))
     sizes.append(("bytes of weights", before.nbytes, after.nbytes))
     wide = max(20, 2 + max(len(label) for label, _, _ in sizes))
@@ -27,6 +30,8 @@ def plan_table(plan: Plan, source: Path) -> str:
         rows.append(f"{label:<{wide}}{old:>18,}{new:>18,}{1 - new / old:>10.2%}")
     if plan.vocabulary is not None:
         rows += ["", *_vocabulary_rows(plan.vocabulary)]
+    if plan.layers:
+        rows.append(f"layers: {spelled_layers(plan.layers)}")
     rows += [f"note: {note}" for note in plan.provenance.notes]
     if plan.dropped:
         rows.append(f"note: left out, for they only guess ahead: {', '.join(plan.dropped)}")

@@ -3,11 +3,12 @@
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
+from surgery.collapse import collapse
 from surgery.edits import Edit, Scaling
 from surgery.errors import CheckpointError
 from surgery.fp8 import VALUES, Float32, decode_scales, dequantize
@@ -30,7 +31,8 @@ DTYPE = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 def stream_edit(edit: Edit, source: int, output: int) -> None:
     """Append the bytes of ``edit`` to file descriptor ``output``, reading from ``source``.
 
-    Scales of FP8 are read whole, from their own shard.
+    Scales of FP8 are read whole, from their own shard; so are other layers that are added to this
+    one, a window at a time.
 
     Raises:
         CheckpointError: the source shard ends early.
@@ -47,13 +49,14 @@ def stream_edit(edit: Edit, source: int, output: int) -> None:
 def bytes_read(edit: Edit) -> int:
     """Bytes of the source that ``stream_edit`` reads: short pieces with what lies between them."""
     ranges = _long_ranges(edit)
-    return edit.source.nbytes if ranges is None else sum(length for _, length in ranges)
+    own = edit.source.nbytes if ranges is None else sum(length for _, length in ranges)
+    return own + sum(term.nbytes for term in edit.terms)
 
 
 def edit_windows(edit: Edit, source: int) -> Iterator[memoryview]:
     """Yield the output bytes of ``edit``, at most a window at a time, in order."""
     tensor, indices = edit.source, edit.indices
-    if indices is None and edit.scaling is None:
+    if indices is None and edit.scaling is None and not edit.terms:
         yield from raw_windows(tensor.path, source, tensor.start, tensor.nbytes)
     else:
         every = np.arange(tensor.shape[edit.dim]) if indices is None else indices
@@ -108,7 +111,7 @@ def read_scales(tensor: TensorRef) -> Float32:
 def _long_ranges(edit: Edit) -> list[tuple[int, int]] | None:
     """(offset, length) of the bytes that stay as they are, or None where that is short pieces."""
     tensor = edit.source
-    if edit.scaling is not None:
+    if edit.scaling is not None or edit.terms:
         return None
     if edit.indices is None:
         return [(tensor.start, tensor.nbytes)]
@@ -123,26 +126,49 @@ def _long_ranges(edit: Edit) -> list[tuple[int, int]] | None:
 def _gather(edit: Edit, indices: np.ndarray, source: int) -> Iterator[memoryview]:
     """Read windows of ``[rows, positions, columns]`` and take the kept positions."""
     tensor = edit.source
-    dtype = np.dtype(DTYPE[tensor.itemsize])
     positions, columns = tensor.shape[edit.dim], math.prod(tensor.shape[edit.dim + 1 :])
-    buffer, taken = np.empty(0, dtype), np.empty(0, DTYPE[edit.itemsize])
+    buffer, other = _Window(tensor.itemsize), _Window(tensor.itemsize)
+    taken = _Window(edit.itemsize)
     scales = read_scales(edit.scaling.scales) if edit.scaling else np.empty(0, np.float32)
-    for row, rows, start, stop in _blocks(edit):
-        inside = indices[np.searchsorted(indices, start) : np.searchsorted(indices, stop)] - start
-        shape, kept = (rows, stop - start, columns), (rows, len(inside), columns)
-        if math.prod(shape) > len(buffer):
-            buffer = np.empty(math.prod(shape), dtype)
-        if math.prod(kept) > len(taken):
-            taken = np.empty(math.prod(kept), taken.dtype)
-        block = buffer[: math.prod(shape)].reshape(shape)
-        offset = tensor.start + (row * positions + start) * columns * dtype.itemsize
-        read_into(tensor.path, source, block.reshape(-1).data.cast("B"), offset)
-        if edit.scaling is not None:
-            block = _dequantized(edit, edit.scaling, scales, block, (row, start))
-        result = taken[: math.prod(kept)]
-        # mode="clip" writes straight into ``out``; the indices were checked with the plan.
-        np.take(block, inside, axis=1, out=result.reshape(kept), mode="clip")
-        yield result.data.cast("B")
+    with ExitStack() as stack:
+        opened = [(t, stack.enter_context(open_shard(t.path))) for t in edit.terms]
+        for row, rows, start, stop in _blocks(edit):
+            first, last = np.searchsorted(indices, (start, stop))
+            inside = indices[first:last] - start
+            shape = (rows, stop - start, columns)
+            offset = (row * positions + start) * columns * tensor.itemsize
+            block = buffer.read(tensor, source, shape, offset)
+            if opened:
+                others = (other.read(term, file, shape, offset) for term, file in opened)
+                collapse(block, others, tensor.dtype)
+            if edit.scaling is not None:
+                block = _dequantized(edit, edit.scaling, scales, block, (row, start))
+            result = taken.shaped((rows, len(inside), columns))
+            # mode="clip" writes straight into ``out``; the indices were checked with the plan.
+            np.take(block, inside, axis=1, out=result, mode="clip")
+            yield result.reshape(-1).data.cast("B")
+
+
+class _Window:
+    """Memory for elements as plain bits, used for one block after the other."""
+
+    def __init__(self, itemsize: int) -> None:
+        self._memory = np.empty(0, DTYPE[itemsize])
+
+    def shaped(self, shape: tuple[int, ...]) -> np.ndarray:
+        """An array of this shape, of any content."""
+        count = math.prod(shape)
+        if count > len(self._memory):
+            self._memory = np.empty(count, self._memory.dtype)
+        return self._memory[:count].reshape(shape)
+
+    def read(
+        self, tensor: TensorRef, shard: int, shape: tuple[int, ...], offset: int
+    ) -> np.ndarray:
+        """Bytes of ``tensor`` from ``offset`` on, from its shard's file descriptor."""
+        block = self.shaped(shape)
+        read_into(tensor.path, shard, block.reshape(-1).data.cast("B"), tensor.start + offset)
+        return block
 
 
 def _dequantized(

@@ -76,6 +76,12 @@ def repair_plan(plan: Plan, plan_path: Path, layout: Layout, chosen: Chosen, **t
     """
     from calib.repair import repair, repair_cost
 
+    if plan.layers:
+        raise BudgetError(
+            "--repair",
+            "does not go with other layers: it refits each layer behind those of the source",
+            fix="leave out --repair, or --layers and --num-hidden-layers",
+        )
     if plan.after.widths == plan.before.widths:
         return plan
     study = open_study(layout, chosen, **text)

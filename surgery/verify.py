@@ -163,8 +163,9 @@ def _same_bytes(tensor: OutputTensor, found: TensorRef) -> bool:
 
 
 def _check_sizes(layout: Layout, plan: Plan) -> list[str]:
-    found = {"vocab_size": layout.vocab_size, **layout.widths}
-    expected = {"vocab_size": plan.after.vocab_size, **plan.after.widths}
+    depth, after = layout.family.depth, plan.after
+    found = {"vocab_size": layout.vocab_size, depth: layout.num_hidden_layers, **layout.widths}
+    expected = {"vocab_size": after.vocab_size, depth: after.num_hidden_layers, **after.widths}
     return [] if found == expected else [f"expected {expected}, found {found}"]
 
 

@@ -93,6 +93,18 @@ def test_every_shard_is_asked_for_once(hub: Hub, home: Home, plan: Path, tmp_pat
     assert sorted(names) == sorted(shards)
 
 
+def test_layers_become_one_across_shards(hub: Hub, home: Home, llama: Path, tmp_path: Path) -> None:
+    """All three layers are wanted at once, more shards than else are on the disk."""
+    made, options = tmp_path / "plan.json", ("--layers", "0+1+2", "-o", tmp_path / "plan.json")
+    assert command(hub.url, home, "plan", "org/tiny@main", *options).returncode == 0
+    applied = command(hub.url, home, "apply", made, "-o", tmp_path / "out")
+    assert applied.returncode == 0, applied.stderr
+    made.write_text(made.read_text().replace(f"org/tiny@{COMMIT}", str(llama)))
+    assert command(hub.url, home, "apply", made, "-o", tmp_path / "local").returncode == 0
+    assert weights(tmp_path / "out") == weights(tmp_path / "local")
+    assert_nothing_left(home)
+
+
 def test_verify_compares_with_the_hub(hub: Hub, home: Home, plan: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert command(hub.url, home, "apply", plan, "-o", out).returncode == 0
