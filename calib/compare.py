@@ -3,15 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from calib.laco import collapse_layers
 from calib.reading import ALONG_PREFIX, LAYERWISE
 from calib.search import Progress
-from calib.study import Recipe, Study, layer_parameters
+from calib.study import Recipe, Study
 from surgery.budget import Sizes, whole
 from surgery.candidates import coarse
 from surgery.comparison import FFN_CRITERIA, Row
+from surgery.depth import layers_by_influence
 
 LACO_WINDOWS, LACO_TOKENS = 8, 64
 """Of calibration text, by which LaCo judges a collapse; the paper takes ten sentences."""
@@ -87,25 +86,27 @@ def _again(
     layout = study.material.layout
     if method == "shortgpt":
         assert study.block_influence is not None
-        stay = np.sort(np.argsort(-study.block_influence, kind="stable")[: _depth(study, target)])
-        return Recipe(method, whole(layout), layers=[[int(layer)] for layer in stay])
+        groups = layers_by_influence(study.block_influence, _depth(study, target))
+        return Recipe(method, replace(whole(layout), layers=groups))
     if method == "laco":
         reading = study.material.reading(layout.vocab_size, LACO_WINDOWS)
         windows = [window[:LACO_TOKENS] for window in reading.streams[0].windows]
         groups = collapse_layers(
             layout, windows, _depth(study, target), device=study.device, dtype=study.dtype
         )
-        return Recipe(method, whole(layout), layers=groups)
+        return Recipe(method, replace(whole(layout), layers=groups))
     return None
 
 
 def _depth(study: Study, target: Target) -> int:
     """Layers that are left when whole ones are to meet the ratio, as nearly as they can."""
     layout = study.material.layout
-    total = layout.parameters(layout.vocab_size, layout.widths)
     count = layout.num_hidden_layers
-    mean = sum(layer_parameters(layout, index) for index in range(count)) / count
-    return max(1, count - round(target.ratio * total / mean))
+    full, one = (
+        each.parameters(layout.vocab_size, layout.widths)
+        for each in (layout, layout.with_layers([[0]]))
+    )
+    return max(1, count - round(target.ratio * full / ((full - one) / (count - 1))))
 
 
 def by_samples(

@@ -9,9 +9,9 @@ from safetensors import safe_open
 from torch import nn
 
 from calib.batches import Stream
-from calib.collapsed import Collapsed
 from calib.decoder import StreamedDecoder
 from calib.down import Place, cut_weight, down_name, file_matrices, watched_tensors
+from calib.groups import Groups
 from calib.weights import WeightReader
 from surgery.edits import kept_channels, layer_groups
 from surgery.family import renumbered
@@ -50,7 +50,7 @@ def compare_forward(plan: Plan, dense: Layout, pruned: Layout, device: torch.dev
     kept = ids.kept
     chosen = np.random.default_rng(0).integers(0, len(kept), (WINDOWS, TOKENS))
     fp8 = torch.bfloat16 if plan.dequantize else None
-    cuts = _Cuts(plan, dense)
+    cuts = Groups(layer_groups(plan, dense), _Cuts(plan, dense).weights)
     with WeightReader(dense.checkpoint, device, torch.float32, dequantize=fp8) as reader:
         expected = _logits(StreamedDecoder(dense, reader), kept[chosen], kept, cuts.run)
     with WeightReader(pruned.checkpoint, device, torch.float32) as reader:
@@ -64,36 +64,15 @@ class _Cuts:
 
     def __init__(self, plan: Plan, dense: Layout) -> None:
         self._layout = dense
-        self._groups = layer_groups(plan, dense)
+        self._sources = [group[0] for group in layer_groups(plan, dense)]
         self._kept = kept_channels(plan, dense)
         self._refs = plan.replaced.refs() if plan.replaced else {}
-        self._collapsed: Collapsed | None = None
 
-    def run(self, decoder: StreamedDecoder, index: int, stream: Stream) -> None:
-        """Carry ``stream`` through a layer; past it, if it goes, or becomes one with another."""
-        number = next((n for n, group in enumerate(self._groups) if index in group), None)
-        if number is None:
-            return
-        first, last = self._groups[number][0], self._groups[number][-1]
-        layer = decoder.layer(index)
-        if first != last:
-            if index == first:
-                self._collapsed = Collapsed(layer, decoder.dtypes(index))
-            assert self._collapsed is not None
-            layer = self._collapsed.layer
-            if index != first:
-                self._collapsed.add(decoder.layer(index))
-            if index == last:
-                self._collapsed.round()
-                self._collapsed = None
-        if index == last:
-            weights = self._weights(decoder, first, number, layer)
-            decoder.run(first, stream, weights=weights, layer=layer)
-
-    def _weights(
-        self, decoder: StreamedDecoder, index: int, number: int, layer: nn.Module
+    def weights(
+        self, decoder: StreamedDecoder, number: int, layer: nn.Module
     ) -> dict[str, torch.Tensor]:
         """The parameters of ``layer``, the output's ``number``, that channels are cut from."""
+        index = self._sources[number]
         replaced: dict[Place, torch.Tensor] = {}
         for name in watched_tensors(self._layout, index):
             ref = self._refs.get(renumbered(name, number))

@@ -1,34 +1,48 @@
 """A text through fewer layers than the model has: some left out, some collapsed into one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import nn
 
 from calib.batches import Stream
+from calib.collapsed import Collapsed
 from calib.decoder import StreamedDecoder
+
+Weights = Callable[[StreamedDecoder, int, nn.Module], Mapping[str, torch.Tensor]]
+"""Given a layer's number in the output and the layer, the parameters that are others than its."""
+
+
+def as_they_are(*_: object) -> dict[str, torch.Tensor]:
+    """Change no weights."""
+    return {}
 
 
 class Groups:
-    """Which layers a text goes through, and the collapsed weights in the making."""
+    """The layers that a text goes through, and the one that is being collapsed.
 
-    def __init__(self, groups: Sequence[Sequence[int]]) -> None:
-        """Take for each layer that is left the source's layers that it is made of."""
-        self._of = {layer: group for group in groups for layer in group}
-        self._collapsed: dict[str, torch.Tensor] = {}
+    Layers that go are passed by; several that become one take three layers' memory.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[int]], weights: Weights = as_they_are) -> None:
+        """Take for each layer of the output the source's layers that it is made of."""
+        self._of = {n: (number, group) for number, group in enumerate(groups) for n in group}
+        self._weights = weights
+        self._collapsed: Collapsed | None = None
 
     def run(self, decoder: StreamedDecoder, index: int, stream: Stream) -> None:
         """Carry ``stream`` through what layer ``index`` completes, if anything."""
-        group = self._of.get(index, ())
-        if len(group) > 1:
-            self._collapse(decoder, index, len(group), first=index == group[0])
-        if group and index == group[-1]:
-            decoder.run(index, stream, weights=self._collapsed)
-            self._collapsed = {}
-
-    def _collapse(self, decoder: StreamedDecoder, index: int, count: int, *, first: bool) -> None:
-        """Add a layer to W + Σ (W_k − W), the sum over the others (LaCo, arXiv 2402.11187)."""
-        for name, weight in decoder.layer(index).named_parameters():
-            if first:
-                self._collapsed[name] = weight.data * (2 - count)
-            else:
-                self._collapsed[name] += weight.data
+        if index not in self._of:
+            return
+        number, group = self._of[index]
+        layer = decoder.layer(index)
+        if len(group) > 1 and index == group[0]:
+            self._collapsed = Collapsed(layer, decoder.dtypes(index))
+        elif self._collapsed is not None:
+            self._collapsed.add(layer)
+        if index == group[-1]:
+            if self._collapsed is not None:
+                self._collapsed.round()
+                layer, self._collapsed = self._collapsed.layer, None
+            weights = self._weights(decoder, number, layer)
+            decoder.run(group[0], stream, weights=weights, layer=layer)

@@ -15,7 +15,6 @@ from surgery.blocks import blocks
 from surgery.budget import Sizes, whole
 from surgery.channels import DEFAULT_CRITERION
 from surgery.comparison import Row
-from surgery.layout import Layout
 from surgery.predict import axis_lengths
 
 
@@ -30,8 +29,6 @@ class Recipe:
     """Whether channels are chosen on text as the pruned tokenizer cuts it."""
     repair: str = ""
     """How down_proj is refitted: not at all, ``LAYERWISE`` or ``ALONG_PREFIX``."""
-    layers: Sequence[Sequence[int]] = ()
-    """As in a plan; empty keeps all."""
     samples: int | None = None
     """Windows of calibration text; None is all there are."""
 
@@ -113,7 +110,7 @@ class Study:
             recipe.criterion,
             {axis: by_key.get(width.key, 1) for axis, width in layout.family.widths.items()},
             recipe.repair,
-            recipe.layers,
+            sizes.layers,
         )
         if dict(sizes.widths) == dict(layout.widths):
             reading = None
@@ -132,16 +129,13 @@ class Study:
             alike_bytes += int(words.nbytes[same].sum())
         nbytes = sum(len(text.encode("utf-8")) for text in self.material.heldout)
         total, total_dense = (float(sum(map(np.sum, each))) for each in (found, dense))
-        parameters = layout.parameters(sizes.vocab_size, sizes.widths)
-        if recipe.layers:
-            left = {group[0] for group in recipe.layers}
-            gone = [n for n in range(layout.num_hidden_layers) if n not in left]
-            parameters -= sum(layer_parameters(layout, index) for index in gone)
+        left = layout.with_layers(sizes.layers)
+        parameters = left.parameters(sizes.vocab_size, sizes.widths)
         return Row(
             name=recipe.name,
             vocab_size=sizes.vocab_size,
             widths=dict(sizes.widths),
-            num_hidden_layers=len(recipe.layers) or layout.num_hidden_layers,
+            num_hidden_layers=len(sizes.layers) or layout.num_hidden_layers,
             parameters=parameters,
             removed=1 - parameters / layout.parameters(layout.vocab_size, layout.widths),
             bits_per_byte=total / nbytes,
@@ -149,8 +143,3 @@ class Study:
             alike_loss=alike / alike_dense - 1 if alike_dense else 0.0,
             alike_share=alike_bytes / nbytes,
         )
-
-
-def layer_parameters(layout: Layout, index: int) -> int:
-    """Parameters of one layer."""
-    return sum(ref.parameters for ref in layout.of_layer[index].values())

@@ -156,12 +156,12 @@ def compare(
     from surgery.choices import choose_sizes
     from surgery.comparison import METHODS, plot_methods, plot_samples, table
     from surgery.steps import open_model
-    from surgery.studies import compare_methods, compare_samples, open_study
+    from surgery.studies import compare_methods, compare_samples, open_study, usable_methods
 
     layout, _ = open_model(model, options.pop("family"))
     documents = read_documents(options["data"])
     chosen = choose_sizes(layout, replace(target, ratio=ratios[0]), vocabulary, documents)
-    names = methods.split(",") if methods else list(METHODS)
+    names = methods.split(",") if methods else usable_methods(layout)
     if unknown := [name for name in names if name not in METHODS]:
         raise Refusal(f"--methods: no method {unknown[0]}; there are {', '.join(METHODS)}")
     study = open_study(layout, chosen, **options)

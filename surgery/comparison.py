@@ -10,7 +10,9 @@ from surgery.plot import saved_figure
 FFN_CRITERIA = ("random", "abs-act", "act2", "wanda", "l2")
 """Criteria that are compared with the vocabulary whole."""
 
-METHODS = (*FFN_CRITERIA, "shortgpt", "laco", "vocabulary", "compact", "search")
+LAYER_METHODS = ("shortgpt", "laco")
+
+METHODS = (*FFN_CRITERIA, *LAYER_METHODS, "vocabulary", "compact", "search")
 """What can be compared."""
 
 BLEND = 2 / 3

@@ -12,8 +12,9 @@ from surgery.apply_cost import peak_rss_bytes
 from surgery.budget import Sizes, pairs_at, split
 from surgery.candidates import MOST, parse_candidates
 from surgery.choices import Chosen, allowed_steps, main_width
-from surgery.comparison import Row
-from surgery.errors import BudgetError
+from surgery.comparison import LAYER_METHODS, METHODS, Row
+from surgery.depth import check_layers
+from surgery.errors import BudgetError, SurgeryError
 from surgery.layout import Layout
 from surgery.options import ChannelOptions, Target
 from surgery.plan import Plan
@@ -155,6 +156,16 @@ def search_pairs(
     return rows, replace(best, dequantize=target.dequantize)
 
 
+def usable_methods(layout: Layout) -> list[str]:
+    """All methods that there are for this model; says which are left out, and why."""
+    try:
+        check_layers(layout, [[layer] for layer in range(1, layout.num_hidden_layers)])
+    except SurgeryError as error:
+        click.echo(f"note: without {' and '.join(LAYER_METHODS)}: {error}", err=True)
+        return [method for method in METHODS if method not in LAYER_METHODS]
+    return list(METHODS)
+
+
 def compare_methods(
     study: "Study", ratios: Sequence[float], target: Target, methods: Sequence[str]
 ) -> dict[float, list[Row]]:
@@ -163,6 +174,8 @@ def compare_methods(
     from calib.compare import compare
 
     layout, smallest = study.material.layout, study.material.rarity.must_keep
+    if {*methods} & {*LAYER_METHODS}:
+        check_layers(layout, [[layer] for layer in range(1, layout.num_hidden_layers)])
     steps = allowed_steps(layout, target)
     targets = [Ratio(ratio, pairs_at(layout, ratio, smallest, steps)) for ratio in ratios]
     return compare(study, targets, methods, passes("compare"))
