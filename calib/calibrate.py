@@ -167,7 +167,8 @@ class _Taking:
         at most a layer's time and that of writing.
         """
         sums = self._current or self._zeros(layer)
-        norms = weight_norms(self._decoder.layer(layer), self._decoder.units(layer))
+        with self._run.stages.timed("compute"):
+            norms = weight_norms(self._decoder.layer(layer), self._decoder.units(layer))
         found = {axis: each.numbers(norms[axis]) for axis, each in sums.items()}
         if self._partial:
             self._partial.add(layer, found, self._cosines, self._states.sync)

@@ -21,9 +21,9 @@ def weight_norms(layer: nn.Module, units: Sequence[Unit]) -> dict[str, torch.Ten
 
 
 def _column_norms(matrix: torch.Tensor) -> torch.Tensor:
-    """float64 ``(I,)`` of ``[D, I]``, some columns at a time."""
+    """float64 ``(I,)`` of ``[D, I]``, some rows at a time: columns take three times as long."""
     wide = torch.device("cpu") if matrix.device.type == "mps" else matrix.device
-    parts = matrix.split(max(1, CHUNK_VALUES // len(matrix)), dim=1)
-    return torch.cat(
-        [part.to(wide, torch.float64).square_().sum(0).sqrt_().cpu() for part in parts]
-    )
+    total = torch.zeros(matrix.shape[1], dtype=torch.float64, device=wide)
+    for part in matrix.split(max(1, CHUNK_VALUES // matrix.shape[1])):
+        total += part.to(wide, torch.float64).square_().sum(0)
+    return total.sqrt_().cpu()
