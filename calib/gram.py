@@ -13,7 +13,7 @@ On SmolLM2-135M (V' 32,768, I' 864, 28k tokens) the loss was 18.0 % of the dense
 
 
 ROWS = 1024
-"""Rows of down_proj solved for at a time, in float64."""
+"""Rows of matrices that go through float64 at a time."""
 
 
 class Gram:
@@ -54,7 +54,9 @@ def equations(
     wanted = weight[:, gone].float() @ gram.inner[gone[:, None], kept]
     if gram.drift is not None:
         wanted += gram.drift[:, kept]
-    inner = gram.inner[kept[:, None], kept].double()
+    inner = torch.empty((len(kept), len(kept)), dtype=torch.float64, device=weight.device)
+    for into, rows in zip(inner.split(ROWS), kept.split(ROWS), strict=True):
+        into.copy_(gram.inner[rows[:, None], kept])
     diagonal = inner.diagonal()
     diagonal += ridge * diagonal.mean() + torch.finfo(torch.float32).tiny
     return inner, wanted

@@ -19,7 +19,7 @@ COLLAPSED = 4
 INTERVAL = 2
 """How far below the last collapse the next one begins, at least (the paper's I)."""
 
-THRESHOLDS = np.arange(0.95, -1.0, -0.05)
+THRESHOLDS = np.append(np.arange(0.95, -1.0, -0.05), -np.inf)
 """Cosines that a collapse must keep, tried in turn until the target is met (the paper's T)."""
 
 GroupList = list[list[int]]
@@ -52,29 +52,33 @@ def collapse_layers(
         BudgetError: so many layers cannot go.
     """
     groups: GroupList = [[layer] for layer in range(layout.num_hidden_layers)]
-    for threshold in THRESHOLDS:
-        highest = len(groups)
-        while len(groups) > count:
-            size = min(COLLAPSED, len(groups) - count + 1)
-            starts = [start for start in _starts(groups, size) if start <= highest]
-            if not starts:
-                break
-            tried = [_collapsed(groups, start, size) for start in starts]
-            cosines = _cosines(layout, windows, tried, device, dtype)
-            progress(1)
-            above = [place for place, cosine in enumerate(cosines) if cosine > threshold]
+    thresholds, highest = iter(THRESHOLDS), len(groups)
+    threshold = next(thresholds)
+    while len(groups) > count:
+        size = min(COLLAPSED, len(groups) - count + 1)
+        starts = _starts(groups, size)
+        if not starts:
+            raise BudgetError(
+                "laco",
+                "cannot collapse so many layers",
+                expected=f"at least {len(groups)} layers",
+                found=count,
+                fix="choose a smaller ratio",
+            )
+        tried = [_collapsed(groups, start, size) for start in starts]
+        cosines = _cosines(layout, windows, tried, device, dtype)
+        progress(1)
+        above: list[int] = []
+        while not above:
+            above = [
+                place
+                for place, start in enumerate(starts)
+                if start <= highest and cosines[place] > threshold
+            ]
             if not above:
-                break
-            groups, highest = tried[above[-1]], starts[above[-1]] - INTERVAL
-        if len(groups) == count:
-            return groups
-    raise BudgetError(
-        "laco",
-        "cannot collapse so many layers",
-        expected=f"at least {len(groups)} layers",
-        found=count,
-        fix="choose a smaller ratio",
-    )
+                threshold, highest = next(thresholds), len(groups)
+        groups, highest = tried[above[-1]], starts[above[-1]] - INTERVAL
+    return groups
 
 
 def _starts(groups: GroupList, size: int) -> list[int]:

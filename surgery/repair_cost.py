@@ -34,7 +34,7 @@ def predict_repair(
         experts = layout.experts if axis == EXPERT else 1
         matrix, cut = depth * full, depth * kept
         sums = 4 * (full**2 + matrix) if experts == 1 else 8 * experts * full**2
-        equations = sums + 12 * kept**2 + 4 * kept * (full - kept) + 4 * cut
+        equations = sums + 8 * kept**2 + 4 * kept * (full - kept) + 4 * cut
         solving = 16 * kept**2 + 8 * cut + 16 * ROWS * kept
         weights = 2 * experts * matrix * settings.itemsize
         activations = 2 * longest * full * settings.itemsize
