@@ -14,8 +14,9 @@ from calib.study import Study
 from calib.trial import Cut, Trial, try_all
 from calib.weights import TORCH_DTYPE, raw
 from surgery.budget import Sizes
-from surgery.edits import kept_channels
+from surgery.edits import kept_channels, layer_groups
 from surgery.errors import PlanError
+from surgery.family import renumbered
 from surgery.layout import Layout
 from surgery.plan import Plan
 from surgery.predict import axis_lengths, cut_shape, output_dtype
@@ -39,7 +40,7 @@ def repair(
     them if they lower the bits of held-out text; else the plan says that they did not.
 
     Args:
-        plan: A complete plan for the model of ``study``.
+        plan: A complete plan for the model of ``study``, of which no layers are collapsed.
         study: Text to fit by and to judge by, and where to compute.
         path: File that the matrices are written to.
         progress: Called with windows that have passed a layer.
@@ -50,13 +51,14 @@ def repair(
     material = study.material
     layout, sizes = material.layout, plan.after.vocab_size
     lengths = axis_lengths(layout, plan.after.widths)
-    kept = kept_channels(plan, layout)
-    plain = Cut(plan.ids(), lengths, kept=kept)
+    sources = [group[0] for group in layer_groups(plan, layout)]
+    kept = dict(zip(sources, kept_channels(plan, layout), strict=True))
+    plain = Cut(plan.ids(), lengths, kept=kept, layers=plan.layers)
     reading = material.reading(sizes, refits=ALONG_PREFIX)
     encoded = material.encoded(sizes)
     entries = _entries(plan, layout)
     with ReplacementWriter(path, entries) as writer:
-        sink = _Sink(layout, entries, writer)
+        sink = _Sink(layout, sources, entries, writer)
         trials = [
             Trial(plain, encoded, reading),
             Trial(replace(plain, repair=ALONG_PREFIX), encoded, reading, sink.write),
@@ -85,8 +87,8 @@ def _entries(plan: Plan, layout: Layout) -> list[Entry]:
     """Every down_proj of the output."""
     sizes = Sizes(plan.after.vocab_size, plan.after.widths, plan.dequantize)
     found = []
-    for index in range(layout.num_hidden_layers):
-        for name in watched_tensors(layout, index):
+    for number, group in enumerate(layer_groups(plan, layout)):
+        for name in watched_tensors(layout, group[0]):
             ref = layout.checkpoint.tensors[name]
             dtype = output_dtype(layout, ref, sizes)
             if dtype not in TORCH_DTYPE:
@@ -95,7 +97,7 @@ def _entries(plan: Plan, layout: Layout) -> list[Entry]:
                     "stays in FP8, which refitted weights do not fit into",
                     fix="plan with --dequantize, or without --repair",
                 )
-            found.append((name, dtype, cut_shape(layout, ref, sizes)))
+            found.append((renumbered(name, number), dtype, cut_shape(layout, ref, sizes)))
     return found
 
 
@@ -117,18 +119,26 @@ def repair_cost(plan: Plan, study: Study) -> Prediction:
 class _Sink:
     """Writes refitted matrices as the file lays them out."""
 
-    def __init__(self, layout: Layout, entries: Sequence[Entry], writer: ReplacementWriter) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        sources: Sequence[int],
+        entries: Sequence[Entry],
+        writer: ReplacementWriter,
+    ) -> None:
         self._layout = layout
+        self._numbers = {source: number for number, source in enumerate(sources)}
         self._entries = {name: (dtype, shape) for name, dtype, shape in entries}
         self._writer = writer
 
     def write(self, index: int, refitted: Mapping[Place, torch.Tensor]) -> None:
         """Write the tensors of a layer that have been refitted."""
         for name in watched_tensors(self._layout, index):
-            dtype, shape = self._entries[name]
+            written = renumbered(name, self._numbers[index])
+            dtype, shape = self._entries[written]
             tensor = torch.zeros(shape, dtype=TORCH_DTYPE[dtype])
             views = file_matrices(self._layout, name, tensor)
             if views.keys() <= refitted.keys():
                 for place, view in views.items():
                     view.copy_(refitted[place])
-                self._writer.add(name, raw(tensor))
+                self._writer.add(written, raw(tensor))

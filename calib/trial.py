@@ -43,8 +43,8 @@ class Cut:
     """How down_proj is refitted: not at all, ``LAYERWISE`` or ``ALONG_PREFIX``."""
     layers: Sequence[Sequence[int]] = ()
     """As in a plan: the source's layers that each of its own is made of; empty: all as they are."""
-    kept: Kept | None = None
-    """Channels that have been chosen already."""
+    kept: Mapping[int, Mapping[str, list[np.ndarray]]] | None = None
+    """Channels that have been chosen already, by layer of the source."""
 
 
 class Trial:
@@ -84,7 +84,7 @@ class Trial:
 
     def run(self, decoder: StreamedDecoder, index: int) -> None:
         """Carry the text through a layer as the cut leaves it."""
-        if not self.cut.layers:
+        if not self.cut.layers or [index] in self.cut.layers:
             weights = self._cut_weights(decoder, index)
             decoder.run(index, self.stream, weights=weights)
             if self._prefix is not None:
@@ -143,7 +143,7 @@ class Trial:
                 reading.sums, weights, cut.lengths, cut.criterion, cut.blocks, index
             )
         else:
-            chosen = cut.kept[index]
+            chosen = dict(cut.kept[index])
         self.kept.append(chosen)
         full = {axis: sums.sum_sq.shape[-1] for axis, sums in reading.sums.items()}
         return {axis: kept for axis, kept in chosen.items() if len(kept[0]) < full[axis]}

@@ -77,11 +77,11 @@ def repair_plan(plan: Plan, plan_path: Path, layout: Layout, chosen: Chosen, **t
     """
     from calib.repair import repair, repair_cost
 
-    if plan.layers:
+    if any(len(group) > 1 for group in plan.layers):
         raise BudgetError(
             "--repair",
-            "does not go with other layers: it refits each layer behind those of the source",
-            fix="leave out --repair, or --layers and --num-hidden-layers",
+            "does not go with collapsed layers: no text has passed them",
+            fix="leave out --repair, or let layers go instead",
         )
     if plan.after.widths == plan.before.widths:
         return plan

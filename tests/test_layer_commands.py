@@ -297,3 +297,21 @@ def test_killed_it_resumes_to_the_same_bytes(deep: Path, tmp_path: Path) -> None
         assert killed == -signal.SIGKILL
         assert run_apply(plan, "-o", out, "--jobs", 1, "--resume")[0] == 0
         assert snapshot(out) == snapshot(tmp_path / "whole")
+
+
+def test_repair_goes_with_layers_that_go(tmp_path: Path, llama: Path, text: Path, run: Run) -> None:
+    out, file, stats = tmp_path / "out", tmp_path / "plan.json", tmp_path / "stats.safetensors"
+    options = ("--data", text, "--samples", 12, "--seq-len", 64)
+    assert run("calibrate", llama, *options, "-o", stats).exit_code == 0
+    cut = ("--vocab-size", 512, "--intermediate-size", 48, "--data", text, "-o", file)
+    repair = ("--stats", stats, *cut, "--repair", "least-squares")
+    result = run("plan", llama, *repair, "--layers", "0,2")
+    assert result.exit_code == 0, result.output
+    replaced = Plan.load(file).replaced
+    if replaced is not None:  # held-out text agreed
+        assert all(".0." in name or ".1." in name for name in replaced.tensors)
+    assert run("apply", file, "-o", out).exit_code == 0
+    result = run("verify", out, "--forward")
+    assert result.exit_code == 0, result.output
+    result = run("plan", llama, *repair, "--layers", "0,1+2")
+    assert (result.exit_code, "does not go with collapsed layers" in result.output) == (2, True)

@@ -51,13 +51,13 @@ def try_plan(plan: Plan, material: Material, output: Path, *, repair: str) -> tu
         plan.ids(),
         axis_lengths(layout, plan.after.widths),
         repair=repair,
-        kept=kept_channels(plan, layout),
+        kept=dict(enumerate(kept_channels(plan, layout))),
     )
     size = plan.after.vocab_size
     reading = material.reading(size, refits=repair)
     entries = _entries(plan, layout)
     with ReplacementWriter(output, entries) as writer:
-        sink = _Sink(layout, entries, writer)
+        sink = _Sink(layout, range(layout.num_hidden_layers), entries, writer)
         trial = Trial(cut, material.encoded(size), reading, sink.write)
         (bits,) = try_all(layout, [trial], device=CPU, dtype=torch.float32)
     made = msgspec.structs.replace(plan, replaced=writer.replacement("test"))
