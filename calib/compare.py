@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from calib.laco import collapse_layers
 from calib.reading import ALONG_PREFIX, LAYERWISE
-from calib.search import Progress
+from calib.search import FINALISTS, Progress
 from calib.study import Recipe, Study
 from surgery.budget import Sizes, whole
 from surgery.candidates import coarse
@@ -31,8 +31,8 @@ def compare(
     """Try ``methods`` at each target, in two passes each; LaCo takes as many as it collapses.
 
     ``compact`` is the paper's method at the best of the pairs, its text cut by the source's own
-    tokenizer; ``search`` is this tool's: text as the pruned tokenizer cuts it, the pair that is
-    best when each layer is refitted by itself, then refitted along the pruned prefix.
+    tokenizer; ``search`` is this tool's: text as the pruned tokenizer cuts it, of the pairs that
+    are best when each layer is refitted by itself the best refitted along the pruned prefix.
 
     Returns:
         Ratio → rows, one for each method, in their order.
@@ -40,27 +40,23 @@ def compare(
     found = {}
     for target in targets:
         first = [recipe for method in methods for recipe in _recipes(method, target)]
-        best = _best(study, first, progress)
-        second = [_again(study, method, target, best) for method in methods]
-        rows = {name: row for name, (_, row) in best.items()}
-        later = [recipe for recipe in second if recipe is not None]
-        if later:
-            with progress(study.windows(len(later))) as advance:
-                rows |= {row.name: row for row in study.rows(later, advance)}
-        found[target.ratio] = [rows[method] for method in methods]
+        tried = _by_name(study, first, progress)
+        second = [recipe for method in methods for recipe in _again(study, method, target, tried)]
+        tried |= _by_name(study, second, progress) if second else {}
+        found[target.ratio] = [tried[method][0][1] for method in methods]
     return found
 
 
-def _best(
-    study: Study, recipes: Sequence[Recipe], progress: Progress
-) -> dict[str, tuple[Recipe, Row]]:
-    """Try recipes; of those of one name keep the best."""
-    found: dict[str, tuple[Recipe, Row]] = {}
+Tried = dict[str, list[tuple[Recipe, Row]]]
+"""Method → what was tried of it, the best score first."""
+
+
+def _by_name(study: Study, recipes: Sequence[Recipe], progress: Progress) -> Tried:
+    found: Tried = {}
     with progress(study.windows(len(recipes))) as advance:
         for recipe, row in zip(recipes, study.rows(recipes, advance), strict=True):
-            if row.name not in found or row.score < found[row.name][1].score:
-                found[row.name] = recipe, row
-    return found
+            found.setdefault(row.name, []).append((recipe, row))
+    return {name: sorted(pairs, key=lambda pair: pair[1].score) for name, pairs in found.items()}
 
 
 def _recipes(method: str, target: Target) -> list[Recipe]:
@@ -77,25 +73,24 @@ def _recipes(method: str, target: Target) -> list[Recipe]:
     return [Recipe("act2", pairs[-1], "act2", retokenize=False)]  # block influence comes with it
 
 
-def _again(
-    study: Study, method: str, target: Target, best: dict[str, tuple[Recipe, Row]]
-) -> Recipe | None:
+def _again(study: Study, method: str, target: Target, tried: Tried) -> list[Recipe]:
     """What of a method is tried in the second pass, with what the first has shown."""
     if method == "search":
-        return replace(best[method][0], repair=ALONG_PREFIX)
+        best = tried[method][:FINALISTS]
+        return [replace(recipe, repair=ALONG_PREFIX) for recipe, _ in best]
     layout = study.material.layout
     if method == "shortgpt":
         assert study.block_influence is not None
         groups = layers_by_influence(study.block_influence, _depth(study, target))
-        return Recipe(method, replace(whole(layout), layers=groups))
-    if method == "laco":
+    elif method == "laco":
         reading = study.material.reading(layout.vocab_size, LACO_WINDOWS)
         windows = [window[:LACO_TOKENS] for window in reading.streams[0].windows]
         groups = collapse_layers(
             layout, windows, _depth(study, target), device=study.device, dtype=study.dtype
         )
-        return Recipe(method, replace(whole(layout), layers=groups))
-    return None
+    else:
+        return []
+    return [Recipe(method, replace(whole(layout), layers=groups))]
 
 
 def _depth(study: Study, target: Target) -> int:
