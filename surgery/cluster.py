@@ -1,11 +1,15 @@
 """A Ray cluster as tasks need it: joined or started, waited for, its errors ours."""
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from surgery.errors import EngineError, SurgeryError
+
+SECONDS = 10
+"""In which a cluster must answer."""
 
 RETRIES = 5
 """How often a task begins anew whose node or process was lost."""
@@ -30,8 +34,9 @@ def cluster() -> Iterator[Any]:
     started = not ray.is_initialized()
     if started:
         try:
+            _knock(os.environ.get("RAY_ADDRESS", ""))
             ray.init(include_dashboard=False, log_to_driver=False)
-        except (ConnectionError, RuntimeError) as error:
+        except (OSError, RuntimeError) as error:
             raise EngineError(
                 "--engine ray", "no cluster answers", found=error, fix="check RAY_ADDRESS"
             ) from error
@@ -40,6 +45,17 @@ def cluster() -> Iterator[Any]:
     finally:
         if started:
             ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Connect to ``host:port`` of RAY_ADDRESS once: ray itself would try for minutes.
+
+    Raises:
+        OSError: nothing answers there within ``SECONDS``.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS).close()
 
 
 def places(ray: Any, gpus: bool) -> tuple[int, dict[str, int]]:

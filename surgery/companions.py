@@ -141,8 +141,20 @@ def _carried(directory: Path, ids: IdMap) -> list[str]:
         if CARRIED.fullmatch(name)
         and name not in OWN
         and not name.endswith(".safetensors")
+        and not _leads_away(directory / name)
         and (ids.identity or name not in SHADOWING or _can_be_cut(directory / name))
     ]
+
+
+def _leads_away(path: Path) -> bool:
+    """Whether a file that is no JSON is a link out of its model: it would be published unread.
+
+    The hub's cache keeps a model's files in a folder of blobs beside its snapshots.
+    """
+    if path.suffix == ".json" or not path.is_symlink():
+        return False
+    target, model = path.resolve(), path.parent.resolve()
+    return not (target.is_relative_to(model) or target.parent == model.parent.parent / "blobs")
 
 
 def _can_be_cut(path: Path) -> bool:

@@ -106,8 +106,8 @@ def prepare_calibration(
 
 def take_statistics(calibration: "Calibration") -> ChannelStats:
     """Run a calibration under a progress bar."""
-    steps = calibration.layout.num_hidden_layers * len(calibration.windows)
-    with progress_bar("calibrate", "window", steps) as progress:
+    layout, windows = calibration.layout, len(calibration.windows)
+    with weights_bar("calibrate", layout, windows) as progress:
         return calibration.take(progress)
 
 
@@ -118,8 +118,7 @@ def take_on_ray(
     from calib.ray_engine import calibrate_on_ray
 
     made = calibration
-    steps = made.layout.num_hidden_layers * len(made.windows)
-    with progress_bar("calibrate", "window", steps) as progress:
+    with weights_bar("calibrate", made.layout, len(made.windows)) as progress:
         return calibrate_on_ray(
             made.layout,
             list(made.windows),
@@ -190,7 +189,7 @@ def score_model(
     texts = byte_windows(read_documents(data, seed), samples, window_bytes)
     tokenizer = load_tokenizer(layout.checkpoint.path)
     where = choose_device(device)
-    with progress_bar("score", "window", layout.num_hidden_layers * len(texts)) as progress:
+    with weights_bar("score", layout, len(texts)) as progress:
         return score(
             layout,
             texts,
@@ -245,6 +244,27 @@ def forward_faults(plan: Plan, source: Path, directory: Path, device: str) -> li
         f"relative difference {result.largest:.2e} over {result.tokens} tokens, "
         f"expected at most {TOLERANCE:.0e}"
     ]
+
+
+@contextmanager
+def weights_bar(what: str, layout: Layout, windows: int) -> Iterator[Callable[[int], object]]:
+    """Yield what counts windows that have passed a layer, for a bar of bytes of weights.
+
+    A layer counts by the share of the ``windows`` that have passed it.
+    """
+    sizes = [sum(ref.nbytes for ref in layer.values()) for layer in layout.of_layer]
+    passed, shown = 0, 0
+    with progress_bar(what, "B", sum(sizes)) as advance:
+
+        def count(more: int) -> None:
+            nonlocal passed, shown
+            passed += more
+            layers, part = divmod(passed, windows)
+            done = sum(sizes[:layers]) + (sizes[layers] * part // windows if part else 0)
+            advance(done - shown)
+            shown = done
+
+        yield count
 
 
 @contextmanager

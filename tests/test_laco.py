@@ -1,6 +1,5 @@
 """LaCo: which layers are collapsed, and that as many are left as were asked for."""
 
-
 import numpy as np
 import pytest
 import torch

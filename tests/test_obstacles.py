@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import pytest
 from surgery import stream
 from surgery.apply import apply_plan
 from surgery.plan import Plan
+from surgery.preview import plan_table
 from surgery.stream import stream_edit
 from tests import tiny
 from tests.conftest import Run
@@ -249,3 +251,35 @@ def test_a_journal_that_cannot_be_written_stays_readable(
     monkeypatch.setattr("surgery.apply.stream_edit", note)
     apply_plan(loaded, source, out, resume=True)
     assert len(edited) == 4
+
+
+def test_a_cluster_that_does_not_answer_is_one_line(plan: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and not listening
+        before = f"os.environ['RAY_ADDRESS'] = '127.0.0.1:{taken.getsockname()[1]}'"
+        result = program("apply", plan, "-o", tmp_path / "out", "--engine", "ray", before=before)
+    check_message(result, "--engine ray: no cluster answers", "RAY_ADDRESS")
+
+
+def test_links_out_of_the_model_are_not_copied(source: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("nobody's business")
+    (source / "LICENSE").symlink_to(secret)
+    (source / "NOTICE.txt").write_text("be kind")
+    (source / "NOTICE").symlink_to("NOTICE.txt")
+    made = random_plan(source, 512, 64)
+    apply_plan(made, source, tmp_path / "out")
+    assert not (tmp_path / "out" / "LICENSE").exists()
+    assert (tmp_path / "out" / "NOTICE").read_text() == "be kind"
+    assert "left behind: LICENSE" in plan_table(made, source)
+
+
+def test_links_into_the_hub_s_cache_are_followed(source: Path, tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "main"
+    blobs.mkdir(parents=True)
+    snapshot.parent.mkdir()
+    shutil.copytree(source, snapshot)
+    (blobs / "0123").write_text("the licence")
+    (snapshot / "LICENSE").symlink_to(Path("../../blobs/0123"))
+    apply_plan(random_plan(snapshot, 512, 64), snapshot, tmp_path / "out")
+    assert (tmp_path / "out" / "LICENSE").read_text() == "the licence"
