@@ -10,7 +10,7 @@ from surgery.configs import dequantized_config, drop_tokens, rewrite_config
 from surgery.depth import layer_keys
 from surgery.errors import TokenizerError
 from surgery.families import family_of
-from surgery.family import Family
+from surgery.family import Family, renumbered
 from surgery.idmap import IdMap
 from surgery.jsonfile import dump_json, dump_table, read_file, read_json
 from surgery.legacy_tokenizer import is_legacy
@@ -32,6 +32,11 @@ SHADOWING = ("tekken.json", "params.json", SENTENCEPIECE_NAME)
 
 CODE = "auto_map"
 """Key that points at Python files of a checkpoint, which are never run and left behind."""
+
+UNQUANTIZED = ("modules_to_not_convert", "ignored_layers")
+"""Keys of lists of modules in a quantization_config."""
+
+LAYER_OF = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.([0-9]+)(?:\.|$)")
 
 TABLES = ("vocab.json", "added_tokens.json")
 """Files of token → id."""
@@ -128,7 +133,25 @@ def relayered_config(
     """Return config.json with the number of layers and all that it says of each, key order kept."""
     text = dict(family.text_config(config))
     text |= layer_keys(text, family, plan.layers, plan.before.num_hidden_layers, where)
-    return {**config, family.section: text} if family.section else text
+    config = {**config, family.section: text} if family.section else text
+    numbers = {group[0]: number for number, group in enumerate(plan.layers)}
+    return _renumbered_modules(config, numbers)
+
+
+def _renumbered_modules(data: dict[str, Any], numbers: Mapping[int, int]) -> dict[str, Any]:
+    """Return a copy whose lists of modules that stay unquantized name layers by new numbers."""
+    result = dict(data)
+    for key, value in data.items():
+        if isinstance(value, dict):
+            result[key] = _renumbered_modules(value, numbers)
+        elif key in UNQUANTIZED and isinstance(value, list):
+            found = ((str(name), LAYER_OF.search(str(name))) for name in value)
+            result[key] = [
+                renumbered(name, numbers[int(match[1])]) if match else name
+                for name, match in found
+                if match is None or int(match[1]) in numbers
+            ]
+    return result
 
 
 def _carried(directory: Path, ids: IdMap) -> list[str]:

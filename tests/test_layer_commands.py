@@ -240,6 +240,17 @@ def test_fp8_layers_go_but_do_not_become_one(tmp_path: Path) -> None:
     check_layers(layout, [[0], [2]])
 
 
+def test_modules_that_stay_unquantized_keep_their_layers(tmp_path: Path) -> None:
+    source = fp8.save(tmp_path / "source", "llama")
+    names = ["lm_head", "model.layers.1.mlp.gate_proj", "model.layers.2.self_attn.q_proj"]
+    fp8.set_config(source, quantization_config={**fp8.section(), "modules_to_not_convert": names})
+    size = layout_of(source).vocab_size
+    apply_plan(plan_of(source, [[0], [2]], size, 1.0), source, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    found = config["quantization_config"]["modules_to_not_convert"]
+    assert found == ["lm_head", "model.layers.1.self_attn.q_proj"]
+
+
 def test_a_plan_of_other_layers_is_refused(deep: Path, tmp_path: Path, run: Run) -> None:
     path = tmp_path / "plan.json"
     for layers, message in (
