@@ -17,7 +17,7 @@ from calib.memory import release_freed_memory, reuse_freed_memory
 from calib.recorder import Arguments, Finished, Recorded, Recorder
 from calib.stages import Stages
 from calib.swapped import swapped
-from calib.tokens import Tokens
+from calib.tokens import Compare, Tokens, Watch, unchanged
 from calib.weights import WeightReader
 from surgery.header import TensorRef
 from surgery.layout import Layout
@@ -26,17 +26,6 @@ HEAD_ROWS = 8192
 """Rows of lm_head in memory at a time."""
 
 NO_WEIGHTS: Mapping[str, torch.Tensor] = {}
-
-Watch = Callable[[int, str, int, Tokens, torch.Tensor], torch.Tensor | None]
-"""Called with layer, channel axis, expert (0 in a dense FFN), n tokens and their input of down_proj
-``(n, I)``; what it returns, if anything, goes into down_proj instead."""
-
-Compare = Callable[[int, torch.Tensor, torch.Tensor], object]
-"""Called with layer and the hidden states ``(windows, tokens, D)`` before and behind it."""
-
-
-def unchanged(*_: object) -> None:
-    """Watch nothing."""
 
 
 class StreamedDecoder:

@@ -11,7 +11,7 @@ from calib.calibration import text_of
 from calib.down import Place, file_matrices, watched_tensors
 from calib.reading import ALONG_PREFIX
 from calib.study import Study
-from calib.trial import Cut, Trial, try_all
+from calib.trial import Cut, Trial
 from calib.weights import TORCH_DTYPE, raw
 from surgery.budget import Sizes
 from surgery.edits import kept_channels, layer_groups
@@ -63,14 +63,7 @@ def repair(
             Trial(plain, encoded, reading),
             Trial(replace(plain, repair=ALONG_PREFIX), encoded, reading, sink.write),
         ]
-        bits = try_all(
-            layout,
-            trials,
-            device=study.device,
-            dtype=study.dtype,
-            spill=study.spill,
-            progress=progress,
-        )
+        bits = study.bits(trials, progress)
         before, after = (float(sum(window.sum() for window in each)) for each in bits)
         if after >= before:
             writer.discard()

@@ -65,14 +65,7 @@ class Study:
             self._trial(recipe, readings.get(recipe.text(layout.vocab_size)))
             for recipe in everything
         ]
-        bits = try_all(
-            layout,
-            trials,
-            device=self.device,
-            dtype=self.dtype,
-            spill=self.spill,
-            progress=progress,
-        )
+        bits = self.bits(trials, progress)
         if self._dense is None:
             self._dense = trials[-1].heldout, bits[-1]
         if (layout.vocab_size, None) in readings:
@@ -81,6 +74,19 @@ class Study:
             self._row(recipe, trial, found)
             for recipe, trial, found in zip(recipes, trials, bits, strict=False)
         ]
+
+    def bits(
+        self, trials: Sequence[Trial], progress: Callable[[int], object]
+    ) -> list[list[np.ndarray]]:
+        """Carry ``trials`` through the model, as ``try_all``."""
+        return try_all(
+            self.material.layout,
+            trials,
+            device=self.device,
+            dtype=self.dtype,
+            spill=self.spill,
+            progress=progress,
+        )
 
     def windows(self, recipes: int) -> int:
         """Windows × layers that ``rows`` reports for so many recipes."""

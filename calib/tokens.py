@@ -1,5 +1,6 @@
 """The tokens whose activations are shown together."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,3 +30,15 @@ class Tokens:
         """Take a ``part`` of every window of ``ids`` ``(windows, tokens)``."""
         places = torch.arange(ids.numel()).view(ids.shape)[:, part]
         return cls.at(ids, places.flatten(), last=part.stop in (None, ids.shape[1]))
+
+
+Watch = Callable[[int, str, int, Tokens, torch.Tensor], torch.Tensor | None]
+"""Called with layer, channel axis, expert (0 in a dense FFN), n tokens and their input of down_proj
+``(n, I)``; what it returns, if anything, goes into down_proj instead."""
+
+Compare = Callable[[int, torch.Tensor, torch.Tensor], object]
+"""Called with layer and the hidden states ``(windows, tokens, D)`` before and behind it."""
+
+
+def unchanged(*_: object) -> None:
+    """Watch nothing."""

@@ -15,9 +15,10 @@ from surgery.divisors import Steps, parse_target, steps
 from surgery.errors import BudgetError, DataError, TokenizerError
 from surgery.frequency import count_tokens
 from surgery.layout import Layout
-from surgery.options import Target, VocabularyOptions
+from surgery.options import VocabularyOptions
 from surgery.rarity import Rarity, identity_rarity
 from surgery.scripts import check_script
+from surgery.size_options import Target
 from surgery.tokenizer import TokenizerFile
 from surgery.vocabulary import VocabularyChoice, keep_file, open_vocabulary, rarity_of
 

@@ -17,7 +17,6 @@ from surgery.errors import SurgeryError, is_panic, printable
 from surgery.options import (
     ChannelOptions,
     Refusal,
-    Target,
     VocabularyOptions,
     channel_options,
     compute_options,
@@ -29,10 +28,10 @@ from surgery.options import (
     path_type,
     push_option,
     seed_option,
-    size_options,
     spill_option,
     vocabulary_options,
 )
+from surgery.size_options import Target, size_options
 
 
 class Commands(click.Group):

@@ -3,7 +3,6 @@
 import json
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,6 @@ from surgery.options import (
     CutOptions,
     DivisionOptions,
     Refusal,
-    Target,
     VocabularyOptions,
     calibration_options,
     channel_options,
@@ -30,10 +28,10 @@ from surgery.options import (
     push_option,
     samples_option,
     seed_option,
-    size_options,
     vocabulary_options,
 )
 from surgery.resources import Resources, Running, resource_options
+from surgery.size_options import Target, size_options
 
 if TYPE_CHECKING:
     from surgery.part import Division
@@ -175,15 +173,8 @@ def prune(
     from surgery.choices import choose_sizes
     from surgery.preview import RULE, plan_table
     from surgery.push import check_push, push
-    from surgery.steps import (
-        open_model,
-        plan_model,
-        prepare_calibration,
-        run_apply,
-        take_statistics,
-    )
-    from surgery.studies import repair_plan
-    from surgery.text_vocabulary import TextVocabulary
+    from surgery.steps import open_model, run_apply
+    from surgery.studies import calibrated_plan
     from surgery.verify import verify_files
     from surgery.writer import check_place
 
@@ -193,28 +184,18 @@ def prune(
     path = layout.checkpoint.path
     check_place(output, path)
     chosen = choose_sizes(layout, target, vocabulary, read_documents(options["data"]))
-    planned = partial(
-        plan_model,
+    made = calibrated_plan(
         layout,
         source,
         chosen,
+        output.with_name(output.name + ".plan.json"),
         channels=channels,
         ratio=target.ratio,
-        output=output,
         vocab_by=vocabulary.vocab_by,
+        output=output,
+        stats_path=output.with_name(output.name + ".stats.safetensors"),
+        **options,
     )
-    planned(None)  # refuses before the work
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    stats = None
-    if layout.widths:
-        of_text = TextVocabulary(chosen.rarity, chosen.sizes.vocab_size)
-        stats = take_statistics(prepare_calibration(layout, of_text, **options))
-        stats.save(output.with_name(output.name + ".stats.safetensors"))
-    made = planned(stats, documents=read_documents(options["data"]))
-    plan_path = output.with_name(output.name + ".plan.json")
-    if channels.repair != "none":
-        made = repair_plan(made, plan_path, layout, chosen, **options)
-    made.save(plan_path)
     click.echo(plan_table(made, path))
     if target.ratio is not None:
         click.echo(f"note: {RULE}")

@@ -10,7 +10,6 @@ import click
 from surgery.options import (
     ChannelOptions,
     Refusal,
-    Target,
     VocabularyOptions,
     calibration_options,
     channel_options,
@@ -18,12 +17,11 @@ from surgery.options import (
     json_option,
     model_argument,
     path_type,
-    ratio_options,
     spill_option,
-    step_options,
     vocabulary_options,
     windows_option,
 )
+from surgery.size_options import Target, ratio_options, step_options
 
 
 @click.command()
@@ -64,7 +62,7 @@ def search(
     from surgery.comparison import plot_pairs, table
     from surgery.preview import plan_table
     from surgery.steps import open_model
-    from surgery.studies import open_study, plan_best, search_pairs
+    from surgery.studies import calibrated_plan, open_study, search_pairs
 
     layout, source = open_model(model, options.pop("family"))
     chosen = choose_sizes(layout, target, vocabulary, read_documents(options["data"]))
@@ -74,7 +72,7 @@ def search(
     if plot is not None:
         plot_pairs(rows, plot)
     if plan_path is not None:
-        made = plan_best(
+        made = calibrated_plan(
             layout,
             source,
             chosen._replace(sizes=best),
@@ -84,7 +82,6 @@ def search(
             vocab_by=vocabulary.vocab_by,
             **options,
         )
-        made.save(plan_path)
         click.echo(plan_table(made, layout.checkpoint.path), err=as_json)
 
 

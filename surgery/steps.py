@@ -73,12 +73,7 @@ def prepare_calibration(
     from calib.corpus import check_windows, token_windows
     from calib.documents import read_documents
 
-    if not layout.widths:
-        raise BudgetError(
-            layout.checkpoint.path / "config.json",
-            "has no key for the width of this model's FFN, so there are no channels to choose",
-            fix="plan the vocabulary alone, with --vocab-size",
-        )
+    check_channels(layout)
     documents = read_documents(data, seed)
     tokenizer, old_ids = vocabulary.tokenizer(layout)
     every = token_windows(documents, tokenizer, samples, seq_len)
@@ -102,6 +97,20 @@ def prepare_calibration(
         },
         running=running if running.output else None,
     )
+
+
+def check_channels(layout: Layout) -> None:
+    """Refuse a model without channels to choose.
+
+    Raises:
+        BudgetError: that.
+    """
+    if not layout.widths:
+        raise BudgetError(
+            layout.checkpoint.path / "config.json",
+            "has no key for the width of this model's FFN, so there are no channels to choose",
+            fix="plan the vocabulary alone, with --vocab-size",
+        )
 
 
 def take_statistics(calibration: "Calibration") -> ChannelStats:

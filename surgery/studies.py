@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,16 @@ from surgery.comparison import LAYER_METHODS, METHODS, Row
 from surgery.depth import check_layers
 from surgery.errors import BudgetError, SurgeryError
 from surgery.layout import Layout
-from surgery.options import ChannelOptions, Target
+from surgery.options import ChannelOptions
 from surgery.plan import Plan
-from surgery.steps import plan_model, prepare_calibration, progress_bar, take_statistics
+from surgery.size_options import Target
+from surgery.steps import (
+    check_channels,
+    plan_model,
+    prepare_calibration,
+    progress_bar,
+    take_statistics,
+)
 from surgery.text_vocabulary import TextVocabulary
 
 WINDOWS = 64
@@ -51,12 +59,7 @@ def open_study(
     from calib.material import Material
     from calib.study import Study
 
-    if not layout.widths:
-        raise BudgetError(
-            layout.checkpoint.path / "config.json",
-            "has no key for the width of this model's FFN, so there is no split to choose",
-            fix="plan the vocabulary alone, with --vocab-size",
-        )
+    check_channels(layout)
     material = Material.split(
         layout,
         chosen.rarity,
@@ -96,7 +99,7 @@ def repair_plan(plan: Plan, plan_path: Path, layout: Layout, chosen: Chosen, **t
     return made
 
 
-def plan_best(
+def calibrated_plan(
     layout: Layout,
     source: str,
     chosen: Chosen,
@@ -105,27 +108,40 @@ def plan_best(
     channels: ChannelOptions,
     ratio: float | None,
     vocab_by: str,
+    output: Path | None = None,
+    stats_path: Path | None = None,
     **text: Any,
 ) -> Plan:
-    """Calibrate for the sizes chosen, on all of the text, plan, and repair if that is asked."""
+    """Calibrate on text as the pruned tokenizer cuts it, plan, repair if asked; save all of it.
+
+    ``text`` is what ``open_study`` takes. What a plan would refuse is refused before the work.
+    """
     from calib.documents import read_documents
 
-    vocabulary = TextVocabulary(chosen.rarity, chosen.sizes.vocab_size)
-    ours = {name: value for name, value in text.items() if name not in ("windows", "spill")}
-    plan = plan_model(
+    planned = partial(
+        plan_model,
         layout,
         source,
         chosen,
-        take_statistics(prepare_calibration(layout, vocabulary, **ours)),
         channels=channels,
         ratio=ratio,
-        output=None,
+        output=output,
         vocab_by=vocab_by,
-        documents=read_documents(text["data"]),
     )
-    if channels.repair == "none":
-        return plan
-    return repair_plan(plan, plan_path, layout, chosen, **text)
+    planned(None)
+    plan_path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    stats = None
+    if layout.widths:
+        vocabulary = TextVocabulary(chosen.rarity, chosen.sizes.vocab_size)
+        ours = {name: value for name, value in text.items() if name not in ("windows", "spill")}
+        stats = take_statistics(prepare_calibration(layout, vocabulary, **ours))
+        if stats_path is not None:
+            stats.save(stats_path)
+    made = planned(stats, documents=read_documents(text["data"]))
+    if channels.repair != "none":
+        made = repair_plan(made, plan_path, layout, chosen, **text)
+    made.save(plan_path)
+    return made
 
 
 def search_pairs(
