@@ -198,7 +198,7 @@ class StreamedDecoder:
         return self._layers.units(index)
 
     def dtypes(self, index: int) -> dict[str, str]:
-        """A layer's parameters → the safetensors dtype that the file has them in."""
+        """Parameters that add up in a collapse → the safetensors dtype that the file has."""
         return self._layers.dtypes(index)
 
     def _parts(self, batches: Sequence[Batch]) -> Iterator[MicroBatch]:

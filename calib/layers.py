@@ -14,7 +14,7 @@ from calib.transfer import Transfer
 from calib.weights import WeightReader
 from surgery.header import TensorRef
 from surgery.layout import Layout
-from surgery.slots import BUFFER
+from surgery.slots import BUFFER, adds_up
 
 
 class Layers:
@@ -100,10 +100,13 @@ class Layers:
         move_buffers(self.modules[index], self._reader.device)
 
     def dtypes(self, index: int) -> dict[str, str]:
-        """A layer's parameters → the safetensors dtype that the file has them in."""
-        prefix = f"{self._layout.family.layers}.{index}."
-        stored = self._stored(index).items()
-        return {self._conversion.target(n)[0].removeprefix(prefix): r.dtype for n, r in stored}
+        """Parameters that add up in a collapse → the safetensors dtype that the file has."""
+        prefix, places = f"{self._layout.family.layers}.{index}.", self._layout.places
+        return {
+            self._conversion.target(name)[0].removeprefix(prefix): ref.dtype
+            for name, ref in self._stored(index).items()
+            if adds_up(places[ref.name].slot)
+        }
 
     def units(self, index: int) -> list[Unit]:
         """What has channels in a layer."""

@@ -19,7 +19,7 @@ from surgery.plan import Plan, Shape
 from surgery.predict import axis_lengths, cut_shape, output_dtype, shape_of
 from surgery.replacement import check_replaced
 from surgery.selection import MAKE_AGAIN
-from surgery.slots import BUFFER
+from surgery.slots import adds_up
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def _collapsed(
 ) -> tuple[Edit, ...]:
     """The edits ``made`` of a layer's tensor, with the same of ``others`` added to them."""
     place = layout.places[tensor.name]
-    if place.slot.block == BUFFER:
+    if not adds_up(place.slot):
         return made
     terms = [layout.of_layer[other][renumbered(place.name, other)] for other in others]
     if len(made) == 1 and made[0].indices is None:

@@ -9,6 +9,15 @@ BUFFER = "buffer"
 """Block of tensors that no model needs."""
 
 
+def adds_up(slot: Slot) -> bool:
+    """Whether layers that become one add up this tensor; norms and buffers stay the first one's.
+
+    So does LaCo's code. That takes each difference to the sum so far, which leaves the last layer's
+    weights; its paper's formula, to the first layer, is what is computed here.
+    """
+    return slot.block != BUFFER and slot.group != "norms"
+
+
 def per_layer(group: str, *names: str, required: bool = True, at: str = LAYER) -> tuple[Slot, ...]:
     """Tensors that every layer has and that are never cut."""
     return tuple(Slot(at + name, group, (), required) for name in names)
