@@ -40,7 +40,9 @@ def warned() -> Iterator[list[str]]:
     """Collect what transformers logs and what it warns of, also what it says once per process."""
     messages = _Messages()
     logger: Any = logging.getLogger("transformers")
+    level = logger.level  # a test of tools that want quiet may have run before
     type(logger).warning_once.cache_clear()
+    logger.setLevel(logging.WARNING)
     logger.addHandler(messages)
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -49,6 +51,7 @@ def warned() -> Iterator[list[str]]:
             yield messages.texts
     finally:
         logger.removeHandler(messages)
+        logger.setLevel(level)
     messages.texts += [str(warning.message) for warning in caught]
 
 
