@@ -39,18 +39,19 @@ class Calibration:
 
     def take(self, progress: Callable[[int], object]) -> ChannelStats:
         """Run it."""
-        return calibrate(
-            self.layout,
-            self.windows,
-            self.bucket_of,
-            self.edges,
-            seq_len=self.seq_len,
-            device=self.device,
-            dtype=self.dtype,
-            vocab_size=self.vocab_size,
-            progress=progress,
-            run=self.run,
-        )
+        with self.run.stages.timed("total"):
+            return calibrate(
+                self.layout,
+                self.windows,
+                self.bucket_of,
+                self.edges,
+                seq_len=self.seq_len,
+                device=self.device,
+                dtype=self.dtype,
+                vocab_size=self.vocab_size,
+                progress=progress,
+                run=self.run,
+            )
 
     def measured(self, start: float) -> dict[str, Any]:
         """What the run took, beside what was predicted."""

@@ -20,6 +20,8 @@ class Stages:
     """The layers themselves, sums of their activations among it."""
     write: float = 0.0
     """Hidden states and sums, so that a killed run can be continued."""
+    total: float = 0.0
+    """From the model without weights to the sums on the disk: not the start of the program."""
     bytes_read: int = 0
     """From the checkpoint."""
 

@@ -59,7 +59,10 @@ def test_bytes_read_are_predicted_exactly(tmp_path: Path, text: Path, run: Run, 
     facts = json.loads(run("calibrate", path, *options, "--json").stdout)
     assert facts["measured"]["read"] == facts["predicted"]["read"]
     assert facts["measured"]["peak_memory"] > 0
-    assert set(facts["measured"]["stages"]) >= {"read", "wait", "convert", "compute", "write"}
+    stages = facts["measured"]["stages"]
+    assert set(stages) >= {"read", "wait", "convert", "compute", "write", "total"}
+    parts = sum(stages[name] for name in ("wait", "convert", "compute", "write"))
+    assert parts <= stages["total"] <= facts["measured"]["seconds"]
     dry = run("calibrate", path, *options[:-1], tmp_path / "none", "--dry-run", "--json")
     assert json.loads(dry.stdout) == facts["predicted"]
     assert not (tmp_path / "none").exists()
