@@ -161,11 +161,7 @@ class _Taking:
         self._cosines += cosine_sum(before, after)
 
     def _finish(self, layer: int) -> None:
-        """Keep what the layer has left, on the disk where there is a directory for it.
-
-        A kill loses the layer that computes and what the disk had not yet taken of the one before:
-        at most a layer's time and that of writing.
-        """
+        """Keep what the layer has left, in files where there is a directory for them."""
         sums = self._current or self._zeros(layer)
         with self._run.stages.timed("compute"):
             norms = weight_norms(self._decoder.layer(layer), self._decoder.units(layer))

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from calib.weights import pages, raw
+from surgery.jsonfile import sync_file
 from surgery.stream import read_into
 
 BLOCK_BYTES = 1 << 24
@@ -65,8 +66,7 @@ class HiddenStates:
     def sync(self) -> None:
         """Bring what ``advance`` wrote to the disk; before it is called again."""
         if self._directory is not None:
-            with open(self._file(self.passed), "rb") as file:
-                os.fsync(file.fileno())
+            sync_file(self._file(self.passed))
 
     def restore(self, passed: int) -> None:
         """Take up the rows that an earlier run left after ``passed`` layers."""

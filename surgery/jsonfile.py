@@ -118,14 +118,22 @@ def dump_table(value: object) -> bytes:
     return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write ``data`` so that ``path`` holds either its old content or all of the new one."""
+def write_atomic(path: Path, data: bytes, *, sync: bool = True) -> None:
+    """Write ``data`` so that ``path`` holds either its old content or all of the new one.
+
+    Without ``sync`` that holds for a process that is killed, not for a machine that is.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    temporary.write_bytes(data)
+    if sync:
+        sync_file(temporary)
     temporary.replace(path)
+
+
+def sync_file(path: Path) -> None:
+    """Bring what was written to ``path`` to the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def _marks(raw: bytes) -> int:

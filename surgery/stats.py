@@ -15,7 +15,7 @@ import numpy as np
 from surgery.errors import StatsError
 from surgery.family import WIDTHS
 from surgery.header import encode_header
-from surgery.jsonfile import open_regular
+from surgery.jsonfile import open_regular, sync_file
 
 FORMAT = 3
 KEY = "compact_surgery"
@@ -194,16 +194,25 @@ def _opened(path: Path) -> Iterator[tuple[StatsInfo, Any]]:
         raise StatsError(path, "is not a statistics file", found=error, fix=AGAIN) from error
 
 
-def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file of float64 and int64 arrays, so that it is there whole or not."""
+def save_arrays(
+    path: Path,
+    arrays: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str],
+    *,
+    sync: bool = True,
+) -> None:
+    """Write a safetensors file of float64 and int64 arrays, so that it is there whole or not.
+
+    ``sync`` is as in ``write_atomic``.
+    """
     entries = [(name, DTYPES[array.dtype.str], array.shape) for name, array in arrays.items()]
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         file.write(encode_header(entries, metadata))
         for array in arrays.values():
             file.write(np.ascontiguousarray(array).data)
-        file.flush()
-        os.fsync(file.fileno())
+    if sync:
+        sync_file(temporary)
     temporary.replace(path)
 
 

@@ -6,11 +6,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+import calib.partial
+from calib.partial import Partial
 from surgery.stats import ChannelStats
 from tests import tiny
 from tests.conftest import Run
@@ -200,6 +203,28 @@ def test_another_model_or_text_is_named(tmp_path: Path, llama: Path, text: Path,
         assert named in result.output
 
 
+@pytest.mark.parametrize("restarted", [False, True], ids=["killed", "power lost"])
+def test_a_kill_before_the_disk_has_a_layer_loses_only_the_one_in_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restarted: bool
+) -> None:
+    """What a process had written outlives it; the machine's memory does not outlive a restart."""
+    out, left = tmp_path / "stats.safetensors", tmp_path / "left"
+    reached = threading.Event()
+    with Partial(out, {"model": "a"}, resume=False) as partial:
+        partial.add(0, {}, 1.0)
+        partial.add(1, {}, 2.0, reached.wait)  # a disk that takes its time
+        shutil.copytree(partial.path, left / partial.path.name)
+        reached.set()
+    if restarted:
+        monkeypatch.setattr(calib.partial, "boot_id", lambda: "another")
+    with Partial(left / out.name, {"model": "a"}, resume=True) as again:
+        assert again.finished == (1 if restarted else 2)
+        assert again.sums(again.finished - 1)[1] == float(again.finished)
+    monkeypatch.setattr(calib.partial, "boot_id", lambda: "")
+    with Partial(left / out.name, {"model": "a"}, resume=True) as third:
+        assert third.finished == again.finished
+
+
 @pytest.mark.parametrize("damage", [b"", b"{", b'{"identity": {}, "finished": "two"}'])
 def test_a_damaged_state_is_refused(
     tmp_path: Path, llama: Path, text: Path, run: Run, damage: bytes
@@ -213,8 +238,6 @@ def test_a_damaged_state_is_refused(
 
 
 def test_a_run_in_progress_is_left_alone(tmp_path: Path, llama: Path, text: Path, run: Run) -> None:
-    from calib.partial import Partial
-
     out = tmp_path / "stats.safetensors"
     other = Partial(out, {}, resume=False)
     result = run("calibrate", llama, "--data", text, *ARGUMENTS, "-o", out, "--resume")
