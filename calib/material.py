@@ -35,8 +35,8 @@ class Material:
     samples: int
     """Windows of calibration text, at most."""
     seq_len: int
-    _cut: dict[int, tuple[Any, np.ndarray]] = field(default_factory=dict)
-    _heldout: dict[int, Encoded] = field(default_factory=dict)
+    _cut: dict[int, tuple[Any, np.ndarray]] = field(default_factory=dict, init=False)
+    _heldout: dict[int, Encoded] = field(default_factory=dict, init=False)
 
     @classmethod
     def split(

@@ -47,5 +47,5 @@ def test_the_pair_found_is_held_against_the_others(
     final = [row for row in facts["tried"] if not repair or "in turn" in row["name"]]
     best = min(final, key=lambda row: row["score"])
     assert judged["search"]["vocab_size"] == best["vocab_size"]
-    assert judged["search"]["bits_per_byte"] != best["bits_per_byte"], "the same text"
+    assert judged["search"]["loss"] != best["loss"], "the same text"
     assert facts["forwards_per_pair"] > 0
