@@ -80,7 +80,7 @@ def make_headers(directory: Path) -> None:
 
 def make_large(model: Path, layers: int) -> None:
     """Write ``model``: layers of 70B shape, with few tokens: only rows that occur are read."""
-    config = PUBLISHED["Llama-3.1-70B"] | {"num_hidden_layers": layers, "vocab_size": LARGE_VOCAB}
+    config = llama_config(8192, 28672, layers, 64, 8, LARGE_VOCAB)
     if not (model / "tokenizer.json").exists():
         write_tokenizer(write_random(model, config), config)
 
