@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from calib.laco import collapse_layers
-from calib.reading import ALONG_PREFIX, LAYERWISE
-from calib.search import FINALISTS, Progress
+from calib.search import Progress
 from calib.study import Recipe, Study
 from surgery.budget import Sizes, whole
 from surgery.candidates import coarse
-from surgery.comparison import FFN_CRITERIA, Row
+from surgery.comparison import FFN_CRITERIA, LAYER_METHODS, Row
 from surgery.depth import layers_by_influence
 
 LACO_WINDOWS, LACO_TOKENS = 8, 64
@@ -31,8 +30,7 @@ def compare(
     """Try ``methods`` at each target, in two passes each; LaCo takes as many as it collapses.
 
     ``compact`` is the paper's method at the best of the pairs, its text cut by the source's own
-    tokenizer; ``search`` is this tool's: text as the pruned tokenizer cuts it, of the pairs that
-    are best when each layer is refitted by itself the best refitted along the pruned prefix.
+    tokenizer; ``search`` is this tool's: text as the pruned tokenizer cuts it, down_proj refitted.
 
     Returns:
         Ratio → rows, one for each method, in their order.
@@ -40,23 +38,20 @@ def compare(
     found = {}
     for target in targets:
         first = [recipe for method in methods for recipe in _recipes(method, target)]
-        tried = _by_name(study, first, progress)
-        second = [recipe for method in methods for recipe in _again(study, method, target, tried)]
-        tried |= _by_name(study, second, progress) if second else {}
-        found[target.ratio] = [tried[method][0][1] for method in methods]
+        best = _try(study, first, progress)
+        fewer = [_fewer_layers(study, m, target) for m in methods if m in LAYER_METHODS]
+        best |= _try(study, fewer, progress) if fewer else {}
+        found[target.ratio] = [best[method] for method in methods]
     return found
 
 
-Tried = dict[str, list[tuple[Recipe, Row]]]
-"""Method → what was tried of it, the best score first."""
-
-
-def _by_name(study: Study, recipes: Sequence[Recipe], progress: Progress) -> Tried:
-    found: Tried = {}
+def _try(study: Study, recipes: Sequence[Recipe], progress: Progress) -> dict[str, Row]:
+    """The row with the best score of each name."""
+    found: dict[str, Row] = {}
     with progress(study.windows(len(recipes))) as advance:
-        for recipe, row in zip(recipes, study.rows(recipes, advance), strict=True):
-            found.setdefault(row.name, []).append((recipe, row))
-    return {name: sorted(pairs, key=lambda pair: pair[1].score) for name, pairs in found.items()}
+        for row in study.rows(recipes, advance):
+            found[row.name] = min(found.get(row.name, row), row, key=lambda each: each.score)
+    return found
 
 
 def _recipes(method: str, target: Target) -> list[Recipe]:
@@ -69,28 +64,21 @@ def _recipes(method: str, target: Target) -> list[Recipe]:
     if method == "compact":
         return [Recipe(method, sizes, retokenize=False) for sizes in pairs]
     if method == "search":
-        return [Recipe(method, sizes, repair=LAYERWISE) for sizes in pairs]
+        return [Recipe(method, sizes, repair=True) for sizes in pairs]
     return [Recipe("act2", pairs[-1], "act2", retokenize=False)]  # block influence comes with it
 
 
-def _again(study: Study, method: str, target: Target, tried: Tried) -> list[Recipe]:
-    """What of a method is tried in the second pass, with what the first has shown."""
-    if method == "search":
-        best = tried[method][:FINALISTS]
-        return [replace(recipe, repair=ALONG_PREFIX) for recipe, _ in best]
-    layout = study.material.layout
+def _fewer_layers(study: Study, method: str, target: Target) -> Recipe:
+    """What a method makes of the layers, once the first pass has shown their influence."""
+    layout, depth = study.material.layout, _depth(study, target)
     if method == "shortgpt":
         assert study.block_influence is not None
-        groups = layers_by_influence(study.block_influence, _depth(study, target))
-    elif method == "laco":
+        groups = layers_by_influence(study.block_influence, depth)
+    else:
         reading = study.material.reading(layout.vocab_size, LACO_WINDOWS)
         windows = [window[:LACO_TOKENS] for window in reading.streams[0].windows]
-        groups = collapse_layers(
-            layout, windows, _depth(study, target), device=study.device, dtype=study.dtype
-        )
-    else:
-        return []
-    return [Recipe(method, replace(whole(layout), layers=groups))]
+        groups = collapse_layers(layout, windows, depth, device=study.device, dtype=study.dtype)
+    return Recipe(method, replace(whole(layout), layers=groups))
 
 
 def _depth(study: Study, target: Target) -> int:

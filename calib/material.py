@@ -77,7 +77,7 @@ class Material:
         samples: int | None = None,
         *,
         edges: Sequence[int] = (),
-        refits: str = "",
+        refits: bool = False,
     ) -> Reading:
         """The calibration text as a vocabulary of this size cuts it, at most ``samples`` windows.
 

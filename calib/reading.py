@@ -23,15 +23,12 @@ GATE_EVERY = 8
 """One window in so many decides whether a refitted down_proj is used; the others fit it."""
 
 
-LAYERWISE, ALONG_PREFIX = "layerwise", "along-prefix"
-"""Refit each layer on what the dense model gives it, or on what the layers so far have become.
-
-Experts, and FFNs beside one another, are refitted layerwise in any case.
-"""
-
-
 def has_one_ffn(units: Sequence[Unit]) -> bool:
-    """Whether a layer has one FFN that all tokens see."""
+    """Whether a layer has one FFN that all tokens see.
+
+    Such a layer is refitted on what the layers before it have become; experts, and FFNs beside one
+    another, on what the dense model gives them.
+    """
     return len(units) == 1 and not units[0].routed
 
 
@@ -45,7 +42,7 @@ class Reading:
         bucket_of: np.ndarray,
         edges: Sequence[int],
         *,
-        refits: str = "",
+        refits: bool = False,
     ) -> None:
         """Take ``windows`` of ids of the source.
 
@@ -54,8 +51,8 @@ class Reading:
             windows: Token ids.
             bucket_of: int64 ``[V]``, the bucket of each token.
             edges: Ranks of rarity at which buckets end, ascending; the last is V.
-            refits: Whether Gram matrices are taken, too: for all of a layer (``LAYERWISE``), or
-                only for what cannot be refitted ``ALONG_PREFIX``.
+            refits: Whether some windows are to judge refitted matrices, and Gram matrices are
+                taken in layers that do not have one FFN.
         """
         self._layout = layout
         self._buckets = torch.from_numpy(bucket_of)
@@ -84,8 +81,8 @@ class Reading:
             axis: ChannelSums(len(self._edges), experts, layout.channels_of(axis), device)
             for axis, experts in layout.watched[index].items()
         }
-        along = self._refits == ALONG_PREFIX and has_one_ffn(decoder.units(index))
-        self.grams = [{} for _ in self.streams if self._refits and not along]
+        needed = self._refits and not has_one_ffn(decoder.units(index))
+        self.grams = [{} for _ in self.streams if needed]
         self.cosines.append(0.0)
         for stream, grams in zip_longest(self.streams, self.grams):
             decoder.run(index, stream, partial(self._see, sums, grams), compare=self._compare)

@@ -9,7 +9,6 @@ import torch
 
 from calib.calibration import text_of
 from calib.down import Place, file_matrices, watched_tensors
-from calib.reading import ALONG_PREFIX
 from calib.study import Study
 from calib.trial import Cut, Trial
 from calib.weights import TORCH_DTYPE, raw
@@ -54,14 +53,14 @@ def repair(
     sources = [group[0] for group in layer_groups(plan, layout)]
     kept = dict(zip(sources, kept_channels(plan, layout), strict=True))
     plain = Cut(plan.ids(), lengths, kept=kept, layers=plan.layers)
-    reading = material.reading(sizes, refits=ALONG_PREFIX)
+    reading = material.reading(sizes, refits=True)
     encoded = material.encoded(sizes)
     entries = _entries(plan, layout)
     with ReplacementWriter(path, entries) as writer:
         sink = _Sink(layout, sources, entries, writer)
         trials = [
             Trial(plain, encoded, reading),
-            Trial(replace(plain, repair=ALONG_PREFIX), encoded, reading, sink.write),
+            Trial(replace(plain, repair=True), encoded, reading, sink.write),
         ]
         bits = study.bits(trials, progress)
         before, after = (float(sum(window.sum() for window in each)) for each in bits)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
-from calib.reading import ALONG_PREFIX, LAYERWISE
 from calib.study import Recipe, Study
 from surgery.budget import Sizes
 from surgery.candidates import coarse, fine
@@ -11,12 +10,6 @@ from surgery.comparison import Row
 
 Progress = Callable[[int], AbstractContextManager[Callable[[int], object]]]
 """Given the windows × layers of a pass, a bar that is advanced by them."""
-
-FINALISTS = 2
-"""Pairs that are refitted along the pruned prefix, after all have been layer by layer.
-
-That takes three times as much, and helps pairs with fewer channels more.
-"""
 
 
 def search(
@@ -41,33 +34,24 @@ def search(
         progress: Makes a bar for each pass.
 
     Returns:
-        The rows of all pairs tried, by V', those of the second pass named; and the best pair: with
-        the best score, among those that were tried in the second pass where that refits otherwise.
+        The rows of all pairs tried, by V', and the pair with the best score.
     """
+
+    def attempt(chosen: Sequence[Sizes]) -> list[tuple[Row, Sizes]]:
+        recipes = [Recipe(_name(sizes), sizes, criterion, repair=repair) for sizes in chosen]
+        with progress(study.windows(len(recipes))) as advance:
+            return list(zip(study.rows(recipes, advance), chosen, strict=True))
+
     first = coarse(pairs, also, most)
-    tried = [(_recipe(sizes, criterion, LAYERWISE if repair else ""), sizes) for sizes in first]
-    rows = _try(study, tried, progress)
-    order = sorted(range(len(rows)), key=lambda place: rows[place].score)
-    second = fine(pairs, first, first[order[0]], most)
-    if repair:
-        second = [*second, *(first[place] for place in order[:FINALISTS])]
-    if not second:
-        return rows, first[order[0]]
-    final = [(_recipe(sizes, criterion, ALONG_PREFIX if repair else ""), sizes) for sizes in second]
-    rows_again = _try(study, final, progress)
-    judged = list(zip(rows_again, second, strict=True))
-    if not repair:
-        judged += zip(rows, first, strict=True)
-    best = min(judged, key=lambda pair: pair[0].score)[1]
-    return sorted([*rows, *rows_again], key=lambda row: row.vocab_size), best
+    tried = attempt(first)
+    if second := fine(pairs, first, _best(tried), most):
+        tried += attempt(second)
+    return sorted((row for row, _ in tried), key=lambda row: row.vocab_size), _best(tried)
 
 
-def _try(study: Study, recipes: Sequence[tuple[Recipe, Sizes]], progress: Progress) -> list[Row]:
-    with progress(study.windows(len(recipes))) as advance:
-        return study.rows([recipe for recipe, _ in recipes], advance)
+def _best(tried: Sequence[tuple[Row, Sizes]]) -> Sizes:
+    return min(tried, key=lambda pair: pair[0].score)[1]
 
 
-def _recipe(sizes: Sizes, criterion: str, repair: str) -> Recipe:
-    name = ":".join(map(str, (sizes.vocab_size, *sizes.widths.values())))
-    kind = {"": "", LAYERWISE: ", refitted", ALONG_PREFIX: ", refitted in turn"}[repair]
-    return Recipe(name + kind, sizes, criterion, retokenize=True, repair=repair)
+def _name(sizes: Sizes) -> str:
+    return ":".join(map(str, (sizes.vocab_size, *sizes.widths.values())))

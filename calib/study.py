@@ -9,7 +9,7 @@ import torch
 
 from calib.heldout import Encoded
 from calib.material import Material
-from calib.reading import ALONG_PREFIX, LAYERWISE, Reading
+from calib.reading import Reading
 from calib.trial import Cut, Trial, try_all
 from surgery.blocks import blocks
 from surgery.budget import Sizes, whole
@@ -27,8 +27,8 @@ class Recipe:
     criterion: str = DEFAULT_CRITERION
     retokenize: bool = True
     """Whether channels are chosen on text as the pruned tokenizer cuts it."""
-    repair: str = ""
-    """How down_proj is refitted: not at all, ``LAYERWISE`` or ``ALONG_PREFIX``."""
+    repair: bool = False
+    """Whether down_proj is refitted."""
     samples: int | None = None
     """Windows of calibration text; None is all there are."""
 
@@ -102,8 +102,7 @@ class Study:
                 by_text.setdefault(recipe.text(layout.vocab_size), []).append(recipe)
         for text, users in by_text.items():
             edges = [r.sizes.vocab_size for r in users if not r.retokenize]
-            kinds = {r.repair for r in users}
-            refits = next((k for k in (LAYERWISE, ALONG_PREFIX) if k in kinds), "")
+            refits = any(r.repair for r in users)
             found[text] = self.material.reading(*text, edges=edges, refits=refits)
         return found
 

@@ -17,7 +17,7 @@ from calib.gram import refit_if_better
 from calib.groups import Groups
 from calib.heldout import Encoded
 from calib.prefix import Prefix
-from calib.reading import ALONG_PREFIX, Reading, has_one_ffn
+from calib.reading import Reading, has_one_ffn
 from calib.score import token_bits
 from calib.states import SpilledStates
 from calib.weights import TORCH_DTYPE, WeightReader
@@ -39,8 +39,8 @@ class Cut:
     criterion: str = DEFAULT_CRITERION
     blocks: Mapping[str, int] = field(default_factory=dict)
     """Channel axis → length of the blocks that go or stay as one."""
-    repair: str = ""
-    """How down_proj is refitted: not at all, ``LAYERWISE`` or ``ALONG_PREFIX``."""
+    repair: bool = False
+    """Whether down_proj is refitted."""
     layers: Sequence[Sequence[int]] = ()
     """As in a plan: the source's layers that each of its own is made of; empty: all as they are."""
     kept: Mapping[int, Mapping[str, list[np.ndarray]]] | None = None
@@ -73,7 +73,7 @@ class Trial:
         """The channels that stayed, layer by layer."""
         self.refitted = 0
         """Matrices that the gate let through."""
-        self._prefix = Prefix(reading) if reading and cut.repair == ALONG_PREFIX else None
+        self._prefix = Prefix(reading) if reading and cut.repair else None
         self._sink = sink
         self._groups = Groups(cut.layers)
 

@@ -20,7 +20,6 @@ import torch
 from calib.corpus import byte_windows
 from calib.documents import read_documents
 from calib.material import WINDOW_BYTES
-from calib.reading import ALONG_PREFIX
 from calib.search import search
 from calib.study import Recipe, Study
 from calib.trial import Cut, Trial
@@ -47,10 +46,12 @@ def forward_seconds(study: Study) -> float:
     return time.perf_counter() - start
 
 
-def on_unseen(study: Study, texts: Sequence[str], pairs: dict[str, Sizes], kind: str) -> list[Row]:
+def on_unseen(
+    study: Study, texts: Sequence[str], pairs: dict[str, Sizes], repair: bool
+) -> list[Row]:
     """Try ``pairs``, made smaller by the study's calibration text, on other windows."""
     other = Study(replace(study.material, heldout=texts), study.device, study.dtype)
-    return other.rows([Recipe(name, sizes, repair=kind) for name, sizes in pairs.items()])
+    return other.rows([Recipe(name, sizes, repair=repair) for name, sizes in pairs.items()])
 
 
 @click.command()
@@ -97,7 +98,7 @@ def main(
         took = time.perf_counter() - start
         named = {"search": best, "channels": pairs[-1], "vocabulary": pairs[0]}
         named["rule"] = chosen.sizes
-        judged = on_unseen(study, texts, named, ALONG_PREFIX if repair else "")
+        judged = on_unseen(study, texts, named, repair)
         facts: dict[str, Any] = {
             "ratio": ratio,
             "pairs": len(rows),
