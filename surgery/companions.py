@@ -1,7 +1,7 @@
 """The files beside the weights: which are carried, rewritten through the id map, or left behind."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from surgery.errors import TokenizerError
 from surgery.families import family_of
 from surgery.family import Family, renumbered
 from surgery.idmap import IdMap
-from surgery.jsonfile import dump_json, dump_table, read_file, read_json
+from surgery.jsonfile import dump_json, dump_table, read_file, read_json, table_pieces
 from surgery.legacy_tokenizer import is_legacy
 from surgery.plan import Plan
 from surgery.references import visit_ids
@@ -41,6 +41,9 @@ LAYER_OF = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.([0-9]+)(?:\.|$)")
 TABLES = ("vocab.json", "added_tokens.json")
 """Files of token → id."""
 
+Content = bytes | Iterator[bytes]
+"""Of a file, whole or in pieces."""
+
 OWN = ("config.json", INDEX_NAME, "README.md", "compact_surgery.json")
 """Files that apply writes itself."""
 
@@ -57,8 +60,10 @@ def left_behind(directory: Path, ids: IdMap) -> list[str]:
     ]
 
 
-def companion_files(plan: Plan, checkpoint: Checkpoint) -> dict[str, bytes]:
+def companion_files(plan: Plan, checkpoint: Checkpoint) -> dict[str, Content]:
     """Return name → content of every file beside the weights but those in ``OWN``.
+
+    tokenizer.json, which may be large, is made piece by piece as it is written.
 
     Raises:
         TokenizerError: an id that does not stay is needed, or two files contradict each other.
@@ -193,9 +198,9 @@ def _copy(path: Path) -> bytes:
     return dump_json({key: value for key, value in read_json(path).items() if key != CODE})
 
 
-def _rewrite(path: Path, source: TokenizerFile, cut: dict[str, Any], ids: IdMap) -> bytes:
+def _rewrite(path: Path, source: TokenizerFile, cut: dict[str, Any], ids: IdMap) -> Content:
     if path.name == TOKENIZER_NAME:
-        return dump_table(cut)
+        return table_pieces(cut)
     if path.name == "merges.txt":
         lines = (m if isinstance(m, str) else " ".join(m) for m in cut["model"]["merges"])
         return "\n".join(["#version: 0.2", *lines, ""]).encode("utf-8")

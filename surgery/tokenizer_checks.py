@@ -6,8 +6,8 @@ from typing import Any
 
 from surgery.errors import TokenizerError
 from surgery.kinds import kind_of
-
-AGAIN = "download the file again"
+from surgery.merge_rules import AGAIN, MergeRules, check_form
+from surgery.selection import MAX_SIZE
 
 MOST_STEPS = 1 << 28
 """Most that the squares of all tokens' lengths sum up to, which is what running BPE on them costs;
@@ -60,17 +60,19 @@ def walk_processor(part: Any, change: Callable[[Any], Any]) -> Any:
 
 def _check_merges(merges: Any, path: Path) -> None:
     """Merges are a list, all "a b" or all [a, b]; the pairs are checked where they are read."""
+    if isinstance(merges, MergeRules):
+        return  # checked as they were read
     if not isinstance(merges, list):
         raise TokenizerError(path, "has no model.merges", fix=AGAIN)
     rules = merges[1:] if merges and str(merges[0]).startswith("#version") else merges
     for rule in rules:
-        if type(rule) is not type(rules[0]):
-            raise TokenizerError(
-                f"{path}: merge {rule!r}",
-                "is not of the form of the first",
-                expected=f"a form like {rules[0]!r}",
-                fix=AGAIN,
-            )
+        check_form(rule, rules[0], path)
+
+
+def check_numbers(vocab: Mapping[str, Any], path: Path) -> None:
+    """Ids are numbers that a table may have as many rows as."""
+    if not all(type(id_) is int and 0 <= id_ < MAX_SIZE for id_ in vocab.values()):
+        raise TokenizerError(path, "model.vocab has an id that is no number", fix=AGAIN)
 
 
 def _check_unknown(model: Mapping[str, Any], vocab: Mapping[str, int], path: Path) -> None:
@@ -114,8 +116,7 @@ def _piece_ids(pieces: list[Any], path: Path) -> dict[str, int]:
 
 def _check_ids(data: dict[str, Any], vocab: dict[str, int], path: Path) -> None:
     """Ids are numbers, given once, and added tokens have the id the loader will give them."""
-    if not all(type(id_) is int and id_ >= 0 for id_ in vocab.values()):
-        raise TokenizerError(path, "model.vocab has an id that is no number", fix=AGAIN)
+    check_numbers(vocab, path)
     owner: dict[int, str] = {}
     for token, id_ in vocab.items():
         if owner.setdefault(id_, token) != token:
