@@ -1,7 +1,7 @@
 """The files beside the weights: which are carried, rewritten through the id map, or left behind."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +73,11 @@ def companion_files(plan: Plan, checkpoint: Checkpoint) -> dict[str, Content]:
     if ids.identity:
         return {name: _copy(directory / name) for name in names}
     source = TokenizerFile.reopen(directory)
+    tokens = source.vocab | source.added
+    files = {name: _rewrite(directory / name, tokens, ids) for name in names if name not in CUT}
+    del tokens  # before the cut is made, for both are large
     cut = source.rewrite(ids)
-    return {name: _rewrite(directory / name, source, cut, ids) for name in names}
+    return files | {name: CUT[name](cut) for name in names if name in CUT}
 
 
 def check_companions(plan: Plan, checkpoint: Checkpoint, source: TokenizerFile | None) -> None:
@@ -95,7 +98,7 @@ def check_companions(plan: Plan, checkpoint: Checkpoint, source: TokenizerFile |
     for path in (directory / name for name in _carried(directory, ids)):
         is_table = path.suffix == ".json" and path.name != TOKENIZER_NAME
         if is_table or path.name == SENTENCEPIECE_NAME:
-            _rewrite(path, source, {}, ids)
+            _rewrite(path, source.token_ids, ids)
 
 
 def rewrite_document(path: Path, tokens: Mapping[str, int], ids: IdMap) -> dict[str, Any]:
@@ -198,30 +201,38 @@ def _copy(path: Path) -> bytes:
     return dump_json({key: value for key, value in read_json(path).items() if key != CODE})
 
 
-def _rewrite(path: Path, source: TokenizerFile, cut: dict[str, Any], ids: IdMap) -> Content:
-    if path.name == TOKENIZER_NAME:
-        return table_pieces(cut)
-    if path.name == "merges.txt":
-        lines = (m if isinstance(m, str) else " ".join(m) for m in cut["model"]["merges"])
-        return "\n".join(["#version: 0.2", *lines, ""]).encode("utf-8")
+def _merge_lines(cut: dict[str, Any]) -> Iterator[bytes]:
+    yield b"#version: 0.2\n"
+    for merge in cut["model"]["merges"]:
+        yield f"{merge if isinstance(merge, str) else ' '.join(merge)}\n".encode()
+
+
+CUT: dict[str, Callable[[dict[str, Any]], Iterator[bytes]]] = {
+    TOKENIZER_NAME: table_pieces,
+    "merges.txt": _merge_lines,
+}
+"""Files that are made of the cut tokenizer.json."""
+
+
+def _rewrite(path: Path, tokens: Mapping[str, int], ids: IdMap) -> bytes:
     if path.name in TABLES:
-        return dump_table(_rewrite_table(path, source, ids))
+        return dump_table(_rewrite_table(path, tokens, ids))
     if path.name == SENTENCEPIECE_NAME:
-        return cut_sentencepiece(read_file(path), path, source.token_ids, ids)
+        return cut_sentencepiece(read_file(path), path, tokens, ids)
     if path.suffix == ".json":
-        return dump_json(rewrite_document(path, source.token_ids, ids))
+        return dump_json(rewrite_document(path, tokens, ids))
     return read_file(path)
 
 
-def _rewrite_table(path: Path, source: TokenizerFile, ids: IdMap) -> dict[str, int]:
+def _rewrite_table(path: Path, tokens: Mapping[str, int], ids: IdMap) -> dict[str, int]:
     """Map a file of token → id, which must agree with tokenizer.json."""
     table = read_json(path)
     for token, old in table.items():
-        if source.token_ids.get(token) != old:
+        if tokens.get(token) != old:
             raise TokenizerError(
                 f"{path}: token {token!r}",
                 "has another id than in tokenizer.json",
-                expected=source.token_ids.get(token),
+                expected=tokens.get(token),
                 found=old,
                 fix="save the tokenizer again with transformers' AutoTokenizer",
             )

@@ -41,6 +41,10 @@ class IdMap:
         new = int(self._table[old])
         return new if new >= 0 else None
 
+    def new_ids(self, old: np.ndarray) -> np.ndarray:
+        """New ids of rows that stay."""
+        return self._table[old]
+
     def keep_mask(self) -> np.ndarray:
         """bool ``[V]``: whether each row of the source stays."""
         return self._table[: self.old_size] >= 0

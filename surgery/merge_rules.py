@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 
 from surgery.errors import TokenizerError
+from surgery.idmap import IdMap
 
 AGAIN = "download the file again"
 
@@ -48,9 +49,9 @@ class MergeRules:
         ids = np.frombuffer(found, dtype=np.int32).reshape(-1, 3)
         return cls(ids, paired=not first or isinstance(first[0], list))
 
-    def named(self, stays: np.ndarray, names: Mapping[int, str]) -> "NamedRules":
-        """The rules of the mask ``stays``, spelled with ``names`` of the ids."""
-        return NamedRules(MergeRules(self.ids[stays], self.paired), names)
+    def cut(self, stays: np.ndarray, ids: IdMap, vocab: Mapping[str, int]) -> "NamedRules":
+        """The rules of the mask ``stays``, to be spelled with the tokens of the cut ``vocab``."""
+        return NamedRules(MergeRules(ids.new_ids(self.ids[stays]), self.paired), vocab)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,12 +59,13 @@ class NamedRules:
     """Rules as the file has them, made as they are asked for."""
 
     rules: MergeRules
-    names: Mapping[int, str]
+    vocab: Mapping[str, int]
 
     def __iter__(self) -> Iterator[Any]:
         """One [a, b] or "a b" after the other."""
+        names = {id_: token for token, id_ in self.vocab.items()}
         for left, right, _ in map(np.ndarray.tolist, self.rules.ids):
-            pair = [self.names[left], self.names[right]]
+            pair = [names[left], names[right]]
             yield pair if self.rules.paired else " ".join(pair)
 
 

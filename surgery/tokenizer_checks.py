@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from surgery.errors import TokenizerError
 from surgery.kinds import kind_of
 from surgery.merge_rules import AGAIN, MergeRules, check_form
@@ -117,11 +119,12 @@ def _piece_ids(pieces: list[Any], path: Path) -> dict[str, int]:
 def _check_ids(data: dict[str, Any], vocab: dict[str, int], path: Path) -> None:
     """Ids are numbers, given once, and added tokens have the id the loader will give them."""
     check_numbers(vocab, path)
-    owner: dict[int, str] = {}
-    for token, id_ in vocab.items():
-        if owner.setdefault(id_, token) != token:
-            raise _clash(path, id_, owner[id_], token)
+    known = np.zeros(max(vocab.values(), default=0) + 1, dtype=bool)
+    known[np.fromiter(vocab.values(), dtype=np.int64, count=len(vocab))] = True
+    if np.count_nonzero(known) < len(vocab):
+        _raise_clash(vocab, path)
     next_id = len(vocab)
+    owner = {id_: token for token, id_ in vocab.items() if id_ >= next_id}
     added = data.get("added_tokens") or []
     if not isinstance(added, list):
         raise TokenizerError(path, "added_tokens is no list", fix=AGAIN)
@@ -141,12 +144,21 @@ def _check_ids(data: dict[str, Any], vocab: dict[str, int], path: Path) -> None:
                 found=declared,
                 fix="save the tokenizer again with the library that made it",
             )
-        if owner.setdefault(assigned, token) != token:
+        if token not in vocab and owner.setdefault(assigned, token) != token:
             raise _clash(path, assigned, owner[assigned], token)
-    _check_references(data, path, owner)
+    _check_references(
+        data, path, lambda id_: id_ in owner or (0 <= id_ < len(known) and bool(known[id_]))
+    )
 
 
-def _check_references(data: dict[str, Any], path: Path, owner: Mapping[int, str]) -> None:
+def _raise_clash(vocab: Mapping[str, int], path: Path) -> None:
+    owner: dict[int, str] = {}
+    for token, id_ in vocab.items():
+        if owner.setdefault(id_, token) != token:
+            raise _clash(path, id_, owner[id_], token)
+
+
+def _check_references(data: dict[str, Any], path: Path, is_token: Callable[[int], bool]) -> None:
     """Padding and post-processor put only tokens into a text."""
     padding = data.get("padding")
     pads = [padding.get("pad_id")] if isinstance(padding, dict) else []
@@ -154,7 +166,7 @@ def _check_references(data: dict[str, Any], path: Path, owner: Mapping[int, str]
     walk_processor(data.get("post_processor"), templates.append)
     for key, ids in (("padding.pad_id", pads), ("post_processor", templates)):
         for id_ in ids:
-            if type(id_) is not int or id_ not in owner:
+            if type(id_) is not int or not is_token(id_):
                 raise TokenizerError(
                     f"{path}: {key}",
                     "refers to no token",
