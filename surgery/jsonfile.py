@@ -6,7 +6,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -149,28 +149,39 @@ def dump_table(value: object) -> bytes:
 
 
 def table_pieces(value: object) -> Iterator[bytes]:
-    """``dump_table`` in pieces; what iterates and is neither text nor an object is an array."""
+    """``dump_table`` in pieces; of mappings and iterables of any kind."""
     yield from _pieces(value, b"\n")
     yield b"\n"
 
 
 def _pieces(value: object, margin: bytes) -> Iterator[bytes]:
     """``margin`` is the line break and the spaces in front of what closes ``value``."""
-    if not isinstance(value, Iterable) or isinstance(value, str):
-        yield _formatted(value, margin)
-    elif isinstance(value, dict) and len(value) <= BATCH:
+    if isinstance(value, dict) and 0 < len(value) <= BATCH:
         for number, (key, child) in enumerate(value.items()):
             yield (b"," if number else b"{") + margin + b"  " + msgspec.json.encode(key) + b": "
             yield from _pieces(child, margin + b"  ")
-        yield margin + b"}" if value else b"{}"
+        yield margin + b"}"
+    elif isinstance(value, Mapping):
+        yield from _joined((dict(batch) for batch in _batches(value.items())), b"{}", margin)
+    elif isinstance(value, Iterable) and not isinstance(value, str):
+        yield from _joined(_batches(value), b"[]", margin)
     else:
-        opening, closing = (b"{", b"}") if isinstance(value, dict) else (b"[", b"]")
-        entries = iter(value.items() if isinstance(value, dict) else value)
-        batch_of, separator = (dict if isinstance(value, dict) else list), opening
-        while batch := batch_of(islice(entries, BATCH)):
-            yield separator + _formatted(batch, margin)[1 : -1 - len(margin)]
-            separator = b","
-        yield opening + closing if separator is opening else margin + closing
+        yield _formatted(value, margin)
+
+
+def _joined(batches: Iterable[object], brackets: bytes, margin: bytes) -> Iterator[bytes]:
+    """One object or array of several, none of them empty."""
+    opening, closing = brackets[:1], brackets
+    for batch in batches:
+        yield opening + _formatted(batch, margin)[1 : -1 - len(margin)]
+        opening, closing = b",", margin + brackets[1:]
+    yield closing
+
+
+def _batches(entries: Iterable[Any]) -> Iterator[list[Any]]:
+    rest = iter(entries)
+    while batch := list(islice(rest, BATCH)):
+        yield batch
 
 
 def _formatted(value: object, margin: bytes) -> bytes:

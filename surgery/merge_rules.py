@@ -10,7 +10,6 @@ import msgspec
 import numpy as np
 
 from surgery.errors import TokenizerError
-from surgery.idmap import IdMap
 
 AGAIN = "download the file again"
 
@@ -49,21 +48,25 @@ class MergeRules:
         ids = np.frombuffer(found, dtype=np.int32).reshape(-1, 3)
         return cls(ids, paired=not first or isinstance(first[0], list))
 
-    def cut(self, stays: np.ndarray, ids: IdMap, vocab: Mapping[str, int]) -> "NamedRules":
-        """The rules of the mask ``stays``, to be spelled with the tokens of the cut ``vocab``."""
-        return NamedRules(MergeRules(ids.new_ids(self.ids[stays]), self.paired), vocab)
+    def named(self, stays: np.ndarray, vocab: Mapping[str, int]) -> "NamedRules":
+        """The rules of the mask ``stays``, spelled with the tokens of ``vocab``."""
+        return NamedRules(MergeRules(self.ids[stays], self.paired), vocab)
 
 
 @dataclass(frozen=True, eq=False)
 class NamedRules:
-    """Rules as the file has them, made as they are asked for."""
+    """Rules as the file has them, [a, b] or "a b", made as they are asked for."""
 
     rules: MergeRules
     vocab: Mapping[str, int]
+    """Token → id of all tokens that the rules name."""
 
     def __iter__(self) -> Iterator[Any]:
-        """One [a, b] or "a b" after the other."""
-        names = {id_: token for token, id_ in self.vocab.items()}
+        """One rule after the other, by rank."""
+        names = np.full(self.rules.ids.max(initial=0) + 1, "", dtype=object)
+        for token, id_ in self.vocab.items():
+            if id_ < len(names):
+                names[id_] = token
         for left, right, _ in map(np.ndarray.tolist, self.rules.ids):
             pair = [names[left], names[right]]
             yield pair if self.rules.paired else " ".join(pair)

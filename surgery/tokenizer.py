@@ -11,7 +11,7 @@ import numpy as np
 
 from surgery.checkpoint import TOKENIZER_NAME
 from surgery.errors import TokenizerError, is_panic
-from surgery.idmap import IdMap
+from surgery.idmap import IdMap, KeptTokens
 from surgery.jsonfile import check_depth, dump_table, read_file, read_json
 from surgery.kinds import BYTE_LEVEL, Kind, alphabet, kind_of
 from surgery.legacy_tokenizer import build_tokenizer, is_legacy
@@ -132,7 +132,8 @@ class TokenizerFile:
     def rewrite(self, ids: IdMap) -> dict[str, Any]:
         """Return tokenizer.json for the kept tokens: same keys, same order, new ids.
 
-        Every merge whose parents and product stay is kept, in order.
+        Every merge whose parents and product stay is kept, in order. What ``reopen`` has loaded
+        is for ``table_pieces`` alone: tokens and merges are worked out as they are written.
 
         Raises:
             TokenizerError: the post-processor or the padding refers to a token that goes.
@@ -157,17 +158,15 @@ class TokenizerFile:
             if type(model.get("unk_id")) is int:
                 model["unk_id"] = ids.new(model["unk_id"])
             return model
-        model["vocab"] = {
-            token: new for token, old in self.vocab.items() if (new := ids.new(old)) is not None
-        }
-        if "merges" in model:
-            merges, keep = model["merges"], ids.keep_mask()
-            stays = np.logical_and.reduce([keep[column] for column in self.merges.T])
-            if isinstance(merges, MergeRules):
-                model["merges"] = merges.cut(stays, ids, model["vocab"])
-            else:
-                model["merges"] = list(compress(merge_entries(merges), stays))
-        return model
+        kept = KeptTokens(self.vocab, ids)
+        if "merges" not in model:
+            return {**model, "vocab": dict(kept)}
+        merges, keep = model["merges"], ids.keep_mask()
+        stays = np.logical_and.reduce([keep[column] for column in self.merges.T])
+        if isinstance(merges, MergeRules):
+            return {**model, "vocab": kept, "merges": merges.named(stays, self.vocab)}
+        rules = list(compress(merge_entries(merges), stays))
+        return {**model, "vocab": dict(kept), "merges": rules}
 
     def referenced_ids(self) -> set[int]:
         """Ids that padding and the post-processor put into every text."""
