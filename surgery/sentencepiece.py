@@ -82,9 +82,9 @@ def _token_ids(model: Any, path: Path, tokens: Mapping[str, int]) -> list[int | 
     merges through them, so there they have to be tokens like the others.
     """
     unigram = model.trainer_spec.model_type == model.trainer_spec.UNIGRAM
-    pieces = {piece.piece for piece in model.pieces}
+    has_tab = any(piece.piece == "\t" for piece in model.pieces)
     # Gemma 1 and 2 have this byte as a tab in tokenizer.json
-    renamed = {} if "<0x09>" in tokens or "\t" in pieces else {"<0x09>": "\t"}
+    renamed = {} if "<0x09>" in tokens or has_tab else {"<0x09>": "\t"}
     found: list[int | None] = []
     for index, piece in enumerate(model.pieces):
         token = renamed.get(piece.piece, piece.piece)
@@ -146,16 +146,16 @@ def _rewrite(data: bytes, model: Any, stays: Sequence[bool]) -> bytes:
     """Copy ``data`` without the pieces that go and with the trainer spec put right."""
     spec = _trainer_spec(model, stays)
     keep = iter(stays)
-    copied: list[bytes] = []
+    copied = bytearray()
     for tag, start, end in _records(data):
         if tag == PIECE and not next(keep):
             continue
         if tag == TRAINER_SPEC:  # one that comes in parts is written whole, in place of the first
-            copied.append(spec)
+            copied += spec
             spec = b""
         elif tag != SELF_TEST_DATA:
-            copied.append(data[start:end])
-    return b"".join([*copied, spec])
+            copied += data[start:end]
+    return bytes(copied + spec)
 
 
 def _trainer_spec(model: Any, stays: Sequence[bool]) -> bytes:
