@@ -13,6 +13,8 @@ from surgery.idmap import IdMap
 
 PIECE, TRAINER_SPEC, SELF_TEST_DATA = (field << 3 | 2 for field in (1, 2, 4))
 """Tags of SentencePiece's ModelProto: a field's number, and 2 for a length and that many bytes."""
+RUN_BYTES = 1 << 16
+"""Most bytes of pieces that are parsed at a time."""
 SPECIAL_IDS = ("unk_id", "bos_id", "eos_id", "pad_id")
 NOT_NEEDED = "if your software does not need it"
 
@@ -45,7 +47,7 @@ def cut_sentencepiece(data: bytes, path: Path, tokens: Mapping[str, int], ids: I
     """
     if ids.identity:
         return data
-    model = _parse(data) if is_sentencepiece(data) else None
+    model = _Model.of(data) if is_sentencepiece(data) else None
     if model is None:
         raise TokenizerError(
             path,
@@ -61,6 +63,41 @@ def cut_sentencepiece(data: bytes, path: Path, tokens: Mapping[str, int], ids: I
     _check_needed(model, path, new_ids)
     _check_positions(model, path, old_ids, new_ids)
     return _rewrite(data, model, [new is not None for new in new_ids])
+
+
+class _Model:
+    """A ModelProto whose pieces are parsed some thousands at a time: all take four times ``data``."""
+
+    def __init__(self, data: bytes, runs: list[tuple[int, int]], rest: Any) -> None:
+        """Take the pieces from the bytes of ``runs`` of ``data``, all else from ``rest``."""
+        self._data, self._runs = data, runs
+        self.trainer_spec = rest.trainer_spec
+
+    @classmethod
+    def of(cls, data: bytes) -> "_Model | None":
+        """Return ``data`` as a model, or None if it is none."""
+        runs: list[tuple[int, int]] = []
+        rest, last = bytearray(), 0
+        try:
+            for tag, start, last in _records(data):
+                if tag != PIECE:
+                    rest += data[start:last]
+                elif runs and runs[-1][1] == start and last - runs[-1][0] < RUN_BYTES:
+                    runs[-1] = runs[-1][0], last
+                else:
+                    runs.append((start, last))
+        except IndexError:
+            return None
+        parsed = _parse(bytes(rest) + data[last:])
+        if parsed is None or any(_parse(data[start:end]) is None for start, end in runs):
+            return None
+        return cls(data, runs, parsed)
+
+    @property
+    def pieces(self) -> Iterator[Any]:
+        """Every piece, in order."""
+        for start, end in self._runs:
+            yield from _parse(self._data[start:end]).pieces
 
 
 def _parse(data: bytes) -> Any:
@@ -155,7 +192,8 @@ def _rewrite(data: bytes, model: Any, stays: Sequence[bool]) -> bytes:
             spec = b""
         elif tag != SELF_TEST_DATA:
             copied += data[start:end]
-    return bytes(copied + spec)
+    copied += spec
+    return bytes(copied)
 
 
 def _trainer_spec(model: Any, stays: Sequence[bool]) -> bytes:
@@ -164,15 +202,14 @@ def _trainer_spec(model: Any, stays: Sequence[bool]) -> bytes:
     An id left out of the file means 0 for unk, 1 for bos, 2 for eos and -1, none, for pad: one
     that changes is written. None stays none, and so becomes an id whose piece goes.
     """
-    order = (index for index, stay in enumerate(stays) if stay)
-    positions = {old: new for new, old in enumerate(order)}
-    edited = type(model)()
+    edited = _parse(b"")
     edited.trainer_spec.CopyFrom(model.trainer_spec)
     spec = edited.trainer_spec
-    spec.vocab_size = len(positions)
+    spec.vocab_size = sum(stays)
     for name in SPECIAL_IDS:
-        new = positions.get(getattr(spec, name), -1)
-        if new != getattr(spec, name):
+        old = getattr(spec, name)
+        new = sum(stays[:old]) if 0 <= old < len(stays) and stays[old] else -1
+        if new != old:
             setattr(spec, name, new)
     return bytes(edited.SerializeToString())
 
