@@ -11,7 +11,7 @@ from surgery.depth import layer_keys
 from surgery.errors import TokenizerError
 from surgery.families import family_of
 from surgery.family import Family, renumbered
-from surgery.idmap import IdMap
+from surgery.idmap import IdMap, KeptTokens
 from surgery.jsonfile import dump_json, dump_table, read_file, read_json, table_pieces
 from surgery.legacy_tokenizer import is_legacy
 from surgery.plan import Plan
@@ -107,10 +107,13 @@ def rewrite_document(path: Path, tokens: Mapping[str, int], ids: IdMap) -> dict[
     Raises:
         TokenizerError: an id or a token that does not stay is needed.
     """
-    gone = {token for token, old in tokens.items() if ids.new(old) is None}
-    data = visit_ids(drop_tokens(read_json(path), gone, path), ids.new, path)
-    sizes = {ids.old_size: ids.new_size, len(tokens): len(tokens) - len(gone)}
+
+    def is_gone(token: str) -> bool:
+        return token in tokens and ids.new(tokens[token]) is None
+
+    data = visit_ids(drop_tokens(read_json(path), is_gone, path), ids.new, path)
     if path.name == "tokenizer_config.json" and type(data.get("vocab_size")) is int:
+        sizes = {ids.old_size: ids.new_size, len(tokens): len(KeptTokens(tokens, ids))}
         data["vocab_size"] = sizes.get(data["vocab_size"], data["vocab_size"])
     return {key: value for key, value in data.items() if key != CODE}
 

@@ -66,7 +66,7 @@ def cut_sentencepiece(data: bytes, path: Path, tokens: Mapping[str, int], ids: I
 
 
 class _Model:
-    """A ModelProto whose pieces are parsed some thousands at a time: all take four times ``data``."""
+    """A ModelProto whose pieces are parsed some thousands at a time: all take 4 times ``data``."""
 
     def __init__(self, data: bytes, runs: list[tuple[int, int]], rest: Any) -> None:
         """Take the pieces from the bytes of ``runs`` of ``data``, all else from ``rest``."""
