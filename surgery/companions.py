@@ -74,6 +74,7 @@ def companion_files(plan: Plan, checkpoint: Checkpoint) -> dict[str, Content]:
         return {name: _copy(directory / name) for name in names}
     source = TokenizerFile.reopen(directory)
     tokens = source.vocab | source.added
+    names.sort(key=SENTENCEPIECE_NAME.__eq__)  # last: what it takes is then not added to
     files = {name: _rewrite(directory / name, tokens, ids) for name in names if name not in CUT}
     del tokens  # before the cut is made, for both are large
     cut = source.rewrite(ids)

@@ -4,7 +4,7 @@ The file is edited record by record, so whatever this module does not know stays
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +57,15 @@ def cut_sentencepiece(data: bytes, path: Path, tokens: Mapping[str, int], ids: I
             fix=f"download it again, or delete it {NOT_NEEDED}",
         )
     old_ids = _token_ids(model, path, tokens)
-    new_ids = [None if old is None else ids.new(old) for old in old_ids]
-    if new_ids == old_ids:
+
+    def new_ids() -> Iterator[int | None]:
+        return (None if old is None else ids.new(old) for old in old_ids)
+
+    if all(new == old for new, old in zip(new_ids(), old_ids, strict=True)):
         return data
-    _check_needed(model, path, new_ids)
-    _check_positions(model, path, old_ids, new_ids)
-    return _rewrite(data, model, [new is not None for new in new_ids])
+    _check_needed(model, path, new_ids())
+    _check_positions(model, path, old_ids, new_ids())
+    return _rewrite(data, model, [new is not None for new in new_ids()])
 
 
 class _Model:
@@ -137,7 +140,7 @@ def _token_ids(model: Any, path: Path, tokens: Mapping[str, int]) -> list[int | 
     return found
 
 
-def _check_needed(model: Any, path: Path, new_ids: Sequence[int | None]) -> None:
+def _check_needed(model: Any, path: Path, new_ids: Iterable[int | None]) -> None:
     """Refuse to lose what SentencePiece does not load without: unk, and bytes it falls back to."""
     needed = {model.trainer_spec.unk_id}
     for index, (piece, new) in enumerate(zip(model.pieces, new_ids, strict=True)):
@@ -153,21 +156,21 @@ def _check_needed(model: Any, path: Path, new_ids: Sequence[int | None]) -> None
 
 
 def _check_positions(
-    model: Any, path: Path, old_ids: Sequence[int | None], new_ids: Sequence[int | None]
+    model: Any, path: Path, old_ids: Sequence[int | None], new_ids: Iterable[int | None]
 ) -> None:
     """Refuse to shift pieces against token ids.
 
     Software computes one from the other: mostly they are equal, fairseq's ids are one larger. No
     such rule is assumed where less than half of the pieces follow one.
     """
-    shifts = [None if old is None else old - index for index, old in enumerate(old_ids)]
-    same = Counter(shift for shift in shifts if shift is not None)
-    if 2 * max(same.values(), default=0) <= len(shifts):
+    same = Counter(old - index for index, old in enumerate(old_ids) if old is not None)
+    if 2 * max(same.values(), default=0) <= len(old_ids):
         return
     position = 0
-    for piece, shift, new in zip(model.pieces, shifts, new_ids, strict=True):
-        if new is None or shift is None:
+    for index, (piece, old, new) in enumerate(zip(model.pieces, old_ids, new_ids, strict=True)):
+        if new is None or old is None:
             continue
+        shift = old - index
         if position + shift != new:
             raise TokenizerError(
                 f"{path}: piece {piece.piece!r}",
