@@ -1,6 +1,7 @@
 """The files beside the weights: which are carried, rewritten through the id map, or left behind."""
 
 import re
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,10 +74,9 @@ def companion_files(plan: Plan, checkpoint: Checkpoint) -> dict[str, Content]:
     if ids.identity:
         return {name: _copy(directory / name) for name in names}
     source = TokenizerFile.reopen(directory)
-    tokens = source.vocab | source.added
+    tokens = ChainMap(source.added, source.vocab)
     names.sort(key=SENTENCEPIECE_NAME.__eq__)  # last: what it takes is then not added to
     files = {name: _rewrite(directory / name, tokens, ids) for name in names if name not in CUT}
-    del tokens  # before the cut is made, for both are large
     cut = source.rewrite(ids)
     return files | {name: CUT[name](cut) for name in names if name in CUT}
 
