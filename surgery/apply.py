@@ -56,8 +56,9 @@ def apply_plan(
 ) -> dict[str, float]:
     """Write the checkpoint that ``plan`` makes of ``source`` to the new directory ``output``.
 
-    Shards are written first, config.json and the index last, all in ``output.partial``, which is
-    renamed at the end. Memory is two windows per job, five where FP8 becomes bf16.
+    The files beside the weights are written first, for the tokenizer takes the most memory; then
+    shards, config.json and the index, all in ``output.partial``, which is renamed at the end.
+    Shards take two windows per job, five where FP8 becomes bf16.
 
     Args:
         plan: A complete plan made for ``source``.
@@ -92,14 +93,14 @@ def apply_plan(
     todo = {name: shard for name, shard in by_shard.items() if name not in directory.finished}
     with directory:
         directory.check_space(sum(t.nbytes for shard in todo.values() for t in shard))
+        for name, data in files.items():
+            directory.write(name, data)
         times.append(time.perf_counter())
         if engine == "ray":
             _write_shards_on_ray(directory, checkpoint, todo, digests, progress)
         else:
             _write_shards(directory, checkpoint, todo, digests, jobs, progress)
         times.append(time.perf_counter())
-        for name, data in files.items():
-            directory.write(name, data)
         directory.write(PROVENANCE_NAME, _provenance(plan))
         directory.write("config.json", config)
         if checkpoint.index is not None:

@@ -10,15 +10,19 @@ from surgery.checkpoint import Checkpoint, tokenizer_files
 from surgery.edits import OutputTensor, edits
 from surgery.header import TensorRef
 from surgery.layout import Layout
+from surgery.legacy_tokenizer import is_legacy
 from surgery.plan import Plan
 from surgery.stream import WINDOW_BYTES, bytes_read
 
 PROGRAM_BYTES = 44_000_000
 """Peak of the program on a model of some kilobytes."""
 
-TOKENIZER_BYTES, CUT_BYTES, WHOLE_BYTES = 20_000_000, 7.5, 1.2
-"""Beside that, for a vocabulary that is cut, and for each byte of a tokenizer that is cut or stays
-whole. Measured: SmolLM2 92 MB (predicted 90), Gemma 3 327 (314), the benchmark's 8B 118 (139)."""
+TOKENIZER_BYTES, CUT_BYTES, LEGACY_BYTES, WHOLE_BYTES = 21_000_000, 1.5, 26, 1.2
+"""Beside that, for a vocabulary that is cut, and for each byte of a tokenizer that is cut, has to
+be built from vocab.json and merges.txt and is cut, or stays whole. Measured: SmolLM2 75 MB
+(predicted 70), without tokenizer.json 97 (98); Llama 3.1's tokenizer 77 (79); Qwen 3's 76 (82),
+without tokenizer.json 191 (189); Gemma 3's 110 to 122 (115), the most where nearly all tokens stay
+or there is a tokenizer.model."""
 
 WINDOWS, DEQUANTIZING, COLLAPSING = 2, 5, 8
 """Windows a job holds; more where FP8 becomes bf16, or layers become one."""
@@ -72,7 +76,8 @@ def _memory(plan: Plan, checkpoint: Checkpoint, jobs: int) -> int:
     """The files beside the weights are made first; their memory is free again for the windows."""
     nbytes = sum(path.stat().st_size for path in tokenizer_files(checkpoint.path))
     cut = not plan.ids().identity
-    tokenizer = TOKENIZER_BYTES + CUT_BYTES * nbytes if cut else WHOLE_BYTES * nbytes
+    per_byte = LEGACY_BYTES if is_legacy(checkpoint.path) else CUT_BYTES
+    tokenizer = TOKENIZER_BYTES + per_byte * nbytes if cut else WHOLE_BYTES * nbytes
     held = DEQUANTIZING if plan.dequantize else WINDOWS
     if any(len(group) > 1 for group in plan.layers):
         held = COLLAPSING

@@ -9,7 +9,7 @@ from typing import Any
 
 from surgery.errors import CheckpointError
 from surgery.header import Header, TensorRef, read_header
-from surgery.jsonfile import read_file, read_json
+from surgery.jsonfile import file_pieces, read_file, read_json
 from surgery.quantized import Fp8, quantization_of
 from surgery.skeleton import Skeleton
 
@@ -98,7 +98,8 @@ class Checkpoint:
         """SHA-256 over config.json, tokenizer and headers: what plans and statistics fit."""
         digest = hashlib.sha256(read_file(self.path / "config.json"))
         for path in tokenizer_files(self.path):
-            digest.update(read_file(path))
+            for piece in file_pieces(path):
+                digest.update(piece)
         for name, shard in sorted(self.shards.items()):
             digest.update(name.encode())
             digest.update(shard.raw)

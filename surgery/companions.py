@@ -1,7 +1,8 @@
 """The files beside the weights: which are carried, rewritten through the id map, or left behind."""
 
 import re
-from collections.abc import Mapping
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from surgery.depth import layer_keys
 from surgery.errors import TokenizerError
 from surgery.families import family_of
 from surgery.family import Family, renumbered
-from surgery.idmap import IdMap
-from surgery.jsonfile import dump_json, dump_table, read_file, read_json
+from surgery.idmap import IdMap, KeptTokens
+from surgery.jsonfile import dump_json, dump_table, read_file, read_json, table_pieces
 from surgery.legacy_tokenizer import is_legacy
 from surgery.plan import Plan
 from surgery.references import visit_ids
@@ -41,6 +42,9 @@ LAYER_OF = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.([0-9]+)(?:\.|$)")
 TABLES = ("vocab.json", "added_tokens.json")
 """Files of token → id."""
 
+Content = bytes | Iterator[bytes]
+"""Of a file, whole or in pieces."""
+
 OWN = ("config.json", INDEX_NAME, "README.md", "compact_surgery.json")
 """Files that apply writes itself."""
 
@@ -57,8 +61,10 @@ def left_behind(directory: Path, ids: IdMap) -> list[str]:
     ]
 
 
-def companion_files(plan: Plan, checkpoint: Checkpoint) -> dict[str, bytes]:
+def companion_files(plan: Plan, checkpoint: Checkpoint) -> dict[str, Content]:
     """Return name → content of every file beside the weights but those in ``OWN``.
+
+    tokenizer.json, which may be large, is made piece by piece as it is written.
 
     Raises:
         TokenizerError: an id that does not stay is needed, or two files contradict each other.
@@ -68,8 +74,11 @@ def companion_files(plan: Plan, checkpoint: Checkpoint) -> dict[str, bytes]:
     if ids.identity:
         return {name: _copy(directory / name) for name in names}
     source = TokenizerFile.reopen(directory)
+    tokens = ChainMap(source.added, source.vocab)
+    names.sort(key=SENTENCEPIECE_NAME.__eq__)  # last: what it takes is then not added to
+    files = {name: _rewrite(directory / name, tokens, ids) for name in names if name not in CUT}
     cut = source.rewrite(ids)
-    return {name: _rewrite(directory / name, source, cut, ids) for name in names}
+    return files | {name: CUT[name](cut) for name in names if name in CUT}
 
 
 def check_companions(plan: Plan, checkpoint: Checkpoint, source: TokenizerFile | None) -> None:
@@ -90,7 +99,7 @@ def check_companions(plan: Plan, checkpoint: Checkpoint, source: TokenizerFile |
     for path in (directory / name for name in _carried(directory, ids)):
         is_table = path.suffix == ".json" and path.name != TOKENIZER_NAME
         if is_table or path.name == SENTENCEPIECE_NAME:
-            _rewrite(path, source, {}, ids)
+            _rewrite(path, source.token_ids, ids)
 
 
 def rewrite_document(path: Path, tokens: Mapping[str, int], ids: IdMap) -> dict[str, Any]:
@@ -99,10 +108,13 @@ def rewrite_document(path: Path, tokens: Mapping[str, int], ids: IdMap) -> dict[
     Raises:
         TokenizerError: an id or a token that does not stay is needed.
     """
-    gone = {token for token, old in tokens.items() if ids.new(old) is None}
-    data = visit_ids(drop_tokens(read_json(path), gone, path), ids.new, path)
-    sizes = {ids.old_size: ids.new_size, len(tokens): len(tokens) - len(gone)}
+
+    def is_gone(token: str) -> bool:
+        return token in tokens and ids.new(tokens[token]) is None
+
+    data = visit_ids(drop_tokens(read_json(path), is_gone, path), ids.new, path)
     if path.name == "tokenizer_config.json" and type(data.get("vocab_size")) is int:
+        sizes = {ids.old_size: ids.new_size, len(tokens): len(KeptTokens(tokens, ids))}
         data["vocab_size"] = sizes.get(data["vocab_size"], data["vocab_size"])
     return {key: value for key, value in data.items() if key != CODE}
 
@@ -193,30 +205,38 @@ def _copy(path: Path) -> bytes:
     return dump_json({key: value for key, value in read_json(path).items() if key != CODE})
 
 
-def _rewrite(path: Path, source: TokenizerFile, cut: dict[str, Any], ids: IdMap) -> bytes:
-    if path.name == TOKENIZER_NAME:
-        return dump_table(cut)
-    if path.name == "merges.txt":
-        lines = (m if isinstance(m, str) else " ".join(m) for m in cut["model"]["merges"])
-        return "\n".join(["#version: 0.2", *lines, ""]).encode("utf-8")
+def _merge_lines(cut: dict[str, Any]) -> Iterator[bytes]:
+    yield b"#version: 0.2\n"
+    for merge in cut["model"]["merges"]:
+        yield f"{merge if isinstance(merge, str) else ' '.join(merge)}\n".encode()
+
+
+CUT: dict[str, Callable[[dict[str, Any]], Iterator[bytes]]] = {
+    TOKENIZER_NAME: table_pieces,
+    "merges.txt": _merge_lines,
+}
+"""Files that are made of the cut tokenizer.json."""
+
+
+def _rewrite(path: Path, tokens: Mapping[str, int], ids: IdMap) -> bytes:
     if path.name in TABLES:
-        return dump_table(_rewrite_table(path, source, ids))
+        return dump_table(_rewrite_table(path, tokens, ids))
     if path.name == SENTENCEPIECE_NAME:
-        return cut_sentencepiece(read_file(path), path, source.token_ids, ids)
+        return cut_sentencepiece(read_file(path), path, tokens, ids)
     if path.suffix == ".json":
-        return dump_json(rewrite_document(path, source.token_ids, ids))
+        return dump_json(rewrite_document(path, tokens, ids))
     return read_file(path)
 
 
-def _rewrite_table(path: Path, source: TokenizerFile, ids: IdMap) -> dict[str, int]:
+def _rewrite_table(path: Path, tokens: Mapping[str, int], ids: IdMap) -> dict[str, int]:
     """Map a file of token → id, which must agree with tokenizer.json."""
     table = read_json(path)
     for token, old in table.items():
-        if source.token_ids.get(token) != old:
+        if tokens.get(token) != old:
             raise TokenizerError(
                 f"{path}: token {token!r}",
                 "has another id than in tokenizer.json",
-                expected=source.token_ids.get(token),
+                expected=tokens.get(token),
                 found=old,
                 fix="save the tokenizer again with transformers' AutoTokenizer",
             )

@@ -1,7 +1,7 @@
 """JSON files beside the weights: their ids, sizes and token names, found and rewritten."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,22 +52,24 @@ def referenced_tokens(data: Mapping[str, Any]) -> set[str]:
     return found - {""}
 
 
-def drop_tokens(data: dict[str, Any], gone: set[str], where: object) -> dict[str, Any]:
-    """Return a copy of ``data`` whose lists and added_tokens_decoder name no token of ``gone``.
+def drop_tokens(
+    data: dict[str, Any], is_gone: Callable[[str], bool], where: object
+) -> dict[str, Any]:
+    """Return a copy of ``data`` whose lists and added_tokens_decoder name no token that is gone.
 
     Transformers adds every token that is named but absent again, at id V'.
 
     Raises:
-        TokenizerError: one of ``gone`` has a role.
+        TokenizerError: a token that is gone has a role.
     """
     result = {}
     for key, value in data.items():
         if key == "added_tokens_decoder" and isinstance(value, dict):
-            value = {old: token for old, token in value.items() if _text(token) not in gone}
+            value = {old: token for old, token in value.items() if not is_gone(_text(token))}
         elif TOKEN_KEY.fullmatch(key) and isinstance(value, list):
-            value = [entry for entry in value if _text(entry) not in gone]
+            value = [entry for entry in value if not is_gone(_text(entry))]
         result[key] = value
-    lost = sorted(referenced_tokens(data) & gone)
+    lost = sorted(filter(is_gone, referenced_tokens(data)))
     if lost:
         raise TokenizerError(
             f"{where}: token {lost[0]!r}", "has a role but does not stay", fix="plan again"

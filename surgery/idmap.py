@@ -1,5 +1,6 @@
 """The one map from old token ids to new ones."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -44,3 +45,27 @@ class IdMap:
     def keep_mask(self) -> np.ndarray:
         """bool ``[V]``: whether each row of the source stays."""
         return self._table[: self.old_size] >= 0
+
+
+@dataclass(frozen=True, eq=False)
+class KeptTokens(Mapping[str, int]):
+    """Token → new id of the tokens that stay, in their order: a view that takes no memory."""
+
+    old: Mapping[str, int]
+    """Token → old id."""
+    ids: IdMap
+
+    def __getitem__(self, token: str) -> int:
+        """The new id of a token that stays."""
+        new = self.ids.new(self.old[token])
+        if new is None:
+            raise KeyError(token)
+        return new
+
+    def __iter__(self) -> Iterator[str]:
+        """The tokens that stay."""
+        return (token for token, old in self.old.items() if self.ids.new(old) is not None)
+
+    def __len__(self) -> int:
+        """How many stay."""
+        return sum(1 for _ in self)

@@ -6,8 +6,9 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +25,11 @@ MAX_BYTES = 1 << 27
 MAX_MARKS = 1 << 23
 """Brackets, colons and commas, about one a value: a parsed value may take 100 bytes. Gemma 3's
 tokenizer.json has a quarter of this."""
+
+PIECE_BYTES = 1 << 20
+
+BATCH = 4096
+"""Entries of a table or an array that are written at a time."""
 
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -62,14 +68,38 @@ def read_file(path: Path) -> bytes:
     Raises:
         OSError: not a regular file, or more than ``MAX_BYTES`` or ``MAX_MARKS``.
     """
+    with _open_bounded(path) as (file, size):
+        raw = file.read(size)
+    _check_marks(_marks(raw), path)
+    return raw
+
+
+def file_pieces(path: Path) -> Iterator[bytes]:
+    """The content of a file as ``read_file`` returns it, some of it at a time.
+
+    Raises:
+        OSError: as there.
+    """
+    marks = 0
+    with _open_bounded(path) as (file, _):
+        while piece := file.read(PIECE_BYTES):
+            marks += _marks(piece)
+            yield piece
+    _check_marks(marks, path)
+
+
+@contextmanager
+def _open_bounded(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_BYTES:
             raise OSError(errno.EFBIG, f"larger than {MAX_BYTES:,} bytes", str(path))
-        raw = file.read(size)
-    if _marks(raw) > MAX_MARKS:
+        yield file, size
+
+
+def _check_marks(marks: int, path: Path) -> None:
+    if marks > MAX_MARKS:
         raise OSError(errno.EFBIG, f"more than {MAX_MARKS:,} values", str(path))
-    return raw
 
 
 def parse_json(raw: bytes, where: Path) -> dict[str, Any]:
@@ -115,16 +145,58 @@ def dump_table(value: object) -> bytes:
 
     Its numbers must fit 64 bits, and it writes 1e-05 as 1e-5, so configs go through ``dump_json``.
     """
-    return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
+    return b"".join(table_pieces(value))
 
 
-def write_atomic(path: Path, data: bytes, *, sync: bool = True) -> None:
-    """Write ``data`` so that ``path`` holds either its old content or all of the new one.
+def table_pieces(value: object) -> Iterator[bytes]:
+    """``dump_table`` in pieces; of mappings and iterables of any kind."""
+    yield from _pieces(value, b"\n")
+    yield b"\n"
+
+
+def _pieces(value: object, margin: bytes) -> Iterator[bytes]:
+    """``margin`` is the line break and the spaces in front of what closes ``value``."""
+    if isinstance(value, dict) and 0 < len(value) <= BATCH:
+        for number, (key, child) in enumerate(value.items()):
+            yield (b"," if number else b"{") + margin + b"  " + msgspec.json.encode(key) + b": "
+            yield from _pieces(child, margin + b"  ")
+        yield margin + b"}"
+    elif isinstance(value, Mapping):
+        yield from _joined((dict(batch) for batch in _batches(value.items())), b"{}", margin)
+    elif isinstance(value, Iterable) and not isinstance(value, str):
+        yield from _joined(_batches(value), b"[]", margin)
+    else:
+        yield _formatted(value, margin)
+
+
+def _joined(batches: Iterable[object], brackets: bytes, margin: bytes) -> Iterator[bytes]:
+    """One object or array of several, none of them empty."""
+    opening, closing = brackets[:1], brackets
+    for batch in batches:
+        yield opening + _formatted(batch, margin)[1 : -1 - len(margin)]
+        opening, closing = b",", margin + brackets[1:]
+    yield closing
+
+
+def _batches(entries: Iterable[Any]) -> Iterator[list[Any]]:
+    rest = iter(entries)
+    while batch := list(islice(rest, BATCH)):
+        yield batch
+
+
+def _formatted(value: object, margin: bytes) -> bytes:
+    text = msgspec.json.format(msgspec.json.encode(value), indent=2)
+    return text.replace(b"\n", margin)
+
+
+def write_atomic(path: Path, data: bytes | Iterable[bytes], *, sync: bool = True) -> None:
+    """Write ``data``, whole or in pieces, so that ``path`` holds its old content or all of it.
 
     Without ``sync`` that holds for a process that is killed, not for a machine that is.
     """
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
+    with open(temporary, "wb") as file:
+        file.writelines([data] if isinstance(data, bytes) else data)
     if sync:
         sync_file(temporary)
     temporary.replace(path)

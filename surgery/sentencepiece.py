@@ -4,7 +4,7 @@ The file is edited record by record, so whatever this module does not know stays
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from surgery.idmap import IdMap
 
 PIECE, TRAINER_SPEC, SELF_TEST_DATA = (field << 3 | 2 for field in (1, 2, 4))
 """Tags of SentencePiece's ModelProto: a field's number, and 2 for a length and that many bytes."""
+RUN_BYTES = 1 << 16
+"""Most bytes of pieces that are parsed at a time."""
 SPECIAL_IDS = ("unk_id", "bos_id", "eos_id", "pad_id")
 NOT_NEEDED = "if your software does not need it"
 
@@ -45,7 +47,7 @@ def cut_sentencepiece(data: bytes, path: Path, tokens: Mapping[str, int], ids: I
     """
     if ids.identity:
         return data
-    model = _parse(data) if is_sentencepiece(data) else None
+    model = _Model.of(data) if is_sentencepiece(data) else None
     if model is None:
         raise TokenizerError(
             path,
@@ -55,12 +57,50 @@ def cut_sentencepiece(data: bytes, path: Path, tokens: Mapping[str, int], ids: I
             fix=f"download it again, or delete it {NOT_NEEDED}",
         )
     old_ids = _token_ids(model, path, tokens)
-    new_ids = [None if old is None else ids.new(old) for old in old_ids]
-    if new_ids == old_ids:
+
+    def new_ids() -> Iterator[int | None]:
+        return (None if old is None else ids.new(old) for old in old_ids)
+
+    if all(new == old for new, old in zip(new_ids(), old_ids, strict=True)):
         return data
-    _check_needed(model, path, new_ids)
-    _check_positions(model, path, old_ids, new_ids)
-    return _rewrite(data, model, [new is not None for new in new_ids])
+    _check_needed(model, path, new_ids())
+    _check_positions(model, path, old_ids, new_ids())
+    return _rewrite(data, model, [new is not None for new in new_ids()])
+
+
+class _Model:
+    """A ModelProto whose pieces are parsed some thousands at a time: all take 4 times ``data``."""
+
+    def __init__(self, data: bytes, runs: list[tuple[int, int]], rest: Any) -> None:
+        """Take the pieces from the bytes of ``runs`` of ``data``, all else from ``rest``."""
+        self._data, self._runs = data, runs
+        self.trainer_spec = rest.trainer_spec
+
+    @classmethod
+    def of(cls, data: bytes) -> "_Model | None":
+        """Return ``data`` as a model, or None if it is none."""
+        runs: list[tuple[int, int]] = []
+        rest, last = bytearray(), 0
+        try:
+            for tag, start, last in _records(data):
+                if tag != PIECE:
+                    rest += data[start:last]
+                elif runs and runs[-1][1] == start and last - runs[-1][0] < RUN_BYTES:
+                    runs[-1] = runs[-1][0], last
+                else:
+                    runs.append((start, last))
+        except IndexError:
+            return None
+        parsed = _parse(bytes(rest) + data[last:])
+        if parsed is None or any(_parse(data[start:end]) is None for start, end in runs):
+            return None
+        return cls(data, runs, parsed)
+
+    @property
+    def pieces(self) -> Iterator[Any]:
+        """Every piece, in order."""
+        for start, end in self._runs:
+            yield from _parse(self._data[start:end]).pieces
 
 
 def _parse(data: bytes) -> Any:
@@ -82,9 +122,9 @@ def _token_ids(model: Any, path: Path, tokens: Mapping[str, int]) -> list[int | 
     merges through them, so there they have to be tokens like the others.
     """
     unigram = model.trainer_spec.model_type == model.trainer_spec.UNIGRAM
-    pieces = {piece.piece for piece in model.pieces}
+    has_tab = any(piece.piece == "\t" for piece in model.pieces)
     # Gemma 1 and 2 have this byte as a tab in tokenizer.json
-    renamed = {} if "<0x09>" in tokens or "\t" in pieces else {"<0x09>": "\t"}
+    renamed = {} if "<0x09>" in tokens or has_tab else {"<0x09>": "\t"}
     found: list[int | None] = []
     for index, piece in enumerate(model.pieces):
         token = renamed.get(piece.piece, piece.piece)
@@ -100,7 +140,7 @@ def _token_ids(model: Any, path: Path, tokens: Mapping[str, int]) -> list[int | 
     return found
 
 
-def _check_needed(model: Any, path: Path, new_ids: Sequence[int | None]) -> None:
+def _check_needed(model: Any, path: Path, new_ids: Iterable[int | None]) -> None:
     """Refuse to lose what SentencePiece does not load without: unk, and bytes it falls back to."""
     needed = {model.trainer_spec.unk_id}
     for index, (piece, new) in enumerate(zip(model.pieces, new_ids, strict=True)):
@@ -116,21 +156,21 @@ def _check_needed(model: Any, path: Path, new_ids: Sequence[int | None]) -> None
 
 
 def _check_positions(
-    model: Any, path: Path, old_ids: Sequence[int | None], new_ids: Sequence[int | None]
+    model: Any, path: Path, old_ids: Sequence[int | None], new_ids: Iterable[int | None]
 ) -> None:
     """Refuse to shift pieces against token ids.
 
     Software computes one from the other: mostly they are equal, fairseq's ids are one larger. No
     such rule is assumed where less than half of the pieces follow one.
     """
-    shifts = [None if old is None else old - index for index, old in enumerate(old_ids)]
-    same = Counter(shift for shift in shifts if shift is not None)
-    if 2 * max(same.values(), default=0) <= len(shifts):
+    same = Counter(old - index for index, old in enumerate(old_ids) if old is not None)
+    if 2 * max(same.values(), default=0) <= len(old_ids):
         return
     position = 0
-    for piece, shift, new in zip(model.pieces, shifts, new_ids, strict=True):
-        if new is None or shift is None:
+    for index, (piece, old, new) in enumerate(zip(model.pieces, old_ids, new_ids, strict=True)):
+        if new is None or old is None:
             continue
+        shift = old - index
         if position + shift != new:
             raise TokenizerError(
                 f"{path}: piece {piece.piece!r}",
@@ -146,16 +186,17 @@ def _rewrite(data: bytes, model: Any, stays: Sequence[bool]) -> bytes:
     """Copy ``data`` without the pieces that go and with the trainer spec put right."""
     spec = _trainer_spec(model, stays)
     keep = iter(stays)
-    copied: list[bytes] = []
+    copied = bytearray()
     for tag, start, end in _records(data):
         if tag == PIECE and not next(keep):
             continue
         if tag == TRAINER_SPEC:  # one that comes in parts is written whole, in place of the first
-            copied.append(spec)
+            copied += spec
             spec = b""
         elif tag != SELF_TEST_DATA:
-            copied.append(data[start:end])
-    return b"".join([*copied, spec])
+            copied += data[start:end]
+    copied += spec
+    return bytes(copied)
 
 
 def _trainer_spec(model: Any, stays: Sequence[bool]) -> bytes:
@@ -164,15 +205,14 @@ def _trainer_spec(model: Any, stays: Sequence[bool]) -> bytes:
     An id left out of the file means 0 for unk, 1 for bos, 2 for eos and -1, none, for pad: one
     that changes is written. None stays none, and so becomes an id whose piece goes.
     """
-    order = (index for index, stay in enumerate(stays) if stay)
-    positions = {old: new for new, old in enumerate(order)}
-    edited = type(model)()
+    edited = _parse(b"")
     edited.trainer_spec.CopyFrom(model.trainer_spec)
     spec = edited.trainer_spec
-    spec.vocab_size = len(positions)
+    spec.vocab_size = sum(stays)
     for name in SPECIAL_IDS:
-        new = positions.get(getattr(spec, name), -1)
-        if new != getattr(spec, name):
+        old = getattr(spec, name)
+        new = sum(stays[:old]) if 0 <= old < len(stays) and stays[old] else -1
+        if new != old:
             setattr(spec, name, new)
     return bytes(edited.SerializeToString())
 

@@ -4,10 +4,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from surgery.errors import TokenizerError
 from surgery.kinds import kind_of
-
-AGAIN = "download the file again"
+from surgery.merge_rules import AGAIN, MergeRules, check_form
+from surgery.selection import MAX_SIZE
 
 MOST_STEPS = 1 << 28
 """Most that the squares of all tokens' lengths sum up to, which is what running BPE on them costs;
@@ -60,17 +62,19 @@ def walk_processor(part: Any, change: Callable[[Any], Any]) -> Any:
 
 def _check_merges(merges: Any, path: Path) -> None:
     """Merges are a list, all "a b" or all [a, b]; the pairs are checked where they are read."""
+    if isinstance(merges, MergeRules):
+        return  # checked as they were read
     if not isinstance(merges, list):
         raise TokenizerError(path, "has no model.merges", fix=AGAIN)
     rules = merges[1:] if merges and str(merges[0]).startswith("#version") else merges
     for rule in rules:
-        if type(rule) is not type(rules[0]):
-            raise TokenizerError(
-                f"{path}: merge {rule!r}",
-                "is not of the form of the first",
-                expected=f"a form like {rules[0]!r}",
-                fix=AGAIN,
-            )
+        check_form(rule, rules[0], path)
+
+
+def check_numbers(vocab: Mapping[str, Any], path: Path) -> None:
+    """Ids are numbers that a table may have as many rows as."""
+    if not all(type(id_) is int and 0 <= id_ < MAX_SIZE for id_ in vocab.values()):
+        raise TokenizerError(path, "model.vocab has an id that is no number", fix=AGAIN)
 
 
 def _check_unknown(model: Mapping[str, Any], vocab: Mapping[str, int], path: Path) -> None:
@@ -114,13 +118,13 @@ def _piece_ids(pieces: list[Any], path: Path) -> dict[str, int]:
 
 def _check_ids(data: dict[str, Any], vocab: dict[str, int], path: Path) -> None:
     """Ids are numbers, given once, and added tokens have the id the loader will give them."""
-    if not all(type(id_) is int and id_ >= 0 for id_ in vocab.values()):
-        raise TokenizerError(path, "model.vocab has an id that is no number", fix=AGAIN)
-    owner: dict[int, str] = {}
-    for token, id_ in vocab.items():
-        if owner.setdefault(id_, token) != token:
-            raise _clash(path, id_, owner[id_], token)
+    check_numbers(vocab, path)
+    known = np.zeros(max(vocab.values(), default=0) + 1, dtype=bool)
+    known[np.fromiter(vocab.values(), dtype=np.int64, count=len(vocab))] = True
+    if np.count_nonzero(known) < len(vocab):
+        _raise_clash(vocab, path)
     next_id = len(vocab)
+    owner = {id_: token for token, id_ in vocab.items() if id_ >= next_id}
     added = data.get("added_tokens") or []
     if not isinstance(added, list):
         raise TokenizerError(path, "added_tokens is no list", fix=AGAIN)
@@ -140,12 +144,21 @@ def _check_ids(data: dict[str, Any], vocab: dict[str, int], path: Path) -> None:
                 found=declared,
                 fix="save the tokenizer again with the library that made it",
             )
-        if owner.setdefault(assigned, token) != token:
+        if token not in vocab and owner.setdefault(assigned, token) != token:
             raise _clash(path, assigned, owner[assigned], token)
-    _check_references(data, path, owner)
+    _check_references(
+        data, path, lambda id_: id_ in owner or (0 <= id_ < len(known) and bool(known[id_]))
+    )
 
 
-def _check_references(data: dict[str, Any], path: Path, owner: Mapping[int, str]) -> None:
+def _raise_clash(vocab: Mapping[str, int], path: Path) -> None:
+    owner: dict[int, str] = {}
+    for token, id_ in vocab.items():
+        if owner.setdefault(id_, token) != token:
+            raise _clash(path, id_, owner[id_], token)
+
+
+def _check_references(data: dict[str, Any], path: Path, is_token: Callable[[int], bool]) -> None:
     """Padding and post-processor put only tokens into a text."""
     padding = data.get("padding")
     pads = [padding.get("pad_id")] if isinstance(padding, dict) else []
@@ -153,7 +166,7 @@ def _check_references(data: dict[str, Any], path: Path, owner: Mapping[int, str]
     walk_processor(data.get("post_processor"), templates.append)
     for key, ids in (("padding.pad_id", pads), ("post_processor", templates)):
         for id_ in ids:
-            if type(id_) is not int or id_ not in owner:
+            if type(id_) is not int or not is_token(id_):
                 raise TokenizerError(
                     f"{path}: {key}",
                     "refers to no token",

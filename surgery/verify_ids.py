@@ -158,7 +158,8 @@ def _document_faults(path: Path, owner: dict[int, str], origin: Origin | None) -
     data = read_json(path)
     try:
         found = id_places(data, path.name)
-        kept = drop_tokens(data, origin.gone if origin else set(), path.name)
+        gone = origin.gone if origin else set[str]()
+        kept = drop_tokens(data, gone.__contains__, path.name)
     except TokenizerError as error:
         return [str(error)]
     expected = origin.places(path.name) if origin else {}

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -94,8 +94,8 @@ class OutputDirectory:
                 fix="make that possible, then run again with --resume",
             ) from error
 
-    def write(self, name: str, data: bytes) -> None:
-        """Write a small file whole.
+    def write(self, name: str, data: bytes | Iterable[bytes]) -> None:
+        """Write a file that is no shard, given whole or in pieces.
 
         Raises:
             OutputError: it cannot be written.

@@ -56,7 +56,7 @@ def test_tokens_that_go_are_named_no_more() -> None:
         "chat_template": "<a>",
     }
     before = json.dumps(data)
-    assert drop_tokens(data, {"<a>", "<b>", "the"}, HERE) == {
+    assert drop_tokens(data, {"<a>", "<b>", "the"}.__contains__, HERE) == {
         "bos_token": "<s>",
         "additional_special_tokens": ["<c>"],
         "extra_special_tokens": [],
@@ -74,7 +74,7 @@ def test_a_token_with_a_role_may_not_go(data: dict[str, Any]) -> None:
     with pytest.raises(
         TokenizerError, match=r"config.json: token '<a>': has a role .*; plan again"
     ):
-        drop_tokens(data, {"<a>"}, HERE)
+        drop_tokens(data, {"<a>"}.__contains__, HERE)
 
 
 @pytest.mark.parametrize(
