@@ -11,7 +11,7 @@ from surgery.errors import CheckpointError
 from surgery.jsonfile import read_json, write_atomic
 from surgery.remote import RemoteFile
 from surgery.retry import TRIES, client_errors, refused, retried
-from surgery.skeleton import Skeleton, download_small
+from surgery.skeleton import LIBRARY, Skeleton, download_small
 
 PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "LICENSE*", "NOTICE*", "*.md"]
 """Files that pruning reads or carries over."""
@@ -154,7 +154,7 @@ def _complete_snapshot(repo: str, commit: str) -> Path | None:
 def _place(repo: str, commit: str) -> Path:
     from huggingface_hub import cached_assets_path
 
-    return cached_assets_path("compact-surgery", repo, commit)
+    return cached_assets_path(LIBRARY, repo, commit)
 
 
 def _remember(repo: str, revision: str, commit: str) -> None:

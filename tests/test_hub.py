@@ -99,8 +99,9 @@ def test_what_pruning_does_not_read_is_left_out(skeleton: Path) -> None:
 
 
 def test_a_skeleton_is_the_checkpoint_to_everything_that_reads_headers(
-    skeleton: Path, llama: Path
+    skeleton: Path, home: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(home / "assets"))
     remote, local = Checkpoint.open(skeleton), Checkpoint.open(llama)
     assert remote.fingerprint == local.fingerprint
     assert remote.index == local.index
