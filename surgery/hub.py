@@ -82,12 +82,12 @@ def download_snapshot(repo: str, commit: str) -> Path:
 
 def _listing(repo: str, revision: str | None) -> tuple[str, list[RemoteFile]]:
     """The commit of a revision, and its files that pruning has a use for."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.utils import filter_repo_objects
 
-    api = HfApi(library_name="compact-surgery")
+    api, timeout = HfApi(library_name="compact-surgery"), constants.HF_HUB_DOWNLOAD_TIMEOUT
     try:
-        info = api.model_info(repo, revision=revision, files_metadata=True)
+        info = api.model_info(repo, revision=revision, files_metadata=True, timeout=timeout)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError("the answer is no description of a model") from error
     if not COMMIT.fullmatch(info.sha or ""):

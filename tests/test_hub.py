@@ -153,6 +153,7 @@ def test_a_snapshot_in_the_cache_is_used_as_it_is(hub: Hub, tmp_path: Path) -> N
         ("org/locked", ("org/locked", "hub", "403", "gated", "token")),
         ("org/broken", ("org/broken", "hub", "500", "connection")),
         ("org/tiny@nowhere", ("org/tiny@nowhere", "hub", "404", "Revision")),
+        ("org/tiny@/bin/sh", ("org/tiny@/bin/sh", "neither a directory nor", "spelling")),
         ("org/tiny--x", ("org/tiny--x", "hub", "check the name")),
     ],
 )
@@ -230,6 +231,12 @@ def test_a_bad_day_of_the_hub_passes(quiet: Hub, tmp_path: Path, llama: Path, da
     assert result.returncode == 0, result.stderr
     assert Plan.load(tmp_path / "plan.json").fingerprint == Checkpoint.open(llama).fingerprint
     assert any(fault.times == 0 for fault in quiet.faults) or day == "no ranges"
+
+
+def test_a_hub_that_never_answers_is_one_line(quiet: Hub, tmp_path: Path) -> None:
+    quiet.faults.append(Fault("", stall=True, times=99))
+    result = command(quiet.url, tmp_path, "inspect", "org/tiny", HF_HUB_DOWNLOAD_TIMEOUT="1")
+    assert_refused(result, "org/tiny", "timed out", "connection")
 
 
 @pytest.mark.parametrize(
