@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from calib.weights import pages, raw
-from surgery.jsonfile import sync_file
+from surgery.jsonfile import named, sync_file
 from surgery.stream import read_into
 
 BLOCK_BYTES = 1 << 24
@@ -59,14 +59,16 @@ class HiddenStates:
         self.settle()
         self.passed += 1
         if self._directory is not None:
-            with open(self._file(self.passed), "wb") as file:
+            path = self._file(self.passed)
+            with named(path), open(path, "wb") as file:
                 for rows in self.before.split(self._step):
                     file.write(raw(rows.cpu()))
 
     def sync(self) -> None:
         """Bring what ``advance`` wrote to the disk; before it is called again."""
         if self._directory is not None:
-            sync_file(self._file(self.passed))
+            with named(self._file(self.passed)):
+                sync_file(self._file(self.passed))
 
     def restore(self, passed: int) -> None:
         """Take up the rows that an earlier run left after ``passed`` layers."""
@@ -102,7 +104,8 @@ class SpilledStates(HiddenStates):
         """Make both files; a disk that is too small is found here and not within a layer."""
         self._nbytes = tokens * width * dtype.itemsize
         for passed in range(2):
-            with open(self._file(passed), "a+b") as file:
+            path = self._file(passed)
+            with named(path), open(path, "a+b") as file:
                 reserve(file.fileno(), self._nbytes)
                 self._maps.append(mmap.mmap(file.fileno(), self._nbytes))
         self._views = [torch.frombuffer(m, dtype=dtype).view(tokens, width) for m in self._maps]

@@ -1,5 +1,6 @@
 """The command line: a command parses, calls one library function, prints."""
 
+import errno
 import json
 import sys
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from surgery.apply import JOBS
 from surgery.cli_models import calibrate, prune, score
 from surgery.cli_search import compare, search
 from surgery.cli_stats import stats
-from surgery.errors import SurgeryError, is_panic, printable
+from surgery.errors import SurgeryError, is_panic, printable, shortened
 from surgery.options import (
     ChannelOptions,
     Refusal,
@@ -33,6 +34,15 @@ from surgery.options import (
 )
 from surgery.size_options import Target, size_options
 
+FIXES = {
+    errno.ENOSPC: "; free space, or name another place",
+    errno.EDQUOT: "; free space, or name another place",
+    errno.EROFS: "; name another place",
+    errno.EACCES: "; change its permissions, or name another place",
+    errno.ENOENT: "; check the name, and make its directory",
+}
+"""What to do about an error of the file system."""
+
 
 class Commands(click.Group):
     """Turns errors of ours and of the file system into one line and exit status 2."""
@@ -45,7 +55,11 @@ class Commands(click.Group):
             raise Refusal(str(error)) from error
         except OSError as error:
             reason = f"{error.filename or 'input or output'}: {error.strerror or error}"
-            raise Refusal(printable(reason)) from error
+            fix = FIXES.get(error.errno or 0, "")
+            raise Refusal(printable(reason + fix)) from error
+        except UnicodeEncodeError as error:
+            reason = f"{shortened(ascii(error.object))}: is no UTF-8, so no file can tell of it"
+            raise Refusal(f"{reason}; rename it") from error
         except BaseException as error:
             if not is_panic(error):
                 raise
@@ -135,8 +149,10 @@ def plan(
     from surgery.stats import ChannelStats
     from surgery.steps import open_model, plan_model
     from surgery.studies import repair_plan
+    from surgery.writer import check_file
 
     layout, source = open_model(model, family)
+    check_file(plan_path, layout.checkpoint.path)
     loaded = ChannelStats.load(stats) if stats else None
     chosen = choose_sizes(
         layout,

@@ -71,12 +71,14 @@ def calibrate(
     from surgery.choices import parse_vocab_sizes, rarity_or_whole
     from surgery.steps import open_model, prepare_calibration, take_on_ray, take_statistics
     from surgery.text_vocabulary import TextVocabulary
+    from surgery.writer import check_file
 
+    if spread.engine == "ray" and resources != Resources():
+        raise Refusal("--max-memory, --max-gpu-memory and --spill are for --engine local")
     place = output.absolute().parent
     division = _division(spread, place, resume)
     layout, _ = open_model(model, family)
-    if not place.is_dir():  # known before the work, not after it
-        raise Refusal(f"{output}: its directory does not exist; create it, or name another")
+    check_file(output, layout.checkpoint.path)
     exact = parse_vocab_sizes(cut.vocab_sizes, layout) if cut.vocab_sizes else ()
     rarity = rarity_or_whole(layout, vocabulary, read_documents(options["data"]))
     start = time.perf_counter()
@@ -176,19 +178,22 @@ def prune(
     from surgery.steps import open_model, run_apply
     from surgery.studies import calibrated_plan
     from surgery.verify import verify_files
-    from surgery.writer import check_place
+    from surgery.writer import check_file, check_place
 
     if push_to:
         check_push(push_to)
     layout, source = open_model(model, family)
     path = layout.checkpoint.path
     check_place(output, path)
+    plan_path = output.with_name(output.name + ".plan.json")
+    if output.absolute().parent.is_dir():  # else it is made
+        check_file(plan_path, path)
     chosen = choose_sizes(layout, target, vocabulary, read_documents(options["data"]))
     made = calibrated_plan(
         layout,
         source,
         chosen,
-        output.with_name(output.name + ".plan.json"),
+        plan_path,
         channels=channels,
         ratio=target.ratio,
         vocab_by=vocabulary.vocab_by,

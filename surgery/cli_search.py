@@ -63,8 +63,11 @@ def search(
     from surgery.preview import plan_table
     from surgery.steps import open_model
     from surgery.studies import calibrated_plan, open_study, search_pairs
+    from surgery.writer import check_file
 
     layout, source = open_model(model, options.pop("family"))
+    if plan_path is not None and plan_path.absolute().parent.is_dir():  # else it is made
+        check_file(plan_path, layout.checkpoint.path)
     chosen = choose_sizes(layout, target, vocabulary, read_documents(options["data"]))
     study = open_study(layout, chosen, **options)
     rows, best = search_pairs(study, chosen, target, candidates, channels)

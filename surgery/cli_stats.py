@@ -18,7 +18,9 @@ def stats() -> None:
 def merge(paths: tuple[Path, ...], output: Path) -> None:
     """Add the statistics of separate runs over parts of a text, or over several texts."""
     from surgery.merge import merge_stats
+    from surgery.writer import check_file
 
+    check_file(output)
     merged = merge_stats(paths)
     merged.save(output)
     click.echo(f"{output}: {merged.info.samples} windows, {merged.info.tokens:,} tokens")

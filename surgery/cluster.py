@@ -11,6 +11,11 @@ from surgery.errors import EngineError, SurgeryError
 SECONDS = 10
 """In which a cluster must answer."""
 
+HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+"""How every gRPC connection begins: HTTP/2's preface and no settings (RFC 9113, section 3.4)."""
+SETTINGS = 4
+"""Type of the frame that answers it, its fourth byte."""
+
 RETRIES = 5
 """How often a task begins anew whose node or process was lost."""
 
@@ -48,14 +53,21 @@ def cluster() -> Iterator[Any]:
 
 
 def _knock(address: str) -> None:
-    """Connect to ``host:port`` of RAY_ADDRESS once: ray itself would try for minutes.
+    """Greet ``host:port`` of RAY_ADDRESS once: ray itself would try for minutes.
 
     Raises:
-        OSError: nothing answers there within ``SECONDS``.
+        OSError: nothing that speaks gRPC answers there within ``SECONDS``.
     """
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS).close()
+    if not host or not port.isdecimal():
+        return
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS) as connection:
+        if os.environ.get("RAY_USE_TLS", "0") == "1":  # which begins in another way
+            return
+        connection.sendall(HELLO)
+        answer = connection.recv(len(HELLO))
+    if answer[3:4] != bytes([SETTINGS]):
+        raise OSError(f"{address} is no part of a Ray cluster")
 
 
 def places(ray: Any, gpus: bool) -> tuple[int, dict[str, int]]:

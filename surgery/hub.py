@@ -11,7 +11,7 @@ from surgery.errors import CheckpointError
 from surgery.jsonfile import read_json, write_atomic
 from surgery.remote import RemoteFile
 from surgery.retry import TRIES, client_errors, refused, retried
-from surgery.skeleton import Skeleton, download_small
+from surgery.skeleton import LIBRARY, Skeleton, download_small
 
 PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "LICENSE*", "NOTICE*", "*.md"]
 """Files that pruning reads or carries over."""
@@ -82,12 +82,12 @@ def download_snapshot(repo: str, commit: str) -> Path:
 
 def _listing(repo: str, revision: str | None) -> tuple[str, list[RemoteFile]]:
     """The commit of a revision, and its files that pruning has a use for."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.utils import filter_repo_objects
 
-    api = HfApi(library_name="compact-surgery")
+    api, timeout = HfApi(library_name="compact-surgery"), constants.HF_HUB_DOWNLOAD_TIMEOUT
     try:
-        info = api.model_info(repo, revision=revision, files_metadata=True)
+        info = api.model_info(repo, revision=revision, files_metadata=True, timeout=timeout)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError("the answer is no description of a model") from error
     if not COMMIT.fullmatch(info.sha or ""):
@@ -154,7 +154,7 @@ def _complete_snapshot(repo: str, commit: str) -> Path | None:
 def _place(repo: str, commit: str) -> Path:
     from huggingface_hub import cached_assets_path
 
-    return cached_assets_path("compact-surgery", repo, commit)
+    return cached_assets_path(LIBRARY, repo, commit)
 
 
 def _remember(repo: str, revision: str, commit: str) -> None:

@@ -62,8 +62,9 @@ class Journal:
     def begin(self, plan_digest: str) -> None:
         """Forget whatever was there: a run of this plan begins."""
         os.ftruncate(self._file, 0)
-        self.plan_digest, self.finished = plan_digest, {}
+        self.plan_digest, self.finished = None, {}
         self._append(Begun(plan_digest))
+        self.plan_digest = plan_digest
 
     def finish(self, shard: str, nbytes: int) -> None:
         """Note that ``shard`` is complete and synced; threads may call this at the same time."""

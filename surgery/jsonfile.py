@@ -195,11 +195,22 @@ def write_atomic(path: Path, data: bytes | Iterable[bytes], *, sync: bool = True
     Without ``sync`` that holds for a process that is killed, not for a machine that is.
     """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.writelines([data] if isinstance(data, bytes) else data)
-    if sync:
-        sync_file(temporary)
-    temporary.replace(path)
+    with named(path):
+        with open(temporary, "wb") as file:
+            file.writelines([data] if isinstance(data, bytes) else data)
+        if sync:
+            sync_file(temporary)
+        temporary.replace(path)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Let an OSError inside tell of ``path``: that of a full disk names no file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
 
 
 def sync_file(path: Path) -> None:

@@ -171,7 +171,7 @@ cut_options = gathered(
 )
 spill_option = click.option(
     "--spill",
-    type=path_type,
+    type=click.Path(path_type=Path, exists=True, file_okay=False, writable=True),
     metavar="DIR",
     help="Keep hidden states in files in DIR, not in memory.",
 )

@@ -12,6 +12,9 @@ NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 STALE = ["*.safetensors", INDEX_NAME]
 """Weights that an earlier push left and this one does not have: loaders would take them."""
 
+SILENCE_SECONDS = 120
+"""Of a hub that takes a result in; a commit of many large files takes it some time."""
+
 
 def check_push(repo: str) -> None:
     """Refuse, before the work, what could not be uploaded after it.
@@ -39,10 +42,11 @@ def push(directory: Path, repo: str) -> str:
         OutputError: the hub does not take it; the output itself is whole.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import disable_progress_bars, get_session
 
     if not sys.stderr.isatty():
         disable_progress_bars()
+    get_session().timeout = SILENCE_SECONDS  # the library itself would wait for ever
     api = HfApi(library_name="compact-surgery")
     try:
         retried(lambda: api.create_repo(repo, exist_ok=True))

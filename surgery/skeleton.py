@@ -16,6 +16,8 @@ from surgery.remote import RemoteFile
 OWN = ".hub"
 """Folder of what the model itself does not have."""
 MANIFEST = "manifest.json"
+LIBRARY = "compact-surgery"
+"""Folder of all skeletons among the assets of huggingface_hub's cache."""
 WORKERS = 8
 """Requests at a time."""
 GUESSED_BYTES = 1 << 14
@@ -42,11 +44,14 @@ class Skeleton:
     def at(cls, path: Path) -> "Skeleton | None":
         """Return the skeleton in directory ``path``, or None where its files are the model's own.
 
+        One is only where ``build`` puts them: shards of a skeleton are deleted when they are used,
+        and a manifest in any other place came with a checkpoint.
+
         Raises:
             CheckpointError: damaged.
         """
         place = path / OWN / MANIFEST
-        if not place.exists():
+        if not place.exists() or not _is_ours(path):
             return None
         try:
             manifest = msgspec.json.decode(read_file(place), type=Manifest)
@@ -131,6 +136,12 @@ def _fetch_header(path: Path, shard: RemoteFile) -> None:
     finally:
         stand_in.unlink(missing_ok=True)
     write_atomic(place, raw[8:])
+
+
+def _is_ours(path: Path) -> bool:
+    from huggingface_hub import constants
+
+    return (Path(constants.HF_ASSETS_CACHE) / LIBRARY).resolve() in path.resolve().parents
 
 
 def _header_path(path: Path, name: str) -> Path:

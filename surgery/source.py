@@ -5,7 +5,7 @@ from pathlib import Path
 
 from surgery.errors import CheckpointError
 
-HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>(?!.*\.\.)[\w./-]+))?")
+HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>(?!/|.*\.\.)[\w./-]+))?")
 
 
 def resolve_model(model: str) -> tuple[Path, str]:

@@ -15,7 +15,7 @@ import numpy as np
 from surgery.errors import StatsError
 from surgery.family import WIDTHS
 from surgery.header import encode_header
-from surgery.jsonfile import open_regular, sync_file
+from surgery.jsonfile import named, open_regular, sync_file
 
 FORMAT = 3
 KEY = "compact_surgery"
@@ -207,13 +207,14 @@ def save_arrays(
     """
     entries = [(name, DTYPES[array.dtype.str], array.shape) for name, array in arrays.items()]
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(encode_header(entries, metadata))
-        for array in arrays.values():
-            file.write(np.ascontiguousarray(array).data)
-    if sync:
-        sync_file(temporary)
-    temporary.replace(path)
+    with named(path):
+        with open(temporary, "wb") as file:
+            file.write(encode_header(entries, metadata))
+            for array in arrays.values():
+                file.write(np.ascontiguousarray(array).data)
+        if sync:
+            sync_file(temporary)
+        temporary.replace(path)
 
 
 def _layers(arrays: dict[str, np.ndarray], path: Path) -> list[dict[str, AxisSums]]:

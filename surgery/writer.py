@@ -230,3 +230,22 @@ def check_place(path: Path, source: Path) -> None:
         raise OutputError(path, "lies below a file", found=above, fix="choose another output")
     if path.exists() or path.is_symlink():
         raise OutputError(path, "exists already", fix="choose another output, or move it away")
+
+
+def check_file(path: Path, source: Path | None = None) -> None:
+    """Refuse, before the work, a file that could not be written after it, or that harms the model.
+
+    Raises:
+        OutputError: its directory is not there, takes no file or is ``source``; or ``path`` is one.
+    """
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise OutputError(path, "its directory does not exist", fix="create it, or name another")
+    if path.is_dir():
+        raise OutputError(path, "is a directory", fix="name a file")
+    if source is not None and parent.resolve().is_relative_to(source.resolve()):
+        raise OutputError(
+            path, "lies inside the model, which stays as it is", fix="name a place outside of it"
+        )
+    if not os.access(parent, os.W_OK):
+        raise OutputError(path, "its directory takes no file", fix="name another place")

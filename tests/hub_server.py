@@ -141,9 +141,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Answer a listing or a file."""
         path = self._begin()
-        self.failing = self.hub.fault(path)
-        if self.failing.stall:
-            self.hub.over.wait()
+        self._fail(path)
         match = API.fullmatch(path) or FILE.fullmatch(path)
         kind = match["kind"] or "models" if match else ""
         repo = self.hub.repos.get(f"{kind}/{match['repo']}") if match else None
@@ -165,7 +163,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Take what a push sends, from who has a token."""
         path = self._begin()
-        self.failing = self.hub.fault(path)
+        self._fail(path)
         body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
         if self.failing.status is not None:
             self._answer(self.failing.status, b'{"error": "trouble"}', self.failing.headers)
@@ -197,6 +195,12 @@ class Handler(BaseHTTPRequestHandler):
             if "Authorization" in self.headers:
                 self.hub.authorized.append(path)
         return path
+
+    def _fail(self, path: str) -> None:
+        """Find out what goes wrong with this request; wait where nothing is to be answered."""
+        self.failing = self.hub.fault(path)
+        if self.failing.stall:
+            self.hub.over.wait()
 
     def _refusal(self, repo: Repo, match: re.Match[str]) -> tuple[int, str] | None:
         if repo.refusal is not None:

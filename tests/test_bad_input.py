@@ -1,7 +1,9 @@
 """Bad input to whole commands: one line that says where, what and what to do; nothing written."""
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -702,13 +704,32 @@ OUTPUTS = [
         for command in (f"apply plan.json -o {name}", f"{PRUNE} {name}")
     ),
     Case("plan below a file", nothing, PLAN.replace("new.json", "text.txt/new.json"),
-         ("text.txt/new.json", "Not a directory")),
+         ("text.txt/new.json", "directory does not exist", "create it")),
     Case("statistics below a file", nothing,
          f"{CALIBRATE} text.txt".replace("new.safe", "text.txt/new.safe"),
          ("text.txt/new.safetensors", "directory does not exist", "create it")),
     Case("statistics in a directory that is not there", nothing,
          f"{CALIBRATE} text.txt".replace("new.safe", "gone/new.safe"),
          ("gone/new.safetensors", "directory does not exist", "create it")),
+    *(
+        Case(f"{kind}: {command.split()[0]}", damage, f"{command} -o {place}", words)
+        for command in (f"{CALIBRATE} text.txt", PLAN, "stats merge stats.safetensors")
+        for kind, damage, place, words in (
+            ("file in the model", nothing, "model/config.json",
+             ("model/config.json", "inside the model", "outside of it")),
+            ("file in the model by a link", lambda root: (root / "link").symlink_to("model"),
+             "link/x", ("link/x", "inside the model", "outside of it")),
+            ("file is a directory", directory("there"), "there",
+             ("there", "is a directory", "name a file")),
+        )
+        if "merge" not in command or place == "there"
+    ),
+    Case("plan of the best pair in the model", nothing,
+         "search model --data text.txt --ratio 0.2 --plan model/config.json",
+         ("model/config.json", "inside the model", "outside of it")),
+    Case("caps for tasks of ray", nothing,
+         f"{CALIBRATE} text.txt --engine ray --max-memory 8GB",
+         ("--max-memory", "--engine local")),
     Case("interrupted run in the way", journal(BEGUN), APPLY,
          ("out.partial", "interrupted", "--resume", "delete")),
     Case("resume with another plan", journal(BEGUN), RESUME,
@@ -894,3 +915,30 @@ def test_no_cuda(command: str, bench: Path, run: Run, monkeypatch: pytest.Monkey
     words = ("--device cuda", "not available", "--device cpu")
     assert_refused(run(*command.split(), "--device", "cuda"), *words)
     assert snapshot(bench) == before
+
+
+@pytest.mark.parametrize("command", [f"{CALIBRATE} text.txt", PLAN, f"{PRUNE} new"])
+def test_a_directory_that_takes_no_file_is_found_before_the_work(
+    command: str, bench: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = snapshot(bench)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    assert_refused(run(*command.split()), "new", "its directory takes no file", "another place")
+    assert snapshot(bench) == before
+
+
+@pytest.mark.parametrize("command", [f"{CALIBRATE} text.txt", PLAN])
+def test_a_full_disk_names_the_file(
+    command: str, bench: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert_refused(run(*command.split()), "new", "No space left on device", "free space")
+
+
+def test_a_name_that_no_json_can_hold_is_one_line(bench: Path, run: Run) -> None:
+    (bench / "model").rename(bench / "mod\udcff")
+    command = SIZES_ONLY.replace("model", "mod\udcff")
+    assert_refused(run(*command.split()), "mod\\udcff", "no UTF-8", "rename it")

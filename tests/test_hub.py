@@ -99,8 +99,9 @@ def test_what_pruning_does_not_read_is_left_out(skeleton: Path) -> None:
 
 
 def test_a_skeleton_is_the_checkpoint_to_everything_that_reads_headers(
-    skeleton: Path, llama: Path
+    skeleton: Path, home: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(home / "assets"))
     remote, local = Checkpoint.open(skeleton), Checkpoint.open(llama)
     assert remote.fingerprint == local.fingerprint
     assert remote.index == local.index
@@ -152,6 +153,7 @@ def test_a_snapshot_in_the_cache_is_used_as_it_is(hub: Hub, tmp_path: Path) -> N
         ("org/locked", ("org/locked", "hub", "403", "gated", "token")),
         ("org/broken", ("org/broken", "hub", "500", "connection")),
         ("org/tiny@nowhere", ("org/tiny@nowhere", "hub", "404", "Revision")),
+        ("org/tiny@/bin/sh", ("org/tiny@/bin/sh", "neither a directory nor", "spelling")),
         ("org/tiny--x", ("org/tiny--x", "hub", "check the name")),
     ],
 )
@@ -229,6 +231,12 @@ def test_a_bad_day_of_the_hub_passes(quiet: Hub, tmp_path: Path, llama: Path, da
     assert result.returncode == 0, result.stderr
     assert Plan.load(tmp_path / "plan.json").fingerprint == Checkpoint.open(llama).fingerprint
     assert any(fault.times == 0 for fault in quiet.faults) or day == "no ranges"
+
+
+def test_a_hub_that_never_answers_is_one_line(quiet: Hub, tmp_path: Path) -> None:
+    quiet.faults.append(Fault("", stall=True, times=99))
+    result = command(quiet.url, tmp_path, "inspect", "org/tiny", HF_HUB_DOWNLOAD_TIMEOUT="1")
+    assert_refused(result, "org/tiny", "timed out", "connection")
 
 
 @pytest.mark.parametrize(

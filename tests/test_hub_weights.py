@@ -86,9 +86,11 @@ def test_a_plan_names_the_commit_and_applies_from_it(
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
 
 
-def test_every_shard_is_asked_for_once(hub: Hub, home: Home, plan: Path, tmp_path: Path) -> None:
+def test_every_shard_is_asked_for_once(
+    hub: Hub, home: Home, llama: Path, plan: Path, tmp_path: Path
+) -> None:
     assert command(hub.url, home, "apply", plan, "-o", tmp_path / "out").returncode == 0
-    shards = Checkpoint.open(skeleton(home)).shards
+    shards = Checkpoint.open(llama).shards
     names = [request.rpartition("/")[2] for request in hub.requests]
     assert sorted(names) == sorted(shards)
 

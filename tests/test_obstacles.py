@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -257,6 +258,22 @@ def test_a_cluster_that_does_not_answer_is_one_line(plan: Path, tmp_path: Path) 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and not listening
         before = f"os.environ['RAY_ADDRESS'] = '127.0.0.1:{taken.getsockname()[1]}'"
+        result = program("apply", plan, "-o", tmp_path / "out", "--engine", "ray", before=before)
+    check_message(result, "--engine ray: no cluster answers", "RAY_ADDRESS")
+
+
+@pytest.mark.parametrize("answer", [None, b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+def test_what_is_no_cluster_is_one_line(
+    plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes | None
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
+        before = f"""
+import surgery.cluster
+surgery.cluster.SECONDS = 0.2
+os.environ['RAY_ADDRESS'] = '127.0.0.1:{server.getsockname()[1]}'
+"""
+        if answer is not None:
+            pool.submit(lambda: server.accept()[0].sendall(answer))
         result = program("apply", plan, "-o", tmp_path / "out", "--engine", "ray", before=before)
     check_message(result, "--engine ray: no cluster answers", "RAY_ADDRESS")
 

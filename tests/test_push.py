@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub_commands import SIZES, Result, assert_refused, command
+from tests.hub_commands import HURRY, SIZES, Result, assert_refused, child, command
 from tests.hub_server import Fault, Hub, serve
 
 TOKEN = {"HF_TOKEN": "hf_mine"}
@@ -102,3 +102,16 @@ def test_what_the_hub_refuses_leaves_the_output_whole(
     assert_refused(result, "me/smaller", "was not uploaded", "hf upload me/smaller", *words)
     assert (tmp_path / "out" / "config.json").exists()
     assert hub.pushed.get("me/smaller", {}) == {}
+
+
+@pytest.mark.parametrize("silent", ["create", "commit"])
+def test_a_hub_that_never_answers_is_one_line(
+    hub: Hub, plan: Path, tmp_path: Path, silent: str
+) -> None:
+    hub.faults.append(Fault(silent, stall=True, times=99))
+    code = f"{HURRY}import surgery.push; surgery.push.SILENCE_SECONDS = 0.5; "
+    code += "from surgery.cli import main; main()"
+    options = ("-o", tmp_path / "out", "--push-to", "me/smaller")
+    result = child(hub.url, tmp_path, code, "apply", plan, *options, **TOKEN)
+    assert_refused(result, "me/smaller", "was not uploaded", "timed out", "hf upload me/smaller")
+    assert (tmp_path / "out" / "config.json").exists()

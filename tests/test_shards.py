@@ -16,7 +16,7 @@ from surgery.errors import CheckpointError, OutputError
 from surgery.header import TensorRef, encode_header
 from surgery.remote import RemoteFile
 from surgery.shards import CAPACITY, HubShards, Shards
-from surgery.skeleton import OWN, Manifest, Skeleton
+from surgery.skeleton import LIBRARY, OWN, Manifest, Skeleton
 
 NAMES = [f"{letter}.safetensors" for letter in "abcde"]
 CONTENT = {
@@ -30,8 +30,10 @@ def skeleton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return made(tmp_path, monkeypatch)
 
 
-def made(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def made(assets: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A skeleton whose hub is a table in memory."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(assets))
+    path = assets / LIBRARY / "a--b"
     (path / OWN).mkdir(parents=True)
     shards: dict[str, tuple[int, str | None]] = {}
     for name, content in CONTENT.items():
@@ -181,6 +183,19 @@ def test_a_local_directory_has_its_shards(tmp_path: Path) -> None:
     assert not isinstance(shards, HubShards)
     with shards, shards.lease({"a"}):
         pass
+
+
+def test_a_checkpoint_that_brings_a_manifest_keeps_its_shards(
+    skeleton: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = skeleton / NAMES[0]
+    shard.write_bytes(CONTENT[shard.name])
+    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(skeleton / "elsewhere"))
+    shards = Shards.of(skeleton)
+    assert not shards.remote
+    with shards, shards.lease({shard.name}):
+        pass
+    assert shard.read_bytes() == CONTENT[shard.name]
 
 
 def test_a_damaged_skeleton_is_refused(skeleton: Path) -> None:
