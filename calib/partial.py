@@ -1,6 +1,7 @@
 """The partial directory of a calibration: what a run that is killed leaves for the next one."""
 
 import fcntl
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -60,10 +61,10 @@ class Partial:
                 "is there from a run that was interrupted or is still going",
                 fix="continue it with --resume, or delete it",
             )
-        self.path.mkdir(exist_ok=True)
-        self.hidden = spill / (output.name + ".hidden") if spill else self.path
+        self.hidden = _hidden_place(output, spill) if spill else self.path
         """Directory of the hidden states."""
         self.hidden.mkdir(exist_ok=True)
+        self.path.mkdir(exist_ok=True)
         self._background = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
         self._lock = os.open(self.path, os.O_RDONLY)
@@ -198,6 +199,12 @@ class Partial:
                 fix=f"run as before, or delete {self.path} and start anew",
             )
         return state
+
+
+def _hidden_place(output: Path, spill: Path) -> Path:
+    """A directory in ``spill`` that is this output's alone, whatever others are called."""
+    whose = hashlib.sha256(os.fsencode(output.absolute())).hexdigest()[:16]
+    return spill / f"{output.name}.{whose}.hidden"
 
 
 def _written(layer: int, started: str) -> bytes:

@@ -203,6 +203,18 @@ def test_another_model_or_text_is_named(tmp_path: Path, llama: Path, text: Path,
         assert named in result.output
 
 
+def test_outputs_of_one_name_do_not_share_hidden_states(tmp_path: Path) -> None:
+    for place in ("a", "b", "spill"):
+        (tmp_path / place).mkdir()
+    with (
+        Partial(tmp_path / "a" / "stats", {}, resume=False, spill=tmp_path / "spill") as one,
+        Partial(tmp_path / "b" / "stats", {}, resume=False, spill=tmp_path / "spill") as other,
+    ):
+        assert one.hidden != other.hidden
+        one.remove()
+        assert other.hidden.is_dir()
+
+
 @pytest.mark.parametrize("restarted", [False, True], ids=["killed", "power lost"])
 def test_a_kill_before_the_disk_has_a_layer_loses_only_the_one_in_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restarted: bool
