@@ -68,6 +68,8 @@ def search(
     layout, source = open_model(model, options.pop("family"))
     if plan_path is not None and plan_path.absolute().parent.is_dir():  # else it is made
         check_file(plan_path, layout.checkpoint.path)
+    if plot is not None:
+        check_file(plot)
     chosen = choose_sizes(layout, target, vocabulary, read_documents(options["data"]))
     study = open_study(layout, chosen, **options)
     rows, best = search_pairs(study, chosen, target, candidates, channels)
@@ -157,7 +159,10 @@ def compare(
     from surgery.comparison import METHODS, plot_methods, plot_samples, table
     from surgery.steps import open_model
     from surgery.studies import compare_methods, compare_samples, open_study, usable_methods
+    from surgery.writer import check_file
 
+    if plot is not None:
+        check_file(plot)
     layout, _ = open_model(model, options.pop("family"))
     documents = read_documents(options["data"])
     chosen = choose_sizes(layout, replace(target, ratio=ratios[0]), vocabulary, documents)
