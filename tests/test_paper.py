@@ -1,23 +1,33 @@
 """The paper's numbers from headers alone: Para (M) of Tables 2, 3 and 6 at the sizes of Table 8."""
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 
 from surgery.budget import CANDIDATE_RATIOS, TOLERANCE, Sizes, split, vocabulary_first, whole
+from surgery.checkpoint import Checkpoint
 from surgery.layout import Layout
 from surgery.plan import Plan
 from surgery.planning import make_plan
 from surgery.rarity import Rarity
 from tests.conftest import Run
 from tools.paper import TABLE_6, TABLE_8, Row, layout_of, parameters, printed
-from tools.published import PUBLISHED
+from tools.published import PUBLISHED, llama_config
 from tools.shapes import write_headers_only, write_tokenizer
 
 GEMMA_SURPLUS = 9_000_000
 """The paper counts about 9 M more for Gemma-3-1B than the public shapes have (1,009 for 999.9)."""
+
+SMOLLM2 = llama_config(576, 1536, 30, 9, 3, 49152, tie_word_embeddings=True)
+GEMMA = PUBLISHED["Gemma-3-1B"] | {
+    "hidden_size": 640,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 18,
+}
+"""SmolLM2-135M and Gemma 3 270M."""
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +87,28 @@ def test_the_rule_splits_like_the_sweeps_of_table_8(layouts: dict[str, Layout], 
         return 1 - (total - channels_only) / removed
 
     assert share(split(layout, row.ratio, 1024)) == pytest.approx(share(row.sizes), abs=0.22)
+
+
+@pytest.mark.parametrize(
+    ("config", "ratio", "found"),
+    [
+        (SMOLLM2, 0.1, (37376, 1408)),
+        (SMOLLM2, 0.2, (36992, 1152)),
+        (SMOLLM2, 0.35, (24960, 896)),
+        (GEMMA, 0.2, (178304, 2048)),
+        (GEMMA, 0.35, (115584, 2048)),
+    ],
+)
+def test_the_rule_splits_as_searches_found_best(
+    tmp_path: Path,
+    config: dict[str, Any],
+    ratio: float,
+    found: tuple[int, int],
+) -> None:
+    """What ``tools.splits`` and the README's compare have found."""
+    layout = Layout.of(Checkpoint.open(write_headers_only(tmp_path / "model", config)))
+    sizes = split(layout, ratio, 1024)
+    assert (sizes.vocab_size, sizes.widths["intermediate_size"]) == found
 
 
 def test_small_models_lose_vocabulary_first_and_large_ones_channels(
