@@ -72,12 +72,15 @@ def small_disk(place: Path, nbytes: int) -> Iterator[Path]:
         subprocess.run(["umount", str(place)], check=True)
 
 
-def test_a_file_size_limit(plan: Path, source: Path, tmp_path: Path) -> None:
-    """The kernel refuses in the middle of a shard (EFBIG)."""
+@pytest.mark.parametrize(("nbytes", "name"), [(20_000, "tokenizer.json"), (30_000, "model-")])
+def test_a_file_size_limit(
+    plan: Path, source: Path, tmp_path: Path, nbytes: int, name: str
+) -> None:
+    """The kernel refuses in the middle of a file (EFBIG): one beside the weights, or a shard."""
     before, out = snapshot(source), tmp_path / "out"
-    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"
+    limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({nbytes}, {nbytes}))"
     result = program("apply", plan, "-o", out, before=limit)
-    check_message(result, "out/model-", "cannot be written", "File too large", "--resume")
+    check_message(result, f"out/{name}", "cannot be written", "File too large", "--resume")
     assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "model"}
     assert program("apply", plan, "-o", out, "--resume").returncode == 0
     assert snapshot(source) == before
