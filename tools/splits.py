@@ -1,6 +1,6 @@
 """Search a model's split, then hold it against others on text that the search did not see.
 
-    python -m tools.splits MODEL --ratio R[,R…] --data TEXT --unseen OTHER [--repair least-squares]
+    python -m tools.splits MODEL --ratio R[,R…] --data TEXT --unseen OTHER [--repair]
 
 Against channels alone, as much of the vocabulary as may go, and the rule of thumb. It also says
 what the search took, in forwards: one is the dense model over both parts of TEXT. The rule in
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
 from calib.corpus import byte_windows
 from calib.documents import read_documents
@@ -116,5 +115,4 @@ def main(
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     main()
