@@ -1,1 +1,24 @@
 """Run models one layer at a time: calibration, scores, equality. Never writes a checkpoint."""
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from calib.api import Pruned, calibrate, compare, prune, score, search
+    from calib.score import Score
+    from calib.search import SearchResult
+
+__all__ = ["Pruned", "Score", "SearchResult", "calibrate", "compare", "prune", "score", "search"]
+
+_HOMES = {"Score": "calib.score", "SearchResult": "calib.search"}
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562): the package itself stays instant."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES.get(name, "calib.api")), name)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from calib.limits import MICRO_BATCH_VALUES
 from calib.recorder import Arguments
+from calib.settings import MICRO_BATCH_VALUES
 from calib.states import HiddenStates
 from surgery.errors import DataError
 

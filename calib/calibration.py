@@ -1,122 +1,165 @@
-"""A calibration, prepared: windows cut, settings chosen, its cost known before it is run."""
+"""A calibration, prepared: text tokenized, settings chosen, its cost known before it is run."""
 
-import time
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from calib.calibrate import Run, calibrate
-from calib.device import choose_device, choose_dtype
-from calib.limits import MICRO_BATCH_VALUES, Limits
-from surgery.apply_cost import peak_rss_bytes
-from surgery.caps import within_caps
+from calib.calibrate import Calibration, take_statistics
+from calib.calibration_options import CalibrationOptions
+from calib.corpus import Part, check_windows, token_windows
+from calib.device import choose_settings
+from calib.estimate import WindowLengths, within_caps
+from calib.layers import weights_stage
+from calib.settings import ComputeOptions, PassSettings
+from surgery.budget import candidate_vocab_sizes
+from surgery.choices import parse_vocab_sizes, rarity_or_whole
+from surgery.cut_tokenizer import cut_tokenizer
+from surgery.errors import BudgetError
 from surgery.layout import Layout
-from surgery.prediction import Prediction, Settings, Text, predict
-from surgery.resources import Resources, Running
+from surgery.progress import Progress
+from surgery.rarity import Rarity
 from surgery.stats import ChannelStats
+from surgery.text_options import TextOptions
+from surgery.tokenizer import load_tokenizer
+from surgery.vocabulary import open_vocabulary
+from surgery.writer import check_file
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """All that a run needs."""
-
-    layout: Layout
-    windows: Sequence[np.ndarray]
-    seq_len: int
-    bucket_of: np.ndarray
-    edges: list[int]
-    vocab_size: int | None
-    """Rows of the vocabulary that cut the text; None is all."""
-    device: torch.device
-    dtype: torch.dtype
-    settings: Settings
-    prediction: Prediction
-    run: Run
-
-    def take(self, progress: Callable[[int], object]) -> ChannelStats:
-        """Run it."""
-        with self.run.stages.timed("total"):
-            return calibrate(
-                self.layout,
-                self.windows,
-                self.bucket_of,
-                self.edges,
-                seq_len=self.seq_len,
-                device=self.device,
-                dtype=self.dtype,
-                vocab_size=self.vocab_size,
-                progress=progress,
-                run=self.run,
-            )
-
-    def measured(self, start: float) -> dict[str, Any]:
-        """What the run took, beside what was predicted."""
-        gpu = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
-        return {
-            "settings": asdict(self.settings),
-            "predicted": self.prediction.facts(),
-            "measured": {
-                "peak_memory": peak_rss_bytes(),
-                "peak_device": gpu,
-                "read": self.run.stages.bytes_read,
-                "seconds": time.perf_counter() - start,
-                "stages": asdict(self.run.stages),
-            },
-        }
-
-
-def prepare(
-    layout: Layout,
-    windows: Sequence[np.ndarray],
-    buckets: tuple[np.ndarray, list[int]],
-    *,
-    vocab_size: int | None,
-    seq_len: int,
-    device: str,
-    dtype: str,
-    asked: dict[str, str],
-    running: Running | None,
+def open_calibration(
+    layout: Layout, text: TextOptions, compute: ComputeOptions, options: CalibrationOptions
 ) -> Calibration:
-    """Choose device, dtype and settings.
+    """Prepare a calibration of its own, for a plan with the same options of the vocabulary.
 
     Raises:
-        BudgetError: a cap on memory cannot be kept.
+        OutputError: the output cannot be written, or lies inside the model.
+        SurgeryError: as ``prepare_calibration``.
     """
-    where = choose_device(device)
-    computed = choose_dtype(dtype, layout.checkpoint, where)
-    resources = running.resources if running else Resources()
-    text = text_of(windows)
-    settings = within_caps(
-        layout,
-        text,
-        Settings(
-            itemsize=computed.itemsize,
-            buckets=len(buckets[1]),
-            device=where.type,
-            micro_batch_values=MICRO_BATCH_VALUES,
-            journal=running is not None,
-        ),
-        resources,
-    )
-    limits = Limits(settings.micro_batch_values, settings.prefetch, settings.hidden)
-    run = Run(
-        limits,
-        running.output if running else None,
-        running.resume if running else False,
-        resources.spill,
-        asked,
-    )
-    made = predict(layout, text, settings)
+    options.check(compute)
+    if options.output is not None:
+        check_file(options.output, layout.checkpoint.path)
+    rarity = rarity_or_whole(layout, options.vocabulary, text.documents())
+    return prepare_calibration(layout, rarity, text, compute, options)
+
+
+def prepare_calibration(
+    layout: Layout,
+    rarity: Rarity,
+    text: TextOptions,
+    compute: ComputeOptions,
+    options: CalibrationOptions,
+) -> Calibration:
+    """Tokenize ``text``, and choose device, dtype and settings.
+
+    Args:
+        layout: The model.
+        rarity: The order of its vocabulary, by which tokens are put into buckets.
+        text: What is read.
+        compute: Where it is computed, and in how much memory.
+        options: Everything else.
+
+    Raises:
+        BudgetError: a cap on memory cannot be kept, or there are no channels to choose.
+        DataError: there is no text.
+        EngineError: options that have no effect together.
+    """
+    options.check(compute)
+    check_channels(layout)
+    size = None if options.vocab_size == layout.vocab_size else options.vocab_size
+    windows = _windows(layout, rarity, text, size)
+    if options.part is not None:
+        windows = Part.parse(options.part).choose(windows)
+    edges = _bucket_edges(layout, rarity, size, options.vocab_sizes)
+    output = options.output if options.engine == "local" else None
     return Calibration(
-        layout, windows, seq_len, *buckets, vocab_size, where, computed, settings, made, run
+        layout=layout,
+        windows=windows,
+        seq_len=text.seq_len,
+        bucket_of=rarity.buckets(edges),
+        bucket_edges=edges,
+        settings=_settings(layout, windows, compute, buckets=len(edges), journal=bool(output)),
+        vocab_size=size,
+        output=output,
+        resume=options.resume,
+        asked={
+            "`samples`": str(text.samples),
+            "`seed`": str(text.seed),
+            "`part`": str(options.part),
+        },
     )
 
 
-def text_of(windows: Sequence[np.ndarray]) -> Text:
-    """What a prediction must know of ``windows``."""
-    rows = len(np.unique(np.concatenate(windows))) if len(windows) else 0
-    return Text(Counter(map(len, windows)), rows)
+def run_calibration(
+    calibration: Calibration,
+    compute: ComputeOptions,
+    options: CalibrationOptions,
+    progress: Progress | None = None,
+) -> ChannelStats:
+    """Take the statistics of a prepared calibration, here or on the nodes of a cluster."""
+    made = calibration
+    advance = weights_stage(progress, "calibrate", made.layout, len(made.windows))
+    if options.engine == "local":
+        return take_statistics(made, advance)
+    from calib.ray_engine import calibrate_on_ray
+
+    output = options.output or Path("stats.safetensors")
+    stats = calibrate_on_ray(made, compute, options.parts, output.absolute().parent, advance)
+    if options.output is not None:
+        stats.save(options.output)
+    return stats
+
+
+def check_channels(layout: Layout) -> None:
+    """Refuse a model without channels to choose.
+
+    Raises:
+        BudgetError: that.
+    """
+    if not layout.widths:
+        raise BudgetError(
+            layout.checkpoint.path / "config.json",
+            "has no key for the width of this model's FFN, so there are no channels to choose",
+            fix="plan the vocabulary alone, with `vocab_size`",
+        )
+
+
+def _windows(
+    layout: Layout, rarity: Rarity, text: TextOptions, size: int | None
+) -> Sequence[np.ndarray]:
+    """Windows of ids of the source's vocabulary, as ``size`` rows of it tokenize the text."""
+    tokenizer: Tokenizer
+    old_ids = None
+    if size is None:
+        tokenizer = load_tokenizer(layout.checkpoint.path)
+    else:
+        tokenizer, old_ids = cut_tokenizer(open_vocabulary(layout), rarity.id_map(size))
+    windows = token_windows(text.documents(), tokenizer, text.samples, text.seq_len)
+    check_windows(windows, text.seq_len)
+    return windows if old_ids is None else [old_ids[window] for window in windows]
+
+
+def _bucket_edges(
+    layout: Layout, rarity: Rarity, size: int | None, vocab_sizes: str | None
+) -> list[int]:
+    """Ranks of rarity at which buckets of tokens end."""
+    exact = parse_vocab_sizes(vocab_sizes, layout) if vocab_sizes else []
+    usual = [size] if size else candidate_vocab_sizes(layout, rarity.must_keep)
+    return sorted({*(exact or usual), layout.vocab_size})
+
+
+def _settings(
+    layout: Layout,
+    windows: Sequence[np.ndarray],
+    compute: ComputeOptions,
+    *,
+    buckets: int,
+    journal: bool,
+) -> PassSettings:
+    fastest = replace(choose_settings(compute, layout.checkpoint), hidden="memory")
+    lengths = WindowLengths.of(windows)
+    return within_caps(layout, lengths, fastest, compute, buckets=buckets, journal=journal)

@@ -2,12 +2,16 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from surgery.checkpoint import TOKENIZER_NAME
 from surgery.errors import DataError, TokenizerError
+
+Item = TypeVar("Item")
 
 
 def token_windows(
@@ -97,6 +101,48 @@ def digest(windows: Iterable[np.ndarray]) -> str:
         result.update(len(window).to_bytes(8, "little"))
         result.update(window.astype("<i8").tobytes())
     return result.hexdigest()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Every ``of``-th window, from the ``number``-th on."""
+
+    number: int
+    """1 to ``of``."""
+    of: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Part":
+        """Read "2/4".
+
+        Raises:
+            DataError: no such part.
+        """
+        words = text.split("/")
+        if len(words) == 2 and all(word.isascii() and word.isdigit() for word in words):
+            number, of = map(int, words)
+            if 1 <= number <= of:
+                return cls(number, of)
+        raise DataError(
+            "`part`", "is no part", expected="K/N with 1 <= K <= N", found=text, fix="correct it"
+        )
+
+    def choose(self, windows: Sequence[Item]) -> Sequence[Item]:
+        """The windows of this part.
+
+        Raises:
+            DataError: there are none.
+        """
+        chosen = windows[self.number - 1 :: self.of]
+        if not chosen:
+            raise DataError(
+                "`part`",
+                "has no window",
+                expected=f"at most {len(windows)} parts",
+                found=f"{self.number}/{self.of}",
+                fix="give more text, a shorter `seq_len` or fewer parts",
+            )
+        return chosen
 
 
 def _special_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

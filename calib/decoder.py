@@ -12,15 +12,15 @@ from calib.batches import Batch, MicroBatch, Stream, micro_batches, tokens_of
 from calib.empty import empty_model, library_errors
 from calib.ffn import Unit, watched_ffn
 from calib.layers import Layers, move_buffers
-from calib.limits import Limits
-from calib.memory import release_freed_memory, reuse_freed_memory
+from calib.memory import release_freed_memory
 from calib.recorder import Arguments, Finished, Recorded, Recorder
-from calib.stages import Stages
+from calib.settings import PassSettings, Timings
 from calib.swapped import swapped
-from calib.tokens import Compare, Tokens, Watch, unchanged
+from calib.tokens import NO_HOOKS, LayerHooks, Tokens
 from calib.weights import WeightReader
 from surgery.header import TensorRef
 from surgery.layout import Layout
+from surgery.progress import Advance, no_advance
 
 HEAD_ROWS = 8192
 """Rows of lm_head in memory at a time."""
@@ -35,19 +35,21 @@ class StreamedDecoder:
         self,
         layout: Layout,
         reader: WeightReader,
-        limits: Limits | None = None,
-        stages: Stages | None = None,
+        settings: PassSettings | None = None,
+        timings: Timings | None = None,
     ) -> None:
         """Build the model from config.json without weights; nothing of it is random."""
         self.layout = layout
         self.reader = reader
-        self.limits = limits or Limits()
-        self.stages = stages or Stages()
+        self.settings = settings or PassSettings(reader.device, reader.dtype)
+        self.timings = timings or Timings()
         self._model, self._conversion = empty_model(layout, reader.dtype)
         parent, _, self._list_name = layout.family.layers.rpartition(".")
         self._parent = self._model.get_submodule(parent)
         modules = list(getattr(self._parent, self._list_name))
-        self._layers = Layers(layout, reader, self._conversion, modules, self.limits, self.stages)
+        self._layers = Layers(
+            layout, reader, self._conversion, modules, self.settings, self.timings
+        )
         self._recorders = [Recorder(layer) for layer in modules]
         self._recorders[-1].last = True
         self._channels = max((layout.channels_of(axis) for axis in layout.family.widths), default=1)
@@ -55,7 +57,6 @@ class StreamedDecoder:
         self._set_layers(self._recorders)
         reader.expect(self._reading_order())
         self._load_ends()
-        reuse_freed_memory()
         release_freed_memory()  # of planning, tokenizing and building, before the weights come
 
     @torch.no_grad()
@@ -104,24 +105,22 @@ class StreamedDecoder:
     def run_layers(
         self,
         streams: Sequence[Stream],
-        watch: Watch = unchanged,
+        hooks: LayerHooks = NO_HOOKS,
         *,
-        compare: Compare = unchanged,
-        progress: Callable[[int], object] = lambda windows: None,
+        progress: Advance = no_advance,
         finished: Callable[[int], object] = lambda layer: None,
     ) -> None:
         """Carry all streams through the layers that they have not passed.
 
         Args:
             streams: From ``embed``; their hidden states are overwritten.
-            watch: Sees, and may change, the input of each down_proj.
-            compare: Sees what each layer makes of the hidden states.
+            hooks: Look on in each layer.
             progress: Called with the windows that have passed a layer.
             finished: Called with each layer that all windows have passed.
         """
         for index in self.layers(streams[0].states.passed):
             for stream in streams:
-                self.run(index, stream, watch, compare=compare, progress=progress)
+                self.run(index, stream, hooks, progress=progress)
             finished(index)
 
     def layers(self, first: int = 0) -> Iterator[int]:
@@ -137,34 +136,32 @@ class StreamedDecoder:
         self,
         index: int,
         stream: Stream,
-        watch: Watch = unchanged,
-        weights: Mapping[str, torch.Tensor] = NO_WEIGHTS,
+        hooks: LayerHooks = NO_HOOKS,
         *,
+        weights: Mapping[str, torch.Tensor] = NO_WEIGHTS,
         layer: nn.Module | None = None,
-        compare: Compare = unchanged,
-        progress: Callable[[int], object] = lambda windows: None,
+        progress: Advance = no_advance,
     ) -> None:
         """Carry ``stream`` through the layer ``index``, one that ``layers`` has yielded.
 
         Args:
             index: Number of the layer.
             stream: Its hidden states are overwritten.
-            watch: Sees, and may change, the input of each down_proj.
+            hooks: Look on.
             weights: Parameters of the layer that this stream is to see instead of its own.
             layer: Stands in for it, as a copy with other weights does.
-            compare: Sees what the layer makes of the hidden states.
             progress: Called with the windows that have passed.
         """
         layer, units = layer or self.layer(index), self.units(index)
-        with self.stages.timed("compute"), swapped(layer, weights):
+        with self.timings.timed("compute"), swapped(layer, weights):
             for part in self._parts(stream.batches):
-                watched = watched_ffn(layer, units, part.ids, partial(watch, index))
+                watched = watched_ffn(layer, units, part.ids, partial(hooks.channels, index))
                 hidden, after = self._run(index, layer, part, watched)
-                compare(index, hidden, after)
+                hooks.states(index, hidden, after)
                 part.write(after)
                 stream.states.give_back(part.rows)
                 progress(len(part.ids))
-        with self.stages.timed("write"):
+        with self.timings.timed("write"):
             stream.states.advance()
 
     @torch.no_grad()
@@ -183,7 +180,7 @@ class StreamedDecoder:
             def see(axis: str, expert: int, tokens: Tokens, act: torch.Tensor) -> None:
                 seen.append(act.view(tokens.count, -1, act.shape[-1]))  # noqa: B023
 
-            with self.stages.timed("compute"), swapped(layer, weights):
+            with self.timings.timed("compute"), swapped(layer, weights):
                 watched = watched_ffn(layer, units, part.ids, see)
                 _, after = self._run(index, layer, part, watched)
             stream.states.give_back(part.rows)
@@ -202,7 +199,7 @@ class StreamedDecoder:
         return self._layers.dtypes(index)
 
     def _parts(self, batches: Sequence[Batch]) -> Iterator[MicroBatch]:
-        return micro_batches(batches, self._channels, self.limits.micro_batch_values)
+        return micro_batches(batches, self._channels, self.settings.micro_batch_values)
 
     @torch.no_grad()
     def logits(

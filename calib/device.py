@@ -1,9 +1,10 @@
-"""--device and --dtype: what to compute on, and in what."""
+"""What to compute on, and in what."""
 
 from collections.abc import Callable
 
 import torch
 
+from calib.settings import ComputeOptions, PassSettings
 from calib.weights import TORCH_DTYPE
 from surgery.checkpoint import Checkpoint
 from surgery.errors import SurgeryError
@@ -13,6 +14,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 class DeviceError(SurgeryError):
     """The device asked for is not there."""
+
+
+def choose_settings(compute: ComputeOptions, checkpoint: Checkpoint) -> PassSettings:
+    """Return the fastest settings with the device and dtype of ``compute``; caps are not asked.
+
+    Raises:
+        DeviceError: as ``choose_device``.
+    """
+    device = choose_device(compute.device)
+    dtype = choose_dtype(compute.dtype, checkpoint, device)
+    hidden = "file" if compute.spill is not None else "memory"
+    return PassSettings(device, dtype, hidden=hidden, spill=compute.spill)
 
 
 def choose_device(name: str) -> torch.device:
@@ -29,9 +42,9 @@ def choose_device(name: str) -> torch.device:
     }
     if name in there and not there[name]():
         raise DeviceError(
-            f"--device {name}",
+            f"`device` {name}",
             "is not available",
-            fix=f"use --device cpu, or a torch and a machine with {name}",
+            fix=f"use `device` cpu, or a torch and a machine with {name}",
         )
     return torch.device(name)
 

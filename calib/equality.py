@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,9 +11,11 @@ from torch import nn
 
 from calib.batches import Stream
 from calib.decoder import StreamedDecoder
+from calib.device import choose_device
 from calib.down import Place, cut_weight, down_name, file_matrices, watched_tensors
 from calib.groups import Groups
 from calib.weights import WeightReader
+from surgery.checkpoint import Checkpoint
 from surgery.edits import kept_channels, layer_groups
 from surgery.family import renumbered
 from surgery.layout import Layout
@@ -57,6 +60,18 @@ def compare_forward(plan: Plan, dense: Layout, pruned: Layout, device: torch.dev
         found = _logits(StreamedDecoder(pruned, reader), chosen, np.arange(len(kept)))
     difference = (expected - found).abs().max() / expected.abs().max()
     return Equality(chosen.size, float(difference))
+
+
+def forward_faults(plan: Plan, source: Path, directory: Path, device: str) -> list[str]:
+    """Compare the logits of ``directory`` with the masked dense model; return the fault, if any."""
+    dense, pruned = (Layout.of(Checkpoint.open(path, plan.family)) for path in (source, directory))
+    result = compare_forward(plan, dense, pruned, choose_device(device))
+    if result.ok:
+        return []
+    return [
+        f"relative difference {result.largest:.2e} over {result.tokens} tokens, "
+        f"expected at most {TOLERANCE:.0e}"
+    ]
 
 
 class _Cuts:

@@ -1,6 +1,6 @@
 """LaCo (arXiv 2402.11187): layers collapsed into one where the model's output turns little."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -9,6 +9,7 @@ from calib.batches import Stream
 from calib.decoder import StreamedDecoder
 from calib.groups import Groups
 from calib.influence import cosine_sum
+from calib.settings import PassSettings
 from calib.weights import WeightReader
 from surgery.errors import BudgetError
 from surgery.layout import Layout
@@ -29,10 +30,7 @@ def collapse_layers(
     layout: Layout,
     windows: Sequence[np.ndarray],
     count: int,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: Callable[[int], object] = lambda passes: None,
+    settings: PassSettings,
 ) -> GroupList:
     """Return ``count`` groups of layers, each to be collapsed into its first.
 
@@ -44,9 +42,7 @@ def collapse_layers(
         layout: The model, of layers that are alike.
         windows: A few short ones; the paper takes ten sentences.
         count: Layers to end with.
-        device: Where to compute.
-        dtype: In what.
-        progress: Called with 1 after each pass.
+        settings: How the layers compute.
 
     Raises:
         BudgetError: so many layers cannot go.
@@ -66,8 +62,7 @@ def collapse_layers(
                 fix="choose a smaller ratio",
             )
         tried = [_collapsed(groups, start, size) for start in starts]
-        cosines = _cosines(layout, windows, tried, device, dtype)
-        progress(1)
+        cosines = _cosines(layout, windows, tried, settings)
         above: list[int] = []
         while not above:
             above = [
@@ -100,14 +95,13 @@ def _cosines(
     layout: Layout,
     windows: Sequence[np.ndarray],
     tried: Sequence[GroupList],
-    device: torch.device,
-    dtype: torch.dtype,
+    settings: PassSettings,
 ) -> list[float]:
     """Mean cosine of the last hidden states with the dense model's, for each of ``tried``."""
     dense, streams = Stream(windows), [Stream(windows) for _ in tried]
     layers = [Groups(groups) for groups in tried]
-    with WeightReader(layout.checkpoint, device, dtype) as reader:
-        decoder = StreamedDecoder(layout, reader)
+    with WeightReader(layout.checkpoint, settings.device, settings.dtype) as reader:
+        decoder = StreamedDecoder(layout, reader, settings)
         decoder.embed([dense, *streams])
         for index in decoder.layers():
             decoder.run(index, dense)

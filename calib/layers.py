@@ -8,12 +8,12 @@ from torch import nn
 
 from calib.conversion import Conversion
 from calib.ffn import Unit
-from calib.limits import Limits
-from calib.stages import Stages
+from calib.settings import PassSettings, Timings
 from calib.transfer import Transfer
 from calib.weights import WeightReader
 from surgery.header import TensorRef
 from surgery.layout import Layout
+from surgery.progress import Advance, Progress, stage
 from surgery.slots import BUFFER, adds_up
 
 
@@ -26,13 +26,13 @@ class Layers:
         reader: WeightReader,
         conversion: Conversion,
         modules: Sequence[nn.Module],
-        limits: Limits,
-        stages: Stages,
+        settings: PassSettings,
+        timings: Timings,
     ) -> None:
         """Take the library's ``modules``, and what its names and layouts follow by."""
         self.modules = modules
         self._layout, self._reader, self._conversion = layout, reader, conversion
-        self._limits, self._stages = limits, stages
+        self._settings, self._timings = settings, timings
         self._transfer = Transfer(reader.device)
 
     def names(self) -> list[str]:
@@ -45,16 +45,16 @@ class Layers:
 
         Merging experts takes a layer's memory twice over; the next layer does not come on top.
         """
-        count, prefetch = len(self.modules), self._limits.prefetch
+        count, prefetch = len(self.modules), self._settings.prefetch
         with ThreadPoolExecutor(1) as background:
             following = background.submit(self._read, min(first, count - 1))
             for index in range(first, count):
                 more, merges = index + 1 < count, self._merges(index)
-                with self._stages.timed("wait"):
+                with self._timings.timed("wait"):
                     stored = following.result()
                 if more and prefetch and not merges:
                     following = background.submit(self._read, index + 1)
-                with self._stages.timed("convert"):
+                with self._timings.timed("convert"):
                     self._load(index, stored)
                 if more and prefetch and merges:
                     following = background.submit(self._read, index + 1)
@@ -81,7 +81,7 @@ class Layers:
         do with half the memory if it is done later.
         """
         places = self._layout.places
-        with self._stages.timed("read"):
+        with self._timings.timed("read"):
             stored = {
                 name: self._reader.read(ref.name, convert=places[ref.name].expert is None)
                 for name, ref in self._stored(index).items()
@@ -119,6 +119,25 @@ class Layers:
                 path, _, leaf = target.rpartition(".")
                 units[path] = Unit(slot.width, path, leaf != "weight")
         return list(units.values())
+
+
+def weights_stage(progress: Progress | None, name: str, layout: Layout, windows: int) -> Advance:
+    """Return what counts windows that have passed a layer, and reports bytes of weights.
+
+    A layer counts by the share of the ``windows`` that have passed it.
+    """
+    sizes = [sum(ref.nbytes for ref in layer.values()) for layer in layout.of_layer]
+    advance, passed, shown = stage(progress, name, sum(sizes)), 0, 0
+
+    def count(more: int) -> None:
+        nonlocal passed, shown
+        passed += more
+        layers, part = divmod(passed, windows)
+        done = sum(sizes[:layers]) + (sizes[layers] * part // windows if part else 0)
+        advance(done - shown)
+        shown = done
+
+    return count
 
 
 def move_buffers(module: nn.Module, device: torch.device) -> None:

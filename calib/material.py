@@ -1,6 +1,6 @@
 """The text that all cuts of a study share: what they are chosen by, and what they are scored on."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +10,12 @@ from calib.corpus import byte_windows, token_windows
 from calib.heldout import Encoded, split_documents
 from calib.reading import Reading
 from calib.score import first_token
+from surgery.choices import SizeChoice
 from surgery.cut_tokenizer import cut_tokenizer
 from surgery.idmap import IdMap
 from surgery.layout import Layout
 from surgery.rarity import Rarity
+from surgery.text_options import TextOptions
 from surgery.tokenizer import TokenizerFile, load_tokenizer
 
 WINDOW_BYTES = 2048
@@ -42,22 +44,18 @@ class Material:
     def split(
         cls,
         layout: Layout,
-        rarity: Rarity,
-        tokenizer: TokenizerFile | None,
-        documents: Iterable[str],
-        *,
-        windows: int,
-        samples: int,
-        seq_len: int,
+        choice: SizeChoice,
+        text: TextOptions,
     ) -> "Material":
-        """Hold out every fourth block of ``documents``, at most ``windows`` windows of it.
+        """Hold out every fourth block of ``text``, at most ``text.windows`` windows of it.
 
         Raises:
             DataError: the text is too short for that.
         """
-        kept, held = split_documents(documents)
-        texts = byte_windows(held, windows, WINDOW_BYTES)
-        return cls(layout, rarity, tokenizer, kept, texts, samples, seq_len)
+        kept, held = split_documents(text.documents())
+        texts = byte_windows(held, text.windows, WINDOW_BYTES)
+        rarity, tokenizer = choice.rarity, choice.tokenizer
+        return cls(layout, rarity, tokenizer, kept, texts, text.samples, text.seq_len)
 
     def ids(self, vocab_size: int) -> IdMap:
         """The map to the ``vocab_size`` most common tokens."""

@@ -15,7 +15,7 @@ from calib.gram import Gram
 from calib.influence import cosine_sum
 from calib.norms import weight_norms
 from calib.sums import ChannelSums
-from calib.tokens import Tokens
+from calib.tokens import LayerHooks, Tokens
 from surgery.layout import Layout
 from surgery.stats import AxisSums
 
@@ -85,7 +85,8 @@ class Reading:
         self.grams = [{} for _ in self.streams if needed]
         self.cosines.append(0.0)
         for stream, grams in zip_longest(self.streams, self.grams):
-            decoder.run(index, stream, partial(self._see, sums, grams), compare=self._compare)
+            hooks = LayerHooks(partial(self._see, sums, grams), self._compare)
+            decoder.run(index, stream, hooks)
         self.sums = {axis: each.numbers(norms[axis]) for axis, each in sums.items()}
 
     def forget(self) -> None:

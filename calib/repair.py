@@ -1,38 +1,61 @@
 """A plan repaired: down_projs refitted to the channels that stay, where held-out text agrees."""
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import torch
 
-from calib.calibration import text_of
 from calib.down import Place, file_matrices, watched_tensors
+from calib.estimate import Prediction, WindowLengths, predict_repair
 from calib.study import Study
 from calib.trial import Cut, Trial
 from calib.weights import TORCH_DTYPE, raw
+from surgery.apply_cost import peak_rss_bytes
 from surgery.budget import Sizes
 from surgery.edits import kept_channels, layer_groups
-from surgery.errors import PlanError
+from surgery.errors import BudgetError, PlanError
 from surgery.family import renumbered
 from surgery.layout import Layout
 from surgery.plan import Plan
 from surgery.predict import axis_lengths, cut_shape, output_dtype
-from surgery.prediction import Prediction, Settings
-from surgery.repair_cost import predict_repair
+from surgery.progress import Advance, Progress, no_advance, stage
 from surgery.replacement_file import Entry, ReplacementWriter
+
+LOG = logging.getLogger(__name__)
 
 WHAT = "least squares"
 
 
-def repair(
-    plan: Plan,
-    study: Study,
-    path: Path,
-    *,
-    progress: Callable[[int], object] = lambda windows: None,
+def repair_plan(
+    plan: Plan, study: Study, plan_path: Path, progress: Progress | None = None
 ) -> Plan:
+    """Refit what ``plan`` leaves of each down_proj into a file beside ``plan_path``.
+
+    Raises:
+        BudgetError: it collapses layers.
+        PlanError: as ``repair``.
+    """
+    if any(len(group) > 1 for group in plan.layers):
+        raise BudgetError(
+            "`repair`",
+            "does not go with collapsed layers: no text has passed them",
+            fix="leave it out, or let layers go instead",
+        )
+    if plan.after.widths == plan.before.widths:
+        return plan
+    path = plan_path.with_name(plan_path.name.removesuffix(".json") + ".repair.safetensors")
+    predicted = repair_cost(plan, study).peak_memory
+    LOG.info("repair: about %s MB of memory", f"{predicted / 1e6:,.0f}")
+    made = repair(plan, study, path, stage(progress, "repair", study.windows(2)))
+    if (peak := peak_rss_bytes()) is not None:
+        LOG.info("repair: %s MB at its peak", f"{peak / 1e6:,.0f}")
+    return made
+
+
+def repair(plan: Plan, study: Study, path: Path, progress: Advance = no_advance) -> Plan:
     """Refit the down_projs of ``plan`` in one pass; return the plan that uses them.
 
     A matrix is used if it lowers the error of its output on windows that did not fit it, all of
@@ -85,9 +108,9 @@ def _entries(plan: Plan, layout: Layout) -> list[Entry]:
             dtype = output_dtype(layout, ref, sizes)
             if dtype not in TORCH_DTYPE:
                 raise PlanError(
-                    f"--repair: {name}",
+                    f"`repair`: {name}",
                     "stays in FP8, which refitted weights do not fit into",
-                    fix="plan with --dequantize, or without --repair",
+                    fix="plan with `dequantize`, or without `repair`",
                 )
             found.append((renumbered(name, number), dtype, cut_shape(layout, ref, sizes)))
     return found
@@ -98,14 +121,8 @@ def repair_cost(plan: Plan, study: Study) -> Prediction:
     material, size = study.material, plan.after.vocab_size
     windows = material.reading(size).streams[0].windows
     every = [*windows, *windows, *material.encoded(size).windows, *material.encoded(size).windows]
-    settings = Settings(
-        itemsize=study.dtype.itemsize,
-        buckets=1,
-        device=study.device.type,
-        hidden="file" if study.spill else "memory",
-        journal=False,
-    )
-    return predict_repair(material.layout, plan.after.widths, text_of(every), settings)
+    lengths = WindowLengths.of(every)
+    return predict_repair(material.layout, plan.after.widths, lengths, study.settings)
 
 
 class _Sink:

@@ -1,7 +1,7 @@
 """Bits per byte on held-out text: comparable between vocabularies, unlike perplexity."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,11 +9,18 @@ import torch
 from tokenizers import Tokenizer
 
 from calib.batches import Stream
+from calib.corpus import byte_windows
 from calib.decoder import StreamedDecoder
+from calib.device import choose_settings
+from calib.layers import weights_stage
+from calib.settings import ComputeOptions, PassSettings
 from calib.weights import WeightReader
 from surgery.default_ids import fill_defaults
 from surgery.errors import CheckpointError
 from surgery.layout import Layout
+from surgery.progress import Advance, Progress, no_advance
+from surgery.text_options import TextOptions
+from surgery.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -41,16 +48,22 @@ class Score:
         return math.isfinite(self.bits)
 
 
-def score(
+def score_windows(
     layout: Layout,
     texts: Sequence[str],
     tokenizer: Tokenizer,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: Callable[[int], object] = lambda windows: None,
+    settings: PassSettings,
+    progress: Advance = no_advance,
 ) -> Score:
-    """Score ``texts``, each preceded by bos (eos where there is none), through streamed layers."""
+    """Score ``texts``, each preceded by bos (eos where there is none), through streamed layers.
+
+    Args:
+        layout: The model.
+        texts: Windows of text.
+        tokenizer: The model's.
+        settings: How the layers compute.
+        progress: Called with the windows that have passed a layer.
+    """
     first = first_token(layout)
     encoded = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
     stream = Stream([np.array([first, *ids]) for ids in encoded if ids])
@@ -59,8 +72,8 @@ def score(
         for ids, text in zip(encoded, texts, strict=True)
     )
 
-    with WeightReader(layout.checkpoint, device, dtype) as reader:
-        decoder = StreamedDecoder(layout, reader)
+    with WeightReader(layout.checkpoint, settings.device, settings.dtype) as reader:
+        decoder = StreamedDecoder(layout, reader, settings)
         decoder.embed([stream])
         decoder.run_layers([stream], progress=progress)
         (bits,) = token_bits(decoder, [(stream, np.arange(layout.vocab_size))])
@@ -71,6 +84,25 @@ def score(
         windows=len(texts),
         lossy_windows=lossy,
     )
+
+
+def score_model(
+    layout: Layout,
+    text: TextOptions,
+    window_bytes: int,
+    compute: ComputeOptions,
+    progress: Progress | None = None,
+) -> Score:
+    """Score a model on windows of ``window_bytes`` bytes of a text.
+
+    Raises:
+        DataError: there is no text.
+    """
+    texts = byte_windows(text.documents(), text.samples, window_bytes)
+    tokenizer = load_tokenizer(layout.checkpoint.path)
+    settings = choose_settings(compute, layout.checkpoint)
+    advance = weights_stage(progress, "score", layout, len(texts))
+    return score_windows(layout, texts, tokenizer, settings, advance)
 
 
 @torch.no_grad()

@@ -1,21 +1,26 @@
 """Cuts of one model tried on one text, all of a pass together, on identical held-out bytes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
-import torch
 
+from calib.calibration import check_channels
+from calib.device import choose_settings
 from calib.heldout import Encoded
 from calib.material import Material
 from calib.reading import Reading
+from calib.settings import ComputeOptions, PassSettings
 from calib.trial import Cut, Trial, try_all
 from surgery.blocks import blocks
 from surgery.budget import Sizes, whole
 from surgery.channels import DEFAULT_CRITERION
+from surgery.choices import SizeChoice
 from surgery.comparison import Row
+from surgery.layout import Layout
 from surgery.predict import axis_lengths
+from surgery.progress import Advance, no_advance
+from surgery.text_options import TextOptions
 
 
 @dataclass(frozen=True)
@@ -37,15 +42,26 @@ class Recipe:
         return self.sizes.vocab_size if self.retokenize else full, self.samples
 
 
+def open_study(
+    layout: Layout, choice: SizeChoice, text: TextOptions, compute: ComputeOptions
+) -> "Study":
+    """Divide a text and choose where to compute.
+
+    Raises:
+        BudgetError: the model has no channels to choose.
+        DataError: the text is too short.
+    """
+    check_channels(layout)
+    material = Material.split(layout, choice, text)
+    return Study(material, choose_settings(compute, layout.checkpoint))
+
+
 @dataclass(eq=False)
 class Study:
     """Recipes on their way to rows of a table."""
 
     material: Material
-    device: torch.device
-    dtype: torch.dtype
-    spill: Path | None = None
-    """Directory for files of hidden states; None keeps them in memory."""
+    settings: PassSettings
     _dense: tuple[Encoded, list[np.ndarray]] | None = field(default=None, init=False)
     block_influence: np.ndarray | None = field(default=None, init=False)
     """float64 ``[L]``, known once a recipe has been tried on text that the source's own tokenizer
@@ -54,7 +70,7 @@ class Study:
     def rows(
         self,
         recipes: Sequence[Recipe],
-        progress: Callable[[int], object] = lambda windows: None,
+        progress: Advance = no_advance,
     ) -> list[Row]:
         """Try ``recipes`` in one pass and compare each with the dense model."""
         layout = self.material.layout
@@ -76,17 +92,10 @@ class Study:
         ]
 
     def bits(
-        self, trials: Sequence[Trial], progress: Callable[[int], object]
+        self, trials: Sequence[Trial], progress: Advance = no_advance
     ) -> list[list[np.ndarray]]:
         """Carry ``trials`` through the model, as ``try_all``."""
-        return try_all(
-            self.material.layout,
-            trials,
-            device=self.device,
-            dtype=self.dtype,
-            spill=self.spill,
-            progress=progress,
-        )
+        return try_all(self.material.layout, trials, self.settings, progress)
 
     def windows(self, recipes: int) -> int:
         """Windows × layers that ``rows`` reports for so many recipes."""

@@ -32,13 +32,24 @@ class Tokens:
         return cls.at(ids, places.flatten(), last=part.stop in (None, ids.shape[1]))
 
 
-Watch = Callable[[int, str, int, Tokens, torch.Tensor], torch.Tensor | None]
+ChannelHook = Callable[[int, str, int, Tokens, torch.Tensor], torch.Tensor | None]
 """Called with layer, channel axis, expert (0 in a dense FFN), n tokens and their input of down_proj
 ``(n, I)``; what it returns, if anything, goes into down_proj instead."""
 
-Compare = Callable[[int, torch.Tensor, torch.Tensor], object]
-"""Called with layer and the hidden states ``(windows, tokens, D)`` before and behind it."""
+StatesHook = Callable[[int, torch.Tensor, torch.Tensor], object]
+"""Called with layer and the hidden states ``(windows, tokens, D)`` before and after it."""
 
 
-def unchanged(*_: object) -> None:
-    """Watch nothing."""
+def _see_nothing(*_: object) -> None:
+    """Look at nothing, and change nothing."""
+
+
+@dataclass(frozen=True)
+class LayerHooks:
+    """What looks on while a layer computes."""
+
+    channels: ChannelHook = _see_nothing
+    states: StatesHook = _see_nothing
+
+
+NO_HOOKS = LayerHooks()

@@ -19,11 +19,13 @@ from calib.heldout import Encoded
 from calib.prefix import Prefix
 from calib.reading import Reading, has_one_ffn
 from calib.score import token_bits
+from calib.settings import PassSettings
 from calib.states import SpilledStates
 from calib.weights import TORCH_DTYPE, WeightReader
 from surgery.channels import DEFAULT_CRITERION, Kept, choose_layer
 from surgery.idmap import IdMap
 from surgery.layout import Layout
+from surgery.progress import Advance, no_advance
 
 Sink = Callable[[int, Mapping[Place, torch.Tensor]], object]
 """Called with a layer and its refitted down_projs ``[D, K]`` by unit."""
@@ -152,17 +154,14 @@ class Trial:
 def try_all(
     layout: Layout,
     trials: Sequence[Trial],
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    spill: Path | None = None,
-    progress: Callable[[int], object] = lambda windows: None,
+    settings: PassSettings,
+    progress: Advance = no_advance,
 ) -> list[list[np.ndarray]]:
     """Carry all trials and their readings through the model in one pass.
 
     A reading shows one layer at a time, to the trials that choose by it, and forgets it.
 
-    ``spill`` is a directory for files of hidden states, which else are in memory.
+    Hidden states are in files where the settings name a directory for them, else in memory.
 
     Returns:
         Per trial and window of held-out text, the bits of each token, float64.
@@ -171,14 +170,16 @@ def try_all(
     streams = [stream for reading in readings for stream in reading.streams]
     streams += [stream for trial in trials for stream in trial.streams]
     with ExitStack() as stack:
-        reader = stack.enter_context(WeightReader(layout.checkpoint, device, dtype))
-        if spill is not None:
-            folder = stack.enter_context(TemporaryDirectory(".hidden", "trials.", spill))
+        reader = stack.enter_context(
+            WeightReader(layout.checkpoint, settings.device, settings.dtype)
+        )
+        if settings.spill is not None:
+            folder = stack.enter_context(TemporaryDirectory(".hidden", "trials.", settings.spill))
             for number, stream in enumerate(streams):
                 place = Path(folder) / str(number)
                 place.mkdir()
                 stream.states = SpilledStates(place)
-        decoder = StreamedDecoder(layout, reader)
+        decoder = StreamedDecoder(layout, reader, settings)
         decoder.embed(streams)
         for index in decoder.layers():
             for reading in [*readings, None]:

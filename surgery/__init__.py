@@ -1,3 +1,43 @@
 """Edit checkpoint files: headers, plans, vocabulary and channel surgery. Never runs a model."""
 
+import logging
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from surgery.api import Model, apply_plan, make_plan, open_model, verify_checkpoint
+    from surgery.errors import SurgeryError
+    from surgery.merge import merge_stats
+    from surgery.plan import Plan
+    from surgery.stats import ChannelStats
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "ChannelStats",
+    "Model",
+    "Plan",
+    "SurgeryError",
+    "apply_plan",
+    "make_plan",
+    "merge_stats",
+    "open_model",
+    "verify_checkpoint",
+]
+
+_HOMES = {
+    "ChannelStats": "surgery.stats",
+    "Plan": "surgery.plan",
+    "SurgeryError": "surgery.errors",
+    "merge_stats": "surgery.merge",
+}
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562): the package itself stays instant."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES.get(name, "surgery.api")), name)

@@ -1,9 +1,10 @@
 """Apply a plan: stream every edit into a new checkpoint directory."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from threading import Event
@@ -12,16 +13,18 @@ from typing import Any
 import msgspec
 
 from surgery import __version__
+from surgery.apply_cost import moved_bytes, peak_rss_bytes
 from surgery.card import model_card
 from surgery.checkpoint import INDEX_NAME, Checkpoint
 from surgery.checksums import check_digest, known_digests
 from surgery.companions import companion_files, pruned_config
 from surgery.edits import OutputTensor, edits, sources
-from surgery.errors import EngineError, SurgeryError
+from surgery.errors import EngineError, PlanError, SurgeryError
 from surgery.header import encode_header
 from surgery.jsonfile import dump_json, dump_table, read_file
 from surgery.layout import Layout
 from surgery.plan import Plan
+from surgery.progress import Advance, Progress, no_advance, stage
 from surgery.replacement_file import check_file
 from surgery.shards import Shards
 from surgery.stream import open_shard, stream_edit, write_all
@@ -43,47 +46,86 @@ class ProvenanceFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """With ``output`` left out, so that the same plan gives the same bytes anywhere."""
 
 
-def apply_plan(
-    plan: Plan,
-    source: Path,
-    output: Path,
-    *,
-    resume: bool = False,
-    jobs: int = JOBS,
-    engine: str = "local",
-    checksum: bool = False,
-    progress: Callable[[int], object] = lambda nbytes: None,
+@dataclass(frozen=True)
+class ApplyOptions:
+    """Where a plan is applied to, and how."""
+
+    output: Path | None = None
+    """Must not exist, and lie outside of the source; None is the plan's own."""
+    resume: bool = False
+    """Whether to go on with an interrupted run of the same plan; a finished one stays as it is."""
+    jobs: int = JOBS
+    """Shards written at the same time in this process; those of the hub one by one."""
+    engine: str = "local"
+    """"local", or "ray": each shard a task on a cluster that shares the file system."""
+    checksum: bool = False
+    """Whether to compare each shard with its known SHA-256, which reads all of it, before any of
+    it is used; those of the hub are compared in any case."""
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A checkpoint that a plan has made, and what that took."""
+
+    output: Path
+    parameters: int
+    nbytes: int
+    """Of its tensors."""
+    seconds: float
+    stage_seconds: Mapping[str, float]
+    """prepare, shards, files; empty where it was finished already."""
+    moved: Mapping[str, int]
+    """``read_bytes`` and ``written_bytes`` by the kernel's count; empty where it has none."""
+    peak_rss_bytes: int | None
+    """Largest resident memory of the process so far."""
+
+    def facts(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        facts = {key: value for key, value in asdict(self).items() if key != "moved"}
+        facts |= {"output": str(self.output), **self.moved}
+        if self.moved and self.seconds:
+            facts["written_bytes_per_second"] = self.moved["written_bytes"] / self.seconds
+        return facts
+
+
+def apply_to(
+    plan: Plan, source: Path, options: ApplyOptions, progress: Progress | None = None
+) -> Applied:
+    """Write the checkpoint that ``plan`` makes of the directory ``source``; it is only read.
+
+    Raises:
+        SurgeryError: see the modules this calls; nothing appears under the output.
+    """
+    output = options.output or (Path(plan.output) if plan.output else None)
+    if output is None:
+        raise PlanError("plan", "names no output", fix="give `output`")
+    start, before = time.perf_counter(), moved_bytes()
+    advance = stage(progress, "apply", plan.after.nbytes)
+    stage_seconds = _write_checkpoint(plan, source, replace(options, output=output), advance)
+    seconds, after = time.perf_counter() - start, moved_bytes()
+    moved = {key: after[key] - before[key] for key in after} if before and after else {}
+    sizes = (plan.after.parameters, plan.after.nbytes)
+    return Applied(output, *sizes, seconds, stage_seconds, moved, peak_rss_bytes())
+
+
+def _write_checkpoint(
+    plan: Plan, source: Path, options: ApplyOptions, progress: Advance
 ) -> dict[str, float]:
-    """Write the checkpoint that ``plan`` makes of ``source`` to the new directory ``output``.
+    """Write it; return the seconds of each stage.
 
     The files beside the weights are written first, for the tokenizer takes the most memory; then
     shards, config.json and the index, all in ``output.partial``, which is renamed at the end.
     Shards take two windows per job, five where FP8 becomes bf16.
-
-    Args:
-        plan: A complete plan made for ``source``.
-        source: The checkpoint's directory; it is only read.
-        output: Must not exist, and lie outside of ``source``.
-        resume: Go on with an interrupted run of the same plan; a finished one is left as it is.
-        jobs: Shards written at the same time in this process; those of the hub one by one.
-        engine: "local", or "ray": each shard a task on a cluster that shares the file system.
-        checksum: Compare each shard with its known SHA-256, which reads all of it, before any of
-            it is used; those of the hub are compared in any case.
-        progress: Called with the bytes of each finished tensor.
-
-    Returns:
-        Seconds by stage: prepare, shards, files. Empty where it was finished already.
-
-    Raises:
-        SurgeryError: see the modules this calls; nothing appears under ``output``.
     """
+    output, resume, engine = options.output, options.resume, options.engine
+    assert output is not None
     if resume and _is_written(output, plan):
         forget(output)
         return {}
     times = [time.perf_counter()]
     checkpoint = Checkpoint.open(source.absolute() if engine == "ray" else source, plan.family)
     by_shard = {n: shard for n, shard in edits(plan, Layout.of(checkpoint)).items() if shard}
-    digests = _digests(checkpoint, list(by_shard), checksum=checksum, engine=engine)
+    digests = _digests(checkpoint, list(by_shard), options)
     if plan.replaced is not None:
         check_file(plan.replaced)
     files = companion_files(plan, checkpoint)
@@ -99,7 +141,7 @@ def apply_plan(
         if engine == "ray":
             _write_shards_on_ray(directory, checkpoint, todo, digests, progress)
         else:
-            _write_shards(directory, checkpoint, todo, digests, jobs, progress)
+            _write_shards(directory, checkpoint, todo, digests, options.jobs, progress)
         times.append(time.perf_counter())
         directory.write(PROVENANCE_NAME, _provenance(plan))
         directory.write("config.json", config)
@@ -111,18 +153,16 @@ def apply_plan(
     return dict(zip(("prepare", "shards", "files"), spent, strict=True))
 
 
-def _digests(
-    checkpoint: Checkpoint, names: list[str], *, checksum: bool, engine: str
-) -> dict[str, str]:
+def _digests(checkpoint: Checkpoint, names: list[str], options: ApplyOptions) -> dict[str, str]:
     """Shard → SHA-256 to compare it with; those of the hub are compared as they arrive."""
     remote = Shards.of(checkpoint.path).remote
-    if remote and engine == "ray":
+    if remote and options.engine == "ray":
         raise EngineError(
-            "--engine ray",
+            "`engine` ray",
             "needs the model on the file system that all nodes share",
             fix="download it there first, and name its directory",
         )
-    return known_digests(checkpoint.path, names) if checksum and not remote else {}
+    return known_digests(checkpoint.path, names) if options.checksum and not remote else {}
 
 
 def _write_shards_on_ray(
@@ -130,7 +170,7 @@ def _write_shards_on_ray(
     checkpoint: Checkpoint,
     todo: dict[str, list[OutputTensor]],
     digests: dict[str, str],
-    progress: Callable[[int], object],
+    progress: Advance,
 ) -> None:
     from surgery.ray_engine import write_shards_on_ray
 
@@ -145,7 +185,7 @@ def _write_shards(
     todo: dict[str, list[OutputTensor]],
     digests: dict[str, str],
     jobs: int,
-    progress: Callable[[int], object],
+    progress: Advance,
 ) -> None:
     """Write the shards of ``todo``, ``jobs`` at a time; after an error no further one is begun."""
     stop = Event()
@@ -179,7 +219,7 @@ def write_shard(
     source: Path,
     shard: list[OutputTensor],
     metadata: Mapping[str, str],
-    progress: Callable[[int], object] = lambda nbytes: None,
+    progress: Advance = no_advance,
     *,
     attempt: str = "",
 ) -> None:

@@ -1,6 +1,7 @@
 """Which FFN channels stay: statistics → importance → the best I' of each layer."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,6 +13,18 @@ DEFAULT_CRITERION = "common-act2"
 
 LEAST_TOKENS = 16
 """Fewer tokens than this do not rank an expert's channels."""
+
+
+@dataclass(frozen=True)
+class ChannelOptions:
+    """How channels are chosen."""
+
+    criterion: str = DEFAULT_CRITERION
+    """Importance of a channel, a key of ``CRITERIA``."""
+    min_expert_tokens: int = LEAST_TOKENS
+    """Fewest tokens that an expert must have seen for its channels to be ranked."""
+    repair: str = "none"
+    """"none", or "least-squares": down_proj is refitted to the channels that stay."""
 
 
 def bucket_weights(stats: ChannelStats, ids: IdMap) -> np.ndarray:

@@ -1,50 +1,88 @@
-"""What the command line asks for → the order of rarity and the sizes of the cut."""
+"""What is asked of a cut → the order of rarity and the sizes of the cut."""
 
-import re
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import lcm
-from typing import NamedTuple
 
 import numpy as np
 
 from surgery.blocks import blocks
 from surgery.budget import MULTIPLE_OF, TOLERANCE, Sizes, split, whole
+from surgery.channels import ChannelOptions
 from surgery.depth import check_layers, layers_by_influence, parse_layers
 from surgery.divisors import Steps, parse_target, steps
 from surgery.errors import BudgetError, DataError, TokenizerError
 from surgery.frequency import count_tokens
 from surgery.layout import Layout
-from surgery.options import VocabularyOptions
 from surgery.rarity import Rarity, identity_rarity
 from surgery.scripts import check_script
-from surgery.size_options import Target
 from surgery.tokenizer import TokenizerFile
-from surgery.vocabulary import VocabularyChoice, keep_file, open_vocabulary, rarity_of
+from surgery.vocabulary import (
+    VocabularyChoice,
+    VocabularyOptions,
+    kept_tokens,
+    open_vocabulary,
+    rarity_of,
+)
 
 
-class Chosen(NamedTuple):
-    """The sizes of a cut and the order in which the vocabulary goes."""
+@dataclass(frozen=True)
+class SizeRequest:
+    """How much goes: a share of the parameters, or the sizes that stay; and in which dtype."""
+
+    ratio: float | None = None
+    """Share of all parameters to remove."""
+    vocab_size: int | None = None
+    """V': rows of the embedding that stay."""
+    intermediate_size: int | None = None
+    """I': channels of each FFN that stay, where the model has one width."""
+    widths: Mapping[str, int] = field(default_factory=dict)
+    """Key of config.json → channels that stay, for models with several widths."""
+    multiple_of: int | None = None
+    """What V' and I' must be multiples of; None is the usual step, which given sizes need not
+    keep."""
+    target: str | None = None
+    """What an engine needs to divide the sizes, such as "tp=4,group=128"."""
+    dequantize: bool = False
+    """Whether weights in FP8 become bf16."""
+    layers: str | None = None
+    """Layers that stay or become one, such as "0-20,21+22+23,24-29"."""
+    num_hidden_layers: int | None = None
+    """Layers that stay, those of the largest block influence."""
+
+
+@dataclass(frozen=True)
+class CutRequest:
+    """All that is asked of a cut."""
+
+    sizes: SizeRequest = field(default_factory=SizeRequest)
+    vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
+    channels: ChannelOptions = field(default_factory=ChannelOptions)
+
+
+@dataclass(frozen=True, eq=False)
+class SizeChoice:
+    """The sizes of a cut, and the order in which the vocabulary goes."""
 
     rarity: Rarity
     sizes: Sizes
-    tokenizer: TokenizerFile | None
+    tokenizer: TokenizerFile | None = None
     """None where the vocabulary stays whole, which needs no tokenizer that can be cut."""
+    request: CutRequest = field(default_factory=CutRequest)
+    """What was asked for."""
 
 
 def choose_sizes(
     layout: Layout,
-    target: Target,
-    vocabulary: VocabularyOptions,
+    request: CutRequest,
     documents: Iterable[str] | None = None,
     influence: np.ndarray | None = None,
-) -> Chosen:
-    """Return the order of rarity and the sizes, from ``--ratio`` or as they are given.
+) -> SizeChoice:
+    """Return the order of rarity and the sizes, from the ratio or as they are given.
 
     Args:
         layout: The model.
-        target: How much goes.
-        vocabulary: How the order comes about.
+        request: How much goes, and what of the vocabulary stays.
         documents: To count tokens in, where the order is by frequency.
         influence: Of each layer, float64 ``[L]``, by which some can be kept.
 
@@ -53,28 +91,31 @@ def choose_sizes(
         DataError: the order is by frequency and there is no text.
         TokenizerError: the vocabulary cannot be cut, or lacks what is to be kept.
     """
+    target = request.sizes
     layers = _chosen_layers(target, layout, influence)
     sizes = _given_sizes(target, layout)
     if sizes is not None:
         sizes = replace(sizes, layers=layers)
     if sizes is not None and sizes.vocab_size == layout.vocab_size:
-        return Chosen(identity_rarity(layout.vocab_size), sizes, None)
+        return SizeChoice(identity_rarity(layout.vocab_size), sizes, None, request)
     tokenizer = open_vocabulary(layout)
-    choice = _choice(layout, tokenizer, vocabulary, documents)
+    choice = _vocabulary_choice(layout, tokenizer, request.vocabulary, documents)
     rarity = rarity_of(layout, choice, tokenizer)
     if sizes is None:
         sizes = _split(layout, target, rarity.must_keep, layers)
         sizes = replace(sizes, dequantize=target.dequantize, layers=layers)
-    return Chosen(rarity, sizes, tokenizer)
+    return SizeChoice(rarity, sizes, tokenizer, request)
 
 
-def _chosen_layers(target: Target, layout: Layout, influence: np.ndarray | None) -> list[list[int]]:
+def _chosen_layers(
+    target: SizeRequest, layout: Layout, influence: np.ndarray | None
+) -> list[list[int]]:
     """The layers that are asked for, as in a plan; none where all stay as they are."""
     if target.layers is None and target.num_hidden_layers is None:
         return []
     if target.layers is not None and target.num_hidden_layers is not None:
         raise BudgetError(
-            "--layers", "and --num-hidden-layers exclude each other", fix="give one of them"
+            "`layers`", "and `num_hidden_layers` exclude each other", fix="give one of them"
         )
     if target.layers is not None:
         groups = parse_layers(target.layers)
@@ -82,15 +123,15 @@ def _chosen_layers(target: Target, layout: Layout, influence: np.ndarray | None)
         groups = layers_by_influence(influence, target.num_hidden_layers or 0)
     else:
         raise BudgetError(
-            "--num-hidden-layers",
+            "`num_hidden_layers`",
             "needs statistics that say which layers matter",
-            fix="calibrate, then plan with --stats; or name the layers with --layers",
+            fix="calibrate, then plan with `stats`; or name the layers with `layers`",
         )
     check_layers(layout, groups)
     return [] if groups == [[layer] for layer in range(layout.num_hidden_layers)] else groups
 
 
-def _split(layout: Layout, target: Target, smallest: int, layers: list[list[int]]) -> Sizes:
+def _split(layout: Layout, target: SizeRequest, smallest: int, layers: list[list[int]]) -> Sizes:
     """Sizes that remove, with the layers that go, the ratio asked for of all parameters."""
     steps, ratio, left = allowed_steps(layout, target), target.ratio or 0.0, layout
     if layers:
@@ -100,7 +141,7 @@ def _split(layout: Layout, target: Target, smallest: int, layers: list[list[int]
             return whole(layout)
         if rest < (1 - ratio) * full:
             raise BudgetError(
-                "--ratio",
+                "`ratio`",
                 "is less than what goes with the layers alone",
                 expected=f"at least {1 - rest / full:.4f}",
                 found=ratio,
@@ -110,7 +151,7 @@ def _split(layout: Layout, target: Target, smallest: int, layers: list[list[int]
     return split(left, ratio, smallest, steps)
 
 
-def allowed_steps(layout: Layout, target: Target) -> Steps:
+def allowed_steps(layout: Layout, target: SizeRequest) -> Steps:
     """What the sizes must be multiples of, whole blocks of FP8 weights among it."""
     wanted = _steps(target)
     if target.dequantize:
@@ -128,73 +169,76 @@ def rarity_or_whole(
         tokenizer = open_vocabulary(layout)
     except TokenizerError:
         return identity_rarity(layout.vocab_size)
-    return rarity_of(layout, _choice(layout, tokenizer, vocabulary, documents), tokenizer)
+    choice = _vocabulary_choice(layout, tokenizer, vocabulary, documents)
+    return rarity_of(layout, choice, tokenizer)
 
 
-def parse_vocab_sizes(text: str, layout: Layout) -> list[int]:
-    """Return the sizes in "V,V,…".
+def parse_vocab_sizes(sizes: str | Sequence[int], layout: Layout) -> list[int]:
+    """Return the sizes in "V,V,…", or in a sequence.
 
     Raises:
         BudgetError: not numbers between 1 and V.
     """
     try:
-        sizes = [int(part) for part in text.split(",")]
+        found = [int(part) for part in (sizes.split(",") if isinstance(sizes, str) else sizes)]
     except ValueError:
-        sizes = [0]
-    if not 1 <= min(sizes) <= max(sizes) <= layout.vocab_size:
+        found = [0]
+    if not 1 <= min(found) <= max(found) <= layout.vocab_size:
         raise BudgetError(
-            "--vocab-sizes",
+            "`vocab_sizes`",
             "are not sizes of this vocabulary",
             expected=f"numbers from 1 to {layout.vocab_size}, with commas",
-            found=text,
+            found=sizes,
             fix="correct them",
         )
-    return sizes
+    return found
 
 
-def _steps(target: Target) -> Steps:
+def _steps(target: SizeRequest) -> Steps:
     """What the sizes must be multiples of."""
     multiple_of = target.multiple_of or MULTIPLE_OF
-    return parse_target(target.serve, multiple_of) if target.serve else steps(multiple_of)
+    return parse_target(target.target, multiple_of) if target.target else steps(multiple_of)
 
 
-def _given_sizes(target: Target, layout: Layout) -> Sizes | None:
-    """The sizes, or None where they follow from the ratio."""
-    rest = replace(target, layers=None, num_hidden_layers=None)
-    if rest in (Target(dequantize=True), Target()) and target != Target():
-        return replace(whole(layout), dequantize=target.dequantize)
+def _given_sizes(target: SizeRequest, layout: Layout) -> Sizes | None:
+    """The sizes, or None where they follow from the ratio; what is not named stays whole."""
     widths = _given_widths(target, layout)
-    by_size = target.vocab_size is not None and (bool(widths) or not layout.widths)
-    by_ratio = target.ratio is not None and target.vocab_size is None and not widths
-    if by_ratio == by_size or (target.ratio is not None and not by_ratio):
+    by_size = target.vocab_size is not None or bool(widths)
+    if target.ratio is not None:
+        if by_size:
+            raise BudgetError(
+                "`ratio`",
+                "and sizes exclude each other",
+                expected="`ratio`, or `vocab_size` and `intermediate_size`",
+                fix="give one or the other",
+            )
+        return None
+    if not by_size and target == SizeRequest():
         raise BudgetError(
             "sizes",
-            "are not clear",
-            expected="--ratio, or --vocab-size and --intermediate-size",
-            fix="give one or the other",
+            "are not given",
+            expected="`ratio`, or `vocab_size` and `intermediate_size`",
+            fix="give one or the other; what is not named stays whole",
         )
-    if target.vocab_size is None:
-        return None
-    sizes = Sizes(target.vocab_size, {**layout.widths, **widths}, target.dequantize)
-    if target.multiple_of or target.serve:
+    vocab_size = layout.vocab_size if target.vocab_size is None else target.vocab_size
+    sizes = Sizes(vocab_size, {**layout.widths, **widths}, target.dequantize)
+    if target.multiple_of or target.target:
         _check_steps(layout, sizes, _steps(target))
     return sizes
 
 
-def _given_widths(target: Target, layout: Layout) -> dict[str, int]:
-    """Key of config.json → channels, from --intermediate-size and --width."""
-    found: dict[str, int] = {}
-    for text in target.widths:
-        key, _, number = text.partition("=")
-        if key not in layout.widths or not re.fullmatch("[0-9]{1,9}", number):
+def _given_widths(target: SizeRequest, layout: Layout) -> dict[str, int]:
+    """Key of config.json → channels that are asked for."""
+    for key in target.widths:
+        if key not in layout.widths:
             raise BudgetError(
-                "--width",
-                "is no width of this model",
-                expected=f"KEY=N with KEY one of {', '.join(layout.widths) or 'none'}",
-                found=text,
+                "`widths`",
+                "are not those of this model",
+                expected=f"one of {', '.join(layout.widths) or 'none'}",
+                found=key,
                 fix="correct it",
             )
-        found[key] = int(number)
+    found = dict(target.widths)
     if target.intermediate_size is not None:
         found = {main_width(layout): target.intermediate_size} | found
     return found
@@ -208,12 +252,12 @@ def main_width(layout: Layout) -> str:
         return next(iter(layout.widths))
     names = ", ".join(layout.widths)
     raise BudgetError(
-        "--intermediate-size",
+        "`intermediate_size`",
         "is not clear: this model has several widths"
         if names
         else "cannot change: config.json has no key for the width of this model's FFN",
-        expected=f"--width with one of {names}" if names else None,
-        fix="use --width" if names else "cut the vocabulary alone, with --vocab-size",
+        expected=f"`widths` with one of {names}" if names else None,
+        fix="use `widths`" if names else "cut the vocabulary alone, with `vocab_size`",
     )
 
 
@@ -233,14 +277,14 @@ def _check_steps(layout: Layout, sizes: Sizes, wanted: Steps) -> None:
         if size != full and size % step:
             raise BudgetError(
                 key,
-                "does not divide as --multiple-of and --target ask",
+                "does not divide as `multiple_of` and `target` ask",
                 expected=f"a multiple of {step}, {_near(size, step, full)}",
                 found=size,
                 fix="choose one, or leave the options out",
             )
 
 
-def _choice(
+def _vocabulary_choice(
     layout: Layout,
     tokenizer: TokenizerFile,
     vocabulary: VocabularyOptions,
@@ -248,14 +292,12 @@ def _choice(
 ) -> VocabularyChoice:
     """Read what the options name, and count tokens if they ask for it."""
     scripts = tuple(check_script(name) for name in vocabulary.keep_scripts)
-    keep = frozenset[int]()
-    if vocabulary.keep_tokens is not None:
-        keep = keep_file(vocabulary.keep_tokens, tokenizer)
+    keep = kept_tokens(vocabulary.keep_tokens, tokenizer)
     counts = None
     if vocabulary.vocab_by == "frequency":
         if documents is None:
             raise DataError(
-                "--vocab-by frequency", "needs a text to count tokens in", fix="give --data TEXT"
+                "`vocab_by` frequency", "needs a text to count tokens in", fix="give `data`"
             )
         counts = count_tokens(tokenizer.library(), documents, layout.vocab_size)
     return VocabularyChoice(counts, vocabulary.drop_reserved, keep, scripts)

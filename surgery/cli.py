@@ -3,36 +3,37 @@
 import errno
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
+from calib.settings import ComputeOptions
 from surgery import __version__
-from surgery.apply import JOBS
-from surgery.cli_models import calibrate, prune, score
+from surgery.apply import JOBS, ApplyOptions
+from surgery.choices import CutRequest
+from surgery.cli_models import calibrate, prune, score, stats
 from surgery.cli_search import compare, search
-from surgery.cli_stats import stats
 from surgery.errors import SurgeryError, is_panic, printable, shortened
 from surgery.options import (
-    ChannelOptions,
+    ModelOptions,
     Refusal,
-    VocabularyOptions,
-    channel_options,
-    compute_options,
+    ShowOptions,
+    cut_options,
     device_option,
     engine_option,
-    family_option,
+    gathered,
     json_option,
-    model_argument,
+    model_options,
     path_type,
     push_option,
     seed_option,
-    spill_option,
-    vocabulary_options,
+    show_options,
+    spilling_options,
 )
-from surgery.size_options import Target, size_options
+from surgery.terminal import bars, show_logs, show_plan
+from surgery.text_options import TextOptions
 
 FIXES = {
     errno.ENOSPC: "; free space, or name another place",
@@ -74,163 +75,139 @@ def main() -> None:
 
     MODEL is a local directory or a hub id org/name[@revision].
     """
+    show_logs()
 
 
 @main.command()
-@model_argument
-@json_option
+@model_options
 @click.option("--vocab", is_flag=True, help="Show what the vocabulary's rows are spent on instead.")
 @click.option("--probe", is_flag=True, help="Show which families fit, and propose an entry.")
-@click.option("--plot", type=path_type, metavar="FILE.png", help="Write a picture (extra 'plot').")
-@family_option
-def inspect(
-    model: str, as_json: bool, vocab: bool, probe: bool, plot: Path | None, family: str | None
-) -> None:
+@show_options
+def inspect(model: ModelOptions, vocab: bool, probe: bool, show: ShowOptions) -> None:
     """Show where the parameters are; reads headers only."""
-    from surgery.census import Census, plot_census
-    from surgery.steps import open_model, probe_model
-    from surgery.vocab_census import plot_vocab_census, vocabulary_census
+    from surgery.api import Model, probe_model
+    from surgery.census import plot_census
+    from surgery.vocab_census import plot_vocab_census
 
     if probe:
-        proposal = probe_model(model)
-        click.echo(json.dumps(asdict(proposal)) if as_json else proposal.table())
+        proposal = probe_model(model.model)
+        click.echo(json.dumps(asdict(proposal)) if show.as_json else proposal.table())
         return
-    layout = open_model(model, family)[0]
+    opened = Model(model.layout())
     if vocab:
-        tokens = vocabulary_census(layout)
-        click.echo(json.dumps(asdict(tokens)) if as_json else tokens.table())
-        if plot is not None:
-            plot_vocab_census(tokens, plot)
+        tokens = opened.vocabulary()
+        click.echo(json.dumps(asdict(tokens)) if show.as_json else tokens.table())
+        if show.plot is not None:
+            plot_vocab_census(tokens, show.plot)
         return
-    census = Census.of(layout, model)
-    click.echo(json.dumps(asdict(census)) if as_json else census.table())
-    if plot is not None:
-        plot_census(census, plot)
+    census = opened.census()
+    click.echo(json.dumps(asdict(census)) if show.as_json else census.table())
+    if show.plot is not None:
+        plot_census(census, show.plot)
+
+
+@dataclass(frozen=True)
+class PlanSources:
+    """What a plan is made from beside the model, and where it goes."""
+
+    stats: Path | None
+    data: str | None
+    seed: int | None
+    output: Path | None
+    plan: Path
 
 
 @main.command()
-@model_argument
-@family_option
-@click.option("--stats", type=path_type, help="From calibrate.")
-@size_options
-@vocabulary_options
-@click.option(
-    "--data",
-    metavar="TEXT",
-    help="To show what the cut of the vocabulary costs, and to count tokens in; as for calibrate.",
+@model_options
+@cut_options
+@spilling_options
+@gathered(
+    "given",
+    PlanSources,
+    click.option("--stats", type=path_type, help="From calibrate."),
+    click.option(
+        "--data",
+        metavar="TEXT",
+        help="To show what the cut of the vocabulary costs, and to count tokens in; as for "
+        "calibrate.",
+    ),
+    seed_option,
+    click.option("--output", type=path_type, metavar="DIR", help="Where apply is to write."),
+    click.option("-o", "plan", type=path_type, default="plan.json", show_default=True),
 )
-@channel_options
-@seed_option
-@compute_options
-@spill_option
-@click.option("--output", type=path_type, metavar="DIR", help="Where apply is to write.")
-@click.option("-o", "plan_path", type=path_type, default="plan.json", show_default=True)
-def plan(
-    model: str,
-    family: str | None,
-    stats: Path | None,
-    target: Target,
-    vocabulary: VocabularyOptions,
-    data: str | None,
-    channels: ChannelOptions,
-    output: Path | None,
-    plan_path: Path,
-    **compute: Any,
-) -> None:
+def plan(model: ModelOptions, cut: CutRequest, compute: ComputeOptions, given: PlanSources) -> None:
     """Choose what to cut and predict the result; no weights are read, but with --repair.
 
     --repair runs the model on --data, in windows as those of the statistics; --seed, --device,
     --dtype and --spill are for it.
     """
-    from calib.documents import read_documents
+    from surgery.api import plan_choice
     from surgery.apply_cost import apply_cost
     from surgery.choices import choose_sizes
-    from surgery.preview import RULE, plan_table
     from surgery.stats import ChannelStats
-    from surgery.steps import open_model, plan_model
-    from surgery.studies import repair_plan
     from surgery.writer import check_file
 
-    layout, source = open_model(model, family)
-    check_file(plan_path, layout.checkpoint.path)
-    loaded = ChannelStats.load(stats) if stats else None
-    chosen = choose_sizes(
-        layout,
-        target,
-        vocabulary,
-        read_documents(data) if data else None,
-        loaded.block_influence if loaded else None,
-    )
-    made = plan_model(
-        layout,
-        source,
-        chosen,
-        loaded,
-        channels=channels,
-        ratio=target.ratio,
-        output=output,
-        vocab_by=vocabulary.vocab_by,
-        documents=read_documents(data) if data else (),
-    )
-    if channels.repair != "none":
-        if loaded is None or data is None:
+    layout = model.layout()
+    check_file(given.plan, layout.checkpoint.path)
+    stats = ChannelStats.load(given.stats) if given.stats else None
+    text = TextOptions(given.data, seed=given.seed) if given.data else None
+    documents = text.documents() if text else None
+    choice = choose_sizes(layout, cut, documents, stats.block_influence if stats else None)
+    made = plan_choice(layout, choice, stats, text=text, output=given.output)
+    if cut.channels.repair != "none":
+        if stats is None or text is None:
             raise Refusal("--repair needs --stats and --data: the channels that stay, and a text")
-        text = {"samples": loaded.info.samples, "seq_len": loaded.info.seq_len, **compute}
-        made = repair_plan(made, plan_path, layout, chosen, data=data, **text)
-    made.save(plan_path)
-    click.echo(plan_table(made, layout.checkpoint.path))
-    if target.ratio is not None:
-        click.echo(f"note: {RULE}")
+        from calib.repair import repair_plan
+        from calib.study import open_study
+
+        seen = replace(text, samples=stats.info.samples, seq_len=stats.info.seq_len)
+        with bars() as progress:
+            study = open_study(layout, choice, seen, compute)
+            made = repair_plan(made, study, given.plan, progress)
+    made.save(given.plan)
+    show_plan(made, layout)
     if made.complete:
         click.echo(apply_cost(made, layout, JOBS).line())
 
 
 @main.command()
 @click.argument("plan_path", metavar="PLAN", type=path_type)
-@click.option("-o", "output", type=path_type, metavar="DIR", help="Instead of the plan's.")
-@click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same plan.")
-@click.option(
-    "--jobs", default=JOBS, show_default=True, type=click.IntRange(1), help="Shards at a time."
-)
-@engine_option
-@click.option(
-    "--checksum",
-    is_flag=True,
-    help="Compare each shard with its SHA-256, from SHA256SUMS beside it or from the hub, first.",
+@gathered(
+    "options",
+    ApplyOptions,
+    click.option("-o", "output", type=path_type, metavar="DIR", help="Instead of the plan's."),
+    click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same plan."),
+    click.option(
+        "--jobs", default=JOBS, show_default=True, type=click.IntRange(1), help="Shards at a time."
+    ),
+    engine_option,
+    click.option(
+        "--checksum",
+        is_flag=True,
+        help="Compare each shard with its SHA-256, from SHA256SUMS beside it or from the hub, "
+        "first.",
+    ),
 )
 @push_option
 @json_option
-def apply(
-    plan_path: Path,
-    output: Path | None,
-    resume: bool,
-    jobs: int,
-    engine: str,
-    checksum: bool,
-    push_to: str | None,
-    as_json: bool,
-) -> None:
+def apply(plan_path: Path, options: ApplyOptions, push_to: str | None, as_json: bool) -> None:
     """Stream a plan's source into a new checkpoint directory."""
+    from surgery.apply import apply_to
     from surgery.plan import Plan
     from surgery.push import check_push, push
     from surgery.source import resolve_model
-    from surgery.steps import run_apply
 
     loaded = Plan.load(plan_path)
-    place = output or (Path(loaded.output) if loaded.output else None)
-    if place is None:
+    if loaded.output is None and options.output is None:
         raise Refusal(f"{plan_path}: names no output; give -o DIR")
     if push_to:
         check_push(push_to)
-    source, _ = resolve_model(loaded.source)
-    took = run_apply(
-        loaded, source, place, resume=resume, jobs=jobs, engine=engine, checksum=checksum
-    )
-    sizes = {"parameters": loaded.after.parameters, "nbytes": loaded.after.nbytes}
-    text = f"{place}: {loaded.after.parameters:,} parameters, {loaded.after.nbytes:,} bytes"
+    with bars() as progress:
+        made = apply_to(loaded, resolve_model(loaded.source)[0], options, progress)
+    text = f"{made.output}: {made.parameters:,} parameters, {made.nbytes:,} bytes"
     if push_to:
-        text += f"\n{push(place, push_to)}"
-    click.echo(json.dumps({"output": str(place), **sizes, **took}) if as_json else text)
+        text += f"\n{push(made.output, push_to)}"
+    click.echo(json.dumps(made.facts()) if as_json else text)
 
 
 @main.command()
@@ -244,7 +221,6 @@ def verify(directory: Path, plan_path: Path | None, forward: bool, device: str) 
     """Check an output against its plan and its source; exit status 1 on a fault."""
     from surgery.plan import Plan
     from surgery.source import source_at_hand
-    from surgery.steps import forward_faults
     from surgery.verify import embedded_plan, verify_files
 
     loaded = Plan.load(plan_path) if plan_path else embedded_plan(directory)
@@ -253,6 +229,8 @@ def verify(directory: Path, plan_path: Path | None, forward: bool, device: str) 
         raise Refusal(f"{directory}: --forward needs the plan and its source; neither may be gone")
     report = verify_files(directory, loaded, source)
     if forward and report.ok and loaded and source:
+        from calib.equality import forward_faults
+
         faults = forward_faults(loaded, source, directory, device)
         report.checks["logits equal the masked dense model's"] = faults
     click.echo(report.table())

@@ -7,14 +7,18 @@ import msgspec
 import numpy as np
 
 from surgery import selection
+from surgery.depth import spelled_layers
 from surgery.errors import PlanError
 from surgery.idmap import IdMap
 from surgery.jsonfile import dump_table, read_file, write_atomic
 from surgery.replacement import Replacement
 from surgery.selection import MAKE_AGAIN
-from surgery.vocab_cost import VocabularyCost
+from surgery.vocab_cost import ScriptCost, VocabularyCost
 
 FORMAT = 3
+
+SHOWN_SCRIPTS = 12
+"""Scripts that lose most tokens, in the table; plan.json has them all."""
 
 MOST_ROWLESS = 1 << 16
 """Most tokens behind the last row; Gemma 3 has one."""
@@ -140,6 +144,30 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             )
         return [selection.decode(text, channels, f"{where}: {axis}") for text in texts]
 
+    def table(self) -> str:
+        """Before, after and removed share of each size, then the notes, as text for people."""
+        before, after = self.before, self.after
+        sizes = [("vocab_size", before.vocab_size, after.vocab_size)]
+        sizes += [(key, before.widths[key], after.widths[key]) for key in before.widths]
+        if self.layers:
+            sizes.append(("layers", before.num_hidden_layers, after.num_hidden_layers))
+        sizes.append(("parameters", before.parameters, after.parameters))
+        sizes.append(("bytes of weights", before.nbytes, after.nbytes))
+        wide = max(20, 2 + max(len(label) for label, _, _ in sizes))
+        rows = [f"{'':<{wide}}{'before':>18}{'after':>18}{'removed':>10}"]
+        for label, old, new in sizes:
+            rows.append(f"{label:<{wide}}{old:>18,}{new:>18,}{1 - new / old:>10.2%}")
+        if self.vocabulary is not None:
+            rows += ["", *_vocabulary_rows(self.vocabulary)]
+        if self.layers:
+            rows.append(f"layers: {spelled_layers(self.layers)}")
+        rows += [f"note: {note}" for note in self.provenance.notes]
+        if self.dropped:
+            rows.append(f"note: left out, for they only guess ahead: {', '.join(self.dropped)}")
+        if not self.complete:
+            rows.append("note: sizes only; give `stats` to choose the channels and apply the plan")
+        return "\n".join(rows)
+
     def encode(self) -> bytes:
         """The plan as JSON; the same plan gives the same bytes."""
         return dump_table(self)
@@ -172,3 +200,31 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             ) from error
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise PlanError(path, "is not a plan", found=error, fix=MAKE_AGAIN) from error
+
+
+def _vocabulary_rows(cost: VocabularyCost) -> list[str]:
+    """Tokens that each script loses, and tokens per byte of its text where there is some."""
+    lost = [script for script in cost.scripts if script.tokens_before > script.tokens_after]
+    lost.sort(key=lambda script: script.tokens_after - script.tokens_before)
+    heads = f"{'tokens of':<20}{'before':>18}{'after':>18}{'removed':>10}"
+    measured = cost.text_bytes > 0
+    rows = [heads + (f"{'text grows':>12}" if measured else "")]
+    for script in lost[:SHOWN_SCRIPTS]:
+        share = 1 - script.tokens_after / script.tokens_before
+        row = f"{script.script:<20}{script.tokens_before:>18,}{script.tokens_after:>18,}"
+        rows.append(f"{row}{share:>10.2%}{_growth(script):>12}".rstrip())
+    if len(lost) > SHOWN_SCRIPTS:
+        rows.append(f"and {len(lost) - SHOWN_SCRIPTS} other scripts, in the plan's file")
+    if cost.tokens_per_byte_before and cost.tokens_per_byte_after:
+        before, after = cost.tokens_per_byte_before, cost.tokens_per_byte_after
+        rows.append(
+            f"tokens per byte of the text: {before:.4f} before, {after:.4f} after "
+            f"({after / before - 1:+.1%})"
+        )
+    else:
+        rows.append("note: `data` shows how much longer text becomes")
+    return rows
+
+
+def _growth(script: ScriptCost) -> str:
+    return f"{script.growth:+.1%}" if script.text_tokens_before else ""

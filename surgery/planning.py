@@ -1,13 +1,15 @@
 """From headers, sizes and statistics to a plan; no weights are read."""
 
 from itertools import zip_longest
+from pathlib import Path
 
 import numpy as np
 
 from surgery import selection
 from surgery.blocks import blocks, check_blocks
 from surgery.budget import TOLERANCE, Sizes, check_sizes, whole
-from surgery.channels import LEAST_TOKENS, bucket_weights, choose_channels, unseen_experts
+from surgery.channels import bucket_weights, choose_channels, unseen_experts
+from surgery.choices import SizeChoice
 from surgery.depth import check_layers, kind_notes, spelled_layers
 from surgery.errors import StatsError
 from surgery.family import EXPERT
@@ -15,65 +17,66 @@ from surgery.idmap import IdMap
 from surgery.layout import Layout
 from surgery.plan import Plan, Provenance
 from surgery.predict import axis_lengths, shape_of
-from surgery.rarity import Rarity
 from surgery.stats import ChannelStats
 from surgery.vocab_cost import VocabularyCost
 
 
-def make_plan(
+def plan_cut(
     layout: Layout,
-    rarity: Rarity,
-    sizes: Sizes,
-    stats: ChannelStats | None,
+    choice: SizeChoice,
+    stats: ChannelStats | None = None,
     *,
-    criterion: str,
-    source: str,
-    output: str | None = None,
-    ratio: float | None = None,
-    vocabulary: VocabularyCost | None = None,
-    least_tokens: int = LEAST_TOKENS,
+    cost: VocabularyCost | None = None,
+    output: Path | None = None,
 ) -> Plan:
-    """Plan the cut of ``layout`` to ``sizes``; no weights are read.
+    """Plan the cut of ``layout`` to the sizes of ``choice``; no weights are read.
 
     Without ``stats`` the plan predicts sizes but, where channels go, cannot be applied.
 
+    Args:
+        layout: The model.
+        choice: The sizes, the order of the vocabulary, and how channels are chosen.
+        stats: What the channels are chosen by.
+        cost: What the cut of the vocabulary costs, where that is known.
+        output: Directory that the plan names.
+
     Raises:
         BudgetError: a size out of reach, or not in whole blocks of FP8 weights.
-        StatsError: the statistics belong to another model, or an expert saw fewer than
-            ``least_tokens`` tokens.
+        StatsError: the statistics belong to another model, or an expert saw too few tokens.
     """
+    sizes, channels = choice.sizes, choice.request.channels
     check_sizes(layout, sizes)
     check_blocks(layout, sizes)
     check_layers(layout, sizes.layers)
-    ids = rarity.id_map(sizes.vocab_size)
+    ids = choice.rarity.id_map(sizes.vocab_size)
+    notes = _notes(layout, choice, cost)
     kept_channels: list[dict[str, list[str]]] = []
-    notes = _notes(layout, sizes, ratio, vocabulary)
     if stats is not None:
         check_stats(layout, stats)
         experts = layout.family.widths.get(EXPERT)
         if experts and sizes.widths.get(experts.key) != layout.widths.get(experts.key):
-            check_experts(stats, least_tokens)
-        notes += _approximations(stats, ids, criterion)
+            check_experts(stats, channels.min_expert_tokens)
+        notes += _approximations(stats, ids, channels.criterion)
         if sizes.widths != layout.widths:
             notes += _other_text(stats, ids) + _other_layers(sizes)
-        kept_channels = _encoded(layout, stats, ids, sizes, criterion)
+        kept_channels = _encoded(layout, stats, ids, sizes, channels.criterion)
     return Plan(
-        source=source,
+        source=layout.checkpoint.source,
         fingerprint=layout.checkpoint.fingerprint,
-        output=output,
+        output=str(output.absolute()) if output else None,
         before=shape_of(layout, whole(layout)),
         after=shape_of(layout, sizes),
         kept_tokens=selection.encode(ids.kept, layout.vocab_size),
-        rowless_tokens=rarity.rowless,
+        rowless_tokens=choice.rarity.rowless,
         kept_channels=kept_channels,
         dropped=layout.dropped,
         dequantize=sizes.dequantize,
         layers=[list(group) for group in sizes.layers],
-        vocabulary=vocabulary,
+        vocabulary=cost,
         family=layout.checkpoint.family,
         provenance=Provenance(
-            criterion=criterion,
-            ratio=ratio,
+            criterion=channels.criterion,
+            ratio=choice.request.sizes.ratio,
             text_digest=stats.info.text_digest if stats else None,
             calibration_tokens=stats.info.tokens if stats else 0,
             notes=notes,
@@ -144,14 +147,13 @@ def check_experts(stats: ChannelStats, least: int) -> None:
             f"such as expert {few[layer][0]} of layer {layer}",
             expected=f"at least {least}",
             found=int(stats.layers[layer][EXPERT].tokens[:, few[layer][0]].sum()),
-            fix="calibrate with more text, or accept it with --min-expert-tokens",
+            fix="calibrate with more text, or accept it with `min_expert_tokens`",
         )
 
 
-def _notes(
-    layout: Layout, sizes: Sizes, ratio: float | None, vocabulary: VocabularyCost | None
-) -> list[str]:
+def _notes(layout: Layout, choice: SizeChoice, vocabulary: VocabularyCost | None) -> list[str]:
     """What follows from the sizes alone."""
+    sizes, ratio = choice.sizes, choice.request.sizes.ratio
     notes = vocabulary.warnings() if vocabulary else []
     misread = layout.family.misread_vocab_sizes.get(sizes.vocab_size)
     if vocabulary and misread:
@@ -188,8 +190,8 @@ def _other_text(stats: ChannelStats, ids: IdMap) -> list[str]:
     if seen == ids.new_size:
         return []
     return [
-        f"the statistics are of text as {seen} rows cut it; calibrate --vocab-size {ids.new_size} "
-        "takes them on what the pruned model will see"
+        f"the statistics are of text as {seen} rows cut it; calibrating with `vocab_size` "
+        f"{ids.new_size} takes them on what the pruned model will see"
     ]
 
 
@@ -203,5 +205,5 @@ def _approximations(stats: ChannelStats, ids: IdMap, criterion: str) -> list[str
     return [
         f"vocab_size {ids.new_size} lies inside a bucket of the statistics, which counts by the "
         f"share of its occurrences that stay ({parts}); "
-        f"calibrate --vocab-sizes {ids.new_size} makes it exact"
+        f"calibrating with `vocab_sizes` {ids.new_size} makes it exact"
     ]

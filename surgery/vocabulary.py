@@ -1,7 +1,7 @@
 """Which tokens stay: every token's rarity, by the merges or by counts, closed under parents."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +29,23 @@ RESERVED = re.compile(
 
 
 @dataclass(frozen=True)
+class VocabularyOptions:
+    """What is asked of the vocabulary beside its size."""
+
+    vocab_by: str = "merge-order"
+    """Rarity of tokens: "merge-order", the tail of the merge list, or "frequency" in a text."""
+    drop_reserved: bool = False
+    """Whether tokens go that are reserved for later use and that nothing refers to."""
+    keep_tokens: Path | Sequence[str] = ()
+    """Tokens that must stay, as the vocabulary spells them or as plain text; or a file of them,
+    one a line."""
+    keep_scripts: Sequence[str] = ()
+    """Unicode scripts whose tokens must stay, such as Cyrillic."""
+
+
+@dataclass(frozen=True)
 class VocabularyChoice:
-    """What the user wants of the vocabulary beside its size."""
+    """What stays of the vocabulary beside the most common tokens, and which those are."""
 
     counts: np.ndarray | None = None
     """int64 by id: how often each token occurs; None orders by the merge list."""
@@ -38,7 +53,7 @@ class VocabularyChoice:
     """Rank tokens that are reserved for later use behind all others."""
     keep: frozenset[int] = frozenset()
     """Ids that must stay."""
-    keep_scripts: tuple[str, ...] = ()
+    keep_scripts: Sequence[str] = ()
     """Unicode scripts whose tokens must stay."""
 
 
@@ -172,27 +187,30 @@ def merge_ranks(tokenizer: TokenizerFile, tree: MergeTree) -> np.ndarray:
     return rank
 
 
-def keep_file(path: Path, tokenizer: TokenizerFile) -> frozenset[int]:
-    """Ids of the tokens in ``path``: one a line, as the vocabulary spells it or as plain text.
+def kept_tokens(tokens: Path | Sequence[str], tokenizer: TokenizerFile) -> frozenset[int]:
+    """Ids of ``tokens``, as the vocabulary spells them or as plain text; or of a file of them.
 
     Raises:
-        TokenizerError: a line is no token.
+        TokenizerError: one of them is no token.
     """
+    lines, where = (
+        (tokens, "`keep_tokens`: item")
+        if not isinstance(tokens, Path)
+        else (_lines(tokens), f"{tokens}: line")
+    )
+    if not lines:
+        return frozenset()
     spelled: dict[str, int] = {}
     for token, id_ in tokenizer.vocab.items():
         text = tokenizer.kind.text(token)
         if text is not None:
             spelled.setdefault(text, id_)
     found = set()
-    try:
-        lines = read_file(path).decode("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise TokenizerError(path, "is not UTF-8 text", fix="save it as UTF-8") from error
     for number, line in enumerate(lines, 1):
         named = tokenizer.token_ids.get(line, spelled.get(line))
         if line and named is None:
             raise TokenizerError(
-                f"{path}: line {number}",
+                f"{where} {number}",
                 "is no token of this vocabulary",
                 found=repr(line),
                 fix="correct or remove it; inspect --vocab shows what there is",
@@ -202,7 +220,14 @@ def keep_file(path: Path, tokenizer: TokenizerFile) -> frozenset[int]:
     return frozenset(found)
 
 
-def _of_scripts(tokenizer: TokenizerFile, names: tuple[str, ...]) -> set[int]:
+def _lines(path: Path) -> list[str]:
+    try:
+        return read_file(path).decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise TokenizerError(path, "is not UTF-8 text", fix="save it as UTF-8") from error
+
+
+def _of_scripts(tokenizer: TokenizerFile, names: Sequence[str]) -> set[int]:
     """Ids of the tokens whose letters are of these scripts."""
     if not names:
         return set()

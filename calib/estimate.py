@@ -1,10 +1,14 @@
-"""What calibrate and score will take: memory, disk and bytes moved, from headers and windows."""
+"""What a pass will take: memory, disk and bytes moved, from headers and windows; caps on it."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
+
+from calib.settings import ComputeOptions, PassSettings
+from surgery.errors import BudgetError
 from surgery.family import EXPERT
 from surgery.layout import Layout
 from surgery.slots import BUFFER
@@ -24,9 +28,13 @@ HEAP_BYTES = 32 * MB
 """Freed memory that the heap keeps; measured, below ``calib.memory.HELD_BYTES``."""
 
 
+SOLVED_ROWS = 1024
+"""Rows of down_proj that are solved for at a time (``calib.gram.ROWS``)."""
+
+
 @dataclass(frozen=True)
-class Text:
-    """The windows, as far as memory depends on them."""
+class WindowLengths:
+    """The windows of a text, as far as memory depends on them."""
 
     lengths: Mapping[int, int]
     """Tokens of a window → number of such windows."""
@@ -39,26 +47,15 @@ class Text:
         return sum(length * count for length, count in self.lengths.items())
 
     @classmethod
-    def full(cls, samples: int, seq_len: int, vocab_size: int) -> "Text":
+    def of(cls, windows: Sequence[np.ndarray]) -> "WindowLengths":
+        """Those of ``windows`` of token ids."""
+        rows = len(np.unique(np.concatenate(windows))) if len(windows) else 0
+        return cls(Counter(map(len, windows)), rows)
+
+    @classmethod
+    def full(cls, samples: int, seq_len: int, vocab_size: int) -> "WindowLengths":
         """Windows of one length in which as many tokens occur as can."""
         return cls({seq_len: samples}, min(vocab_size, samples * seq_len))
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the layers compute."""
-
-    itemsize: int
-    """Bytes of a number in the dtype that computes."""
-    buckets: int
-    """Of the statistics; 0 takes none."""
-    device: str = "cpu"
-    micro_batch_values: int = 1 << 21
-    prefetch: bool = True
-    hidden: str = "memory"
-    """"memory", "device" or "file"."""
-    journal: bool = True
-    """Whether hidden states are written after each layer."""
 
 
 @dataclass(frozen=True)
@@ -105,37 +102,133 @@ class Prediction:
         return "\n".join(f"{name:<26}{size / MB:>12,.0f} MB" for name, size in rows if size)
 
 
-def predict(layout: Layout, text: Text, settings: Settings) -> Prediction:
-    """Predict what a pass of ``text`` through the layers takes."""
+def predict(
+    layout: Layout, text: WindowLengths, settings: PassSettings, *, buckets: int, journal: bool
+) -> Prediction:
+    """Predict what a pass of ``text`` through the layers takes.
+
+    Args:
+        layout: The model.
+        text: Its windows.
+        settings: How the layers compute.
+        buckets: Of the statistics; 0 takes none.
+        journal: Whether hidden states are written after each layer.
+    """
     width = layout.by_name[layout.family.embedding].shape[1]
-    states = text.tokens * width * settings.itemsize
-    sums = list(_sums(layout, settings.buckets))
+    states = text.tokens * width * settings.dtype.itemsize
+    sums = list(_sums(layout, buckets))
     # Those of a layer are written while the next one computes.
-    kept = 2 * max(sums, default=0) if settings.journal else sum(sums)
+    kept = 2 * max(sums, default=0) if journal else sum(sums)
     computing = _activations(layout, text, settings, width) + kept
-    work = _weights(layout, settings, computing, text.rows * width * settings.itemsize)
+    work = _weights(layout, settings, computing, text.rows * width * settings.dtype.itemsize)
     memory = {"base": BASE_BYTES + ROW_BYTES * layout.vocab_size}
     device: dict[str, int] = {}
-    if settings.device == "cpu":
+    if settings.device.type == "cpu":
         memory |= work
     else:
         memory["weights"] = max(_stored(layout))  # pinned
         device = {"base": DEVICE_BASE_BYTES, **work}
     if settings.hidden != "file":
         (device if settings.hidden == "device" else memory)["hidden states"] = states
-    copies = 2 if settings.journal or settings.hidden == "file" else 0
+    copies = 2 if journal or settings.hidden == "file" else 0
     weights = sum(_stored(layout))
     itemsize = layout.by_name[layout.family.embedding].itemsize
     return Prediction(
         memory,
         device,
-        disk=copies * states + (2 * sum(sums) if settings.journal else 0),
+        disk=copies * states + (2 * sum(sums) if journal else 0),
         read=weights + _ends(layout) + text.rows * width * itemsize,
         to_device=weights if device else 0,
     )
 
 
-def _weights(layout: Layout, settings: Settings, computing: int, embedding: int) -> dict[str, int]:
+def within_caps(
+    layout: Layout,
+    text: WindowLengths,
+    settings: PassSettings,
+    compute: ComputeOptions,
+    *,
+    buckets: int,
+    journal: bool,
+) -> PassSettings:
+    """Return the fastest settings whose prediction keeps the caps of ``compute``.
+
+    Hidden states go to a file first, then the windows that run together become fewer, and last
+    the next layer waits on the disk until this one is done.
+
+    Raises:
+        BudgetError: no settings do, naming what would be needed.
+    """
+    least: dict[str, int] = {}
+    for choice in _choices(settings, journal=journal):
+        made = predict(layout, text, choice, buckets=buckets, journal=journal)
+        asked = {
+            "max_memory": (made.peak_memory, compute.max_memory),
+            "max_gpu_memory": (made.peak_device, compute.max_gpu_memory),
+        }
+        over = [name for name, (need, cap) in asked.items() if cap is not None and need > cap]
+        if not over:
+            return choice
+        for name in asked:
+            least[name] = min(least.get(name, asked[name][0]), asked[name][0])
+    name = over[0]
+    raise BudgetError(
+        f"`{name}` {(asked[name][1] or 0) / MB:,.0f}MB",
+        "cannot be kept",
+        expected=f"at least {least[name] / MB + 1:,.0f}MB",
+        fix="give more, fewer or shorter windows, or a smaller `dtype`",
+    )
+
+
+def _choices(settings: PassSettings, *, journal: bool) -> Iterator[PassSettings]:
+    """Settings from the fastest to the smallest."""
+    places = ["memory", "file"] if settings.spill is None else ["file"]
+    if settings.device.type != "cpu" and settings.spill is None:
+        places.insert(0, "device")
+    if not journal and settings.spill is None:
+        places.remove("file")
+    for prefetch in (True, False):
+        for values in (settings.micro_batch_values, 1):
+            for place in places:
+                yield replace(settings, hidden=place, micro_batch_values=values, prefetch=prefetch)
+
+
+def predict_repair(
+    layout: Layout, widths: Mapping[str, int], text: WindowLengths, settings: PassSettings
+) -> Prediction:
+    """Predict a pass that refits every down_proj, one at a time.
+
+    Args:
+        layout: The model.
+        widths: Key of config.json → I'.
+        text: All windows: those that fit, through the dense model and through the pruned one,
+            and the held-out ones, without and with the repair.
+        settings: How the layers compute.
+    """
+    pass_alone = predict(layout, text, settings, buckets=1, journal=False)
+    depth = layout.by_name[layout.family.embedding].shape[1]
+    longest = max(text.lengths)
+    beside = 0
+    for axis, width in layout.family.widths.items():
+        if width.key not in widths or not layout.channels_of(axis):
+            continue
+        full, kept = layout.channels_of(axis), widths[width.key] * layout.times(axis)
+        experts = layout.experts if axis == EXPERT else 1
+        matrix, cut = depth * full, depth * kept
+        sums = 4 * (full**2 + matrix) if experts == 1 else 8 * experts * full**2
+        equations = sums + 8 * kept**2 + 4 * kept * (full - kept) + 4 * cut
+        solving = 16 * kept**2 + 8 * cut + 16 * SOLVED_ROWS * kept
+        weights = 2 * experts * matrix * settings.dtype.itemsize
+        activations = 2 * longest * full * settings.dtype.itemsize
+        beside = max(beside, max(equations, solving) + weights + activations)
+    if pass_alone.device:
+        return replace(pass_alone, device={**pass_alone.device, "refitting": beside})
+    return replace(pass_alone, memory={**pass_alone.memory, "refitting": beside})
+
+
+def _weights(
+    layout: Layout, settings: PassSettings, computing: int, embedding: int
+) -> dict[str, int]:
     """What is there at the worst time: a layer is loaded or computes, and the next one is read.
 
     Args:
@@ -167,8 +260,8 @@ class _Layer:
     """The most while the one becomes the other."""
 
     @classmethod
-    def of(cls, layout: Layout, index: int, settings: Settings) -> "_Layer":
-        itemsize, converts = settings.itemsize, settings.device == "cpu"
+    def of(cls, layout: Layout, index: int, settings: PassSettings) -> "_Layer":
+        itemsize, converts = settings.dtype.itemsize, settings.device.type == "cpu"
         merged: Counter[str] = Counter()
         alone, ready, copied = 0, 0, False
         for ref in layout.of_layer[index].values():
@@ -221,12 +314,12 @@ def _sums(layout: Layout, buckets: int) -> Iterator[int]:
         yield sum(8 * numbers * n * layout.channels_of(axis) for axis, n in axes.items())
 
 
-def _activations(layout: Layout, text: Text, settings: Settings, width: int) -> int:
+def _activations(layout: Layout, text: WindowLengths, settings: PassSettings, width: int) -> int:
     """A micro-batch in a layer: attention's copies of it, the FFN's three, the float64 chunk."""
     channels = max((layout.channels_of(axis) for axis in layout.family.widths), default=1)
     tokens = max(
         min(count, max(1, settings.micro_batch_values // (length * channels))) * length
         for length, count in text.lengths.items()
     )
-    ffn = min(tokens * channels * settings.itemsize, PIECE_BYTES)
-    return 10 * tokens * width * settings.itemsize + 4 * ffn + CHUNK_BYTES + HEAP_BYTES
+    ffn = min(tokens * channels * settings.dtype.itemsize, PIECE_BYTES)
+    return 10 * tokens * width * settings.dtype.itemsize + 4 * ffn + CHUNK_BYTES + HEAP_BYTES

@@ -1,0 +1,388 @@
+"""The library's functions that run a model: calibrate, score, search, compare, prune."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from calib.calibration import open_calibration, run_calibration
+from calib.calibration_options import CalibrationOptions
+from calib.compare import check_methods, compare_methods, usable_methods
+from calib.pipeline import PlanFiles, apply_and_verify, calibrated_plan
+from calib.score import Score, score_model
+from calib.search import SearchResult, search_pairs
+from calib.settings import ComputeOptions
+from calib.study import open_study
+from surgery.api import Model, as_layout
+from surgery.channels import DEFAULT_CRITERION, LEAST_TOKENS, ChannelOptions
+from surgery.choices import CutRequest, SizeRequest, allowed_steps, choose_sizes
+from surgery.comparison import Row
+from surgery.plan import Plan
+from surgery.progress import Progress
+from surgery.stats import ChannelStats
+from surgery.text_options import TextOptions
+from surgery.verify import VerifyReport
+from surgery.vocabulary import VocabularyOptions
+
+
+def calibrate(  # noqa: PLR0913
+    model: Model | str | Path,
+    *,
+    data: str | Path | Iterable[str],
+    samples: int = 256,
+    seq_len: int = 2048,
+    seed: int | None = None,
+    vocab_size: int | None = None,
+    vocab_sizes: Sequence[int] | str | None = None,
+    vocab_by: str = "merge-order",
+    drop_reserved: bool = False,
+    keep_tokens: Path | Sequence[str] = (),
+    keep_scripts: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str = "auto",
+    max_memory: int | None = None,
+    max_gpu_memory: int | None = None,
+    spill: Path | str | None = None,
+    part: str | None = None,
+    engine: str = "local",
+    parts: int | None = None,
+    output: Path | str | None = None,
+    resume: bool = False,
+    family: str | None = None,
+    progress: Progress | None = None,
+) -> ChannelStats:
+    """Sum squared FFN activations over text, one layer in memory at a time (paper eq. 4 and 5).
+
+    Example:
+        >>> stats = calib.calibrate(model, data="tools/text/calibration.txt", samples=32)
+
+    Args:
+        model: From ``surgery.open_model``, or what that takes.
+        data: Text: a path, ``hub:name``, or documents.
+        samples: Windows of text, at most.
+        seq_len: Tokens of a window.
+        seed: Shuffles the documents.
+        vocab_size: Tokenize the text as the tokenizer pruned to V' rows will.
+        vocab_sizes: Sizes V' for which the statistics are to be exact.
+        vocab_by: As for ``surgery.make_plan``; so are the next three.
+        drop_reserved: See there.
+        keep_tokens: See there.
+        keep_scripts: See there.
+        device: auto, cpu, cuda or mps.
+        dtype: auto, float32, bfloat16 or float16.
+        max_memory: Cap on the memory of this process, in bytes.
+        max_gpu_memory: Cap on what is held on the device, in bytes.
+        spill: Directory for files of hidden states.
+        part: The windows that are used, such as "2/4"; ``surgery.merge_stats`` adds the parts.
+        engine: "local", or "ray": tasks on a cluster whose nodes share the file system.
+        parts: Tasks of ``ray``.
+        output: File that the statistics are written to; what a killed run needs lies beside it.
+        resume: Whether to go on with a run that was interrupted, if there is one.
+        family: As for ``surgery.open_model``.
+        progress: Called with "calibrate", bytes of weights passed, and bytes in all.
+
+    Raises:
+        BudgetError: a cap on memory cannot be kept.
+        DataError: there is no text.
+        OutputError: there is an interrupted run, or the one to resume was another.
+    """
+    layout = as_layout(model, family)
+    text = TextOptions(data, samples, seq_len, seed=seed)
+    compute = _compute(device, dtype, max_memory, max_gpu_memory, spill)
+    place = Path(output) if output is not None else None
+    sizes = vocab_sizes
+    if sizes is not None and not isinstance(sizes, str):
+        sizes = ",".join(map(str, sizes))
+    order = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts)
+    options = CalibrationOptions(vocab_size, sizes, part, engine, parts, place, resume, order)
+    made = open_calibration(layout, text, compute, options)
+    return run_calibration(made, compute, options, progress)
+
+
+def score(  # noqa: PLR0913
+    model: Model | str | Path,
+    *,
+    data: str | Path | Iterable[str],
+    samples: int = 256,
+    window_bytes: int = 2048,
+    seed: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    family: str | None = None,
+    progress: Progress | None = None,
+) -> Score:
+    """Measure bits per byte on text, one layer in memory at a time.
+
+    Windows are cut by bytes, so that models with different vocabularies can be compared.
+
+    Example:
+        >>> calib.score(model, data="tools/text/heldout.txt", samples=8).bits_per_byte
+
+    Args:
+        model: From ``surgery.open_model``, or what that takes.
+        data: Text: a path, ``hub:name``, or documents.
+        samples: Windows of text, at most.
+        window_bytes: Bytes of a window.
+        seed: Shuffles the documents.
+        device: auto, cpu, cuda or mps.
+        dtype: auto, float32, bfloat16 or float16.
+        family: As for ``surgery.open_model``.
+        progress: Called with "score", bytes of weights passed, and bytes in all.
+
+    Raises:
+        DataError: there is no text.
+    """
+    text = TextOptions(data, samples, seed=seed)
+    compute = ComputeOptions(device, dtype)
+    return score_model(as_layout(model, family), text, window_bytes, compute, progress)
+
+
+def search(  # noqa: PLR0913
+    model: Model | str | Path,
+    *,
+    data: str | Path | Iterable[str],
+    ratio: float,
+    candidates: str | None = None,
+    multiple_of: int | None = None,
+    target: str | None = None,
+    dequantize: bool = False,
+    repair: str = "none",
+    samples: int = 256,
+    seq_len: int = 2048,
+    windows: int = 64,
+    seed: int | None = None,
+    vocab_by: str = "merge-order",
+    drop_reserved: bool = False,
+    keep_tokens: Path | Sequence[str] = (),
+    keep_scripts: Sequence[str] = (),
+    criterion: str = DEFAULT_CRITERION,
+    device: str = "auto",
+    dtype: str = "auto",
+    spill: Path | str | None = None,
+    family: str | None = None,
+    progress: Progress | None = None,
+) -> SearchResult:
+    """Find the split between V' and I' that loses least, by trying several.
+
+    Every fourth block of the text is held out to judge by; the rest chooses the channels.
+
+    Example:
+        >>> found = calib.search(model, data="tools/text/calibration.txt", ratio=0.2)
+        >>> print(found.table())
+
+    Args:
+        model: From ``surgery.open_model``, or what that takes.
+        data: Text: a path, ``hub:name``, or documents.
+        ratio: Share of all parameters to remove.
+        candidates: Pairs to try, such as "32768:864,24576:928", instead of those of the ratio.
+        multiple_of: As for ``surgery.make_plan``; so are the next two.
+        target: See there.
+        dequantize: See there.
+        repair: "none", or "least-squares": down_proj is refitted in every pair.
+        samples: Windows of text to choose channels by, at most.
+        seq_len: Tokens of such a window.
+        windows: Windows of 2,048 bytes that are held out, at most.
+        seed: Shuffles the documents.
+        vocab_by: As for ``surgery.make_plan``; so are the next three.
+        drop_reserved: See there.
+        keep_tokens: See there.
+        keep_scripts: See there.
+        criterion: Importance of a channel.
+        device: auto, cpu, cuda or mps.
+        dtype: auto, float32, bfloat16 or float16.
+        spill: Directory for files of hidden states.
+        family: As for ``surgery.open_model``.
+        progress: Called with "search", windows × layers passed, and all of a pass.
+
+    Raises:
+        BudgetError: the ratio is out of reach.
+        DataError: there is not enough text.
+    """
+    layout = as_layout(model, family)
+    text = TextOptions(data, samples, seq_len, windows, seed)
+    sizes = SizeRequest(ratio, multiple_of=multiple_of, target=target, dequantize=dequantize)
+    order = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts)
+    asked = CutRequest(sizes, order, ChannelOptions(criterion, repair=repair))
+    choice = choose_sizes(layout, asked, text.documents())
+    study = open_study(layout, choice, text, _compute(device, dtype, spill=spill))
+    return search_pairs(study, choice, candidates, progress)
+
+
+def compare(  # noqa: PLR0913
+    model: Model | str | Path,
+    *,
+    data: str | Path | Iterable[str],
+    ratio: float | Sequence[float],
+    methods: Sequence[str] | None = None,
+    multiple_of: int | None = None,
+    target: str | None = None,
+    dequantize: bool = False,
+    samples: int = 256,
+    seq_len: int = 2048,
+    windows: int = 64,
+    seed: int | None = None,
+    vocab_by: str = "merge-order",
+    drop_reserved: bool = False,
+    keep_tokens: Path | Sequence[str] = (),
+    keep_scripts: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str = "auto",
+    spill: Path | str | None = None,
+    family: str | None = None,
+    progress: Progress | None = None,
+) -> Mapping[float, Sequence[Row]]:
+    """Compare methods at the same ratios, on the same text and the same held-out windows.
+
+    Example:
+        >>> rows = calib.compare(model, data="tools/text/calibration.txt", ratio=0.2,
+        ...                      methods=["act2", "search"])
+
+    Args:
+        model: From ``surgery.open_model``, or what that takes.
+        data: Text: a path, ``hub:name``, or documents.
+        ratio: Share of all parameters to remove, or several.
+        methods: Some of random, abs-act, act2, wanda, l2, shortgpt, laco, vocabulary, compact and
+            search; None is all that the model allows.
+        multiple_of: As for ``surgery.make_plan``; so are the next two.
+        target: See there.
+        dequantize: See there.
+        samples: Windows of text to choose by, at most.
+        seq_len: Tokens of such a window.
+        windows: Windows of 2,048 bytes that are held out, at most.
+        seed: Shuffles the documents.
+        vocab_by: As for ``surgery.make_plan``; so are the next three.
+        drop_reserved: See there.
+        keep_tokens: See there.
+        keep_scripts: See there.
+        device: auto, cpu, cuda or mps.
+        dtype: auto, float32, bfloat16 or float16.
+        spill: Directory for files of hidden states.
+        family: As for ``surgery.open_model``.
+        progress: Called with "compare", windows × layers passed, and all of a pass.
+
+    Returns:
+        Ratio → one row for each method.
+
+    Raises:
+        DataError: an unknown method, or not enough text.
+    """
+    layout = as_layout(model, family)
+    ratios = list(ratio) if isinstance(ratio, Sequence) else [ratio]
+    names = list(methods) if methods is not None else usable_methods(layout)
+    check_methods(layout, names)
+    text = TextOptions(data, samples, seq_len, windows, seed)
+    sizes = SizeRequest(ratios[0], multiple_of=multiple_of, target=target, dequantize=dequantize)
+    order = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts)
+    choice = choose_sizes(layout, CutRequest(sizes, order), text.documents())
+    study = open_study(layout, choice, text, _compute(device, dtype, spill=spill))
+    return compare_methods(study, allowed_steps(layout, sizes), ratios, names, progress)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A checkpoint that ``prune`` has made."""
+
+    output: Path
+    plan: Plan
+    report: VerifyReport
+
+
+def prune(  # noqa: PLR0913
+    model: Model | str | Path,
+    *,
+    data: str | Path | Iterable[str],
+    output: Path | str,
+    ratio: float | None = None,
+    vocab_size: int | None = None,
+    intermediate_size: int | None = None,
+    widths: Mapping[str, int] | None = None,
+    layers: str | None = None,
+    multiple_of: int | None = None,
+    target: str | None = None,
+    dequantize: bool = False,
+    samples: int = 256,
+    seq_len: int = 2048,
+    seed: int | None = None,
+    vocab_by: str = "merge-order",
+    drop_reserved: bool = False,
+    keep_tokens: Path | Sequence[str] = (),
+    keep_scripts: Sequence[str] = (),
+    criterion: str = DEFAULT_CRITERION,
+    min_expert_tokens: int = LEAST_TOKENS,
+    repair: str = "none",
+    device: str = "auto",
+    dtype: str = "auto",
+    family: str | None = None,
+    progress: Progress | None = None,
+) -> Pruned:
+    """Calibrate, plan, apply and verify in one call.
+
+    The statistics and the plan stay beside the output, as ``OUTPUT.stats.safetensors`` and
+    ``OUTPUT.plan.json``.
+
+    Example:
+        >>> made = calib.prune(model, data="tools/text/calibration.txt", ratio=0.2,
+        ...                    output="smaller")
+        >>> assert made.report.ok
+
+    Args:
+        model: From ``surgery.open_model``, or what that takes.
+        data: Text: a path, ``hub:name``, or documents.
+        output: Directory to write; it must not exist.
+        ratio: As for ``surgery.make_plan``; so are the sizes that follow.
+        vocab_size: See there.
+        intermediate_size: See there.
+        widths: See there.
+        layers: See there.
+        multiple_of: See there.
+        target: See there.
+        dequantize: See there.
+        samples: Windows of text, at most.
+        seq_len: Tokens of a window.
+        seed: Shuffles the documents.
+        vocab_by: As for ``surgery.make_plan``; so are the next five.
+        drop_reserved: See there.
+        keep_tokens: See there.
+        keep_scripts: See there.
+        criterion: See there.
+        min_expert_tokens: See there.
+        repair: "none", or "least-squares": refit down_proj where held-out text agrees.
+        device: auto, cpu, cuda or mps.
+        dtype: auto, float32, bfloat16 or float16.
+        family: As for ``surgery.open_model``.
+        progress: Called with a stage ("calibrate", "repair", "apply"), what is done, and all of it.
+
+    Raises:
+        SurgeryError: as the functions that it calls; nothing appears under ``output``.
+    """
+    layout = as_layout(model, family)
+    text = TextOptions(data, samples, seq_len, seed=seed)
+    sizes = SizeRequest(
+        ratio=ratio,
+        vocab_size=vocab_size,
+        intermediate_size=intermediate_size,
+        widths=widths or {},
+        layers=layers,
+        multiple_of=multiple_of,
+        target=target,
+        dequantize=dequantize,
+    )
+    order = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts)
+    asked = CutRequest(sizes, order, ChannelOptions(criterion, min_expert_tokens, repair))
+    files = PlanFiles.beside(Path(output))
+    files.check(layout.checkpoint.path)
+    choice = choose_sizes(layout, asked, text.documents())
+    compute = _compute(device, dtype)
+    plan = calibrated_plan(layout, choice, text, compute, files, progress)
+    report = apply_and_verify(plan, layout, Path(output), progress)
+    return Pruned(Path(output), plan, report)
+
+
+def _compute(
+    device: str,
+    dtype: str,
+    max_memory: int | None = None,
+    max_gpu_memory: int | None = None,
+    spill: Path | str | None = None,
+) -> ComputeOptions:
+    place = Path(spill) if spill is not None else None
+    return ComputeOptions(device, dtype, max_memory, max_gpu_memory, place)

@@ -1,0 +1,88 @@
+"""All of it: calibrate, plan, repair, apply and verify."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from calib.calibration import prepare_calibration, run_calibration
+from calib.calibration_options import CalibrationOptions
+from calib.repair import repair_plan
+from calib.settings import ComputeOptions
+from calib.study import open_study
+from surgery.api import plan_choice
+from surgery.apply import ApplyOptions, apply_to
+from surgery.choices import SizeChoice
+from surgery.layout import Layout
+from surgery.plan import Plan
+from surgery.progress import Progress
+from surgery.text_options import TextOptions
+from surgery.verify import VerifyReport, verify_files
+from surgery.writer import check_file, check_place
+
+
+@dataclass(frozen=True)
+class PlanFiles:
+    """Where a plan and what belongs to it are written."""
+
+    plan: Path
+    stats: Path | None = None
+    """None keeps no statistics."""
+    output: Path | None = None
+    """Directory that the plan names."""
+
+    @classmethod
+    def beside(cls, output: Path) -> "PlanFiles":
+        """``DIR.plan.json`` and ``DIR.stats.safetensors`` beside the directory ``output``."""
+        plan, stats = (output.with_name(output.name + end) for end in (PLAN_END, STATS_END))
+        return cls(plan, stats, output)
+
+    def check(self, model: Path) -> None:
+        """Refuse places that cannot be written to, or that lie inside the directory ``model``.
+
+        Raises:
+            OutputError: naming the place.
+        """
+        if self.output is not None:
+            check_place(self.output, model)
+        if self.plan.absolute().parent.is_dir():  # else it is made
+            check_file(self.plan, model)
+
+
+PLAN_END, STATS_END = ".plan.json", ".stats.safetensors"
+
+
+def calibrated_plan(
+    layout: Layout,
+    choice: SizeChoice,
+    text: TextOptions,
+    compute: ComputeOptions,
+    files: PlanFiles,
+    progress: Progress | None = None,
+) -> Plan:
+    """Calibrate on text as the pruned tokenizer tokenizes it, plan, repair if asked; save it all.
+
+    What a plan would refuse is refused before the work.
+    """
+    plan_choice(layout, choice, output=files.output)
+    files.plan.absolute().parent.mkdir(parents=True, exist_ok=True)
+    stats = None
+    if layout.widths:
+        options = CalibrationOptions(vocab_size=choice.sizes.vocab_size)
+        plain = replace(compute, spill=None)
+        made = prepare_calibration(layout, choice.rarity, text, plain, options)
+        stats = run_calibration(made, plain, options, progress)
+        if files.stats is not None:
+            stats.save(files.stats)
+    plan = plan_choice(layout, choice, stats, text=text, output=files.output)
+    if choice.request.channels.repair != "none":
+        plan = repair_plan(plan, open_study(layout, choice, text, compute), files.plan, progress)
+    plan.save(files.plan)
+    return plan
+
+
+def apply_and_verify(
+    plan: Plan, layout: Layout, output: Path, progress: Progress | None = None
+) -> VerifyReport:
+    """Apply a plan of ``layout`` and check the output by its files."""
+    path = layout.checkpoint.path
+    apply_to(plan, path, ApplyOptions(output), progress)
+    return verify_files(output, plan, path, download=False)

@@ -1,0 +1,286 @@
+"""The library's functions: open a model, plan a cut, apply it, verify it."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from surgery.apply import JOBS, Applied, ApplyOptions, apply_to
+from surgery.census import Census
+from surgery.channels import DEFAULT_CRITERION, LEAST_TOKENS, ChannelOptions
+from surgery.checkpoint import Checkpoint
+from surgery.choices import CutRequest, SizeChoice, SizeRequest, choose_sizes
+from surgery.companions import check_companions
+from surgery.errors import UnknownTypeError
+from surgery.layout import Layout
+from surgery.plan import Plan
+from surgery.planning import plan_cut
+from surgery.probe import Proposal, propose, unknown_type
+from surgery.progress import Progress
+from surgery.source import resolve_model, source_at_hand
+from surgery.stats import ChannelStats
+from surgery.text_options import TextOptions
+from surgery.verify import VerifyReport, embedded_plan, verify_files
+from surgery.vocab_census import VocabCensus, vocabulary_census
+from surgery.vocab_cost import vocabulary_cost
+from surgery.vocabulary import VocabularyOptions
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint whose every tensor has been recognized; no weights are read."""
+
+    layout: Layout
+
+    @property
+    def path(self) -> Path:
+        """Its directory."""
+        return self.layout.checkpoint.path
+
+    @property
+    def source(self) -> str:
+        """What finds it again: an absolute path, or ``org/name@commit``."""
+        return self.layout.checkpoint.source
+
+    def census(self) -> Census:
+        """Count where its parameters are (paper eq. 1–3, figure 1)."""
+        return Census.of(self.layout, self.source)
+
+    def vocabulary(self) -> VocabCensus:
+        """Count what the rows of its vocabulary are spent on."""
+        return vocabulary_census(self.layout)
+
+
+def open_model(model: str | Path, *, family: str | None = None) -> Model:
+    """Open a checkpoint and check every tensor's name and shape.
+
+    Example:
+        >>> model = surgery.open_model("build/smollm2")
+        >>> print(model.census().table())
+
+    Args:
+        model: A local directory, or a hub id ``org/name[@revision]``.
+        family: Treat it as this model type, whatever config.json says.
+
+    Returns:
+        The model, which plans are made from.
+
+    Raises:
+        CheckpointError: it is not there, or damaged, or quantized in a way that cannot be cut.
+        UnknownTypeError: its model type is not supported.
+    """
+    return Model(open_layout(model, family))
+
+
+def open_layout(model: str | Path, family: str | None = None) -> Layout:
+    """Open a checkpoint as ``open_model`` does, and return its layout."""
+    path, name = resolve_model(str(model))
+    checkpoint = Checkpoint.open(path, family, name=name)
+    try:
+        return Layout.of(checkpoint)
+    except UnknownTypeError as error:
+        raise unknown_type(checkpoint, error) from error
+
+
+def as_layout(model: Model | str | Path, family: str | None = None) -> Layout:
+    """The layout of an open model, or of one that is opened."""
+    return model.layout if isinstance(model, Model) else open_layout(model, family)
+
+
+def probe_model(model: str | Path) -> Proposal:
+    """Say what a checkpoint may be, whatever its model type."""
+    return propose(Checkpoint.open(resolve_model(str(model))[0]))
+
+
+def make_plan(  # noqa: PLR0913
+    model: Model | str | Path,
+    *,
+    stats: ChannelStats | Path | str | None = None,
+    ratio: float | None = None,
+    vocab_size: int | None = None,
+    intermediate_size: int | None = None,
+    widths: Mapping[str, int] | None = None,
+    layers: str | None = None,
+    num_hidden_layers: int | None = None,
+    multiple_of: int | None = None,
+    target: str | None = None,
+    dequantize: bool = False,
+    vocab_by: str = "merge-order",
+    drop_reserved: bool = False,
+    keep_tokens: Path | Sequence[str] = (),
+    keep_scripts: Sequence[str] = (),
+    criterion: str = DEFAULT_CRITERION,
+    min_expert_tokens: int = LEAST_TOKENS,
+    data: str | Path | Iterable[str] | None = None,
+    seed: int | None = None,
+    output: Path | str | None = None,
+    family: str | None = None,
+) -> Plan:
+    """Choose what to remove and predict the result; no weights are read.
+
+    What is not named stays whole. Without ``stats`` the plan shows sizes; where channels go, it
+    cannot be applied.
+
+    Example:
+        >>> plan = surgery.make_plan(model, stats="stats.safetensors", ratio=0.2)
+        >>> print(plan.table())
+
+    Args:
+        model: From ``open_model``, or what ``open_model`` takes.
+        stats: Channel statistics, or their file.
+        ratio: Share of all parameters to remove; V' and I' follow by the rule of thumb.
+        vocab_size: V', rows of the embedding that stay.
+        intermediate_size: I', channels of each layer that stay.
+        widths: Key of config.json → channels that stay, for models with several widths.
+        layers: Layers that stay or become one, such as "0-20,21+22+23,24-29".
+        num_hidden_layers: Layers that stay, those of the largest block influence.
+        multiple_of: What V' and I' must be multiples of; 128 with ``ratio``.
+        target: What an engine divides the sizes by, such as "tp=4,group=128".
+        dequantize: Whether FP8 weights become bf16, which can be cut anywhere.
+        vocab_by: "merge-order", or "frequency" over ``data``.
+        drop_reserved: Whether tokens go that are reserved for later use.
+        keep_tokens: Tokens that must stay, or a file of them.
+        keep_scripts: Unicode scripts whose tokens must stay.
+        criterion: Importance of a channel: common-act2, act2, abs-act, wanda, l2 or random.
+        min_expert_tokens: Fewest tokens that an expert must have seen to be ranked.
+        data: Text: a path, ``hub:name``, or documents. It shows what the cut of the vocabulary
+            costs, and is what "frequency" counts.
+        seed: Shuffles the documents.
+        output: Directory that ``apply_plan`` writes, unless told otherwise.
+        family: As for ``open_model``.
+
+    Raises:
+        BudgetError: sizes or a ratio that are out of reach.
+        StatsError: statistics that belong to another model.
+        TokenizerError: a vocabulary that cannot be cut.
+    """
+    sizes = SizeRequest(
+        ratio=ratio,
+        vocab_size=vocab_size,
+        intermediate_size=intermediate_size,
+        widths=widths or {},
+        layers=layers,
+        num_hidden_layers=num_hidden_layers,
+        multiple_of=multiple_of,
+        target=target,
+        dequantize=dequantize,
+    )
+    vocabulary = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts)
+    channels = ChannelOptions(criterion, min_expert_tokens)
+    return plan_model(
+        as_layout(model, family),
+        CutRequest(sizes, vocabulary, channels),
+        ChannelStats.load(Path(stats)) if isinstance(stats, str | Path) else stats,
+        text=None if data is None else TextOptions(data, seed=seed),
+        output=None if output is None else Path(output),
+    )
+
+
+def plan_model(
+    layout: Layout,
+    request: CutRequest,
+    stats: ChannelStats | None = None,
+    *,
+    text: TextOptions | None = None,
+    output: Path | None = None,
+) -> Plan:
+    """Choose the sizes and plan the cut, as ``make_plan``."""
+    influence: np.ndarray | None = stats.block_influence if stats is not None else None
+    documents = text.documents() if text is not None else None
+    choice = choose_sizes(layout, request, documents, influence)
+    return plan_choice(layout, choice, stats, text=text, output=output)
+
+
+def plan_choice(
+    layout: Layout,
+    choice: SizeChoice,
+    stats: ChannelStats | None = None,
+    *,
+    text: TextOptions | None = None,
+    output: Path | None = None,
+) -> Plan:
+    """Plan a cut whose sizes are chosen; ``text`` shows what that of the vocabulary costs."""
+    ids, cost = choice.rarity.id_map(choice.sizes.vocab_size), None
+    if choice.tokenizer is not None and not ids.identity:
+        documents = text.documents() if text is not None else ()
+        order = choice.request.vocabulary.vocab_by
+        cost = vocabulary_cost(choice.tokenizer, ids, order, documents)
+    plan = plan_cut(layout, choice, stats, cost=cost, output=output)
+    # What apply would refuse in the files beside the weights is refused now.
+    check_companions(plan, layout.checkpoint, choice.tokenizer)
+    return plan
+
+
+def apply_plan(  # noqa: PLR0913
+    plan: Plan | Path | str,
+    *,
+    output: Path | str | None = None,
+    source: Path | str | None = None,
+    resume: bool = False,
+    jobs: int = JOBS,
+    engine: str = "local",
+    checksum: bool = False,
+    progress: Progress | None = None,
+) -> Applied:
+    """Stream a plan's source into a new checkpoint directory.
+
+    The directory appears whole at the end, or not at all. Memory is bounded by a window for each
+    job, not by the model.
+
+    Example:
+        >>> surgery.apply_plan(plan, output="smaller")
+
+    Args:
+        plan: A plan, or its file.
+        output: Directory to write; None is the plan's own. It must not exist.
+        source: The model's directory; None is where the plan found it.
+        resume: Whether to go on with an interrupted run of the same plan.
+        jobs: Shards that are written at the same time.
+        engine: "local", or "ray": each shard a task on a cluster that shares the file system.
+        checksum: Whether to compare each shard with its known SHA-256 before any of it is used.
+        progress: Called with "apply", bytes written, and bytes in all.
+
+    Returns:
+        Where it lies, and what it took.
+
+    Raises:
+        PlanError: it names no output, or belongs to another source.
+        OutputError: the output exists, or cannot be written.
+    """
+    loaded = plan if isinstance(plan, Plan) else Plan.load(Path(plan))
+    place = Path(output) if output is not None else None
+    options = ApplyOptions(place, resume, jobs, engine, checksum)
+    return apply_to(loaded, resolve_model(str(source or loaded.source))[0], options, progress)
+
+
+def verify_checkpoint(
+    output: Path | str,
+    *,
+    plan: Plan | Path | str | None = None,
+    source: Path | str | None = None,
+    download: bool = True,
+) -> VerifyReport:
+    """Check a checkpoint by its files, and against the plan and the source it was made from.
+
+    Example:
+        >>> report = surgery.verify_checkpoint("smaller")
+        >>> assert report.ok, report.table()
+
+    Args:
+        output: The directory.
+        plan: The plan, or its file; None is the one in the directory, if any.
+        source: The source's directory; None is where the plan found it, if it is still there.
+        download: Whether weights of a source on the hub are downloaded to be compared.
+
+    Raises:
+        CheckpointError: the directory is no checkpoint.
+        PlanError: the plan is damaged.
+    """
+    directory = Path(output)
+    loaded = Plan.load(Path(plan)) if isinstance(plan, str | Path) else plan
+    loaded = loaded or embedded_plan(directory)
+    found = Path(source) if source is not None else None
+    if found is None and loaded is not None:
+        found = source_at_hand(loaded.source)
+    return verify_files(directory, loaded, found, download=download)

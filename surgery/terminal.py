@@ -1,0 +1,82 @@
+"""What the command line draws while a command works: bars, and what the library logs."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from surgery.companions import left_behind
+from surgery.errors import printable
+from surgery.layout import Layout
+from surgery.plan import Plan
+from surgery.progress import Progress
+
+RULE = "V' and I' follow a rule of thumb; compact-surgery search finds the split for your model"
+"""What to know of sizes that a ratio has given."""
+
+OF_WEIGHTS = ("calibrate", "score", "apply")
+"""Stages that count bytes of weights; the others count windows times layers."""
+
+
+class Bars:
+    """A bar on stderr for each stage, one at a time; none where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._stage, self._done = "", 0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Show how far a stage is."""
+        from tqdm import tqdm
+
+        if self._bar is None or stage != self._stage or done < self._done:
+            self.close()
+            unit = "B" if stage in OF_WEIGHTS else "window"
+            quiet = not sys.stderr.isatty()
+            self._bar = tqdm(total=total, desc=stage, unit=unit, unit_scale=True, disable=quiet)
+            self._stage, self._done = stage, 0
+        self._bar.update(done - self._done)
+        self._done = done
+
+    def close(self) -> None:
+        """End the bar that is shown."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+@contextmanager
+def bars() -> Iterator[Progress]:
+    """Yield what draws the progress of a command."""
+    drawn = Bars()
+    try:
+        yield drawn
+    finally:
+        drawn.close()
+
+
+class _Echo(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a line of the library's on stderr."""
+        click.echo(self.format(record), err=True)
+
+
+def show_logs() -> None:
+    """Print what the library logs, which stays quiet in a program of somebody else's."""
+    for name in ("surgery", "calib"):
+        logger = logging.getLogger(name)
+        if not any(isinstance(handler, _Echo) for handler in logger.handlers):
+            logger.addHandler(_Echo())
+        logger.setLevel(logging.INFO)
+
+
+def show_plan(plan: Plan, layout: Layout) -> None:
+    """Print what a plan cuts and what to know about it."""
+    click.echo(plan.table())
+    if names := left_behind(layout.checkpoint.path, plan.ids()):
+        click.echo(f"note: left behind: {printable(', '.join(names))}")
+    if plan.provenance.ratio is not None:
+        click.echo(f"note: {RULE}")
