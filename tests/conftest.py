@@ -1,15 +1,13 @@
 """Fixtures: one tiny checkpoint for the session, a command-line runner."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 from surgery.cli import main
-from tests import tiny
-
-Run = Callable[..., Result]
+from tests.support import tiny
+from tests.support.command import Run
 
 
 @pytest.fixture(scope="session")

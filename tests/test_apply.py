@@ -16,9 +16,9 @@ from surgery.apply import apply_plan
 from surgery.edits import Edit
 from surgery.header import TensorRef, encode_header, read_header
 from surgery.stream import edit_windows, stream_edit
-from tests import tiny
-from tests.conftest import Run
-from tests.plans import random_plan
+from tests.support import tiny
+from tests.support.command import Run
+from tests.support.plans import random_plan
 
 ITEMSIZE_DTYPE = {1: ("U8", np.uint8), 2: ("BF16", np.uint16), 4: ("F32", np.uint32)}
 

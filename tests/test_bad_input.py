@@ -20,9 +20,9 @@ from safetensors.numpy import load_file, save_file
 from surgery.checkpoint import INDEX_NAME
 from surgery.plan import Plan
 from surgery.stats import ChannelStats
-from tests import tiny
-from tests.conftest import Run
-from tests.plans import layout_of, random_plan, random_stats
+from tests.support import tiny
+from tests.support.command import Run
+from tests.support.plans import layout_of, random_plan, random_stats
 
 Damage = Callable[[Path], object]
 """Spoils something in a bench directory."""

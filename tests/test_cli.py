@@ -10,8 +10,8 @@ import pytest
 
 from surgery.cli import main
 from surgery.plan import Plan
-from tests import tiny
-from tests.conftest import Run
+from tests.support import tiny
+from tests.support.command import Run
 
 SIZES = ("--vocab-size", 512, "--intermediate-size", 64)
 

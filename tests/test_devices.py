@@ -14,8 +14,8 @@ import calib.calibrate
 from calib.sums import FEW_TOKENS, ChannelSums
 from calib.tokens import Tokens
 from calib.transfer import Transfer
-from tests import tiny
-from tests.conftest import Run
+from tests.support import tiny
+from tests.support.command import Run
 from tests.test_statistics import take_stats
 
 CPU = torch.device("cpu")

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from surgery.apply import apply_plan
 from surgery.edits import kept_channels
 from surgery.plan import Plan
-from tests import tiny
-from tests.conftest import Run
-from tests.plans import layout_of, masked_dense, random_plan
+from tests.support import tiny
+from tests.support.command import Run
+from tests.support.plans import layout_of, masked_dense, random_plan
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:

@@ -36,9 +36,9 @@ from surgery.planning import make_plan
 from surgery.predict import shape_of
 from surgery.verify import verify_files
 from surgery.vocabulary import rarity_of
-from tests import fp8, tiny
-from tests.conftest import Run
-from tests.plans import layout_of, random_stats
+from tests.support import fp8, tiny
+from tests.support.command import Run
+from tests.support.plans import layout_of, random_stats
 from tests.test_exact import assert_equals_masked_dense, bits, weights
 
 CPU = torch.device("cpu")

@@ -15,8 +15,8 @@ import pytest
 from surgery.checkpoint import INDEX_NAME
 from surgery.errors import MOST_CHARACTERS
 from surgery.source import HUB_ID
-from tests import fuzzing, tiny
-from tests.conftest import Run
+from tests.support import ROOT, fuzzing, tiny
+from tests.support.command import Run
 from tests.test_bad_input import (
     APPLY,
     CALIBRATE,
@@ -213,7 +213,7 @@ def test_memory_is_bounded(
     damage(bench)
     result = subprocess.run(
         [sys.executable, "-c", "from surgery.cli import main; main()", *command.split()],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY)),
         capture_output=True,
         text=True,

@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
-from tests.killing import journaled, run_apply, whole_shards
-from tests.plans import random_plan
+from tests.support import ROOT, tiny
+from tests.support.killing import journaled, run_apply, whole_shards
+from tests.support.plans import random_plan
 from tests.test_apply import snapshot
 
 KILLS = 10
 """Random moments for each number of jobs, beside the last ones."""
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")

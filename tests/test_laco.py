@@ -8,8 +8,8 @@ from calib import laco
 from calib.laco import collapse_layers
 from surgery.errors import SurgeryError
 from surgery.layout import Layout
-from tests import tiny
-from tests.plans import layout_of
+from tests.support import tiny
+from tests.support.plans import layout_of
 
 CPU = torch.device("cpu")
 

@@ -21,10 +21,10 @@ from surgery.header import read_header
 from surgery.plan import Plan
 from surgery.stats import ChannelStats
 from surgery.stream import WINDOW_BYTES, edit_windows, open_shard
-from tests import fp8, tiny
-from tests.conftest import Run
-from tests.killing import run_apply
-from tests.plans import layout_of
+from tests.support import fp8, tiny
+from tests.support.command import Run
+from tests.support.killing import run_apply
+from tests.support.plans import layout_of
 from tests.test_apply import snapshot
 from tests.test_exact import bits
 from tests.test_layers import plan_of, reference

@@ -23,10 +23,10 @@ from surgery.plan import Plan
 from surgery.planning import make_plan
 from surgery.verify import verify_files
 from surgery.vocabulary import rarity_of
-from tests import tiny
-from tests.plans import layout_of, masked_dense, random_stats
+from tests.support import tiny
+from tests.support.plans import layout_of, masked_dense, random_stats
+from tests.support.tiny_configs import TINY
 from tests.test_exact import bits, weights
-from tests.tiny_configs import TINY
 
 CPU = torch.device("cpu")
 

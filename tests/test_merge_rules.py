@@ -17,7 +17,7 @@ from surgery.idmap import IdMap
 from surgery.jsonfile import dump_table, table_pieces
 from surgery.merge_rules import MergeRules
 from surgery.tokenizer import TokenizerFile
-from tests import tiny
+from tests.support import tiny
 from tests.test_cut_tokenizers import byte_level, sentencepiece, unigram, wordpiece
 
 JSON = st.recursive(

@@ -20,12 +20,11 @@ from surgery.apply import apply_plan
 from surgery.plan import Plan
 from surgery.preview import plan_table
 from surgery.stream import stream_edit
-from tests import tiny
-from tests.conftest import Run
-from tests.plans import random_plan
+from tests.support import ROOT, tiny
+from tests.support.command import Run
+from tests.support.plans import random_plan
 from tests.test_apply import snapshot
 
-ROOT = Path(__file__).parent.parent
 MB = 1 << 20
 
 

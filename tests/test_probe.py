@@ -22,9 +22,9 @@ from surgery.header import Header, TensorRef
 from surgery.layout import Layout
 from surgery.plan import Plan
 from surgery.probe import Proposal, fitting, propose, unknown_type
-from tests import tiny
-from tests.conftest import Run
-from tests.plans import layout_of
+from tests.support import tiny
+from tests.support.command import Run
+from tests.support.plans import layout_of
 from tests.test_bad_input import assert_refused
 from tests.test_exact import assert_equals_masked_dense
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from surgery import steps
 from surgery.layout import Layout
-from tests import tiny
-from tests.plans import layout_of
+from tests.support import tiny
+from tests.support.plans import layout_of
 
 
 @pytest.fixture(scope="module")

@@ -42,12 +42,11 @@ from surgery.layout import Layout
 from surgery.rarity import Rarity
 from surgery.tokenizer import TokenizerFile
 from surgery.vocabulary import VocabularyChoice, rarity_of
-from tests import tiny
-from tests.languages import ARTICLE_1
+from tests.support import ROOT, tiny
+from tests.support.languages import ARTICLE_1
 from tests.test_sentencepiece import bpe, parse
 from tools import real_tokenizers
 
-HERE = Path(__file__).parent
 ORDERS = ("merge-order", "frequency")
 SHARES = (35, 50, 65)
 """Percent of the rows that go."""
@@ -160,10 +159,10 @@ def sentencepiece_file(tokenizers_dir: Path) -> Path:
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Text to count tokens in: prose, code, sixteen languages."""
     path = tmp_path_factory.mktemp("mixed") / "mixed.txt"
-    prose = (HERE.parent / "tools/text/calibration.txt").read_text(encoding="utf-8")[:60_000]
+    prose = (ROOT / "tools/text/calibration.txt").read_text(encoding="utf-8")[:60_000]
     parts = [
         prose,
-        (HERE / "languages.py").read_text(encoding="utf-8"),
+        (ROOT / "tests/support/languages.py").read_text(encoding="utf-8"),
         *ARTICLE_1.values(),
         code(),
     ]
@@ -310,7 +309,7 @@ def cut(request: pytest.FixtureRequest, ordered: Ordered, pruned: Pruned) -> Cut
 
 @cache
 def code() -> str:
-    paths = sorted((HERE.parent / "surgery").glob("*.py"))[:12]
+    paths = sorted((ROOT / "surgery").rglob("*.py"))[:12]
     return "\n".join(path.read_text(encoding="utf-8") for path in paths)
 
 
@@ -500,8 +499,9 @@ def auto_texts() -> list[str]:
 
 
 def auto_tokenizer(python: str, texts: Path, directories: list[Path]) -> dict[str, Any]:
-    """Run tests/auto_tokenizer.py in another interpreter."""
-    command = [python, str(HERE / "auto_tokenizer.py"), str(texts), *map(str, directories)]
+    """Run tests/support/auto_tokenizer.py in another interpreter."""
+    script = ROOT / "tests/support/auto_tokenizer.py"
+    command = [python, *map(str, (script, texts, *directories))]
     # Tokenizers need no torch, whose import takes longer than all else here.
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "USE_TORCH": "0"}
     environment = {**os.environ, **quiet}
@@ -557,7 +557,7 @@ def test_auto_tokenizer(
 def assert_auto_same(
     pair: Cut, texts: list[str], before: dict[str, Any], after: dict[str, Any]
 ) -> None:
-    """Compare what tests/auto_tokenizer.py saw of the source and of the cut.
+    """Compare what tests/support/auto_tokenizer.py saw of the source and of the cut.
 
     Some classes of transformers 5 (Llama's, for DeepSeek) build a pre-tokenizer of their own and
     so differ from tokenizer.json in the source already: where they do, only AutoTokenizer is

@@ -15,8 +15,8 @@ import pytest
 import calib.partial
 from calib.partial import Partial
 from surgery.stats import ChannelStats
-from tests import tiny
-from tests.conftest import Run
+from tests.support import tiny
+from tests.support.command import Run
 
 LAYERS = 12
 KILLS = 12

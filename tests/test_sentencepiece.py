@@ -26,8 +26,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from surgery.errors import TokenizerError
 from surgery.idmap import IdMap
 from surgery.sentencepiece import cut_sentencepiece, is_sentencepiece
+from tests.support import ROOT
 
-TEXT = Path(__file__).parent.parent / "tools" / "text" / "calibration.txt"
+TEXT = ROOT / "tools" / "text" / "calibration.txt"
 KINDS = ("bpe", "unigram", "unigram-unk")
 """BPE and Unigram with byte fallback; Unigram without, with its own normalizer."""
 SPACE = "▁"

@@ -20,10 +20,10 @@ from surgery.channels import CRITERIA, bucket_weights, choose_channels
 from surgery.stats import PARTS, ChannelStats
 from surgery.tokenizer import load_tokenizer
 from surgery.vocabulary import rarity_of
-from tests import tiny
-from tests.conftest import Run
-from tests.full_load import full_load_bits, hooked, window_norms
-from tests.plans import layout_of
+from tests.support import tiny
+from tests.support.command import Run
+from tests.support.full_load import full_load_bits, hooked, window_norms
+from tests.support.plans import layout_of
 
 CPU = torch.device("cpu")
 EDGES = [400, 512, tiny.VOCAB_SIZE]

@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from surgery.cli import main
-from tests import tiny
-from tests.conftest import Run
+from tests.support import tiny
+from tests.support.command import Run
 
 SIZE = 400
 SPECIAL_IDS = {"<unk>": 616, "<s>": 617, "</s>": 618, "<pad>": 619}

@@ -20,8 +20,8 @@ from safetensors.numpy import load_file, save_file
 from surgery.apply import apply_plan
 from surgery.checkpoint import tokenizer_files
 from surgery.stats import KEY, ChannelStats
-from tests import fp8, tiny
-from tests.plans import layout_of, random_plan, random_stats
+from tests.support import fp8, tiny
+from tests.support.plans import layout_of, random_plan, random_stats
 from tests.test_cut_tokenizers import tokenizer_json
 from tests.test_sentencepiece import source
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from surgery.checkpoint import INDEX_NAME
-from tests import tiny
+from tests.support import tiny
 
 BLOCK = 16
 QUANTIZED = re.compile(r"model\.layers\..+_proj(_with_mqa)?\.weight")
