@@ -18,13 +18,10 @@ from surgery.header import TensorRef, encode_header, read_header
 from surgery.stream import edit_windows, stream_edit
 from tests.support import tiny
 from tests.support.command import Run
+from tests.support.contents import snapshot
 from tests.support.plans import random_plan
 
 ITEMSIZE_DTYPE = {1: ("U8", np.uint8), 2: ("BF16", np.uint16), 4: ("F32", np.uint32)}
-
-
-def snapshot(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 @settings(max_examples=150, deadline=None)

@@ -145,7 +145,7 @@ def test_ratio_chooses_both_sizes(tmp_path: Path, run: Run) -> None:
 
 
 def test_inspect_counts_every_parameter(llama: Path, run: Run) -> None:
-    from tests.test_exact import weights
+    from tests.support.contents import weights
 
     facts = json.loads(run("inspect", llama, "--json").stdout)
     total = sum(tensor.numel() for tensor in weights(llama).values())

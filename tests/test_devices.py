@@ -15,8 +15,8 @@ from calib.sums import FEW_TOKENS, ChannelSums
 from calib.tokens import Tokens
 from calib.transfer import Transfer
 from tests.support import tiny
+from tests.support.calibration import take_stats
 from tests.support.command import Run
-from tests.test_statistics import take_stats
 
 CPU = torch.device("cpu")
 NORMS = torch.zeros(1, 1, dtype=torch.float64)

@@ -15,9 +15,9 @@ from surgery.plan import Plan
 from surgery.stats import PARTS, ChannelStats
 from tests.support import tiny
 from tests.support.command import Run
+from tests.support.contents import weights
 from tests.support.full_load import hooked
-from tests.support.plans import layout_of, random_plan
-from tests.test_exact import assert_equals_masked_dense, weights
+from tests.support.plans import assert_equals_masked_dense, layout_of, random_plan
 from tools.published import MIXTURES
 from tools.shapes import write_headers_only, write_tokenizer
 

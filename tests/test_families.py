@@ -16,9 +16,8 @@ from surgery.vocabulary import rarity_of
 from tests.support import tiny
 from tests.support.command import Run
 from tests.support.full_load import full_load_bits, hooked, window_norms
-from tests.support.plans import layout_of, random_plan
+from tests.support.plans import assert_equals_masked_dense, layout_of, random_plan
 from tests.support.tiny_configs import TINY
-from tests.test_exact import assert_equals_masked_dense
 
 SHARE = 0.6
 CPU = torch.device("cpu")

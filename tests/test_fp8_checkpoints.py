@@ -38,8 +38,8 @@ from surgery.verify import verify_files
 from surgery.vocabulary import rarity_of
 from tests.support import fp8, tiny
 from tests.support.command import Run
-from tests.support.plans import layout_of, random_stats
-from tests.test_exact import assert_equals_masked_dense, bits, weights
+from tests.support.contents import bits, weights
+from tests.support.plans import assert_equals_masked_dense, layout_of, random_stats
 
 CPU = torch.device("cpu")
 FP32 = torch.float32

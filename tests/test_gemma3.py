@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.support import ROOT
 from tests.support.command import Run
-from tests.test_gguf_checkpoint import make_reader_tensor, write_gguf
+from tests.support.gguf_files import make_reader_tensor, write_gguf
 from tools import gemma3, real_tokenizers
 from tools.gguf_checkpoint import BuildError, Model
 

@@ -16,8 +16,8 @@ from surgery.checkpoint import INDEX_NAME
 from surgery.errors import MOST_CHARACTERS
 from surgery.source import HUB_ID
 from tests.support import ROOT, fuzzing, tiny
-from tests.support.command import Run
-from tests.test_bad_input import (
+from tests.support.command import Run, assert_refused
+from tests.support.damage import (
     APPLY,
     CALIBRATE,
     EMBED,
@@ -30,22 +30,17 @@ from tests.test_bad_input import (
     SIZES_ONLY,
     Case,
     Damage,
-    assert_refused,
-    bench,
     config,
     each,
     header,
     model_key,
     no_weights,
-    pattern,
     plan_key,
     replace,
     tokenizer,
     weight_map,
     write,
 )
-
-__all__ = ["bench", "pattern"]
 
 MEMORY = 1536 << 20
 """Bytes of address space for commands that run no model: a tenth of that is used."""

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.support import ROOT, tiny
+from tests.support.contents import snapshot
 from tests.support.killing import journaled, run_apply, whole_shards
 from tests.support.plans import random_plan
-from tests.test_apply import snapshot
 
 KILLS = 10
 """Random moments for each number of jobs, beside the last ones."""

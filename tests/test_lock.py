@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.support import ROOT
+from tests.support.contents import snapshot
 from tests.support.plans import random_plan
-from tests.test_apply import snapshot
 
 PAUSED = """
 import os, signal

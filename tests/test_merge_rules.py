@@ -18,7 +18,7 @@ from surgery.jsonfile import dump_table, table_pieces
 from surgery.merge_rules import MergeRules
 from surgery.tokenizer import TokenizerFile
 from tests.support import tiny
-from tests.test_cut_tokenizers import byte_level, sentencepiece, unigram, wordpiece
+from tests.support.generated_tokenizers import byte_level, sentencepiece, unigram, wordpiece
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.text(max_size=5),

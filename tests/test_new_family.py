@@ -19,9 +19,8 @@ from surgery.families import FAMILIES
 from surgery.plan import Plan
 from tests.support import ROOT, tiny
 from tests.support.command import Run
-from tests.support.plans import layout_of
+from tests.support.plans import assert_equals_masked_dense, layout_of
 from tests.support.tiny_configs import TINY
-from tests.test_exact import assert_equals_masked_dense
 
 NAME = "newmodel"
 BRANCH = re.compile(r"(?<!trainer_spec\.)model_type\b\W*(==|!=|\bin\b)|\bmatch\b.*model_type")

@@ -22,8 +22,8 @@ from surgery.preview import plan_table
 from surgery.stream import stream_edit
 from tests.support import ROOT, tiny
 from tests.support.command import Run
+from tests.support.contents import snapshot
 from tests.support.plans import random_plan
-from tests.test_apply import snapshot
 
 MB = 1 << 20
 

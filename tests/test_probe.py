@@ -23,10 +23,8 @@ from surgery.layout import Layout
 from surgery.plan import Plan
 from surgery.probe import Proposal, fitting, propose, unknown_type
 from tests.support import tiny
-from tests.support.command import Run
-from tests.support.plans import layout_of
-from tests.test_bad_input import assert_refused
-from tests.test_exact import assert_equals_masked_dense
+from tests.support.command import Run, assert_refused
+from tests.support.plans import assert_equals_masked_dense, layout_of
 
 UNKNOWN = "unknown_x"
 DENSE = ("llama", "qwen3", "gemma2", "phi3", "glm4", "olmo", "olmo2", "cohere", "stablelm:parallel",

@@ -12,8 +12,8 @@ import torch
 
 from tests.support import ray_tasks, tiny
 from tests.support.command import Run
+from tests.support.contents import snapshot
 from tests.support.plans import random_plan
-from tests.test_apply import snapshot
 
 NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
 Lose = Callable[[Path], None]

@@ -44,7 +44,7 @@ from surgery.tokenizer import TokenizerFile
 from surgery.vocabulary import VocabularyChoice, rarity_of
 from tests.support import ROOT, tiny
 from tests.support.languages import ARTICLE_1
-from tests.test_sentencepiece import bpe, parse
+from tests.support.sentencepiece_models import bpe, parse
 from tools import real_tokenizers
 
 ORDERS = ("merge-order", "frequency")

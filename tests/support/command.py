@@ -6,3 +6,13 @@ from click.testing import Result
 
 Run = Callable[..., Result]
 """Runs the command line on its arguments, as the fixture ``run`` does."""
+
+
+def assert_refused(result: Result, *words: str) -> None:
+    """One line, exit status 2, no traceback, and every one of ``words``."""
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    lines = result.stderr.splitlines()
+    assert (result.exit_code, len(lines)) == (2, 1), result.output
+    assert lines[0].startswith("Error: ")
+    missing = [word for word in words if word not in lines[0]]
+    assert not missing, f"{missing} not in {lines[0]!r}"
