@@ -27,7 +27,6 @@ RESUME = f"{APPLY} --resume"
 CALIBRATE = "calibrate model --seq-len 32 --samples 2 -o new.safetensors --data"
 SCORE = "score model --samples 2 --data"
 PRUNE = f"prune model --data text.txt --seq-len 32 --samples 2 {SIZES} -o"
-DEEP_ID = '"eos_token_id": ' + "[" * 900 + "2" + "]" * 900
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 GATE, DOWN = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.down_proj.weight"
 SHARD_1, SHARD_2 = "model-00001-of-00005.safetensors", "model-00002-of-00005.safetensors"
@@ -192,67 +191,10 @@ def stats(**changes: Any) -> Damage:
     return damage
 
 
-def sums_of(layer: int, *shape: int, axis: str = "ffn") -> dict[str, np.ndarray]:
-    """Statistics of ``shape`` (experts, I), as ``stats`` takes them."""
-    shapes = dict.fromkeys(("sum_sq", "sum_abs"), (1, *shape))
-    shapes |= dict.fromkeys(("sum_l2", "weight_norm"), shape)
-    arrays = {part: np.ones(of_part) for part, of_part in shapes.items()}
-    arrays["tokens"] = np.ones((1, *shape[:1]), np.int64)
-    return {f"layers__{layer}__{axis}__{part}": array for part, array in arrays.items()}
-
-
-def kept_channels(layer: int, **axes: list[str]) -> Damage:
-    """Let the plan keep other channels of ``layer``."""
-    return change("plan.json", lambda data: data["kept_channels"][layer].update(axes))
-
-
-def rename(data: dict[str, Any], old: str, new: str) -> None:
-    data[new] = data.pop(old)
-
-
-BEGUN = '{"plan_digest": "0123456789abcdef"}'
-"""The first line of the journal of another plan."""
-
-
-def journal(content: str) -> Damage:
-    def damage(root: Path) -> None:
-        (root / "out.partial").mkdir()
-        (root / "out.partial.journal").write_text(content + "\n")
-
-    return damage
-
-
 def directory(name: str) -> Damage:
     return lambda root: (root / name).mkdir()
-
-
-def swap_ids(data: Any) -> None:
-    """Give the first two added tokens each other's id."""
-    first, second = data["added_tokens"][:2]
-    first["id"], second["id"] = second["id"], first["id"]
 
 
 def model_key(**changes: Any) -> Damage:
     """Change keys of tokenizer.json's model."""
     return tokenizer(lambda data: data["model"].update(changes))
-
-
-def prepend(path: Path, head: bytes) -> None:
-    path.write_bytes(head + path.read_bytes())
-
-
-def gap_under_added(data: Any) -> None:
-    """One token fewer, so that the loader gives an added token the id of the last one."""
-    del data["model"]["merges"][-1]
-    last = max(data["model"]["vocab"], key=data["model"]["vocab"].get)
-    del data["model"]["vocab"][last]
-    data["added_tokens"].append(dict(data["added_tokens"][0], id=620, content="<late>"))
-
-
-def two_tokens_one_id(data: Any) -> None:
-    vocab = data["model"]["vocab"]
-    vocab["Ġthe"] = vocab["Ġa"]
-
-
-KIND = ("tokenizer.json", "cannot be cut", "expected BPE on bytes", "keep the vocabulary whole")
-"""What every refusal of a kind of tokenizer says."""
