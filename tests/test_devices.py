@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import calib.calibrate
 from calib.sums import FEW_TOKENS, ChannelSums
 from calib.tokens import Tokens
 from calib.transfer import Transfer
@@ -122,6 +121,5 @@ def device_is_there() -> bool:
 
 
 def test_sums_are_float64_but_where_there_is_none() -> None:
-    assert calib.calibrate.ChannelSums is ChannelSums
     assert ChannelSums(1, 1, 2, CPU).sum_sq.total.dtype == torch.float64
     assert ChannelSums(1, 1, 2, CPU, compensated=True).sum_sq.total.dtype == torch.float32

@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM
 
 from calib.calibrate import calibrate
 from calib.weights import WeightReader
-from surgery import stream
 from surgery.apply import apply_plan
 from surgery.budget import Sizes, whole
 from surgery.checkpoint import INDEX_NAME
@@ -34,6 +33,7 @@ from surgery.layout import Layout
 from surgery.plan import Plan
 from surgery.planning import make_plan
 from surgery.predict import shape_of
+from surgery.stream import WINDOW_BYTES, edit_windows, stream_edit
 from surgery.verify import verify_files
 from surgery.vocabulary import rarity_of
 from tests.support import fp8, tiny
@@ -184,7 +184,7 @@ def test_bf16_is_torchs_and_can_be_cut_anywhere(
     plan = plan_of(path, vocab_size, share, dequantize=True)
     out, dense = directory / "out", fp8.plain(path, directory / "dense")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "WINDOW_BYTES", window_bytes)
+        patch.setattr("surgery.stream.WINDOW_BYTES", window_bytes)
         apply_plan(plan, path, out)
     assert_same(weights(out), taken(layout_of(path), plan, weights(dense)))
     assert_sizes_are_as_predicted(out, plan)
@@ -541,14 +541,14 @@ def test_an_edit_that_dequantizes_holds_a_few_windows(tmp_path: Path, dim: int |
     edit = Edit(source, dim or 0, kept, scaling=Scaling(grid, (block, block)))
     descriptors = [os.open(source.path, os.O_RDONLY), os.open("/dev/null", os.O_WRONLY)]
     tracemalloc.start()
-    stream.stream_edit(edit, *descriptors)
+    stream_edit(edit, *descriptors)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 5 * stream.WINDOW_BYTES < source.nbytes / 3
-    windows = [bytes(window) for window in stream.edit_windows(edit, descriptors[0])]
+    assert peak < 5 * WINDOW_BYTES < source.nbytes / 3
+    windows = [bytes(window) for window in edit_windows(edit, descriptors[0])]
     for descriptor in descriptors:
         os.close(descriptor)
-    assert max(map(len, windows)) <= stream.WINDOW_BYTES
+    assert max(map(len, windows)) <= WINDOW_BYTES
     assert sum(map(len, windows)) == edit.nbytes
     wide = (codes.float() * fp8.spread(scales, block, codes.shape)).to(torch.bfloat16)
     if kept is not None:

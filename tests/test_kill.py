@@ -37,6 +37,7 @@ def lines_of(plan: Path, jobs: int) -> int:
     again = plan.parent / f"again-{jobs}"
     code, lines = run_apply(plan, "-o", again, "--jobs", jobs)
     assert code == 0
+    assert lines > 1_000  # of every watched module some
     if whole.exists():
         assert snapshot(again) == snapshot(whole)
     else:

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery import jsonfile
 from surgery.errors import TokenizerError
 from surgery.idmap import IdMap
 from surgery.jsonfile import dump_table, table_pieces
@@ -31,7 +30,7 @@ JSON = st.recursive(
 def test_pieces_are_the_table(value: Any, batch: int) -> None:
     whole = msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jsonfile, "BATCH", batch)
+        patch.setattr("surgery.jsonfile.BATCH", batch)
         assert b"".join(table_pieces(value)) == whole
 
 

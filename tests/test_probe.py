@@ -5,6 +5,7 @@ import shutil
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery import families
 from surgery.checkpoint import Checkpoint
 from surgery.configs import token_references
 from surgery.errors import SurgeryError, UnknownTypeError
@@ -51,7 +51,7 @@ def unknown(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def evaluated(proposal: Proposal) -> Any:
     """The proposed entry, as it would be in the table's module."""
     assert proposal.entry is not None, proposal.notes
-    return eval(proposal.entry, dict(vars(families)))
+    return eval(proposal.entry, dict(vars(import_module("surgery.families"))))
 
 
 def axes(layout: Layout) -> dict[str, Any]:
