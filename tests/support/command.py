@@ -16,3 +16,11 @@ def assert_refused(result: Result, *words: str) -> None:
     assert lines[0].startswith("Error: ")
     missing = [word for word in words if word not in lines[0]]
     assert not missing, f"{missing} not in {lines[0]!r}"
+
+
+def refusal(run: Run, *arguments: object) -> str:
+    """Run a command that must be refused, and return its one line."""
+    result = run(*arguments)
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert len(result.stderr.strip().splitlines()) == 1
+    return str(result.stderr)

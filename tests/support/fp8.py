@@ -15,6 +15,7 @@ from tests.support import tiny
 BLOCK = 16
 QUANTIZED = re.compile(r"model\.layers\..+_proj(_with_mqa)?\.weight")
 """What published checkpoints have in FP8: linear maps of the layers, but no router."""
+GATE = "model.layers.1.mlp.gate_proj.weight"
 SUFFIX = "_scale_inv"
 APART = "scales.safetensors"
 
