@@ -1,15 +1,16 @@
-"""Fixtures: one tiny checkpoint for the session, a command-line runner."""
+"""Fixtures: one tiny checkpoint for the session, a command-line runner, a bench to damage."""
 
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 
+import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
 from surgery.cli import main
-from tests import tiny
-
-Run = Callable[..., Result]
+from tests.support import tiny
+from tests.support.command import Run
+from tests.support.plans import layout_of, random_plan, random_stats
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +36,23 @@ def run() -> Run:
         return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
     return invoke
+
+
+@pytest.fixture(scope="session")
+def pattern(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with all that commands need: model, text, statistics, plan."""
+    root = tmp_path_factory.mktemp("bench")
+    shutil.copytree(llama, root / "model")
+    shutil.copy(text, root / "text.txt")
+    random_stats(layout_of(root / "model")).save(root / "stats.safetensors")
+    plan = msgspec.structs.replace(random_plan(root / "model", 512, 64), source="model")
+    plan.save(root / "plan.json")
+    return root
+
+
+@pytest.fixture
+def bench(pattern: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of ``pattern`` to damage, which is also the working directory."""
+    root = shutil.copytree(pattern, tmp_path / "bench")
+    monkeypatch.chdir(root)
+    return root

@@ -11,20 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery import stream
 from surgery.apply import apply_plan
 from surgery.edits import Edit
+from surgery.errors import CheckpointError
 from surgery.header import TensorRef, encode_header, read_header
 from surgery.stream import edit_windows, stream_edit
-from tests import tiny
-from tests.conftest import Run
-from tests.plans import random_plan
+from tests.support import tiny
+from tests.support.command import Run
+from tests.support.contents import snapshot
+from tests.support.plans import random_plan
 
 ITEMSIZE_DTYPE = {1: ("U8", np.uint8), 2: ("BF16", np.uint16), 4: ("F32", np.uint32)}
-
-
-def snapshot(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 @settings(max_examples=150, deadline=None)
@@ -44,7 +41,7 @@ def test_any_selection_in_any_window_is_numpy_take(
     edit = Edit(TensorRef("t", path, dtype, shape, 3), dim, indices)
     assert edit.nbytes == wanted.nbytes
     with pytest.MonkeyPatch.context() as patch, open(path, "rb") as source:
-        patch.setattr(stream, "WINDOW_BYTES", data.draw(st.integers(1, 64)))
+        patch.setattr("surgery.stream.WINDOW_BYTES", data.draw(st.integers(1, 64)))
         found = b"".join(bytes(window) for window in edit_windows(edit, source.fileno()))
         with open(path.with_name("out"), "wb") as output:
             stream_edit(edit, source.fileno(), output.fileno())
@@ -198,7 +195,7 @@ def test_a_shard_that_shrinks_while_it_is_read_is_named(tmp_path: Path) -> None:
     def shrink(_: int) -> None:
         os.truncate(shard, shard.stat().st_size // 2)
 
-    with pytest.raises(stream.CheckpointError, match=r"model\.safetensors: shard ended early"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: shard ended early"):
         apply_plan(plan, source, tmp_path / "out", progress=shrink)
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()

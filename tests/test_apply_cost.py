@@ -10,8 +10,8 @@ from surgery.apply_cost import apply_cost
 from surgery.checkpoint import Checkpoint
 from surgery.layout import Layout
 from surgery.plan import Plan
-from tests.conftest import Run
-from tests.plans import random_plan
+from tests.support.command import Run
+from tests.support.plans import random_plan
 from tools.shapes import write_headers_only, write_tokenizer
 
 SLACK = 1_000_000

@@ -11,7 +11,7 @@ from calib.empty import empty_model
 from surgery.checkpoint import Checkpoint
 from surgery.layout import Layout
 from surgery.vocabulary import rarity_of
-from tests.tiny import MODEL_TYPES
+from tests.support.tiny import MODEL_TYPES
 from tools.bench.child import measure
 from tools.bench.hub import PeakDisk
 from tools.published import MIXTURES, PUBLISHED, llama_config

@@ -9,8 +9,8 @@ from surgery.candidates import coarse, fine, parse_candidates
 from surgery.divisors import Steps
 from surgery.errors import SurgeryError
 from surgery.layout import Layout
-from tests import tiny
-from tests.plans import layout_of
+from tests.support import tiny
+from tests.support.plans import layout_of
 
 PAIRS = [Sizes(1000 + 10 * n, {"intermediate_size": 400 - n}) for n in range(60)]
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
-from tests.conftest import Run
-from tests.plans import random_plan
+from tests.support import tiny
+from tests.support.command import Run
+from tests.support.plans import random_plan
 
 
 def sha256(path: Path) -> str:

@@ -10,8 +10,8 @@ import pytest
 
 from surgery.cli import main
 from surgery.plan import Plan
-from tests import tiny
-from tests.conftest import Run
+from tests.support import tiny
+from tests.support.command import Run
 
 SIZES = ("--vocab-size", 512, "--intermediate-size", 64)
 
@@ -145,7 +145,7 @@ def test_ratio_chooses_both_sizes(tmp_path: Path, run: Run) -> None:
 
 
 def test_inspect_counts_every_parameter(llama: Path, run: Run) -> None:
-    from tests.test_exact import weights
+    from tests.support.contents import weights
 
     facts = json.loads(run("inspect", llama, "--json").stdout)
     total = sum(tensor.numel() for tensor in weights(llama).values())

@@ -21,7 +21,7 @@ from calib.corpus import (
 from calib.documents import read_documents
 from surgery.errors import DataError, TokenizerError
 from surgery.tokenizer import load_tokenizer
-from tests import tiny
+from tests.support import tiny
 
 BOS, EOS = 1, 2
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)

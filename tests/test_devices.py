@@ -10,13 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import calib.calibrate
 from calib.sums import FEW_TOKENS, ChannelSums
 from calib.tokens import Tokens
 from calib.transfer import Transfer
-from tests import tiny
-from tests.conftest import Run
-from tests.test_statistics import take_stats
+from tests.support import tiny
+from tests.support.calibration import take_stats
+from tests.support.command import Run
 
 CPU = torch.device("cpu")
 NORMS = torch.zeros(1, 1, dtype=torch.float64)
@@ -122,6 +121,5 @@ def device_is_there() -> bool:
 
 
 def test_sums_are_float64_but_where_there_is_none() -> None:
-    assert calib.calibrate.ChannelSums is ChannelSums
     assert ChannelSums(1, 1, 2, CPU).sum_sq.total.dtype == torch.float64
     assert ChannelSums(1, 1, 2, CPU, compensated=True).sum_sq.total.dtype == torch.float32

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 
 from surgery.cli import main
-from tests import tiny
-from tests.conftest import Run
+from tests.support import ROOT, tiny
+from tests.support.command import Run
 from tools import predictions
 from tools.family_table import BEGIN, END, family_table, untested
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -10,39 +10,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from surgery.apply import apply_plan
 from surgery.edits import kept_channels
-from surgery.plan import Plan
-from tests import tiny
-from tests.conftest import Run
-from tests.plans import layout_of, masked_dense, random_plan
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, by name."""
-    files = sorted(path.glob("*.safetensors"))
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
-
-
-def bits(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def assert_equals_masked_dense(source: Path, output: Path, plan: Plan, key: str = "llama") -> None:
-    kept = torch.from_numpy(plan.ids().kept)
-    dense = tiny.load(masked_dense(source, plan, output.with_name("masked")), key)
-    pruned = tiny.load(output, key)
-    new = torch.randint(len(kept), (2, 40), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        expected = dense(input_ids=kept[new]).logits[..., kept]
-        found = pruned(input_ids=new).logits
-    assert found.shape == expected.shape
-    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
-    assert expected.std() > 0.05  # logits that could not differ would prove nothing
-    shutil.rmtree(output.with_name("masked"))
+from tests.support import tiny
+from tests.support.command import Run
+from tests.support.contents import bits, weights
+from tests.support.plans import assert_equals_masked_dense, layout_of, random_plan
 
 
 @settings(

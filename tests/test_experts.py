@@ -13,11 +13,11 @@ from surgery.apply import apply_plan
 from surgery.edits import kept_channels
 from surgery.plan import Plan
 from surgery.stats import PARTS, ChannelStats
-from tests import tiny
-from tests.conftest import Run
-from tests.full_load import hooked
-from tests.plans import layout_of, random_plan
-from tests.test_exact import assert_equals_masked_dense, weights
+from tests.support import tiny
+from tests.support.command import Run
+from tests.support.contents import weights
+from tests.support.full_load import hooked
+from tests.support.plans import assert_equals_masked_dense, layout_of, random_plan
 from tools.published import MIXTURES
 from tools.shapes import write_headers_only, write_tokenizer
 

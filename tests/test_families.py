@@ -13,12 +13,11 @@ from calib.sums import ChannelSums
 from surgery.apply import apply_plan
 from surgery.tokenizer import load_tokenizer
 from surgery.vocabulary import rarity_of
-from tests import tiny
-from tests.conftest import Run
-from tests.full_load import full_load_bits, hooked, window_norms
-from tests.plans import layout_of, random_plan
-from tests.test_exact import assert_equals_masked_dense
-from tests.tiny_configs import TINY
+from tests.support import tiny
+from tests.support.command import Run
+from tests.support.full_load import full_load_bits, hooked, window_norms
+from tests.support.plans import assert_equals_masked_dense, layout_of, random_plan
+from tests.support.tiny_configs import TINY
 
 SHARE = 0.6
 CPU = torch.device("cpu")

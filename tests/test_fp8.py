@@ -9,7 +9,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from surgery import fp8
+from surgery.fp8 import (
+    E4M3,
+    E5M2,
+    E8M0,
+    SCALE_DTYPES,
+    decode_scales,
+    dequantize,
+    from_bf16,
+    scale_grid,
+    to_bf16,
+)
 
 CODES = np.arange(256, dtype=np.uint8)
 
@@ -24,17 +34,17 @@ def bits(tensor: torch.Tensor) -> NDArray[np.uint16]:
 
 def assert_same(found: NDArray[np.uint16], expected: NDArray[np.uint16]) -> None:
     """Equal bit by bit; which bits a NaN has depends on the processor that torch runs on."""
-    nan = np.isnan(fp8.from_bf16(expected))
-    np.testing.assert_array_equal(np.isnan(fp8.from_bf16(found)), nan)
+    nan = np.isnan(from_bf16(expected))
+    np.testing.assert_array_equal(np.isnan(from_bf16(found)), nan)
     np.testing.assert_array_equal(found[~nan], expected[~nan])
 
 
 @pytest.mark.parametrize(
     ("values", "dtype"),
     [
-        (fp8.E4M3, torch.float8_e4m3fn),
-        (fp8.E5M2, torch.float8_e5m2),
-        (fp8.E8M0, torch.float8_e8m0fnu),
+        (E4M3, torch.float8_e4m3fn),
+        (E5M2, torch.float8_e5m2),
+        (E8M0, torch.float8_e8m0fnu),
     ],
 )
 def test_every_code(values: NDArray[np.float32], dtype: torch.dtype) -> None:
@@ -54,14 +64,14 @@ def test_every_code(values: NDArray[np.float32], dtype: torch.dtype) -> None:
 def test_bf16_is_rounded_as_torch_rounds(words: list[int]) -> None:
     values = np.array(words, np.uint32).view(np.float32)
     expected = torch.from_numpy(values).to(torch.bfloat16)
-    found = fp8.to_bf16(values)
+    found = to_bf16(values)
     assert_same(found, bits(expected))
-    np.testing.assert_array_equal(fp8.from_bf16(bits(expected)), expected.float().numpy())
+    np.testing.assert_array_equal(from_bf16(bits(expected)), expected.float().numpy())
 
 
 def test_every_bf16_survives_the_way_to_float32_and_back() -> None:
     all_bits = np.arange(65536, dtype=np.uint16)
-    assert_same(fp8.to_bf16(fp8.from_bf16(all_bits)), all_bits)
+    assert_same(to_bf16(from_bf16(all_bits)), all_bits)
 
 
 @pytest.mark.parametrize(
@@ -75,8 +85,8 @@ def test_every_bf16_survives_the_way_to_float32_and_back() -> None:
 )
 def test_scales_of_every_dtype(name: str, dtype: torch.dtype) -> None:
     scales = torch.tensor([0.001, 2.0**-14, 0.5, 1.0]).to(dtype)
-    found = fp8.decode_scales(scales.view(torch.uint8).numpy(), name)
-    assert name in fp8.SCALE_DTYPES
+    found = decode_scales(scales.view(torch.uint8).numpy(), name)
+    assert name in SCALE_DTYPES
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, scales.float().numpy())
 
@@ -107,15 +117,15 @@ def test_window_equals_torch_and_the_whole(
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, 256, shape, np.uint8)
     # Scales of every size, so that products are subnormal, overflow or tie as well.
-    grid = fp8.scale_grid(shape, block)
+    grid = scale_grid(shape, block)
     scales = np.ldexp(rng.random(grid, np.float32), rng.integers(-140, 128, grid)).astype("f4")
-    values, dtype = (fp8.E5M2, torch.float8_e5m2) if e5m2 else (fp8.E4M3, torch.float8_e4m3fn)
+    values, dtype = (E5M2, torch.float8_e5m2) if e5m2 else (E4M3, torch.float8_e4m3fn)
     weight = of_codes(codes, dtype).float()
     expected = (weight * expanded(torch.from_numpy(scales), shape, block)).to(torch.bfloat16)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        whole = fp8.dequantize(codes, scales, 0, 0, block, values)
-        part = fp8.dequantize(codes[rows, cols], scales, rows.start, cols.start, block, values)
+        whole = dequantize(codes, scales, 0, 0, block, values)
+        part = dequantize(codes[rows, cols], scales, rows.start, cols.start, block, values)
     assert_same(whole, bits(expected))
     np.testing.assert_array_equal(part, whole[rows, cols])
 
@@ -133,5 +143,5 @@ def test_equals_what_transformers_loads(scale_dtype: torch.dtype) -> None:
         model=model,
     )["up.weight"]
     assert loaded.dtype == torch.bfloat16
-    found = fp8.dequantize(codes.numpy(), scales.float().numpy(), 0, 0, (128, 128))
+    found = dequantize(codes.numpy(), scales.float().numpy(), 0, 0, (128, 128))
     assert_same(found, bits(loaded))

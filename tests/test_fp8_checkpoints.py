@@ -2,9 +2,7 @@
 
 import json
 import os
-import shutil
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ from transformers import AutoModelForCausalLM
 
 from calib.calibrate import calibrate
 from calib.weights import WeightReader
-from surgery import stream
 from surgery.apply import apply_plan
 from surgery.budget import Sizes, whole
 from surgery.checkpoint import INDEX_NAME
@@ -34,19 +31,20 @@ from surgery.layout import Layout
 from surgery.plan import Plan
 from surgery.planning import make_plan
 from surgery.predict import shape_of
+from surgery.stream import WINDOW_BYTES, edit_windows, stream_edit
 from surgery.verify import verify_files
 from surgery.vocabulary import rarity_of
-from tests import fp8, tiny
-from tests.conftest import Run
-from tests.plans import layout_of, random_stats
-from tests.test_exact import assert_equals_masked_dense, bits, weights
+from tests.support import fp8, tiny
+from tests.support.command import Run, refusal
+from tests.support.contents import bits, weights
+from tests.support.fp8 import GATE
+from tests.support.plans import assert_equals_masked_dense, layout_of, random_stats
 
 CPU = torch.device("cpu")
 FP32 = torch.float32
 DEEPSEEK: dict[str, Any] = {"kv_lora_rank": 20}
 """kv_a_proj_with_mqa then has a block and a half of rows, as published ones have 4.5."""
 LATENT = "model.layers.1.self_attn.kv_a_proj_with_mqa.weight"
-GATE = "model.layers.1.mlp.gate_proj.weight"
 DOWN = "model.layers.0.mlp.down_proj.weight"
 SETTINGS = settings(
     max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -184,7 +182,7 @@ def test_bf16_is_torchs_and_can_be_cut_anywhere(
     plan = plan_of(path, vocab_size, share, dequantize=True)
     out, dense = directory / "out", fp8.plain(path, directory / "dense")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "WINDOW_BYTES", window_bytes)
+        patch.setattr("surgery.stream.WINDOW_BYTES", window_bytes)
         apply_plan(plan, path, out)
     assert_same(weights(out), taken(layout_of(path), plan, weights(dense)))
     assert_sizes_are_as_predicted(out, plan)
@@ -421,114 +419,6 @@ def test_a_plan_that_splits_blocks_is_refused(qwen3: Path) -> None:
         edits(split, layout)
 
 
-def refusal(run: Run, *arguments: object) -> str:
-    result = run(*arguments)
-    assert result.exit_code == 2, (result.output, result.exception)
-    assert len(result.stderr.strip().splitlines()) == 1
-    return str(result.stderr)
-
-
-def _set(**changes: Any) -> Callable[[Path], None]:
-    return lambda path: fp8.set_config(path, **changes)
-
-
-def _with(edit: fp8.Tensors | dict[str, None]) -> Callable[[Path], None]:
-    return lambda path: fp8.change(path, dict(edit))
-
-
-BROKEN: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
-    "no scales": (
-        _with({GATE + fp8.SUFFIX: None}),
-        (f"tensor {GATE}:", "has no scales", f"expected a tensor {GATE}_scale_inv", "download"),
-    ),
-    "scales of another shape": (
-        _with({GATE + fp8.SUFFIX: torch.ones(6, 3)}),
-        (f"{GATE}_scale_inv", "[16, 16]", "F32", "[6, 2]", "F32 [6, 3]", "weight_block_size"),
-    ),
-    "scales of another dtype": (
-        _with({GATE + fp8.SUFFIX: torch.ones(6, 2, dtype=torch.int32)}),
-        (f"{GATE}_scale_inv", "expected F32 or BF16", "found I32 [6, 2]"),
-    ),
-    "scales without a weight": (
-        _with({"model.layers.1.mlp.no.weight" + fp8.SUFFIX: torch.ones(6, 2)}),
-        ("mlp.no.weight_scale_inv", "without their weight", "F8_E4M3", "found none"),
-    ),
-    "scales of a weight that is not FP8": (
-        _with({GATE: torch.ones(96, 32, dtype=torch.bfloat16)}),
-        (f"{GATE}_scale_inv", "without their weight", "F8_E4M3", "found BF16"),
-    ),
-    "no quantization_config": (
-        _set(quantization_config=None),
-        ("_scale_inv", "config.json has no quantization_config", "download"),
-    ),
-    "another kind of FP8": (
-        _set(quantization_config={**fp8.section(), "fmt": "e5m2"}),
-        ("without their weight", "F8_E5M2", "found F8_E4M3"),
-    ),
-    "FP8 of three dimensions": (
-        _with({GATE: torch.ones(1, 96, 32).to(torch.float8_e4m3fn)}),
-        (f"tensor {GATE}:", "no matrix", "found [1, 96, 32]", "unquantized"),
-    ),
-    "another block size": (
-        _set(quantization_config=fp8.section(32)),
-        ("_scale_inv", "block of [32, 32]", "weight_block_size"),
-    ),
-    "another method": (
-        _set(quantization_config={"quant_method": "gptq", "bits": 4}),
-        ("config.json", "quant_method gptq", "prune the unquantized"),
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BROKEN)
-def test_broken_checkpoints_are_refused_in_one_line(
-    qwen3: Path, tmp_path: Path, run: Run, case: str
-) -> None:
-    break_it, words = BROKEN[case]
-    path = Path(shutil.copytree(qwen3, tmp_path / "model"))
-    break_it(path)
-    message = refusal(run, "inspect", path)
-    for word in words:
-        assert word in message
-
-
-def test_fp8_without_any_scales_or_config(tmp_path: Path, run: Run) -> None:
-    path = tiny.save(tmp_path / "model", "qwen3", dtype=torch.bfloat16)
-    fp8.change(path, {GATE: torch.ones(96, 32).to(torch.float8_e4m3fn)})
-    message = refusal(run, "inspect", path)
-    for word in (GATE, "quantization_config", "expected BF16 or F16 or F32,", "found F8_E4M3"):
-        assert word in message
-
-
-@pytest.mark.parametrize("size", [95, 40, 8])
-def test_a_size_that_splits_blocks_names_size_block_and_the_way_out(
-    qwen3: Path, tmp_path: Path, run: Run, size: int
-) -> None:
-    sizes = ("--vocab-size", 512, "--intermediate-size", size, "-o", tmp_path / "plan.json")
-    message = refusal(run, "plan", qwen3, *sizes)
-    for word in ("intermediate_size", str(size), "blocks of 16", "multiples of 16", "--dequantize"):
-        assert word in message
-    assert run("plan", qwen3, *sizes, "--dequantize").exit_code == 0
-
-
-def test_a_model_whose_channels_are_no_whole_blocks(tmp_path: Path, run: Run) -> None:
-    path = fp8.save(tmp_path / "model", intermediate_size=88)
-    plan = tmp_path / "plan.json"
-    sizes = ("--vocab-size", 512, "--intermediate-size", 64, "-o", plan)
-    assert "found 88 and 64" in refusal(run, "plan", path, *sizes)
-    whole = ("--vocab-size", 512, "--intermediate-size", 88, "-o", plan)
-    assert run("plan", path, *whole).exit_code == 0
-    assert run("apply", plan, "-o", tmp_path / "out").exit_code == 0
-    assert bits(weights(tmp_path / "out")[GATE]) == bits(weights(path)[GATE])
-    assert run("plan", path, *sizes, "--dequantize").exit_code == 0
-
-
-def test_nothing_to_dequantize(llama: Path, tmp_path: Path, run: Run) -> None:
-    message = refusal(run, "plan", llama, "--dequantize", "-o", tmp_path / "plan.json")
-    assert "--dequantize" in message
-    assert "not quantized" in message
-
-
 @pytest.mark.parametrize("dim", [0, 1, None])
 def test_an_edit_that_dequantizes_holds_a_few_windows(tmp_path: Path, dim: int | None) -> None:
     rows, columns, block = 4096, 4096, 128
@@ -541,14 +431,14 @@ def test_an_edit_that_dequantizes_holds_a_few_windows(tmp_path: Path, dim: int |
     edit = Edit(source, dim or 0, kept, scaling=Scaling(grid, (block, block)))
     descriptors = [os.open(source.path, os.O_RDONLY), os.open("/dev/null", os.O_WRONLY)]
     tracemalloc.start()
-    stream.stream_edit(edit, *descriptors)
+    stream_edit(edit, *descriptors)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 5 * stream.WINDOW_BYTES < source.nbytes / 3
-    windows = [bytes(window) for window in stream.edit_windows(edit, descriptors[0])]
+    assert peak < 5 * WINDOW_BYTES < source.nbytes / 3
+    windows = [bytes(window) for window in edit_windows(edit, descriptors[0])]
     for descriptor in descriptors:
         os.close(descriptor)
-    assert max(map(len, windows)) <= stream.WINDOW_BYTES
+    assert max(map(len, windows)) <= WINDOW_BYTES
     assert sum(map(len, windows)) == edit.nbytes
     wide = (codes.float() * fp8.spread(scales, block, codes.shape)).to(torch.bfloat16)
     if kept is not None:

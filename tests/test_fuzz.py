@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests import fuzzing
-from tests.conftest import Run
+from tests.support import fuzzing
+from tests.support.command import Run
 
 EXAMPLES = int(os.environ.get("COMPACT_SURGERY_FUZZ", "60"))
 """Of each test; more find more."""

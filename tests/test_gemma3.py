@@ -24,13 +24,14 @@ from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import Run
-from tests.test_gguf_checkpoint import make_reader_tensor, write_gguf
+from tests.support import ROOT
+from tests.support.command import Run
+from tests.support.gguf_files import make_reader_tensor, write_gguf
 from tools import gemma3, real_tokenizers
 from tools.gguf_checkpoint import BuildError, Model
 
 REAL = os.environ.get("COMPACT_SURGERY_GEMMA3", "")
-TEXT = Path(__file__).parent.parent / "tools" / "text" / "calibration.txt"
+TEXT = ROOT / "tools" / "text" / "calibration.txt"
 SPECIALS = ["<pad>", "<eos>", "<bos>", "<unk>"]
 TOKENS = [*SPECIALS, "▁▁", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁hel", "he", "ll", "hell"]
 MERGES = [("▁", "▁"), ("h", "e"), ("l", "l"), ("he", "ll")]

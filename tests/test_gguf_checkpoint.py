@@ -8,7 +8,6 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -16,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from tests.support.gguf_files import make_reader_tensor, write_gguf
 from tools import gguf_checkpoint
 from tools.gguf_checkpoint import BuildError, Model, Wheel
 
@@ -25,38 +25,6 @@ MODEL = Model(
     {"ffn_up": "mlp.up_proj"},
 )
 METADATA: dict[str, Any] = {"toy.block_count": 2, "toy.eps": float(np.float32(1e-5))}
-
-
-def make_reader_tensor(name: str, values: NDArray[np.float32]) -> gguf.ReaderTensor:
-    """Wrap an array as the GGUF reader would return it, unquantized."""
-    kind = gguf.GGMLQuantizationType.F32
-    shape = np.array(values.shape[::-1], dtype=np.uint32)
-    field = gguf.ReaderField(0, name)
-    return gguf.ReaderTensor(name, kind, shape, values.size, values.nbytes, 0, values, field)
-
-
-def write_gguf(
-    path: Path,
-    architecture: str,
-    metadata: dict[str, Any],
-    tensors: dict[str, NDArray[np.float32]],
-) -> Path:
-    """Write a small unquantized GGUF and return its path."""
-    writer = gguf.GGUFWriter(path, architecture)
-    for key, value in metadata.items():
-        if isinstance(value, list):
-            writer.add_array(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        else:
-            writer.add_uint32(key, value)
-    for name, values in tensors.items():
-        writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def make_wheels(directory: Path, content: bytes, parts: int) -> list[Wheel]:

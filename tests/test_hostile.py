@@ -15,9 +15,9 @@ import pytest
 from surgery.checkpoint import INDEX_NAME
 from surgery.errors import MOST_CHARACTERS
 from surgery.source import HUB_ID
-from tests import fuzzing, tiny
-from tests.conftest import Run
-from tests.test_bad_input import (
+from tests.support import ROOT, fuzzing, tiny
+from tests.support.command import Run, assert_refused
+from tests.support.damage import (
     APPLY,
     CALIBRATE,
     EMBED,
@@ -30,22 +30,17 @@ from tests.test_bad_input import (
     SIZES_ONLY,
     Case,
     Damage,
-    assert_refused,
-    bench,
     config,
     each,
     header,
     model_key,
     no_weights,
-    pattern,
     plan_key,
     replace,
     tokenizer,
     weight_map,
     write,
 )
-
-__all__ = ["bench", "pattern"]
 
 MEMORY = 1536 << 20
 """Bytes of address space for commands that run no model: a tenth of that is used."""
@@ -213,7 +208,7 @@ def test_memory_is_bounded(
     damage(bench)
     result = subprocess.run(
         [sys.executable, "-c", "from surgery.cli import main; main()", *command.split()],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY)),
         capture_output=True,
         text=True,

@@ -10,8 +10,8 @@ import pytest
 
 from surgery.checkpoint import Checkpoint
 from surgery.plan import Plan
-from tests.hub_commands import COMMIT, SIZES, Result, assert_refused, child, command
-from tests.hub_server import Fault, Hub, Repo, serve
+from tests.support.hub_commands import COMMIT, SIZES, Result, assert_refused, child, command
+from tests.support.hub_server import Fault, Hub, Repo, serve
 from tools.published import PUBLISHED
 from tools.shapes import write_headers_only
 

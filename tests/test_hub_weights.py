@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from surgery.checkpoint import Checkpoint
-from tests.conftest import Run
-from tests.hub_commands import COMMIT, SIZES, assert_refused, command, started
-from tests.hub_server import Fault, Hub, Repo, serve
+from tests.support.command import Run
+from tests.support.hub_commands import COMMIT, SIZES, assert_refused, command, started
+from tests.support.hub_server import Fault, Hub, Repo, serve
 
 Home = Path
 

@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
-from tests.killing import journaled, run_apply, whole_shards
-from tests.plans import random_plan
-from tests.test_apply import snapshot
+from tests.support import ROOT, tiny
+from tests.support.contents import snapshot
+from tests.support.killing import journaled, run_apply, whole_shards
+from tests.support.plans import random_plan
 
 KILLS = 10
 """Random moments for each number of jobs, beside the last ones."""
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +37,7 @@ def lines_of(plan: Path, jobs: int) -> int:
     again = plan.parent / f"again-{jobs}"
     code, lines = run_apply(plan, "-o", again, "--jobs", jobs)
     assert code == 0
+    assert lines > 1_000  # of every watched module some
     if whole.exists():
         assert snapshot(again) == snapshot(whole)
     else:

@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from calib import laco
-from calib.laco import collapse_layers
+from calib.laco import COLLAPSED, collapse_layers
 from surgery.errors import SurgeryError
 from surgery.layout import Layout
-from tests import tiny
-from tests.plans import layout_of
+from tests.support import tiny
+from tests.support.plans import layout_of
 
 CPU = torch.device("cpu")
 
@@ -33,7 +32,7 @@ def test_as_many_layers_are_left_as_asked_for(layout: Layout, count: int) -> Non
     )
     assert len(groups) == count
     assert [layer for group in groups for layer in group] == list(range(9))
-    assert max(map(len, groups)) <= laco.COLLAPSED
+    assert max(map(len, groups)) <= COLLAPSED
     assert len(passes) == sum(len(group) > 1 for group in groups)
 
 
@@ -43,7 +42,7 @@ def test_the_topmost_run_above_the_threshold_goes_first(
     def cosines(_: object, __: object, tried: list[list[list[int]]], *___: object) -> list[float]:
         return [0.97 if len(groups[2]) > 1 or len(groups[4]) > 1 else 0.5 for groups in tried]
 
-    monkeypatch.setattr(laco, "_cosines", cosines)
+    monkeypatch.setattr("calib.laco._cosines", cosines)
     groups = collapse_layers(layout, windows(), 6, device=CPU, dtype=torch.float32)
     assert groups == [[0], [1], [2], [3], [4, 5, 6, 7], [8]]
 

@@ -21,14 +21,13 @@ from surgery.header import read_header
 from surgery.plan import Plan
 from surgery.stats import ChannelStats
 from surgery.stream import WINDOW_BYTES, edit_windows, open_shard
-from tests import fp8, tiny
-from tests.conftest import Run
-from tests.killing import run_apply
-from tests.plans import layout_of
-from tests.test_apply import snapshot
-from tests.test_exact import bits
-from tests.test_layers import plan_of, reference
-from tests.test_verify import change, put
+from tests.support import fp8, tiny
+from tests.support.command import Run
+from tests.support.contents import bits, snapshot
+from tests.support.json_files import change, put
+from tests.support.killing import run_apply
+from tests.support.layers import merged_layers, plan_of
+from tests.support.plans import layout_of
 
 WHOLE = ("--vocab-size", tiny.VOCAB_SIZE, "--intermediate-size", tiny.INTERMEDIATE_SIZE)
 
@@ -296,7 +295,7 @@ def test_memory_of_a_sum_is_some_windows(tmp_path: Path, dtype: torch.dtype, dim
         found = b"".join(bytes(window) for window in edit_windows(edit, shard))
     assert peak < COLLAPSING * WINDOW_BYTES < first.nbytes / 3
     assert max(sizes) <= WINDOW_BYTES
-    assert found == bits(reference(parts).index_select(dim, torch.from_numpy(kept)))
+    assert found == bits(merged_layers(parts).index_select(dim, torch.from_numpy(kept)))
 
 
 def test_killed_it_resumes_to_the_same_bytes(deep: Path, tmp_path: Path) -> None:

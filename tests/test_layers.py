@@ -14,31 +14,19 @@ from hypothesis import strategies as st
 
 from calib.equality import compare_forward
 from surgery.apply import apply_plan
-from surgery.budget import Sizes
 from surgery.collapse import collapse
 from surgery.depth import layers_by_influence, parse_layers, spelled_layers
 from surgery.errors import BudgetError, FamilyError
 from surgery.fp8 import from_bf16, to_bf16
 from surgery.plan import Plan
-from surgery.planning import make_plan
 from surgery.verify import verify_files
-from surgery.vocabulary import rarity_of
-from tests import tiny
-from tests.plans import layout_of, masked_dense, random_stats
-from tests.test_exact import bits, weights
-from tests.tiny_configs import TINY
+from tests.support import tiny
+from tests.support.contents import bits, weights
+from tests.support.layers import merged_layers, plan_of
+from tests.support.plans import layout_of, masked_dense
+from tests.support.tiny_configs import TINY
 
 CPU = torch.device("cpu")
-
-
-def plan_of(
-    source: Path, layers: Sequence[Sequence[int]], vocab_size: int = 512, share: float = 0.6
-) -> Plan:
-    layout = layout_of(source)
-    widths = {key: max(1, round(share * size)) for key, size in layout.widths.items()}
-    sizes = Sizes(vocab_size, widths, layers=layers)
-    stats = random_stats(layout)
-    return make_plan(layout, rarity_of(layout), sizes, stats, criterion="act2", source=str(source))
 
 
 def bypass(module: torch.nn.Module) -> None:
@@ -93,15 +81,6 @@ def test_dropped_equals_bypassed_or_is_refused(tmp_path: Path, key: str) -> None
     assert_equals_bypassed(source, tmp_path / "out", key, stays)
 
 
-def reference(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """W + Σ (W_k − W) in float32 by numpy, rounded once by torch."""
-    first, *others = (part.float().numpy() for part in parts)
-    total = first.copy()
-    for other in others:
-        total += other - first
-    return torch.from_numpy(total).to(parts[0].dtype)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("key", ["llama", "gpt_oss", "mixtral", "apertus"])
 def test_collapsed_equals_the_sum(
@@ -118,7 +97,7 @@ def test_collapsed_equals_the_sum(
     for name, tensor in new.items():
         parts = [old[name.replace(prefix, f"model.layers.{layer}.")] for layer in range(3)]
         adds_up = prefix in name and "norm" not in name  # those stay the first layer's
-        expected = reference(parts) if adds_up else old[name]
+        expected = merged_layers(parts) if adds_up else old[name]
         assert bits(tensor.reshape(-1)) == bits(expected.reshape(-1)), name
     assert verify_files(tmp_path / "out", plan, source).ok
 

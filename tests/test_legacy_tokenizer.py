@@ -14,10 +14,10 @@ from surgery.checkpoint import LEGACY_NAMES, Checkpoint
 from surgery.errors import SurgeryError, TokenizerError
 from surgery.legacy_tokenizer import RECIPES, is_legacy
 from surgery.tokenizer import TokenizerFile, load_tokenizer
-from tests import tiny
-from tests.conftest import Run
-from tests.languages import ARTICLE_1
-from tests.tiny import prose
+from tests.support import tiny
+from tests.support.command import Run
+from tests.support.languages import ARTICLE_1
+from tests.support.tiny import prose
 
 CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast", "Qwen2Tokenizer", "Qwen2TokenizerFast")
 ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}

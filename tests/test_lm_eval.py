@@ -12,13 +12,13 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import Run
+from tests.support import ROOT
+from tests.support.command import Run
 from tools import harness, task_scores
 from tools.tasks.records import FOLDER, KINDS, read
 
 pytest.importorskip("lm_eval")
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LIMIT = 16
 

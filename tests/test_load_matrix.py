@@ -17,12 +17,19 @@ from tokenizers import Tokenizer
 from transformers import CONFIG_MAPPING
 
 from surgery.apply import apply_plan
-from tests import tiny
-from tests.load_matrix import SENTENCE
-from tests.loading import NOT_IN_4, VARIABLE, Job, Loaded, load_here, load_with_transformers4
-from tests.plans import masked_dense, random_plan
-from tests.published import as_published_before_5
-from tests.tiny_configs import TINY
+from tests.support import tiny
+from tests.support.load_matrix import SENTENCE
+from tests.support.loading import (
+    NOT_IN_4,
+    VARIABLE,
+    Job,
+    Loaded,
+    load_here,
+    load_with_transformers4,
+)
+from tests.support.plans import masked_dense, random_plan
+from tests.support.published import as_published_before_5
+from tests.support.tiny_configs import TINY
 
 _ROPE = {"rope_theta": 500.0}
 CHANGES: dict[str, dict[str, Any]] = {

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.plans import random_plan
-from tests.test_apply import snapshot
+from tests.support import ROOT
+from tests.support.contents import snapshot
+from tests.support.plans import random_plan
 
-ROOT = Path(__file__).parent.parent
 PAUSED = """
 import os, signal
 import surgery.apply as apply

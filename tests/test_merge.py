@@ -15,8 +15,8 @@ from surgery.merge import merge_stats
 from surgery.part import Part
 from surgery.plan import Plan
 from surgery.stats import PARTS, AxisSums, ChannelStats, StatsInfo
-from tests import tiny
-from tests.conftest import Run
+from tests.support import tiny
+from tests.support.command import Run
 
 VOCAB, EDGES = 12, [4, 9, 12]
 WIDTHS = [{"ffn": (1, 5)}, {"expert": (3, 4), "shared": (1, 2)}]

@@ -11,14 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery import jsonfile
 from surgery.errors import TokenizerError
 from surgery.idmap import IdMap
 from surgery.jsonfile import dump_table, table_pieces
 from surgery.merge_rules import MergeRules
 from surgery.tokenizer import TokenizerFile
-from tests import tiny
-from tests.test_cut_tokenizers import byte_level, sentencepiece, unigram, wordpiece
+from tests.support import tiny
+from tests.support.generated_tokenizers import byte_level, sentencepiece, unigram, wordpiece
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.text(max_size=5),
@@ -31,7 +30,7 @@ JSON = st.recursive(
 def test_pieces_are_the_table(value: Any, batch: int) -> None:
     whole = msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jsonfile, "BATCH", batch)
+        patch.setattr("surgery.jsonfile.BATCH", batch)
         assert b"".join(table_pieces(value)) == whole
 
 

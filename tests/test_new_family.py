@@ -17,17 +17,15 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 from surgery.default_ids import DEFAULT_IDS
 from surgery.families import FAMILIES
 from surgery.plan import Plan
-from tests import tiny
-from tests.conftest import Run
-from tests.plans import layout_of
-from tests.test_exact import assert_equals_masked_dense
-from tests.tiny_configs import TINY
+from tests.support import ROOT, tiny
+from tests.support.command import Run
+from tests.support.plans import assert_equals_masked_dense, layout_of
+from tests.support.tiny_configs import TINY
 
-ROOT = Path(__file__).parent.parent
 NAME = "newmodel"
 BRANCH = re.compile(r"(?<!trainer_spec\.)model_type\b\W*(==|!=|\bin\b)|\bmatch\b.*model_type")
 """SentencePiece calls its kind of vocabulary so, too."""
-PLACE = re.compile(r"# (\w+)/(\w+)\.py, in (\w+):.*")
+PLACE = re.compile(r"# ([\w/]+)\.py, in (\w+):.*")
 
 
 class NewLayer(LlamaDecoderLayer):
@@ -67,7 +65,7 @@ def documented() -> dict[tuple[str, str], dict[str, Any]]:
     found: dict[tuple[str, str], list[str]] = {}
     for line in lines:
         if match := PLACE.fullmatch(line):
-            found[f"{match[1]}.{match[2]}", match[3]] = []
+            found[match[1].replace("/", "."), match[2]] = []
         else:
             list(found.values())[-1].append(line)
     return {
@@ -82,7 +80,7 @@ def added(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for (module, table), entries in documented().items():
         assert list(entries) == [NAME]
         monkeypatch.setitem(getattr(import_module(module), table), NAME, entries[NAME])
-        if module == "tests.tiny_configs":
+        if module == "tests.support.tiny_configs":
             monkeypatch.setitem(TINY, NAME, entries[NAME])
     AutoConfig.register(NAME, NewConfig)
     AutoModelForCausalLM.register(NewConfig, NewForCausalLM)
@@ -95,7 +93,7 @@ def test_the_lines_name_the_tables() -> None:
     assert list(documented()) == [
         ("surgery.families", "FAMILIES"),
         ("surgery.default_ids", "DEFAULT_IDS"),
-        ("tests.tiny_configs", "_DENSE"),
+        ("tests.support.tiny_configs", "_DENSE"),
     ]
 
 
@@ -132,10 +130,11 @@ def test_it_is_gone_again() -> None:
 
 def test_no_other_module_asks_for_the_model_type() -> None:
     tables = {"families.py", "family.py", "default_ids.py"}
+    paths = [*(ROOT / "surgery").rglob("*.py"), *(ROOT / "calib").rglob("*.py")]
+    assert {path.name for path in paths} >= tables
     found = [
-        f"{path.name}: {line.strip()}"
-        for package in ("surgery", "calib")
-        for path in sorted((ROOT / package).glob("*.py"))
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in sorted(paths)
         if path.name not in tables
         for line in path.read_text("utf-8").splitlines()
         if BRANCH.search(line.partition("#")[0])

@@ -15,17 +15,17 @@ from threading import Event
 
 import pytest
 
-from surgery import stream
 from surgery.apply import apply_plan
+from surgery.edits import Edit
+from surgery.errors import CheckpointError
 from surgery.plan import Plan
 from surgery.preview import plan_table
 from surgery.stream import stream_edit
-from tests import tiny
-from tests.conftest import Run
-from tests.plans import random_plan
-from tests.test_apply import snapshot
+from tests.support import ROOT, tiny
+from tests.support.command import Run
+from tests.support.contents import snapshot
+from tests.support.plans import random_plan
 
-ROOT = Path(__file__).parent.parent
 MB = 1 << 20
 
 
@@ -158,7 +158,7 @@ def test_a_shard_of_the_source_is_lost_while_apply_runs(
             done.set()
             damage(last)
 
-    with pytest.raises(stream.CheckpointError, match=words) as caught:
+    with pytest.raises(CheckpointError, match=words) as caught:
         apply_plan(loaded, source, out, jobs=jobs, progress=lose)
     assert last.name in str(caught.value)
     assert "--resume" in str(caught.value)
@@ -223,7 +223,7 @@ def test_an_input_error_in_the_kernel_s_copy_is_blamed_on_the_source(
 
     monkeypatch.setattr(os, "copy_file_range", broken)
     monkeypatch.setattr(os, "preadv", broken)
-    with pytest.raises(stream.CheckpointError, match="cannot be read any more: found Input/out"):
+    with pytest.raises(CheckpointError, match="cannot be read any more: found Input/out"):
         apply_plan(Plan.load(plan), source, tmp_path / "out")
 
 
@@ -248,7 +248,7 @@ def test_a_journal_that_cannot_be_written_stays_readable(
     assert (tmp_path / "out.partial.journal").read_bytes().count(b"\n") == 2
     edited: set[Path] = set()
 
-    def note(edit: stream.Edit, shard: int, output: int) -> None:
+    def note(edit: Edit, shard: int, output: int) -> None:
         edited.add(edit.source.path)
         stream_edit(edit, shard, output)
 

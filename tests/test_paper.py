@@ -13,7 +13,7 @@ from surgery.layout import Layout
 from surgery.plan import Plan
 from surgery.planning import make_plan
 from surgery.rarity import Rarity
-from tests.conftest import Run
+from tests.support.command import Run
 from tools.paper import TABLE_6, TABLE_8, Row, layout_of, parameters, printed
 from tools.published import PUBLISHED, llama_config
 from tools.shapes import write_headers_only, write_tokenizer

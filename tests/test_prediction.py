@@ -11,9 +11,9 @@ from surgery.errors import BudgetError
 from surgery.layout import Layout
 from surgery.prediction import MB, Settings, Text, predict
 from surgery.resources import Resources
-from tests import tiny
-from tests.conftest import Run
-from tests.plans import layout_of
+from tests.support import tiny
+from tests.support.command import Run
+from tests.support.plans import layout_of
 from tools.published import MIXTURES, PUBLISHED
 from tools.shapes import write_headers_only
 

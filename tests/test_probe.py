@@ -5,6 +5,7 @@ import shutil
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery import families
 from surgery.checkpoint import Checkpoint
 from surgery.configs import token_references
 from surgery.errors import SurgeryError, UnknownTypeError
@@ -22,11 +22,9 @@ from surgery.header import Header, TensorRef
 from surgery.layout import Layout
 from surgery.plan import Plan
 from surgery.probe import Proposal, fitting, propose, unknown_type
-from tests import tiny
-from tests.conftest import Run
-from tests.plans import layout_of
-from tests.test_bad_input import assert_refused
-from tests.test_exact import assert_equals_masked_dense
+from tests.support import tiny
+from tests.support.command import Run, assert_refused
+from tests.support.plans import assert_equals_masked_dense, layout_of
 
 UNKNOWN = "unknown_x"
 DENSE = ("llama", "qwen3", "gemma2", "phi3", "glm4", "olmo", "olmo2", "cohere", "stablelm:parallel",
@@ -53,7 +51,7 @@ def unknown(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def evaluated(proposal: Proposal) -> Any:
     """The proposed entry, as it would be in the table's module."""
     assert proposal.entry is not None, proposal.notes
-    return eval(proposal.entry, dict(vars(families)))
+    return eval(proposal.entry, dict(vars(import_module("surgery.families"))))
 
 
 def axes(layout: Layout) -> dict[str, Any]:

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery import steps
 from surgery.layout import Layout
-from tests import tiny
-from tests.plans import layout_of
+from surgery.steps import weights_bar
+from tests.support import tiny
+from tests.support.plans import layout_of
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +25,9 @@ def test_all_weights_have_passed_when_all_windows_have(
     total = sum(ref.nbytes for layer in layout.of_layer for ref in layer.values())
     shown: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps, "progress_bar", lambda *_: Bar(shown))
+        patch.setattr("surgery.steps.progress_bar", lambda *_: Bar(shown))
         left = windows * layout.num_hidden_layers
-        with steps.weights_bar("x", layout, windows) as count:
+        with weights_bar("x", layout, windows) as count:
             while left:
                 more = data.draw(st.integers(1, left))
                 count(more)
@@ -54,7 +54,7 @@ def test_a_terminal_sees_bytes_per_second(
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     layout = layout_of(tiny.save(tmp_path / "model"))
-    with steps.weights_bar("score", layout, 2) as count:
+    with weights_bar("score", layout, 2) as count:
         for _ in range(2 * layout.num_hidden_layers):
             count(1)
     assert "B/s" in capsys.readouterr().err

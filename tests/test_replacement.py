@@ -14,9 +14,9 @@ from surgery.header import read_header
 from surgery.plan import Plan
 from surgery.replacement_file import Entry, ReplacementWriter
 from surgery.verify import verify_files
-from tests import tiny
-from tests.plans import random_plan
-from tests.test_exact import bits, weights
+from tests.support import tiny
+from tests.support.contents import bits, weights
+from tests.support.plans import random_plan
 
 NAME = "model.layers.1.mlp.down_proj.weight"
 SHAPE = (32, 40)

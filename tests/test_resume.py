@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 
-import calib.partial
 from calib.partial import Partial
 from surgery.stats import ChannelStats
-from tests import tiny
-from tests.conftest import Run
+from tests.support import tiny
+from tests.support.command import Run
 
 LAYERS = 12
 KILLS = 12
@@ -228,11 +227,11 @@ def test_a_kill_before_the_disk_has_a_layer_loses_only_the_one_in_work(
         shutil.copytree(partial.path, left / partial.path.name)
         reached.set()
     if restarted:
-        monkeypatch.setattr(calib.partial, "boot_id", lambda: "another")
+        monkeypatch.setattr("calib.partial.boot_id", lambda: "another")
     with Partial(left / out.name, {"model": "a"}, resume=True) as again:
         assert again.finished == (1 if restarted else 2)
         assert again.sums(again.finished - 1)[1] == float(again.finished)
-    monkeypatch.setattr(calib.partial, "boot_id", lambda: "")
+    monkeypatch.setattr("calib.partial.boot_id", lambda: "")
     with Partial(left / out.name, {"model": "a"}, resume=True) as third:
         assert third.finished == again.finished
 

@@ -10,9 +10,19 @@ import regex
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery import scripts
 from surgery.errors import TokenizerError
-from surgery.scripts import BYTES, COMMON, SCRIPTS, check_script, script_of, scripts_of
+from surgery.scripts import (
+    _BY_CODE,
+    _SCRIPT_OF,
+    BYTES,
+    COMMON,
+    SCRIPTS,
+    _matchers,
+    _ScriptOfCharacter,
+    check_script,
+    script_of,
+    scripts_of,
+)
 
 SAMPLES = {
     "Latin": "aZéßŁªⅧａ",
@@ -60,14 +70,14 @@ def test_characters_of_no_script_are_common(char: str) -> None:
 def test_each_name_and_code_is_one_that_regex_knows() -> None:
     unknown = {name for name in SCRIPTS if not knows(name)}
     assert unknown <= NEWER
-    for code, name in scripts._BY_CODE.items():
+    for code, name in _BY_CODE.items():
         assert knows(code) or name in unknown, code
     assert len(SCRIPTS) == len(set(SCRIPTS)) == 176
 
 
 def test_each_code_and_name_mean_the_same_characters() -> None:
     every = "".join(map(chr, range(0x110000)))
-    for code, name in scripts._BY_CODE.items():
+    for code, name in _BY_CODE.items():
         if not knows(name):
             continue
         by_name = regex.search(rf"\p{{Script={name}}}", every)
@@ -104,13 +114,13 @@ def test_the_lookup_agrees_with_another_copy_of_unicode() -> None:
 
 
 def test_an_older_regex_may_lack_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scripts, "SCRIPTS", ("Klingon", "Latin", "Han"))
-    monkeypatch.setattr(scripts, "_SCRIPT_OF", scripts._ScriptOfCharacter())
-    scripts._matchers.cache_clear()
+    monkeypatch.setattr("surgery.scripts.SCRIPTS", ("Klingon", "Latin", "Han"))
+    monkeypatch.setattr("surgery.scripts._SCRIPT_OF", _ScriptOfCharacter())
+    _matchers.cache_clear()
     try:
         assert [script_of(text) for text in "é中ж"] == ["Latin", "Han", COMMON]
     finally:
-        scripts._matchers.cache_clear()
+        _matchers.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -146,7 +156,7 @@ def test_the_script_of_a_text_is_that_of_most_of_its_letters(text: str) -> None:
 
 @given(st.text(st.characters(max_codepoint=0x7F)))
 def test_ascii_takes_a_short_cut_to_the_same_answer(text: str) -> None:
-    letters = any(scripts._SCRIPT_OF[char] == "Latin" for char in text)
+    letters = any(_SCRIPT_OF[char] == "Latin" for char in text)
     assert script_of(text) == ("Latin" if letters else COMMON)
 
 
@@ -172,7 +182,7 @@ def test_scripts_go_by_name_or_code(name: str, expected: str) -> None:
     assert check_script(name) == expected
 
 
-@given(st.sampled_from(sorted(scripts._BY_CODE.items())), st.data())
+@given(st.sampled_from(sorted(_BY_CODE.items())), st.data())
 def test_case_and_separators_do_not_matter(entry: tuple[str, str], data: st.DataObject) -> None:
     code, name = entry
     spelled = data.draw(st.sampled_from([code, name, name.replace("_", " ")]))

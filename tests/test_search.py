@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from surgery.plan import Plan
-from tests import tiny
-from tests.conftest import Run
+from tests.support import tiny
+from tests.support.command import Run
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,

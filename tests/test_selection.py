@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery import selection
 from surgery.errors import PlanError
+from surgery.selection import BITMAP, decode, encode, runs
 
 SIZE = 100
 
@@ -27,26 +27,26 @@ def index_sets(draw: st.DrawFn) -> tuple[np.ndarray, int]:
 def bitmap(*indices: int, size: int = SIZE) -> str:
     bits = np.zeros(-(-size // 8) * 8, dtype=bool)
     bits[list(indices)] = True
-    return selection.BITMAP + base64.b64encode(np.packbits(bits).tobytes()).decode()
+    return BITMAP + base64.b64encode(np.packbits(bits).tobytes()).decode()
 
 
 @given(index_sets())
 def test_decode_inverts_encode(drawn: tuple[np.ndarray, int]) -> None:
     indices, size = drawn
-    decoded = selection.decode(selection.encode(indices, size), size, "here")
+    decoded = decode(encode(indices, size), size, "here")
     assert decoded.dtype == np.int64
     assert decoded.tolist() == indices.tolist()
 
 
 @given(index_sets())
 def test_text_is_never_longer_than_a_bitmap(drawn: tuple[np.ndarray, int]) -> None:
-    assert len(selection.encode(*drawn)) <= len(bitmap(size=drawn[1]))
+    assert len(encode(*drawn)) <= len(bitmap(size=drawn[1]))
 
 
 @given(index_sets())
 def test_runs_partition_the_indices(drawn: tuple[np.ndarray, int]) -> None:
     indices, _ = drawn
-    starts, stops = selection.runs(indices)
+    starts, stops = runs(indices)
     spans = list(zip(starts.tolist(), stops.tolist(), strict=True))
     assert [i for start, stop in spans for i in range(start, stop)] == indices.tolist()
     assert all(start < stop for start, stop in spans)
@@ -58,14 +58,14 @@ def test_runs_partition_the_indices(drawn: tuple[np.ndarray, int]) -> None:
     [([], ""), ([7], "7"), ([0, 1, 2], "0-2"), ([0, 1, 5, 98, 99], "0-1,5,98-99")],
 )
 def test_ranges_read_as_people_write_them(indices: list[int], text: str) -> None:
-    assert selection.encode(np.array(indices, dtype=np.int64), SIZE) == text
-    assert selection.decode(text, SIZE, "here").tolist() == indices
+    assert encode(np.array(indices, dtype=np.int64), SIZE) == text
+    assert decode(text, SIZE, "here").tolist() == indices
 
 
 def test_a_scattered_set_is_a_bitmap() -> None:
     even = np.arange(0, SIZE, 2)
-    assert selection.encode(even, SIZE) == bitmap(*even)
-    assert selection.decode(bitmap(*even), SIZE, "here").tolist() == even.tolist()
+    assert encode(even, SIZE) == bitmap(*even)
+    assert decode(bitmap(*even), SIZE, "here").tolist() == even.tolist()
 
 
 @pytest.mark.parametrize(
@@ -104,14 +104,14 @@ def test_a_scattered_set_is_a_bitmap() -> None:
 )
 def test_hostile_text_is_refused(text: str) -> None:
     with pytest.raises(PlanError, match=r"^here: .*make the plan again$") as caught:
-        selection.decode(text, SIZE, "here")
+        decode(text, SIZE, "here")
     assert len(str(caught.value)) < 300
 
 
 @given(st.text("0123456789-,:bitmap=/+A ", max_size=40))
 def test_any_text_is_indices_or_refused(text: str) -> None:
     try:
-        indices = selection.decode(text, SIZE, "here")
+        indices = decode(text, SIZE, "here")
     except PlanError:
         return
     assert np.all(np.diff(indices) > 0)
@@ -124,7 +124,7 @@ def test_repeated_ranges_take_no_memory() -> None:
     tracemalloc.start()
     try:
         with pytest.raises(PlanError):
-            selection.decode(text, size, "here")
+            decode(text, size, "here")
         assert tracemalloc.get_traced_memory()[1] < 10 * size * 8
     finally:
         tracemalloc.stop()

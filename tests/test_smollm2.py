@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, pre_tokenizers
 
-from tests.test_gguf_checkpoint import make_reader_tensor
+from tests.support.gguf_files import make_reader_tensor
 from tools import smollm2
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from surgery.layout import Layout
 from surgery.steps import open_model
-from tests import tiny
+from tests.support import tiny
 from tools import splits
 
 SIZES: dict[str, Any] = {

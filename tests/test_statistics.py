@@ -9,46 +9,23 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from calib.batches import Stream
-from calib.calibrate import calibrate
-from calib.corpus import byte_windows, token_windows
+from calib.corpus import byte_windows
 from calib.decoder import StreamedDecoder
 from calib.ffn import pieces
 from calib.score import score
 from calib.sums import ChannelSums
 from calib.weights import WeightReader
 from surgery.channels import CRITERIA, bucket_weights, choose_channels
-from surgery.stats import PARTS, ChannelStats
+from surgery.stats import PARTS
 from surgery.tokenizer import load_tokenizer
 from surgery.vocabulary import rarity_of
-from tests import tiny
-from tests.conftest import Run
-from tests.full_load import full_load_bits, hooked, window_norms
-from tests.plans import layout_of
+from tests.support import tiny
+from tests.support.calibration import CPU, EDGES, SEQ_LEN, sample_windows, take_stats
+from tests.support.command import Run
+from tests.support.full_load import full_load_bits, hooked, window_norms
+from tests.support.plans import layout_of
 
-CPU = torch.device("cpu")
-EDGES = [400, 512, tiny.VOCAB_SIZE]
-SEQ_LEN = 48
 COMMON = "common-act2"
-
-
-def sample_windows(path: Path) -> list[np.ndarray]:
-    """Full windows and rests of three lengths."""
-    documents = [tiny.prose(900), tiny.prose(2500)[900:], tiny.prose(2600)[2500:]]
-    return token_windows(documents, load_tokenizer(path), 30, SEQ_LEN)
-
-
-def take_stats(path: Path, edges: list[int] = EDGES) -> ChannelStats:
-    layout = layout_of(path)
-    buckets = rarity_of(layout).buckets(edges)
-    return calibrate(
-        layout,
-        sample_windows(path),
-        buckets,
-        edges,
-        seq_len=SEQ_LEN,
-        device=CPU,
-        dtype=torch.float32,
-    )
 
 
 @pytest.mark.parametrize("model_type", tiny.MODEL_TYPES)

@@ -24,8 +24,8 @@ from surgery.replacement_file import ReplacementWriter
 from surgery.tokenizer import load_tokenizer
 from surgery.verify import verify_files
 from surgery.vocabulary import open_vocabulary, rarity_of
-from tests import tiny
-from tests.plans import layout_of, random_plan
+from tests.support import tiny
+from tests.support.plans import layout_of, random_plan
 
 CPU = torch.device("cpu")
 FAMILIES = ("llama", "gemma3_text", "gpt2", "phi3", "qwen2_moe", "gpt_oss", "llama4_text")

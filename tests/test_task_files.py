@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import TEXT
+from tests.support.tiny import TEXT
 from tools.tasks import continuation
 from tools.tasks.records import FOLDER, KINDS, read
 

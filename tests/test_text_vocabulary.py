@@ -12,9 +12,9 @@ from surgery.plan import Plan
 from surgery.stats import ChannelStats
 from surgery.tokenizer import load_tokenizer
 from surgery.vocabulary import rarity_of
-from tests import tiny
-from tests.conftest import Run
-from tests.plans import layout_of
+from tests.support import tiny
+from tests.support.command import Run
+from tests.support.plans import layout_of
 
 V, SEQ_LEN = 400, 64
 TAKE = ("--seq-len", SEQ_LEN, "--samples", 12)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,9 @@ import pytest
 from click.testing import CliRunner
 
 from surgery.cli import main
-from tests import tiny
-from tests.conftest import Run
+from tests.support import tiny
+from tests.support.command import Run
+from tests.support.json_files import Edit, change, put
 
 SIZE = 400
 SPECIAL_IDS = {"<unk>": 616, "<s>": 617, "</s>": 618, "<pad>": 619}
@@ -19,15 +19,6 @@ SPECIAL_IDS = {"<unk>": 616, "<s>": 617, "</s>": 618, "<pad>": 619}
 NEW_IDS = {"<unk>": 396, "<s>": 397, "</s>": 398, "<pad>": 399}
 PADDING = {"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None,
            "pad_id": 619, "pad_type_id": 0, "pad_token": "<pad>"}  # fmt: skip
-
-Edit = Callable[[Any], object]
-"""Changes parsed JSON in place."""
-
-
-def change(path: Path, edit: Edit) -> None:
-    data = json.loads(path.read_text("utf-8"))
-    edit(data)
-    path.write_text(json.dumps(data), "utf-8")
 
 
 def refer(model: Path) -> None:
@@ -87,10 +78,6 @@ def faults(run: Run, out: Path) -> list[str]:
     found = [line for line in result.output.splitlines() if line.startswith("FAULT")]
     assert result.exit_code == (1 if found else 0), result.output
     return [line.partition("point at tokens: ")[2] for line in found if "point at tokens" in line]
-
-
-def put(**changes: Any) -> Edit:
-    return lambda data: data.update(changes)
 
 
 def special_template(data: Any) -> None:

@@ -18,9 +18,9 @@ from surgery.scripts import script_of
 from surgery.tokenizer import TokenizerFile
 from surgery.vocab_cost import vocabulary_cost
 from surgery.vocabulary import VocabularyChoice, keep_file, order_rows, rarity_of
-from tests import tiny
-from tests.conftest import Run
-from tests.languages import ARTICLE_1
+from tests.support import tiny
+from tests.support.command import Run
+from tests.support.languages import ARTICLE_1
 
 RESERVED = ["<|reserved_special_token_0|>", "<|reserved_special_token_1|>", "<unused5>"]
 SIZE = 1800

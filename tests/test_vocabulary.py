@@ -19,7 +19,7 @@ from surgery.tokenizer import TokenizerFile
 from surgery.tokenizer_checks import check_tokenizer
 from surgery.vocab_cost import vocabulary_cost
 from surgery.vocabulary import order_rows, rarity_of
-from tests import tiny
+from tests.support import tiny
 
 
 def byte_level(tokenizer: Tokenizer) -> Tokenizer:

@@ -8,8 +8,8 @@ import click
 
 from surgery.families import FAMILIES
 from surgery.family import EXPERT, FFN, SHARED, Family, Wrapper
-from tests.loading import NOT_IN_4
-from tests.tiny_configs import TINY
+from tests.support.loading import NOT_IN_4
+from tests.support.tiny_configs import TINY
 from tools.readme import print_or_write
 
 BEGIN = "<!-- made by python -m tools.family_table -->\n"

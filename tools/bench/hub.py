@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
 
-from tests.hub_server import Repo, serve
+from tests.support.hub_server import Repo, serve
 from tools.bench.child import ROOT, python_module
 
 NAME = "org/model"

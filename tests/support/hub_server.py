@@ -13,7 +13,7 @@ from threading import Event, Lock, Thread
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tests.hub_push import listing, take
+from tests.support.hub_push import listing, take
 
 API = re.compile(
     r"/api/(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)"

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import load_matrix
-from tests.load_matrix import observe
+from tests.support import load_matrix
+from tests.support.load_matrix import observe
 
 VARIABLE = "COMPACT_SURGERY_TRANSFORMERS4"
 
@@ -55,7 +55,7 @@ class Loaded:
     """Missing, unexpected and mismatched keys and whatever else loading reports, if any."""
     tokens: int = 0
     encoded: list[int] = field(default_factory=list)
-    """Ids of tests.load_matrix.SENTENCE."""
+    """Ids of tests.support.load_matrix.SENTENCE."""
     decoded: str = ""
     """The sentence from its ids."""
 

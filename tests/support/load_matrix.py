@@ -1,6 +1,6 @@
 """What transformers makes of some checkpoints; runs in an interpreter of its own.
 
-    python tests/load_matrix.py LOGITS.npz < JOBS.json
+    python tests/support/load_matrix.py LOGITS.npz < JOBS.json
 
 Imports nothing of this project, so that it also runs beside another major of transformers. A job
 is ``{"directory": ..., "ids": [[...], ...], "auto_class": "AutoModelForCausalLM"}``; for each one

@@ -1,6 +1,6 @@
 """What AutoTokenizer makes of some directories, as JSON; runs in an interpreter of its own.
 
-    python tests/auto_tokenizer.py TEXTS.json DIR...
+    python tests/support/auto_tokenizer.py TEXTS.json DIR...
 
 Imports nothing of this project, so that it also runs beside another major of transformers.
 """

@@ -15,8 +15,8 @@ from calib.tokens import Tokens
 from surgery.family import EXPERT
 from surgery.layout import Layout
 from surgery.tokenizer import load_tokenizer
-from tests import tiny
-from tests.plans import layout_of
+from tests.support import tiny
+from tests.support.plans import layout_of
 
 Activations = list[dict[str, list[tuple[int, Tokens, torch.Tensor]]]]
 """Per layer: channel axis → (expert, its tokens, input of its down_proj) as they came."""

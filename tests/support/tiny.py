@@ -14,9 +14,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tests.tiny_configs import TINY, WRAPPERS
+from tests.support import ROOT
+from tests.support.tiny_configs import TINY, WRAPPERS
 
-TEXT = Path(__file__).parent.parent / "tools" / "text" / "heldout.txt"
+TEXT = ROOT / "tools" / "text" / "heldout.txt"
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
 VOCAB_SIZE = 640

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.hub_server import Repo
+from tests.support.hub_server import Repo
 
 Result = subprocess.CompletedProcess[str]
 

@@ -17,6 +17,7 @@ from surgery.plan import Plan
 from surgery.planning import make_plan
 from surgery.stats import AxisSums, ChannelStats, StatsInfo
 from surgery.vocabulary import rarity_of
+from tests.support import tiny
 
 
 def layout_of(path: Path) -> Layout:
@@ -76,3 +77,17 @@ def masked_dense(source: Path, plan: Plan, output: Path) -> Path:
                     part.index_fill_(dim, torch.from_numpy(gone), 0)
         save_file(tensors, file, {"format": "pt"})
     return output
+
+
+def assert_equals_masked_dense(source: Path, output: Path, plan: Plan, key: str = "llama") -> None:
+    kept = torch.from_numpy(plan.ids().kept)
+    dense = tiny.load(masked_dense(source, plan, output.with_name("masked")), key)
+    pruned = tiny.load(output, key)
+    new = torch.randint(len(kept), (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = dense(input_ids=kept[new]).logits[..., kept]
+        found = pruned(input_ids=new).logits
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert expected.std() > 0.05  # logits that could not differ would prove nothing
+    shutil.rmtree(output.with_name("masked"))

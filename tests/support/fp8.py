@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from surgery.checkpoint import INDEX_NAME
-from tests import tiny
+from tests.support import tiny
 
 BLOCK = 16
 QUANTIZED = re.compile(r"model\.layers\..+_proj(_with_mqa)?\.weight")
 """What published checkpoints have in FP8: linear maps of the layers, but no router."""
+GATE = "model.layers.1.mlp.gate_proj.weight"
 SUFFIX = "_scale_inv"
 APART = "scales.safetensors"
 

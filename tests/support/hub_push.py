@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tests.hub_server import Hub
+    from tests.support.hub_server import Hub
 
 PUSH = re.compile(
     r"/(api/models/)?(?P<repo>[^/]+/[^/]+?)"

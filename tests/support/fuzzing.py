@@ -20,10 +20,10 @@ from safetensors.numpy import load_file, save_file
 from surgery.apply import apply_plan
 from surgery.checkpoint import tokenizer_files
 from surgery.stats import KEY, ChannelStats
-from tests import fp8, tiny
-from tests.plans import layout_of, random_plan, random_stats
-from tests.test_cut_tokenizers import tokenizer_json
-from tests.test_sentencepiece import source
+from tests.support import fp8, tiny
+from tests.support.generated_tokenizers import tokenizer_json
+from tests.support.plans import layout_of, random_plan, random_stats
+from tests.support.sentencepiece_models import source
 
 SECONDS = 30
 """A command that takes longer hangs: they take a tenth of a second."""

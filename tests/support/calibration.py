@@ -1,0 +1,38 @@
+"""Statistics of a tiny checkpoint on a little text."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from calib.calibrate import calibrate
+from calib.corpus import token_windows
+from surgery.stats import ChannelStats
+from surgery.tokenizer import load_tokenizer
+from surgery.vocabulary import rarity_of
+from tests.support import tiny
+from tests.support.plans import layout_of
+
+CPU = torch.device("cpu")
+EDGES = [400, 512, tiny.VOCAB_SIZE]
+SEQ_LEN = 48
+
+
+def sample_windows(path: Path) -> list[np.ndarray]:
+    """Full windows and rests of three lengths."""
+    documents = [tiny.prose(900), tiny.prose(2500)[900:], tiny.prose(2600)[2500:]]
+    return token_windows(documents, load_tokenizer(path), 30, SEQ_LEN)
+
+
+def take_stats(path: Path, edges: list[int] = EDGES) -> ChannelStats:
+    layout = layout_of(path)
+    buckets = rarity_of(layout).buckets(edges)
+    return calibrate(
+        layout,
+        sample_windows(path),
+        buckets,
+        edges,
+        seq_len=SEQ_LEN,
+        device=CPU,
+        dtype=torch.float32,
+    )

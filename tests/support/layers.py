@@ -1,0 +1,31 @@
+"""Plans that remove or merge layers, and what merging comes to."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from surgery.budget import Sizes
+from surgery.plan import Plan
+from surgery.planning import make_plan
+from surgery.vocabulary import rarity_of
+from tests.support.plans import layout_of, random_stats
+
+
+def plan_of(
+    source: Path, layers: Sequence[Sequence[int]], vocab_size: int = 512, share: float = 0.6
+) -> Plan:
+    layout = layout_of(source)
+    widths = {key: max(1, round(share * size)) for key, size in layout.widths.items()}
+    sizes = Sizes(vocab_size, widths, layers=layers)
+    stats = random_stats(layout)
+    return make_plan(layout, rarity_of(layout), sizes, stats, criterion="act2", source=str(source))
+
+
+def merged_layers(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """W + Σ (W_k − W) in float32 by numpy, rounded once by torch."""
+    first, *others = (part.float().numpy() for part in parts)
+    total = first.copy()
+    for other in others:
+        total += other - first
+    return torch.from_numpy(total).to(parts[0].dtype)
