@@ -9,6 +9,7 @@ import numpy as np
 
 from calib.calibrate import calibrate
 from calib.device import choose_device, choose_dtype
+from surgery.build import read_layout
 from surgery.checkpoint import Checkpoint
 from surgery.cluster import RETRIES, cluster, places, results
 from surgery.layout import Layout
@@ -93,7 +94,7 @@ def part_task(
 
     Each attempt writes a file of its own: a lost node may still be at work.
     """
-    layout = Layout.of(Checkpoint.open(model, family))
+    layout = read_layout(Checkpoint.open(model, family))
     where = choose_device(device)
     stats = calibrate(
         layout,

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from surgery import __version__
+from surgery.build import read_layout
 from surgery.card import model_card
 from surgery.checkpoint import INDEX_NAME, Checkpoint
 from surgery.checksums import check_digest, known_digests
@@ -20,7 +21,6 @@ from surgery.edits import OutputTensor, edits, sources
 from surgery.errors import EngineError, SurgeryError
 from surgery.header import encode_header
 from surgery.jsonfile import dump_json, dump_table, read_file
-from surgery.layout import Layout
 from surgery.plan import Plan
 from surgery.replacement_file import check_file
 from surgery.shards import Shards
@@ -82,7 +82,7 @@ def apply_plan(
         return {}
     times = [time.perf_counter()]
     checkpoint = Checkpoint.open(source.absolute() if engine == "ray" else source, plan.family)
-    by_shard = {n: shard for n, shard in edits(plan, Layout.of(checkpoint)).items() if shard}
+    by_shard = {n: shard for n, shard in edits(plan, read_layout(checkpoint)).items() if shard}
     digests = _digests(checkpoint, list(by_shard), checksum=checksum, engine=engine)
     if plan.replaced is not None:
         check_file(plan.replaced)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.apply import apply_plan
 from surgery.apply_cost import moved_bytes, peak_rss_bytes
+from surgery.build import read_layout
 from surgery.checkpoint import Checkpoint
 from surgery.choices import Chosen
 from surgery.companions import check_companions
@@ -43,7 +44,7 @@ def open_model(model: str, family: str | None = None) -> tuple[Layout, str]:
     path, source = resolve_model(model)
     checkpoint = Checkpoint.open(path, family)
     try:
-        return Layout.of(checkpoint), source
+        return read_layout(checkpoint), source
     except UnknownTypeError as error:
         raise unknown_type(checkpoint, error) from error
 
@@ -245,7 +246,9 @@ def forward_faults(plan: Plan, source: Path, directory: Path, device: str) -> li
     from calib.device import choose_device
     from calib.equality import TOLERANCE, compare_forward
 
-    dense, pruned = (Layout.of(Checkpoint.open(path, plan.family)) for path in (source, directory))
+    dense, pruned = (
+        read_layout(Checkpoint.open(path, plan.family)) for path in (source, directory)
+    )
     result = compare_forward(plan, dense, pruned, choose_device(device))
     if result.ok:
         return []

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from surgery.budget import Sizes
+from surgery.build import read_layout
 from surgery.checkpoint import Checkpoint
 from surgery.edits import kept_channels
 from surgery.family import EXPERT, STACK, Dim
@@ -20,7 +21,7 @@ from surgery.vocabulary import rarity_of
 
 
 def layout_of(path: Path) -> Layout:
-    return Layout.of(Checkpoint.open(path))
+    return read_layout(Checkpoint.open(path))
 
 
 def random_stats(layout: Layout, seed: int = 0) -> ChannelStats:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from surgery.budget import CANDIDATE_RATIOS, TOLERANCE, Sizes, split, vocabulary_first, whole
+from surgery.build import read_layout
 from surgery.checkpoint import Checkpoint
 from surgery.layout import Layout
 from surgery.plan import Plan
@@ -106,7 +107,7 @@ def test_the_rule_splits_as_searches_found_best(
     found: tuple[int, int],
 ) -> None:
     """What ``tools.splits`` and the README's compare have found."""
-    layout = Layout.of(Checkpoint.open(write_headers_only(tmp_path / "model", config)))
+    layout = read_layout(Checkpoint.open(write_headers_only(tmp_path / "model", config)))
     sizes = split(layout, ratio, 1024)
     assert (sizes.vocab_size, sizes.widths["intermediate_size"]) == found
 

@@ -33,6 +33,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from calib.documents import read_documents
+from surgery.build import read_layout
 from surgery.canonical import MergeTree
 from surgery.checkpoint import Checkpoint
 from surgery.cli import main
@@ -274,7 +275,7 @@ def published(
 ) -> tuple[str, TokenizerFile, Layout]:
     """Each published tokenizer, in a checkpoint."""
     path = checkpoints(request.param)
-    return request.param, TokenizerFile.open(path), Layout.of(Checkpoint.open(path))
+    return request.param, TokenizerFile.open(path), read_layout(Checkpoint.open(path))
 
 
 @pytest.fixture(scope="session", params=ORDERS)

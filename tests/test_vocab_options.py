@@ -9,10 +9,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
+from surgery.build import read_layout
 from surgery.checkpoint import Checkpoint
 from surgery.errors import TokenizerError
 from surgery.frequency import BATCH_CHARACTERS, count_tokens
-from surgery.layout import Layout
 from surgery.plan import Plan
 from surgery.scripts import script_of
 from surgery.tokenizer import TokenizerFile
@@ -160,7 +160,7 @@ def test_a_reserved_token_that_is_used_stays(reserving: Path, where: str) -> Non
         named = [{"name": "default", "template": template}]
         config["chat_template"] = template if where == "template key" else named
     (reserving / "tokenizer_config.json").write_text(json.dumps(config))
-    layout = Layout.of(Checkpoint.open(reserving))
+    layout = read_layout(Checkpoint.open(reserving))
     rarity = rarity_of(layout, VocabularyChoice(drop_reserved=True))
     ids = rarity.id_map(rarity.must_keep)
     names = TokenizerFile.open(reserving).token_ids
@@ -178,7 +178,7 @@ def test_prune_by_frequency(llama: Path, text: Path, tmp_path: Path, run: Run) -
     assert plan.vocabulary is not None
     assert plan.vocabulary.order == "frequency"
     assert plan.vocabulary.text_bytes > 0
-    by_merges = rarity_of(Layout.of(Checkpoint.open(llama))).id_map(480)
+    by_merges = rarity_of(read_layout(Checkpoint.open(llama))).id_map(480)
     assert not np.array_equal(plan.ids().kept, by_merges.kept)
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import click
 
 from surgery.budget import split
+from surgery.build import read_layout
 from surgery.checkpoint import Checkpoint
-from surgery.layout import Layout
 from surgery.predict import shape_of
 from surgery.prediction import Settings, Text, predict
 from tools.published import MIXTURES, PUBLISHED
@@ -49,7 +49,7 @@ def row(name: str) -> str:
     """The row of one model."""
     config = (PUBLISHED | MIXTURES)[name]
     with tempfile.TemporaryDirectory() as directory:
-        layout = Layout.of(Checkpoint.open(write_headers_only(Path(directory), config, 30)))
+        layout = read_layout(Checkpoint.open(write_headers_only(Path(directory), config, 30)))
         text = Text.full(SAMPLES, SEQ_LEN, layout.vocab_size)
         cpu, filed, gpu, apart = (
             predict(layout, text, Settings(itemsize, BUCKETS, device, hidden=hidden))

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from surgery.budget import Sizes
+from surgery.build import read_layout
 from surgery.channels import LEAST_TOKENS
 from surgery.checkpoint import Checkpoint
 from surgery.layout import Layout
@@ -60,7 +61,7 @@ def _make(directory: Path, config: Config, sizes: Sizes, max_shard_bytes: int) -
     for old in model.glob("*.safetensors*"):
         old.unlink()
     write_tokenizer(write_random(model, config, max_shard_bytes=max_shard_bytes), config)
-    layout = Layout.of(Checkpoint.open(model))
+    layout = read_layout(Checkpoint.open(model))
     made = make_plan(
         layout,
         rarity_of(layout),
@@ -90,7 +91,7 @@ def make_wide(directory: Path, channels: int) -> None:
     model = directory / "model"
     config = llama_config(4096, channels, 1, 32, 8, 512)
     write_tokenizer(write_headers_only(model, config), config)
-    layout = Layout.of(Checkpoint.open(model))
+    layout = read_layout(Checkpoint.open(model))
     made = make_plan(
         layout,
         rarity_of(layout),
