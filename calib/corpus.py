@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from tokenizers import Tokenizer
 
-from surgery.checkpoint import TOKENIZER_NAME
 from surgery.errors import DataError, TokenizerError
+from surgery.model_files import TOKENIZER_NAME
 
 
 def token_windows(

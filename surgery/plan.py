@@ -16,6 +16,9 @@ from surgery.vocab_cost import VocabularyCost
 
 FORMAT = 3
 
+PROVENANCE_NAME = "compact_surgery.json"
+"""Name of ``ProvenanceFile`` in an output."""
+
 MOST_ROWLESS = 1 << 16
 """Most tokens behind the last row; Gemma 3 has one."""
 
@@ -172,3 +175,13 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             ) from error
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise PlanError(path, "is not a plan", found=error, fix=MAKE_AGAIN) from error
+
+
+class ProvenanceFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """compact_surgery.json: what made this checkpoint."""
+
+    version: str
+    """Of compact-surgery."""
+    plan_digest: str
+    plan: Plan
+    """With ``output`` left out, so that the same plan gives the same bytes anywhere."""

@@ -7,7 +7,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from surgery.apply import PROVENANCE_NAME, ProvenanceFile
 from surgery.build import read_layout
 from surgery.checkpoint import Checkpoint
 from surgery.edits import OutputTensor, edits, sources
@@ -16,7 +15,7 @@ from surgery.errors import PlanError, TokenizerError
 from surgery.header import TensorRef
 from surgery.jsonfile import read_file
 from surgery.layout import Layout
-from surgery.plan import Plan
+from surgery.plan import PROVENANCE_NAME, Plan, ProvenanceFile
 from surgery.selection import MAKE_AGAIN
 from surgery.shards import Shards
 from surgery.stream import edit_windows, open_shard

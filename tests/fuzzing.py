@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from surgery.apply import apply_plan
-from surgery.checkpoint import tokenizer_files
+from surgery.model_files import tokenizer_files
 from surgery.stats import KEY, ChannelStats
 from tests import fp8, tiny
 from tests.plans import layout_of, random_plan, random_stats

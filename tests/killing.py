@@ -12,8 +12,14 @@ from typing import Any
 
 import msgspec
 
-WATCHED = ("apply.py", "journal.py", "stream.py", "writer.py")
-"""Modules of ``surgery`` whose lines count, beside those of ``write_atomic``."""
+WATCHED = (
+    "surgery.apply",
+    "surgery.journal",
+    "surgery.shard",
+    "surgery.stream",
+    "surgery.writer",
+)
+"""Modules whose lines count, beside those of ``write_atomic``."""
 
 SPAWN = get_context("forkserver")
 SPAWN.set_forkserver_preload(["surgery.cli", "surgery.steps", "surgery.apply", "safetensors"])
@@ -47,8 +53,8 @@ def count_lines(lines: Any, kill_at: int | None) -> None:
     lock = threading.Lock()
 
     def watch(frame: FrameType, event: str, _: object) -> Callable[..., Any] | None:
-        path, name = Path(frame.f_code.co_filename), frame.f_code.co_name
-        if path.parent.name != "surgery" or not (path.name in WATCHED or name == "write_atomic"):
+        module, name = frame.f_globals.get("__name__"), frame.f_code.co_name
+        if module not in WATCHED and name != "write_atomic":
             return None
         if event == "line":
             with lock:

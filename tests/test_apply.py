@@ -98,13 +98,13 @@ def test_a_run_stopped_by_a_full_disk_resumes_to_the_same_bytes(
         real(edit, source, output)
 
     with monkeypatch.context() as patch:
-        patch.setattr("surgery.apply.stream_edit", full)
+        patch.setattr("surgery.shard.stream_edit", full)
         result = run("apply", plan, "-o", out, "--jobs", 1)
     assert result.exit_code == 2
     assert "No space left on device" in result.output
     assert not out.exists()
     assert partial.exists() == (finished > 0)  # nothing is left where there is nothing to resume
-    monkeypatch.setattr("surgery.apply.stream_edit", note)
+    monkeypatch.setattr("surgery.shard.stream_edit", note)
     assert run("apply", plan, "-o", out, "--resume").exit_code == 0
     assert len(opened) == finished + 1
     assert len(written) == 5 - finished  # finished shards are not written again
@@ -118,16 +118,16 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, llama: Path, run
     random_plan(llama, 512, 64).save(plan)
     script = f"""
 import os, signal
-import surgery.apply as apply
+import surgery.shard as shard
 from surgery.cli import main
-real, shards = apply.stream_edit, set()
+real, shards = shard.stream_edit, set()
 def kill(edit, source, output):
     shards.add(edit.source.path)
     if len(shards) == 3:
         os.write(output, b"half")
         os.kill(os.getpid(), signal.SIGKILL)
     real(edit, source, output)
-apply.stream_edit = kill
+shard.stream_edit = kill
 main(["apply", {str(plan)!r}, "-o", {str(out)!r}, "--jobs", "1"])
 """
     killed = subprocess.run([sys.executable, "-c", script], check=False)

@@ -17,7 +17,7 @@ import torch
 from click.testing import Result
 from safetensors.numpy import load_file, save_file
 
-from surgery.checkpoint import INDEX_NAME
+from surgery.model_files import INDEX_NAME
 from surgery.plan import Plan
 from surgery.stats import ChannelStats
 from tests import tiny

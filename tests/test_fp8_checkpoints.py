@@ -22,7 +22,6 @@ from calib.weights import WeightReader
 from surgery import stream
 from surgery.apply import apply_plan
 from surgery.budget import Sizes, whole
-from surgery.checkpoint import INDEX_NAME
 from surgery.companions import pruned_config
 from surgery.configs import dequantized_config
 from surgery.edits import Edit, Scaling, edits, kept_channels
@@ -31,6 +30,7 @@ from surgery.families import family_of
 from surgery.family import Dim
 from surgery.header import read_header
 from surgery.layout import Layout
+from surgery.model_files import INDEX_NAME
 from surgery.plan import Plan
 from surgery.planning import make_plan
 from surgery.predict import shape_of

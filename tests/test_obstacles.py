@@ -94,8 +94,8 @@ def test_a_disk_that_others_fill_while_apply_runs(
     before = snapshot(source)
     assert program("apply", plan, "-o", tmp_path / "whole").returncode == 0
     fill = """
-import surgery.apply as apply
-real, shards = apply.stream_edit, set()
+import surgery.shard as shard
+real, shards = shard.stream_edit, set()
 def fill(edit, source, output):
     shards.add(edit.source.path)
     if len(shards) == 3 and not os.path.exists(FILL):
@@ -106,7 +106,7 @@ def fill(edit, source, output):
             except OSError:
                 pass
     real(edit, source, output)
-apply.stream_edit = fill
+shard.stream_edit = fill
 """
     with small_disk(tmp_path / "disk", 2 * MB) as disk:
         filler, out = disk / "filler", disk / "out"
@@ -252,7 +252,7 @@ def test_a_journal_that_cannot_be_written_stays_readable(
         edited.add(edit.source.path)
         stream_edit(edit, shard, output)
 
-    monkeypatch.setattr("surgery.apply.stream_edit", note)
+    monkeypatch.setattr("surgery.shard.stream_edit", note)
     apply_plan(loaded, source, out, resume=True)
     assert len(edited) == 4
 
