@@ -40,8 +40,8 @@ class Prefix:
         """Return the only FFN's down_proj ``[D, K]``, rounded to ``dtype``, or None for no gain.
 
         The dense model has passed the layer, this has not yet. What is wanted beside W a is
-        ``PULL`` times what the residual stream has drifted from the dense model's, where the layer adds
-        W a to it: not behind a norm, for example.
+        ``PULL`` times what the residual stream has drifted from the dense model's, where the layer
+        adds W a to it: not behind a norm, for example.
         """
         weight = decoder.layer(index).get_parameter(down_name(unit)).data
         (matrix,) = down_matrices(decoder.layer(index), unit, weight)
