@@ -8,8 +8,8 @@ from typing import TypeVar
 import numpy as np
 from tokenizers import Tokenizer
 
-from surgery.checkpoint import TOKENIZER_NAME
 from surgery.errors import DataError, TokenizerError
+from surgery.model_files import TOKENIZER_NAME
 
 Item = TypeVar("Item")
 

@@ -15,6 +15,7 @@ from calib.device import choose_device
 from calib.down import Place, cut_weight, down_name, file_matrices, watched_tensors
 from calib.groups import Groups
 from calib.weights import WeightReader
+from surgery.build import read_layout
 from surgery.checkpoint import Checkpoint
 from surgery.edits import kept_channels, layer_groups
 from surgery.family import renumbered
@@ -64,7 +65,9 @@ def compare_forward(plan: Plan, dense: Layout, pruned: Layout, device: torch.dev
 
 def forward_faults(plan: Plan, source: Path, directory: Path, device: str) -> list[str]:
     """Compare the logits of ``directory`` with the masked dense model; return the fault, if any."""
-    dense, pruned = (Layout.of(Checkpoint.open(path, plan.family)) for path in (source, directory))
+    dense, pruned = (
+        read_layout(Checkpoint.open(path, plan.family)) for path in (source, directory)
+    )
     result = compare_forward(plan, dense, pruned, choose_device(device))
     if result.ok:
         return []

@@ -1,6 +1,6 @@
 """Calibration text through what the layers so far have become, to refit the next one on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -9,7 +9,6 @@ from calib.decoder import StreamedDecoder
 from calib.down import down_matrices, down_name
 from calib.ffn import Unit
 from calib.gram import Gram, equations, solve
-from calib.reading import Reading
 
 PULL = 0.5
 """How much of the way back to the dense model's residual stream a refitted layer is asked to go.
@@ -23,11 +22,12 @@ ADDITIVE = 0.25
 
 
 class Prefix:
-    """The windows of a reading, which shows the dense model's states of the same tokens."""
+    """Windows that go through the pruned layers, beside the same ones in the dense model."""
 
-    def __init__(self, reading: Reading) -> None:
-        self.streams = [Stream(stream.windows) for stream in reading.streams]
-        self._dense = reading.streams
+    def __init__(self, dense: Sequence[Stream]) -> None:
+        """Take the windows of ``dense``: those that fit, then those that judge."""
+        self.streams = [Stream(stream.windows) for stream in dense]
+        self._dense = dense
 
     def refit(
         self,
@@ -39,9 +39,9 @@ class Prefix:
     ) -> torch.Tensor | None:
         """Return the only FFN's down_proj ``[D, K]``, rounded to ``dtype``, or None for no gain.
 
-        The reading has passed the layer, this has not yet. What is wanted beside W a is ``PULL``
-        times what the residual stream has drifted from the dense model's, where the layer adds
-        W a to it: not behind a norm, for example.
+        The dense model has passed the layer, this has not yet. What is wanted beside W a is
+        ``PULL`` times what the residual stream has drifted from the dense model's, where the layer
+        adds W a to it: not behind a norm, for example.
         """
         weight = decoder.layer(index).get_parameter(down_name(unit)).data
         (matrix,) = down_matrices(decoder.layer(index), unit, weight)

@@ -13,9 +13,9 @@ from calib.corpus import Part
 from calib.device import choose_device, choose_dtype
 from calib.memory import reuse_freed_memory
 from calib.settings import ComputeOptions, PassSettings
+from surgery.build import read_layout
 from surgery.checkpoint import Checkpoint
 from surgery.cluster import RETRIES, cluster, places, results
-from surgery.layout import Layout
 from surgery.merge import merge_stats
 from surgery.progress import Advance, no_advance
 from surgery.stats import ChannelStats
@@ -97,7 +97,7 @@ def part_task(part: PartTask, buckets: tuple[np.ndarray, list[int]]) -> Path:
 
     Each attempt writes a file of its own: a lost node may still be at work.
     """
-    layout = Layout.of(Checkpoint.open(part.model, part.family))
+    layout = read_layout(Checkpoint.open(part.model, part.family))
     device = choose_device(part.compute.device)
     dtype = choose_dtype(part.compute.dtype, layout.checkpoint, device)
     reuse_freed_memory()

@@ -1,7 +1,6 @@
 """A text on its way through the dense model, and what it shows of a layer's channels."""
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import zip_longest
 
 import numpy as np
@@ -15,7 +14,7 @@ from calib.gram import Gram
 from calib.influence import cosine_sum
 from calib.norms import weight_norms
 from calib.sums import ChannelSums
-from calib.tokens import LayerHooks, Tokens
+from calib.tokens import ChannelHook, LayerHooks, Tokens
 from surgery.layout import Layout
 from surgery.stats import AxisSums
 
@@ -85,7 +84,7 @@ class Reading:
         self.grams = [{} for _ in self.streams if needed]
         self.cosines.append(0.0)
         for stream, grams in zip_longest(self.streams, self.grams):
-            hooks = LayerHooks(partial(self._see, sums, grams), self._compare)
+            hooks = LayerHooks(self._hook(sums, grams), self._compare)
             decoder.run(index, stream, hooks)
         self.sums = {axis: each.numbers(norms[axis]) for axis, each in sums.items()}
 
@@ -101,20 +100,15 @@ class Reading:
     def _compare(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
         self.cosines[-1] += cosine_sum(before, after)
 
-    def _see(
-        self,
-        sums: dict[str, ChannelSums],
-        grams: dict[Place, Gram] | None,
-        layer: int,
-        axis: str,
-        expert: int,
-        tokens: Tokens,
-        act: torch.Tensor,
-    ) -> None:
-        buckets = self._buckets[tokens.ids]
-        sums[axis].add(expert, tokens, buckets, act)
-        if grams is None:
-            return
-        if (axis, expert) not in grams:
-            grams[axis, expert] = Gram(act.shape[1], act.device)
-        grams[axis, expert].add(act)
+    def _hook(self, sums: dict[str, ChannelSums], grams: dict[Place, Gram] | None) -> ChannelHook:
+        """What adds up activations to ``sums``, and to ``grams`` where there are some."""
+
+        def see(layer: int, axis: str, expert: int, tokens: Tokens, act: torch.Tensor) -> None:
+            sums[axis].add(expert, tokens, self._buckets[tokens.ids], act)
+            if grams is None:
+                return
+            if (axis, expert) not in grams:
+                grams[axis, expert] = Gram(act.shape[1], act.device)
+            grams[axis, expert].add(act)
+
+        return see

@@ -75,7 +75,7 @@ class Trial:
         """The channels that stayed, layer by layer."""
         self.refitted = 0
         """Matrices that the gate let through."""
-        self._prefix = Prefix(reading) if reading and cut.repair else None
+        self._prefix = Prefix(reading.streams) if reading and cut.repair else None
         self._sink = sink
         self._groups = Groups(cut.layers)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from surgery.apply import JOBS, Applied, ApplyOptions, apply_to
+from surgery.build import read_layout
 from surgery.census import Census
 from surgery.channels import DEFAULT_CRITERION, LEAST_TOKENS, ChannelOptions
 from surgery.checkpoint import Checkpoint
@@ -78,7 +79,7 @@ def open_layout(model: str | Path, family: str | None = None) -> Layout:
     path, name = resolve_model(str(model))
     checkpoint = Checkpoint.open(path, family, name=name)
     try:
-        return Layout.of(checkpoint)
+        return read_layout(checkpoint)
     except UnknownTypeError as error:
         raise unknown_type(checkpoint, error) from error
 

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,36 +13,25 @@ import msgspec
 
 from surgery import __version__
 from surgery.apply_cost import moved_bytes, peak_rss_bytes
+from surgery.build import read_layout
 from surgery.card import model_card
-from surgery.checkpoint import INDEX_NAME, Checkpoint
+from surgery.checkpoint import Checkpoint
 from surgery.checksums import check_digest, known_digests
 from surgery.companions import companion_files, pruned_config
 from surgery.edits import OutputTensor, edits, sources
 from surgery.errors import EngineError, PlanError, SurgeryError
-from surgery.header import encode_header
 from surgery.jsonfile import dump_json, dump_table, read_file
-from surgery.layout import Layout
-from surgery.plan import Plan
-from surgery.progress import Advance, Progress, no_advance, stage
+from surgery.model_files import INDEX_NAME
+from surgery.plan import PROVENANCE_NAME, Plan, ProvenanceFile
+from surgery.progress import Advance, Progress, stage
+from surgery.ray_engine import write_shards_on_ray
 from surgery.replacement_file import check_file
+from surgery.shard import write_shard
 from surgery.shards import Shards
-from surgery.stream import open_shard, stream_edit, write_all
-from surgery.writer import OutputDirectory, forget, new_shard
+from surgery.writer import OutputDirectory, forget
 
 JOBS = 4
 """Shards at a time: while one is synced to the disk another is copied (8B shape: 2.4 s for 3.2)."""
-
-PROVENANCE_NAME = "compact_surgery.json"
-
-
-class ProvenanceFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """compact_surgery.json: what made this checkpoint."""
-
-    version: str
-    """Of compact-surgery."""
-    plan_digest: str
-    plan: Plan
-    """With ``output`` left out, so that the same plan gives the same bytes anywhere."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +112,7 @@ def _write_checkpoint(
         return {}
     times = [time.perf_counter()]
     checkpoint = Checkpoint.open(source.absolute() if engine == "ray" else source, plan.family)
-    by_shard = {n: shard for n, shard in edits(plan, Layout.of(checkpoint)).items() if shard}
+    by_shard = {n: shard for n, shard in edits(plan, read_layout(checkpoint)).items() if shard}
     digests = _digests(checkpoint, list(by_shard), options)
     if plan.replaced is not None:
         check_file(plan.replaced)
@@ -172,8 +160,6 @@ def _write_shards_on_ray(
     digests: dict[str, str],
     progress: Advance,
 ) -> None:
-    from surgery.ray_engine import write_shards_on_ray
-
     for name in todo:
         _check_digest(checkpoint.path / name, digests)
     write_shards_on_ray(directory, checkpoint, todo, progress)
@@ -212,36 +198,6 @@ def _write_shards(
                 pass
         finally:  # Ctrl-C lands here, in the main thread
             stop.set()
-
-
-def write_shard(
-    partial: Path,
-    source: Path,
-    shard: list[OutputTensor],
-    metadata: Mapping[str, str],
-    progress: Advance = no_advance,
-    *,
-    attempt: str = "",
-) -> None:
-    """Write one output shard: its header, then its tensors in the source's order.
-
-    Args:
-        partial: The directory it appears in, whole or not at all, under the source shard's name.
-        source: The source shard.
-        shard: Its tensors.
-        metadata: Of its header.
-        progress: Called with the bytes of each finished tensor.
-        attempt: As for ``new_shard``.
-    """
-    paths = {source, *(edit.source.path for tensor in shard for edit in tensor.edits)}
-    with ExitStack() as stack, new_shard(partial, source.name, attempt) as output:
-        opened = {path: stack.enter_context(open_shard(path)) for path in paths}
-        entries = [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard]
-        write_all(output, memoryview(encode_header(entries, metadata)))
-        for tensor in shard:
-            for edit in tensor.edits:
-                stream_edit(edit, opened[edit.source.path], output)
-            progress(tensor.nbytes)
 
 
 def _check_digest(source: Path, digests: Mapping[str, str]) -> None:

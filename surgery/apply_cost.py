@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgery.checkpoint import Checkpoint, tokenizer_files
+from surgery.checkpoint import Checkpoint
 from surgery.edits import OutputTensor, edits
 from surgery.header import TensorRef
 from surgery.layout import Layout
 from surgery.legacy_tokenizer import is_legacy
+from surgery.model_files import tokenizer_files
 from surgery.plan import Plan
 from surgery.stream import WINDOW_BYTES, bytes_read
 

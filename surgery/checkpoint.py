@@ -1,7 +1,6 @@
 """A checkpoint directory as its headers and JSON files describe it, validated once."""
 
 import hashlib
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,20 +9,10 @@ from typing import Any
 from surgery.errors import CheckpointError
 from surgery.header import Header, TensorRef, read_header
 from surgery.jsonfile import file_pieces, read_file, read_json
+from surgery.model_files import INDEX_NAME, SINGLE_NAME, tokenizer_files, weight_map_of
 from surgery.quantized import Fp8, quantization_of
 from surgery.skeleton import Skeleton
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-TOKENIZER_NAME = "tokenizer.json"
-LEGACY_NAMES = (
-    "vocab.json",
-    "merges.txt",
-    "tokenizer_config.json",
-    "added_tokens.json",
-    "special_tokens_map.json",
-)
-"""What a tokenizer is built from where tokenizer.json is absent; the first two must be there."""
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
 
 
@@ -124,14 +113,6 @@ class Checkpoint:
         return read_json(self.path / name) if (self.path / name).exists() else {}
 
 
-def tokenizer_files(directory: Path) -> list[Path]:
-    """Files that the tokenizer is read from: tokenizer.json, or those of ``LEGACY_NAMES``."""
-    if (directory / TOKENIZER_NAME).exists():
-        return [directory / TOKENIZER_NAME]
-    found = [directory / name for name in LEGACY_NAMES if (directory / name).exists()]
-    return found if [path.name for path in found[:2]] == list(LEGACY_NAMES[:2]) else []
-
-
 def _refuse_missing_weights(path: Path) -> None:
     pickles = [name for name in PICKLES if (path / name).exists()]
     if pickles:
@@ -157,31 +138,6 @@ def _has_shard(path: Path, name: str, remote: Skeleton | None) -> bool:
 
 def _header(path: Path, name: str, remote: Skeleton | None) -> Header:
     return remote.header(name) if remote is not None else read_header(path / name)
-
-
-def weight_map_of(path: Path, index: dict[str, Any]) -> dict[str, str]:
-    """Return tensor → shard by the index of directory ``path``, which names no file elsewhere.
-
-    Raises:
-        CheckpointError: there is none, or it points outside the directory.
-    """
-    where = path / INDEX_NAME
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(
-            where, "has no weight_map", expected="tensor name → file", fix="download it again"
-        )
-    for tensor, name in weight_map.items():
-        # A plain name, so that the index cannot reach outside the directory.
-        if not isinstance(name, str) or not re.fullmatch(r"[\w][\w.\-]*\.safetensors", name):
-            raise CheckpointError(
-                f"{where}: tensor {tensor}",
-                "index points outside the directory or at no safetensors file",
-                expected="a plain file name",
-                found=repr(name),
-                fix="do not use this checkpoint",
-            )
-    return weight_map
 
 
 def _check_index(path: Path, weight_map: dict[str, str], shards: dict[str, Header]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint import INDEX_NAME, TOKENIZER_NAME, Checkpoint
+from surgery.checkpoint import Checkpoint
 from surgery.configs import dequantized_config, drop_tokens, rewrite_config
 from surgery.depth import layer_keys
 from surgery.errors import TokenizerError
@@ -15,6 +15,7 @@ from surgery.family import Family, renumbered
 from surgery.idmap import IdMap, KeptTokens
 from surgery.jsonfile import dump_json, dump_table, read_file, read_json, table_pieces
 from surgery.legacy_tokenizer import is_legacy
+from surgery.model_files import INDEX_NAME, TOKENIZER_NAME
 from surgery.plan import Plan
 from surgery.references import visit_ids
 from surgery.sentencepiece import cut_sentencepiece, is_sentencepiece

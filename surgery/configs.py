@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint import INDEX_NAME, TOKENIZER_NAME, Checkpoint
+from surgery.checkpoint import Checkpoint
 from surgery.default_ids import OFFSET_SECTIONS, SECTIONS, fill_defaults
 from surgery.errors import TokenizerError
 from surgery.family import Family
 from surgery.idmap import IdMap
 from surgery.jsonfile import read_file, read_json
+from surgery.model_files import INDEX_NAME, TOKENIZER_NAME
 from surgery.references import referenced_ids, visit_ids
 
 SIZE_KEY = re.compile(r"((src|tgt|decoder)_)?vocab_size|vocab_size_per_layer_input|vocab_offset")

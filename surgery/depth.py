@@ -10,8 +10,7 @@ import numpy as np
 from surgery.errors import BudgetError, FamilyError
 from surgery.family import Family
 from surgery.layer_kinds import Each
-from surgery.layout import Layout
-from surgery.layout_checks import FLOATS
+from surgery.layout import FLOATS, Layout
 from surgery.slots import BUFFER
 
 Groups = Sequence[Sequence[int]]

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint import INDEX_NAME, SINGLE_NAME, weight_map_of
 from surgery.errors import CheckpointError
 from surgery.jsonfile import read_json, write_atomic
+from surgery.model_files import INDEX_NAME, SINGLE_NAME, weight_map_of
 from surgery.remote import RemoteFile
 from surgery.retry import TRIES, client_errors, refused, retried
 from surgery.skeleton import LIBRARY, Skeleton, download_small

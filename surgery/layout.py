@@ -7,17 +7,17 @@ from functools import cached_property
 from typing import Any
 
 from surgery.checkpoint import Checkpoint
-from surgery.errors import CheckpointError
-from surgery.families import family_of
 from surgery.family import EXPERT, STACK, VOCAB, Dim, Family
 from surgery.header import TensorRef
-from surgery.layout_checks import check_layout
-from surgery.places import CARRIED, DRAFT, Place, Places, no_size, size_in, without_numbers
+from surgery.places import CARRIED, DRAFT, Place, Places, size_in, without_numbers
+
+FLOATS = ("BF16", "F16", "F32")
+"""dtypes of weights that can be pruned as they are."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The validated shape of a checkpoint."""
+    """The validated shape of a checkpoint; ``read_layout`` makes it."""
 
     checkpoint: Checkpoint
     family: Family
@@ -30,44 +30,6 @@ class Layout:
     """Whether lm_head is the embedding."""
     layers: tuple[int, ...] | None = None
     """Numbers of the layers whose parameters count; None is all of them."""
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, family: Family | None = None) -> "Layout":
-        """Match every tensor of ``checkpoint`` with its family and check the named axes.
-
-        Args:
-            checkpoint: What to describe.
-            family: An entry that is not in the table; else the table's is taken.
-
-        Raises:
-            UnknownTypeError: the table has no entry for the model type.
-            FamilyError: a tensor the family does not have.
-            CheckpointError: a tensor is missing or its shape contradicts config.json.
-        """
-        where = checkpoint.path / "config.json"
-        family = family or family_of(checkpoint.config, where, checkpoint.family)
-        config = family.text_config(checkpoint.config)
-        tied = checkpoint.config.get(
-            "tie_word_embeddings", config.get("tie_word_embeddings", family.tied)
-        )
-        depth = size_in(config, family.depth, where)
-        if depth is None:
-            raise no_size(where, family.depth, config.get(family.depth))
-        if depth > len(checkpoint.tensors):
-            raise CheckpointError(
-                where,
-                f"{family.depth} is more than there are tensors",
-                expected=f"at most {len(checkpoint.tensors)}",
-                found=depth,
-                fix="check config.json",
-            )
-        bare = cls(checkpoint, family, 0, {}, depth, bool(tied))
-        lengths = bare._lengths(config, where)
-        vocab_size = lengths.pop(VOCAB, 0)
-        widths = {key: lengths[key] for key in sorted(lengths, key=lambda k: -bare.weights[k])}
-        layout = cls(checkpoint, family, vocab_size, widths, depth, bool(tied))
-        check_layout(layout)
-        return layout
 
     def with_layers(self, groups: Sequence[Sequence[int]]) -> "Layout":
         """The same, of which only the first layer of each group counts; all, where there is none.
@@ -209,17 +171,4 @@ class Layout:
         for tensor in self.counted:
             for key in {self.key_of(dim) for dim in self.places[tensor.name].slot.dims} - {None}:
                 found[str(key)] += tensor.parameters
-        return found
-
-    def _lengths(self, config: Mapping[str, Any], where: object) -> dict[str, int]:
-        """VOCAB and every width that a tensor has → its length by config.json, or by the tensor."""
-        found: dict[str, int] = {}
-        for name, place in self.places.items():
-            for number, dim in enumerate(place.slot.dims):
-                key = self.key_of(dim)
-                if dim is None or key is None or key in found or place.scales:
-                    continue
-                said = size_in(config, "vocab_size" if key == VOCAB else key, where)
-                shape = self.checkpoint.tensors[name].shape
-                found[key] = said or (shape[number] if number < len(shape) else 0) // self.unit(dim)
         return found

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.checkpoint import LEGACY_NAMES
 from surgery.errors import TokenizerError
 from surgery.jsonfile import read_json
+from surgery.model_files import LEGACY_NAMES
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer

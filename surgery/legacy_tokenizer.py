@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from surgery.checkpoint import LEGACY_NAMES, TOKENIZER_NAME, tokenizer_files
 from surgery.errors import TokenizerError
 from surgery.jsonfile import read_file, read_json
 from surgery.legacy_added_tokens import (
@@ -22,6 +21,7 @@ from surgery.legacy_added_tokens import (
     post_processor,
     special_settings,
 )
+from surgery.model_files import LEGACY_NAMES, TOKENIZER_NAME, tokenizer_files
 from surgery.selection import MAX_SIZE
 from surgery.tokenizer_checks import AGAIN, check_tokenizer
 

@@ -19,6 +19,8 @@ FORMAT = 3
 
 SHOWN_SCRIPTS = 12
 """Scripts that lose most tokens, in the table; plan.json has them all."""
+PROVENANCE_NAME = "compact_surgery.json"
+"""Name of ``ProvenanceFile`` in an output."""
 
 MOST_ROWLESS = 1 << 16
 """Most tokens behind the last row; Gemma 3 has one."""
@@ -228,3 +230,13 @@ def _vocabulary_rows(cost: VocabularyCost) -> list[str]:
 
 def _growth(script: ScriptCost) -> str:
     return f"{script.growth:+.1%}" if script.text_tokens_before else ""
+
+
+class ProvenanceFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """compact_surgery.json: what made this checkpoint."""
+
+    version: str
+    """Of compact-surgery."""
+    plan_digest: str
+    plan: Plan
+    """With ``output`` left out, so that the same plan gives the same bytes anywhere."""

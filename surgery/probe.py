@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from surgery.axes import WIDTH_KEY
+from surgery.build import read_layout
 from surgery.checkpoint import Checkpoint
 from surgery.errors import FamilyError, SurgeryError, UnknownTypeError, printable
 from surgery.evidence import Evidence
 from surgery.families import FAMILIES
 from surgery.family import Family, Wrapper, template
 from surgery.header import TensorRef
-from surgery.layout import Layout
 from surgery.proposal import Entry
 from surgery.scales import weight_of
 from surgery.slots import BUFFER
@@ -69,7 +69,7 @@ def fitting(checkpoint: Checkpoint) -> tuple[str, ...]:
     unused: dict[str, int] = {}
     for name in FAMILIES:
         try:
-            layout = Layout.of(replace(checkpoint, family=name))
+            layout = read_layout(replace(checkpoint, family=name))
         except SurgeryError:
             continue
         if _said(layout.widths, layout.config):
@@ -99,7 +99,7 @@ def unknown_type(checkpoint: Checkpoint, error: UnknownTypeError) -> UnknownType
 def _alone(checkpoint: Checkpoint) -> str:
     """Text of an entry for a language model; it accounts for every tensor."""
     entry = Entry.of(Evidence.read(checkpoint.config, _weights(checkpoint)))
-    Layout.of(checkpoint, entry.family)
+    read_layout(checkpoint, entry.family)
     return entry.text
 
 
@@ -125,7 +125,7 @@ def _wrapper(checkpoint: Checkpoint) -> str | None:
         if not any(template(n)[0] in inner.by_name for n in inner.spellings(name))
     }
     wrapper = Wrapper(tuple(sorted(beside)), prefixes, tied=inner.tied)
-    Layout.of(checkpoint, wrapper.around(family, str(kind)))
+    read_layout(checkpoint, wrapper.around(family, str(kind)))
     return f"Wrapper({wrapper.carried!r}, {prefixes!r}, tied={inner.tied})"
 
 

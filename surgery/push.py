@@ -4,8 +4,8 @@ import re
 import sys
 from pathlib import Path
 
-from surgery.checkpoint import INDEX_NAME
 from surgery.errors import OutputError
+from surgery.model_files import INDEX_NAME
 from surgery.retry import client_errors, reason_of, retried
 
 NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")

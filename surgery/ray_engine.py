@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from uuid import uuid4
 
-from surgery.apply import write_shard
 from surgery.checkpoint import Checkpoint
 from surgery.cluster import RETRIES, cluster, results
 from surgery.edits import OutputTensor
+from surgery.shard import write_shard
 from surgery.writer import OutputDirectory
 
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from surgery.checkpoint import TOKENIZER_NAME
 from surgery.errors import TokenizerError, is_panic
 from surgery.idmap import IdMap, KeptTokens
 from surgery.jsonfile import check_depth, dump_table, read_file, read_json
 from surgery.kinds import BYTE_LEVEL, Kind, alphabet, kind_of
 from surgery.legacy_tokenizer import build_tokenizer, is_legacy
 from surgery.merge_rules import MergeRules, merge_entries, rule_ids
+from surgery.model_files import TOKENIZER_NAME
 from surgery.token_text import BYTE_CHARACTERS
 from surgery.tokenizer_checks import AGAIN, check_numbers, check_tokenizer, walk_processor
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from surgery.apply import PROVENANCE_NAME, ProvenanceFile
+from surgery.build import read_layout
 from surgery.checkpoint import Checkpoint
 from surgery.edits import OutputTensor, edits, sources
 from surgery.engines import engine_faults, facts_of
@@ -15,7 +15,7 @@ from surgery.errors import PlanError, TokenizerError
 from surgery.header import TensorRef
 from surgery.jsonfile import read_file
 from surgery.layout import Layout
-from surgery.plan import Plan
+from surgery.plan import PROVENANCE_NAME, Plan, ProvenanceFile
 from surgery.selection import MAKE_AGAIN
 from surgery.shards import Shards
 from surgery.stream import edit_windows, open_shard
@@ -87,9 +87,11 @@ def verify_files(
     """
     family = plan.family if plan is not None else None
     checkpoint = Checkpoint.open(directory, family)
-    layout = Layout.of(checkpoint)
+    layout = read_layout(checkpoint)
     origin = Origin(source, plan) if plan is not None and source is not None else None
-    wanted = edits(origin.plan, Layout.of(Checkpoint.open(origin.path, family))) if origin else None
+    wanted = (
+        edits(origin.plan, read_layout(Checkpoint.open(origin.path, family))) if origin else None
+    )
     report = VerifyReport(notes=_engine_notes(layout, plan))
     report.checks["headers and config.json agree"] = []
     report.checks["ids in JSON files point at tokens"] = id_faults(layout, origin)[:MOST_FAULTS]

@@ -5,8 +5,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from surgery.apply import PROVENANCE_NAME
-from surgery.checkpoint import TOKENIZER_NAME
 from surgery.companions import TABLES, config_changes, rewrite_document
 from surgery.configs import VOCABULARY_FILES, drop_tokens, rewrite_config
 from surgery.errors import TokenizerError
@@ -14,7 +12,8 @@ from surgery.families import family_of
 from surgery.idmap import IdMap
 from surgery.jsonfile import read_json
 from surgery.layout import Layout
-from surgery.plan import Plan
+from surgery.model_files import TOKENIZER_NAME
+from surgery.plan import PROVENANCE_NAME, Plan
 from surgery.references import Place, id_places
 from surgery.tokenizer import tokenizer_data
 from surgery.tokenizer_checks import walk_processor

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.apply import apply_plan
+from surgery.api import apply_plan
 from surgery.edits import Edit
 from surgery.errors import CheckpointError
 from surgery.header import TensorRef, encode_header, read_header
@@ -63,13 +63,13 @@ def test_without_kernel_copy_the_bytes_are_the_same(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = random_plan(llama, 512, 64)
-    apply_plan(plan, llama, tmp_path / "one")
+    apply_plan(plan, source=llama, output=tmp_path / "one")
 
     def refuse(*_: object, **__: object) -> int:
         raise OSError(errno.EXDEV, "another file system")
 
     monkeypatch.setattr(os, "copy_file_range", refuse)
-    apply_plan(plan, llama, tmp_path / "two")
+    apply_plan(plan, source=llama, output=tmp_path / "two")
     assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
 
 
@@ -95,13 +95,13 @@ def test_a_run_stopped_by_a_full_disk_resumes_to_the_same_bytes(
         real(edit, source, output)
 
     with monkeypatch.context() as patch:
-        patch.setattr("surgery.apply.stream_edit", full)
+        patch.setattr("surgery.shard.stream_edit", full)
         result = run("apply", plan, "-o", out, "--jobs", 1)
     assert result.exit_code == 2
     assert "No space left on device" in result.output
     assert not out.exists()
     assert partial.exists() == (finished > 0)  # nothing is left where there is nothing to resume
-    monkeypatch.setattr("surgery.apply.stream_edit", note)
+    monkeypatch.setattr("surgery.shard.stream_edit", note)
     assert run("apply", plan, "-o", out, "--resume").exit_code == 0
     assert len(opened) == finished + 1
     assert len(written) == 5 - finished  # finished shards are not written again
@@ -115,16 +115,16 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, llama: Path, run
     random_plan(llama, 512, 64).save(plan)
     script = f"""
 import os, signal
-import surgery.apply as apply
+import surgery.shard as shard
 from surgery.cli import main
-real, shards = apply.stream_edit, set()
+real, shards = shard.stream_edit, set()
 def kill(edit, source, output):
     shards.add(edit.source.path)
     if len(shards) == 3:
         os.write(output, b"half")
         os.kill(os.getpid(), signal.SIGKILL)
     real(edit, source, output)
-apply.stream_edit = kill
+shard.stream_edit = kill
 main(["apply", {str(plan)!r}, "-o", {str(out)!r}, "--jobs", "1"])
 """
     killed = subprocess.run([sys.executable, "-c", script], check=False)
@@ -192,10 +192,11 @@ def test_a_shard_that_shrinks_while_it_is_read_is_named(tmp_path: Path) -> None:
     plan = random_plan(source, 512, 64)
     shard = source / "model.safetensors"
 
-    def shrink(_: int) -> None:
-        os.truncate(shard, shard.stat().st_size // 2)
+    def shrink(_: str, done: int, __: int) -> None:
+        if done:
+            os.truncate(shard, shard.stat().st_size // 2)
 
     with pytest.raises(CheckpointError, match=r"model\.safetensors: shard ended early"):
-        apply_plan(plan, source, tmp_path / "out", progress=shrink)
+        apply_plan(plan, source=source, output=tmp_path / "out", progress=shrink)
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()

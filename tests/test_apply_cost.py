@@ -7,8 +7,8 @@ import pytest
 
 from surgery.apply import JOBS
 from surgery.apply_cost import apply_cost
+from surgery.build import read_layout
 from surgery.checkpoint import Checkpoint
-from surgery.layout import Layout
 from surgery.plan import Plan
 from tests.support.command import Run
 from tests.support.plans import random_plan
@@ -26,7 +26,7 @@ def test_bytes_are_those_that_the_kernel_counts(tmp_path: Path, run: Run) -> Non
     source = write_tokenizer(write_headers_only(tmp_path / "model", config, 3), config)
     random_plan(source, 2048, 1024).save(tmp_path / "plan.json")
     plan = Plan.load(tmp_path / "plan.json")
-    cost = apply_cost(plan, Layout.of(Checkpoint.open(source)), JOBS)
+    cost = apply_cost(plan, read_layout(Checkpoint.open(source)), JOBS)
     assert cost.written_bytes == cost.disk_bytes == plan.after.nbytes
     assert plan.after.nbytes < cost.read_bytes <= plan.before.nbytes
     result = run("apply", tmp_path / "plan.json", "-o", tmp_path / "out", "--json")

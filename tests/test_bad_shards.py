@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from surgery.checkpoint import INDEX_NAME
+from surgery.model_files import INDEX_NAME
 from tests.support.command import Run
 from tests.support.damage import (
     EMBED,

@@ -8,8 +8,8 @@ import torch
 from tokenizers import Tokenizer
 
 from calib.empty import empty_model
+from surgery.build import read_layout
 from surgery.checkpoint import Checkpoint
-from surgery.layout import Layout
 from surgery.vocabulary import rarity_of
 from tests.support.tiny import MODEL_TYPES
 from tools.bench.child import measure
@@ -36,7 +36,7 @@ def test_headers_have_the_published_number_of_parameters(
     tmp_path: Path, name: str, parameters: int
 ) -> None:
     config = (PUBLISHED | MIXTURES)[name]
-    layout = Layout.of(Checkpoint.open(write_headers_only(tmp_path, config, shards=2)))
+    layout = read_layout(Checkpoint.open(write_headers_only(tmp_path, config, shards=2)))
     assert layout.parameters(layout.vocab_size, layout.widths) == parameters
     empty_model(layout, torch.bfloat16)  # transformers expects the same tensors, by their headers
 
@@ -61,7 +61,7 @@ def test_random_checkpoints_of_every_family_are_accepted(
 ) -> None:
     changes = {"model_type": model_type, "tie_word_embeddings": tied, **SPARSE.get(model_type, {})}
     config = llama_config(32, 96, 2, 4, 2, 640, head_dim=8) | changes
-    layout = Layout.of(Checkpoint.open(write_random(tmp_path, config, max_shard_bytes=60_000)))
+    layout = read_layout(Checkpoint.open(write_random(tmp_path, config, max_shard_bytes=60_000)))
     empty_model(layout, torch.bfloat16)
     assert layout.tied == tied
     assert len(layout.checkpoint.shards) > 1
@@ -74,7 +74,7 @@ def test_random_checkpoints_of_every_family_are_accepted(
 def test_the_synthetic_tokenizer_can_be_cut_and_loads(tmp_path: Path) -> None:
     config = llama_config(32, 96, 1, 4, 2, 1024)
     directory = write_tokenizer(write_headers_only(tmp_path, config), config)
-    assert rarity_of(Layout.of(Checkpoint.open(directory))).tokens == 1024
+    assert rarity_of(read_layout(Checkpoint.open(directory))).tokens == 1024
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     encoded = tokenizer.encode("A natural born citizen")
     assert encoded.ids[0] == config["bos_token_id"]

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from surgery.apply import apply_plan
+from surgery.api import apply_plan
 from surgery.edits import kept_channels
 from tests.support import tiny
 from tests.support.command import Run
@@ -33,7 +33,7 @@ def test_any_sizes_and_channels_equal_masked_dense(
 ) -> None:
     plan = random_plan(llama, vocab_size, intermediate_size, seed)
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
-    apply_plan(plan, llama, tmp_path / "out")
+    apply_plan(plan, source=llama, output=tmp_path / "out")
     assert_equals_masked_dense(llama, tmp_path / "out", plan)
 
 
@@ -42,7 +42,7 @@ def test_any_sizes_and_channels_equal_masked_dense(
 def test_kept_values_are_bit_identical(tmp_path: Path, dtype: torch.dtype, sharded: bool) -> None:
     source = tiny.save(tmp_path / "source", dtype=dtype, sharded=sharded, mlp_bias=True)
     plan = random_plan(source, 384, 32)
-    apply_plan(plan, source, tmp_path / "out", jobs=2)
+    apply_plan(plan, source=source, output=tmp_path / "out", jobs=2)
     old, new = weights(source), weights(tmp_path / "out")
     rows = plan.ids().kept
     kept = kept_channels(plan, layout_of(source))
@@ -82,7 +82,7 @@ def test_output_loads_without_a_warning_and_generates(
 ) -> None:
     source = tiny.save(tmp_path / "source", model_type, tied=True, special_first=False)
     out = tmp_path / "out"
-    apply_plan(random_plan(source, 400, 48), source, out)
+    apply_plan(random_plan(source, 400, 48), source=source, output=out)
     logging.getLogger("transformers").propagate = True
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
         warnings.simplefilter("error")
@@ -105,6 +105,6 @@ def test_output_loads_without_a_warning_and_generates(
 def test_same_plan_gives_the_same_bytes(tmp_path: Path, llama: Path) -> None:
     plan = random_plan(llama, 512, 64)
     for name in ("one", "two"):
-        apply_plan(plan, llama, tmp_path / name, jobs=2)
+        apply_plan(plan, source=llama, output=tmp_path / name, jobs=2)
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from surgery.apply import apply_plan
+from surgery.api import apply_plan
 from surgery.edits import kept_channels
 from surgery.plan import Plan
 from surgery.stats import PARTS, ChannelStats
@@ -268,7 +268,7 @@ def test_a_width_that_is_a_list_stays_one(tmp_path: Path, run: Run) -> None:
     config = json.loads((source / "config.json").read_text())
     config["intermediate_size"] = [96, 96, 96]
     (source / "config.json").write_text(json.dumps(config))
-    apply_plan(random_plan(source, 512, 0.5), source, tmp_path / "out")
+    apply_plan(random_plan(source, 512, 0.5), source=source, output=tmp_path / "out")
     assert (
         json.loads((tmp_path / "out" / "config.json").read_text())["intermediate_size"] == [48] * 3
     )
@@ -316,7 +316,7 @@ def test_a_pointer_to_code_is_dropped_where_transformers_knows_the_type(
     path.write_text(json.dumps({**json.loads(path.read_text()), **named}))
     for vocab_size in (512, tiny.VOCAB_SIZE):
         out = tmp_path / f"out-{vocab_size}"
-        apply_plan(random_plan(source, vocab_size, 0.5), source, out)
+        apply_plan(random_plan(source, vocab_size, 0.5), source=source, output=out)
         for name in ("config.json", "tokenizer_config.json"):
             assert "auto_map" not in json.loads((out / name).read_text())
         assert not (out / "modeling_phi3.py").exists()

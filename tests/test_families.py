@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from calib.calibrate import calibrate
+from calib.calibrate import Calibration, take_statistics
 from calib.corpus import byte_windows, token_windows
-from calib.score import score
+from calib.score import score_windows
+from calib.settings import PassSettings
 from calib.sums import ChannelSums
-from surgery.apply import apply_plan
+from surgery.api import apply_plan
 from surgery.tokenizer import load_tokenizer
 from surgery.vocabulary import rarity_of
 from tests.support import tiny
@@ -21,6 +22,7 @@ from tests.support.tiny_configs import TINY
 
 SHARE = 0.6
 CPU = torch.device("cpu")
+SETTINGS = PassSettings(CPU, torch.float32)
 EDGES = [512, tiny.VOCAB_SIZE]
 SEQ_LEN = 24
 
@@ -30,7 +32,7 @@ SEQ_LEN = 24
 def test_pruned_equals_masked_dense(tmp_path: Path, key: str, tied: bool) -> None:
     source = tiny.save(tmp_path / "source", key, tied=tied, special_first=not tied)
     plan = random_plan(source, 512, SHARE)
-    apply_plan(plan, source, tmp_path / "out")
+    apply_plan(plan, source=source, output=tmp_path / "out")
     assert_equals_masked_dense(source, tmp_path / "out", plan, key)
 
 
@@ -41,8 +43,7 @@ def test_streamed_statistics_equal_hooks(tmp_path: Path, key: str) -> None:
     documents = [tiny.prose(600), tiny.prose(640)[600:]]
     windows = token_windows(documents, load_tokenizer(path), 30, SEQ_LEN)
     buckets = rarity_of(layout).buckets(EDGES)
-    options = {"seq_len": SEQ_LEN, "device": CPU, "dtype": torch.float32}
-    stats = calibrate(layout, windows, buckets, EDGES, **options)  # type: ignore[arg-type]
+    stats = take_statistics(Calibration(layout, windows, SEQ_LEN, buckets, EDGES, SETTINGS))
     full = hooked(path, key, windows)
     seen = full.activations
     for layer, axes in enumerate(layout.watched):
@@ -70,7 +71,7 @@ def test_score_equals_a_full_load(
     monkeypatch.setattr("calib.decoder.HEAD_ROWS", 250)  # several blocks, the last one partial
     path = tiny.save(tmp_path / "model", key)
     texts = byte_windows([tiny.prose(400)], 10, 120)
-    found = score(layout_of(path), texts, load_tokenizer(path), device=CPU, dtype=torch.float32)
+    found = score_windows(layout_of(path), texts, load_tokenizer(path), SETTINGS)
     assert found.bits == pytest.approx(full_load_bits(path, key, texts), rel=1e-5)
 
 

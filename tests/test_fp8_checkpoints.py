@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from calib.calibrate import calibrate
+from calib.calibrate import Calibration, take_statistics
+from calib.settings import PassSettings
 from calib.weights import WeightReader
-from surgery.apply import apply_plan
+from surgery.api import apply_plan
 from surgery.budget import Sizes, whole
-from surgery.checkpoint import INDEX_NAME
 from surgery.companions import pruned_config
 from surgery.configs import dequantized_config
 from surgery.edits import Edit, Scaling, edits, kept_channels
@@ -28,19 +28,19 @@ from surgery.families import family_of
 from surgery.family import Dim
 from surgery.header import read_header
 from surgery.layout import Layout
+from surgery.model_files import INDEX_NAME
 from surgery.plan import Plan
-from surgery.planning import make_plan
 from surgery.predict import shape_of
 from surgery.stream import WINDOW_BYTES, edit_windows, stream_edit
 from surgery.verify import verify_files
-from surgery.vocabulary import rarity_of
 from tests.support import fp8, tiny
 from tests.support.command import Run, refusal
 from tests.support.contents import bits, weights
 from tests.support.fp8 import GATE
-from tests.support.plans import assert_equals_masked_dense, layout_of, random_stats
+from tests.support.plans import assert_equals_masked_dense, layout_of, plan_to, random_stats
 
 CPU = torch.device("cpu")
+PASS = PassSettings(CPU, torch.float32)
 FP32 = torch.float32
 DEEPSEEK: dict[str, Any] = {"kv_lora_rank": 20}
 """kv_a_proj_with_mqa then has a block and a half of rows, as published ones have 4.5."""
@@ -67,14 +67,7 @@ def plan_of(path: Path, vocab_size: int, share: float, *, dequantize: bool, step
     """Plan to keep about ``share`` of each width, rounded to a multiple of ``step``."""
     layout = layout_of(path)
     sizes = {key: max(step, round(share * n / step) * step) for key, n in layout.widths.items()}
-    return make_plan(
-        layout,
-        rarity_of(layout),
-        Sizes(vocab_size, sizes, dequantize),
-        random_stats(layout),
-        criterion="act2",
-        source=str(path),
-    )
+    return plan_to(layout, Sizes(vocab_size, sizes, dequantize), random_stats(layout))
 
 
 def taken(layout: Layout, plan: Plan, tensors: fp8.Tensors) -> fp8.Tensors:
@@ -136,7 +129,7 @@ def test_whole_blocks_go_and_codes_and_scales_stay_as_they_are(
 ) -> None:
     path, out = request.getfixturevalue(model), tmp_path / "out"
     plan = plan_of(path, 400, 0.5, dequantize=False, step=fp8.BLOCK)
-    apply_plan(plan, path, out)
+    apply_plan(plan, source=path, output=out)
     found, layout = weights(out), layout_of(path)
     assert_same(found, taken(layout, plan, weights(path)))
     assert_sizes_are_as_predicted(out, plan)
@@ -157,7 +150,9 @@ def test_partial_blocks_that_are_not_cut_are_copied(deepseek: Path, tmp_path: Pa
     assert rows % fp8.BLOCK
     assert weights(deepseek)[LATENT + fp8.SUFFIX].shape[0] == rows // fp8.BLOCK + 1
     apply_plan(
-        plan_of(deepseek, 400, 0.5, dequantize=False, step=fp8.BLOCK), deepseek, tmp_path / "out"
+        plan_of(deepseek, 400, 0.5, dequantize=False, step=fp8.BLOCK),
+        source=deepseek,
+        output=tmp_path / "out",
     )
     for name in (LATENT, LATENT + fp8.SUFFIX):
         assert bits(weights(tmp_path / "out")[name]) == bits(weights(deepseek)[name])
@@ -183,7 +178,7 @@ def test_bf16_is_torchs_and_can_be_cut_anywhere(
     out, dense = directory / "out", fp8.plain(path, directory / "dense")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("surgery.stream.WINDOW_BYTES", window_bytes)
-        apply_plan(plan, path, out)
+        apply_plan(plan, source=path, output=out)
     assert_same(weights(out), taken(layout_of(path), plan, weights(dense)))
     assert_sizes_are_as_predicted(out, plan)
     report = verify_files(out, plan, path)
@@ -202,9 +197,9 @@ def test_conversion_alone_gives_a_plain_bf16_model(
     dense = fp8.plain(path, tmp_path / "dense")
     layout = layout_of(path)
     sizes = Sizes(layout.vocab_size, layout.widths, dequantize=True)
-    plan = make_plan(layout, rarity_of(layout), sizes, None, criterion="act2", source=str(path))
+    plan = plan_to(layout, sizes, None)
     assert plan.complete
-    apply_plan(plan, path, tmp_path / "out")
+    apply_plan(plan, source=path, output=tmp_path / "out")
     assert_same(weights(tmp_path / "out"), weights(dense))
     assert_sizes_are_as_predicted(tmp_path / "out", plan)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -257,7 +252,7 @@ def test_a_vocabulary_in_fp8_is_dequantized_only(tmp_path: Path, run: Run) -> No
     for word in ("--vocab-size", "640", "400", "FP8", "--dequantize"):
         assert word in message
     plan = plan_of(path, 400, 0.4, dequantize=True)
-    apply_plan(plan, path, tmp_path / "out")
+    apply_plan(plan, source=path, output=tmp_path / "out")
     dense = fp8.plain(path, tmp_path / "dense")
     assert_same(weights(tmp_path / "out"), taken(layout_of(path), plan, weights(dense)))
     rows = np.array([0, 1, 15, 16, 17, 400, 639])
@@ -302,11 +297,7 @@ def test_statistics_are_those_of_the_dequantized_model(
     for place in (path, fp8.plain(path, tmp_path / "dense", torch.float32)):
         layout = layout_of(place)
         buckets, edges = np.zeros(layout.vocab_size, np.int64), [layout.vocab_size]
-        both.append(
-            calibrate(
-                layout, windows, buckets, edges, seq_len=24, device=CPU, dtype=torch.float32
-            ).layers
-        )
+        both.append(take_statistics(Calibration(layout, windows, 24, buckets, edges, PASS)).layers)
     for found, expected in zip(*both, strict=True):
         assert found.keys() == expected.keys()
         for axis, sums in found.items():
@@ -377,7 +368,7 @@ def test_layers_that_guess_ahead_go_with_their_scales(tmp_path: Path, way: bool)
     fp8.set_config(path, num_nextn_predict_layers=1)
     plan = plan_of(path, 400, 0.5, dequantize=way, step=fp8.BLOCK)
     assert "model.layers.3.mlp.experts.{expert}.up_proj.weight_scale_inv" in plan.dropped
-    apply_plan(plan, path, tmp_path / "out")
+    apply_plan(plan, source=path, output=tmp_path / "out")
     assert not any(".3." in name for name in weights(tmp_path / "out") if "experts" not in name)
     assert verify_files(tmp_path / "out", plan, path).ok
 
@@ -400,7 +391,7 @@ def test_verify_finds_a_changed_scale(qwen3: Path, tmp_path: Path) -> None:
     for way in (False, True):
         out = tmp_path / str(way)
         plan = plan_of(qwen3, 400, 0.5, dequantize=way, step=fp8.BLOCK)
-        apply_plan(plan, qwen3, out)
+        apply_plan(plan, source=qwen3, output=out)
         name = DOWN if way else DOWN + fp8.SUFFIX
         tensor = weights(out)[name].clone()
         tensor[0, 0] *= 2

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from surgery.checkpoint import INDEX_NAME
 from surgery.errors import MOST_CHARACTERS
+from surgery.model_files import INDEX_NAME
 from surgery.source import HUB_ID
 from tests.support import ROOT, fuzzing, tiny
 from tests.support.command import Run, assert_refused

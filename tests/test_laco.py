@@ -5,12 +5,13 @@ import pytest
 import torch
 
 from calib.laco import COLLAPSED, collapse_layers
+from calib.settings import PassSettings
 from surgery.errors import SurgeryError
 from surgery.layout import Layout
 from tests.support import tiny
 from tests.support.plans import layout_of
 
-CPU = torch.device("cpu")
+SETTINGS = PassSettings(torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +27,10 @@ def windows() -> list[np.ndarray]:
 
 @pytest.mark.parametrize("count", [9, 8, 6, 4, 3])
 def test_as_many_layers_are_left_as_asked_for(layout: Layout, count: int) -> None:
-    passes: list[int] = []
-    groups = collapse_layers(
-        layout, windows(), count, device=CPU, dtype=torch.float32, progress=passes.append
-    )
+    groups = collapse_layers(layout, windows(), count, SETTINGS)
     assert len(groups) == count
     assert [layer for group in groups for layer in group] == list(range(9))
     assert max(map(len, groups)) <= COLLAPSED
-    assert len(passes) == sum(len(group) > 1 for group in groups)
 
 
 def test_the_topmost_run_above_the_threshold_goes_first(
@@ -43,10 +40,10 @@ def test_the_topmost_run_above_the_threshold_goes_first(
         return [0.97 if len(groups[2]) > 1 or len(groups[4]) > 1 else 0.5 for groups in tried]
 
     monkeypatch.setattr("calib.laco._cosines", cosines)
-    groups = collapse_layers(layout, windows(), 6, device=CPU, dtype=torch.float32)
+    groups = collapse_layers(layout, windows(), 6, SETTINGS)
     assert groups == [[0], [1], [2], [3], [4, 5, 6, 7], [8]]
 
 
 def test_too_few_layers_are_refused(layout: Layout) -> None:
     with pytest.raises(SurgeryError, match="laco: cannot collapse so many layers"):
-        collapse_layers(layout, windows(), 1, device=CPU, dtype=torch.float32)
+        collapse_layers(layout, windows(), 1, SETTINGS)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from surgery.apply import apply_plan
+from surgery.api import apply_plan
 from surgery.apply_cost import COLLAPSING, apply_cost
 from surgery.depth import check_layers, layer_keys
 from surgery.edits import Edit
@@ -66,7 +66,7 @@ def test_layers_by_name_through_all_commands(deep: Path, tmp_path: Path, run: Ru
 
 def test_a_shard_with_nothing_left_is_not_written(tmp_path: Path) -> None:
     source = tiny.save(tmp_path / "source", sharded=True, num_hidden_layers=6)
-    apply_plan(plan_of(source, [[0, 5]]), source, tmp_path / "out")
+    apply_plan(plan_of(source, [[0, 5]]), source=source, output=tmp_path / "out")
     files = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
     assert len(files) < len(list(source.glob("*.safetensors")))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text("utf-8"))
@@ -228,7 +228,7 @@ def test_what_is_taken_for_all_layers_alike_is_so_in_the_library(tmp_path: Path)
     change(source / "config.json", lambda data: data.pop("layer_types"))
     kinds = set(tiny.load(source, "qwen2").config.layer_types)
     assert kinds == {"full_attention"}
-    apply_plan(plan_of(source, [[0], [2]]), source, tmp_path / "out")
+    apply_plan(plan_of(source, [[0], [2]]), source=source, output=tmp_path / "out")
 
 
 def test_fp8_layers_go_but_do_not_become_one(tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_modules_that_stay_unquantized_keep_their_layers(tmp_path: Path) -> None
     names = ["lm_head", "model.layers.1.mlp.gate_proj", "model.layers.2.self_attn.q_proj"]
     fp8.set_config(source, quantization_config={**fp8.section(), "modules_to_not_convert": names})
     size = layout_of(source).vocab_size
-    apply_plan(plan_of(source, [[0], [2]], size, 1.0), source, tmp_path / "out")
+    apply_plan(plan_of(source, [[0], [2]], size, 1.0), source=source, output=tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     found = config["quantization_config"]["modules_to_not_convert"]
     assert found == ["lm_head", "model.layers.1.self_attn.q_proj"]

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from calib.equality import compare_forward
-from surgery.apply import apply_plan
+from surgery.api import apply_plan
 from surgery.collapse import collapse
 from surgery.depth import layers_by_influence, parse_layers, spelled_layers
 from surgery.errors import BudgetError, FamilyError
@@ -76,7 +76,7 @@ def test_dropped_equals_bypassed_or_is_refused(tmp_path: Path, key: str) -> None
         return
     stays = [0, 1] if key == "qwen3_next" else [0, 2]
     plan = whole_plan(source, [[layer] for layer in stays])
-    apply_plan(plan, source, tmp_path / "out")
+    apply_plan(plan, source=source, output=tmp_path / "out")
     assert verify_files(tmp_path / "out", plan, source).ok
     assert_equals_bypassed(source, tmp_path / "out", key, stays)
 
@@ -90,7 +90,7 @@ def test_collapsed_equals_the_sum(
     monkeypatch.setattr("surgery.collapse.STRIP", 100)
     source = tiny.save(tmp_path / "source", key, dtype=dtype, sharded=True)
     plan = whole_plan(source, [[0, 1, 2]])
-    apply_plan(plan, source, tmp_path / "out")
+    apply_plan(plan, source=source, output=tmp_path / "out")
     old, new = weights(source), weights(tmp_path / "out")
     prefix = "model.layers.0."
     assert {name for name in new if ".layers." in name} == {n for n in old if prefix in n}
@@ -126,7 +126,7 @@ def test_any_layers_channels_and_tokens_equal_the_dense_model(
         groups.insert(0, [0])
     plan = plan_of(source, groups, data.draw(st.integers(400, 640)), data.draw(st.floats(0.1, 1)))
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
-    apply_plan(plan, source, tmp_path / "out", jobs=2)
+    apply_plan(plan, source=source, output=tmp_path / "out", jobs=2)
     assert verify_files(tmp_path / "out", plan, source).ok
     dense, pruned = layout_of(source), layout_of(tmp_path / "out")
     found = compare_forward(plan, dense, pruned, CPU)
@@ -141,9 +141,9 @@ def test_collapsed_and_cut_loads_and_equals_the_masked_sum(tmp_path: Path) -> No
     """Without any of calib: the library's own models."""
     source = tiny.save(tmp_path / "source")
     plan = plan_of(source, [[0, 1], [2]])
-    apply_plan(plan, source, tmp_path / "out")
+    apply_plan(plan, source=source, output=tmp_path / "out")
     whole = whole_plan(source, [[0, 1], [2]])
-    apply_plan(whole, source, tmp_path / "sum")
+    apply_plan(whole, source=source, output=tmp_path / "sum")
     masked = plan_of(tmp_path / "sum", [])
     masked = Plan.load(_saved(masked, tmp_path, kept_channels=plan.kept_channels))
     dense = tiny.load(masked_dense(tmp_path / "sum", masked, tmp_path / "masked"))

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from surgery.checkpoint import LEGACY_NAMES, Checkpoint
+from surgery.checkpoint import Checkpoint
 from surgery.errors import SurgeryError, TokenizerError
 from surgery.legacy_tokenizer import RECIPES, is_legacy
+from surgery.model_files import LEGACY_NAMES
 from surgery.tokenizer import TokenizerFile, load_tokenizer
 from tests.support import tiny
 from tests.support.command import Run

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import CONFIG_MAPPING
 
-from surgery.apply import apply_plan
+from surgery.api import apply_plan
 from tests.support import tiny
 from tests.support.load_matrix import SENTENCE
 from tests.support.loading import (
@@ -65,7 +65,7 @@ def build(key: str, path: Path) -> Case:
     if key not in NOT_IN_4:
         as_published_before_5(source)
     plan = random_plan(source, 512, 0.5)  # grouped_mm wants rows of 16 bytes
-    apply_plan(plan, source, output)
+    apply_plan(plan, source=source, output=output)
     kept = plan.ids().kept
     new = np.random.default_rng(1).integers(0, len(kept), (2, 40))
     dense = load_here(job(masked_dense(source, plan, path / "masked"), key, kept[new]))

@@ -15,14 +15,14 @@ from tests.support.plans import random_plan
 
 PAUSED = """
 import os, signal
-import surgery.apply as apply
+import surgery.shard as shard
 from surgery.cli import main
-real = apply.stream_edit
+real = shard.stream_edit
 def pause(edit, source, output):
-    apply.stream_edit = real
+    shard.stream_edit = real
     os.kill(os.getpid(), signal.SIGSTOP)
     real(edit, source, output)
-apply.stream_edit = pause
+shard.stream_edit = pause
 main()
 """
 """apply that stops in its first shard until it gets SIGCONT."""

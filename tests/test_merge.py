@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from calib.corpus import Part
 from surgery.errors import DataError, StatsError
 from surgery.merge import merge_stats
-from surgery.part import Part
 from surgery.plan import Plan
 from surgery.stats import PARTS, AxisSums, ChannelStats, StatsInfo
 from tests.support import tiny

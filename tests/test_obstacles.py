@@ -15,11 +15,11 @@ from threading import Event
 
 import pytest
 
-from surgery.apply import apply_plan
+from surgery.api import apply_plan
+from surgery.companions import left_behind
 from surgery.edits import Edit
 from surgery.errors import CheckpointError
 from surgery.plan import Plan
-from surgery.preview import plan_table
 from surgery.stream import stream_edit
 from tests.support import ROOT, tiny
 from tests.support.command import Run
@@ -94,8 +94,8 @@ def test_a_disk_that_others_fill_while_apply_runs(
     before = snapshot(source)
     assert program("apply", plan, "-o", tmp_path / "whole").returncode == 0
     fill = """
-import surgery.apply as apply
-real, shards = apply.stream_edit, set()
+import surgery.shard as shard
+real, shards = shard.stream_edit, set()
 def fill(edit, source, output):
     shards.add(edit.source.path)
     if len(shards) == 3 and not os.path.exists(FILL):
@@ -106,7 +106,7 @@ def fill(edit, source, output):
             except OSError:
                 pass
     real(edit, source, output)
-apply.stream_edit = fill
+shard.stream_edit = fill
 """
     with small_disk(tmp_path / "disk", 2 * MB) as disk:
         filler, out = disk / "filler", disk / "out"
@@ -153,21 +153,21 @@ def test_a_shard_of_the_source_is_lost_while_apply_runs(
     before, (damage, words) = last.read_bytes(), HARM[harm]
     loaded, out, done = Plan.load(plan), tmp_path / "out", Event()
 
-    def lose(_: int) -> None:
-        if not done.is_set():
+    def lose(_: str, written: int, __: int) -> None:
+        if written and not done.is_set():
             done.set()
             damage(last)
 
     with pytest.raises(CheckpointError, match=words) as caught:
-        apply_plan(loaded, source, out, jobs=jobs, progress=lose)
+        apply_plan(loaded, source=source, output=out, jobs=jobs, progress=lose)
     assert last.name in str(caught.value)
     assert "--resume" in str(caught.value)
     assert not out.exists()
     if last.is_dir():
         last.rmdir()
     last.write_bytes(before)
-    apply_plan(loaded, source, out, resume=True)
-    apply_plan(loaded, source, tmp_path / "whole")
+    apply_plan(loaded, source=source, output=out, resume=True)
+    apply_plan(loaded, source=source, output=tmp_path / "whole")
     assert snapshot(out) == snapshot(tmp_path / "whole")
 
 
@@ -224,7 +224,7 @@ def test_an_input_error_in_the_kernel_s_copy_is_blamed_on_the_source(
     monkeypatch.setattr(os, "copy_file_range", broken)
     monkeypatch.setattr(os, "preadv", broken)
     with pytest.raises(CheckpointError, match="cannot be read any more: found Input/out"):
-        apply_plan(Plan.load(plan), source, tmp_path / "out")
+        apply_plan(Plan.load(plan), source=source, output=tmp_path / "out")
 
 
 def test_a_journal_that_cannot_be_written_stays_readable(
@@ -244,7 +244,7 @@ def test_a_journal_that_cannot_be_written_stays_readable(
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", full)
         with pytest.raises(Exception, match=r"journal: cannot be written: found No space"):
-            apply_plan(loaded, source, out, jobs=1)
+            apply_plan(loaded, source=source, output=out, jobs=1)
     assert (tmp_path / "out.partial.journal").read_bytes().count(b"\n") == 2
     edited: set[Path] = set()
 
@@ -252,8 +252,8 @@ def test_a_journal_that_cannot_be_written_stays_readable(
         edited.add(edit.source.path)
         stream_edit(edit, shard, output)
 
-    monkeypatch.setattr("surgery.apply.stream_edit", note)
-    apply_plan(loaded, source, out, resume=True)
+    monkeypatch.setattr("surgery.shard.stream_edit", note)
+    apply_plan(loaded, source=source, output=out, resume=True)
     assert len(edited) == 4
 
 
@@ -288,10 +288,10 @@ def test_links_out_of_the_model_are_not_copied(source: Path, tmp_path: Path) -> 
     (source / "NOTICE.txt").write_text("be kind")
     (source / "NOTICE").symlink_to("NOTICE.txt")
     made = random_plan(source, 512, 64)
-    apply_plan(made, source, tmp_path / "out")
+    apply_plan(made, source=source, output=tmp_path / "out")
     assert not (tmp_path / "out" / "LICENSE").exists()
     assert (tmp_path / "out" / "NOTICE").read_text() == "be kind"
-    assert "left behind: LICENSE" in plan_table(made, source)
+    assert left_behind(source, made.ids()) == ["LICENSE"]
 
 
 def test_links_into_the_hub_s_cache_are_followed(source: Path, tmp_path: Path) -> None:
@@ -301,5 +301,5 @@ def test_links_into_the_hub_s_cache_are_followed(source: Path, tmp_path: Path) -
     shutil.copytree(source, snapshot)
     (blobs / "0123").write_text("the licence")
     (snapshot / "LICENSE").symlink_to(Path("../../blobs/0123"))
-    apply_plan(random_plan(snapshot, 512, 64), snapshot, tmp_path / "out")
+    apply_plan(random_plan(snapshot, 512, 64), source=snapshot, output=tmp_path / "out")
     assert (tmp_path / "out" / "LICENSE").read_text() == "the licence"

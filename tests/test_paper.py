@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from surgery.budget import CANDIDATE_RATIOS, TOLERANCE, Sizes, split, vocabulary_first, whole
+from surgery.build import read_layout
 from surgery.checkpoint import Checkpoint
+from surgery.choices import SizeChoice
 from surgery.layout import Layout
 from surgery.plan import Plan
-from surgery.planning import make_plan
+from surgery.planning import plan_cut
 from surgery.rarity import Rarity
 from tests.support.command import Run
 from tools.paper import TABLE_6, TABLE_8, Row, layout_of, parameters, printed
@@ -38,7 +40,7 @@ def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Layout]:
 
 def plan_of(layout: Layout, row: Row) -> Plan:
     rarity = Rarity(np.arange(layout.vocab_size), 1, layout.vocab_size, 0)
-    return make_plan(layout, rarity, row.sizes, None, criterion="act2", source="x")
+    return plan_cut(layout, SizeChoice(rarity, row.sizes))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +108,7 @@ def test_the_rule_splits_as_searches_found_best(
     found: tuple[int, int],
 ) -> None:
     """What ``tools.splits`` and the README's compare have found."""
-    layout = Layout.of(Checkpoint.open(write_headers_only(tmp_path / "model", config)))
+    layout = read_layout(Checkpoint.open(write_headers_only(tmp_path / "model", config)))
     sizes = split(layout, ratio, 1024)
     assert (sizes.vocab_size, sizes.widths["intermediate_size"]) == found
 

@@ -1,24 +1,28 @@
 """What a run will take, from headers; caps that are kept or refused."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from surgery.caps import within_caps
+from calib.estimate import MB, WindowLengths, predict, within_caps
+from calib.settings import ComputeOptions, PassSettings
 from surgery.errors import BudgetError
 from surgery.layout import Layout
-from surgery.prediction import MB, Settings, Text, predict
-from surgery.resources import Resources
 from tests.support import tiny
 from tests.support.command import Run
 from tests.support.plans import layout_of
 from tools.published import MIXTURES, PUBLISHED
 from tools.shapes import write_headers_only
 
-TEXT = Text.full(4, 256, 128_256)
-SETTINGS = Settings(itemsize=4, buckets=5)
+TEXT = WindowLengths.full(4, 256, 128_256)
+CPU = torch.device("cpu")
+SETTINGS = PassSettings(CPU, torch.float32)
+predicted = partial(predict, buckets=5, journal=True)
+capped = partial(within_caps, buckets=5, journal=True)
 
 
 def shape(path: Path, name: str, layers: int, **changes: Any) -> Layout:
@@ -27,26 +31,26 @@ def shape(path: Path, name: str, layers: int, **changes: Any) -> Layout:
 
 
 @pytest.mark.parametrize(
-    ("name", "itemsize", "measured"),
+    ("name", "dtype", "measured"),
     [
-        ("Llama-3.1-8B", 4, 2312),
-        ("Llama-3.1-70B", 4, 7563),
-        ("Qwen3-30B-A3B", 4, 4234),
-        ("Qwen3-30B-A3B", 2, 2596),
+        ("Llama-3.1-8B", torch.float32, 2312),
+        ("Llama-3.1-70B", torch.float32, 7563),
+        ("Qwen3-30B-A3B", torch.float32, 4234),
+        ("Qwen3-30B-A3B", torch.bfloat16, 2596),
     ],
 )
 def test_predictions_are_near_what_was_measured(
-    tmp_path: Path, name: str, itemsize: int, measured: int
+    tmp_path: Path, name: str, dtype: torch.dtype, measured: int
 ) -> None:
     """Peaks in MB of ``calibrate --json`` on random checkpoints of two layers, 4 × 256 tokens."""
-    settings = Settings(itemsize=itemsize, buckets=5)
-    made = predict(shape(tmp_path, name, 2), TEXT, settings)
+    settings = PassSettings(CPU, dtype)
+    made = predicted(shape(tmp_path, name, 2), TEXT, settings)
     assert made.peak_memory / MB == pytest.approx(measured, rel=0.2)
 
 
 def test_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
     two, four = (
-        predict(shape(tmp_path / str(n), "Llama-3.1-70B", n), TEXT, SETTINGS) for n in (2, 4)
+        predicted(shape(tmp_path / str(n), "Llama-3.1-70B", n), TEXT, SETTINGS) for n in (2, 4)
     )
     assert two.peak_memory == four.peak_memory
     assert four.read > 1.7 * two.read
@@ -72,16 +76,16 @@ def test_bytes_read_are_predicted_exactly(tmp_path: Path, text: Path, run: Run, 
 
 def test_caps_choose_a_file_then_fewer_windows_then_no_next_layer(tmp_path: Path) -> None:
     layout = shape(tmp_path, "Llama-3.2-1B", 2)
-    text = Text({512: 256}, 1000)
+    text = WindowLengths({512: 256}, 1000)
     chosen = []
-    cap = predict(layout, text, SETTINGS).peak_memory
+    cap = predicted(layout, text, SETTINGS).peak_memory
     while True:
         try:
-            settings = within_caps(layout, text, SETTINGS, Resources(max_memory=cap))
+            settings = capped(layout, text, SETTINGS, ComputeOptions(max_memory=cap))
         except BudgetError as error:
             refused = str(error)
             break
-        made = predict(layout, text, settings)
+        made = predicted(layout, text, settings)
         assert made.peak_memory <= cap
         chosen.append((settings.hidden, settings.prefetch))
         cap = made.peak_memory - 1
@@ -93,16 +97,16 @@ def test_caps_choose_a_file_then_fewer_windows_then_no_next_layer(tmp_path: Path
 
 def test_on_a_device_hidden_states_go_there_while_they_fit(tmp_path: Path) -> None:
     layout = shape(tmp_path, "Llama-3.2-1B", 2)
-    settings = Settings(itemsize=2, buckets=5, device="cuda")
-    text = Text.full(256, 2048, 128_256)
-    assert within_caps(layout, text, settings, Resources()).hidden == "device"
-    least = predict(layout, text, within_caps(layout, text, settings, Resources())).peak_device
-    capped = within_caps(layout, text, settings, Resources(max_gpu_memory=least - 1))
-    assert capped.hidden == "memory"
+    settings = PassSettings(torch.device("cuda"), torch.bfloat16)
+    text = WindowLengths.full(256, 2048, 128_256)
+    assert capped(layout, text, settings, ComputeOptions()).hidden == "device"
+    least = predicted(layout, text, capped(layout, text, settings, ComputeOptions())).peak_device
+    smaller = capped(layout, text, settings, ComputeOptions(max_gpu_memory=least - 1))
+    assert smaller.hidden == "memory"
     with pytest.raises(
-        BudgetError, match="--max-gpu-memory 1MB: cannot be kept: expected at least"
+        BudgetError, match="`max_gpu_memory` 1MB: cannot be kept: expected at least"
     ):
-        within_caps(layout, text, settings, Resources(max_gpu_memory=MB))
+        capped(layout, text, settings, ComputeOptions(max_gpu_memory=MB))
 
 
 def test_a_cap_that_cannot_be_kept_is_refused_before_the_run(

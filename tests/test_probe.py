@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from surgery.build import read_layout
 from surgery.checkpoint import Checkpoint
 from surgery.configs import token_references
 from surgery.errors import SurgeryError, UnknownTypeError
@@ -81,13 +82,13 @@ def test_the_proposed_entry_carries_the_axes_of_the_real_one(
     unknown: Any, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     known, checkpoint = unknown(key)
-    real = Layout.of(known)
+    real = read_layout(known)
     fit = fitting(checkpoint)
     others = {name: entry for name, entry in FAMILIES.items() if name not in fit}
     monkeypatch.setattr("surgery.probe.FAMILIES", others)
     proposal = propose(checkpoint)
     assert proposal.families == ()
-    found = Layout.of(checkpoint, evaluated(proposal))
+    found = read_layout(checkpoint, evaluated(proposal))
     assert axes(found) == axes(real)
     assert found.widths == real.widths
     assert found.num_hidden_layers == real.num_hidden_layers
@@ -114,8 +115,8 @@ def test_a_wrapper_of_a_known_language_model(unknown: Any, key: str) -> None:
     assert isinstance(wrapper, Wrapper)
     inner = known.config["text_config"]["model_type"]
     text = family_of({"model_type": inner}, "config.json")
-    found = Layout.of(checkpoint, wrapper.around(text, inner))
-    assert axes(found) == axes(Layout.of(known))
+    found = read_layout(checkpoint, wrapper.around(text, inner))
+    assert axes(found) == axes(read_layout(known))
 
 
 def test_names_that_nobody_uses() -> None:
@@ -248,7 +249,7 @@ def test_ids_are_filled_in_as_the_named_family_does(renamed: Path) -> None:
     config = json.loads((renamed / "config.json").read_text("utf-8"))
     del config["eos_token_id"]
     (renamed / "config.json").write_text(json.dumps(config), "utf-8")
-    layout = Layout.of(Checkpoint.open(renamed, "llama"))
+    layout = read_layout(Checkpoint.open(renamed, "llama"))
     assert layout.family.model_type == "llama"
     tokens = {f"t{number}": number for number in range(9)}
     assert 2 in token_references(layout.checkpoint, tokens)
@@ -291,7 +292,7 @@ def assert_no_traceback(checkpoint: Checkpoint) -> None:
     if proposal.entry is not None:
         evaluated(proposal)
     with suppress(SurgeryError):
-        Layout.of(checkpoint)
+        read_layout(checkpoint)
     error = UnknownTypeError("config.json", checkpoint.config["model_type"], code=False)
     assert len(str(unknown_type(checkpoint, error)).splitlines()) == 1
 
@@ -329,4 +330,4 @@ def test_a_name_with_braces_is_no_name_of_a_slot(unknown: Any) -> None:
     tensors = {name: ref.shape for name, ref in known.tensors.items()}
     tensors["model.layers.{layer}.mlp.gate_proj.weight"] = (96, 32)
     with pytest.raises(SurgeryError, match="is not a tensor of this model's family"):
-        Layout.of(checkpoint_of(tensors, known.config))
+        read_layout(checkpoint_of(tensors, known.config))

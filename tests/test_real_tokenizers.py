@@ -26,6 +26,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
 from calib.documents import read_documents
+from surgery.build import read_layout
 from surgery.canonical import MergeTree
 from surgery.checkpoint import Checkpoint
 from surgery.frequency import count_tokens
@@ -165,7 +166,7 @@ def published(
 ) -> tuple[str, TokenizerFile, Layout]:
     """Each published tokenizer, in a checkpoint."""
     path = checkpoints(request.param)
-    return request.param, TokenizerFile.open(path), Layout.of(Checkpoint.open(path))
+    return request.param, TokenizerFile.open(path), read_layout(Checkpoint.open(path))
 
 
 @pytest.fixture(scope="session", params=ORDERS)

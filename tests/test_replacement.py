@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from surgery.apply import apply_plan
+from surgery.api import apply_plan
 from surgery.errors import SurgeryError
 from surgery.header import read_header
 from surgery.plan import Plan
@@ -53,8 +53,10 @@ def replaced(model: Path, file: Path, **changes: object) -> tuple[Plan, np.ndarr
 def test_the_output_has_the_file_s_bytes(model: Path, tmp_path: Path) -> None:
     plan, expected = replaced(model, tmp_path / "new.safetensors")
     plan.save(tmp_path / "plan.json")
-    apply_plan(Plan.load(tmp_path / "plan.json"), model, tmp_path / "out")
-    apply_plan(msgspec.structs.replace(plan, replaced=None), model, tmp_path / "plain")
+    apply_plan(Plan.load(tmp_path / "plan.json"), source=model, output=tmp_path / "out")
+    apply_plan(
+        msgspec.structs.replace(plan, replaced=None), source=model, output=tmp_path / "plain"
+    )
     found, plain = weights(tmp_path / "out"), weights(tmp_path / "plain")
     assert bits(found[NAME]) == expected.tobytes() != bits(plain[NAME])
     for name in found.keys() - {NAME}:
@@ -84,7 +86,7 @@ def test_a_file_that_changed_is_refused(
     plan, _ = replaced(model, tmp_path / "new.safetensors")
     harm(tmp_path / "new.safetensors")  # type: ignore[operator]
     with pytest.raises(SurgeryError, match=message):
-        apply_plan(plan, model, tmp_path / "out")
+        apply_plan(plan, source=model, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()
 
@@ -92,14 +94,14 @@ def test_a_file_that_changed_is_refused(
 def test_tensors_that_do_not_fit_are_refused(model: Path, tmp_path: Path) -> None:
     plan, _ = replaced(model, tmp_path / "new.safetensors", tensors=[NAME, "other"])
     with pytest.raises(SurgeryError, match=r"does not hold the tensors.*other"):
-        apply_plan(plan, model, tmp_path / "out")
+        apply_plan(plan, source=model, output=tmp_path / "out")
     wide = entries(model, (SHAPE[0], 41))[1]
     for entry in (wide, ("model.other", *wide[1:])):
         with ReplacementWriter(tmp_path / "new.safetensors", [entry]) as writer:
             writer.add(entry[0], values(entry).data)
         plan = msgspec.structs.replace(plan, replaced=writer.replacement("test"))
         with pytest.raises(SurgeryError, match="does not fit the output"):
-            apply_plan(plan, model, tmp_path / "out")
+            apply_plan(plan, source=model, output=tmp_path / "out")
 
 
 def test_an_error_leaves_no_file(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from surgery.api import open_layout
 from surgery.layout import Layout
-from surgery.steps import open_model
 from tests.support import tiny
 from tools import splits
 
@@ -23,7 +23,7 @@ SIZES: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def layout(tmp_path_factory: pytest.TempPathFactory) -> Layout:
     path = tiny.save(tmp_path_factory.mktemp("splits") / "model", **SIZES)
-    return open_model(str(path))[0]
+    return open_layout(path)
 
 
 @pytest.mark.parametrize("repair", [False, True])

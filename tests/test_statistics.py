@@ -12,7 +12,7 @@ from calib.batches import Stream
 from calib.corpus import byte_windows
 from calib.decoder import StreamedDecoder
 from calib.ffn import pieces
-from calib.score import score
+from calib.score import score_windows
 from calib.sums import ChannelSums
 from calib.weights import WeightReader
 from surgery.channels import CRITERIA, bucket_weights, choose_channels
@@ -20,7 +20,14 @@ from surgery.stats import PARTS
 from surgery.tokenizer import load_tokenizer
 from surgery.vocabulary import rarity_of
 from tests.support import tiny
-from tests.support.calibration import CPU, EDGES, SEQ_LEN, sample_windows, take_stats
+from tests.support.calibration import (
+    CPU,
+    EDGES,
+    SEQ_LEN,
+    SETTINGS,
+    sample_windows,
+    take_stats,
+)
 from tests.support.command import Run
 from tests.support.full_load import full_load_bits, hooked, window_norms
 from tests.support.plans import layout_of
@@ -180,7 +187,7 @@ def test_score_equals_a_full_load(
     changes: dict[str, Any] = {"final_logit_softcapping": 2.0} if capped else {}
     path = tiny.save(tmp_path / "model", model_type, tied=tied, **changes)
     texts = byte_windows([tiny.prose(700), tiny.prose(900)[700:]], 10, 256)
-    found = score(layout_of(path), texts, load_tokenizer(path), device=CPU, dtype=torch.float32)
+    found = score_windows(layout_of(path), texts, load_tokenizer(path), SETTINGS)
     assert found.bytes == sum(len(text.encode()) for text in texts)
     assert found.bits == pytest.approx(full_load_bits(path, model_type, texts), rel=1e-5)
     assert found.lossy_windows == 0

@@ -1,6 +1,7 @@
 """Trials equal the checkpoints they stand for; text is divided and counted without loss."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -13,10 +14,11 @@ from hypothesis import strategies as st
 from calib.heldout import BLOCK_CHARACTERS, EVERY, LEAST_BLOCKS, split_documents
 from calib.material import Material
 from calib.repair import _entries, _Sink
-from calib.score import score
+from calib.score import score_windows
+from calib.settings import PassSettings
 from calib.trial import Cut, Trial, try_all
 from calib.words import Words
-from surgery.apply import apply_plan
+from surgery.api import apply_plan
 from surgery.edits import kept_channels
 from surgery.plan import Plan
 from surgery.predict import axis_lengths
@@ -27,7 +29,7 @@ from surgery.vocabulary import open_vocabulary, rarity_of
 from tests.support import tiny
 from tests.support.plans import layout_of, random_plan
 
-CPU = torch.device("cpu")
+SETTINGS = PassSettings(torch.device("cpu"), torch.float32)
 FAMILIES = ("llama", "gemma3_text", "gpt2", "phi3", "qwen2_moe", "gpt_oss", "llama4_text")
 
 
@@ -40,7 +42,7 @@ def material_of(path: Path) -> Material:
 
 def bits_of(path: Path, material: Material) -> float:
     tokenizer = load_tokenizer(path)
-    return score(layout_of(path), material.heldout, tokenizer, device=CPU, dtype=torch.float32).bits
+    return score_windows(layout_of(path), material.heldout, tokenizer, SETTINGS).bits
 
 
 def try_plan(plan: Plan, material: Material, output: Path, *, repair: bool) -> tuple[float, Plan]:
@@ -58,7 +60,7 @@ def try_plan(plan: Plan, material: Material, output: Path, *, repair: bool) -> t
     with ReplacementWriter(output, entries) as writer:
         sink = _Sink(layout, range(layout.num_hidden_layers), entries, writer)
         trial = Trial(cut, material.encoded(size), reading, sink.write)
-        (bits,) = try_all(layout, [trial], device=CPU, dtype=torch.float32)
+        (bits,) = try_all(layout, [trial], SETTINGS)
     made = msgspec.structs.replace(plan, replaced=writer.replacement("test"))
     return float(sum(map(np.sum, bits))), made
 
@@ -71,11 +73,11 @@ def test_a_trial_is_what_apply_writes(tmp_path: Path, key: str, repair: bool) ->
     plan = random_plan(path, 420, 0.5)
     bits, made = try_plan(plan, material, tmp_path / "new.safetensors", repair=repair)
     assert (made.replaced is not None) == repair
-    apply_plan(made, path, tmp_path / "out")
+    apply_plan(made, source=path, output=tmp_path / "out")
     assert bits == pytest.approx(bits_of(tmp_path / "out", material), rel=1e-5)
     assert verify_files(tmp_path / "out", made, path).ok
     if repair:
-        apply_plan(plan, path, tmp_path / "plain")
+        apply_plan(plan, source=path, output=tmp_path / "plain")
         assert bits != pytest.approx(bits_of(tmp_path / "plain", material), rel=1e-6)
 
 
@@ -96,10 +98,10 @@ def test_several_trials_do_not_disturb_each_other(tmp_path: Path) -> None:
         made.append(Trial(dropped, material.encoded(layout.vocab_size), None))
         return made
 
-    together = try_all(layout, trials(), device=CPU, dtype=torch.float32)
-    spilled = try_all(layout, trials(), device=CPU, dtype=torch.float32, spill=tmp_path)
+    together = try_all(layout, trials(), SETTINGS)
+    spilled = try_all(layout, trials(), replace(SETTINGS, spill=tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    alone = [try_all(layout, [trial], device=CPU, dtype=torch.float32)[0] for trial in trials()]
+    alone = [try_all(layout, [trial], SETTINGS)[0] for trial in trials()]
     for a, b, c in zip(together, alone, spilled, strict=True):
         for x, y, z in zip(a, b, c, strict=True):
             assert np.array_equal(x, y)

@@ -9,15 +9,15 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
+from surgery.build import read_layout
 from surgery.checkpoint import Checkpoint
 from surgery.errors import TokenizerError
 from surgery.frequency import BATCH_CHARACTERS, count_tokens
-from surgery.layout import Layout
 from surgery.plan import Plan
 from surgery.scripts import script_of
 from surgery.tokenizer import TokenizerFile
 from surgery.vocab_cost import vocabulary_cost
-from surgery.vocabulary import VocabularyChoice, keep_file, order_rows, rarity_of
+from surgery.vocabulary import VocabularyChoice, kept_tokens, order_rows, rarity_of
 from tests.support import tiny
 from tests.support.command import Run
 from tests.support.languages import ARTICLE_1
@@ -97,7 +97,7 @@ def test_tokens_to_keep_are_named_by_spelling_or_text(
     word = next(text for text in texts if text and len(text) > 2 and script_of(text) == "Cyrillic")
     (tmp_path / "keep.txt").write_text(f"Ġhuman\n beings\n\n{word}\n", encoding="utf-8")
     spelled = next(token for token in languages.vocab if languages.kind.text(token) == " beings")
-    kept = keep_file(tmp_path / "keep.txt", languages)
+    kept = kept_tokens(tmp_path / "keep.txt", languages)
     assert languages.vocab["Ġhuman"] in kept
     assert languages.vocab[spelled] in kept
     assert len(kept) == 3
@@ -106,7 +106,7 @@ def test_tokens_to_keep_are_named_by_spelling_or_text(
     assert all(ids.new(id_) is not None for id_ in kept)
     (tmp_path / "keep.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(TokenizerError, match="is not UTF-8"):
-        keep_file(tmp_path / "keep.txt", languages)
+        kept_tokens(tmp_path / "keep.txt", languages)
 
 
 def test_cost_is_counted_line_by_line(languages: TokenizerFile) -> None:
@@ -160,7 +160,7 @@ def test_a_reserved_token_that_is_used_stays(reserving: Path, where: str) -> Non
         named = [{"name": "default", "template": template}]
         config["chat_template"] = template if where == "template key" else named
     (reserving / "tokenizer_config.json").write_text(json.dumps(config))
-    layout = Layout.of(Checkpoint.open(reserving))
+    layout = read_layout(Checkpoint.open(reserving))
     rarity = rarity_of(layout, VocabularyChoice(drop_reserved=True))
     ids = rarity.id_map(rarity.must_keep)
     names = TokenizerFile.open(reserving).token_ids
@@ -178,7 +178,7 @@ def test_prune_by_frequency(llama: Path, text: Path, tmp_path: Path, run: Run) -
     assert plan.vocabulary is not None
     assert plan.vocabulary.order == "frequency"
     assert plan.vocabulary.text_bytes > 0
-    by_merges = rarity_of(Layout.of(Checkpoint.open(llama))).id_map(480)
+    by_merges = rarity_of(read_layout(Checkpoint.open(llama))).id_map(480)
     assert not np.array_equal(plan.ids().kept, by_merges.kept)
 
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from surgery.build import read_layout
 from surgery.checkpoint import Checkpoint
 from surgery.errors import BudgetError, TokenizerError
 from surgery.idmap import IdMap
-from surgery.layout import Layout
 from surgery.rarity import Rarity
 from surgery.tokenizer import TokenizerFile
 from surgery.tokenizer_checks import check_tokenizer
@@ -180,7 +180,7 @@ def test_a_token_behind_the_last_row_stays_behind_the_last_row(tmp_path: Path) -
     path = tiny.save(
         tmp_path / "model", special_first=False, vocab_size=tiny.TOKENS - 1, pad_token_id=None
     )
-    layout = Layout.of(Checkpoint.open(path))
+    layout = read_layout(Checkpoint.open(path))
     rarity = rarity_of(layout)
     ids = rarity.id_map(500)
     assert rarity.rowless == 1
@@ -193,7 +193,7 @@ def test_a_token_behind_the_last_row_stays_behind_the_last_row(tmp_path: Path) -
 def test_tokens_beyond_the_rows_are_refused(tmp_path: Path) -> None:
     path = tiny.save(tmp_path / "model", vocab_size=tiny.TOKENS - 5)
     with pytest.raises(TokenizerError, match="without a row in the embedding"):
-        rarity_of(Layout.of(Checkpoint.open(path)))
+        rarity_of(read_layout(Checkpoint.open(path)))
 
 
 @given(size=st.integers(1, 200), rowless=st.integers(0, 3), data=st.data())

@@ -183,12 +183,9 @@ def calibration_bytes(model: Path) -> int:
 
 def compare_headers(paths: Paths) -> list[Comparison]:
     """Count parameters and bytes of both checkpoints from their headers."""
-    from surgery.census import Census
-    from surgery.steps import open_model
+    from surgery import open_model
 
-    before, after = (
-        Census.of(open_model(str(path))[0], path.name) for path in (paths.model, paths.pruned)
-    )
+    before, after = (open_model(path).census() for path in (paths.model, paths.pruned))
     return [
         Comparison("parameters", before.parameters, after.parameters),
         Comparison("bytes of weights", before.nbytes, after.nbytes),

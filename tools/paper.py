@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.budget import Sizes, split, whole
+from surgery.build import read_layout
 from surgery.checkpoint import Checkpoint
 from surgery.layout import Layout
 from tools.published import PUBLISHED
@@ -82,7 +83,7 @@ def printed(parameters: int) -> str:
 
 def layout_of(model: str, directory: Path) -> Layout:
     """Return the layout of a header-only checkpoint with the public shapes of ``model``."""
-    return Layout.of(Checkpoint.open(write_headers_only(directory / model, PUBLISHED[model])))
+    return read_layout(Checkpoint.open(write_headers_only(directory / model, PUBLISHED[model])))
 
 
 def parameters(layout: Layout, sizes: Sizes) -> int:

@@ -8,12 +8,14 @@ import tempfile
 from pathlib import Path
 
 import click
+import torch
 
+from calib.estimate import WindowLengths, predict
+from calib.settings import PassSettings
 from surgery.budget import split
+from surgery.build import read_layout
 from surgery.checkpoint import Checkpoint
-from surgery.layout import Layout
 from surgery.predict import shape_of
-from surgery.prediction import Settings, Text, predict
 from tools.published import MIXTURES, PUBLISHED
 from tools.readme import print_or_write
 from tools.shapes import write_headers_only
@@ -49,15 +51,15 @@ def row(name: str) -> str:
     """The row of one model."""
     config = (PUBLISHED | MIXTURES)[name]
     with tempfile.TemporaryDirectory() as directory:
-        layout = Layout.of(Checkpoint.open(write_headers_only(Path(directory), config, 30)))
-        text = Text.full(SAMPLES, SEQ_LEN, layout.vocab_size)
+        layout = read_layout(Checkpoint.open(write_headers_only(Path(directory), config, 30)))
+        text = WindowLengths.full(SAMPLES, SEQ_LEN, layout.vocab_size)
         cpu, filed, gpu, apart = (
-            predict(layout, text, Settings(itemsize, BUCKETS, device, hidden=hidden))
-            for itemsize, device, hidden in (
-                (4, "cpu", "memory"),
-                (4, "cpu", "file"),
-                (2, "cuda", "device"),
-                (2, "cuda", "file"),
+            predict(layout, text, settings, buckets=BUCKETS, journal=True)
+            for settings in (
+                PassSettings(torch.device("cpu"), torch.float32),
+                PassSettings(torch.device("cpu"), torch.float32, hidden="file"),
+                PassSettings(torch.device("cuda"), torch.bfloat16, hidden="device"),
+                PassSettings(torch.device("cuda"), torch.bfloat16, hidden="file"),
             )
         )
         after = shape_of(layout, split(layout, RATIO, SMALLEST))

@@ -15,11 +15,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from surgery.checkpoint import INDEX_NAME, SINGLE_NAME
 from surgery.families import family_of
 from surgery.family import VOCAB, Dim, Family, Slot
 from surgery.header import ITEMSIZE, encode_header
 from surgery.jsonfile import dump_json
+from surgery.model_files import INDEX_NAME, SINGLE_NAME
 from surgery.slots import BUFFER
 from tools.synthetic_tokenizer import SPECIAL_TOKENS, synthetic_tokenizer
 

@@ -10,7 +10,7 @@ what the search took, in forwards: one is the dense model over both parts of TEX
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,19 @@ import click
 from calib.corpus import byte_windows
 from calib.documents import read_documents
 from calib.material import WINDOW_BYTES
-from calib.search import search
-from calib.study import Recipe, Study
+from calib.search import try_pairs
+from calib.settings import ComputeOptions
+from calib.study import Recipe, Study, open_study
 from calib.trial import Cut, Trial
+from surgery.api import open_layout
 from surgery.budget import Sizes, pairs_at
 from surgery.candidates import MOST
-from surgery.channels import DEFAULT_CRITERION
-from surgery.choices import allowed_steps, choose_sizes
+from surgery.choices import CutRequest, SizeRequest, allowed_steps, choose_sizes
 from surgery.comparison import Row, table
-from surgery.options import VocabularyOptions
+from surgery.options import gathered
 from surgery.predict import axis_lengths
-from surgery.size_options import Target
-from surgery.steps import open_model
-from surgery.studies import open_study, passes
+from surgery.terminal import bars
+from surgery.text_options import TextOptions
 
 
 def forward_seconds(study: Study) -> float:
@@ -41,7 +41,7 @@ def forward_seconds(study: Study) -> float:
     encoded = study.material.encoded(layout.vocab_size)
     reading = study.material.reading(layout.vocab_size)
     start = time.perf_counter()
-    study.bits([Trial(whole, encoded, reading)], lambda windows: None)
+    study.bits([Trial(whole, encoded, reading)])
     return time.perf_counter() - start
 
 
@@ -49,55 +49,57 @@ def on_unseen(
     study: Study, texts: Sequence[str], pairs: dict[str, Sizes], repair: bool
 ) -> list[Row]:
     """Try ``pairs``, made smaller by the study's calibration text, on other windows."""
-    other = Study(replace(study.material, heldout=texts), study.device, study.dtype)
+    other = Study(replace(study.material, heldout=texts), study.settings)
     return other.rows([Recipe(name, sizes, repair=repair) for name, sizes in pairs.items()])
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """How the splits are tried and shown."""
+
+    most: int
+    repair: bool
+    as_json: bool
 
 
 @click.command()
 @click.argument("model")
 @click.option("--ratio", "ratios", required=True, help="R[,R…]")
-@click.option("--data", required=True, help="Text to search on.")
 @click.option("--unseen", required=True, help="Text to judge on.")
-@click.option("--samples", default=24, show_default=True)
-@click.option("--seq-len", default=1024, show_default=True)
-@click.option("--windows", default=24, show_default=True, help="Of each held-out text.")
-@click.option("--most", default=MOST, show_default=True, help="Pairs in a pass.")
-@click.option("--repair", is_flag=True, help="Refit what stays of each down_proj.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per ratio.")
-def main(
-    model: str,
-    ratios: str,
-    data: str,
-    unseen: str,
-    most: int,
-    repair: bool,
-    as_json: bool,
-    **text: Any,
-) -> None:
+@gathered(
+    "text",
+    TextOptions,
+    click.option("--data", required=True, help="Text to search on."),
+    click.option("--samples", default=24, show_default=True),
+    click.option("--seq-len", default=1024, show_default=True),
+    click.option("--windows", default=24, show_default=True, help="Of each held-out text."),
+)
+@gathered(
+    "options",
+    SplitOptions,
+    click.option("--most", default=MOST, show_default=True, help="Pairs in a pass."),
+    click.option("--repair", is_flag=True, help="Refit what stays of each down_proj."),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object per ratio."),
+)
+def main(model: str, ratios: str, unseen: str, text: TextOptions, options: SplitOptions) -> None:
     """Print the pairs tried and how they do on unseen windows."""
-    layout, _ = open_model(model)
-    texts = byte_windows(read_documents(unseen), text["windows"], WINDOW_BYTES)
-    text |= {"data": data, "seed": 0, "device": "auto", "dtype": "auto"}
+    layout, text = open_layout(model), replace(text, seed=0)
+    texts = byte_windows(read_documents(unseen), text.windows, WINDOW_BYTES)
     for ratio in map(float, ratios.split(",")):
-        target = Target(ratio=ratio)
-        chosen = choose_sizes(layout, target, VocabularyOptions())
-        pairs = pairs_at(layout, ratio, chosen.rarity.must_keep, allowed_steps(layout, target))
-        study = open_study(layout, chosen, **text)
+        asked = SizeRequest(ratio=ratio)
+        choice = choose_sizes(layout, CutRequest(asked))
+        pairs = pairs_at(layout, ratio, choice.rarity.must_keep, allowed_steps(layout, asked))
+        study = open_study(layout, choice, text, ComputeOptions())
         forward = forward_seconds(study)
         start = time.perf_counter()
-        rows, best = search(
-            study,
-            pairs,
-            chosen.sizes,
-            most=most,
-            criterion=DEFAULT_CRITERION,
-            repair=repair,
-            progress=passes("search"),
-        )
+        like = Recipe("", choice.sizes, repair=options.repair)
+        with bars() as progress:
+            found = try_pairs(study, pairs, like, options.most, progress)
+        rows = found.rows
         took = time.perf_counter() - start
-        named = {"search": best, "channels": pairs[-1], "vocabulary": pairs[0]}
-        named["rule"] = chosen.sizes
-        judged = on_unseen(study, texts, named, repair)
+        named = {"search": found.best, "channels": pairs[-1], "vocabulary": pairs[0]}
+        named["rule"] = choice.sizes
+        judged = on_unseen(study, texts, named, options.repair)
         facts: dict[str, Any] = {
             "ratio": ratio,
             "pairs": len(rows),
@@ -105,7 +107,7 @@ def main(
             "forward_seconds": forward,
             "forwards_per_pair": took / forward / len(rows),
         }
-        if as_json:
+        if options.as_json:
             lists = {"tried": rows, "unseen": judged}
             facts |= {name: [row.facts() for row in each] for name, each in lists.items()}
             click.echo(json.dumps({"model": Path(model).name, **facts}))

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from calib.calibrate import calibrate
+from calib.calibrate import Calibration, take_statistics
 from calib.corpus import token_windows
+from calib.settings import PassSettings
 from surgery.stats import ChannelStats
 from surgery.tokenizer import load_tokenizer
 from surgery.vocabulary import rarity_of
@@ -14,6 +15,7 @@ from tests.support import tiny
 from tests.support.plans import layout_of
 
 CPU = torch.device("cpu")
+SETTINGS = PassSettings(CPU, torch.float32)
 EDGES = [400, 512, tiny.VOCAB_SIZE]
 SEQ_LEN = 48
 
@@ -27,12 +29,6 @@ def sample_windows(path: Path) -> list[np.ndarray]:
 def take_stats(path: Path, edges: list[int] = EDGES) -> ChannelStats:
     layout = layout_of(path)
     buckets = rarity_of(layout).buckets(edges)
-    return calibrate(
-        layout,
-        sample_windows(path),
-        buckets,
-        edges,
-        seq_len=SEQ_LEN,
-        device=CPU,
-        dtype=torch.float32,
+    return take_statistics(
+        Calibration(layout, sample_windows(path), SEQ_LEN, buckets, edges, SETTINGS)
     )

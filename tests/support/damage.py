@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from surgery.checkpoint import INDEX_NAME
+from surgery.model_files import INDEX_NAME
 from surgery.stats import ChannelStats
 from tests.support import json_files
 from tests.support.command import Run, assert_refused

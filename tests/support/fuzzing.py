@@ -17,8 +17,8 @@ import msgspec
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from surgery.apply import apply_plan
-from surgery.checkpoint import tokenizer_files
+from surgery.api import apply_plan
+from surgery.model_files import tokenizer_files
 from surgery.stats import KEY, ChannelStats
 from tests.support import fp8, tiny
 from tests.support.generated_tokenizers import tokenizer_json
@@ -109,7 +109,7 @@ def build_bench(root: Path, kind: str) -> str:
     plan = random_plan(root / "model", VOCAB_SIZE, widths)
     plan = msgspec.structs.replace(plan, source="model")
     plan.save(root / "plan.json")
-    apply_plan(plan, root / "model", root / "cut")
+    apply_plan(plan, source=root / "model", output=root / "cut")
     given = " ".join(f"--width {key}={size}" for key, size in widths.items())
     return f"--vocab-size {VOCAB_SIZE} {given}"
 

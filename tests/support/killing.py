@@ -12,7 +12,13 @@ from typing import Any
 
 import msgspec
 
-WATCHED = ("surgery.apply", "surgery.journal", "surgery.stream", "surgery.writer")
+WATCHED = (
+    "surgery.apply",
+    "surgery.journal",
+    "surgery.shard",
+    "surgery.stream",
+    "surgery.writer",
+)
 """Modules whose lines count, beside those of ``write_atomic``."""
 
 SPAWN = get_context("forkserver")
@@ -47,8 +53,8 @@ def count_lines(lines: Any, kill_at: int | None) -> None:
     lock = threading.Lock()
 
     def watch(frame: FrameType, event: str, _: object) -> Callable[..., Any] | None:
-        module = frame.f_globals.get("__name__", "")
-        if module not in WATCHED and frame.f_code.co_name != "write_atomic":
+        module, name = frame.f_globals.get("__name__"), frame.f_code.co_name
+        if module not in WATCHED and name != "write_atomic":
             return None
         if event == "line":
             with lock:

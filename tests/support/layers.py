@@ -7,9 +7,7 @@ import torch
 
 from surgery.budget import Sizes
 from surgery.plan import Plan
-from surgery.planning import make_plan
-from surgery.vocabulary import rarity_of
-from tests.support.plans import layout_of, random_stats
+from tests.support.plans import layout_of, plan_to, random_stats
 
 
 def plan_of(
@@ -19,7 +17,7 @@ def plan_of(
     widths = {key: max(1, round(share * size)) for key, size in layout.widths.items()}
     sizes = Sizes(vocab_size, widths, layers=layers)
     stats = random_stats(layout)
-    return make_plan(layout, rarity_of(layout), sizes, stats, criterion="act2", source=str(source))
+    return plan_to(layout, sizes, stats)
 
 
 def merged_layers(parts: Sequence[torch.Tensor]) -> torch.Tensor:

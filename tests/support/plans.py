@@ -9,19 +9,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from surgery.budget import Sizes
+from surgery.build import read_layout
+from surgery.channels import ChannelOptions
 from surgery.checkpoint import Checkpoint
+from surgery.choices import CutRequest, SizeChoice
 from surgery.edits import kept_channels
 from surgery.family import EXPERT, STACK, Dim
 from surgery.layout import Layout
 from surgery.plan import Plan
-from surgery.planning import make_plan
+from surgery.planning import plan_cut
 from surgery.stats import AxisSums, ChannelStats, StatsInfo
 from surgery.vocabulary import rarity_of
 from tests.support import tiny
 
 
 def layout_of(path: Path) -> Layout:
-    return Layout.of(Checkpoint.open(path))
+    return read_layout(Checkpoint.open(path))
 
 
 def random_stats(layout: Layout, seed: int = 0) -> ChannelStats:
@@ -47,14 +50,13 @@ def random_plan(
         widths = {key: max(1, round(widths * size)) for key, size in layout.widths.items()}
     elif isinstance(widths, int):
         widths = dict.fromkeys(layout.widths, widths)
-    return make_plan(
-        layout,
-        rarity_of(layout),
-        Sizes(vocab_size, widths),
-        random_stats(layout, seed),
-        criterion="act2",
-        source=str(path),
-    )
+    return plan_to(layout, Sizes(vocab_size, widths), random_stats(layout, seed))
+
+
+def plan_to(layout: Layout, sizes: Sizes, stats: ChannelStats | None) -> Plan:
+    """Plan a cut to ``sizes``, channels by all tokens alike."""
+    request = CutRequest(channels=ChannelOptions(criterion="act2"))
+    return plan_cut(layout, SizeChoice(rarity_of(layout), sizes, request=request), stats)
 
 
 def masked_dense(source: Path, plan: Plan, output: Path) -> Path:

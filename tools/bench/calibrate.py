@@ -15,22 +15,24 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import calib.calibrate
-import calib.calibration
+from calib import calibrate as calib_calibrate
+from calib import calibration as calib_calibration
 from calib.batches import Batch, micro_batches
+from calib.calibration import prepare_calibration, run_calibration
+from calib.calibration_options import CalibrationOptions
 from calib.corpus import token_windows
 from calib.documents import read_documents
 from calib.ffn import pieces
+from calib.settings import ComputeOptions
 from calib.states import HiddenStates
 from calib.sums import ChannelSums
 from calib.tokens import Tokens
 from calib.weights import WeightReader
+from surgery.api import open_layout
 from surgery.family import FFN
 from surgery.layout import Layout
-from surgery.resources import Running
 from surgery.stats import PARTS, ChannelStats
-from surgery.steps import open_model, prepare_calibration, take_statistics
-from surgery.text_vocabulary import TextVocabulary
+from surgery.text_options import TextOptions
 from surgery.tokenizer import load_tokenizer
 from surgery.vocabulary import rarity_of
 
@@ -42,10 +44,10 @@ Figures = dict[str, Any]
 
 def streamed(model: str, text: str, samples: int, seq_len: int, stats: Path) -> Figures:
     """Calibrate as the command does and save the statistics; count bytes and seconds inside."""
-    layout, _ = open_model(model)
+    layout = open_layout(model)
     readers: list[WeightReader] = []
     seconds: list[float] = []
-    inner = calib.calibration.calibrate
+    inner = calib_calibration.take_statistics
 
     class CountedReader(WeightReader):
         def __enter__(self) -> "CountedReader":
@@ -58,20 +60,12 @@ def streamed(model: str, text: str, samples: int, seq_len: int, stats: Path) -> 
         seconds.append(time.perf_counter() - start)
         return result
 
-    calib.calibrate.WeightReader = CountedReader  # type: ignore[misc]
-    calib.calibration.calibrate = timed
-    prepared = prepare_calibration(
-        layout,
-        TextVocabulary(rarity_of(layout)),
-        data=text,
-        samples=samples,
-        seq_len=seq_len,
-        seed=None,
-        device="cpu",
-        dtype="float32",
-        running=Running(stats),
-    )
-    result = take_statistics(prepared)
+    calib_calibrate.WeightReader = CountedReader
+    calib_calibration.take_statistics = timed
+    sampled = TextOptions(text, samples, seq_len)
+    compute, options = ComputeOptions("cpu", "float32"), CalibrationOptions(output=stats)
+    prepared = prepare_calibration(layout, rarity_of(layout), sampled, compute, options)
+    result = run_calibration(prepared, compute, options)
     return {
         "pass_seconds": seconds[0],
         "bytes_read": readers[0].bytes_read,
@@ -81,7 +75,7 @@ def streamed(model: str, text: str, samples: int, seq_len: int, stats: Path) -> 
 
 def full(model: str, text: str, samples: int, seq_len: int, stats: Path) -> Figures:
     """Load the whole model, take the statistics of ``stats`` with hooks, compare the two."""
-    layout, _ = open_model(model)
+    layout = open_layout(model)
     expected = ChannelStats.load(stats)
     tokenizer = load_tokenizer(layout.checkpoint.path)
     windows = token_windows(read_documents(text), tokenizer, samples, seq_len)

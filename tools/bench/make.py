@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from surgery.budget import Sizes
+from surgery.build import read_layout
 from surgery.channels import LEAST_TOKENS
 from surgery.checkpoint import Checkpoint
+from surgery.choices import SizeChoice
 from surgery.layout import Layout
-from surgery.planning import make_plan
+from surgery.planning import plan_cut
 from surgery.stats import AxisSums, ChannelStats, StatsInfo
 from surgery.vocabulary import rarity_of
 from tools.published import PUBLISHED, llama_config
@@ -60,15 +62,9 @@ def _make(directory: Path, config: Config, sizes: Sizes, max_shard_bytes: int) -
     for old in model.glob("*.safetensors*"):
         old.unlink()
     write_tokenizer(write_random(model, config, max_shard_bytes=max_shard_bytes), config)
-    layout = Layout.of(Checkpoint.open(model))
-    made = make_plan(
-        layout,
-        rarity_of(layout),
-        sizes,
-        _random_stats(layout, sizes.vocab_size),
-        criterion="common-act2",
-        source=str(model.resolve()),
-    )
+    layout = read_layout(Checkpoint.open(model))
+    choice = SizeChoice(rarity_of(layout), sizes)
+    made = plan_cut(layout, choice, _random_stats(layout, sizes.vocab_size))
     made.save(plan)
 
 
@@ -90,15 +86,9 @@ def make_wide(directory: Path, channels: int) -> None:
     model = directory / "model"
     config = llama_config(4096, channels, 1, 32, 8, 512)
     write_tokenizer(write_headers_only(model, config), config)
-    layout = Layout.of(Checkpoint.open(model))
-    made = make_plan(
-        layout,
-        rarity_of(layout),
-        Sizes(512, {"intermediate_size": channels // 8}),
-        _random_stats(layout, 512),
-        criterion="act2",
-        source=str(model.resolve()),
-    )
+    layout = read_layout(Checkpoint.open(model))
+    sizes = Sizes(512, {"intermediate_size": channels // 8})
+    made = plan_cut(layout, SizeChoice(rarity_of(layout), sizes), _random_stats(layout, 512))
     made.save(directory / "plan.json")
 
 

@@ -1,33 +1,80 @@
-"""What a checkpoint must have for its family: every tensor, in the shape config.json says."""
+"""Read the layout of a checkpoint: match its tensors with its family, then check every one."""
 
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any
 
+from surgery.checkpoint import Checkpoint
 from surgery.errors import CheckpointError
-from surgery.family import VOCAB, Slot
+from surgery.families import family_of
+from surgery.family import VOCAB, Family, Slot
 from surgery.header import TensorRef
-from surgery.places import CARRIED
+from surgery.layout import FLOATS, Layout
+from surgery.places import CARRIED, no_size, size_in
 from surgery.scales import check_weight
 
-if TYPE_CHECKING:
-    from surgery.layout import Layout
 
-FLOATS = ("BF16", "F16", "F32")
+def read_layout(checkpoint: Checkpoint, family: Family | None = None) -> Layout:
+    """Match every tensor of ``checkpoint`` with its family and check the named axes.
 
-
-def check_layout(layout: "Layout") -> None:
-    """Check every tensor, and that none is missing.
+    Args:
+        checkpoint: What to describe.
+        family: An entry that is not in the table; else the table's is taken.
 
     Raises:
-        CheckpointError: naming the tensor.
+        UnknownTypeError: the table has no entry for the model type.
+        FamilyError: a tensor the family does not have.
+        CheckpointError: a tensor is missing or its shape contradicts config.json.
     """
+    where = checkpoint.path / "config.json"
+    family = family or family_of(checkpoint.config, where, checkpoint.family)
+    config = family.text_config(checkpoint.config)
+    tied = checkpoint.config.get(
+        "tie_word_embeddings", config.get("tie_word_embeddings", family.tied)
+    )
+    depth = size_in(config, family.depth, where)
+    if depth is None:
+        raise no_size(where, family.depth, config.get(family.depth))
+    if depth > len(checkpoint.tensors):
+        raise CheckpointError(
+            where,
+            f"{family.depth} is more than there are tensors",
+            expected=f"at most {len(checkpoint.tensors)}",
+            found=depth,
+            fix="check config.json",
+        )
+    bare = Layout(checkpoint, family, 0, {}, depth, bool(tied))
+    lengths = _lengths(bare, config, where)
+    vocab_size = lengths.pop(VOCAB, 0)
+    widths = {key: lengths[key] for key in sorted(lengths, key=lambda k: -bare.weights[k])}
+    layout = Layout(checkpoint, family, vocab_size, widths, depth, bool(tied))
+    _check(layout)
+    return layout
+
+
+def _lengths(layout: Layout, config: Mapping[str, Any], where: object) -> dict[str, int]:
+    """VOCAB and every width that a tensor has → its length by config.json, or by the tensor."""
+    found: dict[str, int] = {}
+    for name, place in layout.places.items():
+        for number, dim in enumerate(place.slot.dims):
+            key = layout.key_of(dim)
+            if dim is None or key is None or key in found or place.scales:
+                continue
+            said = size_in(config, "vocab_size" if key == VOCAB else key, where)
+            shape = layout.checkpoint.tensors[name].shape
+            found[key] = said or (shape[number] if number < len(shape) else 0) // layout.unit(dim)
+    return found
+
+
+def _check(layout: Layout) -> None:
+    """Check every tensor, and that none is missing."""
     for name, tensor in layout.checkpoint.tensors.items():
         if not layout.places[name].scales:  # their weight's check is theirs, too
             _check_tensor(layout, tensor)
     _check_complete(layout)
 
 
-def _check_tensor(layout: "Layout", tensor: TensorRef) -> None:
+def _check_tensor(layout: Layout, tensor: TensorRef) -> None:
     place = layout.places[tensor.name]
     where = f"{tensor.path}: tensor {tensor.name}"
     if tensor.dtype.startswith("F8_"):
@@ -64,7 +111,7 @@ def _check_tensor(layout: "Layout", tensor: TensorRef) -> None:
             )
 
 
-def _check_complete(layout: "Layout") -> None:
+def _check_complete(layout: Layout) -> None:
     """Every layer has what all layers need, one FFN, and its blocks whole."""
     present = {(p.slot.name, p.layer, p.expert) for p in layout.places.values()}
     blocks: dict[int | None, set[str]] = defaultdict(set)
@@ -83,14 +130,14 @@ def _check_complete(layout: "Layout") -> None:
             raise _missing(layout, watched[0].format(layer=layer, expert=0))
 
 
-def _needs(layout: "Layout", slot: Slot, blocks: set[str]) -> bool:
+def _needs(layout: Layout, slot: Slot, blocks: set[str]) -> bool:
     if slot.name == layout.family.head:
         return not layout.tied
     conditions = (*slot.beside, slot.block) if slot.block else slot.beside
     return slot.required and (not conditions or not blocks.isdisjoint(conditions))
 
 
-def _missing(layout: "Layout", name: str) -> CheckpointError:
+def _missing(layout: Layout, name: str) -> CheckpointError:
     return CheckpointError(
         f"{layout.checkpoint.path}: tensor {name}",
         "is missing",
