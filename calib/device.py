@@ -1,4 +1,4 @@
-"""--device and --dtype: what to compute on, and in what."""
+"""Device and dtype: what to compute on, and in what."""
 
 from collections.abc import Callable
 
@@ -29,9 +29,9 @@ def choose_device(name: str) -> torch.device:
     }
     if name in there and not there[name]():
         raise DeviceError(
-            f"--device {name}",
+            f"`device` {name}",
             "is not available",
-            fix=f"use --device cpu, or a torch and a machine with {name}",
+            fix=f"use `device` cpu, or a torch and a machine with {name}",
         )
     return torch.device(name)
 

@@ -32,8 +32,8 @@ def calibrate_on_ray(
 ) -> ChannelStats:
     """Take the statistics of ``windows`` in parts, each a task with a whole node or a GPU.
 
-    A part whose node is lost begins anew on another. The result is bit for bit what merging
-    ``calibrate --part K/N`` gives, whichever nodes did the work, if they compute alike.
+    A part whose node is lost begins anew on another. The result is bit for bit that of calibrating
+    each ``part`` and merging them, whichever nodes did the work, if they compute alike.
 
     Args:
         layout: The model.

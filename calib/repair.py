@@ -85,9 +85,9 @@ def _entries(plan: Plan, layout: Layout) -> list[Entry]:
             dtype = output_dtype(layout, ref, sizes)
             if dtype not in TORCH_DTYPE:
                 raise PlanError(
-                    f"--repair: {name}",
+                    f"`repair`: {name}",
                     "stays in FP8, which refitted weights do not fit into",
-                    fix="plan with --dequantize, or without --repair",
+                    fix="plan with `dequantize`, or without `repair`",
                 )
             found.append((renumbered(name, number), dtype, cut_shape(layout, ref, sizes)))
     return found

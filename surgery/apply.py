@@ -118,7 +118,7 @@ def _digests(
     remote = Shards.of(checkpoint.path).remote
     if remote and engine == "ray":
         raise EngineError(
-            "--engine ray",
+            "`engine` ray",
             "needs the model on the file system that all nodes share",
             fix="download it there first, and name its directory",
         )

@@ -22,8 +22,8 @@ def within_caps(layout: Layout, text: Text, settings: Settings, resources: Resou
     for choice in _choices(settings, resources):
         made = predict(layout, text, choice)
         asked = {
-            "--max-memory": (made.peak_memory, resources.max_memory),
-            "--max-gpu-memory": (made.peak_device, resources.max_gpu_memory),
+            "`max_memory`": (made.peak_memory, resources.max_memory),
+            "`max_gpu_memory`": (made.peak_device, resources.max_gpu_memory),
         }
         over = [name for name, (need, cap) in asked.items() if cap is not None and need > cap]
         if not over:
@@ -35,7 +35,7 @@ def within_caps(layout: Layout, text: Text, settings: Settings, resources: Resou
         f"{name} {(asked[name][1] or 0) / MB:,.0f}MB",
         "cannot be kept",
         expected=f"at least {least[name] / MB + 1:,.0f}MB",
-        fix="give more, fewer or shorter windows, or a smaller --dtype",
+        fix="give more, fewer or shorter windows, or a smaller `dtype`",
     )
 
 

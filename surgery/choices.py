@@ -39,7 +39,7 @@ def choose_sizes(
     documents: Iterable[str] | None = None,
     influence: np.ndarray | None = None,
 ) -> Chosen:
-    """Return the order of rarity and the sizes, from ``--ratio`` or as they are given.
+    """Return the order of rarity and the sizes, from ``ratio`` or as they are given.
 
     Args:
         layout: The model.
@@ -74,7 +74,7 @@ def _chosen_layers(target: Target, layout: Layout, influence: np.ndarray | None)
         return []
     if target.layers is not None and target.num_hidden_layers is not None:
         raise BudgetError(
-            "--layers", "and --num-hidden-layers exclude each other", fix="give one of them"
+            "`layers`", "and `num_hidden_layers` exclude each other", fix="give one of them"
         )
     if target.layers is not None:
         groups = parse_layers(target.layers)
@@ -82,9 +82,9 @@ def _chosen_layers(target: Target, layout: Layout, influence: np.ndarray | None)
         groups = layers_by_influence(influence, target.num_hidden_layers or 0)
     else:
         raise BudgetError(
-            "--num-hidden-layers",
+            "`num_hidden_layers`",
             "needs statistics that say which layers matter",
-            fix="calibrate, then plan with --stats; or name the layers with --layers",
+            fix="calibrate, then plan with `stats`; or name the layers with `layers`",
         )
     check_layers(layout, groups)
     return [] if groups == [[layer] for layer in range(layout.num_hidden_layers)] else groups
@@ -100,7 +100,7 @@ def _split(layout: Layout, target: Target, smallest: int, layers: list[list[int]
             return whole(layout)
         if rest < (1 - ratio) * full:
             raise BudgetError(
-                "--ratio",
+                "`ratio`",
                 "is less than what goes with the layers alone",
                 expected=f"at least {1 - rest / full:.4f}",
                 found=ratio,
@@ -143,7 +143,7 @@ def parse_vocab_sizes(text: str, layout: Layout) -> list[int]:
         sizes = [0]
     if not 1 <= min(sizes) <= max(sizes) <= layout.vocab_size:
         raise BudgetError(
-            "--vocab-sizes",
+            "`vocab_sizes`",
             "are not sizes of this vocabulary",
             expected=f"numbers from 1 to {layout.vocab_size}, with commas",
             found=text,
@@ -170,7 +170,7 @@ def _given_sizes(target: Target, layout: Layout) -> Sizes | None:
         raise BudgetError(
             "sizes",
             "are not clear",
-            expected="--ratio, or --vocab-size and --intermediate-size",
+            expected="`ratio`, or `vocab_size` and `intermediate_size`",
             fix="give one or the other",
         )
     if target.vocab_size is None:
@@ -182,13 +182,13 @@ def _given_sizes(target: Target, layout: Layout) -> Sizes | None:
 
 
 def _given_widths(target: Target, layout: Layout) -> dict[str, int]:
-    """Key of config.json → channels, from --intermediate-size and --width."""
+    """Key of config.json → channels, from ``intermediate_size`` and ``widths``."""
     found: dict[str, int] = {}
     for text in target.widths:
         key, _, number = text.partition("=")
         if key not in layout.widths or not re.fullmatch("[0-9]{1,9}", number):
             raise BudgetError(
-                "--width",
+                "`widths`",
                 "is no width of this model",
                 expected=f"KEY=N with KEY one of {', '.join(layout.widths) or 'none'}",
                 found=text,
@@ -201,19 +201,19 @@ def _given_widths(target: Target, layout: Layout) -> dict[str, int]:
 
 
 def main_width(layout: Layout) -> str:
-    """What --intermediate-size means: the key of that name, or the only one there is."""
+    """What ``intermediate_size`` means: the key of that name, or the only one there is."""
     if "intermediate_size" in layout.widths:
         return "intermediate_size"
     if len(layout.widths) == 1:
         return next(iter(layout.widths))
     names = ", ".join(layout.widths)
     raise BudgetError(
-        "--intermediate-size",
+        "`intermediate_size`",
         "is not clear: this model has several widths"
         if names
         else "cannot change: config.json has no key for the width of this model's FFN",
-        expected=f"--width with one of {names}" if names else None,
-        fix="use --width" if names else "cut the vocabulary alone, with --vocab-size",
+        expected=f"`widths` with one of {names}" if names else None,
+        fix="use `widths`" if names else "cut the vocabulary alone, with `vocab_size`",
     )
 
 
@@ -233,7 +233,7 @@ def _check_steps(layout: Layout, sizes: Sizes, wanted: Steps) -> None:
         if size != full and size % step:
             raise BudgetError(
                 key,
-                "does not divide as --multiple-of and --target ask",
+                "does not divide as `multiple_of` and `target` ask",
                 expected=f"a multiple of {step}, {_near(size, step, full)}",
                 found=size,
                 fix="choose one, or leave the options out",
@@ -255,7 +255,7 @@ def _choice(
     if vocabulary.vocab_by == "frequency":
         if documents is None:
             raise DataError(
-                "--vocab-by frequency", "needs a text to count tokens in", fix="give --data TEXT"
+                "`vocab_by` frequency", "needs a text to count tokens in", fix="give `data`"
             )
         counts = count_tokens(tokenizer.library(), documents, layout.vocab_size)
     return VocabularyChoice(counts, vocabulary.drop_reserved, keep, scripts)

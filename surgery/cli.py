@@ -11,6 +11,7 @@ import click
 
 from surgery import __version__
 from surgery.apply import JOBS
+from surgery.cli_flags import with_flags
 from surgery.cli_models import calibrate, prune, score
 from surgery.cli_search import compare, search
 from surgery.cli_stats import stats
@@ -52,7 +53,8 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except SurgeryError as error:
-            raise Refusal(str(error)) from error
+            command = self.get_command(ctx, ctx.invoked_subcommand or "")
+            raise Refusal(with_flags(str(error), command)) from error
         except OSError as error:
             reason = f"{error.filename or 'input or output'}: {error.strerror or error}"
             fix = FIXES.get(error.errno or 0, "")
@@ -93,7 +95,7 @@ def inspect(
 
     if probe:
         proposal = probe_model(model)
-        click.echo(json.dumps(asdict(proposal)) if as_json else proposal.table())
+        click.echo(with_flags(json.dumps(asdict(proposal)) if as_json else proposal.table()))
         return
     layout = open_model(model, family)[0]
     if vocab:
@@ -178,7 +180,7 @@ def plan(
         text = {"samples": loaded.info.samples, "seq_len": loaded.info.seq_len, **compute}
         made = repair_plan(made, plan_path, layout, chosen, data=data, **text)
     made.save(plan_path)
-    click.echo(plan_table(made, layout.checkpoint.path))
+    click.echo(with_flags(plan_table(made, layout.checkpoint.path)))
     if target.ratio is not None:
         click.echo(f"note: {RULE}")
     if made.complete:
@@ -255,7 +257,7 @@ def verify(directory: Path, plan_path: Path | None, forward: bool, device: str) 
     if forward and report.ok and loaded and source:
         faults = forward_faults(loaded, source, directory, device)
         report.checks["logits equal the masked dense model's"] = faults
-    click.echo(report.table())
+    click.echo(with_flags(report.table()))
     sys.exit(0 if report.ok else 1)
 
 

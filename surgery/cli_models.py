@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.apply import JOBS
+from surgery.cli_flags import with_flags
 from surgery.options import (
     ChannelOptions,
     CutOptions,
@@ -201,12 +202,12 @@ def prune(
         stats_path=output.with_name(output.name + ".stats.safetensors"),
         **options,
     )
-    click.echo(plan_table(made, path))
+    click.echo(with_flags(plan_table(made, path)))
     if target.ratio is not None:
         click.echo(f"note: {RULE}")
     run_apply(made, path, output, resume=False, jobs=JOBS)
     report = verify_files(output, made, path, download=False)
-    click.echo(report.table())
+    click.echo(with_flags(report.table()))
     if push_to and report.ok:
         click.echo(push(output, push_to))
     sys.exit(0 if report.ok else 1)

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from surgery.cli_flags import with_flags
 from surgery.options import (
     ChannelOptions,
     Refusal,
@@ -87,7 +88,7 @@ def search(
             vocab_by=vocabulary.vocab_by,
             **options,
         )
-        click.echo(plan_table(made, layout.checkpoint.path), err=as_json)
+        click.echo(with_flags(plan_table(made, layout.checkpoint.path)), err=as_json)
 
 
 class Numbers(click.ParamType):

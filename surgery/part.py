@@ -30,7 +30,7 @@ class Part:
             if 1 <= number <= of:
                 return cls(number, of)
         raise DataError(
-            "--part", "is no part", expected="K/N with 1 <= K <= N", found=text, fix="correct it"
+            "`part`", "is no part", expected="K/N with 1 <= K <= N", found=text, fix="correct it"
         )
 
     def choose(self, windows: list[Item]) -> list[Item]:
@@ -42,11 +42,11 @@ class Part:
         chosen = windows[self.number - 1 :: self.of]
         if not chosen:
             raise DataError(
-                "--part",
+                "`part`",
                 "has no window",
                 expected=f"at most {len(windows)} parts",
                 found=f"{self.number}/{self.of}",
-                fix="give more text, a shorter --seq-len or fewer parts",
+                fix="give more text, a shorter `seq_len` or fewer parts",
             )
         return chosen
 

@@ -144,7 +144,7 @@ def check_experts(stats: ChannelStats, least: int) -> None:
             f"such as expert {few[layer][0]} of layer {layer}",
             expected=f"at least {least}",
             found=int(stats.layers[layer][EXPERT].tokens[:, few[layer][0]].sum()),
-            fix="calibrate with more text, or accept it with --min-expert-tokens",
+            fix="calibrate with more text, or accept it with `min_expert_tokens`",
         )
 
 
@@ -188,8 +188,8 @@ def _other_text(stats: ChannelStats, ids: IdMap) -> list[str]:
     if seen == ids.new_size:
         return []
     return [
-        f"the statistics are of text as {seen} rows cut it; calibrate --vocab-size {ids.new_size} "
-        "takes them on what the pruned model will see"
+        f"the statistics are of text as {seen} rows cut it; calibrating with `vocab_size` "
+        f"{ids.new_size} takes them on what the pruned model will see"
     ]
 
 
@@ -203,5 +203,5 @@ def _approximations(stats: ChannelStats, ids: IdMap, criterion: str) -> list[str
     return [
         f"vocab_size {ids.new_size} lies inside a bucket of the statistics, which counts by the "
         f"share of its occurrences that stay ({parts}); "
-        f"calibrate --vocab-sizes {ids.new_size} makes it exact"
+        f"calibrating with `vocab_sizes` {ids.new_size} makes it exact"
     ]

@@ -9,7 +9,7 @@ from surgery.plan import Plan
 from surgery.vocab_cost import ScriptCost, VocabularyCost
 
 RULE = "V' and I' follow a rule of thumb; compact-surgery search finds the split for your model"
-"""What to know of sizes that --ratio has given."""
+"""What to know of sizes that a ratio has given."""
 
 SHOWN_SCRIPTS = 12
 """Scripts that lose most tokens; plan.json has them all."""
@@ -38,7 +38,7 @@ def plan_table(plan: Plan, source: Path) -> str:
     if names := left_behind(source, plan.ids()):
         rows.append(f"note: left behind: {printable(', '.join(names))}")
     if not plan.complete:
-        rows.append("note: sizes only; give --stats to choose the channels and apply the plan")
+        rows.append("note: sizes only; give `stats` to choose the channels and apply the plan")
     return "\n".join(rows)
 
 
@@ -62,7 +62,7 @@ def _vocabulary_rows(cost: VocabularyCost) -> list[str]:
             f"({after / before - 1:+.1%})"
         )
     else:
-        rows.append("note: --data TEXT shows how much longer text becomes")
+        rows.append("note: `data` shows how much longer text becomes")
     return rows
 
 

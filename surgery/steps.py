@@ -91,9 +91,9 @@ def prepare_calibration(
         device=device,
         dtype=dtype,
         asked={
-            "--samples": str(samples),
-            "--seed": str(seed),
-            "--part": str(running.division.part),
+            "`samples`": str(samples),
+            "`seed`": str(seed),
+            "`part`": str(running.division.part),
         },
         running=running if running.output else None,
     )
@@ -109,7 +109,7 @@ def check_channels(layout: Layout) -> None:
         raise BudgetError(
             layout.checkpoint.path / "config.json",
             "has no key for the width of this model's FFN, so there are no channels to choose",
-            fix="plan the vocabulary alone, with --vocab-size",
+            fix="plan the vocabulary alone, with `vocab_size`",
         )
 
 

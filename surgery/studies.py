@@ -82,9 +82,9 @@ def repair_plan(plan: Plan, plan_path: Path, layout: Layout, chosen: Chosen, **t
 
     if any(len(group) > 1 for group in plan.layers):
         raise BudgetError(
-            "--repair",
+            "`repair`",
             "does not go with collapsed layers: no text has passed them",
-            fix="leave out --repair, or let layers go instead",
+            fix="leave out `repair`, or let layers go instead",
         )
     if plan.after.widths == plan.before.widths:
         return plan

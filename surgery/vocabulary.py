@@ -195,7 +195,7 @@ def keep_file(path: Path, tokenizer: TokenizerFile) -> frozenset[int]:
                 f"{path}: line {number}",
                 "is no token of this vocabulary",
                 found=repr(line),
-                fix="correct or remove it; inspect --vocab shows what there is",
+                fix="correct or remove it; inspect with `vocab` shows what there is",
             )
         if named is not None:
             found.add(named)
