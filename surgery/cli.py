@@ -4,6 +4,7 @@ import errno
 import json
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except SurgeryError as error:
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
-            raise Refusal(with_flags(str(error), command)) from error
+            raise Refusal(error.message(partial(with_flags, command=command))) from error
         except OSError as error:
             reason = f"{error.filename or 'input or output'}: {error.strerror or error}"
             fix = FIXES.get(error.errno or 0, "")

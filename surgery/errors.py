@@ -1,5 +1,6 @@
 """Errors a user can act on: each is one line that says where, what, and what to do."""
 
+from collections.abc import Callable
 from copy import copy
 from typing import Any
 
@@ -60,13 +61,17 @@ class SurgeryError(Exception):
         self.where, self.problem, self.fix = str(where), problem, fix
         self.expected = None if expected is None else str(expected)
         self.found = None if found is None else str(found)
-        details = [
-            f"{word} {shortened(value)}"
-            for word, value in (("expected", self.expected), ("found", self.found))
-            if value is not None
-        ]
-        facts = f": {', '.join(details)}" if details else ""
-        super().__init__(printable(f"{shortened(where)}: {problem}{facts}; {fix}"))
+        super().__init__(self.message())
+
+    def message(self, say: Callable[[str], str] = str) -> str:
+        """The error in one line; ``say`` rewrites the parts that speak of options."""
+        facts = []
+        if self.expected is not None:
+            facts.append(f"expected {say(shortened(self.expected))}")
+        if self.found is not None:
+            facts.append(f"found {shortened(self.found)}")
+        what = ": ".join([say(self.problem), *filter(None, [", ".join(facts)])])
+        return printable(f"{say(shortened(self.where))}: {what}; {say(self.fix)}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Carry message and attributes as they are between processes, without the constructor."""
@@ -76,7 +81,7 @@ class SurgeryError(Exception):
         """The same error, with the file in front that it was found in."""
         error = copy(self)
         error.where = f"{where}: {self.where}"
-        error.args = (printable(f"{where}: {self}"),)
+        error.args = (error.message(),)
         return error
 
 

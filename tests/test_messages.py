@@ -112,6 +112,18 @@ def test_the_command_line_adds_the_flag(text: str, shown: str) -> None:
     assert result.stderr == f"Error: {shown}: fails; stop\n"
 
 
+def test_what_was_found_is_quoted_as_it_is() -> None:
+    group = Commands()
+
+    @group.command()
+    @click.option("--width")
+    def cut(width: str | None) -> None:
+        raise BudgetError("file", "fails", expected="`width`", found="a `width`", fix="stop")
+
+    result = CliRunner().invoke(group, ["cut"])
+    assert result.stderr == "Error: file: fails: expected --width, found a `width`; stop\n"
+
+
 def test_notes_and_tables_have_flags(llama: Path, tmp_path: Path, run: Run) -> None:
     sizes = ("--vocab-size", 512, "--intermediate-size", 64)
     result = run("plan", llama, *sizes, "-o", tmp_path / "plan.json")

@@ -100,7 +100,7 @@ def test_on_a_device_hidden_states_go_there_while_they_fit(tmp_path: Path) -> No
     capped = within_caps(layout, text, settings, Resources(max_gpu_memory=least - 1))
     assert capped.hidden == "memory"
     with pytest.raises(
-        BudgetError, match="--max-gpu-memory 1MB: cannot be kept: expected at least"
+        BudgetError, match="`max_gpu_memory` 1MB: cannot be kept: expected at least"
     ):
         within_caps(layout, text, settings, Resources(max_gpu_memory=MB))
 
