@@ -70,8 +70,9 @@ class SurgeryError(Exception):
             facts.append(f"expected {say(shortened(self.expected))}")
         if self.found is not None:
             facts.append(f"found {shortened(self.found)}")
-        what = ": ".join([say(self.problem), *filter(None, [", ".join(facts)])])
-        return printable(f"{say(shortened(self.where))}: {what}; {say(self.fix)}")
+        details = f": {', '.join(facts)}" if facts else ""
+        head = f"{say(shortened(self.where))}: {say(self.problem)}"
+        return printable(f"{head}{details}; {say(self.fix)}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Carry message and attributes as they are between processes, without the constructor."""
