@@ -104,7 +104,7 @@ def tokens_of(streams: Sequence[Stream], vocab_size: int) -> np.ndarray:
     used = np.unique(np.concatenate(windows)) if windows else np.zeros(0, dtype=np.int64)
     if not len(used) or used[-1] >= vocab_size:
         raise DataError(
-            "--data",
+            "`data`",
             "has no token, or one without a row in the embedding",
             expected=f"ids below {vocab_size}",
             found=used[-1] if len(used) else "none",

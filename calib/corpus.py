@@ -29,7 +29,7 @@ def token_windows(
     room = seq_len - len(before) - len(after)
     if room < 1:
         raise DataError(
-            "--seq-len",
+            "`seq_len`",
             "leaves no room for text",
             expected=f"more than {len(before) + len(after)}",
             found=seq_len,
@@ -56,11 +56,11 @@ def check_windows(windows: Sequence[np.ndarray], seq_len: int) -> None:
     longest = max(map(len, windows), default=0)
     if longest < seq_len:
         raise DataError(
-            "--data",
+            "`data`",
             "has no full window",
             expected=f"a document of {seq_len} tokens",
             found=f"at most {longest}",
-            fix="give longer documents or a smaller --seq-len",
+            fix="give longer documents or a smaller `seq_len`",
         )
 
 
@@ -74,7 +74,7 @@ def byte_windows(documents: Iterable[str], samples: int, window_bytes: int) -> l
     """
     if window_bytes < 4:
         raise DataError(
-            "--window-bytes",
+            "`window_bytes`",
             "is less than a character can take",
             expected="at least 4",
             found=window_bytes,
@@ -90,7 +90,7 @@ def byte_windows(documents: Iterable[str], samples: int, window_bytes: int) -> l
             windows.append(raw[start:stop].decode("utf-8"))
             start = stop
     if not windows:
-        raise DataError("--data", "is empty", fix="give a file with text in it")
+        raise DataError("`data`", "is empty", fix="give a file with text in it")
     return windows
 
 

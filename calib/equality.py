@@ -1,4 +1,4 @@
-"""verify --forward: a pruned model's logits against the dense model with the same cuts masked."""
+"""A pruned model's logits against the dense model with the same cuts masked."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -59,7 +59,7 @@ class Partial:
             raise OutputError(
                 self.path,
                 "is there from a run that was interrupted or is still going",
-                fix="continue it with --resume, or delete it",
+                fix="continue it with `resume`, or delete it",
             )
         self.hidden = _hidden_place(output, spill) if spill else self.path
         """Directory of the hidden states."""

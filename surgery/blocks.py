@@ -10,7 +10,7 @@ from surgery.family import VOCAB
 from surgery.layout import Layout
 from surgery.selection import MAKE_AGAIN
 
-DEQUANTIZE = "--dequantize writes bf16, which can be cut anywhere"
+DEQUANTIZE = "`dequantize` writes bf16, which can be cut anywhere"
 
 
 def blocks(layout: Layout) -> dict[str, int]:
@@ -42,7 +42,7 @@ def check_blocks(layout: Layout, sizes: Sizes) -> None:
     if sizes.dequantize:
         if layout.checkpoint.quantization is None:
             raise BudgetError(
-                "--dequantize",
+                "`dequantize`",
                 "has nothing to do: the checkpoint is not quantized",
                 fix="leave it out",
             )
@@ -50,7 +50,7 @@ def check_blocks(layout: Layout, sizes: Sizes) -> None:
     found = blocks(layout)
     if VOCAB in found and sizes.vocab_size != layout.vocab_size:
         raise BudgetError(
-            "--vocab-size",
+            "`vocab_size`",
             "cannot change: the rows of this vocabulary are FP8 and share scales",
             expected=layout.vocab_size,
             found=sizes.vocab_size,

@@ -64,7 +64,7 @@ def check_sizes(layout: Layout, sizes: Sizes) -> None:
     for key, size in sizes.widths.items():
         if not 1 <= size <= layout.widths.get(key, 0):
             raise BudgetError(
-                f"--width {key}" if len(layout.widths) > 1 else "--intermediate-size",
+                f"`widths` {key}" if len(layout.widths) > 1 else "`intermediate_size`",
                 "is out of reach",
                 expected=f"1 to {layout.widths.get(key, 0)} (the source's channels)",
                 found=size,
@@ -80,7 +80,7 @@ def vocabulary_first(layout: Layout, removed: float) -> float:
     parameters (0.5B and 1B), 47 % at 13 % (8B), 13 % at 3 % (70B). So the cap is
     ``min(2/3, 3.75 · vocabulary's share)`` of the vocabulary; the rest comes from the channels.
     No sweep went below 33,792 rows. In searches of SmolLM2-135M (V 49,152) the best rows were some
-    35,000 at a ratio of 0.1, 28,000 at 0.2 and 21,000 at 0.35, with ``--repair`` 37,000 and 30,000
+    35,000 at a ratio of 0.1, 28,000 at 0.2 and 21,000 at 0.35, with ``repair`` 37,000 and 30,000
     at the last two: ``40,960 · (1 − ratio)`` stay. In those of Gemma 3 270M (V 262,144) it was the
     vocabulary alone that went.
     """
@@ -160,7 +160,7 @@ def _pairs(
     total = layout.parameters(layout.vocab_size, layout.widths)
     if not 0 < ratio < 1:
         raise BudgetError(
-            "--ratio",
+            "`ratio`",
             "is no share of the parameters",
             expected="above 0, below 1",
             found=ratio,
@@ -221,9 +221,9 @@ def _unreachable(layout: Layout, ratio: float, smallest_vocab: int, steps: Steps
     removed = np.add.outer(rows * layout.axis_cost(VOCAB), channels) / total
     nearest = removed.flat[np.argmin(np.abs(removed - ratio))]
     return BudgetError(
-        "--ratio",
+        "`ratio`",
         f"no sizes in steps of {steps.vocab} and {steps.width} meet it",
         expected=f"at most {removed.max():.4f}; nearest is {nearest:.4f}",
         found=ratio,
-        fix="choose another ratio, or give --vocab-size and --intermediate-size",
+        fix="choose another ratio, or give `vocab_size` and `intermediate_size`",
     )

@@ -44,7 +44,7 @@ def parse_candidates(text: str, layout: Layout, main_width: str) -> list[Sizes]:
         vocab, _, width = part.partition(":")
         if not (vocab.isdecimal() and width.isdecimal() and len(part) < 20):
             raise BudgetError(
-                "--candidates",
+                "`candidates`",
                 "are no pairs of sizes",
                 expected="V:I,V:I,… such as 32768:864,24576:928",
                 found=part[:40],

@@ -10,7 +10,7 @@ from surgery.stream import open_shard, raw_windows
 
 SUMS_NAME = "SHA256SUMS"
 SHA256 = re.compile(r"[0-9a-f]{64}")
-DOWNLOAD_AGAIN = "download it again, then run again with --resume"
+DOWNLOAD_AGAIN = "download it again, then run again with `resume`"
 
 HUB_METADATA = ".cache/huggingface/download"
 """Where huggingface_hub keeps what it knows of files that were downloaded to a directory."""

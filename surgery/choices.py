@@ -245,7 +245,7 @@ def _given_widths(target: SizeRequest, layout: Layout) -> dict[str, int]:
 
 
 def main_width(layout: Layout) -> str:
-    """What --intermediate-size means: the key of that name, or the only one there is."""
+    """What ``intermediate_size`` means: the key of that name, or the only one there is."""
     if "intermediate_size" in layout.widths:
         return "intermediate_size"
     if len(layout.widths) == 1:

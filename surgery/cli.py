@@ -4,6 +4,7 @@ import errno
 import json
 import sys
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from surgery.options import (
     show_options,
     spilling_options,
 )
-from surgery.terminal import bars, show_logs, show_plan
+from surgery.terminal import bars, say, show_logs, show_plan, with_flags
 from surgery.text_options import TextOptions
 
 FIXES = {
@@ -53,7 +54,8 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except SurgeryError as error:
-            raise Refusal(str(error)) from error
+            command = self.get_command(ctx, ctx.invoked_subcommand or "")
+            raise Refusal(error.message(partial(with_flags, command=command))) from error
         except OSError as error:
             reason = f"{error.filename or 'input or output'}: {error.strerror or error}"
             fix = FIXES.get(error.errno or 0, "")
@@ -91,7 +93,7 @@ def inspect(model: ModelOptions, vocab: bool, probe: bool, show: ShowOptions) ->
 
     if probe:
         proposal = probe_model(model.model)
-        click.echo(json.dumps(asdict(proposal)) if show.as_json else proposal.table())
+        say(json.dumps(asdict(proposal)) if show.as_json else proposal.table())
         return
     opened = Model(model.layout())
     if vocab:
@@ -233,7 +235,7 @@ def verify(directory: Path, plan_path: Path | None, forward: bool, device: str) 
 
         faults = forward_faults(loaded, source, directory, device)
         report.checks["logits equal the masked dense model's"] = faults
-    click.echo(report.table())
+    say(report.table())
     sys.exit(0 if report.ok else 1)
 
 

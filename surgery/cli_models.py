@@ -25,7 +25,7 @@ from surgery.options import (
     text_options,
     vocabulary_options,
 )
-from surgery.terminal import bars, show_plan
+from surgery.terminal import bars, say, show_plan
 from surgery.text_options import TextOptions
 
 
@@ -173,7 +173,7 @@ def prune(
     show_plan(plan, layout)
     with bars() as progress:
         report = apply_and_verify(plan, layout, output, progress)
-    click.echo(report.table())
+    say(report.table())
     if push_to and report.ok:
         click.echo(push(output, push_to))
     sys.exit(0 if report.ok else 1)

@@ -21,7 +21,7 @@ from surgery.options import (
     step_cut_options,
     study_text_options,
 )
-from surgery.terminal import bars
+from surgery.terminal import bars, say
 from surgery.text_options import TextOptions
 
 
@@ -86,7 +86,7 @@ def search(
         best = replace(choice, sizes=found.best)
         with bars() as progress:
             made = calibrated_plan(layout, best, text, compute, files, progress)
-        click.echo(made.table(), err=show.as_json)
+        say(made.table(), err=show.as_json)
 
 
 @dataclass(frozen=True)

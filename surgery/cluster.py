@@ -32,7 +32,7 @@ def cluster() -> Iterator[Any]:
         import ray
     except ImportError as error:
         raise EngineError(
-            "--engine ray",
+            "`engine` ray",
             "needs the library ray",
             fix="pip install 'compact-surgery[ray]' on every machine, or leave the option out",
         ) from error
@@ -43,7 +43,7 @@ def cluster() -> Iterator[Any]:
             ray.init(include_dashboard=False, log_to_driver=False)
         except (OSError, RuntimeError) as error:
             raise EngineError(
-                "--engine ray", "no cluster answers", found=error, fix="check RAY_ADDRESS"
+                "`engine` ray", "no cluster answers", found=error, fix="check RAY_ADDRESS"
             ) from error
     try:
         yield ray
@@ -84,7 +84,7 @@ def places(ray: Any, gpus: bool) -> tuple[int, dict[str, int]]:
         return found, {"num_gpus": 1, "num_cpus": 1}
     cpus = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
     if not cpus:
-        raise EngineError("--engine ray", "finds no CPU in the cluster", fix="add a node to it")
+        raise EngineError("`engine` ray", "finds no CPU in the cluster", fix="add a node to it")
     return len(cpus), {"num_cpus": min(cpus)}
 
 
@@ -111,7 +111,7 @@ def results(ray: Any, tasks: Mapping[Any, str], done: Callable[[str, Any], objec
         if isinstance(error, ray.exceptions.RayTaskError):
             raise  # a bug of ours
         raise EngineError(
-            f"--engine ray: {pending[first]}",
+            f"`engine` ray: {pending[first]}",
             "was lost",
             found=f"{type(error).__name__} after {RETRIES} retries",
             fix="check the nodes' memory and logs, then run again",

@@ -159,7 +159,7 @@ def _new_size(value: Any, ids: IdMap, where: str) -> Any:
             "is not the size of the vocabulary that is cut",
             expected=ids.old_size,
             found=value,
-            fix="correct it in the source, or keep the vocabulary whole with --vocab-size",
+            fix="correct it in the source, or keep the vocabulary whole with `vocab_size`",
         )
     return None if value is None else ids.new_size + behind
 

@@ -136,7 +136,7 @@ CONSTRAINTS = (
         "widths",
         multiple(1),
         "gives a rank no whole number of channels",
-        "choose the width with --target tp=N",
+        "choose the width with `target` tp=N",
         "vllm-project/vllm vllm/model_executor/layers/{linear,fused_moe/config}.py; "
         "sgl-project/sglang python/sglang/srt/layers/{linear,moe/fused_moe_triton/layer}.py",
         degrees=TP,
@@ -147,7 +147,7 @@ CONSTRAINTS = (
         "widths",
         multiple(GROUP),
         f"gives a rank no whole groups of {GROUP}: AWQ, GPTQ or FP8 weights so grouped do not load",
-        f"choose the width with --target tp=N,group={GROUP}, or quantize in smaller groups",
+        f"choose the width with `target` tp=N,group={GROUP}, or quantize in smaller groups",
         "vllm-project/vllm vllm/model_executor/layers/quantization/{auto_awq,utils/fp8_utils,"
         "compressed_tensors/schemes/compressed_tensors_wNa16}.py, issue 21695; sgl-project/sglang "
         "python/sglang/srt/layers/quantization/{awq/schemes/awq_linear,"
@@ -191,7 +191,7 @@ CONSTRAINTS = (
         "widths",
         multiple(32),
         "is no multiple of 32, so down_proj stays F16 in every quantized file",
-        "--multiple-of 256 avoids that",
+        "`multiple_of` 256 avoids that",
         "ggml-org/llama.cpp src/llama-quant.cpp (tensor_type_fallback), ggml/src/ggml-common.h, "
         "conversion/base.py",
     ),
@@ -201,7 +201,7 @@ CONSTRAINTS = (
         "widths",
         multiple(256),
         "is no multiple of 256, so down_proj gets Q4_0 to Q8_0 in place of a K-quant",
-        "--multiple-of 256 avoids that",
+        "`multiple_of` 256 avoids that",
         "ggml-org/llama.cpp src/llama-quant.cpp (tensor_type_fallback), ggml/src/ggml-common.h "
         "(QK_K)",
     ),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from surgery.errors import BudgetError, FamilyError
+from surgery.errors import ADD_FAMILY, BudgetError, FamilyError
 from surgery.family import Family
 from surgery.layer_kinds import Each
 from surgery.layout import FLOATS, Layout
@@ -36,7 +36,7 @@ def parse_layers(text: str) -> list[list[int]]:
             groups.append([int(layer) for layer in part.split("+")])
     if not groups or not all(groups):
         raise BudgetError(
-            "--layers",
+            "`layers`",
             "does not say which layers stay",
             expected="such as 0-20,21+22+23,24-29",
             found=text[:80],
@@ -72,7 +72,7 @@ def layers_by_influence(influence: np.ndarray, count: int) -> list[list[int]]:
     """
     if not 1 <= count <= len(influence):
         raise BudgetError(
-            "--num-hidden-layers",
+            "`num_hidden_layers`",
             "is out of reach",
             expected=f"1 to {len(influence)} (the source's layers)",
             found=count,
@@ -197,6 +197,6 @@ def layer_keys(
             raise FamilyError(
                 f"{where}: {key}",
                 "may have an entry for each layer, but is not known to",
-                fix="keep all layers, or add the key to surgery/layer_kinds.py",
+                fix=f"keep all layers, or add the key; {ADD_FAMILY}",
             )
     return changes

@@ -45,7 +45,7 @@ def steps(multiple_of: int, *, tp: int = 1, group: int = 1) -> Steps:
     """
     if multiple_of < 1:
         raise BudgetError(
-            "--multiple-of",
+            "`multiple_of`",
             "is no step",
             expected="1 or more",
             found=multiple_of,
@@ -56,7 +56,7 @@ def steps(multiple_of: int, *, tp: int = 1, group: int = 1) -> Steps:
 
 
 def parse_target(text: str, multiple_of: int) -> Steps:
-    """Return the steps that ``--target``, such as ``"tp=4,group=128"``, asks for.
+    """Return the steps that ``target``, such as ``"tp=4,group=128"``, asks for.
 
     Raises:
         BudgetError: an unknown or repeated key, or a value that is no number from 1 to 999999.
@@ -76,4 +76,4 @@ def parse_target(text: str, multiple_of: int) -> Steps:
 
 def _target_error(problem: str, expected: str, found: str) -> BudgetError:
     fix = "write it as tp=4,group=128"
-    return BudgetError("--target", problem, expected=expected, found=repr(found[:40]), fix=fix)
+    return BudgetError("`target`", problem, expected=expected, found=repr(found[:40]), fix=fix)

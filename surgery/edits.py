@@ -150,7 +150,7 @@ def check_plan(plan: Plan, layout: Layout) -> Sizes:
         raise PlanError(
             "plan",
             "predicts sizes only: its channels are not chosen",
-            fix="calibrate, then plan again with --stats",
+            fix="calibrate, then plan again with `stats`",
         )
     _check("plan: before.widths", list(plan.before.widths), list(layout.widths))
     _check("plan: after.widths", list(plan.after.widths), list(layout.widths))

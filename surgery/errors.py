@@ -1,9 +1,14 @@
 """Errors a user can act on: each is one line that says where, what, and what to do."""
 
+from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 MOST_CHARACTERS = 1200
 """Of a name or a value in an error; a tensor's name may be a megabyte long."""
+
+ADD_FAMILY = "see 'Add a model family' in CONTRIBUTING.md"
+"""What to do about a model that the tables do not know."""
 
 
 def shortened(value: object) -> str:
@@ -28,8 +33,21 @@ def is_panic(error: BaseException) -> bool:
 class SurgeryError(Exception):
     """Base of every error that bad input can cause.
 
-    The message reads ``where: problem: expected X, found Y; fix``.
+    The message reads ``where: problem: expected X, found Y; fix``, and each part of it is an
+    attribute. Options have the names of Python's parameters and stand between backticks, of which
+    the command line makes flags.
     """
+
+    where: str
+    """The file, tensor or option that is wrong."""
+    problem: str
+    """What is wrong with it."""
+    expected: str | None
+    """What it should be; None where the problem says so."""
+    found: str | None
+    """What it is instead; None where the problem says so."""
+    fix: str
+    """What to do."""
 
     def __init__(
         self,
@@ -40,21 +58,32 @@ class SurgeryError(Exception):
         found: object = None,
         fix: str,
     ) -> None:
-        details = [
-            f"{word} {shortened(value)}"
-            for word, value in (("expected", expected), ("found", found))
-            if value is not None
-        ]
-        facts = f": {', '.join(details)}" if details else ""
-        super().__init__(printable(f"{shortened(where)}: {problem}{facts}; {fix}"))
+        self.where, self.problem, self.fix = str(where), problem, fix
+        self.expected = None if expected is None else str(expected)
+        self.found = None if found is None else str(found)
+        super().__init__(self.message())
+
+    def message(self, say: Callable[[str], str] = str) -> str:
+        """The error in one line; ``say`` rewrites the parts that speak of options."""
+        facts = []
+        if self.expected is not None:
+            facts.append(f"expected {say(shortened(self.expected))}")
+        if self.found is not None:
+            facts.append(f"found {shortened(self.found)}")
+        details = f": {', '.join(facts)}" if facts else ""
+        head = f"{say(shortened(self.where))}: {say(self.problem)}"
+        return printable(f"{head}{details}; {say(self.fix)}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Carry the message as it is between processes, not through the constructor."""
+        """Carry message and attributes as they are between processes, without the constructor."""
         return _same_error, (type(self), str(self)), self.__dict__
 
     def inside(self, where: object) -> "SurgeryError":
         """The same error, with the file in front that it was found in."""
-        return _same_error(type(self), printable(f"{where}: {self}"))
+        error = copy(self)
+        error.where = f"{where}: {self.where}"
+        error.args = (error.message(),)
+        return error
 
 
 def _same_error(kind: type[SurgeryError], message: str) -> SurgeryError:
@@ -80,12 +109,12 @@ class UnknownTypeError(FamilyError):
         model_type: object,
         *,
         code: bool,
-        fix: str = "add an entry to FAMILIES in surgery/families.py",
+        fix: str = f"add an entry to the table of families; {ADD_FAMILY}",
     ) -> None:
         also = ", and its own code is never run" if code else ""
         super().__init__(where, f"model type is not supported{also}", found=model_type, fix=fix)
-        self.where = where
         self.model_type = model_type
+        """As config.json has it, which need not be text."""
         self.code = code
         """Whether the checkpoint brings code."""
 

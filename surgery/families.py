@@ -528,7 +528,7 @@ def family_of(config: Mapping[str, Any], where: object, name: str | None = None)
     Args:
         config: What config.json says.
         where: Names the file in errors.
-        name: Of the entry, whatever the config's model type: what the user gave as ``--family``.
+        name: Of the entry, whatever the config's model type: what the user gave as ``family``.
 
     Raises:
         UnknownTypeError: the table has no such model type.
@@ -541,11 +541,11 @@ def family_of(config: Mapping[str, Any], where: object, name: str | None = None)
         )
     if name is not None and name not in FAMILIES:
         raise FamilyError(
-            "--family",
+            "`family`",
             "names no family",
             expected=f"one of {', '.join(FAMILIES)}",
             found=repr(name),
-            fix="inspect MODEL --probe shows which fit",
+            fix="inspect MODEL with `probe` shows which fit",
         )
     kind, code = model_type if name is None else name, "auto_map" in config
     entry = _entry(kind, where, code)

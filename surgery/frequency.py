@@ -26,7 +26,7 @@ def count_tokens(tokenizer: "Tokenizer", documents: Iterable[str], size: int) ->
     for ids in encoded(tokenizer, documents):
         counts += np.bincount(ids, minlength=size)[:size]
     if not counts.any():
-        raise DataError("--data", "has no text to count tokens in", fix="give a text")
+        raise DataError("`data`", "has no text to count tokens in", fix="give a text")
     return counts
 
 

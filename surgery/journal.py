@@ -96,7 +96,7 @@ class Journal:
                 self.path,
                 "cannot be written",
                 found=error.strerror,
-                fix="make that possible, then run again with --resume",
+                fix="make that possible, then run again with `resume`",
             ) from error
 
     def _read(self) -> None:
@@ -135,7 +135,7 @@ def _locked(path: Path) -> int:
             raise OutputError(
                 path.with_suffix(""),
                 "is being written by another run",
-                fix="wait for it, or stop it and continue with --resume, or name another output",
+                fix="wait for it, or stop it and continue with `resume`, or name another output",
             ) from error
         except OSError as error:
             if error.errno not in NO_LOCKS:

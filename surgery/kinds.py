@@ -91,7 +91,7 @@ def _refusal(path: Path, found: str) -> TokenizerError:
         "this kind of vocabulary cannot be cut",
         expected="BPE on bytes or with SentencePiece's alphabet, Unigram, or WordPiece",
         found=found,
-        fix="keep the vocabulary whole with --vocab-size and cut channels only",
+        fix="keep the vocabulary whole with `vocab_size` and cut channels only",
     )
 
 

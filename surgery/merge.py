@@ -19,14 +19,14 @@ SAME = {
     "fingerprint": ("another model's", SAME_MODEL),
     "bucket_edges": (
         "counted in other buckets of tokens",
-        "calibrate with the same --vocab-sizes and options of the vocabulary",
+        "calibrate with the same `vocab_sizes` and options of the vocabulary",
     ),
-    "dtype": ("taken in another dtype", "calibrate with the same --dtype"),
+    "dtype": ("taken in another dtype", "calibrate with the same `dtype`"),
     "vocab_size": (
         "taken of text that another vocabulary cut",
-        "calibrate with the same --vocab-size",
+        "calibrate with the same `vocab_size`",
     ),
-    "seq_len": ("taken with other windows", "calibrate with the same --seq-len"),
+    "seq_len": ("taken with other windows", "calibrate with the same `seq_len`"),
 }
 """Field of StatsInfo → what it means when it differs, and what to do."""
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from surgery.checkpoint import Checkpoint
-from surgery.errors import CheckpointError, FamilyError
+from surgery.errors import ADD_FAMILY, CheckpointError, FamilyError
 from surgery.family import Family, Slot, template
 from surgery.header import TensorRef
 from surgery.scales import weight_of
@@ -72,7 +72,7 @@ class Places:
         raise FamilyError(
             f"{tensor.path}: tensor {tensor.name}",
             "is not a tensor of this model's family",
-            fix="remove it, or add it to the family's slots in surgery/families.py if it belongs",
+            fix=f"remove it, or add it to the family's slots if it belongs; {ADD_FAMILY}",
         )
 
     def _guesses_ahead(self, name: str, layer: int) -> bool:

@@ -1,6 +1,6 @@
 """What a checkpoint of an unknown model type may be: families that fit, or a proposed entry.
 
-It proposes and never decides: the user names a family with ``--family``, or adds the entry.
+It proposes and never decides: the user names a family with ``family``, or adds the entry.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import Any
 from surgery.axes import WIDTH_KEY
 from surgery.build import read_layout
 from surgery.checkpoint import Checkpoint
-from surgery.errors import FamilyError, SurgeryError, UnknownTypeError, printable
+from surgery.errors import ADD_FAMILY, FamilyError, SurgeryError, UnknownTypeError, printable
 from surgery.evidence import Evidence
 from surgery.families import FAMILIES
 from surgery.family import Family, Wrapper, template
@@ -25,7 +25,7 @@ SHOWN = 6
 UNSEEN = (
     "models with the same tensors may compute otherwise: other norms, positions, factors",
     "where gate and up lie in one tensor, no shape shows whether in halves or in pairs",
-    "verify --forward shows whether an entry cuts what it should",
+    "verify with `forward` shows whether an entry cuts what it should",
 )
 """What names and shapes cannot tell."""
 
@@ -47,9 +47,9 @@ class Proposal:
         rows = [f"model type: {self.model_type}"]
         rows.append(f"families that fit: {', '.join(self.families) or 'none'}")
         if self.families:
-            rows.append(f"where it computes as one of them: --family {self.families[0]}")
+            rows.append(f"where it computes as one of them: `family` {self.families[0]}")
         if self.entry is not None:
-            rows.append("proposed entry for FAMILIES in surgery/families.py:")
+            rows.append("proposed entry for the table FAMILIES:")
             rows.append(f"{self.model_type!r}: {self.entry},")
         return "\n".join([*rows, *(f"note: {note}" for note in self.notes)])
 
@@ -86,12 +86,12 @@ def unknown_type(checkpoint: Checkpoint, error: UnknownTypeError) -> UnknownType
         more = f" and {len(families) - SHOWN} more" if len(families) > SHOWN else ""
         fix = (
             f"its tensors fit {', '.join(families[:SHOWN])}{more}: where it computes as one of "
-            f"them, name it, such as --family {families[0]}"
+            f"them, name it, such as `family` {families[0]}"
         )
     else:
         fix = (
-            "no family's tensors fit: compact-surgery inspect MODEL --probe proposes an entry for "
-            "FAMILIES in surgery/families.py"
+            "no family's tensors fit: compact-surgery inspect MODEL with `probe` proposes an entry "
+            f"for the table of families; {ADD_FAMILY}"
         )
     return UnknownTypeError(error.where, error.model_type, code=error.code, fix=fix)
 

@@ -30,7 +30,7 @@ class Rarity:
         """
         if not self.must_keep <= vocab_size <= len(self.order):
             raise BudgetError(
-                "--vocab-size",
+                "`vocab_size`",
                 "is out of reach",
                 expected=f"{self.must_keep} (bytes, special, referenced and asked-for tokens, "
                 f"white space) to {len(self.order)} (the source's rows)",

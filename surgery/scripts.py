@@ -118,7 +118,7 @@ def check_script(name: str) -> str:
 
     close = [names[key] for key in get_close_matches(_loose(name), names, n=1)]
     raise TokenizerError(
-        "--keep-script",
+        "`keep_scripts`",
         "not a script of Unicode",
         found=repr(name[:40]),
         fix=(f"did you mean {close[0]}? " if close else "")

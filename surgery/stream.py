@@ -92,7 +92,7 @@ def _unreadable(path: Path, error: OSError) -> CheckpointError:
         path,
         "shard cannot be read any more",
         found=error.strerror,
-        fix="bring it back, then run again with --resume",
+        fix="bring it back, then run again with `resume`",
     )
 
 
@@ -245,5 +245,5 @@ def _ended_early(path: Path, offset: int) -> CheckpointError:
         path,
         "shard ended early: it changed while it was read",
         expected=f"more than {offset} bytes",
-        fix="bring it back as it was, then run again with --resume",
+        fix="bring it back as it was, then run again with `resume`",
     )

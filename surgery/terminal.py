@@ -1,6 +1,7 @@
-"""What the command line draws while a command works: bars, and what the library logs."""
+"""What the command line shows: the library's words with flags in them, bars, and logs."""
 
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,46 @@ RULE = "V' and I' follow a rule of thumb; compact-surgery search finds the split
 
 OF_WEIGHTS = ("calibrate", "score", "apply")
 """Stages that count bytes of weights; the others count windows times layers."""
+
+
+PARAMETER = re.compile(r"`([a-z_]+)`")
+"""How the library writes the name of a parameter in errors, notes and tables."""
+
+
+def with_flags(text: str, command: click.Command | None = None) -> str:
+    """Return ``text`` with --vocab-size in place of vocab_size between backticks, and so on.
+
+    A name in backticks that is no parameter of any command stays as it is.
+
+    Args:
+        text: What the library says.
+        command: Whose flags come first; None is the command that runs.
+    """
+    context = click.get_current_context()
+    flags = all_flags(context.find_root().command) | all_flags(command or context.command)
+    return PARAMETER.sub(lambda found: flags.get(found[1], found[0]), text)
+
+
+def all_flags(command: click.Command) -> dict[str, str]:
+    """Parameter → flag of ``command`` and of the commands below it.
+
+    A parameter is known by the name of its flag and by the name under which click hands it over:
+    ``width`` and ``widths`` are both --width.
+    """
+    flags: dict[str, str] = {}
+    if isinstance(command, click.Group):
+        for inner in command.commands.values():
+            flags |= all_flags(inner)
+    for option in command.params:
+        if isinstance(option, click.Option) and option.name:
+            flag = max(option.opts, key=len)
+            flags |= {option.name: flag, flag.lstrip("-").replace("-", "_"): flag}
+    return flags
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print what the library says, options spelled as flags."""
+    click.echo(with_flags(text), err=err)
 
 
 class Bars:
@@ -61,7 +102,7 @@ def bars() -> Iterator[Progress]:
 class _Echo(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print a line of the library's on stderr."""
-        click.echo(self.format(record), err=True)
+        say(self.format(record), err=True)
 
 
 def show_logs() -> None:
@@ -75,7 +116,7 @@ def show_logs() -> None:
 
 def show_plan(plan: Plan, layout: Layout) -> None:
     """Print what a plan cuts and what to know about it."""
-    click.echo(plan.table())
+    say(plan.table())
     if names := left_behind(layout.checkpoint.path, plan.ids()):
         click.echo(f"note: left behind: {printable(', '.join(names))}")
     if plan.provenance.ratio is not None:

@@ -71,7 +71,7 @@ class VocabularyCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         lines = [
             f"{cost.script} text grows by {cost.growth:.0%} in tokens "
             f"({cost.tokens_before:,} tokens of that script become {cost.tokens_after:,}); "
-            f"--keep-script {cost.script} or --vocab-by frequency on such text keeps it short"
+            f"`keep_scripts` {cost.script} or `vocab_by` frequency on such text keeps it short"
             for cost in grown
         ]
         if self.missing_bytes:

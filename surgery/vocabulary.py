@@ -213,7 +213,7 @@ def kept_tokens(tokens: Path | Sequence[str], tokenizer: TokenizerFile) -> froze
                 f"{where} {number}",
                 "is no token of this vocabulary",
                 found=repr(line),
-                fix="correct or remove it; inspect --vocab shows what there is",
+                fix="correct or remove it; inspect with `vocab` shows what there is",
             )
         if named is not None:
             found.add(named)

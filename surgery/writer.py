@@ -70,7 +70,7 @@ class OutputDirectory:
                 "no space for the output",
                 expected=f"{nbytes:,} bytes",
                 found=f"{free:,} free",
-                fix="free space, or name another output, then run with --resume",
+                fix="free space, or name another output, then run with `resume`",
             )
 
     def finish(self, name: str) -> None:
@@ -91,7 +91,7 @@ class OutputDirectory:
                 self.path / name,
                 "cannot be written",
                 found=error.strerror,
-                fix="make that possible, then run again with --resume",
+                fix="make that possible, then run again with `resume`",
             ) from error
 
     def write(self, name: str, data: bytes | Iterable[bytes]) -> None:
@@ -114,7 +114,7 @@ class OutputDirectory:
             raise OutputError(
                 self.path,
                 "appeared while it was written",
-                fix="move it away, then run with --resume",
+                fix="move it away, then run with `resume`",
             ) from error
         _sync_directory(self.path.parent)
 
@@ -123,7 +123,7 @@ class OutputDirectory:
             raise OutputError(
                 self.partial,
                 "is there from a run that was interrupted",
-                fix="continue it with --resume, or delete it",
+                fix="continue it with `resume`, or delete it",
             )
         self._journal.begin(plan_digest)
         self.partial.mkdir()

@@ -168,7 +168,7 @@ def test_special_tokens_on_both_sides_count_within_seq_len(prose: str) -> None:
     )
     windows = token_windows([prose], tokenizer, samples=4, seq_len=16)
     assert [(len(w), int(w[0]), int(w[-1])) for w in windows] == [(16, BOS, EOS)] * 4
-    with pytest.raises(DataError, match=r"--seq-len: leaves no room .* more than 2, found 2"):
+    with pytest.raises(DataError, match=r"`seq_len`: leaves no room .* more than 2, found 2"):
         token_windows([prose], tokenizer, samples=4, seq_len=2)
 
 

@@ -106,19 +106,19 @@ def test_order_of_the_keys_does_not_matter(tp: int, group: int, multiple_of: int
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "--target: has no such key: expected tp or group, found ''; write it as"),
-        ("tp=4,", "--target: has no such key: expected tp or group, found ''; write it as"),
-        ("pp=2", "--target: has no such key: expected tp or group, found 'pp'; write it as"),
-        ("TP=2", "--target: has no such key: expected tp or group, found 'TP'; write it as"),
-        ("tp=2,tp=2", "--target: names a key twice: expected tp once, found 'tp=2,tp=2'; write"),
-        ("tp", "--target: has no size for tp: expected a whole number from 1 to 999999, found ''"),
-        ("group=0", "--target: has no size for group: expected a whole number from 1 to 999999,"),
-        ("tp=-4", "--target: has no size for tp: expected a whole number from 1 to 999999, found"),
-        ("tp=4.0", "--target: has no size for tp: expected a whole number from 1 to 999999, found"),
-        ("tp=４", "--target: has no size for tp: expected a whole number from 1 to 999999, found"),
-        ("tp=4=4", "--target: has no size for tp: expected a whole number from 1 to 999999, found"),
-        ("tp=" + "9" * 5000, "--target: has no size for tp: expected a whole number from 1 to"),
-        ("tp=4\ngroup=2", "--target: has no size for tp: expected a whole number from 1 to 999999"),
+        ("", "`target`: has no such key: expected tp or group, found ''; write it as"),
+        ("tp=4,", "`target`: has no such key: expected tp or group, found ''; write it as"),
+        ("pp=2", "`target`: has no such key: expected tp or group, found 'pp'; write it as"),
+        ("TP=2", "`target`: has no such key: expected tp or group, found 'TP'; write it as"),
+        ("tp=2,tp=2", "`target`: names a key twice: expected tp once, found 'tp=2,tp=2'; write"),
+        ("tp", "`target`: has no size for tp: expected a whole number from 1 to 999999, found ''"),
+        ("group=0", "`target`: has no size for group: expected a whole number from 1 to 999999,"),
+        ("tp=-4", "`target`: has no size for tp: expected a whole number from 1 to 999999, found"),
+        ("tp=4.0", "`target`: has no size for tp: expected a whole number from 1 to 999999, found"),
+        ("tp=４", "`target`: has no size for tp: expected a whole number from 1 to 999999, found"),
+        ("tp=4=4", "`target`: has no size for tp: expected a whole number from 1 to 999999, found"),
+        ("tp=" + "9" * 5000, "`target`: has no size for tp: expected a whole number from 1 to"),
+        ("tp=4\ngroup=2", "`target`: has no size for tp: expected a whole number from 1 to 999999"),
     ],
 )
 def test_bad_target(text: str, message: str) -> None:
@@ -130,16 +130,16 @@ def test_bad_target(text: str, message: str) -> None:
 @given(st.text(max_size=30))
 def test_any_text_is_a_target_or_one_line(text: str) -> None:
     try:
-        message = f"--target: {parse_target(text, 128)}"
+        message = f"`target`: {parse_target(text, 128)}"
     except BudgetError as error:
         message = str(error)
-    assert message.startswith("--target: ")
+    assert message.startswith("`target`: ")
     assert len(message.splitlines()) == 1
 
 
 @pytest.mark.parametrize("multiple_of", [0, -128])
 def test_bad_multiple_of(multiple_of: int) -> None:
-    message = f"--multiple-of: is no step: expected 1 or more, found {multiple_of}; give a whole"
+    message = f"`multiple_of`: is no step: expected 1 or more, found {multiple_of}; give a whole"
     with pytest.raises(BudgetError, match=re.escape(message)):
         parse_target("tp=2", multiple_of)
 
@@ -193,12 +193,12 @@ def test_lines_read_whole() -> None:
     assert engine_faults(facts) == [
         "vLLM, SGLang (cannot): moe_intermediate_size 768 at tp=4, 8 gives a rank no whole "
         "groups of 128: AWQ, GPTQ or FP8 weights so grouped do not load; choose the width with "
-        "--target tp=N,group=128, or quantize in smaller groups",
+        "`target` tp=N,group=128, or quantize in smaller groups",
         "vLLM, SGLang (cannot): intermediate_size 1408 at tp=2, 4, 8 gives a rank no whole "
         "groups of 128: AWQ, GPTQ or FP8 weights so grouped do not load; choose the width with "
-        "--target tp=N,group=128, or quantize in smaller groups",
+        "`target` tp=N,group=128, or quantize in smaller groups",
         "llama.cpp (falls back): intermediate_size 1408 is no multiple of 256, so down_proj "
-        "gets Q4_0 to Q8_0 in place of a K-quant; --multiple-of 256 avoids that",
+        "gets Q4_0 to Q8_0 in place of a K-quant; `multiple_of` 256 avoids that",
     ]
 
 

@@ -161,7 +161,7 @@ def test_a_shard_of_the_source_is_lost_while_apply_runs(
     with pytest.raises(CheckpointError, match=words) as caught:
         apply_plan(loaded, source=source, output=out, jobs=jobs, progress=lose)
     assert last.name in str(caught.value)
-    assert "--resume" in str(caught.value)
+    assert "`resume`" in str(caught.value)
     assert not out.exists()
     if last.is_dir():
         last.rmdir()

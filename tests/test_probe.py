@@ -178,7 +178,7 @@ def test_every_command_refuses_in_one_line(renamed: Path, run: Run, command: str
 def test_where_nothing_fits_the_line_names_the_probe(renamed: Path, run: Run) -> None:
     change(renamed, num_hidden_layers=7)
     assert_refused(run("inspect", renamed), UNKNOWN, "no family's tensors fit",
-                   "compact-surgery inspect MODEL --probe", "surgery/families.py")  # fmt: skip
+                   "compact-surgery inspect MODEL with --probe", "Add a model family")  # fmt: skip
     probed = run("inspect", renamed, "--probe")
     assert probed.exit_code == 0
     assert "families that fit: none" in probed.output

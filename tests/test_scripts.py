@@ -197,7 +197,7 @@ def test_case_and_separators_do_not_matter(entry: tuple[str, str], data: st.Data
     "name", ["Klingon", "", "Inherited", "Unknown", "Bytes", "Hrkt", "L", ".*"]
 )
 def test_no_script_is_refused(name: str) -> None:
-    with pytest.raises(TokenizerError, match="--keep-script: not a script of Unicode") as caught:
+    with pytest.raises(TokenizerError, match="`keep_scripts`: not a script of Unicode") as caught:
         check_script(name)
     assert f"found {name!r}" in str(caught.value)
     assert "by code: Hani" in str(caught.value)

@@ -156,7 +156,7 @@ def test_size_inside_a_bucket_counts_by_the_share_that_stays(tmp_path: Path, run
     sizes = ("--vocab-size", 450, "--intermediate-size", 48)
     options = ("--stats", tmp_path / "stats.safetensors", "-o", tmp_path / "plan.json")
     result = run("plan", path, *sizes, *options)
-    assert "calibrate --vocab-sizes 450 makes it exact" in result.output
+    assert "calibrating with --vocab-sizes 450 makes it exact" in result.output
 
 
 def test_every_weight_byte_is_read_once(tmp_path: Path) -> None:

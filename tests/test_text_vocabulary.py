@@ -102,7 +102,7 @@ def test_a_plan_for_another_size_says_so(tmp_path: Path, llama: Path, text: Path
     plain, cut = tmp_path / "plain", tmp_path / "cut"
     calibrated(run, llama, text, plain, "--vocab-sizes", V)
     calibrated(run, llama, text, cut, "--vocab-size", V)
-    said = "the statistics are of text as {} rows cut it; calibrate --vocab-size {} takes them"
+    said = "the statistics are of text as {} rows cut it; calibrating with `vocab_size` {} "
     assert notes(run, llama, cut, V) == []
     assert notes(run, llama, plain, tiny.VOCAB_SIZE) == []
     assert [note for note in notes(run, llama, plain, V) if said.format(640, V) in note]

@@ -123,7 +123,7 @@ def test_bytes_special_tokens_references_and_white_space_stay() -> None:
     assert kept.new(referenced) is not None
     new = Tokenizer.from_str(json.dumps(source.rewrite(kept)))
     assert new.encode(tokenizer.decode([referenced])).ids[-1] == kept.new(referenced)
-    with pytest.raises(BudgetError, match="--vocab-size: is out of reach"):
+    with pytest.raises(BudgetError, match="`vocab_size`: is out of reach"):
         rarity.id_map(rarity.must_keep - 1)
 
 
