@@ -51,9 +51,8 @@ def check_methods(layout: Layout, methods: Sequence[str]) -> None:
         if method not in METHODS:
             raise DataError(
                 "`methods`",
-                "has an unknown one",
-                expected=", ".join(METHODS),
-                found=method,
+                f"no method {method}",
+                expected=f"some of {', '.join(METHODS)}",
                 fix="correct it",
             )
     if {*methods} & {*LAYER_METHODS}:

@@ -76,8 +76,8 @@ def open_model(model: str | Path, *, family: str | None = None) -> Model:
 
 def open_layout(model: str | Path, family: str | None = None) -> Layout:
     """Open a checkpoint as ``open_model`` does, and return its layout."""
-    path, name = resolve_model(str(model))
-    checkpoint = Checkpoint.open(path, family, name=name)
+    path, origin = resolve_model(str(model))
+    checkpoint = Checkpoint.open(path, family, origin=origin)
     try:
         return read_layout(checkpoint)
     except UnknownTypeError as error:
@@ -109,7 +109,7 @@ def make_plan(  # noqa: PLR0913
     dequantize: bool = False,
     vocab_by: str = "merge-order",
     drop_reserved: bool = False,
-    keep_tokens: Path | Sequence[str] = (),
+    keep_tokens: Path | Sequence[str] | None = None,
     keep_scripts: Sequence[str] = (),
     criterion: str = DEFAULT_CRITERION,
     min_expert_tokens: int = LEAST_TOKENS,

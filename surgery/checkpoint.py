@@ -30,19 +30,19 @@ class Checkpoint:
     """The model type as which it is treated; None is config.json's own."""
     quantization: Fp8 | None = None
     """How weights in FP8 are scaled; None where none is quantized."""
-    name: str | None = None
+    origin: str | None = None
     """Finds the checkpoint again where its path does not: a hub id ``org/name@commit``."""
 
     @classmethod
     def open(
-        cls, path: Path, family: str | None = None, *, name: str | None = None
+        cls, path: Path, family: str | None = None, *, origin: str | None = None
     ) -> "Checkpoint":
         """Read the headers and config.json of directory ``path``, to be treated as ``family``.
 
         Args:
             path: The directory.
             family: Model type as which it is treated; None is config.json's own.
-            name: As the field.
+            origin: As the field.
 
         Raises:
             CheckpointError: anything that is missing, damaged, pickled, or quantized in another
@@ -57,7 +57,7 @@ class Checkpoint:
         remote = Skeleton.at(path)
         if _has_shard(path, SINGLE_NAME, remote):
             single = {SINGLE_NAME: _header(path, SINGLE_NAME, remote)}
-            return cls(path, config, single, None, family, quantization, name)
+            return cls(path, config, single, None, family, quantization, origin)
         if not (path / INDEX_NAME).exists():
             _refuse_missing_weights(path)
         index = read_json(path / INDEX_NAME)
@@ -73,12 +73,12 @@ class Checkpoint:
         names = dict.fromkeys(weight_map.values())
         shards = {name: _header(path, name, remote) for name in names}
         _check_index(path, weight_map, shards)
-        return cls(path, config, shards, index, family, quantization, name)
+        return cls(path, config, shards, index, family, quantization, origin)
 
     @property
     def source(self) -> str:
         """What finds the checkpoint again: its hub id, or its absolute path."""
-        return self.name or str(self.path.resolve())
+        return self.origin or str(self.path.resolve())
 
     @cached_property
     def tensors(self) -> dict[str, TensorRef]:

@@ -135,7 +135,14 @@ class PlanSources:
     ),
     seed_option,
     click.option("--output", type=path_type, metavar="DIR", help="Where apply is to write."),
-    click.option("-o", "plan", type=path_type, default="plan.json", show_default=True),
+    click.option(
+        "-o",
+        "plan",
+        type=path_type,
+        default="plan.json",
+        show_default=True,
+        help="File that the plan is written to.",
+    ),
 )
 def plan(model: ModelOptions, cut: CutRequest, compute: ComputeOptions, given: PlanSources) -> None:
     """Choose what to cut and predict the result; no weights are read, but with --repair.

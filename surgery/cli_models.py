@@ -59,7 +59,14 @@ from surgery.text_options import TextOptions
         help="Tasks of --engine ray.  [default: one for each node, or for each GPU]",
     ),
     vocabulary_options,
-    click.option("-o", "output", type=path_type, default="stats.safetensors", show_default=True),
+    click.option(
+        "-o",
+        "output",
+        type=path_type,
+        default="stats.safetensors",
+        show_default=True,
+        help="File that the statistics are written to.",
+    ),
     click.option("--resume", is_flag=True, help="Go on with a run that was interrupted, if any."),
 )
 @click.option("--dry-run", is_flag=True, help="Show what the run would take, and end.")
@@ -145,7 +152,9 @@ def score(
 @text_options
 @compute_options
 @cut_options
-@click.option("-o", "output", type=path_type, metavar="DIR", required=True)
+@click.option(
+    "-o", "output", type=path_type, metavar="DIR", required=True, help="Directory to write."
+)
 @push_option
 def prune(
     model: ModelOptions,
@@ -186,7 +195,7 @@ def stats() -> None:
 
 @stats.command()
 @click.argument("paths", metavar="STATS…", nargs=-1, required=True, type=path_type)
-@click.option("-o", "output", type=path_type, required=True, metavar="FILE")
+@click.option("-o", "output", type=path_type, required=True, metavar="FILE", help="File to write.")
 def merge(paths: tuple[Path, ...], output: Path) -> None:
     """Add the statistics of separate runs over parts of a text, or over several texts."""
     from surgery.merge import merge_stats

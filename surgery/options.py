@@ -272,7 +272,6 @@ vocabulary_options = gathered(
     click.option(
         "--keep-tokens",
         type=path_type,
-        default=(),
         metavar="FILE",
         help="Tokens that must stay, one a line, as spelled in the vocabulary or as plain text.",
     ),

@@ -36,7 +36,7 @@ class VocabularyOptions:
     """Rarity of tokens: "merge-order", the tail of the merge list, or "frequency" in a text."""
     drop_reserved: bool = False
     """Whether tokens go that are reserved for later use and that nothing refers to."""
-    keep_tokens: Path | Sequence[str] = ()
+    keep_tokens: Path | Sequence[str] | None = None
     """Tokens that must stay, as the vocabulary spells them or as plain text; or a file of them,
     one a line."""
     keep_scripts: Sequence[str] = ()
@@ -187,19 +187,16 @@ def merge_ranks(tokenizer: TokenizerFile, tree: MergeTree) -> np.ndarray:
     return rank
 
 
-def kept_tokens(tokens: Path | Sequence[str], tokenizer: TokenizerFile) -> frozenset[int]:
+def kept_tokens(tokens: Path | Sequence[str] | None, tokenizer: TokenizerFile) -> frozenset[int]:
     """Ids of ``tokens``, as the vocabulary spells them or as plain text; or of a file of them.
 
     Raises:
         TokenizerError: one of them is no token.
     """
-    lines, where = (
-        (tokens, "`keep_tokens`: item")
-        if not isinstance(tokens, Path)
-        else (_lines(tokens), f"{tokens}: line")
-    )
-    if not lines:
+    if tokens is None:
         return frozenset()
+    lines = _lines(tokens) if isinstance(tokens, Path) else tokens
+    where = f"{tokens}: line" if isinstance(tokens, Path) else "`keep_tokens`: item"
     spelled: dict[str, int] = {}
     for token, id_ in tokenizer.vocab.items():
         text = tokenizer.kind.text(token)
