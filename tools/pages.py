@@ -1,6 +1,6 @@
 """Write the generated parts of README.md and of the pages in docs/.
 
-    python -m tools.pages
+python -m tools.pages
 """
 
 import ast
@@ -48,7 +48,8 @@ def command_table() -> str:
 
 def command_pages() -> str:
     """Usage, help and options of every command, for docs/cli.md."""
-    group = click.Context(compact_surgery, info_name="compact-surgery")
+    settings = compact_surgery.context_settings
+    group = click.Context(compact_surgery, info_name="compact-surgery", **settings)
     sections = (section(compact_surgery.commands[name], name, group) for name in READ_ON)
     return "\n\n".join(sections)
 
