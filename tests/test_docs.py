@@ -31,7 +31,7 @@ PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in sorted(FILE
 QUICK_START = "docs/quickstart.md"
 FROM_NOTHING = {"README.md", QUICK_START}
 """Pages whose examples need a model and texts; those of others go on where the quick start ends."""
-OF_OTHERS = {"--local-dir", "--help", "--no-build-isolation"}
+OF_OTHERS = {"--local-dir", "--help"}
 """Options of other programs that pages name."""
 
 
@@ -83,8 +83,9 @@ def run_examples(page: str) -> None:
 
 def save_material(folder: Path) -> Path:
     """What every page's examples begin with: a model and texts."""
-    sizes = {"hidden_size": 64, "intermediate_size": 512, "vocab_size": 1536}
-    tiny.save(folder / "my-model", tied=True, **sizes)
+    tiny.save(
+        folder / "my-model", hidden_size=64, intermediate_size=512, vocab_size=1536, tied=True
+    )
     for name in ("text.txt", "heldout.txt"):
         (folder / name).write_text(tiny.prose(9_000), encoding="utf-8")
     return folder

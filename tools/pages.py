@@ -61,7 +61,7 @@ def section(command: click.Command, name: str, parent: click.Context) -> str:
     usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
     parts = [f"## {path}", inspect.cleandoc(command.help or ""), f"```text\n{usage}\n```"]
     if page := READ_ON.get(path):
-        parts.append(f"Read on: [{page.partition('.md')[0]}]({page}).")
+        parts.append(f"Read on: [{title(page.partition('#')[0])}]({page}).")
     if isinstance(command, click.Group):
         parts += [section(each, child, context) for child, each in sorted(command.commands.items())]
     else:
@@ -69,11 +69,17 @@ def section(command: click.Command, name: str, parent: click.Context) -> str:
     return "\n\n".join(parts)
 
 
+def title(page: str) -> str:
+    """The heading of a page in docs/."""
+    return (ROOT / "docs" / page).read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+
+
 def option_table(command: click.Command, context: click.Context) -> str:
     """One row for each option, as ``--help`` shows it."""
     rows = ["| option | meaning |", "|---|---|"]
-    for parameter in command.get_params(context):
-        if record := parameter.get_help_record(context):
+    options = (each for each in command.get_params(context) if isinstance(each, click.Option))
+    for record in (each.get_help_record(context) for each in options):
+        if record:
             option, meaning = (text.replace("|", "\\|") for text in record)
             rows.append(f"| `{option}` | {meaning} |")
     return "\n".join(rows)
