@@ -7,22 +7,23 @@ MODEL   := build/smollm2
 PYTHON4 := $(VENV)/transformers4/bin/python
 PLATLIB := import sysconfig; print(sysconfig.get_path("platlib"))
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint docs clean
 
 help:
 	@echo "make demo    shrink SmolLM2-135M by 20 % and compare it with the original"
-	@echo "make test    lint, type check and run the tests"
+	@echo "make test    lint, type check, build the pages and run the tests"
 	@echo "make lint    lint and type check only"
+	@echo "make docs    build the pages as a site in build/docs; a broken link fails"
 	@echo "make clean   remove build/, $(VENV)/ and all caches"
 	@echo
-	@echo "demo and test first install what they need into $(VENV)/. On Linux, pip takes the CUDA"
+	@echo "All but clean first install what they need into $(VENV)/. On Linux, pip takes the CUDA"
 	@echo "build of torch, several GB, unless PIP_EXTRA_INDEX_URL names PyTorch's CPU index."
 	@echo "PYTHON=python3.12 chooses another interpreter."
 
 demo: $(VENV)/demo.stamp $(MODEL)/config.json
 	$(BIN)/python tools/demo.py --model $(MODEL) --output build
 
-test: lint $(VENV)/transformers4.stamp
+test: lint docs $(VENV)/transformers4.stamp
 	COMPACT_SURGERY_TRANSFORMERS4=$(abspath $(PYTHON4)) \
 		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -30,6 +31,9 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/docs.stamp
+	$(BIN)/python -m sphinx -E -W --keep-going -q -b html docs build/docs
 
 clean:
 	rm -rf build $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

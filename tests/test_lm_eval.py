@@ -19,7 +19,7 @@ from tools.tasks.records import FOLDER, KINDS, read
 
 pytest.importorskip("lm_eval")
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
 LIMIT = 16
 
 
@@ -93,12 +93,12 @@ def test_task_scores_prints_every_kind_of_every_directory(
     assert scores["mean"]["acc"] == pytest.approx(sum(scores[k]["acc"] for k in KINDS) / 5)
 
 
-def test_readme_s_lm_eval_command_runs(
+def test_the_page_s_lm_eval_command_runs(
     pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lm_eval.__main__ import cli_evaluate
 
-    (line,) = re.findall(r"^lm_eval (?:.*\\\n)*.*", README, re.MULTILINE)
+    (line,) = re.findall(r"^lm_eval (?:.*\\\n)*.*", PAGE, re.MULTILINE)
     (tmp_path / "my-model-pruned").symlink_to(pruned)
     (tmp_path / "tools").symlink_to(ROOT / "tools")
     monkeypatch.chdir(tmp_path)

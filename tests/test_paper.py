@@ -107,7 +107,7 @@ def test_the_rule_splits_as_searches_found_best(
     ratio: float,
     found: tuple[int, int],
 ) -> None:
-    """What ``tools.splits`` and the README's compare have found."""
+    """What ``tools.splits`` and the compare of docs/search-repair-compare.md have found."""
     layout = read_layout(Checkpoint.open(write_headers_only(tmp_path / "model", config)))
     sizes = split(layout, ratio, 1024)
     assert (sizes.vocab_size, sizes.widths["intermediate_size"]) == found

@@ -1,19 +1,9 @@
-"""The README's table of families, made from the table of axes and from what the tests cover.
-
-python -m tools.family_table            print it
-python -m tools.family_table --write    put it into README.md
-"""
-
-import click
+"""The table of families, made from the table of axes and from what the tests cover."""
 
 from surgery.families import FAMILIES
 from surgery.family import EXPERT, FFN, SHARED, Family, Wrapper
 from tests.support.loading import NOT_IN_4
 from tests.support.tiny_configs import TINY
-from tools.readme import print_or_write
-
-BEGIN = "<!-- made by python -m tools.family_table -->\n"
-END = "<!-- end of the table of families -->\n"
 
 MODELS = {
     "llama": "Llama 1, 2, 3; Falcon 3; SmolLM2; Yi",
@@ -128,14 +118,3 @@ def widths(family: Family) -> str:
 def untested() -> set[str]:
     """Entries of FAMILIES that no tiny checkpoint stands for."""
     return set(FAMILIES) - {key.partition(":")[0] for key in TINY}
-
-
-@click.command()
-@click.option("--write", is_flag=True, help="Put the table into README.md.")
-def main(write: bool) -> None:
-    """Print the table of families."""
-    print_or_write(family_table(), BEGIN, END, write=write)
-
-
-if __name__ == "__main__":
-    main()

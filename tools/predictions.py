@@ -1,13 +1,8 @@
-"""The README's table of what large models take, computed by the tool from headers alone.
-
-python -m tools.predictions            print it
-python -m tools.predictions --write    put it into README.md
-"""
+"""The table of what large models take, computed by the tool from headers alone."""
 
 import tempfile
 from pathlib import Path
 
-import click
 import torch
 
 from calib.estimate import WindowLengths, predict
@@ -17,11 +12,7 @@ from surgery.build import read_layout
 from surgery.checkpoint import Checkpoint
 from surgery.predict import shape_of
 from tools.published import MIXTURES, PUBLISHED
-from tools.readme import print_or_write
 from tools.shapes import write_headers_only
-
-BEGIN = "<!-- made by python -m tools.predictions -->\n"
-END = "<!-- end of the table of predictions -->\n"
 
 MODELS = {
     "Llama-3.2-1B": "Llama 3.2 1B",
@@ -70,14 +61,3 @@ def row(name: str) -> str:
             *(apart.peak_device, cpu.read, states, after.nbytes),
         )
     return f"| {MODELS[name]} | " + " | ".join(f"{n / GB:,.1f}" for n in figures) + " |"
-
-
-@click.command()
-@click.option("--write", is_flag=True, help="Put the table into README.md.")
-def main(write: bool) -> None:
-    """Print the table of predictions."""
-    print_or_write(prediction_table(), BEGIN, END, write=write)
-
-
-if __name__ == "__main__":
-    main()
