@@ -17,6 +17,7 @@ import pytest
 
 from surgery import stream
 from surgery.apply import apply_plan
+from surgery.errors import CheckpointError
 from surgery.plan import Plan
 from surgery.preview import plan_table
 from surgery.stream import stream_edit
@@ -158,7 +159,7 @@ def test_a_shard_of_the_source_is_lost_while_apply_runs(
             done.set()
             damage(last)
 
-    with pytest.raises(stream.CheckpointError, match=words) as caught:
+    with pytest.raises(CheckpointError, match=words) as caught:
         apply_plan(loaded, source, out, jobs=jobs, progress=lose)
     assert last.name in str(caught.value)
     assert "--resume" in str(caught.value)
@@ -223,7 +224,7 @@ def test_an_input_error_in_the_kernel_s_copy_is_blamed_on_the_source(
 
     monkeypatch.setattr(os, "copy_file_range", broken)
     monkeypatch.setattr(os, "preadv", broken)
-    with pytest.raises(stream.CheckpointError, match="cannot be read any more: found Input/out"):
+    with pytest.raises(CheckpointError, match="cannot be read any more: found Input/out"):
         apply_plan(Plan.load(plan), source, tmp_path / "out")
 
 
