@@ -28,7 +28,7 @@ class Material:
     rarity: Rarity
     tokenizer: TokenizerFile | None
     """None where the vocabulary stays whole."""
-    calibration: Sequence[str]
+    calibration: Iterable[str]
     """Documents."""
     heldout: Sequence[str]
     """Windows of text."""

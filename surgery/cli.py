@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from calib.documents import TextOptions
 from surgery import __version__
 from surgery.apply import JOBS
 from surgery.cli_models import calibrate, prune, score
@@ -30,6 +31,7 @@ from surgery.options import (
     push_option,
     seed_option,
     spill_option,
+    text_options,
     vocabulary_options,
 )
 from surgery.size_options import Target, size_options
@@ -114,10 +116,8 @@ def inspect(
 @click.option("--stats", type=path_type, help="From calibrate.")
 @size_options
 @vocabulary_options
-@click.option(
-    "--data",
-    metavar="TEXT",
-    help="To show what the cut of the vocabulary costs, and to count tokens in; as for calibrate.",
+@text_options(
+    required=False, use="To show what the cut of the vocabulary costs, and to count tokens in. "
 )
 @channel_options
 @seed_option
@@ -131,7 +131,7 @@ def plan(
     stats: Path | None,
     target: Target,
     vocabulary: VocabularyOptions,
-    data: str | None,
+    data: TextOptions,
     channels: ChannelOptions,
     output: Path | None,
     plan_path: Path,
@@ -142,12 +142,11 @@ def plan(
     --repair runs the model on --data, in windows as those of the statistics; --seed, --device,
     --dtype and --spill are for it.
     """
-    from calib.documents import read_documents
     from surgery.apply_cost import apply_cost
     from surgery.choices import choose_sizes
     from surgery.preview import RULE, plan_table
     from surgery.stats import ChannelStats
-    from surgery.steps import open_model, plan_model
+    from surgery.steps import documents_of, open_model, plan_model
     from surgery.studies import repair_plan
     from surgery.writer import check_file
 
@@ -158,7 +157,7 @@ def plan(
         layout,
         target,
         vocabulary,
-        read_documents(data) if data else None,
+        documents_of(layout, data) if data.data else None,
         loaded.block_influence if loaded else None,
     )
     made = plan_model(
@@ -170,10 +169,10 @@ def plan(
         ratio=target.ratio,
         output=output,
         vocab_by=vocabulary.vocab_by,
-        documents=read_documents(data) if data else (),
+        documents=documents_of(layout, data) if data.data else (),
     )
     if channels.repair != "none":
-        if loaded is None or data is None:
+        if loaded is None or not data.data:
             raise Refusal("--repair needs --stats and --data: the channels that stay, and a text")
         text = {"samples": loaded.info.samples, "seq_len": loaded.info.seq_len, **compute}
         made = repair_plan(made, plan_path, layout, chosen, data=data, **text)

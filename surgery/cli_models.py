@@ -67,9 +67,14 @@ def calibrate(
     What each finished layer leaves lies in OUTPUT.partial until OUTPUT is written. The statistics
     are exact for a plan with the same options of the vocabulary.
     """
-    from calib.documents import read_documents
     from surgery.choices import parse_vocab_sizes, rarity_or_whole
-    from surgery.steps import open_model, prepare_calibration, take_on_ray, take_statistics
+    from surgery.steps import (
+        documents_of,
+        open_model,
+        prepare_calibration,
+        take_on_ray,
+        take_statistics,
+    )
     from surgery.text_vocabulary import TextVocabulary
     from surgery.writer import check_file
 
@@ -80,7 +85,7 @@ def calibrate(
     layout, _ = open_model(model, family)
     check_file(output, layout.checkpoint.path)
     exact = parse_vocab_sizes(cut.vocab_sizes, layout) if cut.vocab_sizes else ()
-    rarity = rarity_or_whole(layout, vocabulary, read_documents(options["data"]))
+    rarity = rarity_or_whole(layout, vocabulary, documents_of(layout, options["data"]))
     start = time.perf_counter()
     local = division.engine == "local"
     running = Running(output if local else None, resume, resources, division)
@@ -171,11 +176,10 @@ def prune(
 
     The statistics and the plan stay beside DIR as DIR.stats.safetensors and DIR.plan.json.
     """
-    from calib.documents import read_documents
     from surgery.choices import choose_sizes
     from surgery.preview import RULE, plan_table
     from surgery.push import check_push, push
-    from surgery.steps import open_model, run_apply
+    from surgery.steps import documents_of, open_model, run_apply
     from surgery.studies import calibrated_plan
     from surgery.verify import verify_files
     from surgery.writer import check_file, check_place
@@ -188,7 +192,7 @@ def prune(
     plan_path = output.with_name(output.name + ".plan.json")
     if output.absolute().parent.is_dir():  # else it is made
         check_file(plan_path, path)
-    chosen = choose_sizes(layout, target, vocabulary, read_documents(options["data"]))
+    chosen = choose_sizes(layout, target, vocabulary, documents_of(layout, options["data"]))
     made = calibrated_plan(
         layout,
         source,

@@ -57,11 +57,10 @@ def search(
     All are tried together, each layer's weights read once, on every fourth block of TEXT; the
     rest of TEXT chooses their channels.
     """
-    from calib.documents import read_documents
     from surgery.choices import choose_sizes
     from surgery.comparison import plot_pairs, table
     from surgery.preview import plan_table
-    from surgery.steps import open_model
+    from surgery.steps import documents_of, open_model
     from surgery.studies import calibrated_plan, open_study, search_pairs
     from surgery.writer import check_file
 
@@ -70,7 +69,7 @@ def search(
         check_file(plan_path, layout.checkpoint.path)
     if plot is not None:
         check_file(plot)
-    chosen = choose_sizes(layout, target, vocabulary, read_documents(options["data"]))
+    chosen = choose_sizes(layout, target, vocabulary, documents_of(layout, options["data"]))
     study = open_study(layout, chosen, **options)
     rows, best = search_pairs(study, chosen, target, candidates, channels)
     click.echo(json.dumps([row.facts() for row in rows]) if as_json else table(rows))
@@ -154,17 +153,16 @@ def compare(
     **options: Any,
 ) -> None:
     """Compare methods at the same ratios, on the same text and the same held-out windows."""
-    from calib.documents import read_documents
     from surgery.choices import choose_sizes
     from surgery.comparison import METHODS, plot_methods, plot_samples, table
-    from surgery.steps import open_model
+    from surgery.steps import documents_of, open_model
     from surgery.studies import compare_methods, compare_samples, open_study, usable_methods
     from surgery.writer import check_file
 
     if plot is not None:
         check_file(plot)
     layout, _ = open_model(model, options.pop("family"))
-    documents = read_documents(options["data"])
+    documents = documents_of(layout, options["data"])
     chosen = choose_sizes(layout, replace(target, ratio=ratios[0]), vocabulary, documents)
     names = methods.split(",") if methods else usable_methods(layout)
     if unknown := [name for name in names if name not in METHODS]:

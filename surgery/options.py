@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from calib.documents import Source, TextOptions
 from surgery.channels import CRITERIA, DEFAULT_CRITERION, LEAST_TOKENS
 
 
@@ -40,6 +41,15 @@ def gathered(name: str, kind: type[Any], *options: Callable[..., Any]) -> Callab
         return combined(*options)(gather)
 
     return decorate
+
+
+def say(note: str) -> None:
+    """Print a note on stderr, once in a command."""
+    context = click.get_current_context(silent=True)
+    said = context.meta.setdefault("notes", set()) if context else set()
+    if note not in said:
+        click.echo(f"note: {note}", err=True)
+    said.add(note)
 
 
 @dataclass(frozen=True)
@@ -91,12 +101,32 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON f
 push_option = click.option(
     "--push-to", metavar="ORG/NAME", help="Upload the result to this model on the hub, too."
 )
-data_option = click.option(
-    "--data",
-    required=True,
-    metavar="TEXT",
-    help="A .txt or .jsonl file, a directory of them, or hub:name[:config][:split][:field].",
-)
+
+
+def text_options(*, required: bool, use: str = "") -> Callable[..., Any]:
+    """Return a decorator that adds --data, --field and --strict as one argument ``data``."""
+    return gathered(
+        "data",
+        TextOptions,
+        click.option(
+            "--data",
+            required=required,
+            multiple=True,
+            metavar="TEXT[=WEIGHT]",
+            callback=lambda _, __, given: tuple(map(Source.parse, given)),
+            help=f"{use}A .txt, .jsonl or .parquet file (.gz or .zst, too), a directory of them, "
+            "or hub:name[:config][:split][:field]. Several take turns by weight, 1 each.",
+        ),
+        click.option(
+            "--field",
+            metavar="NAME",
+            help="Field of a row with its text or messages.  [default: text, else messages]",
+        ),
+        click.option("--strict", is_flag=True, help="Refuse bad rows instead of skipping them."),
+    )
+
+
+data_option = text_options(required=True)
 samples_option = click.option(
     "--samples",
     default=256,

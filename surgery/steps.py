@@ -14,7 +14,7 @@ from surgery.choices import Chosen
 from surgery.companions import check_companions
 from surgery.errors import BudgetError, UnknownTypeError
 from surgery.layout import Layout
-from surgery.options import ChannelOptions
+from surgery.options import ChannelOptions, say
 from surgery.part import Division
 from surgery.plan import Plan
 from surgery.planning import make_plan
@@ -31,6 +31,7 @@ RETURNED = Running()
 
 if TYPE_CHECKING:
     from calib.calibration import Calibration
+    from calib.documents import Text
     from calib.score import Score
 
 
@@ -53,11 +54,19 @@ def probe_model(model: str) -> Proposal:
     return propose(Checkpoint.open(resolve_model(model)[0]))
 
 
+def documents_of(layout: Layout, data: "Text", seed: int | None = None) -> Iterable[str]:
+    """The documents of a text, chats as the model's own template writes them."""
+    from calib.chat import ChatTemplate
+    from calib.documents import read_documents
+
+    return read_documents(data, seed, render=ChatTemplate(layout.checkpoint.path), note=say)
+
+
 def prepare_calibration(
     layout: Layout,
     vocabulary: TextVocabulary,
     *,
-    data: str,
+    data: "Text",
     samples: int,
     seq_len: int,
     seed: int | None,
@@ -70,14 +79,15 @@ def prepare_calibration(
     ``running`` says which windows are used and where the statistics are written.
     """
     from calib.calibration import prepare
-    from calib.corpus import check_windows, token_windows
-    from calib.documents import read_documents
+    from calib.corpus import check_windows, shortfall, token_windows
 
     check_channels(layout)
-    documents = read_documents(data, seed)
+    documents = documents_of(layout, data, seed)
     tokenizer, old_ids = vocabulary.tokenizer(layout)
     every = token_windows(documents, tokenizer, samples, seq_len)
-    check_windows(every, seq_len)
+    check_windows(every)
+    if short := shortfall(every, samples, seq_len):
+        say(short)
     windows = running.division.choose(every)
     if old_ids is not None:
         windows = [old_ids[window] for window in windows]
@@ -182,7 +192,7 @@ def plan_model(
 def score_model(
     layout: Layout,
     *,
-    data: str,
+    data: "Text",
     samples: int,
     window_bytes: int,
     seed: int | None,
@@ -192,10 +202,9 @@ def score_model(
     """Score a model on the windows of a text."""
     from calib.corpus import byte_windows
     from calib.device import choose_device, choose_dtype
-    from calib.documents import read_documents
     from calib.score import score
 
-    texts = byte_windows(read_documents(data, seed), samples, window_bytes)
+    texts = byte_windows(documents_of(layout, data, seed), samples, window_bytes)
     tokenizer = load_tokenizer(layout.checkpoint.path)
     where = choose_device(device)
     with weights_bar("score", layout, len(texts)) as progress:

@@ -22,6 +22,7 @@ from surgery.plan import Plan
 from surgery.size_options import Target
 from surgery.steps import (
     check_channels,
+    documents_of,
     plan_model,
     prepare_calibration,
     progress_bar,
@@ -33,6 +34,7 @@ WINDOWS = 64
 """Of held-out text, where none are asked for."""
 
 if TYPE_CHECKING:
+    from calib.documents import Text
     from calib.study import Study
 
 
@@ -40,7 +42,7 @@ def open_study(
     layout: Layout,
     chosen: Chosen,
     *,
-    data: str,
+    data: "Text",
     samples: int,
     seq_len: int,
     seed: int | None,
@@ -55,7 +57,6 @@ def open_study(
         BudgetError: the model has no channels to choose.
     """
     from calib.device import choose_device, choose_dtype
-    from calib.documents import read_documents
     from calib.material import Material
     from calib.study import Study
 
@@ -64,7 +65,7 @@ def open_study(
         layout,
         chosen.rarity,
         chosen.tokenizer,
-        read_documents(data, seed),
+        documents_of(layout, data, seed),
         windows=windows,
         samples=samples,
         seq_len=seq_len,
@@ -116,8 +117,6 @@ def calibrated_plan(
 
     ``text`` is what ``open_study`` takes. What a plan would refuse is refused before the work.
     """
-    from calib.documents import read_documents
-
     planned = partial(
         plan_model,
         layout,
@@ -137,7 +136,7 @@ def calibrated_plan(
         stats = take_statistics(prepare_calibration(layout, vocabulary, **ours))
         if stats_path is not None:
             stats.save(stats_path)
-    made = planned(stats, documents=read_documents(text["data"]))
+    made = planned(stats, documents=documents_of(layout, text["data"]))
     if channels.repair != "none":
         made = repair_plan(made, plan_path, layout, chosen, **text)
     made.save(plan_path)
