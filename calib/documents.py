@@ -15,7 +15,7 @@ Render = Callable[[Chat], str]
 """Turns the messages of a chat into text; raises DataError where they do not fit."""
 
 MOST_BAD = 1000
-"""Rows in a row from the first on that may be bad before the source is refused."""
+"""Bad rows without a good one, after which a source is refused."""
 
 T = TypeVar("T")
 
@@ -200,23 +200,25 @@ def _documents(
     note: Callable[[str], object] | None,
 ) -> Iterator[str]:
     """Yield the good rows of ``source`` as text; skip and count the bad ones."""
-    good = bad = 0
+    good = bad = blank = 0
     first: DataError | None = None
     try:
         for row in _rows(source, options.field):
             document = _text(row, render, source)
-            if not isinstance(document, DataError):
+            if isinstance(document, DataError):
+                bad += 1
+                first = first or document
+                if options.strict or (not good and bad == MOST_BAD):
+                    raise first
+            elif document.strip():
                 good += 1
-                if document.strip():
-                    yield document
-                continue
-            bad += 1
-            first = first or document
-            if options.strict or (not good and bad == MOST_BAD):
-                raise first
+                yield document
+            else:
+                blank += 1
     finally:
         if good and bad and note is not None and not options.strict:
-            note(f"{source.name}: skipped {bad} bad rows of {good + bad}; the first: {first}")
+            rows = good + bad + blank
+            note(f"{source.name}: skipped {bad} bad rows of {rows}; the first: {first}")
     if first and not good:
         raise first
     if not good:

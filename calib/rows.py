@@ -98,7 +98,12 @@ def _lines(file: Path, errors: str) -> Iterator[IO[str]]:
         ) from error
     except (OSError, EOFError, ZlibError) as error:
         if isinstance(error, OSError) and error.errno:
-            raise
+            raise DataError(
+                file,
+                "cannot be read",
+                found=error.strerror,
+                fix="check the file and its permissions",
+            ) from error
         raise DataError(
             file, f"is damaged, or no {file.suffix} file", fix="check its name, or get it again"
         ) from error

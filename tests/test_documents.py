@@ -122,6 +122,19 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
     assert list(read_documents(tmp_path / name)) == ["one"]
 
 
+def test_a_file_that_cannot_be_read_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "a.txt").write_text("one")
+    monkeypatch.setattr("builtins.open", denied)
+    assert refusal(tmp_path / "a.txt").endswith(
+        "a.txt: cannot be read: found Permission denied; check the file and its permissions"
+    )
+
+
 # Rows.
 
 
@@ -183,6 +196,7 @@ def test_documents_of_a_list() -> None:
     assert list(read_documents(["a", " ", "b"])) == ["a", "b"]
     assert "the documents: holds no text" in refusal([])
     assert "document 1: has half a character" in refusal(["\ud800"])
+    assert "the documents: holds no text" in refusal(["", " \n"])
 
 
 @pytest.mark.parametrize(
