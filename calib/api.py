@@ -1,12 +1,14 @@
 """The library's functions that run a model: calibrate, score, search, compare, prune."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from calib.calibration import open_calibration, run_calibration
 from calib.calibration_options import CalibrationOptions
+from calib.chat import documents_of
 from calib.compare import check_methods, compare_methods, usable_methods
+from calib.documents import Text, TextOptions, sources_of
 from calib.pipeline import PlanFiles, apply_and_verify, calibrated_plan
 from calib.score import Score, score_model
 from calib.search import SearchResult, search_pairs
@@ -19,7 +21,6 @@ from surgery.comparison import Row
 from surgery.plan import Plan
 from surgery.progress import Progress
 from surgery.stats import ChannelStats
-from surgery.text_options import TextOptions
 from surgery.verify import VerifyReport
 from surgery.vocabulary import VocabularyOptions
 
@@ -27,10 +28,12 @@ from surgery.vocabulary import VocabularyOptions
 def calibrate(  # noqa: PLR0913
     model: Model | str | Path,
     *,
-    data: str | Path | Iterable[str],
+    data: Text,
     samples: int = 256,
     seq_len: int = 2048,
     seed: int | None = None,
+    field: str | None = None,
+    strict: bool = False,
     vocab_size: int | None = None,
     vocab_sizes: Sequence[int] | str | None = None,
     vocab_by: str = "merge-order",
@@ -57,10 +60,12 @@ def calibrate(  # noqa: PLR0913
 
     Args:
         model: From ``surgery.open_model``, or what that takes.
-        data: Text: a path, ``hub:name``, or documents.
+        data: Text: a path, ``hub:name``, documents, or several ``Source`` with weights.
         samples: Windows of text, at most.
         seq_len: Tokens of a window.
         seed: Shuffles the documents.
+        field: Of a row that holds its document; None is ``text``, or ``messages``.
+        strict: Refuse the first bad row instead of skipping all of them.
         vocab_size: Tokenize the text as the tokenizer pruned to V' rows will.
         vocab_sizes: Sizes V' for which the statistics are to be exact.
         vocab_by: As for ``surgery.make_plan``; so are the next three.
@@ -86,7 +91,7 @@ def calibrate(  # noqa: PLR0913
         OutputError: there is an interrupted run, or the one to resume was another.
     """
     layout = as_layout(model, family)
-    text = TextOptions(data, samples, seq_len, seed=seed)
+    text = TextOptions(sources_of(data), samples, seq_len, seed=seed, field=field, strict=strict)
     compute = _compute(device, dtype, max_memory, max_gpu_memory, spill)
     place = Path(output) if output is not None else None
     sizes = vocab_sizes
@@ -101,10 +106,12 @@ def calibrate(  # noqa: PLR0913
 def score(  # noqa: PLR0913
     model: Model | str | Path,
     *,
-    data: str | Path | Iterable[str],
+    data: Text,
     samples: int = 256,
     window_bytes: int = 2048,
     seed: int | None = None,
+    field: str | None = None,
+    strict: bool = False,
     device: str = "auto",
     dtype: str = "auto",
     family: str | None = None,
@@ -119,10 +126,12 @@ def score(  # noqa: PLR0913
 
     Args:
         model: From ``surgery.open_model``, or what that takes.
-        data: Text: a path, ``hub:name``, or documents.
+        data: Text: a path, ``hub:name``, documents, or several ``Source`` with weights.
         samples: Windows of text, at most.
         window_bytes: Bytes of a window.
         seed: Shuffles the documents.
+        field: Of a row that holds its document; None is ``text``, or ``messages``.
+        strict: Refuse the first bad row instead of skipping all of them.
         device: auto, cpu, cuda or mps.
         dtype: auto, float32, bfloat16 or float16.
         family: As for ``surgery.open_model``.
@@ -131,7 +140,7 @@ def score(  # noqa: PLR0913
     Raises:
         DataError: there is no text.
     """
-    text = TextOptions(data, samples, seed=seed)
+    text = TextOptions(sources_of(data), samples, seed=seed, field=field, strict=strict)
     compute = ComputeOptions(device, dtype)
     return score_model(as_layout(model, family), text, window_bytes, compute, progress)
 
@@ -139,7 +148,7 @@ def score(  # noqa: PLR0913
 def search(  # noqa: PLR0913
     model: Model | str | Path,
     *,
-    data: str | Path | Iterable[str],
+    data: Text,
     ratio: float,
     candidates: str | None = None,
     multiple_of: int | None = None,
@@ -150,6 +159,8 @@ def search(  # noqa: PLR0913
     seq_len: int = 2048,
     windows: int = 64,
     seed: int | None = None,
+    field: str | None = None,
+    strict: bool = False,
     vocab_by: str = "merge-order",
     drop_reserved: bool = False,
     keep_tokens: Path | Sequence[str] | None = None,
@@ -171,7 +182,7 @@ def search(  # noqa: PLR0913
 
     Args:
         model: From ``surgery.open_model``, or what that takes.
-        data: Text: a path, ``hub:name``, or documents.
+        data: Text: a path, ``hub:name``, documents, or several ``Source`` with weights.
         ratio: Share of all parameters to remove.
         candidates: Pairs to try, such as "32768:864,24576:928", instead of those of the ratio.
         multiple_of: As for ``surgery.make_plan``; so are the next two.
@@ -182,6 +193,8 @@ def search(  # noqa: PLR0913
         seq_len: Tokens of such a window.
         windows: Windows of 2,048 bytes that are held out, at most.
         seed: Shuffles the documents.
+        field: Of a row that holds its document; None is ``text``, or ``messages``.
+        strict: Refuse the first bad row instead of skipping all of them.
         vocab_by: As for ``surgery.make_plan``; so are the next three.
         drop_reserved: See there.
         keep_tokens: See there.
@@ -198,11 +211,11 @@ def search(  # noqa: PLR0913
         DataError: there is not enough text.
     """
     layout = as_layout(model, family)
-    text = TextOptions(data, samples, seq_len, windows, seed)
+    text = TextOptions(sources_of(data), samples, seq_len, windows, seed, field, strict)
     sizes = SizeRequest(ratio, multiple_of=multiple_of, target=target, dequantize=dequantize)
     order = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts)
     asked = CutRequest(sizes, order, ChannelOptions(criterion, repair=repair))
-    choice = choose_sizes(layout, asked, text.documents())
+    choice = choose_sizes(layout, asked, documents_of(layout, text))
     study = open_study(layout, choice, text, _compute(device, dtype, spill=spill))
     return search_pairs(study, choice, candidates, progress)
 
@@ -210,7 +223,7 @@ def search(  # noqa: PLR0913
 def compare(  # noqa: PLR0913
     model: Model | str | Path,
     *,
-    data: str | Path | Iterable[str],
+    data: Text,
     ratio: float | Sequence[float],
     methods: Sequence[str] | None = None,
     multiple_of: int | None = None,
@@ -220,6 +233,8 @@ def compare(  # noqa: PLR0913
     seq_len: int = 2048,
     windows: int = 64,
     seed: int | None = None,
+    field: str | None = None,
+    strict: bool = False,
     vocab_by: str = "merge-order",
     drop_reserved: bool = False,
     keep_tokens: Path | Sequence[str] | None = None,
@@ -238,7 +253,7 @@ def compare(  # noqa: PLR0913
 
     Args:
         model: From ``surgery.open_model``, or what that takes.
-        data: Text: a path, ``hub:name``, or documents.
+        data: Text: a path, ``hub:name``, documents, or several ``Source`` with weights.
         ratio: Share of all parameters to remove, or several.
         methods: Some of random, abs-act, act2, wanda, l2, shortgpt, laco, vocabulary, compact and
             search; None is all that the model allows.
@@ -249,6 +264,8 @@ def compare(  # noqa: PLR0913
         seq_len: Tokens of such a window.
         windows: Windows of 2,048 bytes that are held out, at most.
         seed: Shuffles the documents.
+        field: Of a row that holds its document; None is ``text``, or ``messages``.
+        strict: Refuse the first bad row instead of skipping all of them.
         vocab_by: As for ``surgery.make_plan``; so are the next three.
         drop_reserved: See there.
         keep_tokens: See there.
@@ -269,10 +286,10 @@ def compare(  # noqa: PLR0913
     ratios = list(ratio) if isinstance(ratio, Sequence) else [ratio]
     names = list(methods) if methods is not None else usable_methods(layout)
     check_methods(layout, names)
-    text = TextOptions(data, samples, seq_len, windows, seed)
+    text = TextOptions(sources_of(data), samples, seq_len, windows, seed, field, strict)
     sizes = SizeRequest(ratios[0], multiple_of=multiple_of, target=target, dequantize=dequantize)
     order = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts)
-    choice = choose_sizes(layout, CutRequest(sizes, order), text.documents())
+    choice = choose_sizes(layout, CutRequest(sizes, order), documents_of(layout, text))
     study = open_study(layout, choice, text, _compute(device, dtype, spill=spill))
     return compare_methods(study, allowed_steps(layout, sizes), ratios, names, progress)
 
@@ -289,7 +306,7 @@ class Pruned:
 def prune(  # noqa: PLR0913
     model: Model | str | Path,
     *,
-    data: str | Path | Iterable[str],
+    data: Text,
     output: Path | str,
     ratio: float | None = None,
     vocab_size: int | None = None,
@@ -302,6 +319,8 @@ def prune(  # noqa: PLR0913
     samples: int = 256,
     seq_len: int = 2048,
     seed: int | None = None,
+    field: str | None = None,
+    strict: bool = False,
     vocab_by: str = "merge-order",
     drop_reserved: bool = False,
     keep_tokens: Path | Sequence[str] | None = None,
@@ -326,7 +345,7 @@ def prune(  # noqa: PLR0913
 
     Args:
         model: From ``surgery.open_model``, or what that takes.
-        data: Text: a path, ``hub:name``, or documents.
+        data: Text: a path, ``hub:name``, documents, or several ``Source`` with weights.
         output: Directory to write; it must not exist.
         ratio: As for ``surgery.make_plan``; so are the sizes that follow.
         vocab_size: See there.
@@ -339,6 +358,8 @@ def prune(  # noqa: PLR0913
         samples: Windows of text, at most.
         seq_len: Tokens of a window.
         seed: Shuffles the documents.
+        field: Of a row that holds its document; None is ``text``, or ``messages``.
+        strict: Refuse the first bad row instead of skipping all of them.
         vocab_by: As for ``surgery.make_plan``; so are the next five.
         drop_reserved: See there.
         keep_tokens: See there.
@@ -355,7 +376,7 @@ def prune(  # noqa: PLR0913
         SurgeryError: as the functions that it calls; nothing appears under ``output``.
     """
     layout = as_layout(model, family)
-    text = TextOptions(data, samples, seq_len, seed=seed)
+    text = TextOptions(sources_of(data), samples, seq_len, seed=seed, field=field, strict=strict)
     sizes = SizeRequest(
         ratio=ratio,
         vocab_size=vocab_size,
@@ -370,7 +391,7 @@ def prune(  # noqa: PLR0913
     asked = CutRequest(sizes, order, ChannelOptions(criterion, min_expert_tokens, repair))
     files = PlanFiles.beside(Path(output))
     files.check(layout.checkpoint.path)
-    choice = choose_sizes(layout, asked, text.documents())
+    choice = choose_sizes(layout, asked, documents_of(layout, text))
     compute = _compute(device, dtype)
     plan = calibrated_plan(layout, choice, text, compute, files, progress)
     report = apply_and_verify(plan, layout, Path(output), progress)

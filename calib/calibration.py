@@ -1,5 +1,6 @@
 """A calibration, prepared: text tokenized, settings chosen, its cost known before it is run."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,10 @@ import numpy as np
 
 from calib.calibrate import Calibration, take_statistics
 from calib.calibration_options import CalibrationOptions
-from calib.corpus import Part, check_windows, token_windows
+from calib.chat import documents_of
+from calib.corpus import Part, check_windows, shortfall, token_windows
 from calib.device import choose_settings
+from calib.documents import TextOptions
 from calib.estimate import WindowLengths, within_caps
 from calib.layers import weights_stage
 from calib.settings import ComputeOptions, PassSettings
@@ -22,10 +25,11 @@ from surgery.layout import Layout
 from surgery.progress import Progress
 from surgery.rarity import Rarity
 from surgery.stats import ChannelStats
-from surgery.text_options import TextOptions
 from surgery.tokenizer import load_tokenizer
 from surgery.vocabulary import open_vocabulary
 from surgery.writer import check_file
+
+LOG = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -43,7 +47,7 @@ def open_calibration(
     options.check(compute)
     if options.output is not None:
         check_file(options.output, layout.checkpoint.path)
-    rarity = rarity_or_whole(layout, options.vocabulary, text.documents())
+    rarity = rarity_or_whole(layout, options.vocabulary, documents_of(layout, text))
     return prepare_calibration(layout, rarity, text, compute, options)
 
 
@@ -138,8 +142,10 @@ def _windows(
         tokenizer = load_tokenizer(layout.checkpoint.path)
     else:
         tokenizer, old_ids = cut_tokenizer(open_vocabulary(layout), rarity.id_map(size))
-    windows = token_windows(text.documents(), tokenizer, text.samples, text.seq_len)
-    check_windows(windows, text.seq_len)
+    windows = token_windows(documents_of(layout, text), tokenizer, text.samples, text.seq_len)
+    check_windows(windows)
+    if short := shortfall(windows, text.samples, text.seq_len):
+        LOG.info("note: %s", short)
     return windows if old_ids is None else [old_ids[window] for window in windows]
 
 

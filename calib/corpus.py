@@ -1,31 +1,51 @@
 """Documents → windows: of tokens for calibration, of bytes for scores."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from itertools import islice
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from calib.documents import interleave, parts_of
+from calib.pieces import token_ids
 from surgery.errors import DataError, TokenizerError
 from surgery.model_files import TOKENIZER_NAME
 
 Item = TypeVar("Item")
 
+MOST_SHORT = 64
+"""For each window asked for, so many short documents are read in search of longer ones."""
+
+
+class _Window(NamedTuple):
+    source: int
+    place: int
+    """Among the windows of its source, in the order of the text."""
+    ids: list[int]
+
 
 def token_windows(
     documents: Iterable[str], tokenizer: Tokenizer, samples: int, seq_len: int
 ) -> list[np.ndarray]:
-    """Return the first ``samples`` windows, int64 ``[at most seq_len]`` each.
+    """Return at most ``samples`` windows, int64 ``[at most seq_len]`` each, in the text's order.
 
-    A document is cut into full windows and a rest. What the tokenizer's post-processor puts
-    around a text goes around every window, within ``seq_len``.
+    A document is cut into full windows and a rest, which is a window of its own length. What the
+    tokenizer's post-processor puts around a text goes around every window, within ``seq_len``.
+
+    The windows of documents that fill at least one come first, in order. Only the places that they
+    leave go to documents shorter than a window, in order, too. So a short document is used where
+    the text has no longer one for its place. Reading ends when there are ``samples`` windows of
+    longer documents, with the text, or after ``MOST_SHORT · samples`` short documents.
+
+    Several sources take turns by weight, each by this rule. What one cannot give, the others do.
 
     Raises:
         DataError: there is no room for text in a window.
     """
-    before, after = _special_ids(tokenizer)
+    before, after = special_ids(tokenizer)
     room = seq_len - len(before) - len(after)
     if room < 1:
         raise DataError(
@@ -35,39 +55,89 @@ def token_windows(
             found=seq_len,
             fix="choose a longer window",
         )
-    windows: list[np.ndarray] = []
+    sources = [
+        (_ranked(source, part, tokenizer, samples, room), weight)
+        for source, (part, weight) in enumerate(parts_of(documents))
+    ]
+    chosen: list[list[_Window]] = [[] for _ in sources]
+    for window in islice(interleave(sources, _one), samples):
+        chosen[window.source].append(window)
+    in_order = [
+        (sorted(windows, key=lambda window: window.place), weight)
+        for windows, (_, weight) in zip(chosen, sources, strict=True)
+    ]
+    return [np.array([*before, *window.ids, *after]) for window in interleave(in_order, _one)]
+
+
+def _ranked(
+    source: int, documents: Iterable[str], tokenizer: Tokenizer, samples: int, room: int
+) -> Iterator[_Window]:
+    """Yield the windows of documents that fill one, then those of at most ``samples`` others."""
+    place, passed = 0, 0
+    short: list[_Window] = []
     for document in documents:
-        ids = tokenizer.encode(document, add_special_tokens=False).ids
-        for start in range(0, len(ids), room):
-            windows.append(np.array([*before, *ids[start : start + room], *after]))
-            if len(windows) == samples:
-                break
-        if len(windows) == samples:
+        windows = _cut(token_ids(tokenizer, document), room)
+        first = next(windows, None)
+        if first is None:
+            continue
+        place += 1
+        if len(first) == room:
+            yield _Window(source, place, first)
+            for ids in windows:
+                place += 1
+                yield _Window(source, place, ids)
+            continue
+        passed += 1
+        if passed <= samples:
+            short.append(_Window(source, place, first))
+        if passed == MOST_SHORT * samples:
             break
-    return windows
+    yield from short
 
 
-def check_windows(windows: Sequence[np.ndarray], seq_len: int) -> None:
-    """Refuse a text without a single window of ``seq_len`` tokens.
+def _cut(parts: Iterable[list[int]], room: int) -> Iterator[list[int]]:
+    """Cut one document's ids into windows of ``room``, and a rest."""
+    rest: list[int] = []
+    for part in parts:
+        rest += part
+        full = len(rest) // room * room
+        for start in range(0, full, room):
+            yield rest[start : start + room]
+        del rest[:full]
+    if rest:
+        yield rest
+
+
+def _one(_: object) -> float:
+    return 1.0
+
+
+def check_windows(windows: Sequence[np.ndarray]) -> None:
+    """Refuse a text without a token.
 
     Raises:
         DataError: that.
     """
-    longest = max(map(len, windows), default=0)
-    if longest < seq_len:
-        raise DataError(
-            "`data`",
-            "has no full window",
-            expected=f"a document of {seq_len} tokens",
-            found=f"at most {longest}",
-            fix="give longer documents or a smaller `seq_len`",
-        )
+    if not windows:
+        raise DataError("`data`", "has no text", expected="at least one token", fix="give a text")
+
+
+def shortfall(windows: Sequence[np.ndarray], samples: int, seq_len: int) -> str | None:
+    """Say that the windows have fewer tokens than were asked for, if so."""
+    tokens, asked = sum(map(len, windows)), samples * seq_len
+    if tokens >= asked:
+        return None
+    return (
+        f"the text gives {tokens:,} tokens in {len(windows):,} windows, "
+        f"of {asked:,} asked for ({samples:,} windows of {seq_len:,})"
+    )
 
 
 def byte_windows(documents: Iterable[str], samples: int, window_bytes: int) -> list[str]:
     """Return the first ``samples`` windows of at most ``window_bytes`` bytes of UTF-8.
 
-    Windows end at a character's boundary, never cross a document, and leave nothing out.
+    Windows end at a character's boundary, never cross a document, and leave nothing out. Several
+    sources take turns by weight.
 
     Raises:
         DataError: no text, or windows shorter than a character can be.
@@ -80,18 +150,24 @@ def byte_windows(documents: Iterable[str], samples: int, window_bytes: int) -> l
             found=window_bytes,
             fix="choose a longer window",
         )
-    windows: list[str] = []
-    for document in documents:
-        raw, start = document.encode("utf-8"), 0
-        while start < len(raw) and len(windows) < samples:
-            stop = min(start + window_bytes, len(raw))
-            while stop < len(raw) and raw[stop] & 0xC0 == 0x80:
-                stop -= 1
-            windows.append(raw[start:stop].decode("utf-8"))
-            start = stop
+    sources = [
+        ((text for document in part for text in _cut_bytes(document, window_bytes)), weight)
+        for part, weight in parts_of(documents)
+    ]
+    windows = list(islice(interleave(sources, _one), samples))
     if not windows:
         raise DataError("`data`", "is empty", fix="give a file with text in it")
     return windows
+
+
+def _cut_bytes(document: str, window_bytes: int) -> Iterator[str]:
+    raw, start = document.encode("utf-8"), 0
+    while start < len(raw):
+        stop = min(start + window_bytes, len(raw))
+        while stop < len(raw) and raw[stop] & 0xC0 == 0x80:
+            stop -= 1
+        yield raw[start:stop].decode("utf-8")
+        start = stop
 
 
 def digest(windows: Iterable[np.ndarray]) -> str:
@@ -145,7 +221,7 @@ class Part:
         return chosen
 
 
-def _special_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+def special_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Ids that the post-processor puts before and after any text."""
     plain = tokenizer.encode("a", add_special_tokens=False).ids
     full = tokenizer.encode("a").ids

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
+from calib.documents import mixture, parts_of
 from calib.words import Words
 
 BLOCK_CHARACTERS = 1 << 14
@@ -18,13 +19,22 @@ LEAST_BLOCKS = 8
 """Into which a text is divided; those of a short one are shorter."""
 
 
-def split_documents(documents: Iterable[str]) -> tuple[list[str], list[str]]:
+def split_documents(documents: Iterable[str]) -> tuple[Iterable[str], Iterable[str]]:
     """Return documents to calibrate on and documents held out, every fourth block of the text.
 
-    What of a document lies between two held-out blocks stays together.
+    What of a document lies between two held-out blocks stays together. Of several sources each
+    is divided, and both results have their weights.
     """
-    whole = list(documents)
-    length = max(1, min(BLOCK_CHARACTERS, sum(map(len, whole)) // LEAST_BLOCKS))
+    parts = [(list(part), weight) for part, weight in parts_of(documents)]
+    total = sum(len(document) for whole, _ in parts for document in whole)
+    length = max(1, min(BLOCK_CHARACTERS, total // LEAST_BLOCKS))
+    halves = [(_split(whole, length), weight) for whole, weight in parts]
+    kept = mixture([(kept, weight) for (kept, _), weight in halves])
+    held = mixture([(held, weight) for (_, held), weight in halves])
+    return kept, held
+
+
+def _split(whole: Sequence[str], length: int) -> tuple[list[str], list[str]]:
     kept: list[str] = []
     held: list[str] = []
     number = 0

@@ -1,12 +1,14 @@
 """The text that all cuts of a study share: what they are chosen by, and what they are scored on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from calib.chat import documents_of
 from calib.corpus import byte_windows, token_windows
+from calib.documents import TextOptions
 from calib.heldout import Encoded, split_documents
 from calib.reading import Reading
 from calib.score import first_token
@@ -15,7 +17,6 @@ from surgery.cut_tokenizer import cut_tokenizer
 from surgery.idmap import IdMap
 from surgery.layout import Layout
 from surgery.rarity import Rarity
-from surgery.text_options import TextOptions
 from surgery.tokenizer import TokenizerFile, load_tokenizer
 
 WINDOW_BYTES = 2048
@@ -30,7 +31,7 @@ class Material:
     rarity: Rarity
     tokenizer: TokenizerFile | None
     """None where the vocabulary stays whole."""
-    calibration: Sequence[str]
+    calibration: Iterable[str]
     """Documents."""
     heldout: Sequence[str]
     """Windows of text."""
@@ -52,7 +53,7 @@ class Material:
         Raises:
             DataError: the text is too short for that.
         """
-        kept, held = split_documents(text.documents())
+        kept, held = split_documents(documents_of(layout, text))
         texts = byte_windows(held, text.windows, WINDOW_BYTES)
         rarity, tokenizer = choice.rarity, choice.tokenizer
         return cls(layout, rarity, tokenizer, kept, texts, text.samples, text.seq_len)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from calib.calibration import prepare_calibration, run_calibration
 from calib.calibration_options import CalibrationOptions
+from calib.chat import documents_of
+from calib.documents import TextOptions
 from calib.repair import repair_plan
 from calib.settings import ComputeOptions
 from calib.study import open_study
@@ -14,7 +16,6 @@ from surgery.choices import SizeChoice
 from surgery.layout import Layout
 from surgery.plan import Plan
 from surgery.progress import Progress
-from surgery.text_options import TextOptions
 from surgery.verify import VerifyReport, verify_files
 from surgery.writer import check_file, check_place
 
@@ -72,7 +73,8 @@ def calibrated_plan(
         stats = run_calibration(made, plain, options, progress)
         if files.stats is not None:
             stats.save(files.stats)
-    plan = plan_choice(layout, choice, stats, text=text, output=files.output)
+    documents = documents_of(layout, text)
+    plan = plan_choice(layout, choice, stats, documents=documents, output=files.output)
     if choice.request.channels.repair != "none":
         plan = repair_plan(plan, open_study(layout, choice, text, compute), files.plan, progress)
     plan.save(files.plan)

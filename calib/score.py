@@ -9,9 +9,11 @@ import torch
 from tokenizers import Tokenizer
 
 from calib.batches import Stream
+from calib.chat import documents_of
 from calib.corpus import byte_windows
 from calib.decoder import StreamedDecoder
 from calib.device import choose_settings
+from calib.documents import TextOptions
 from calib.layers import weights_stage
 from calib.settings import ComputeOptions, PassSettings
 from calib.weights import WeightReader
@@ -19,7 +21,6 @@ from surgery.default_ids import fill_defaults
 from surgery.errors import CheckpointError
 from surgery.layout import Layout
 from surgery.progress import Advance, Progress, no_advance
-from surgery.text_options import TextOptions
 from surgery.tokenizer import load_tokenizer
 
 
@@ -98,7 +99,7 @@ def score_model(
     Raises:
         DataError: there is no text.
     """
-    texts = byte_windows(text.documents(), text.samples, window_bytes)
+    texts = byte_windows(documents_of(layout, text), text.samples, window_bytes)
     tokenizer = load_tokenizer(layout.checkpoint.path)
     settings = choose_settings(compute, layout.checkpoint)
     advance = weights_stage(progress, "score", layout, len(texts))

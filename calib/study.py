@@ -7,6 +7,7 @@ import numpy as np
 
 from calib.calibration import check_channels
 from calib.device import choose_settings
+from calib.documents import TextOptions
 from calib.heldout import Encoded
 from calib.material import Material
 from calib.reading import Reading
@@ -20,7 +21,6 @@ from surgery.comparison import Row
 from surgery.layout import Layout
 from surgery.predict import axis_lengths
 from surgery.progress import Advance, no_advance
-from surgery.text_options import TextOptions
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,10 @@
 """The library's functions: open a model, plan a cut, apply it, verify it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
+from calib.documents import Text, TextOptions, sources_of
 from surgery.apply import JOBS, Applied, ApplyOptions, apply_to
 from surgery.build import read_layout
 from surgery.census import Census
@@ -21,7 +20,6 @@ from surgery.probe import Proposal, propose, unknown_type
 from surgery.progress import Progress
 from surgery.source import resolve_model, source_at_hand
 from surgery.stats import ChannelStats
-from surgery.text_options import TextOptions
 from surgery.verify import VerifyReport, embedded_plan, verify_files
 from surgery.vocab_census import VocabCensus, vocabulary_census
 from surgery.vocab_cost import vocabulary_cost
@@ -113,7 +111,7 @@ def make_plan(  # noqa: PLR0913
     keep_scripts: Sequence[str] = (),
     criterion: str = DEFAULT_CRITERION,
     min_expert_tokens: int = LEAST_TOKENS,
-    data: str | Path | Iterable[str] | None = None,
+    data: Text | None = None,
     seed: int | None = None,
     output: Path | str | None = None,
     family: str | None = None,
@@ -173,9 +171,13 @@ def make_plan(  # noqa: PLR0913
         as_layout(model, family),
         CutRequest(sizes, vocabulary, channels),
         ChannelStats.load(Path(stats)) if isinstance(stats, str | Path) else stats,
-        text=None if data is None else TextOptions(data, seed=seed),
+        documents=None if data is None else TextOptions(sources_of(data), seed=seed).documents,
         output=None if output is None else Path(output),
     )
+
+
+Documents = Callable[[], Iterable[str]]
+"""Reads a text, anew at each call."""
 
 
 def plan_model(
@@ -183,14 +185,14 @@ def plan_model(
     request: CutRequest,
     stats: ChannelStats | None = None,
     *,
-    text: TextOptions | None = None,
+    documents: Documents | None = None,
     output: Path | None = None,
 ) -> Plan:
     """Choose the sizes and plan the cut, as ``make_plan``."""
-    influence: np.ndarray | None = stats.block_influence if stats is not None else None
-    documents = text.documents() if text is not None else None
-    choice = choose_sizes(layout, request, documents, influence)
-    return plan_choice(layout, choice, stats, text=text, output=output)
+    influence = stats.block_influence if stats is not None else None
+    choice = choose_sizes(layout, request, documents() if documents else None, influence)
+    shown = documents() if documents else ()
+    return plan_choice(layout, choice, stats, documents=shown, output=output)
 
 
 def plan_choice(
@@ -198,13 +200,12 @@ def plan_choice(
     choice: SizeChoice,
     stats: ChannelStats | None = None,
     *,
-    text: TextOptions | None = None,
+    documents: Iterable[str] = (),
     output: Path | None = None,
 ) -> Plan:
-    """Plan a cut whose sizes are chosen; ``text`` shows what that of the vocabulary costs."""
+    """Plan a cut whose sizes are chosen; ``documents`` show what that of the vocabulary costs."""
     ids, cost = choice.rarity.id_map(choice.sizes.vocab_size), None
     if choice.tokenizer is not None and not ids.identity:
-        documents = text.documents() if text is not None else ()
         order = choice.request.vocabulary.vocab_by
         cost = vocabulary_cost(choice.tokenizer, ids, order, documents)
     plan = plan_cut(layout, choice, stats, cost=cost, output=output)

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from calib.documents import TextOptions
 from calib.settings import ComputeOptions
 from surgery import __version__
 from surgery.apply import JOBS, ApplyOptions
@@ -28,13 +29,12 @@ from surgery.options import (
     json_option,
     model_options,
     path_type,
+    plan_text_options,
     push_option,
-    seed_option,
     show_options,
     spilling_options,
 )
 from surgery.terminal import bars, say, show_logs, show_plan, with_flags
-from surgery.text_options import TextOptions
 
 FIXES = {
     errno.ENOSPC: "; free space, or name another place",
@@ -113,8 +113,6 @@ class PlanSources:
     """What a plan is made from beside the model, and where it goes."""
 
     stats: Path | None
-    data: str | None
-    seed: int | None
     output: Path | None
     plan: Path
 
@@ -122,18 +120,12 @@ class PlanSources:
 @main.command()
 @model_options
 @cut_options
+@plan_text_options
 @spilling_options
 @gathered(
     "given",
     PlanSources,
     click.option("--stats", type=path_type, help="From calibrate."),
-    click.option(
-        "--data",
-        metavar="TEXT",
-        help="To show what the cut of the vocabulary costs, and to count tokens in; as for "
-        "calibrate.",
-    ),
-    seed_option,
     click.option("--output", type=path_type, metavar="DIR", help="Where apply is to write."),
     click.option(
         "-o",
@@ -144,12 +136,19 @@ class PlanSources:
         help="File that the plan is written to.",
     ),
 )
-def plan(model: ModelOptions, cut: CutRequest, compute: ComputeOptions, given: PlanSources) -> None:
+def plan(
+    model: ModelOptions,
+    cut: CutRequest,
+    text: TextOptions,
+    compute: ComputeOptions,
+    given: PlanSources,
+) -> None:
     """Choose what to cut and predict the result; no weights are read, but with --repair.
 
     --repair runs the model on --data, in windows as those of the statistics; --seed, --device,
     --dtype and --spill are for it.
     """
+    from calib.chat import documents_of
     from surgery.api import plan_choice
     from surgery.apply_cost import apply_cost
     from surgery.choices import choose_sizes
@@ -159,12 +158,13 @@ def plan(model: ModelOptions, cut: CutRequest, compute: ComputeOptions, given: P
     layout = model.layout()
     check_file(given.plan, layout.checkpoint.path)
     stats = ChannelStats.load(given.stats) if given.stats else None
-    text = TextOptions(given.data, seed=given.seed) if given.data else None
-    documents = text.documents() if text else None
-    choice = choose_sizes(layout, cut, documents, stats.block_influence if stats else None)
-    made = plan_choice(layout, choice, stats, text=text, output=given.output)
+    documents = partial(documents_of, layout, text) if text.data else None
+    influence = stats.block_influence if stats else None
+    choice = choose_sizes(layout, cut, documents() if documents else None, influence)
+    shown = documents() if documents else ()
+    made = plan_choice(layout, choice, stats, documents=shown, output=given.output)
     if cut.channels.repair != "none":
-        if stats is None or text is None:
+        if stats is None or documents is None:
             raise Refusal("--repair needs --stats and --data: the channels that stay, and a text")
         from calib.repair import repair_plan
         from calib.study import open_study

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from calib.calibration_options import CalibrationOptions
+from calib.documents import TextOptions
 from calib.settings import ComputeOptions
 from surgery.choices import CutRequest
 from surgery.options import (
@@ -26,7 +27,6 @@ from surgery.options import (
     vocabulary_options,
 )
 from surgery.terminal import bars, say, show_plan
-from surgery.text_options import TextOptions
 
 
 @click.command()
@@ -168,6 +168,7 @@ def prune(
 
     The statistics and the plan stay beside DIR as DIR.stats.safetensors and DIR.plan.json.
     """
+    from calib.chat import documents_of
     from calib.pipeline import PlanFiles, apply_and_verify, calibrated_plan
     from surgery.choices import choose_sizes
     from surgery.push import check_push, push
@@ -176,7 +177,7 @@ def prune(
         check_push(push_to)
     layout, files = model.layout(), PlanFiles.beside(output)
     files.check(layout.checkpoint.path)
-    choice = choose_sizes(layout, cut, text.documents())
+    choice = choose_sizes(layout, cut, documents_of(layout, text))
     with bars() as progress:
         plan = calibrated_plan(layout, choice, text, compute, files, progress)
     show_plan(plan, layout)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from calib.documents import TextOptions
 from calib.settings import ComputeOptions
 from surgery.choices import CutRequest
 from surgery.options import (
@@ -22,7 +23,6 @@ from surgery.options import (
     study_text_options,
 )
 from surgery.terminal import bars, say
-from surgery.text_options import TextOptions
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def search(
     All are tried together, each layer's weights read once, on every fourth block of TEXT; the
     rest of TEXT chooses their channels.
     """
+    from calib.chat import documents_of
     from calib.pipeline import PlanFiles, calibrated_plan
     from calib.search import search_pairs
     from calib.study import open_study
@@ -74,7 +75,7 @@ def search(
         files.check(layout.checkpoint.path)
     if show.plot is not None:
         check_file(show.plot)
-    choice = choose_sizes(layout, cut, text.documents())
+    choice = choose_sizes(layout, cut, documents_of(layout, text))
     with bars() as progress:
         study = open_study(layout, choice, text, compute)
         found = search_pairs(study, choice, options.candidates, progress)
@@ -138,6 +139,7 @@ def compare(
     show: ShowOptions,
 ) -> None:
     """Compare methods at the same ratios, on the same text and the same held-out windows."""
+    from calib.chat import documents_of
     from calib.compare import check_methods, compare_methods, compare_samples, usable_methods
     from calib.study import open_study
     from surgery.choices import allowed_steps, choose_sizes
@@ -150,7 +152,8 @@ def compare(
     names = options.methods.split(",") if options.methods else usable_methods(layout)
     check_methods(layout, names)
     cut = replace(cut, sizes=replace(cut.sizes, ratio=ratios[0]))
-    choice, steps = choose_sizes(layout, cut, text.documents()), allowed_steps(layout, cut.sizes)
+    choice = choose_sizes(layout, cut, documents_of(layout, text))
+    steps = allowed_steps(layout, cut.sizes)
     with bars() as progress:
         study = open_study(layout, choice, text, compute)
         if options.counts:

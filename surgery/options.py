@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from calib.documents import Source, TextOptions
 from calib.settings import ComputeOptions
 from surgery.channels import CRITERIA, DEFAULT_CRITERION, LEAST_TOKENS, ChannelOptions
 from surgery.choices import CutRequest, SizeRequest
-from surgery.text_options import TextOptions
 from surgery.vocabulary import VocabularyOptions
 
 if TYPE_CHECKING:
@@ -149,12 +149,29 @@ show_options = gathered("show", ShowOptions, plot_option, json_option)
 push_option = click.option(
     "--push-to", metavar="ORG/NAME", help="Upload the result to this model on the hub, too."
 )
-data_option = click.option(
-    "--data",
-    required=True,
-    metavar="TEXT",
-    help="A .txt or .jsonl file, a directory of them, or hub:name[:config][:split][:field].",
-)
+
+
+def data_options(*, required: bool, use: str = "") -> Callable[..., Any]:
+    """Return a decorator that adds --data, --field and --strict."""
+    return combined(
+        click.option(
+            "--data",
+            required=required,
+            multiple=True,
+            metavar="TEXT[=WEIGHT]",
+            callback=lambda _, __, given: tuple(map(Source.parse, given)),
+            help=f"{use}A .txt, .jsonl or .parquet file (.gz or .zst, too), a directory of them, "
+            "or hub:name[:config][:split][:field]. Several take turns by weight, 1 each.",
+        ),
+        click.option(
+            "--field",
+            metavar="NAME",
+            help="Field of a row with its text or messages.  [default: text, else messages]",
+        ),
+        click.option("--strict", is_flag=True, help="Refuse bad rows instead of skipping them."),
+    )
+
+
 samples_option = click.option(
     "--samples",
     default=256,
@@ -177,6 +194,7 @@ windows_option = click.option(
     type=click.IntRange(1),
     help="Windows of 2,048 bytes that are held out, at most.",
 )
+data_option = data_options(required=True)
 text_options = gathered(
     "text", TextOptions, data_option, samples_option, seq_len_option, seed_option
 )
@@ -184,6 +202,14 @@ study_text_options = gathered(
     "text", TextOptions, data_option, samples_option, seq_len_option, seed_option, windows_option
 )
 score_text_options = gathered("text", TextOptions, data_option, samples_option, seed_option)
+plan_text_options = gathered(
+    "text",
+    TextOptions,
+    data_options(
+        required=False, use="To show what the cut of the vocabulary costs, and to count tokens in. "
+    ),
+    seed_option,
+)
 
 engine_option = click.option(
     "--engine",

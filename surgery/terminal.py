@@ -62,6 +62,10 @@ def say(text: str, *, err: bool = False) -> None:
     click.echo(with_flags(text), err=err)
 
 
+LOG_LINES = "compact_surgery.log_lines"
+"""Where a command's context keeps what has been said."""
+
+
 class Bars:
     """A bar on stderr for each stage, one at a time; none where stderr is no terminal."""
 
@@ -101,8 +105,11 @@ def bars() -> Iterator[Progress]:
 
 class _Echo(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        """Print a line of the library's on stderr."""
-        say(self.format(record), err=True)
+        """Print a line of the library's on stderr, once in a command."""
+        line, said = self.format(record), click.get_current_context().meta.setdefault(LOG_LINES, [])
+        if line not in said:
+            say(line, err=True)
+            said.append(line)
 
 
 def show_logs() -> None:

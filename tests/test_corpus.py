@@ -2,6 +2,9 @@
 
 import json
 import sys
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice, repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +19,11 @@ from calib.corpus import (
     byte_windows,
     check_windows,
     digest,
+    shortfall,
     token_windows,
 )
-from calib.documents import read_documents
+from calib.documents import interleave, mixture, parts_of, read_documents
+from calib.heldout import split_documents
 from surgery.errors import DataError, TokenizerError
 from surgery.tokenizer import load_tokenizer
 from tests.support import tiny
@@ -172,11 +177,111 @@ def test_special_tokens_on_both_sides_count_within_seq_len(prose: str) -> None:
         token_windows([prose], tokenizer, samples=4, seq_len=2)
 
 
-def test_text_without_a_full_window_is_refused(plain: Tokenizer) -> None:
-    with pytest.raises(DataError, match="no full window: expected a document of 64 tokens"):
-        check_windows(token_windows(["short", "texts"], plain, samples=4, seq_len=64), 64)
-    with pytest.raises(DataError, match="found at most 0"):
-        check_windows(token_windows([], plain, samples=4, seq_len=64), 64)
+def test_only_a_text_without_a_token_is_refused(plain: Tokenizer) -> None:
+    windows = token_windows(["short", "texts"], plain, samples=4, seq_len=64)
+    check_windows(windows)
+    assert [window.tolist() for window in windows] == [
+        plain.encode(text).ids for text in ("short", "texts")
+    ]
+    with pytest.raises(DataError, match="has no text: expected at least one token; give"):
+        check_windows(token_windows([""], plain, samples=4, seq_len=64))
+
+
+def windows_by_hand(
+    texts: list[str], tokenizer: Tokenizer, samples: int, seq_len: int
+) -> list[list[int]]:
+    """The rule of ``token_windows``, told again: every window first, then who has a place."""
+    windows: list[tuple[bool, list[int]]] = []
+    for text in texts:
+        ids = tokenizer.encode(text).ids
+        cut = [ids[start : start + seq_len] for start in range(0, len(ids), seq_len)]
+        windows += [(len(ids) < seq_len, window) for window in cut]
+    first = sorted(range(len(windows)), key=lambda place: windows[place][0])[:samples]
+    return [windows[place][1] for place in sorted(first)]
+
+
+@settings(deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 300), max_size=8),
+    samples=st.integers(1, 12),
+    seq_len=st.integers(2, 40),
+)
+def test_short_documents_only_fill_what_is_left(
+    sizes: list[int], samples: int, seq_len: int
+) -> None:
+    tokenizer = tiny.tokenizer(bos=False)
+    texts = [tiny.prose(size) for size in sizes]
+    windows = token_windows(texts, tokenizer, samples, seq_len)
+    found = [window.tolist() for window in windows]
+    assert found == windows_by_hand(texts, tokenizer, samples, seq_len)
+    long = [text for text in texts if len(tokenizer.encode(text).ids) >= seq_len]
+    of_long = [w.tolist() for w in token_windows(long, tokenizer, samples, seq_len)]
+    rest = iter(found)
+    assert all(window in rest for window in of_long)  # in this order, all of them
+
+
+def test_short_rows_first_do_not_end_the_search(plain: Tokenizer, prose: str) -> None:
+    ids = plain.encode(prose).ids
+    windows = token_windows(["a", "b", "c", prose], plain, samples=2, seq_len=16)
+    assert [window.tolist() for window in windows] == [ids[:16], ids[16:32]]
+
+
+def test_the_search_for_longer_documents_has_an_end(plain: Tokenizer) -> None:
+    def endless() -> Iterator[str]:
+        while True:
+            yield "short"
+
+    assert len(token_windows(endless(), plain, samples=3, seq_len=16)) == 3
+
+
+def test_fewer_tokens_than_asked_for_are_said(plain: Tokenizer, prose: str) -> None:
+    windows = token_windows(["short"], plain, samples=4, seq_len=64)
+    tokens = len(plain.encode("short").ids)
+    assert shortfall(windows, 4, 64) == (
+        f"the text gives {tokens} tokens in 1 windows, of 256 asked for (4 windows of 64)"
+    )
+    assert shortfall(token_windows([prose], plain, 4, 64), 4, 64) is None
+
+
+# Several sources.
+
+WEIGHTS = st.lists(st.sampled_from([0.25, 0.5, 1.0, 2.0, 3.0, 7.5]), min_size=1, max_size=4)
+
+
+@given(weights=WEIGHTS, count=st.integers(1, 200))
+def test_sources_give_their_shares(weights: list[float], count: int) -> None:
+    streams = [(repeat(place), weight) for place, weight in enumerate(weights)]
+    taken = Counter(islice(interleave(streams, lambda _: 1.0), count))
+    for place, weight in enumerate(weights):
+        assert abs(taken[place] - count * weight / sum(weights)) <= len(weights)
+
+
+def test_a_source_that_ends_leaves_its_share_to_the_others() -> None:
+    mixed = list(interleave([("ab", 1.0), ("xyzuvw", 1.0)], lambda _: 1.0))
+    assert mixed == list("axbyzuvw")
+
+
+def test_windows_of_several_sources_come_by_weight(plain: Tokenizer, prose: str) -> None:
+    parts: list[tuple[list[str], float]] = [([prose], 2.0), (["short"] * 9, 1.0), ([], 5.0)]
+    windows = token_windows(mixture(parts), plain, samples=9, seq_len=16)
+    assert Counter(map(len, windows)) == {16: 6, len(plain.encode("short").ids): 3}
+    heavier = token_windows(mixture([parts[0], (parts[1][0], 2.0)]), plain, 9, 16)
+    assert digest(heavier) != digest(windows)
+    assert byte_windows(mixture(parts), 3, 8) == [prose[:8], "short", prose[8:16]]
+
+
+def test_one_source_of_any_weight_gives_the_same_windows(plain: Tokenizer, prose: str) -> None:
+    documents = [prose[:300], "short", prose[300:]]
+    alone = token_windows(documents, plain, 12, 16)
+    weighted = token_windows(mixture([(documents, 7.0)]), plain, 12, 16)
+    assert digest(alone) == digest(weighted)
+
+
+def test_held_out_text_of_several_sources_keeps_their_weights() -> None:
+    parts: list[tuple[list[str], float]] = [(["a" * 800], 1.0), (["b" * 800], 3.0)]
+    for half in split_documents(mixture(parts)):
+        assert [weight for _, weight in parts_of(half)] == [1.0, 3.0]
+        assert [set("".join(part)) for part, _ in parts_of(half)] == [{"a"}, {"b"}]
 
 
 def test_truncation_and_padding_of_the_tokenizer_do_not_count(tmp_path: Path, prose: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from calib.corpus import byte_windows
-from calib.documents import read_documents
+from calib.documents import Source, TextOptions, read_documents
 from calib.material import WINDOW_BYTES
 from calib.search import try_pairs
 from calib.settings import ComputeOptions
@@ -31,7 +31,6 @@ from surgery.comparison import Row, table
 from surgery.options import gathered
 from surgery.predict import axis_lengths
 from surgery.terminal import bars
-from surgery.text_options import TextOptions
 
 
 def forward_seconds(study: Study) -> float:
@@ -69,7 +68,12 @@ class SplitOptions:
 @gathered(
     "text",
     TextOptions,
-    click.option("--data", required=True, help="Text to search on."),
+    click.option(
+        "--data",
+        required=True,
+        callback=lambda _, __, given: (Source.parse(given),),
+        help="Text to search on.",
+    ),
     click.option("--samples", default=24, show_default=True),
     click.option("--seq-len", default=1024, show_default=True),
     click.option("--windows", default=24, show_default=True, help="Of each held-out text."),

@@ -21,7 +21,7 @@ from calib.batches import Batch, micro_batches
 from calib.calibration import prepare_calibration, run_calibration
 from calib.calibration_options import CalibrationOptions
 from calib.corpus import token_windows
-from calib.documents import read_documents
+from calib.documents import Source, TextOptions, read_documents
 from calib.ffn import pieces
 from calib.settings import ComputeOptions
 from calib.states import HiddenStates
@@ -32,7 +32,6 @@ from surgery.api import open_layout
 from surgery.family import FFN
 from surgery.layout import Layout
 from surgery.stats import PARTS, ChannelStats
-from surgery.text_options import TextOptions
 from surgery.tokenizer import load_tokenizer
 from surgery.vocabulary import rarity_of
 
@@ -62,7 +61,7 @@ def streamed(model: str, text: str, samples: int, seq_len: int, stats: Path) -> 
 
     calib_calibrate.WeightReader = CountedReader
     calib_calibration.take_statistics = timed
-    sampled = TextOptions(text, samples, seq_len)
+    sampled = TextOptions((Source(text),), samples, seq_len)
     compute, options = ComputeOptions("cpu", "float32"), CalibrationOptions(output=stats)
     prepared = prepare_calibration(layout, rarity_of(layout), sampled, compute, options)
     result = run_calibration(prepared, compute, options)

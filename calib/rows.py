@@ -1,0 +1,269 @@
+"""Rows of text files and of data sets; a bad row comes as the error that says why."""
+
+import gzip
+import io
+import json
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+from zlib import error as ZlibError
+
+from surgery.errors import DataError
+
+HUB = "hub:"
+FIELDS = ("text", "messages")
+"""Of a row, in which its document is looked for."""
+PLAIN = (".txt", ".jsonl")
+KINDS = (*PLAIN, ".parquet")
+PACKED = (".gz", ".zst")
+INSIDE = (*PLAIN, ".json")
+"""What a compressed file may hold; data sets call JSON lines .json there."""
+BATCH_ROWS = 64
+"""Of a .parquet file, read at a time."""
+SHOWN = 60
+"""Characters of a bad line in its error."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Messages between a user and a model."""
+
+    messages: list[dict[str, Any]]
+    """Each with ``role`` and, but for calls of tools, ``content``."""
+    where: str
+    """File and row."""
+
+
+Row = str | Chat | DataError
+
+
+def local_rows(path: Path, field: str | None) -> Iterator[Row]:
+    """Yield the rows of a file, or of all files below a directory but hidden ones, by path.
+
+    Raises:
+        DataError: nothing there, or a file that cannot be read.
+    """
+    if path.is_file():
+        yield from _file_rows(path, field)
+        return
+    if not path.is_dir():
+        raise DataError(
+            path,
+            "does not exist" if not path.exists() else "is not a file",
+            fix="name a .txt, .jsonl or .parquet file or a directory",
+        )
+    for file in sorted(path.rglob("*")):
+        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        if not hidden and _kind(file) and file.is_file():
+            yield from _file_rows(file, field)
+
+
+def _kind(file: Path) -> str:
+    """The ending that says how ``file`` is read; empty where nothing does."""
+    if file.suffix in PACKED:
+        inner = Path(file.stem).suffix
+        return inner if inner in INSIDE else ""
+    return file.suffix if file.suffix in KINDS else ""
+
+
+def _file_rows(file: Path, field: str | None) -> Iterator[Row]:
+    kind = _kind(file)
+    if not kind:
+        raise DataError(
+            file,
+            "is not text",
+            expected=f"{', '.join(KINDS)}, or {', '.join(INSIDE)} with {' or '.join(PACKED)}",
+            fix="rename or convert it",
+        )
+    if kind == ".parquet":
+        return _parquet_rows(file, field)
+    return _txt_rows(file) if kind == ".txt" else _jsonl_rows(file, field)
+
+
+@contextmanager
+def _lines(file: Path, errors: str) -> Iterator[IO[str]]:
+    """Open a file, compressed or not, as lines of UTF-8 without a byte order mark."""
+    try:
+        with (
+            _opened(file) as raw,
+            io.TextIOWrapper(raw, encoding="utf-8-sig", errors=errors, newline="") as lines,
+        ):
+            yield lines
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{error.object[error.start]:02x}"
+        raise DataError(
+            file, "cannot be read", expected="UTF-8", found=found, fix="convert it to UTF-8"
+        ) from error
+    except (OSError, EOFError, ZlibError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise DataError(
+                file,
+                "cannot be read",
+                found=error.strerror,
+                fix="check the file and its permissions",
+            ) from error
+        raise DataError(
+            file, f"is damaged, or no {file.suffix} file", fix="check its name, or get it again"
+        ) from error
+
+
+def _opened(file: Path) -> Any:
+    if file.suffix == ".gz":
+        return gzip.open(file, "rb")
+    if file.suffix == ".zst":
+        try:
+            from pyarrow import input_stream
+        except ImportError as error:
+            raise _missing(file, "pyarrow") from error
+        return input_stream(file, compression="zstd")
+    return open(file, "rb")
+
+
+def _txt_rows(file: Path) -> Iterator[Row]:
+    document: list[str] = []
+    with _lines(file, "strict") as lines:
+        for line in lines:
+            if line.strip():
+                document.append(line)
+            elif document:
+                yield "".join(document)
+                document = []
+    if document:
+        yield "".join(document)
+
+
+def _jsonl_rows(file: Path, field: str | None) -> Iterator[Row]:
+    with _lines(file, "surrogateescape") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield _json_row(line, f"{file}: line {number}", field)
+
+
+def _json_row(line: str, where: str, field: str | None) -> Row:
+    if _has_half_character(line):
+        return DataError(where, "is not UTF-8", expected="UTF-8", fix="correct the line")
+    expected = f'{{"{field or FIELDS[0]}": …}}'
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        found = line.strip()[:SHOWN]
+        return DataError(
+            where, "is no record", expected=expected, found=found, fix="correct the line"
+        )
+    if not isinstance(row, dict):
+        found = json.dumps(row)[:SHOWN]
+        return DataError(
+            where, "is no record", expected=expected, found=found, fix="correct the line"
+        )
+    name = _field(row, field)
+    if name is None:
+        return _no_field(where, field, row)
+    return document_of(row[name], where, name)
+
+
+def _parquet_rows(file: Path, field: str | None) -> Iterator[Row]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise _missing(file, "pyarrow") from error
+    try:
+        with ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            name = _field(names, field)
+            if name is None:
+                raise _no_field(file, field, names)
+            number = 0
+            for batch in table.iter_batches(BATCH_ROWS, columns=[name]):
+                for value in batch.column(0).to_pylist():
+                    number += 1
+                    yield document_of(value, f"{file}: row {number}", name)
+    except (ArrowException, OSError) as error:
+        raise DataError(
+            file, "is damaged, or no .parquet file", fix="check its name, or get it again"
+        ) from error
+
+
+def hub_rows(spec: str, field: str | None) -> Iterator[Row]:
+    """Yield the rows of the data set ``hub:name[:config][:split][:field]``.
+
+    Raises:
+        DataError: there is no such data set, or no such field.
+    """
+    name, config, split, own, *more = [*spec[len(HUB) :].split(":"), "", "", ""]
+    if not name or any(more):
+        raise DataError(
+            spec,
+            "is no data set",
+            expected="hub:name[:config][:split][:field]",
+            fix="correct it, or give a local file",
+        )
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise _missing(spec, "datasets") from error
+    try:
+        rows = load_dataset(name, config or None, split=split or "train", streaming=True)
+        for number, row in enumerate(rows, 1):
+            column = _field(row, own or field)
+            if column is None:
+                raise _no_field(spec, own or field, row)
+            yield document_of(row[column], f"{spec}: row {number}", column)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            spec,
+            "cannot be had from the hub",
+            found=error,
+            fix="check name, config and split, or give a local file",
+        ) from error
+
+
+def document_of(value: object, where: str, field: str | None = None) -> Row:
+    """Return the document that ``value`` is, or the error that says why it is none."""
+    subject = f"field {field!r} " if field else ""
+    if isinstance(value, str):
+        if _has_half_character(value):
+            return DataError(where, f"{subject}has half a character", fix="correct the row")
+        return value
+    if isinstance(value, list) and value and all(map(_is_message, value)):
+        return Chat([dict(message) for message in value], where)
+    return DataError(
+        where,
+        f"{subject}is not a string or a list of messages",
+        expected='text, or [{"role": …, "content": …}, …]',
+        found=type(value).__name__,
+        fix="correct the row, or name another field",
+    )
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("role"), str)
+
+
+def _has_half_character(text: str) -> bool:
+    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _field(names: Collection[str], field: str | None) -> str | None:
+    wanted = FIELDS if field is None else (field,)
+    return next((name for name in wanted if name in names), None)
+
+
+def _no_field(where: object, field: str | None, names: Collection[str]) -> DataError:
+    wanted = " or ".join(map(repr, FIELDS if field is None else (field,)))
+    return DataError(
+        where,
+        f"has no field {wanted}",
+        found=f"fields {', '.join(names)}" if names else "no fields",
+        fix="name the field that holds the text",
+    )
+
+
+def _missing(where: object, library: str) -> DataError:
+    return DataError(
+        where,
+        f"needs the {library} library",
+        fix="pip install 'compact-surgery[datasets]', or give another file",
+    )
