@@ -86,13 +86,11 @@ def prepare_calibration(
     tokenizer, old_ids = vocabulary.tokenizer(layout)
     every = token_windows(documents, tokenizer, samples, seq_len)
     check_windows(every)
-    if short := shortfall(every, samples, seq_len):
-        say(short)
     windows = running.division.choose(every)
     if old_ids is not None:
         windows = [old_ids[window] for window in windows]
     edges = vocabulary.edges(layout)
-    return prepare(
+    made = prepare(
         layout,
         windows,
         (vocabulary.rarity.buckets(edges), edges),
@@ -107,6 +105,9 @@ def prepare_calibration(
         },
         running=running if running.output else None,
     )
+    if short := shortfall(every, samples, seq_len):
+        say(short)
+    return made
 
 
 def check_channels(layout: Layout) -> None:
