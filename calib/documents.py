@@ -31,8 +31,7 @@ class Replayed:
         self._seen: list[Any] = []
 
     def __iter__(self) -> Iterator[Any]:
-        yield from self._seen
-        place = len(self._seen)
+        place = 0
         while True:
             if place == len(self._seen):
                 try:

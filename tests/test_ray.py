@@ -193,7 +193,7 @@ def test_without_the_library_it_says_what_to_install(
         random_plan(llama, 512, 64).save(tmp_path / "plan.json")
         arguments: tuple[object, ...] = (tmp_path / "plan.json",)
     else:
-        arguments = (llama, "--data", text, "--seq-len", 64)
+        arguments = (llama, "--data", text, "--seq-len", 64, "--samples", 4)
     before = set(tmp_path.iterdir())
     result = run(command, *arguments, "-o", tmp_path / "out", "--engine", "ray")
     assert result.exit_code == 2
