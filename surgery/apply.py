@@ -23,8 +23,9 @@ from surgery.jsonfile import dump_json, dump_table, read_file
 from surgery.layout import Layout
 from surgery.plan import Plan
 from surgery.replacement_file import check_file
+from surgery.shard_file import IO, open_shard
 from surgery.shards import Shards
-from surgery.stream import open_shard, stream_edit, write_all
+from surgery.stream import stream_edit, write_all
 from surgery.writer import OutputDirectory, forget, new_shard
 
 JOBS = 4
@@ -51,6 +52,7 @@ def apply_plan(
     resume: bool = False,
     jobs: int = JOBS,
     engine: str = "local",
+    io: IO = "mmap",
     checksum: bool = False,
     progress: Callable[[int], object] = lambda nbytes: None,
 ) -> dict[str, float]:
@@ -67,6 +69,7 @@ def apply_plan(
         resume: Go on with an interrupted run of the same plan; a finished one is left as it is.
         jobs: Shards written at the same time in this process; those of the hub one by one.
         engine: "local", or "ray": each shard a task on a cluster that shares the file system.
+        io: How shards are reached: mapped, or read by position.
         checksum: Compare each shard with its known SHA-256, which reads all of it, before any of
             it is used; those of the hub are compared in any case.
         progress: Called with the bytes of each finished tensor.
@@ -97,9 +100,9 @@ def apply_plan(
             directory.write(name, data)
         times.append(time.perf_counter())
         if engine == "ray":
-            _write_shards_on_ray(directory, checkpoint, todo, digests, progress)
+            _write_shards_on_ray(directory, checkpoint, todo, digests, io, progress)
         else:
-            _write_shards(directory, checkpoint, todo, digests, jobs, progress)
+            _write_shards(directory, checkpoint, todo, digests, io, jobs, progress)
         times.append(time.perf_counter())
         directory.write(PROVENANCE_NAME, _provenance(plan))
         directory.write("config.json", config)
@@ -130,13 +133,14 @@ def _write_shards_on_ray(
     checkpoint: Checkpoint,
     todo: dict[str, list[OutputTensor]],
     digests: dict[str, str],
+    io: IO,
     progress: Callable[[int], object],
 ) -> None:
     from surgery.ray_engine import write_shards_on_ray
 
     for name in todo:
         _check_digest(checkpoint.path / name, digests)
-    write_shards_on_ray(directory, checkpoint, todo, progress)
+    write_shards_on_ray(directory, checkpoint, todo, io, progress)
 
 
 def _write_shards(
@@ -144,6 +148,7 @@ def _write_shards(
     checkpoint: Checkpoint,
     todo: dict[str, list[OutputTensor]],
     digests: dict[str, str],
+    io: IO,
     jobs: int,
     progress: Callable[[int], object],
 ) -> None:
@@ -159,7 +164,7 @@ def _write_shards(
             with shards.lease(sources(todo[name]) | {name}):
                 _check_digest(source, digests)
                 with directory.writing(name):
-                    write_shard(directory.partial, source, todo[name], metadata, progress)
+                    write_shard(directory.partial, source, todo[name], metadata, io, progress)
             directory.finish(name)
         except BaseException:
             stop.set()
@@ -179,6 +184,7 @@ def write_shard(
     source: Path,
     shard: list[OutputTensor],
     metadata: Mapping[str, str],
+    io: IO,
     progress: Callable[[int], object] = lambda nbytes: None,
     *,
     attempt: str = "",
@@ -190,12 +196,13 @@ def write_shard(
         source: The source shard.
         shard: Its tensors.
         metadata: Of its header.
+        io: How the source's shards are reached.
         progress: Called with the bytes of each finished tensor.
         attempt: As for ``new_shard``.
     """
     paths = {source, *(edit.source.path for tensor in shard for edit in tensor.edits)}
     with ExitStack() as stack, new_shard(partial, source.name, attempt) as output:
-        opened = {path: stack.enter_context(open_shard(path)) for path in paths}
+        opened = {path: stack.enter_context(open_shard(path, io)) for path in paths}
         entries = [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard]
         write_all(output, memoryview(encode_header(entries, metadata)))
         for tensor in shard:

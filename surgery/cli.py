@@ -24,6 +24,7 @@ from surgery.options import (
     device_option,
     engine_option,
     family_option,
+    io_option,
     json_option,
     model_argument,
     path_type,
@@ -32,6 +33,7 @@ from surgery.options import (
     spill_option,
     vocabulary_options,
 )
+from surgery.shard_file import IO
 from surgery.size_options import Target, size_options
 
 FIXES = {
@@ -193,6 +195,7 @@ def plan(
     "--jobs", default=JOBS, show_default=True, type=click.IntRange(1), help="Shards at a time."
 )
 @engine_option
+@io_option
 @click.option(
     "--checksum",
     is_flag=True,
@@ -206,6 +209,7 @@ def apply(
     resume: bool,
     jobs: int,
     engine: str,
+    io: IO,
     checksum: bool,
     push_to: str | None,
     as_json: bool,
@@ -224,7 +228,7 @@ def apply(
         check_push(push_to)
     source, _ = resolve_model(loaded.source)
     took = run_apply(
-        loaded, source, place, resume=resume, jobs=jobs, engine=engine, checksum=checksum
+        loaded, source, place, resume=resume, jobs=jobs, engine=engine, io=io, checksum=checksum
     )
     sizes = {"parameters": loaded.after.parameters, "nbytes": loaded.after.nbytes}
     text = f"{place}: {loaded.after.parameters:,} parameters, {loaded.after.nbytes:,} bytes"
@@ -240,7 +244,8 @@ def apply(
 )
 @click.option("--forward", is_flag=True, help="Compare logits with the masked dense model, too.")
 @device_option
-def verify(directory: Path, plan_path: Path | None, forward: bool, device: str) -> None:
+@io_option
+def verify(directory: Path, plan_path: Path | None, forward: bool, device: str, io: IO) -> None:
     """Check an output against its plan and its source; exit status 1 on a fault."""
     from surgery.plan import Plan
     from surgery.source import source_at_hand
@@ -251,7 +256,7 @@ def verify(directory: Path, plan_path: Path | None, forward: bool, device: str) 
     source = source_at_hand(loaded.source) if loaded else None
     if forward and (loaded is None or source is None):
         raise Refusal(f"{directory}: --forward needs the plan and its source; neither may be gone")
-    report = verify_files(directory, loaded, source)
+    report = verify_files(directory, loaded, source, io=io)
     if forward and report.ok and loaded and source:
         faults = forward_faults(loaded, source, directory, device)
         report.checks["logits equal the masked dense model's"] = faults

@@ -22,6 +22,7 @@ from surgery.options import (
     data_option,
     division_options,
     family_option,
+    io_option,
     json_option,
     model_argument,
     path_type,
@@ -31,6 +32,7 @@ from surgery.options import (
     vocabulary_options,
 )
 from surgery.resources import Resources, Running, resource_options
+from surgery.shard_file import IO
 from surgery.size_options import Target, size_options
 
 if TYPE_CHECKING:
@@ -156,6 +158,7 @@ def score(model: str, family: str | None, as_json: bool, **options: Any) -> None
 @vocabulary_options
 @channel_options
 @click.option("-o", "output", type=path_type, metavar="DIR", required=True)
+@io_option
 @push_option
 def prune(
     model: str,
@@ -164,6 +167,7 @@ def prune(
     vocabulary: VocabularyOptions,
     channels: ChannelOptions,
     output: Path,
+    io: IO,
     push_to: str | None,
     **options: Any,
 ) -> None:
@@ -204,8 +208,8 @@ def prune(
     click.echo(plan_table(made, path))
     if target.ratio is not None:
         click.echo(f"note: {RULE}")
-    run_apply(made, path, output, resume=False, jobs=JOBS)
-    report = verify_files(output, made, path, download=False)
+    run_apply(made, path, output, resume=False, jobs=JOBS, io=io)
+    report = verify_files(output, made, path, download=False, io=io)
     click.echo(report.table())
     if push_to and report.ok:
         click.echo(push(output, push_to))

@@ -8,6 +8,7 @@ from surgery.apply import write_shard
 from surgery.checkpoint import Checkpoint
 from surgery.cluster import RETRIES, cluster, results
 from surgery.edits import OutputTensor
+from surgery.shard_file import IO
 from surgery.writer import OutputDirectory
 
 
@@ -15,6 +16,7 @@ def write_shards_on_ray(
     directory: OutputDirectory,
     checkpoint: Checkpoint,
     todo: Mapping[str, list[OutputTensor]],
+    io: IO,
     progress: Callable[[int], object],
 ) -> None:
     """Write the shards of ``todo``, one for each CPU of the cluster at a time.
@@ -35,12 +37,12 @@ def write_shards_on_ray(
         tasks = {}
         for name, shard in todo.items():
             metadata = checkpoint.shards[name].metadata
-            tasks[task.remote(partial, checkpoint.path / name, shard, metadata)] = name
+            tasks[task.remote(partial, checkpoint.path / name, shard, metadata, io)] = name
         results(ray, tasks, done)
 
 
 def shard_task(
-    partial: Path, source: Path, shard: list[OutputTensor], metadata: dict[str, str]
+    partial: Path, source: Path, shard: list[OutputTensor], metadata: dict[str, str], io: IO
 ) -> None:
     """Write one shard; in a file of its own, as a lost node may still be writing its own."""
-    write_shard(partial, source, shard, metadata, attempt=f".{uuid4().hex}")
+    write_shard(partial, source, shard, metadata, io, attempt=f".{uuid4().hex}")

@@ -20,6 +20,7 @@ from surgery.plan import Plan
 from surgery.planning import make_plan
 from surgery.probe import Proposal, propose, unknown_type
 from surgery.resources import Running
+from surgery.shard_file import IO, mapped_bytes
 from surgery.source import resolve_model
 from surgery.stats import ChannelStats
 from surgery.text_vocabulary import TextVocabulary
@@ -217,10 +218,11 @@ def run_apply(
     resume: bool,
     jobs: int,
     engine: str = "local",
+    io: IO = "mmap",
     checksum: bool = False,
 ) -> dict[str, Any]:
     """Apply ``plan`` under a progress bar; return what it took."""
-    start, before = time.perf_counter(), moved_bytes()
+    start, before, mapped = time.perf_counter(), moved_bytes(), mapped_bytes()
     with progress_bar("apply", "B", plan.after.nbytes) as progress:
         stages = apply_plan(
             plan,
@@ -229,6 +231,7 @@ def run_apply(
             resume=resume,
             jobs=jobs,
             engine=engine,
+            io=io,
             checksum=checksum,
             progress=progress,
         )
@@ -236,6 +239,7 @@ def run_apply(
     facts: dict[str, Any] = {"seconds": seconds, "stage_seconds": stages}
     if before and after:
         facts |= {key: after[key] - before[key] for key in after}
+        facts["read_bytes"] += mapped_bytes() - mapped
         facts["written_bytes_per_second"] = facts["written_bytes"] / seconds
     return facts | {"peak_rss_bytes": peak_rss_bytes()}
 

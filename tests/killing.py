@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-WATCHED = ("apply.py", "journal.py", "stream.py", "writer.py")
+WATCHED = ("apply.py", "journal.py", "shard_file.py", "stream.py", "writer.py")
 """Modules of ``surgery`` whose lines count, beside those of ``write_atomic``."""
 
 SPAWN = get_context("forkserver")

@@ -34,6 +34,7 @@ from surgery.layout import Layout
 from surgery.plan import Plan
 from surgery.planning import make_plan
 from surgery.predict import shape_of
+from surgery.shard_file import IO, open_shard
 from surgery.verify import verify_files
 from surgery.vocabulary import rarity_of
 from tests import fp8, tiny
@@ -530,7 +531,10 @@ def test_nothing_to_dequantize(llama: Path, tmp_path: Path, run: Run) -> None:
 
 
 @pytest.mark.parametrize("dim", [0, 1, None])
-def test_an_edit_that_dequantizes_holds_a_few_windows(tmp_path: Path, dim: int | None) -> None:
+@pytest.mark.parametrize("io", ["mmap", "read"])
+def test_an_edit_that_dequantizes_holds_a_few_windows(
+    tmp_path: Path, dim: int | None, io: IO
+) -> None:
     rows, columns, block = 4096, 4096, 128
     codes = torch.randint(0, 127, (rows, columns), dtype=torch.uint8).view(torch.float8_e4m3fn)
     scales = torch.rand(rows // block, columns // block)
@@ -539,15 +543,13 @@ def test_an_edit_that_dequantizes_holds_a_few_windows(tmp_path: Path, dim: int |
     source, grid = (read_header(tmp_path / f"{n}.safetensors").tensors[0] for n in "ab")
     kept = None if dim is None else np.arange(0, (rows, columns)[dim], 3)
     edit = Edit(source, dim or 0, kept, scaling=Scaling(grid, (block, block)))
-    descriptors = [os.open(source.path, os.O_RDONLY), os.open("/dev/null", os.O_WRONLY)]
-    tracemalloc.start()
-    stream.stream_edit(edit, *descriptors)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
+    with open_shard(source.path, io) as shard, open(os.devnull, "wb") as output:
+        tracemalloc.start()
+        stream.stream_edit(edit, shard, output.fileno())
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        windows = [bytes(window) for window in stream.edit_windows(edit, shard)]
     assert peak < 5 * stream.WINDOW_BYTES < source.nbytes / 3
-    windows = [bytes(window) for window in stream.edit_windows(edit, descriptors[0])]
-    for descriptor in descriptors:
-        os.close(descriptor)
     assert max(map(len, windows)) <= stream.WINDOW_BYTES
     assert sum(map(len, windows)) == edit.nbytes
     wide = (codes.float() * fp8.spread(scales, block, codes.shape)).to(torch.bfloat16)
