@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import numpy as np
 
@@ -87,52 +87,81 @@ def _long_ranges(edit: Edit) -> list[tuple[int, int]] | None:
 def _gather(edit: Edit, indices: np.ndarray, source: ShardFile) -> Iterator[memoryview]:
     """Take the kept positions of blocks ``[rows, positions, columns]``."""
     taken = Buffer()
-    for start, stop, block in _source_blocks(edit, source):
-        first, last = np.searchsorted(indices, (start, stop))
-        shape = (block.shape[0], int(last - first), block.shape[2])
-        result = _elements(taken.take(math.prod(shape) * edit.itemsize), edit.itemsize, shape)
-        # mode="clip" writes straight into ``out``; the indices were checked with the plan.
-        np.take(block, indices[first:last] - start, axis=1, out=result, mode="clip")
-        yield result.reshape(-1).data.cast("B")
-
-
-def _source_blocks(edit: Edit, source: ShardFile) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Yield (first position, behind the last one, block): other layers added, FP8 dequantized.
-
-    A block ``[rows, positions, columns]`` is good until the next one.
-    """
-    tensor, itemsize = edit.source, edit.source.itemsize
-    positions, columns = tensor.shape[edit.dim], math.prod(tensor.shape[edit.dim + 1 :])
-    buffer, other = Buffer(), Buffer()
-    scales = read_scales(edit.scaling.scales) if edit.scaling else np.empty(0, np.float32)
-    with ExitStack() as stack:
-        terms = [(t, stack.enter_context(open_shard(t.path, source.io))) for t in edit.terms]
+    with _SourceBlocks(edit, source) as blocks:
         for row, rows, start, stop in _blocks(edit):
-            shape = (rows, stop - start, columns)
-            offset = (row * positions + start) * columns * itemsize
-            nbytes = math.prod(shape) * itemsize
-            if terms:
-                own = buffer.take(nbytes)
-                source.read_into(own.data, tensor.start + offset)
-                block = _elements(own, itemsize, shape)
-                collapse(block, _term_blocks(terms, offset, shape, other), tensor.dtype)
-                yield start, stop, block
-                continue
-            with source.window(tensor.start + offset, nbytes, buffer) as data:
-                block = _elements(data, itemsize, shape)
-                if edit.scaling is not None:
-                    block = _dequantized(edit, edit.scaling, scales, block, (row, start))
-                yield start, stop, block
+            first, last = np.searchsorted(indices, (start, stop))
+            inside = indices[first:last] - start
+            with blocks.read(row, rows, start, stop) as block:
+                shape = (rows, len(inside), block.shape[2])
+                nbytes = math.prod(shape) * edit.itemsize
+                result = _elements(taken.take(nbytes), edit.itemsize, shape)
+                # mode="clip" writes straight into ``out``; the indices were checked with the plan.
+                np.take(block, inside, axis=1, out=result, mode="clip")
+            yield result.reshape(-1).data.cast("B")
 
 
-def _term_blocks(
-    terms: list[tuple[TensorRef, ShardFile]], offset: int, shape: tuple[int, ...], buffer: Buffer
-) -> Iterator[np.ndarray]:
-    """Yield the same block of each of ``terms``, good until the next one."""
-    for term, shard in terms:
-        nbytes = math.prod(shape) * term.itemsize
-        with shard.window(term.start + offset, nbytes, buffer) as data:
-            yield _elements(data, term.itemsize, shape)
+class _SourceBlocks:
+    """Blocks ``[rows, positions, columns]`` of an edit's source.
+
+    Other layers are added to them, and FP8 is dequantized.
+    """
+
+    def __init__(self, edit: Edit, source: ShardFile) -> None:
+        self._edit, self._source = edit, source
+        self._buffer, self._other = Buffer(), Buffer()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "_SourceBlocks":
+        with ExitStack() as stack:
+            self._terms = [
+                (term, stack.enter_context(open_shard(term.path, self._source.io)))
+                for term in self._edit.terms
+            ]
+            scaling = self._edit.scaling
+            self._scales = read_scales(scaling.scales) if scaling else np.empty(0, np.float32)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @contextmanager
+    def read(self, row: int, rows: int, start: int, stop: int) -> Iterator[np.ndarray]:
+        """Have ``rows`` from ``row`` on at positions ``start`` to ``stop`` until the block ends."""
+        edit, tensor = self._edit, self._edit.source
+        columns = math.prod(tensor.shape[edit.dim + 1 :])
+        shape = (rows, stop - start, columns)
+        offset = (row * tensor.shape[edit.dim] + start) * columns * tensor.itemsize
+        if self._terms:
+            yield self._collapsed(offset, shape)
+            return
+        with self._window(tensor, self._source, offset, shape, self._buffer) as block:
+            if edit.scaling is not None:
+                block = _dequantized(edit, edit.scaling, self._scales, block, (row, start))
+            yield block
+
+    def _collapsed(self, offset: int, shape: tuple[int, ...]) -> np.ndarray:
+        tensor = self._edit.source
+        own = self._buffer.take(math.prod(shape) * tensor.itemsize)
+        self._source.read_into(own.data, tensor.start + offset)
+        block = _elements(own, tensor.itemsize, shape)
+        collapse(block, self._others(offset, shape), tensor.dtype)
+        return block
+
+    def _others(self, offset: int, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+        """Yield the same block of each other layer, good until the next one."""
+        for term, shard in self._terms:
+            with self._window(term, shard, offset, shape, self._other) as block:
+                yield block
+
+    @staticmethod
+    @contextmanager
+    def _window(
+        tensor: TensorRef, shard: ShardFile, offset: int, shape: tuple[int, ...], buffer: Buffer
+    ) -> Iterator[np.ndarray]:
+        nbytes = math.prod(shape) * tensor.itemsize
+        with shard.window(tensor.start + offset, nbytes, buffer) as data:
+            yield _elements(data, tensor.itemsize, shape)
 
 
 def _elements(data: Bytes, itemsize: int, shape: tuple[int, ...]) -> np.ndarray:
