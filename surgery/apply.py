@@ -19,6 +19,7 @@ from surgery.companions import companion_files, pruned_config
 from surgery.edits import OutputTensor, edits, sources
 from surgery.errors import EngineError, SurgeryError
 from surgery.header import encode_header
+from surgery.heap import release_freed_memory
 from surgery.jsonfile import dump_json, dump_table, read_file
 from surgery.layout import Layout
 from surgery.plan import Plan
@@ -98,6 +99,8 @@ def apply_plan(
         directory.check_space(sum(t.nbytes for shard in todo.values() for t in shard))
         for name, data in files.items():
             directory.write(name, data)
+        del files
+        release_freed_memory()
         times.append(time.perf_counter())
         if engine == "ray":
             _write_shards_on_ray(directory, checkpoint, todo, digests, io, progress)

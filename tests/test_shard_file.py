@@ -1,5 +1,6 @@
 """Shards mapped and read: the same bytes, few pages, and no harm where a file shrinks."""
 
+import ctypes
 import mmap
 import os
 import signal
@@ -17,6 +18,7 @@ from surgery.apply import apply_plan
 from surgery.edits import Edit
 from surgery.errors import CheckpointError
 from surgery.header import TensorRef
+from surgery.heap import release_freed_memory
 from surgery.shard_file import IO, Buffer, MappedShardFile, ShardFile, open_shard
 from surgery.stream import edit_windows
 from surgery.verify import verify_files
@@ -69,19 +71,31 @@ def test_mapped_windows_do_not_stay_in_memory(
         pytest.skip("only Linux says which pages of a file are resident")
     if poor:
         take_away(monkeypatch)
-    most, found, before = 0, [], resident_file_bytes()
+    most, found, before = 0, [], resident_bytes("RssFile")
     with open_shard(big, "mmap") as shard:
         for window in shard.windows(5, 63 * MB, MB):
             found.append(bytes(window[::4096]))
-            most = max(most, resident_file_bytes() - before)
+            most = max(most, resident_bytes("RssFile") - before)
     assert MB / 2 < most < 8 * MB
     assert b"".join(found) == big.read_bytes()[5 : 5 + 63 * MB : 4096]
 
 
-def resident_file_bytes() -> int:
-    """Pages of mapped files that this process holds."""
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"),
+    reason="only glibc holds it, and lets it go",
+)
+def test_freed_memory_is_released() -> None:
+    blocks = [bytes([number % 255 + 1]) * 2048 for number in range(20_000)]
+    del blocks[:-1]  # the last one holds what lies below it
+    before = resident_bytes("RssAnon")
+    release_freed_memory()
+    assert before - resident_bytes("RssAnon") > 20 * MB
+
+
+def resident_bytes(kind: str) -> int:
+    """Pages that this process holds: ``RssFile`` of mapped files, ``RssAnon`` of its own."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    (kilobytes,) = (line.split()[1] for line in lines if line.startswith("RssFile:"))
+    (kilobytes,) = (line.split()[1] for line in lines if line.startswith(f"{kind}:"))
     return int(kilobytes) * 1024
 
 
