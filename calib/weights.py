@@ -36,7 +36,8 @@ class WeightReader:
     so that a test can hold it against the file.
 
     Shards are read, not mapped: a tensor needs memory of its own, which is converted, pinned, and
-    freed with its layer. A mapping would be copied as well, page fault by page fault: 0.09 s a gigabyte, and 0.04 s read.
+    freed with its layer. A mapping would be copied as well, page fault by page fault: 0.09 s a
+    gigabyte, and 0.04 s read.
     """
 
     def __init__(

@@ -16,8 +16,8 @@ from surgery.selection import runs
 from surgery.shard_file import Buffer, Bytes, ShardFile, open_shard
 
 WINDOW_BYTES = 1 << 20
-"""Most bytes read, mapped or written at a time; two such windows, five where FP8 becomes bf16, bound
-the memory of an edit.
+"""Most bytes read, mapped or written at a time; two such windows, five where FP8 becomes bf16,
+bound the memory of an edit.
 
 They stay in the processor's cache: at 16 MiB the columns of the 8B shape took 0.9 s, not 0.37.
 Runs of a window's mean length are copied inside the kernel, shorter ones gathered here: at 20 KB a
