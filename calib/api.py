@@ -15,11 +15,13 @@ from calib.search import SearchResult, search_pairs
 from calib.settings import ComputeOptions
 from calib.study import open_study
 from surgery.api import Model, as_layout
+from surgery.apply import ApplyOptions
 from surgery.channels import DEFAULT_CRITERION, LEAST_TOKENS, ChannelOptions
 from surgery.choices import CutRequest, SizeRequest, allowed_steps, choose_sizes
 from surgery.comparison import Row
 from surgery.plan import Plan
 from surgery.progress import Progress
+from surgery.shard_file import IO
 from surgery.stats import ChannelStats
 from surgery.verify import VerifyReport
 from surgery.vocabulary import VocabularyOptions
@@ -330,6 +332,7 @@ def prune(  # noqa: PLR0913
     repair: str = "none",
     device: str = "auto",
     dtype: str = "auto",
+    io: IO = "mmap",
     family: str | None = None,
     progress: Progress | None = None,
 ) -> Pruned:
@@ -369,6 +372,7 @@ def prune(  # noqa: PLR0913
         repair: "none", or "least-squares": refit down_proj where held-out text agrees.
         device: auto, cpu, cuda or mps.
         dtype: auto, float32, bfloat16 or float16.
+        io: "mmap", or "read" for network file systems.
         family: As for ``surgery.open_model``.
         progress: Called with a stage ("calibrate", "repair", "apply"), what is done, and all of it.
 
@@ -394,7 +398,7 @@ def prune(  # noqa: PLR0913
     choice = choose_sizes(layout, asked, documents_of(layout, text))
     compute = _compute(device, dtype)
     plan = calibrated_plan(layout, choice, text, compute, files, progress)
-    report = apply_and_verify(plan, layout, Path(output), progress)
+    report = apply_and_verify(plan, layout, ApplyOptions(Path(output), io=io), progress)
     return Pruned(Path(output), plan, report)
 
 

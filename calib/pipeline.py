@@ -82,9 +82,9 @@ def calibrated_plan(
 
 
 def apply_and_verify(
-    plan: Plan, layout: Layout, output: Path, progress: Progress | None = None
+    plan: Plan, layout: Layout, options: ApplyOptions, progress: Progress | None = None
 ) -> VerifyReport:
     """Apply a plan of ``layout`` and check the output by its files."""
     path = layout.checkpoint.path
-    apply_to(plan, path, ApplyOptions(output), progress)
-    return verify_files(output, plan, path, download=False)
+    made = apply_to(plan, path, options, progress)
+    return verify_files(made.output, plan, path, download=False, io=options.io)

@@ -9,7 +9,7 @@ import torch
 
 from calib.weights import pages, raw
 from surgery.jsonfile import named, sync_file
-from surgery.stream import read_into
+from surgery.shard_file import open_shard
 
 BLOCK_BYTES = 1 << 24
 """What is copied between a device and a file at a time."""
@@ -74,11 +74,11 @@ class HiddenStates:
         """Take up the rows that an earlier run left after ``passed`` layers."""
         self.passed = passed
         path = self._file(passed)
-        with open(path, "rb") as file:
+        with open_shard(path, "read") as file:
             offset = 0
             for rows in self.before.split(self._step):
                 block = torch.empty_like(rows, device="cpu")
-                read_into(path, file.fileno(), raw(block), offset)
+                file.read_into(raw(block), offset)
                 rows.copy_(block)
                 offset += block.nbytes
 

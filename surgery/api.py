@@ -18,6 +18,7 @@ from surgery.plan import Plan
 from surgery.planning import plan_cut
 from surgery.probe import Proposal, propose, unknown_type
 from surgery.progress import Progress
+from surgery.shard_file import IO
 from surgery.source import resolve_model, source_at_hand
 from surgery.stats import ChannelStats
 from surgery.verify import VerifyReport, embedded_plan, verify_files
@@ -222,6 +223,7 @@ def apply_plan(  # noqa: PLR0913
     resume: bool = False,
     jobs: int = JOBS,
     engine: str = "local",
+    io: IO = "mmap",
     checksum: bool = False,
     progress: Progress | None = None,
 ) -> Applied:
@@ -240,6 +242,7 @@ def apply_plan(  # noqa: PLR0913
         resume: Whether to go on with an interrupted run of the same plan.
         jobs: Shards that are written at the same time.
         engine: "local", or "ray": each shard a task on a cluster that shares the file system.
+        io: "mmap", or "read" for network file systems.
         checksum: Whether to compare each shard with its known SHA-256 before any of it is used.
         progress: Called with "apply", bytes written, and bytes in all.
 
@@ -252,7 +255,7 @@ def apply_plan(  # noqa: PLR0913
     """
     loaded = plan if isinstance(plan, Plan) else Plan.load(Path(plan))
     place = Path(output) if output is not None else None
-    options = ApplyOptions(place, resume, jobs, engine, checksum)
+    options = ApplyOptions(place, resume, jobs, engine, io, checksum)
     return apply_to(loaded, resolve_model(str(source or loaded.source))[0], options, progress)
 
 
@@ -262,6 +265,7 @@ def verify_checkpoint(
     plan: Plan | Path | str | None = None,
     source: Path | str | None = None,
     download: bool = True,
+    io: IO = "mmap",
 ) -> VerifyReport:
     """Check a checkpoint by its files, and against the plan and the source it was made from.
 
@@ -274,6 +278,7 @@ def verify_checkpoint(
         plan: The plan, or its file; None is the one in the directory, if any.
         source: The source's directory; None is where the plan found it, if it is still there.
         download: Whether weights of a source on the hub are downloaded to be compared.
+        io: As for ``apply_plan``.
 
     Raises:
         CheckpointError: the directory is no checkpoint.
@@ -285,4 +290,4 @@ def verify_checkpoint(
     found = Path(source) if source is not None else None
     if found is None and loaded is not None:
         found = source_at_hand(loaded.source)
-    return verify_files(directory, loaded, found, download=download)
+    return verify_files(directory, loaded, found, download=download, io=io)

@@ -20,13 +20,15 @@ from surgery.checksums import check_digest, known_digests
 from surgery.companions import companion_files, pruned_config
 from surgery.edits import OutputTensor, edits, sources
 from surgery.errors import EngineError, PlanError, SurgeryError
+from surgery.heap import release_freed_memory
 from surgery.jsonfile import dump_json, dump_table, read_file
 from surgery.model_files import INDEX_NAME
 from surgery.plan import PROVENANCE_NAME, Plan, ProvenanceFile
 from surgery.progress import Advance, Progress, stage
 from surgery.ray_engine import write_shards_on_ray
 from surgery.replacement_file import check_file
-from surgery.shard import write_shard
+from surgery.shard import ShardTask, write_shard
+from surgery.shard_file import IO, mapped_bytes
 from surgery.shards import Shards
 from surgery.writer import OutputDirectory, forget
 
@@ -46,6 +48,8 @@ class ApplyOptions:
     """Shards written at the same time in this process; those of the hub one by one."""
     engine: str = "local"
     """"local", or "ray": each shard a task on a cluster that shares the file system."""
+    io: IO = "mmap"
+    """How shards are reached: mapped, or read by position, as network file systems want it."""
     checksum: bool = False
     """Whether to compare each shard with its known SHA-256, which reads all of it, before any of
     it is used; those of the hub are compared in any case."""
@@ -87,11 +91,13 @@ def apply_to(
     output = options.output or (Path(plan.output) if plan.output else None)
     if output is None:
         raise PlanError("plan", "names no output", fix="give `output`")
-    start, before = time.perf_counter(), moved_bytes()
+    start, before, mapped = time.perf_counter(), moved_bytes(), mapped_bytes()
     advance = stage(progress, "apply", plan.after.nbytes)
     stage_seconds = _write_checkpoint(plan, source, replace(options, output=output), advance)
     seconds, after = time.perf_counter() - start, moved_bytes()
     moved = {key: after[key] - before[key] for key in after} if before and after else {}
+    if moved:  # the kernel does not count what is read from a mapping
+        moved["read_bytes"] += mapped_bytes() - mapped
     sizes = (plan.after.parameters, plan.after.nbytes)
     return Applied(output, *sizes, seconds, stage_seconds, moved, peak_rss_bytes())
 
@@ -125,11 +131,25 @@ def _write_checkpoint(
         directory.check_space(sum(t.nbytes for shard in todo.values() for t in shard))
         for name, data in files.items():
             directory.write(name, data)
+        del files
+        release_freed_memory()
         times.append(time.perf_counter())
+        tasks = {
+            name: ShardTask(
+                directory.partial.absolute(),  # another node's working directory is its own
+                checkpoint.path / name,
+                shard,
+                checkpoint.shards[name].metadata,
+                options.io,
+            )
+            for name, shard in todo.items()
+        }
         if engine == "ray":
-            _write_shards_on_ray(directory, checkpoint, todo, digests, progress)
+            for task in tasks.values():
+                _check_digest(task.source, digests)
+            write_shards_on_ray(directory, tasks, progress)
         else:
-            _write_shards(directory, checkpoint, todo, digests, options.jobs, progress)
+            _write_shards(directory, tasks, digests, options.jobs, progress)
         times.append(time.perf_counter())
         directory.write(PROVENANCE_NAME, _provenance(plan))
         directory.write("config.json", config)
@@ -153,48 +173,35 @@ def _digests(checkpoint: Checkpoint, names: list[str], options: ApplyOptions) ->
     return known_digests(checkpoint.path, names) if options.checksum and not remote else {}
 
 
-def _write_shards_on_ray(
-    directory: OutputDirectory,
-    checkpoint: Checkpoint,
-    todo: dict[str, list[OutputTensor]],
-    digests: dict[str, str],
-    progress: Advance,
-) -> None:
-    for name in todo:
-        _check_digest(checkpoint.path / name, digests)
-    write_shards_on_ray(directory, checkpoint, todo, progress)
-
-
 def _write_shards(
     directory: OutputDirectory,
-    checkpoint: Checkpoint,
-    todo: dict[str, list[OutputTensor]],
+    tasks: Mapping[str, ShardTask],
     digests: dict[str, str],
     jobs: int,
     progress: Advance,
 ) -> None:
-    """Write the shards of ``todo``, ``jobs`` at a time; after an error no further one is begun."""
+    """Write shards, ``jobs`` at a time; after an error no further one is begun."""
     stop = Event()
-    shards = Shards.of(checkpoint.path)
+    shards = Shards.of(next(iter(tasks.values())).source.parent) if tasks else Shards()
 
     def write(name: str) -> None:
         if stop.is_set():
             return
+        task = tasks[name]
         try:
-            metadata, source = checkpoint.shards[name].metadata, checkpoint.path / name
-            with shards.lease(sources(todo[name]) | {name}):
-                _check_digest(source, digests)
+            with shards.lease(sources(task.tensors) | {name}):
+                _check_digest(task.source, digests)
                 with directory.writing(name):
-                    write_shard(directory.partial, source, todo[name], metadata, progress)
+                    write_shard(task, progress)
             directory.finish(name)
         except BaseException:
             stop.set()
             raise
 
     with shards, ThreadPoolExecutor(1 if shards.remote else jobs) as pool:
-        shards.expect([sources(shard) for shard in todo.values()])
+        shards.expect([sources(task.tensors) for task in tasks.values()])
         try:
-            for _ in pool.map(write, todo):
+            for _ in pool.map(write, tasks):
                 pass
         finally:  # Ctrl-C lands here, in the main thread
             stop.set()

@@ -6,11 +6,14 @@ from pathlib import Path
 
 from surgery.errors import CheckpointError
 from surgery.jsonfile import read_file
-from surgery.stream import open_shard, raw_windows
+from surgery.shard_file import open_shard
 
 SUMS_NAME = "SHA256SUMS"
 SHA256 = re.compile(r"[0-9a-f]{64}")
 DOWNLOAD_AGAIN = "download it again, then run again with `resume`"
+
+WINDOW_BYTES = 1 << 20
+"""Most bytes that are read at a time."""
 
 HUB_METADATA = ".cache/huggingface/download"
 """Where huggingface_hub keeps what it knows of files that were downloaded to a directory."""
@@ -56,10 +59,10 @@ def check_digest(path: Path, expected: str, fix: str = DOWNLOAD_AGAIN) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, read through a small window."""
+    """SHA-256 of a file, read through a small window: a copy costs nothing beside the sum."""
     digest, size = hashlib.sha256(), path.stat().st_size
-    with open_shard(path) as descriptor:
-        for window in raw_windows(path, descriptor, 0, size):
+    with open_shard(path, "read") as shard:
+        for window in shard.windows(0, size, WINDOW_BYTES):
             digest.update(window)
     return digest.hexdigest()
 

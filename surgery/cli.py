@@ -26,6 +26,7 @@ from surgery.options import (
     device_option,
     engine_option,
     gathered,
+    io_option,
     json_option,
     model_options,
     path_type,
@@ -34,6 +35,7 @@ from surgery.options import (
     show_options,
     spilling_options,
 )
+from surgery.shard_file import IO
 from surgery.terminal import bars, say, show_logs, show_plan, with_flags
 
 FIXES = {
@@ -190,6 +192,7 @@ def plan(
         "--jobs", default=JOBS, show_default=True, type=click.IntRange(1), help="Shards at a time."
     ),
     engine_option,
+    io_option,
     click.option(
         "--checksum",
         is_flag=True,
@@ -226,7 +229,8 @@ def apply(plan_path: Path, options: ApplyOptions, push_to: str | None, as_json: 
 )
 @click.option("--forward", is_flag=True, help="Compare logits with the masked dense model, too.")
 @device_option
-def verify(directory: Path, plan_path: Path | None, forward: bool, device: str) -> None:
+@io_option
+def verify(directory: Path, plan_path: Path | None, forward: bool, device: str, io: IO) -> None:
     """Check an output against its plan and its source; exit status 1 on a fault."""
     from surgery.plan import Plan
     from surgery.source import source_at_hand
@@ -236,7 +240,7 @@ def verify(directory: Path, plan_path: Path | None, forward: bool, device: str) 
     source = source_at_hand(loaded.source) if loaded else None
     if forward and (loaded is None or source is None):
         raise Refusal(f"{directory}: --forward needs the plan and its source; neither may be gone")
-    report = verify_files(directory, loaded, source)
+    report = verify_files(directory, loaded, source, io=io)
     if forward and report.ok and loaded and source:
         from calib.equality import forward_faults
 

@@ -10,6 +10,7 @@ import click
 from calib.calibration_options import CalibrationOptions
 from calib.documents import TextOptions
 from calib.settings import ComputeOptions
+from surgery.apply import ApplyOptions
 from surgery.choices import CutRequest
 from surgery.options import (
     ModelOptions,
@@ -18,6 +19,7 @@ from surgery.options import (
     cut_options,
     engine_option,
     gathered,
+    io_option,
     json_option,
     model_options,
     path_type,
@@ -152,8 +154,13 @@ def score(
 @text_options
 @compute_options
 @cut_options
-@click.option(
-    "-o", "output", type=path_type, metavar="DIR", required=True, help="Directory to write."
+@gathered(
+    "options",
+    ApplyOptions,
+    click.option(
+        "-o", "output", type=path_type, metavar="DIR", required=True, help="Directory to write."
+    ),
+    io_option,
 )
 @push_option
 def prune(
@@ -161,7 +168,7 @@ def prune(
     text: TextOptions,
     compute: ComputeOptions,
     cut: CutRequest,
-    output: Path,
+    options: ApplyOptions,
     push_to: str | None,
 ) -> None:
     """Calibrate, plan, apply and verify in one command.
@@ -175,6 +182,7 @@ def prune(
 
     if push_to:
         check_push(push_to)
+    output = Path(options.output or "")  # click asks for it
     layout, files = model.layout(), PlanFiles.beside(output)
     files.check(layout.checkpoint.path)
     choice = choose_sizes(layout, cut, documents_of(layout, text))
@@ -182,7 +190,7 @@ def prune(
         plan = calibrated_plan(layout, choice, text, compute, files, progress)
     show_plan(plan, layout)
     with bars() as progress:
-        report = apply_and_verify(plan, layout, output, progress)
+        report = apply_and_verify(plan, layout, options, progress)
     say(report.table())
     if push_to and report.ok:
         click.echo(push(output, push_to))

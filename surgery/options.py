@@ -218,6 +218,13 @@ engine_option = click.option(
     type=click.Choice(["local", "ray"]),
     help="ray: tasks on a cluster whose nodes share the file system (extra 'ray').",
 )
+io_option = click.option(
+    "--io",
+    default="mmap",
+    show_default=True,
+    type=click.Choice(["mmap", "read"]),
+    help="How shards are reached. mmap: mapped into memory; read: for network file systems.",
+)
 device_option = click.option(
     "--device",
     default="auto",

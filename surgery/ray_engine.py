@@ -1,23 +1,19 @@
 """Shards as Ray tasks over a file system that all nodes share."""
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import replace
 from uuid import uuid4
 
-from surgery.checkpoint import Checkpoint
 from surgery.cluster import RETRIES, cluster, results
-from surgery.edits import OutputTensor
-from surgery.shard import write_shard
+from surgery.progress import Advance
+from surgery.shard import ShardTask, write_shard
 from surgery.writer import OutputDirectory
 
 
 def write_shards_on_ray(
-    directory: OutputDirectory,
-    checkpoint: Checkpoint,
-    todo: Mapping[str, list[OutputTensor]],
-    progress: Callable[[int], object],
+    directory: OutputDirectory, tasks: Mapping[str, ShardTask], progress: Advance
 ) -> None:
-    """Write the shards of ``todo``, one for each CPU of the cluster at a time.
+    """Write shards by name, one for each CPU of the cluster at a time.
 
     A shard whose node is lost begins anew on another. Only this process writes the journal.
 
@@ -27,20 +23,15 @@ def write_shards_on_ray(
 
     def done(name: str, _: object) -> None:
         directory.finish(name)
-        progress(sum(tensor.nbytes for tensor in todo[name]))
+        progress(sum(tensor.nbytes for tensor in tasks[name].tensors))
 
-    partial = directory.partial.absolute()  # a node's working directory is its own
     with cluster() as ray:
-        task = ray.remote(num_cpus=1, max_retries=RETRIES, scheduling_strategy="SPREAD")(shard_task)
-        tasks = {}
-        for name, shard in todo.items():
-            metadata = checkpoint.shards[name].metadata
-            tasks[task.remote(partial, checkpoint.path / name, shard, metadata)] = name
-        results(ray, tasks, done)
+        remote = ray.remote(num_cpus=1, max_retries=RETRIES, scheduling_strategy="SPREAD")(
+            shard_task
+        )
+        results(ray, {remote.remote(task): name for name, task in tasks.items()}, done)
 
 
-def shard_task(
-    partial: Path, source: Path, shard: list[OutputTensor], metadata: dict[str, str]
-) -> None:
+def shard_task(task: ShardTask) -> None:
     """Write one shard; in a file of its own, as a lost node may still be writing its own."""
-    write_shard(partial, source, shard, metadata, attempt=f".{uuid4().hex}")
+    write_shard(replace(task, attempt=f".{uuid4().hex}"))

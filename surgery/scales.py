@@ -1,13 +1,28 @@
 """Scales of FP8 weights: each weight has its own, and none is without its weight."""
 
+import numpy as np
+
 from surgery.checkpoint import Checkpoint
 from surgery.errors import CheckpointError
-from surgery.fp8 import SCALE_DTYPES, scale_grid
+from surgery.fp8 import SCALE_DTYPES, Float32, decode_scales, scale_grid
 from surgery.header import TensorRef
 from surgery.quantized import SCALE_SUFFIX
+from surgery.shard_file import open_shard
 
 AGAIN = "download the checkpoint again"
 UNQUANTIZED = "use the unquantized checkpoint"
+
+
+def read_scales(tensor: TensorRef) -> Float32:
+    """The scales of an FP8 weight, from their own shard: one for 16,384 weights, usually.
+
+    Raises:
+        CheckpointError: the shard ends early.
+    """
+    raw = np.empty(tensor.nbytes, np.uint8)
+    with open_shard(tensor.path, "read") as shard:  # they are decoded into memory of their own
+        shard.read_into(raw.data, tensor.start)
+    return decode_scales(raw, tensor.dtype).reshape(tensor.shape)
 
 
 def weight_of(checkpoint: Checkpoint, scales: TensorRef) -> TensorRef | None:

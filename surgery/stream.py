@@ -1,34 +1,35 @@
-"""Carry the bytes of one edit from a source shard to an output file through a small buffer."""
+"""Carry the bytes of one edit from a source shard to an output file through small windows."""
 
 import math
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
 
 import numpy as np
 
 from surgery.collapse import collapse
 from surgery.edits import Edit, Scaling
-from surgery.errors import CheckpointError
-from surgery.fp8 import VALUES, Float32, decode_scales, dequantize
+from surgery.fp8 import VALUES, Float32, dequantize
 from surgery.header import TensorRef
+from surgery.scales import read_scales
 from surgery.selection import runs
+from surgery.shard_file import Buffer, Bytes, ShardFile, open_shard
 
 WINDOW_BYTES = 1 << 20
-"""Most bytes read or written at a time; two such buffers, five where FP8 becomes bf16, bound the
-memory of an edit.
+"""Most bytes read, mapped or written at a time; two such windows, five where FP8 becomes bf16,
+bound the memory of an edit.
 
 They stay in the processor's cache: at 16 MiB the columns of the 8B shape took 0.9 s, not 0.37.
 Runs of a window's mean length are copied inside the kernel, shorter ones gathered here: at 20 KB a
-run, rows took 0.84 s by kernel copies and 0.49 s gathered.
+run, rows took 0.84 s by kernel copies and 0.49 s gathered. Long runs written from a mapping took
+0.13 s of CPU for half a gigabyte, kernel copies 0.12.
 """
 
 DTYPE = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 """Elements are moved as plain bits."""
 
 
-def stream_edit(edit: Edit, source: int, output: int) -> None:
+def stream_edit(edit: Edit, source: ShardFile, output: int) -> None:
     """Append the bytes of ``edit`` to file descriptor ``output``, reading from ``source``.
 
     Scales of FP8 are read whole, from their own shard; so are other layers that are added to this
@@ -43,7 +44,7 @@ def stream_edit(edit: Edit, source: int, output: int) -> None:
             write_all(output, window)
         return
     for offset, length in ranges:
-        _copy_range(edit.source.path, source, output, offset, length)
+        _copy_range(source, output, offset, length)
 
 
 def bytes_read(edit: Edit) -> int:
@@ -53,11 +54,11 @@ def bytes_read(edit: Edit) -> int:
     return own + sum(term.nbytes for term in edit.terms)
 
 
-def edit_windows(edit: Edit, source: int) -> Iterator[memoryview]:
+def edit_windows(edit: Edit, source: ShardFile) -> Iterator[memoryview]:
     """Yield the output bytes of ``edit``, at most a window at a time, in order."""
     tensor, indices = edit.source, edit.indices
     if indices is None and edit.scaling is None and not edit.terms:
-        yield from raw_windows(tensor.path, source, tensor.start, tensor.nbytes)
+        yield from source.windows(tensor.start, tensor.nbytes, WINDOW_BYTES)
     else:
         every = np.arange(tensor.shape[edit.dim]) if indices is None else indices
         yield from _gather(edit, every, source)
@@ -67,45 +68,6 @@ def write_all(output: int, data: memoryview) -> None:
     """Append all of ``data`` to ``output``."""
     while data:
         data = data[os.write(output, data) :]
-
-
-@contextmanager
-def open_shard(path: Path) -> Iterator[int]:
-    """Yield a file descriptor that reads the shard ``path``.
-
-    Raises:
-        CheckpointError: it cannot be opened.
-    """
-    try:
-        shard = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    try:
-        yield shard
-    finally:
-        os.close(shard)
-
-
-def _unreadable(path: Path, error: OSError) -> CheckpointError:
-    """What to say of a shard that was there when its header was read."""
-    return CheckpointError(
-        path,
-        "shard cannot be read any more",
-        found=error.strerror,
-        fix="bring it back, then run again with `resume`",
-    )
-
-
-def read_scales(tensor: TensorRef) -> Float32:
-    """The scales of an FP8 weight, from their own shard: one for 16,384 weights, usually.
-
-    Raises:
-        CheckpointError: the shard ends early.
-    """
-    raw = np.empty(tensor.nbytes, np.uint8)
-    with open_shard(tensor.path) as shard:
-        read_into(tensor.path, shard, raw.data, tensor.start)
-    return decode_scales(raw, tensor.dtype).reshape(tensor.shape)
 
 
 def _long_ranges(edit: Edit) -> list[tuple[int, int]] | None:
@@ -123,52 +85,89 @@ def _long_ranges(edit: Edit) -> list[tuple[int, int]] | None:
     return [(tensor.start + first * inner, (last - first) * inner) for first, last in pairs]
 
 
-def _gather(edit: Edit, indices: np.ndarray, source: int) -> Iterator[memoryview]:
-    """Read windows of ``[rows, positions, columns]`` and take the kept positions."""
-    tensor = edit.source
-    positions, columns = tensor.shape[edit.dim], math.prod(tensor.shape[edit.dim + 1 :])
-    buffer, other = _Window(tensor.itemsize), _Window(tensor.itemsize)
-    taken = _Window(edit.itemsize)
-    scales = read_scales(edit.scaling.scales) if edit.scaling else np.empty(0, np.float32)
-    with ExitStack() as stack:
-        opened = [(t, stack.enter_context(open_shard(t.path))) for t in edit.terms]
+def _gather(edit: Edit, indices: np.ndarray, source: ShardFile) -> Iterator[memoryview]:
+    """Take the kept positions of blocks ``[rows, positions, columns]``."""
+    taken = Buffer()
+    with _SourceBlocks(edit, source) as blocks:
         for row, rows, start, stop in _blocks(edit):
             first, last = np.searchsorted(indices, (start, stop))
             inside = indices[first:last] - start
-            shape = (rows, stop - start, columns)
-            offset = (row * positions + start) * columns * tensor.itemsize
-            block = buffer.read(tensor, source, shape, offset)
-            if opened:
-                others = (other.read(term, file, shape, offset) for term, file in opened)
-                collapse(block, others, tensor.dtype)
-            if edit.scaling is not None:
-                block = _dequantized(edit, edit.scaling, scales, block, (row, start))
-            result = taken.shaped((rows, len(inside), columns))
-            # mode="clip" writes straight into ``out``; the indices were checked with the plan.
-            np.take(block, inside, axis=1, out=result, mode="clip")
+            with blocks.read(row, rows, start, stop) as block:
+                shape = (rows, len(inside), block.shape[2])
+                nbytes = math.prod(shape) * edit.itemsize
+                result = _elements(taken.take(nbytes), edit.itemsize, shape)
+                # mode="clip" writes straight into ``out``; the indices were checked with the plan.
+                np.take(block, inside, axis=1, out=result, mode="clip")
             yield result.reshape(-1).data.cast("B")
 
 
-class _Window:
-    """Memory for elements as plain bits, used for one block after the other."""
+class _SourceBlocks:
+    """Blocks ``[rows, positions, columns]`` of an edit's source.
 
-    def __init__(self, itemsize: int) -> None:
-        self._memory = np.empty(0, DTYPE[itemsize])
+    Other layers are added to them, and FP8 is dequantized.
+    """
 
-    def shaped(self, shape: tuple[int, ...]) -> np.ndarray:
-        """An array of this shape, of any content."""
-        count = math.prod(shape)
-        if count > len(self._memory):
-            self._memory = np.empty(count, self._memory.dtype)
-        return self._memory[:count].reshape(shape)
+    def __init__(self, edit: Edit, source: ShardFile) -> None:
+        self._edit, self._source = edit, source
+        self._buffer, self._other = Buffer(), Buffer()
+        self._stack = ExitStack()
 
-    def read(
-        self, tensor: TensorRef, shard: int, shape: tuple[int, ...], offset: int
-    ) -> np.ndarray:
-        """Bytes of ``tensor`` from ``offset`` on, from its shard's file descriptor."""
-        block = self.shaped(shape)
-        read_into(tensor.path, shard, block.reshape(-1).data.cast("B"), tensor.start + offset)
+    def __enter__(self) -> "_SourceBlocks":
+        with ExitStack() as stack:
+            self._terms = [
+                (term, stack.enter_context(open_shard(term.path, self._source.io)))
+                for term in self._edit.terms
+            ]
+            scaling = self._edit.scaling
+            self._scales = read_scales(scaling.scales) if scaling else np.empty(0, np.float32)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @contextmanager
+    def read(self, row: int, rows: int, start: int, stop: int) -> Iterator[np.ndarray]:
+        """Have ``rows`` from ``row`` on at positions ``start`` to ``stop`` until the block ends."""
+        edit, tensor = self._edit, self._edit.source
+        columns = math.prod(tensor.shape[edit.dim + 1 :])
+        shape = (rows, stop - start, columns)
+        offset = (row * tensor.shape[edit.dim] + start) * columns * tensor.itemsize
+        if self._terms:
+            yield self._collapsed(offset, shape)
+            return
+        with self._window(tensor, self._source, offset, shape, self._buffer) as block:
+            if edit.scaling is not None:
+                block = _dequantized(edit, edit.scaling, self._scales, block, (row, start))
+            yield block
+
+    def _collapsed(self, offset: int, shape: tuple[int, ...]) -> np.ndarray:
+        tensor = self._edit.source
+        own = self._buffer.take(math.prod(shape) * tensor.itemsize)
+        self._source.read_into(own.data, tensor.start + offset)
+        block = _elements(own, tensor.itemsize, shape)
+        collapse(block, self._others(offset, shape), tensor.dtype)
         return block
+
+    def _others(self, offset: int, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+        """Yield the same block of each other layer, good until the next one."""
+        for term, shard in self._terms:
+            with self._window(term, shard, offset, shape, self._other) as block:
+                yield block
+
+    @staticmethod
+    @contextmanager
+    def _window(
+        tensor: TensorRef, shard: ShardFile, offset: int, shape: tuple[int, ...], buffer: Buffer
+    ) -> Iterator[np.ndarray]:
+        nbytes = math.prod(shape) * tensor.itemsize
+        with shard.window(tensor.start + offset, nbytes, buffer) as data:
+            yield _elements(data, tensor.itemsize, shape)
+
+
+def _elements(data: Bytes, itemsize: int, shape: tuple[int, ...]) -> np.ndarray:
+    """``data`` as elements of plain bits."""
+    return data.view(DTYPE[itemsize]).reshape(shape)
 
 
 def _dequantized(
@@ -199,51 +198,16 @@ def _blocks(edit: Edit) -> Iterator[tuple[int, int, int, int]]:
             yield row, 1, start, min(start + step, positions)
 
 
-def _copy_range(path: Path, source: int, output: int, offset: int, length: int) -> None:
+def _copy_range(source: ShardFile, output: int, offset: int, length: int) -> None:
     """Append ``length`` bytes, inside the kernel as long as that works.
 
     What fails there is tried again by reading and writing, which tells whose fault it is.
     """
     with suppress(OSError):
         while length and hasattr(os, "copy_file_range"):
-            count = os.copy_file_range(source, output, length, offset_src=offset)
+            count = os.copy_file_range(source.fileno(), output, length, offset_src=offset)
             if count == 0:
-                raise _ended_early(path, offset)
+                raise source.ended_early(offset)
             offset, length = offset + count, length - count
-    for window in raw_windows(path, source, offset, length):
+    for window in source.windows(offset, length, WINDOW_BYTES):
         write_all(output, window)
-
-
-def raw_windows(path: Path, source: int, offset: int, length: int) -> Iterator[memoryview]:
-    """Yield ``length`` bytes from ``offset``, at most a window at a time."""
-    buffer = memoryview(bytearray(min(length, WINDOW_BYTES)))
-    while length:
-        window = buffer[: min(length, WINDOW_BYTES)]
-        read_into(path, source, window, offset)
-        yield window
-        offset, length = offset + len(window), length - len(window)
-
-
-def read_into(path: Path, source: int, target: memoryview, offset: int) -> None:
-    """Fill ``target`` from ``offset`` of the shard ``path``, open as ``source``.
-
-    Raises:
-        CheckpointError: the shard ends early, or cannot be read.
-    """
-    while target:
-        try:
-            count = os.preadv(source, [target], offset)
-        except OSError as error:
-            raise _unreadable(path, error) from error
-        if count == 0:
-            raise _ended_early(path, offset)
-        target, offset = target[count:], offset + count
-
-
-def _ended_early(path: Path, offset: int) -> CheckpointError:
-    return CheckpointError(
-        path,
-        "shard ended early: it changed while it was read",
-        expected=f"more than {offset} bytes",
-        fix="bring it back as it was, then run again with `resume`",
-    )

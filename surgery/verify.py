@@ -1,6 +1,5 @@
 """What files alone can show about an output: tensors, sizes, ids, bytes, and the tokenizer."""
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,8 +16,9 @@ from surgery.jsonfile import read_file
 from surgery.layout import Layout
 from surgery.plan import PROVENANCE_NAME, Plan, ProvenanceFile
 from surgery.selection import MAKE_AGAIN
+from surgery.shard_file import IO, Buffer, open_shard
 from surgery.shards import Shards
-from surgery.stream import edit_windows, open_shard
+from surgery.stream import edit_windows
 from surgery.tokenizer import TokenizerFile, load_tokenizer, tokenizer_data
 from surgery.verify_ids import Origin, id_faults
 
@@ -76,7 +76,12 @@ SAME_TEXT = "tokenizer gives back text as the source does"
 
 
 def verify_files(
-    directory: Path, plan: Plan | None, source: Path | None, *, download: bool = True
+    directory: Path,
+    plan: Plan | None,
+    source: Path | None,
+    *,
+    download: bool = True,
+    io: IO = "mmap",
 ) -> VerifyReport:
     """Check the checkpoint in ``directory`` against ``plan`` and, where it is at hand, its source.
 
@@ -107,7 +112,7 @@ def verify_files(
     if shards.remote and not download:
         report.skipped[SAME_BYTES] = "the verify command downloads the weights for it once more"
     else:
-        report.checks[SAME_BYTES] = compare_bytes(wanted, checkpoint, shards)
+        report.checks[SAME_BYTES] = compare_bytes(wanted, checkpoint, shards, io)
     report.checks[SAME_TEXT] = _check_tokenizer(directory, origin.path, origin.plan)
     return report
 
@@ -122,7 +127,7 @@ def _engine_notes(layout: Layout, plan: Plan | None) -> list[str]:
 
 
 def compare_bytes(
-    by_shard: dict[str, list[OutputTensor]], output: Checkpoint, shards: Shards
+    by_shard: dict[str, list[OutputTensor]], output: Checkpoint, shards: Shards, io: IO
 ) -> list[str]:
     """Stream every edit again and compare it with what lies in ``output``; return the faults."""
     wanted = {tensor.name for shard in by_shard.values() for tensor in shard}
@@ -136,30 +141,32 @@ def compare_bytes(
                 faults += [
                     fault
                     for tensor in by_shard[name]
-                    if (fault := _difference(tensor, output.tensors.get(tensor.name)))
+                    if (fault := _difference(tensor, output.tensors.get(tensor.name), io))
                 ]
     return faults
 
 
-def _difference(tensor: OutputTensor, found: TensorRef | None) -> str | None:
+def _difference(tensor: OutputTensor, found: TensorRef | None, io: IO) -> str | None:
     """What is wrong with the output's tensor; None where nothing is."""
     if found is None:
         return f"tensor {tensor.name} is missing"
     if (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
         expected = f"{tensor.dtype} {list(tensor.shape)}"
         return f"tensor {tensor.name}: expected {expected}, found {list(found.shape)}"
-    if not _same_bytes(tensor, found):
+    if not _same_bytes(tensor, found, io):
         return f"{found.path}: tensor {tensor.name} differs from the source's kept values"
     return None
 
 
-def _same_bytes(tensor: OutputTensor, found: TensorRef) -> bool:
-    offset = found.start
-    with open_shard(tensor.edits[0].source.path) as source, open_shard(found.path) as output:
+def _same_bytes(tensor: OutputTensor, found: TensorRef, io: IO) -> bool:
+    offset, buffer = found.start, Buffer()
+    source_path = tensor.edits[0].source.path
+    with open_shard(source_path, io) as source, open_shard(found.path, io) as output:
         for edit in tensor.edits:
             for window in edit_windows(edit, source):
-                if os.pread(output, len(window), offset) != window:
-                    return False
+                with output.window(offset, len(window), buffer) as data:
+                    if not np.array_equal(data, np.frombuffer(window, np.uint8)):
+                        return False
                 offset += len(window)
     return True
 

@@ -15,6 +15,7 @@ from surgery.api import apply_plan
 from surgery.edits import Edit
 from surgery.errors import CheckpointError
 from surgery.header import TensorRef, encode_header, read_header
+from surgery.shard_file import IO, ShardFile, open_shard
 from surgery.stream import edit_windows, stream_edit
 from tests.support import tiny
 from tests.support.command import Run
@@ -40,11 +41,12 @@ def test_any_selection_in_any_window_is_numpy_take(
     wanted = np.take(array, indices, axis=dim)
     edit = Edit(TensorRef("t", path, dtype, shape, 3), dim, indices)
     assert edit.nbytes == wanted.nbytes
-    with pytest.MonkeyPatch.context() as patch, open(path, "rb") as source:
+    io: IO = data.draw(st.sampled_from(["mmap", "read"]))
+    with pytest.MonkeyPatch.context() as patch, open_shard(path, io) as source:
         patch.setattr("surgery.stream.WINDOW_BYTES", data.draw(st.integers(1, 64)))
-        found = b"".join(bytes(window) for window in edit_windows(edit, source.fileno()))
+        found = b"".join(bytes(window) for window in edit_windows(edit, source))
         with open(path.with_name("out"), "wb") as output:
-            stream_edit(edit, source.fileno(), output.fileno())
+            stream_edit(edit, source, output.fileno())
     assert found == wanted.tobytes()
     assert path.with_name("out").read_bytes() == wanted.tobytes()
 
@@ -59,8 +61,9 @@ def test_header_round_trip(tmp_path: Path) -> None:
     assert header.metadata == {"format": "pt"}
 
 
+@pytest.mark.parametrize("io", ["mmap", "read"])
 def test_without_kernel_copy_the_bytes_are_the_same(
-    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, io: IO
 ) -> None:
     plan = random_plan(llama, 512, 64)
     apply_plan(plan, source=llama, output=tmp_path / "one")
@@ -69,7 +72,7 @@ def test_without_kernel_copy_the_bytes_are_the_same(
         raise OSError(errno.EXDEV, "another file system")
 
     monkeypatch.setattr(os, "copy_file_range", refuse)
-    apply_plan(plan, source=llama, output=tmp_path / "two")
+    apply_plan(plan, source=llama, output=tmp_path / "two", io=io)
     assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
 
 
@@ -84,11 +87,11 @@ def test_a_run_stopped_by_a_full_disk_resumes_to_the_same_bytes(
     opened: set[Path] = set()
     written: set[Path] = set()
 
-    def note(edit: Edit, source: int, output: int) -> None:
+    def note(edit: Edit, source: ShardFile, output: int) -> None:
         written.add(edit.source.path)
         real(edit, source, output)
 
-    def full(edit: Edit, source: int, output: int) -> None:
+    def full(edit: Edit, source: ShardFile, output: int) -> None:
         opened.add(edit.source.path)
         if len(opened) > finished:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -187,7 +190,8 @@ def test_a_finished_shard_that_was_lost_is_written_again(
     assert snapshot(out) == snapshot(tmp_path / "whole")
 
 
-def test_a_shard_that_shrinks_while_it_is_read_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("io", ["mmap", "read"])
+def test_a_shard_that_shrinks_while_it_is_read_is_named(tmp_path: Path, io: IO) -> None:
     source = tiny.save(tmp_path / "model")
     plan = random_plan(source, 512, 64)
     shard = source / "model.safetensors"
@@ -197,6 +201,6 @@ def test_a_shard_that_shrinks_while_it_is_read_is_named(tmp_path: Path) -> None:
             os.truncate(shard, shard.stat().st_size // 2)
 
     with pytest.raises(CheckpointError, match=r"model\.safetensors: shard ended early"):
-        apply_plan(plan, source=source, output=tmp_path / "out", progress=shrink)
+        apply_plan(plan, source=source, output=tmp_path / "out", io=io, progress=shrink)
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()

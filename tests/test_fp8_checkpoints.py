@@ -31,6 +31,7 @@ from surgery.layout import Layout
 from surgery.model_files import INDEX_NAME
 from surgery.plan import Plan
 from surgery.predict import shape_of
+from surgery.shard_file import IO, open_shard
 from surgery.stream import WINDOW_BYTES, edit_windows, stream_edit
 from surgery.verify import verify_files
 from tests.support import fp8, tiny
@@ -177,7 +178,7 @@ def test_bf16_is_torchs_and_can_be_cut_anywhere(
     plan = plan_of(path, vocab_size, share, dequantize=True)
     out, dense = directory / "out", fp8.plain(path, directory / "dense")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("surgery.stream.WINDOW_BYTES", window_bytes)
+        patch.setattr("surgery.WINDOW_BYTES", window_bytes)
         apply_plan(plan, source=path, output=out)
     assert_same(weights(out), taken(layout_of(path), plan, weights(dense)))
     assert_sizes_are_as_predicted(out, plan)
@@ -411,7 +412,10 @@ def test_a_plan_that_splits_blocks_is_refused(qwen3: Path) -> None:
 
 
 @pytest.mark.parametrize("dim", [0, 1, None])
-def test_an_edit_that_dequantizes_holds_a_few_windows(tmp_path: Path, dim: int | None) -> None:
+@pytest.mark.parametrize("io", ["mmap", "read"])
+def test_an_edit_that_dequantizes_holds_a_few_windows(
+    tmp_path: Path, dim: int | None, io: IO
+) -> None:
     rows, columns, block = 4096, 4096, 128
     codes = torch.randint(0, 127, (rows, columns), dtype=torch.uint8).view(torch.float8_e4m3fn)
     scales = torch.rand(rows // block, columns // block)
@@ -420,15 +424,13 @@ def test_an_edit_that_dequantizes_holds_a_few_windows(tmp_path: Path, dim: int |
     source, grid = (read_header(tmp_path / f"{n}.safetensors").tensors[0] for n in "ab")
     kept = None if dim is None else np.arange(0, (rows, columns)[dim], 3)
     edit = Edit(source, dim or 0, kept, scaling=Scaling(grid, (block, block)))
-    descriptors = [os.open(source.path, os.O_RDONLY), os.open("/dev/null", os.O_WRONLY)]
-    tracemalloc.start()
-    stream_edit(edit, *descriptors)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
+    with open_shard(source.path, io) as shard, open(os.devnull, "wb") as output:
+        tracemalloc.start()
+        stream_edit(edit, shard, output.fileno())
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        windows = [bytes(window) for window in edit_windows(edit, shard)]
     assert peak < 5 * WINDOW_BYTES < source.nbytes / 3
-    windows = [bytes(window) for window in edit_windows(edit, descriptors[0])]
-    for descriptor in descriptors:
-        os.close(descriptor)
     assert max(map(len, windows)) <= WINDOW_BYTES
     assert sum(map(len, windows)) == edit.nbytes
     wide = (codes.float() * fp8.spread(scales, block, codes.shape)).to(torch.bfloat16)

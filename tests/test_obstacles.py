@@ -20,6 +20,7 @@ from surgery.companions import left_behind
 from surgery.edits import Edit
 from surgery.errors import CheckpointError
 from surgery.plan import Plan
+from surgery.shard_file import IO, ShardFile
 from surgery.stream import stream_edit
 from tests.support import ROOT, tiny
 from tests.support.command import Run
@@ -145,8 +146,9 @@ HARM: dict[str, tuple[Damage, str]] = {
 
 @pytest.mark.parametrize("jobs", [1, 2])
 @pytest.mark.parametrize("harm", HARM)
+@pytest.mark.parametrize("io", ["mmap", "read"])
 def test_a_shard_of_the_source_is_lost_while_apply_runs(
-    plan: Path, source: Path, tmp_path: Path, harm: str, jobs: int
+    plan: Path, source: Path, tmp_path: Path, harm: str, jobs: int, io: IO
 ) -> None:
     """In the first shard, before the last one is opened."""
     last = sorted(source.glob("*.safetensors"))[-1]
@@ -159,7 +161,7 @@ def test_a_shard_of_the_source_is_lost_while_apply_runs(
             damage(last)
 
     with pytest.raises(CheckpointError, match=words) as caught:
-        apply_plan(loaded, source=source, output=out, jobs=jobs, progress=lose)
+        apply_plan(loaded, source=source, output=out, io=io, jobs=jobs, progress=lose)
     assert last.name in str(caught.value)
     assert "`resume`" in str(caught.value)
     assert not out.exists()
@@ -224,7 +226,7 @@ def test_an_input_error_in_the_kernel_s_copy_is_blamed_on_the_source(
     monkeypatch.setattr(os, "copy_file_range", broken)
     monkeypatch.setattr(os, "preadv", broken)
     with pytest.raises(CheckpointError, match="cannot be read any more: found Input/out"):
-        apply_plan(Plan.load(plan), source=source, output=tmp_path / "out")
+        apply_plan(Plan.load(plan), source=source, output=tmp_path / "out", io="read")
 
 
 def test_a_journal_that_cannot_be_written_stays_readable(
@@ -248,7 +250,7 @@ def test_a_journal_that_cannot_be_written_stays_readable(
     assert (tmp_path / "out.partial.journal").read_bytes().count(b"\n") == 2
     edited: set[Path] = set()
 
-    def note(edit: Edit, shard: int, output: int) -> None:
+    def note(edit: Edit, shard: ShardFile, output: int) -> None:
         edited.add(edit.source.path)
         stream_edit(edit, shard, output)
 

@@ -8,6 +8,7 @@ from typing import Any
 from uuid import uuid4
 
 from surgery.ray_engine import shard_task
+from surgery.shard import ShardTask
 from surgery.writer import new_shard
 
 VICTIM = "victim"
@@ -40,31 +41,31 @@ def stalled_part(*arguments: Any) -> Path:
     """The first part waits until it is lost with its node."""
     from calib.ray_engine import part_task
 
-    folder: Path = arguments[-1]
+    folder: Path = arguments[0].folder
     if begin(folder.parent):
         (folder / "half").write_text("half a file")
         time.sleep(300)
     return part_task(*arguments)
 
 
-def stalled_shard(partial: Path, source: Path, *arguments: Any) -> None:
+def stalled_shard(task: ShardTask) -> None:
     """The first shard waits, half written, until it is lost with its node."""
-    if begin(partial.parent):
-        with new_shard(partial, source.name, ".lost") as descriptor:
+    if begin(task.partial.parent):
+        with new_shard(task.partial, task.source.name, ".lost") as descriptor:
             os.write(descriptor, b"half a shard")
             time.sleep(300)
-    shard_task(partial, source, *arguments)
+    shard_task(task)
 
 
-def full_disk(partial: Path, source: Path, *arguments: Any) -> None:
+def full_disk(task: ShardTask) -> None:
     """All shards are written but the last, once the others are there."""
-    if "00005-of" not in source.name:
-        shard_task(partial, source, *arguments)
+    if "00005-of" not in task.source.name:
+        shard_task(task)
         return
-    while len(list(partial.glob("*.safetensors"))) < 4:
+    while len(list(task.partial.glob("*.safetensors"))) < 4:
         time.sleep(0.05)
     time.sleep(1)  # the driver notes them
-    raise OSError(errno.ENOSPC, "No space left on device", str(partial / source.name))
+    raise OSError(errno.ENOSPC, "No space left on device", str(task.partial / task.source.name))
 
 
 def dying_shard(*_: Any) -> None:
