@@ -12,10 +12,10 @@ import torch
 from calib.calibrate import Run, calibrate
 from calib.device import choose_device, choose_dtype
 from calib.limits import MICRO_BATCH_VALUES, Limits
-from surgery.apply_cost import peak_rss_bytes
 from surgery.caps import within_caps
 from surgery.layout import Layout
 from surgery.prediction import Prediction, Settings, Text, predict
+from surgery.process import peak_rss_bytes
 from surgery.resources import Resources, Running
 from surgery.stats import ChannelStats
 

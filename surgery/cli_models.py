@@ -126,7 +126,7 @@ def _division(spread: DivisionOptions, place: Path, resume: bool) -> "Division":
 @json_option
 def score(model: str, family: str | None, as_json: bool, **options: Any) -> None:
     """Measure bits per byte on held-out text, one layer in memory at a time."""
-    from surgery.apply_cost import peak_rss_bytes
+    from surgery.process import peak_rss_bytes
     from surgery.steps import open_model, score_model
 
     start = time.perf_counter()

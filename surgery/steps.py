@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.apply import apply_plan
-from surgery.apply_cost import moved_bytes, peak_rss_bytes
 from surgery.checkpoint import Checkpoint
 from surgery.choices import Chosen
 from surgery.companions import check_companions
@@ -19,6 +18,7 @@ from surgery.part import Division
 from surgery.plan import Plan
 from surgery.planning import make_plan
 from surgery.probe import Proposal, propose, unknown_type
+from surgery.process import moved_bytes, peak_rss_bytes
 from surgery.resources import Running
 from surgery.source import resolve_model
 from surgery.stats import ChannelStats

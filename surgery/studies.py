@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.apply_cost import peak_rss_bytes
 from surgery.budget import Sizes, pairs_at, split
 from surgery.candidates import MOST, parse_candidates
 from surgery.choices import Chosen, allowed_steps, main_width
@@ -19,6 +18,7 @@ from surgery.errors import BudgetError, SurgeryError
 from surgery.layout import Layout
 from surgery.options import ChannelOptions
 from surgery.plan import Plan
+from surgery.process import peak_rss_bytes
 from surgery.size_options import Target
 from surgery.steps import (
     check_channels,
@@ -95,7 +95,8 @@ def repair_plan(plan: Plan, plan_path: Path, layout: Layout, chosen: Chosen, **t
     click.echo(f"repair: about {predicted.peak_memory / 1e6:,.0f} MB of memory", err=True)
     with progress_bar("repair", "window", study.windows(2)) as progress:
         made = repair(plan, study, path, progress=progress)
-    click.echo(f"repair: {peak_rss_bytes() / 1e6:,.0f} MB at its peak", err=True)
+    if (peak := peak_rss_bytes()) is not None:
+        click.echo(f"repair: {peak / 1e6:,.0f} MB at its peak", err=True)
     return made
 
 

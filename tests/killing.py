@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
-WATCHED = ("apply.py", "journal.py", "stream.py", "writer.py")
-"""Modules of ``surgery`` whose lines count, beside those of ``write_atomic``."""
+WATCHED = ("apply.py", "atomic.py", "journal.py", "lock.py", "stream.py", "writer.py")
+"""Modules of ``surgery`` whose lines count."""
 
 SPAWN = get_context("forkserver")
 SPAWN.set_forkserver_preload(["surgery.cli", "surgery.steps", "surgery.apply", "safetensors"])
@@ -47,8 +47,8 @@ def count_lines(lines: Any, kill_at: int | None) -> None:
     lock = threading.Lock()
 
     def watch(frame: FrameType, event: str, _: object) -> Callable[..., Any] | None:
-        path, name = Path(frame.f_code.co_filename), frame.f_code.co_name
-        if path.parent.name != "surgery" or not (path.name in WATCHED or name == "write_atomic"):
+        path = Path(frame.f_code.co_filename)
+        if path.parent.name != "surgery" or path.name not in WATCHED:
             return None
         if event == "line":
             with lock:

@@ -254,7 +254,7 @@ def test_a_run_in_progress_is_left_alone(tmp_path: Path, llama: Path, text: Path
     other = Partial(out, {}, resume=False)
     result = run("calibrate", llama, "--data", text, *ARGUMENTS, "-o", out, "--resume")
     assert result.exit_code == 2
-    assert "is in use by another run" in result.output
+    assert "is being written by another run" in result.output
     other.remove()
 
 
