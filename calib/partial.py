@@ -25,6 +25,8 @@ WRITTEN = "written"
 as long as that has not ended, it has them in memory, whoever was killed."""
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 """Of Linux."""
+MAPPED_FILES_GO = os.name != "nt"
+"""Whether the system deletes a file that is mapped; else a file's sums are read into memory."""
 NUMPY = {name: dtype for dtype, name in DTYPES.items()}
 
 
@@ -149,7 +151,7 @@ class Partial:
             axis, _, part = ref.name.partition(".")
             array: np.ndarray
             array = np.memmap(ref.path, NUMPY[ref.dtype], "r", ref.start, ref.shape)
-            if os.name == "nt":  # deletes no file that is mapped
+            if not MAPPED_FILES_GO:
                 array = array.copy()
             arrays.setdefault(axis, {})[part] = array
         cosines = float(arrays.pop(COSINES)[""][0])
