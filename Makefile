@@ -2,17 +2,20 @@
 
 PYTHON  ?= python3
 VENV    := .venv
-BIN     := $(VENV)/bin
+# Where a virtual environment has its programs; Windows names itself in OS.
+BINARIES := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
+BIN     := $(VENV)/$(BINARIES)
 MODEL   := build/smollm2
-PYTHON4 := $(VENV)/transformers4/bin/python
+PYTHON4 := $(VENV)/transformers4/$(BINARIES)/python
 PLATLIB := import sysconfig; print(sysconfig.get_path("platlib"))
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint lowest clean
 
 help:
 	@echo "make demo    shrink SmolLM2-135M by 20 % and compare it with the original"
 	@echo "make test    lint, type check and run the tests"
 	@echo "make lint    lint and type check only"
+	@echo "make lowest  run the tests with the oldest versions that pyproject.toml allows"
 	@echo "make clean   remove build/, $(VENV)/ and all caches"
 	@echo
 	@echo "demo and test first install what they need into $(VENV)/. On Linux, pip takes the CUDA"
@@ -31,6 +34,10 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# In a Python 3.10 of its own: PYTHON=python3.10.
+lowest: $(VENV)/lowest.stamp
+	OMP_NUM_THREADS=1 $(VENV)/lowest/$(BINARIES)/python -m pytest -n 2 --dist loadfile
+
 clean:
 	rm -rf build $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find calib surgery tests tools -name __pycache__ -prune -exec rm -rf {} +
@@ -44,6 +51,12 @@ $(VENV)/venv.stamp: pyproject.toml constraints.txt
 
 $(VENV)/%.stamp: $(VENV)/venv.stamp
 	$(BIN)/python -m pip install -c constraints.txt -e '.[$*]'
+	@touch $@
+
+$(VENV)/lowest.stamp: $(VENV)/venv.stamp constraints-lowest.txt
+	$(PYTHON) -m venv --clear $(VENV)/lowest
+	$(VENV)/lowest/$(BINARIES)/python -m pip install -c constraints-lowest.txt \
+		-e . pytest pytest-xdist hypothesis
 	@touch $@
 
 # What is written is loaded by transformers 4, too, in a Python of its own. What that one lacks, torch
