@@ -11,6 +11,10 @@ from types import FrameType
 from typing import Any
 
 import msgspec
+import pytest
+
+if not hasattr(os, "fork"):
+    pytest.skip("kills processes by signals", allow_module_level=True)
 
 WATCHED = ("apply.py", "atomic.py", "journal.py", "lock.py", "stream.py", "writer.py")
 """Modules of ``surgery`` whose lines count."""

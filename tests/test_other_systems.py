@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from calib.memory import release_freed_memory, reuse_freed_memory
+from calib.states import reserve
 from surgery import process
 from tests.test_apply import snapshot
 
@@ -157,6 +158,19 @@ def test_no_c_library_is_asked_where_it_has_no_name(monkeypatch: pytest.MonkeyPa
         patch.setattr(os, "name", "nt")
         reuse_freed_memory()
         release_freed_memory()
+
+
+def test_disk_is_reserved_where_the_system_has_no_call_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an earlier run left in the file stays; the rest is written, so that it has its place."""
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    path = tmp_path / "hidden"
+    for before, nbytes in ((b"left", 100_000), (b"left", 4), (b"left over", 4)):
+        path.write_bytes(before)
+        with open(path, "a+b") as file:
+            reserve(file.fileno(), nbytes)
+        assert path.read_bytes() == b"left".ljust(nbytes, b"\0")
 
 
 def test_what_no_system_counts_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
