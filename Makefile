@@ -2,18 +2,21 @@
 
 PYTHON  ?= python3
 VENV    := .venv
-BIN     := $(VENV)/bin
+# Where a virtual environment has its programs; Windows names itself in OS.
+BINARIES := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
+BIN     := $(VENV)/$(BINARIES)
 MODEL   := build/smollm2
-PYTHON4 := $(VENV)/transformers4/bin/python
+PYTHON4 := $(VENV)/transformers4/$(BINARIES)/python
 PLATLIB := import sysconfig; print(sysconfig.get_path("platlib"))
 
-.PHONY: help demo test lint docs clean
+.PHONY: help demo test lint docs lowest clean
 
 help:
 	@echo "make demo    shrink SmolLM2-135M by 20 % and compare it with the original"
 	@echo "make test    lint, type check, build the pages and run the tests"
 	@echo "make lint    lint and type check only"
 	@echo "make docs    build the pages as a site in build/docs; a broken link fails"
+	@echo "make lowest  run the tests with the oldest versions that pyproject.toml allows"
 	@echo "make clean   remove build/, $(VENV)/ and all caches"
 	@echo
 	@echo "All but clean first install what they need into $(VENV)/. On Linux, pip takes the CUDA"
@@ -35,6 +38,10 @@ lint: $(VENV)/dev.stamp
 docs: $(VENV)/docs.stamp
 	$(BIN)/python -m sphinx -E -W --keep-going -q -b html docs build/docs
 
+# In a Python 3.10 of its own: PYTHON=python3.10.
+lowest: $(VENV)/lowest.stamp
+	OMP_NUM_THREADS=1 $(VENV)/lowest/$(BINARIES)/python -m pytest -n 2 --dist loadfile
+
 clean:
 	rm -rf build $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find calib surgery tests tools -name __pycache__ -prune -exec rm -rf {} +
@@ -48,6 +55,12 @@ $(VENV)/venv.stamp: pyproject.toml constraints.txt
 
 $(VENV)/%.stamp: $(VENV)/venv.stamp
 	$(BIN)/python -m pip install -c constraints.txt -e '.[$*]'
+	@touch $@
+
+$(VENV)/lowest.stamp: $(VENV)/venv.stamp constraints-lowest.txt
+	$(PYTHON) -m venv --clear $(VENV)/lowest
+	$(VENV)/lowest/$(BINARIES)/python -m pip install -c constraints-lowest.txt \
+		-e '.[plot,datasets,demo]' pytest pytest-xdist hypothesis
 	@touch $@
 
 # What is written is loaded by transformers 4, too, in a Python of its own. What that one lacks, torch

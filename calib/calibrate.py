@@ -23,9 +23,9 @@ from calib.states import HiddenStates, SpilledStates
 from calib.sums import ChannelSums
 from calib.tokens import LayerHooks, Tokens
 from calib.weights import WeightReader
-from surgery.apply_cost import peak_rss_bytes
 from surgery.errors import StatsError
 from surgery.layout import Layout
+from surgery.process import peak_rss_bytes
 from surgery.progress import Advance, no_advance
 from surgery.stats import AxisSums, ChannelStats, StatsInfo
 

@@ -12,7 +12,6 @@ from calib.batches import Batch, MicroBatch, Stream, micro_batches, tokens_of
 from calib.empty import empty_model, library_errors
 from calib.ffn import Unit, watched_ffn
 from calib.layers import Layers, move_buffers
-from calib.memory import release_freed_memory
 from calib.recorder import Arguments, Finished, Recorded, Recorder
 from calib.settings import PassSettings, Timings
 from calib.swapped import swapped
@@ -20,6 +19,7 @@ from calib.tokens import NO_HOOKS, LayerHooks, Tokens
 from calib.weights import WeightReader
 from surgery.header import TensorRef
 from surgery.layout import Layout
+from surgery.process import release_freed_memory
 from surgery.progress import Advance, no_advance
 
 HEAD_ROWS = 8192

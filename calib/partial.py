@@ -1,6 +1,5 @@
 """The partial directory of a calibration: what a run that is killed leaves for the next one."""
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -13,9 +12,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from surgery.atomic import sync_file, write_atomic
 from surgery.errors import OutputError
 from surgery.header import read_header
-from surgery.jsonfile import read_file, sync_file, write_atomic
+from surgery.jsonfile import read_file
+from surgery.lock import FileLock, lock_output
 from surgery.stats import COSINES, DTYPES, PARTS, AxisSums, save_arrays
 
 STATE = "state.json"
@@ -24,6 +25,8 @@ WRITTEN = "written"
 as long as that has not ended, it has them in memory, whoever was killed."""
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 """Of Linux."""
+MAPPED_FILES_GO = os.name != "nt"
+"""Whether the system deletes a file that is mapped; else a file's sums are read into memory."""
 NUMPY = {name: dtype for dtype, name in DTYPES.items()}
 
 
@@ -38,7 +41,10 @@ class State(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Partial:
-    """``STATS.partial`` beside the file that is being made; removed once that is written."""
+    """``STATS.partial`` beside the file that is being made; removed once that is written.
+
+    ``STATS.partial.lock`` is there while a run works in it.
+    """
 
     def __init__(
         self, output: Path, identity: Mapping[str, str], *, resume: bool, spill: Path | None = None
@@ -55,32 +61,30 @@ class Partial:
             OutputError: one is there already, is in use, or belongs to another run.
         """
         self.path = output.with_name(output.name + ".partial")
+        self.hidden = _hidden_place(output, spill) if spill else self.path
+        """Directory of the hidden states."""
+        self._background = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+        self._lock: FileLock | None = lock_output(
+            self.path, self.path.with_name(self.path.name + ".lock")
+        )
+        try:
+            self._open(State(dict(identity)), resume=resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, new: State, *, resume: bool) -> None:
         if self.path.exists() and not resume:
             raise OutputError(
                 self.path,
                 "is there from a run that was interrupted or is still going",
                 fix="continue it with `resume`, or delete it",
             )
-        self.hidden = _hidden_place(output, spill) if spill else self.path
-        """Directory of the hidden states."""
         self.hidden.mkdir(exist_ok=True)
         self.path.mkdir(exist_ok=True)
-        self._background = ThreadPoolExecutor(1)
-        self._pending: Future[None] | None = None
-        self._lock = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._lock)
-            raise OutputError(
-                self.path, "is in use by another run", fix="wait until that one ends"
-            ) from error
-        try:
-            self._state = self._load(State(dict(identity)))
-            self._take_up_written()
-        except OutputError:
-            os.close(self._lock)
-            raise
+        self._state = self._load(new)
+        self._take_up_written()
 
     @property
     def finished(self) -> int:
@@ -145,7 +149,10 @@ class Partial:
         arrays: dict[str, dict[str, np.ndarray]] = {}
         for ref in read_header(self._file(layer)).tensors:
             axis, _, part = ref.name.partition(".")
+            array: np.ndarray
             array = np.memmap(ref.path, NUMPY[ref.dtype], "r", ref.start, ref.shape)
+            if not MAPPED_FILES_GO:
+                array = array.copy()
             arrays.setdefault(axis, {})[part] = array
         cosines = float(arrays.pop(COSINES)[""][0])
         return {axis: AxisSums(**parts) for axis, parts in arrays.items()}, cosines
@@ -164,16 +171,16 @@ class Partial:
         """Leave nothing behind after an error, unless there are finished layers to go on from."""
         with suppress(OSError):  # the first error is the one to tell
             self.settle()
-        if error_type is not None and not self.finished and self._lock >= 0:
+        if error_type is not None and not self.finished and self._lock is not None:
             self.remove()
         self.close()
 
     def close(self) -> None:
         """Let another run use the directory."""
         self._background.shutdown()
-        if self._lock >= 0:
-            os.close(self._lock)
-        self._lock = -1
+        if self._lock is not None:
+            self._lock.remove()
+        self._lock = None
 
     def _file(self, layer: int) -> Path:
         return self.path / f"layer_{layer:04}.safetensors"
@@ -214,7 +221,7 @@ def _written(layer: int, started: str) -> bytes:
 def boot_id() -> str:
     """What names the time since the system was started; empty where nothing does."""
     with suppress(OSError):
-        return BOOT_ID.read_text().strip()
+        return BOOT_ID.read_text(encoding="ascii").strip()
     return ""
 
 

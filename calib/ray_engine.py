@@ -11,12 +11,12 @@ import numpy as np
 from calib.calibrate import Calibration, take_statistics
 from calib.corpus import Part
 from calib.device import choose_device, choose_dtype
-from calib.memory import reuse_freed_memory
 from calib.settings import ComputeOptions, PassSettings
 from surgery.build import read_layout
 from surgery.checkpoint import Checkpoint
 from surgery.cluster import RETRIES, cluster, places, results
 from surgery.merge import merge_stats
+from surgery.process import reuse_freed_memory
 from surgery.progress import Advance, no_advance
 from surgery.stats import ChannelStats
 

@@ -13,7 +13,6 @@ from calib.estimate import Prediction, WindowLengths, predict_repair
 from calib.study import Study
 from calib.trial import Cut, Trial
 from calib.weights import TORCH_DTYPE, raw
-from surgery.apply_cost import peak_rss_bytes
 from surgery.budget import Sizes
 from surgery.edits import kept_channels, layer_groups
 from surgery.errors import BudgetError, PlanError
@@ -21,6 +20,7 @@ from surgery.family import renumbered
 from surgery.layout import Layout
 from surgery.plan import Plan
 from surgery.predict import axis_lengths, cut_shape, output_dtype
+from surgery.process import peak_rss_bytes
 from surgery.progress import Advance, Progress, no_advance, stage
 from surgery.replacement_file import Entry, ReplacementWriter
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from calib.weights import pages, raw
-from surgery.jsonfile import named, sync_file
+from surgery.atomic import errors_name, sync_file
 from surgery.shard_file import open_shard
 
 BLOCK_BYTES = 1 << 24
@@ -60,14 +60,14 @@ class HiddenStates:
         self.passed += 1
         if self._directory is not None:
             path = self._file(self.passed)
-            with named(path), open(path, "wb") as file:
+            with errors_name(path), open(path, "wb") as file:
                 for rows in self.before.split(self._step):
                     file.write(raw(rows.cpu()))
 
     def sync(self) -> None:
         """Bring what ``advance`` wrote to the disk; before it is called again."""
         if self._directory is not None:
-            with named(self._file(self.passed)):
+            with errors_name(self._file(self.passed)):
                 sync_file(self._file(self.passed))
 
     def restore(self, passed: int) -> None:
@@ -105,7 +105,7 @@ class SpilledStates(HiddenStates):
         self._nbytes = tokens * width * dtype.itemsize
         for passed in range(2):
             path = self._file(passed)
-            with named(path), open(path, "a+b") as file:
+            with errors_name(path), open(path, "a+b") as file:
                 reserve(file.fileno(), self._nbytes)
                 self._maps.append(mmap.mmap(file.fileno(), self._nbytes))
         self._views = [torch.frombuffer(m, dtype=dtype).view(tokens, width) for m in self._maps]
@@ -113,6 +113,8 @@ class SpilledStates(HiddenStates):
 
     def give_back(self, rows: slice) -> None:
         """Drop the pages of ``rows`` from this process; written ones go to the disk in time."""
+        if not hasattr(mmap, "MADV_DONTNEED"):  # as on Windows, which takes them when it has to
+            return
         row_bytes = self.before.shape[1] * self.before.itemsize
         start = rows.start * row_bytes // mmap.PAGESIZE * mmap.PAGESIZE
         length = min(self._nbytes, rows.stop * row_bytes) - start
@@ -144,6 +146,10 @@ def reserve(descriptor: int, nbytes: int) -> None:
     Raises:
         OSError: no space.
     """
-    os.ftruncate(descriptor, nbytes)
+    os.ftruncate(descriptor, min(nbytes, os.fstat(descriptor).st_size))
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, nbytes)
+        return
+    os.lseek(descriptor, 0, os.SEEK_END)
+    while missing := nbytes - os.fstat(descriptor).st_size:
+        os.write(descriptor, bytes(min(missing, BLOCK_BYTES)))

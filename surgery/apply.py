@@ -12,7 +12,6 @@ from typing import Any
 import msgspec
 
 from surgery import __version__
-from surgery.apply_cost import moved_bytes, peak_rss_bytes
 from surgery.build import read_layout
 from surgery.card import model_card
 from surgery.checkpoint import Checkpoint
@@ -20,10 +19,10 @@ from surgery.checksums import check_digest, known_digests
 from surgery.companions import companion_files, pruned_config
 from surgery.edits import OutputTensor, edits, sources
 from surgery.errors import EngineError, PlanError, SurgeryError
-from surgery.heap import release_freed_memory
 from surgery.jsonfile import dump_json, dump_table, read_file
 from surgery.model_files import INDEX_NAME
 from surgery.plan import PROVENANCE_NAME, Plan, ProvenanceFile
+from surgery.process import moved_bytes, peak_rss_bytes, release_freed_memory
 from surgery.progress import Advance, Progress, stage
 from surgery.ray_engine import write_shards_on_ray
 from surgery.replacement_file import check_file

@@ -1,10 +1,7 @@
-"""What an apply reads, writes and needs: predicted from its edits, and measured."""
+"""What an apply reads, writes and needs, predicted from its edits."""
 
-import resource
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from surgery.checkpoint import Checkpoint
 from surgery.edits import OutputTensor, edits
@@ -84,18 +81,3 @@ def _memory(plan: Plan, checkpoint: Checkpoint, jobs: int) -> int:
         held = COLLAPSING
     windows = jobs * held * WINDOW_BYTES
     return PROGRAM_BYTES + max(round(tokenizer), windows)
-
-
-def moved_bytes() -> dict[str, int] | None:
-    """Bytes that this process has read and written so far, by the kernel; None where not Linux."""
-    path = Path("/proc/self/io")
-    if not path.exists():
-        return None
-    fields = dict(line.split(": ") for line in path.read_text().splitlines())
-    return {"read_bytes": int(fields["rchar"]), "written_bytes": int(fields["wchar"])}
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,6 +1,7 @@
 """The command line: a command parses, calls one library function, prints."""
 
 import errno
+import io
 import json
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -50,6 +51,14 @@ FIXES = {
 
 class Commands(click.Group):
     """Turns errors of ours and of the file system into one line and exit status 2."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run as a program."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
+                # A console of Windows may lack a character: then it shows the number.
+                stream.reconfigure(errors="backslashreplace")
+        return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""

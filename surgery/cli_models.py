@@ -127,7 +127,7 @@ def score(
 ) -> None:
     """Measure bits per byte on held-out text, one layer in memory at a time."""
     from calib.score import score_model
-    from surgery.apply_cost import peak_rss_bytes
+    from surgery.process import peak_rss_bytes
 
     start = time.perf_counter()
     with bars() as progress:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from surgery.atomic import write_atomic
 from surgery.errors import CheckpointError
-from surgery.jsonfile import read_json, write_atomic
+from surgery.jsonfile import read_json
 from surgery.model_files import INDEX_NAME, SINGLE_NAME, weight_map_of
 from surgery.remote import RemoteFile
 from surgery.retry import TRIES, client_errors, refused, retried
@@ -169,6 +170,7 @@ def _known_commit(repo: str, revision: str) -> str | None:
     cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
     places = (_place(repo, "refs") / revision.replace("/", "--"), cache / "refs" / revision)
     for place in places:
-        if COMMIT.fullmatch(found := place.read_text().strip() if place.is_file() else ""):
+        found = place.read_text(encoding="utf-8").strip() if place.is_file() else ""
+        if COMMIT.fullmatch(found):
             return found
     return None

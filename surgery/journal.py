@@ -1,7 +1,6 @@
 """The journal of an apply: a file beside the output, locked by the run that writes it."""
 
 import errno
-import fcntl
 import os
 from pathlib import Path
 from threading import Lock
@@ -9,9 +8,7 @@ from threading import Lock
 import msgspec
 
 from surgery.errors import OutputError
-
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-"""What file systems answer that cannot lock: there, nothing keeps two runs apart."""
+from surgery.lock import lock_output
 
 
 class Begun(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -46,13 +43,14 @@ class Journal:
         """None where nothing was begun."""
         self.finished: dict[str, int] = {}
         """Shard → bytes."""
-        self._lock = Lock()
+        self._threads = Lock()
         try:
-            self._file = _locked(path)
+            self._lock = lock_output(path.with_suffix(""), path)
         except OSError as error:
             raise OutputError(
                 path, "cannot be made", found=error.strerror, fix="choose another output"
             ) from error
+        self._file = self._lock.fileno()
         try:
             self._read()
         except BaseException:
@@ -68,20 +66,20 @@ class Journal:
 
     def finish(self, shard: str, nbytes: int) -> None:
         """Note that ``shard`` is complete and synced; threads may call this at the same time."""
-        with self._lock:
+        with self._threads:
             self._append(Finished(shard, nbytes))
             self.finished[shard] = nbytes
 
     def close(self) -> None:
         """Let the lock go; a journal that tells nothing goes as well."""
         if self.plan_digest is None and not os.fstat(self._file).st_size:
-            self.path.unlink(missing_ok=True)
-        os.close(self._file)
+            self._lock.remove()
+        else:
+            self._lock.close()
 
     def remove(self) -> None:
-        """Delete the file, then let the lock go."""
-        self.path.unlink(missing_ok=True)
-        os.close(self._file)
+        """Delete the file and let the lock go."""
+        self._lock.remove()
 
     def _append(self, line: Begun | Finished) -> None:
         """Write a line whole or not at all, for others may follow."""
@@ -100,7 +98,8 @@ class Journal:
             ) from error
 
     def _read(self) -> None:
-        raw = os.pread(self._file, os.fstat(self._file).st_size, 0)
+        os.lseek(self._file, 0, os.SEEK_SET)
+        raw = os.read(self._file, os.fstat(self._file).st_size)
         *lines, torn = raw.split(b"\n")
         try:
             if lines:
@@ -118,38 +117,3 @@ class Journal:
         self.finished = {line.shard: line.nbytes for line in finished}
         if torn:
             os.ftruncate(self._file, len(raw) - len(torn))
-
-
-def _locked(path: Path) -> int:
-    """Open ``path`` for appending, alone.
-
-    Raises:
-        OutputError: another run holds it.
-    """
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(file)
-            raise OutputError(
-                path.with_suffix(""),
-                "is being written by another run",
-                fix="wait for it, or stop it and continue with `resume`, or name another output",
-            ) from error
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                os.close(file)
-                raise
-        # Whoever held it may have deleted it meanwhile; then it is no longer what others lock.
-        if _is(path, file):
-            return file
-        os.close(file)
-
-
-def _is(path: Path, file: int) -> bool:
-    """Whether ``path`` is the file that is open as ``file``."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file))
-    except FileNotFoundError:
-        return False

@@ -31,6 +31,9 @@ PIECE_BYTES = 1 << 20
 BATCH = 4096
 """Entries of a table or an array that are written at a time."""
 
+_NO_WAIT = getattr(os, "O_NONBLOCK", 0)
+"""Windows has no FIFO among its files, and no such flag."""
+
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -56,7 +59,7 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: not a regular file: a FIFO would wait for ever, a device never end.
     """
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NO_WAIT)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
         yield file
@@ -187,36 +190,6 @@ def _batches(entries: Iterable[Any]) -> Iterator[list[Any]]:
 def _formatted(value: object, margin: bytes) -> bytes:
     text = msgspec.json.format(msgspec.json.encode(value), indent=2)
     return text.replace(b"\n", margin)
-
-
-def write_atomic(path: Path, data: bytes | Iterable[bytes], *, sync: bool = True) -> None:
-    """Write ``data``, whole or in pieces, so that ``path`` holds its old content or all of it.
-
-    Without ``sync`` that holds for a process that is killed, not for a machine that is.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    with named(path):
-        with open(temporary, "wb") as file:
-            file.writelines([data] if isinstance(data, bytes) else data)
-        if sync:
-            sync_file(temporary)
-        temporary.replace(path)
-
-
-@contextmanager
-def named(path: Path) -> Iterator[None]:
-    """Let an OSError inside tell of ``path``: that of a full disk names no file."""
-    try:
-        yield
-    except OSError as error:
-        error.filename, error.filename2 = str(path), None
-        raise
-
-
-def sync_file(path: Path) -> None:
-    """Bring what was written to ``path`` to the disk."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def _marks(raw: bytes) -> int:

@@ -7,10 +7,11 @@ import msgspec
 import numpy as np
 
 from surgery import selection
+from surgery.atomic import write_atomic
 from surgery.depth import spelled_layers
 from surgery.errors import PlanError
 from surgery.idmap import IdMap
-from surgery.jsonfile import dump_table, read_file, write_atomic
+from surgery.jsonfile import dump_table, read_file
 from surgery.replacement import Replacement
 from surgery.selection import MAKE_AGAIN
 from surgery.vocab_cost import ScriptCost, VocabularyCost

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from surgery.atomic import new_file
 from surgery.errors import OutputError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def saved_figure(path: Path, width: float, height: float) -> Iterator["Figure"]:
     figure = Figure(figsize=(width, height), layout="constrained")
     yield figure
     try:
-        figure.savefig(path, dpi=150)
+        with new_file(path) as made:
+            figure.savefig(made.file, format=path.suffix.removeprefix(".") or None, dpi=150)
     except ValueError as error:
         raise OutputError(path, "cannot be drawn", found=error, fix="name a .png file") from error

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surgery.atomic import move_into_place
 from surgery.errors import CheckpointError
 from surgery.retry import Attempts, Garbled, client_errors, refused
 
@@ -78,7 +79,7 @@ class RemoteFile:
         for last in (False, True):
             digest = self._continue(partial, progress)
             if self.digest in (None, digest):
-                partial.rename(path)
+                move_into_place(partial, path)
                 return
             partial.unlink()
             if last:

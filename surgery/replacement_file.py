@@ -1,9 +1,9 @@
 """The file of a plan's replaced tensors: written whole or not at all, checked before use."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from surgery.atomic import NewFile
 from surgery.checksums import check_digest, file_digest
 from surgery.header import encode_header
 from surgery.replacement import Replacement
@@ -34,39 +34,31 @@ class ReplacementWriter:
 
     def __init__(self, path: Path, entries: Sequence[Entry]) -> None:
         self._path = path.absolute()
-        self._temporary = path.with_name(path.name + ".tmp")
         self._entries = {name: (dtype, shape) for name, dtype, shape in entries}
         self._room = len(encode_header(entries, {})) + OFFSET_DIGITS * len(entries)
         self._written: list[Entry] = []
         self._digest = ""
 
     def __enter__(self) -> "ReplacementWriter":
-        self._file = open(self._temporary, "w+b")
-        self._file.write(bytes(self._room))
+        self._new = NewFile(self._path)
+        self._new.file.write(bytes(self._room))
         return self
 
     def add(self, name: str, data: memoryview) -> None:
         """Append one of the entries."""
         dtype, shape = self._entries[name]
-        self._file.write(data)
+        self._new.file.write(data)
         self._written.append((name, dtype, shape))
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         """Write the header and give the file its name; after an error, leave nothing."""
-        with self._file:
-            if error_type is None and self._written:
-                self._finish()
-        if error_type is None and self._written:
-            self._digest = file_digest(self._temporary)
-            self._temporary.replace(self._path)
-        else:
-            self._temporary.unlink()
-
-    def _finish(self) -> None:
-        self._file.seek(0)
-        self._file.write(encode_header(self._written, {}, room=self._room))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        if error_type is not None or not self._written:
+            self._new.discard()
+            return
+        self._new.file.seek(0)
+        self._new.file.write(encode_header(self._written, {}, room=self._room))
+        self._new.commit()
+        self._digest = file_digest(self._path)
 
     def discard(self) -> None:
         """Forget what was written: no file appears."""

@@ -1,8 +1,10 @@
 """Whole shards on this disk while they are used: a directory's own, or one by one from the hub."""
 
+import glob
 import math
 import os
 import shutil
+import tempfile
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -22,6 +24,9 @@ CAPACITY = 2
 
 SMALL_BYTES = 1 << 20
 """Tensors up to here do not wait for their shard: a norm, or the scales of an FP8 weight."""
+
+USE = ".use"
+"""What the names of the files end with that users of a shard hold locks on."""
 
 PATIENCE_SECONDS = 5.0
 """For a download that nobody waits for any more to end; the process' own end will do else."""
@@ -60,6 +65,11 @@ class Shards:
 
 class HubShards(Shards):
     """Shards that are downloaded on a thread of their own and deleted when nothing needs them.
+
+    Several processes may use a shard at a time: each then holds a lock of its own, on a file beside
+    the shard's lock. Whoever holds the shard's lock downloads the shard, enters as a user of it, or
+    leaves, and deletes it where the locks of all users are free. The locks of a process that is
+    killed are free.
 
     Memory of the future is what ``expect`` was told: of two shards that could go, the one goes that
     is needed later. What an interrupted run leaves behind is used or deleted by the next one.
@@ -169,12 +179,9 @@ class HubShards(Shards):
         for name in self._skeleton.shards:
             place = self._skeleton.path / name
             if place.exists():
-                lock = self._lock(name)
-                lock.shared()
-                if place.exists():  # no other process has deleted it meanwhile
-                    self._here[name] = lock
-                else:
-                    lock.close()
+                with self._lock(name):
+                    if place.exists():  # no other process has deleted it meanwhile
+                        self._here[name] = self._enter(name)
         upcoming = sorted(self._uses, key=self._next_use)[:CAPACITY]
         self._remove_incomplete(upcoming)
         self._check_space()
@@ -198,9 +205,9 @@ class HubShards(Shards):
         """Download one shard after the other, as long as there is room and use for them."""
         try:
             while (name := self._wait_for_work()) is not None:
-                lock = self._fetch(name)
+                use = self._fetch(name)
                 with self._changed:
-                    self._here[name] = lock
+                    self._here[name] = use
                     self._changed.notify_all()
         except _Closing:
             return
@@ -220,19 +227,35 @@ class HubShards(Shards):
 
     def _fetch(self, name: str) -> FileLock:
         """Have shard ``name`` whole, by our own hands or those of another process."""
-        place, lock = self._skeleton.path / name, self._lock(name)
-        lock.shared()
-        if place.exists():
-            return lock
-        lock.exclusive()
-        if not place.exists():
-            arrived = self._skeleton.path / OWN / name
-            arrived.unlink(missing_ok=True)
-            self._skeleton.shards[name].download(arrived, self._stop_if_closing)
-            self._check_header(name, arrived)
-            arrived.rename(place)
-        lock.shared()
-        return lock
+        place = self._skeleton.path / name
+        with self._lock(name):
+            if not place.exists():
+                arrived = self._skeleton.path / OWN / name
+                arrived.unlink(missing_ok=True)
+                self._skeleton.shards[name].download(arrived, self._stop_if_closing)
+                self._check_header(name, arrived)
+                arrived.rename(place)
+            return self._enter(name)
+
+    def _enter(self, name: str) -> FileLock:
+        """Become a user of a shard that is here; its lock is held."""
+        descriptor, path = tempfile.mkstemp(USE, f"{name}.", self._skeleton.path / OWN)
+        os.close(descriptor)
+        use = FileLock(Path(path))
+        use.acquire()
+        return use
+
+    def _used(self, name: str) -> bool:
+        """Whether anyone uses a shard, whose lock is held; what killed users left is deleted."""
+        used = False
+        for path in (self._skeleton.path / OWN).glob(f"{glob.escape(name)}.*{USE}"):
+            use = FileLock(path)
+            if use.try_acquire():
+                use.remove()
+            else:
+                use.close()
+                used = True
+        return used
 
     def _check_header(self, name: str, arrived: Path) -> None:
         """A hub that names no digests could still have sent something else."""
@@ -282,17 +305,18 @@ class HubShards(Shards):
             self._drop(name)
 
     def _drop(self, name: str, *, delete: bool = True) -> None:
-        lock = self._here.pop(name)
-        if delete and lock.try_exclusive():  # else another process uses it and will delete it
-            (self._skeleton.path / name).unlink(missing_ok=True)
-        lock.close()
+        use = self._here.pop(name)
+        with self._lock(name):
+            use.remove()
+            if delete and not self._used(name):  # else another process will delete it
+                (self._skeleton.path / name).unlink(missing_ok=True)
 
     def _remove_incomplete(self, keep: Collection[str]) -> None:
         """Delete cut downloads that nobody is at."""
         for place in (self._skeleton.path / OWN).glob(f"*{INCOMPLETE}"):
             name = place.name.removesuffix(INCOMPLETE)
             lock = self._lock(name)
-            if name not in keep and lock.try_exclusive():
+            if name not in keep and lock.try_acquire():
                 place.unlink(missing_ok=True)
             lock.close()
 

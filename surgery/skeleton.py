@@ -7,9 +7,10 @@ from pathlib import Path
 
 import msgspec
 
+from surgery.atomic import write_atomic
 from surgery.errors import CheckpointError
 from surgery.header import Header, check_reference, header_length, parse_header
-from surgery.jsonfile import MAX_BYTES, read_file, write_atomic
+from surgery.jsonfile import MAX_BYTES, read_file
 from surgery.lock import FileLock
 from surgery.remote import RemoteFile
 

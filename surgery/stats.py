@@ -12,10 +12,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from surgery.atomic import errors_name, new_file
 from surgery.errors import StatsError
 from surgery.family import WIDTHS
 from surgery.header import encode_header
-from surgery.jsonfile import named, open_regular, sync_file
+from surgery.jsonfile import open_regular
 
 FORMAT = 3
 KEY = "compact_surgery"
@@ -206,15 +207,10 @@ def save_arrays(
     ``sync`` is as in ``write_atomic``.
     """
     entries = [(name, DTYPES[array.dtype.str], array.shape) for name, array in arrays.items()]
-    temporary = path.with_name(path.name + ".tmp")
-    with named(path):
-        with open(temporary, "wb") as file:
-            file.write(encode_header(entries, metadata))
-            for array in arrays.values():
-                file.write(np.ascontiguousarray(array).data)
-        if sync:
-            sync_file(temporary)
-        temporary.replace(path)
+    with errors_name(path), new_file(path, sync=sync) as made:
+        made.file.write(encode_header(entries, metadata))
+        for array in arrays.values():
+            made.file.write(np.ascontiguousarray(array).data)
 
 
 def _layers(arrays: dict[str, np.ndarray], path: Path) -> list[dict[str, AxisSums]]:

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from surgery.atomic import new_file, sync_directory, write_atomic
 from surgery.errors import OutputError
 from surgery.journal import Journal
-from surgery.jsonfile import write_atomic
 
 PARTIAL, JOURNAL = ".partial", ".partial.journal"
 """What the names of the directory under construction and of its journal end with."""
@@ -107,7 +107,7 @@ class OutputDirectory:
         """Let the output appear under its name, without what processes left that were lost."""
         for path in self.partial.glob("*.tmp"):
             path.unlink()
-        _sync_directory(self.partial)
+        sync_directory(self.partial)
         try:
             self.partial.rename(self.path)
         except OSError as error:
@@ -116,7 +116,7 @@ class OutputDirectory:
                 "appeared while it was written",
                 fix="move it away, then run with `resume`",
             ) from error
-        _sync_directory(self.path.parent)
+        sync_directory(self.path.parent)
 
     def _begin(self, plan_digest: str) -> None:
         if self.partial.exists():
@@ -190,22 +190,8 @@ def new_shard(partial: Path, name: str, attempt: str = "") -> Iterator[int]:
         name: The shard.
         attempt: Sets its temporary file apart from that of another process.
     """
-    temporary = partial / f"{name}{attempt}.tmp"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    try:
-        yield descriptor
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    temporary.rename(partial / name)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with new_file(partial / name, attempt=attempt) as made:
+        yield made.file.fileno()
 
 
 def check_place(path: Path, source: Path) -> None:

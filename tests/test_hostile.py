@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import struct
 import subprocess
@@ -205,6 +204,7 @@ def test_memory_is_bounded(
     damage: Damage, command: str, words: tuple[str, ...], bench: Path
 ) -> None:
     """A process of its own, that may not have more than ``MEMORY``."""
+    resource = pytest.importorskip("resource")
     damage(bench)
     result = subprocess.run(
         [sys.executable, "-c", "from surgery.cli import main; main()", *command.split()],

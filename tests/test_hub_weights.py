@@ -68,6 +68,7 @@ def skeleton(home: Home) -> Path:
 
 def assert_nothing_left(home: Home) -> None:
     left = [*home.rglob("*.incomplete"), *home.rglob("*.safetensors"), *home.rglob("tensor-*")]
+    left += home.rglob("*.use")
     assert left == []
 
 
@@ -230,6 +231,17 @@ def test_a_killed_apply_goes_on_with_what_is_there(
         assert weights(out) == expected
         url = f"/org/tiny/resolve/{COMMIT}/{max(expected)}"
         assert hub.sent[url] == size - 1000
+    assert_nothing_left(home)
+
+
+def test_two_at_the_same_time_both_end_right(
+    hub: Hub, home: Home, plan: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.faults += [Fault("safetensors", status=503, times=2)]  # so that they do not keep step
+    outputs = [tmp_path / "one", tmp_path / "other"]
+    running = [started(hub.url, home, "apply", plan, "-o", output) for output in outputs]
+    assert [process.wait(60) for process in running] == [0, 0]
+    assert [weights(output) for output in outputs] == [expected, expected]
     assert_nothing_left(home)
 
 

@@ -1,5 +1,6 @@
 """Two runs to one output: the second is refused at once."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from surgery.errors import OutputError
+from surgery.lock import NO_LOCKS, FileLock, lock_output
 from tests.support import ROOT
 from tests.support.contents import snapshot
 from tests.support.plans import random_plan
@@ -79,3 +82,50 @@ def test_the_lock_of_a_killed_run_is_gone(tmp_path: Path, llama: Path) -> None:
     with start(plan, out, "--resume", code="from surgery.cli import main; main()") as second:
         assert second.wait() == 0
     assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "out"}
+
+
+def test_an_output_is_locked_once_and_its_lock_goes(tmp_path: Path) -> None:
+    out, path = tmp_path / "out", tmp_path / "out.lock"
+    lock = lock_output(out, path)
+    with pytest.raises(OutputError, match="out: is being written by another run"):
+        lock_output(out, path)
+    lock.remove()
+    assert not path.exists()
+    lock_output(out, path).remove()
+
+
+def test_a_lock_whose_file_was_deleted_is_not_taken_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run that held it deletes it after the next one has opened it."""
+    path, real = tmp_path / "out.lock", FileLock.try_acquire
+    first = lock_output(tmp_path / "out", path)
+
+    def late(lock: FileLock) -> bool:
+        monkeypatch.setattr(FileLock, "try_acquire", real)
+        first.remove()
+        return real(lock)
+
+    monkeypatch.setattr(FileLock, "try_acquire", late)
+    second = lock_output(tmp_path / "out", path)
+    with pytest.raises(OutputError):
+        lock_output(tmp_path / "out", path)
+    second.remove()
+
+
+@pytest.mark.parametrize("code", [*NO_LOCKS, errno.EIO])
+def test_without_locks_of_the_file_system_nothing_keeps_runs_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def none(*_: object, **__: object) -> bool:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("surgery.lock.lock_descriptor", none)
+    if code == errno.EIO:
+        with pytest.raises(OSError, match=os.strerror(code)):
+            lock_output(tmp_path / "out", tmp_path / "lock")
+        return
+    for _ in range(2):
+        lock_output(tmp_path / "out", tmp_path / "lock")
+    with pytest.raises(OSError, match=os.strerror(code)):
+        FileLock(tmp_path / "lock").acquire()

@@ -18,7 +18,7 @@ from surgery.api import apply_plan
 from surgery.edits import Edit
 from surgery.errors import CheckpointError
 from surgery.header import TensorRef
-from surgery.heap import release_freed_memory
+from surgery.process import release_freed_memory
 from surgery.shard_file import IO, Buffer, MappedShardFile, ShardFile, open_shard
 from surgery.stream import edit_windows
 from surgery.verify import verify_files

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from surgery.errors import CheckpointError, OutputError
 from surgery.header import TensorRef, encode_header
 from surgery.remote import RemoteFile
-from surgery.shards import CAPACITY, HubShards, Shards
+from surgery.shards import CAPACITY, USE, HubShards, Shards
 from surgery.skeleton import LIBRARY, OWN, Manifest, Skeleton
 
 NAMES = [f"{letter}.safetensors" for letter in "abcde"]
@@ -146,6 +146,27 @@ def test_another_process_keeps_what_it_uses(skeleton: Path) -> None:
             pass
         assert (skeleton / a).exists()
     assert on_disk(skeleton) == 0
+
+
+def test_the_last_one_to_leave_deletes_whoever_came_first(skeleton: Path) -> None:
+    a = NAMES[0]
+    with Shards.of(skeleton) as second:
+        with Shards.of(skeleton) as first, first.lease({a}), second.lease({a}):
+            assert len(list((skeleton / OWN).glob(f"{a}.*{USE}"))) == 2
+        with second.lease({a}):
+            assert (skeleton / a).exists()
+    assert on_disk(skeleton) == 0
+    assert not list((skeleton / OWN).glob(f"*{USE}"))
+
+
+def test_a_killed_user_keeps_nothing(skeleton: Path) -> None:
+    a = NAMES[0]
+    (skeleton / a).write_bytes(CONTENT[a])
+    (skeleton / OWN / f"{a}.killed{USE}").touch()
+    with Shards.of(skeleton) as shards, shards.lease({a}):
+        pass
+    assert on_disk(skeleton) == 0
+    assert not list((skeleton / OWN).glob(f"*{USE}"))
 
 
 def test_a_small_tensor_does_not_wait_for_its_shard(skeleton: Path) -> None:
