@@ -4,13 +4,29 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from calib.api import Pruned, calibrate, compare, prune, score, search
+    from calib.api import Pruned, calibrate, compare, compare_logits, prune, score, search
+    from calib.equality import Equality
     from calib.score import Score
     from calib.search import SearchResult
 
-__all__ = ["Pruned", "Score", "SearchResult", "calibrate", "compare", "prune", "score", "search"]
+__all__ = [
+    "Equality",
+    "Pruned",
+    "Score",
+    "SearchResult",
+    "calibrate",
+    "compare",
+    "compare_logits",
+    "prune",
+    "score",
+    "search",
+]
 
-_HOMES = {"Score": "calib.score", "SearchResult": "calib.search"}
+_HOMES = {
+    "Equality": "calib.equality",
+    "Score": "calib.score",
+    "SearchResult": "calib.search",
+}
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 

@@ -9,6 +9,8 @@ from calib.calibration_options import CalibrationOptions
 from calib.chat import documents_of
 from calib.compare import check_methods, compare_methods, usable_methods
 from calib.documents import Text, TextOptions, sources_of
+from calib.equality import Equality
+from calib.equality import compare_logits as compare_logits_of
 from calib.pipeline import PlanFiles, apply_and_verify, calibrated_plan
 from calib.score import Score, score_model
 from calib.search import SearchResult, search_pairs
@@ -19,11 +21,13 @@ from surgery.apply import ApplyOptions
 from surgery.channels import DEFAULT_CRITERION, LEAST_TOKENS, ChannelOptions
 from surgery.choices import CutRequest, SizeRequest, allowed_steps, choose_sizes
 from surgery.comparison import Row
+from surgery.errors import PlanError
 from surgery.plan import Plan
 from surgery.progress import Progress
 from surgery.shard_file import IO
+from surgery.source import source_at_hand
 from surgery.stats import ChannelStats
-from surgery.verify import VerifyReport
+from surgery.verify import VerifyReport, embedded_plan
 from surgery.vocabulary import VocabularyOptions
 
 
@@ -304,6 +308,11 @@ class Pruned:
     plan: Plan
     report: VerifyReport
 
+    @property
+    def ok(self) -> bool:
+        """Whether the checks found no fault."""
+        return self.report.ok
+
 
 def prune(  # noqa: PLR0913
     model: Model | str | Path,
@@ -344,7 +353,7 @@ def prune(  # noqa: PLR0913
     Example:
         >>> made = calib.prune(model, data="tools/text/calibration.txt", ratio=0.2,
         ...                    output="smaller")
-        >>> assert made.report.ok
+        >>> assert made.ok, made.report.table()
 
     Args:
         model: From ``surgery.open_model``, or what that takes.
@@ -400,6 +409,38 @@ def prune(  # noqa: PLR0913
     plan = calibrated_plan(layout, choice, text, compute, files, progress)
     report = apply_and_verify(plan, layout, ApplyOptions(Path(output), io=io), progress)
     return Pruned(Path(output), plan, report)
+
+
+def compare_logits(
+    output: Path | str,
+    *,
+    plan: Plan | Path | str | None = None,
+    source: Path | str | None = None,
+    device: str = "auto",
+) -> Equality:
+    """Compare a pruned model's logits with the dense model's, the same channels masked.
+
+    Example:
+        >>> assert calib.compare_logits("smaller").ok
+
+    Args:
+        output: The pruned model's directory.
+        plan: The plan, or its file; None is the one in the directory.
+        source: The source's directory; None is where the plan found it.
+        device: auto, cpu, cuda or mps.
+
+    Raises:
+        PlanError: there is no plan, or its source is gone.
+    """
+    directory = Path(output)
+    loaded = Plan.load(plan) if isinstance(plan, str | Path) else plan
+    loaded = loaded or embedded_plan(directory)
+    if loaded is None:
+        raise PlanError(directory, "has no plan to compare by", fix="give `plan`")
+    found = Path(source) if source is not None else source_at_hand(loaded.source)
+    if found is None:
+        raise PlanError(directory, "its source is gone", found=loaded.source, fix="give `source`")
+    return compare_logits_of(loaded, found, directory, device)
 
 
 def _compute(

@@ -41,6 +41,15 @@ class Equality:
         """Whether the difference is rounding."""
         return self.largest <= TOLERANCE
 
+    def faults(self) -> list[str]:
+        """What is wrong, as a check of ``VerifyReport``; nothing where the two are equal."""
+        if self.ok:
+            return []
+        return [
+            f"relative difference {self.largest:.2e} over {self.tokens} tokens, "
+            f"expected at most {TOLERANCE:.0e}"
+        ]
+
 
 def compare_forward(plan: Plan, dense: Layout, pruned: Layout, device: torch.device) -> Equality:
     """Run seeded random kept tokens through both models in fp32 and compare their logits.
@@ -63,18 +72,11 @@ def compare_forward(plan: Plan, dense: Layout, pruned: Layout, device: torch.dev
     return Equality(chosen.size, float(difference))
 
 
-def forward_faults(plan: Plan, source: Path, directory: Path, device: str) -> list[str]:
-    """Compare the logits of ``directory`` with the masked dense model; return the fault, if any."""
-    dense, pruned = (
-        read_layout(Checkpoint.open(path, plan.family)) for path in (source, directory)
-    )
-    result = compare_forward(plan, dense, pruned, choose_device(device))
-    if result.ok:
-        return []
-    return [
-        f"relative difference {result.largest:.2e} over {result.tokens} tokens, "
-        f"expected at most {TOLERANCE:.0e}"
-    ]
+def compare_logits(plan: Plan, source: Path, directory: Path, device: str) -> Equality:
+    """Compare the logits of ``directory`` with those of the masked dense model at ``source``."""
+    paths = (source, directory)
+    dense, pruned = (read_layout(Checkpoint.open(path, plan.family)) for path in paths)
+    return compare_forward(plan, dense, pruned, choose_device(device))
 
 
 class _Cuts:

@@ -3,20 +3,23 @@
 import logging
 from typing import TYPE_CHECKING, Any
 
+from surgery.version import __version__
+
 if TYPE_CHECKING:
+    from calib.documents import Source
     from surgery.api import Model, apply_plan, make_plan, open_model, verify_checkpoint
     from surgery.errors import SurgeryError
     from surgery.merge import merge_stats
     from surgery.plan import Plan
     from surgery.stats import ChannelStats
 
-__version__ = "0.1.0"
-
 __all__ = [
     "ChannelStats",
     "Model",
     "Plan",
+    "Source",
     "SurgeryError",
+    "__version__",
     "apply_plan",
     "make_plan",
     "merge_stats",
@@ -27,6 +30,7 @@ __all__ = [
 _HOMES = {
     "ChannelStats": "surgery.stats",
     "Plan": "surgery.plan",
+    "Source": "calib.documents",
     "SurgeryError": "surgery.errors",
     "merge_stats": "surgery.merge",
 }

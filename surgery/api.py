@@ -171,7 +171,7 @@ def make_plan(  # noqa: PLR0913
     return plan_model(
         as_layout(model, family),
         CutRequest(sizes, vocabulary, channels),
-        ChannelStats.load(Path(stats)) if isinstance(stats, str | Path) else stats,
+        ChannelStats.load(stats) if isinstance(stats, str | Path) else stats,
         documents=None if data is None else TextOptions(sources_of(data), seed=seed).documents,
         output=None if output is None else Path(output),
     )
@@ -253,7 +253,7 @@ def apply_plan(  # noqa: PLR0913
         PlanError: it names no output, or belongs to another source.
         OutputError: the output exists, or cannot be written.
     """
-    loaded = plan if isinstance(plan, Plan) else Plan.load(Path(plan))
+    loaded = plan if isinstance(plan, Plan) else Plan.load(plan)
     place = Path(output) if output is not None else None
     options = ApplyOptions(place, resume, jobs, engine, io, checksum)
     return apply_to(loaded, resolve_model(str(source or loaded.source))[0], options, progress)
@@ -285,7 +285,7 @@ def verify_checkpoint(
         PlanError: the plan is damaged.
     """
     directory = Path(output)
-    loaded = Plan.load(Path(plan)) if isinstance(plan, str | Path) else plan
+    loaded = Plan.load(plan) if isinstance(plan, str | Path) else plan
     loaded = loaded or embedded_plan(directory)
     found = Path(source) if source is not None else None
     if found is None and loaded is not None:

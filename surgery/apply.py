@@ -11,7 +11,6 @@ from typing import Any
 
 import msgspec
 
-from surgery import __version__
 from surgery.build import read_layout
 from surgery.card import model_card
 from surgery.checkpoint import Checkpoint
@@ -29,6 +28,7 @@ from surgery.replacement_file import check_file
 from surgery.shard import ShardTask, write_shard
 from surgery.shard_file import IO, mapped_bytes
 from surgery.shards import Shards
+from surgery.version import __version__
 from surgery.writer import OutputDirectory, forget
 
 JOBS = 4

@@ -13,7 +13,6 @@ import click
 
 from calib.documents import TextOptions
 from calib.settings import ComputeOptions
-from surgery import __version__
 from surgery.apply import JOBS, ApplyOptions
 from surgery.choices import CutRequest
 from surgery.cli_models import calibrate, prune, score, stats
@@ -37,7 +36,8 @@ from surgery.options import (
     spilling_options,
 )
 from surgery.shard_file import IO
-from surgery.terminal import bars, say, show_logs, show_plan, with_flags
+from surgery.terminal import bars, running, say, show_logs, show_plan, with_flags
+from surgery.version import __version__
 
 FIXES = {
     errno.ENOSPC: "; free space, or name another place",
@@ -181,7 +181,7 @@ def plan(
         from calib.study import open_study
 
         seen = replace(text, samples=stats.info.samples, seq_len=stats.info.seq_len)
-        with bars() as progress:
+        with running() as progress:
             study = open_study(layout, choice, seen, compute)
             made = repair_plan(made, study, given.plan, progress)
     made.save(given.plan)
@@ -251,10 +251,11 @@ def verify(directory: Path, plan_path: Path | None, forward: bool, device: str, 
         raise Refusal(f"{directory}: --forward needs the plan and its source; neither may be gone")
     report = verify_files(directory, loaded, source, io=io)
     if forward and report.ok and loaded and source:
-        from calib.equality import forward_faults
+        from calib.equality import compare_logits
 
-        faults = forward_faults(loaded, source, directory, device)
-        report.checks["logits equal the masked dense model's"] = faults
+        with running():
+            found = compare_logits(loaded, source, directory, device)
+        report.checks["logits equal the masked dense model's"] = found.faults()
     say(report.table())
     sys.exit(0 if report.ok else 1)
 

@@ -28,7 +28,7 @@ from surgery.options import (
     text_options,
     vocabulary_options,
 )
-from surgery.terminal import bars, say, show_plan
+from surgery.terminal import bars, running, say, show_plan
 
 
 @click.command()
@@ -95,7 +95,7 @@ def calibrate(
     if dry_run:
         click.echo(json.dumps(prediction.facts()) if as_json else prediction.table())
         return
-    with bars() as progress:
+    with running() as progress:
         stats = run_calibration(made, compute, options, progress)
     facts = {
         "settings": made.settings.facts(),
@@ -130,7 +130,7 @@ def score(
     from surgery.process import peak_rss_bytes
 
     start = time.perf_counter()
-    with bars() as progress:
+    with running() as progress:
         result = score_model(model.layout(), text, window_bytes, compute, progress)
     facts = {
         "bits_per_byte": result.bits_per_byte,
@@ -186,7 +186,7 @@ def prune(
     layout, files = model.layout(), PlanFiles.beside(output)
     files.check(layout.checkpoint.path)
     choice = choose_sizes(layout, cut, documents_of(layout, text))
-    with bars() as progress:
+    with running() as progress:
         plan = calibrated_plan(layout, choice, text, compute, files, progress)
     show_plan(plan, layout)
     with bars() as progress:

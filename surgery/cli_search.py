@@ -22,7 +22,7 @@ from surgery.options import (
     step_cut_options,
     study_text_options,
 )
-from surgery.terminal import bars, say
+from surgery.terminal import running, say
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def search(
     if show.plot is not None:
         check_file(show.plot)
     choice = choose_sizes(layout, cut, documents_of(layout, text))
-    with bars() as progress:
+    with running() as progress:
         study = open_study(layout, choice, text, compute)
         found = search_pairs(study, choice, options.candidates, progress)
     rows = json.dumps([row.facts() for row in found.rows])
@@ -85,7 +85,7 @@ def search(
         found.plot(show.plot)
     if files is not None:
         best = replace(choice, sizes=found.best)
-        with bars() as progress:
+        with running() as progress:
             made = calibrated_plan(layout, best, text, compute, files, progress)
         say(made.table(), err=show.as_json)
 
@@ -154,7 +154,7 @@ def compare(
     cut = replace(cut, sizes=replace(cut.sizes, ratio=ratios[0]))
     choice = choose_sizes(layout, cut, documents_of(layout, text))
     steps = allowed_steps(layout, cut.sizes)
-    with bars() as progress:
+    with running() as progress:
         study = open_study(layout, choice, text, compute)
         if options.counts:
             by_count = compare_samples(study, steps, ratios[0], options.counts, progress)

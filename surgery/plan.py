@@ -182,17 +182,18 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         bare = msgspec.structs.replace(self, output=None, replaced=replaced)
         return hashlib.sha256(bare.encode()).hexdigest()
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write plan.json atomically."""
-        write_atomic(path, self.encode())
+        write_atomic(Path(path), self.encode())
 
     @classmethod
-    def load(cls, path: Path) -> "Plan":
+    def load(cls, path: Path | str) -> "Plan":
         """Read and validate a plan.
 
         Raises:
             PlanError: not a plan, or its parts contradict each other.
         """
+        path = Path(path)
         try:
             return msgspec.json.decode(read_file(path), type=cls)
         except PlanError as error:

@@ -96,7 +96,7 @@ class ChannelStats:
         """float64 ``[L]``: 1 − the mean cosine, the importance of a layer by ShortGPT (eq. 1)."""
         return 1 - self.cosines / max(1, self.info.tokens)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write the file atomically, an array at a time."""
         arrays = {
             "token_counts": self.token_counts,
@@ -108,15 +108,16 @@ class ChannelStats:
                 for part in PARTS:
                     arrays[f"layers.{layer}.{axis}.{part}"] = getattr(sums, part)
         metadata = {KEY: msgspec.json.encode(self.info).decode()}
-        save_arrays(path, arrays, metadata)
+        save_arrays(Path(path), arrays, metadata)
 
     @classmethod
-    def load(cls, path: Path) -> "ChannelStats":
+    def load(cls, path: Path | str) -> "ChannelStats":
         """Read and validate a statistics file.
 
         Raises:
             StatsError: not such a file, or its parts contradict each other.
         """
+        path = Path(path)
         with _opened(path) as (info, file):
             arrays = {name: file.get_tensor(name) for name in list(file.keys())}
         try:

@@ -13,6 +13,7 @@ from surgery.companions import left_behind
 from surgery.errors import printable
 from surgery.layout import Layout
 from surgery.plan import Plan
+from surgery.process import reuse_freed_memory
 from surgery.progress import Progress
 
 RULE = "V' and I' follow a rule of thumb; compact-surgery search finds the split for your model"
@@ -101,6 +102,18 @@ def bars() -> Iterator[Progress]:
         yield drawn
     finally:
         drawn.close()
+
+
+@contextmanager
+def running() -> Iterator[Progress]:
+    """Yield what draws the progress of a command that runs a model, in a process that is its own.
+
+    Here the heap may be told to serve one activation after another; in somebody else's program
+    that is not ours to change.
+    """
+    reuse_freed_memory()
+    with bars() as progress:
+        yield progress
 
 
 class _Echo(logging.Handler):
