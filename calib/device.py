@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from calib.settings import ComputeOptions, PassSettings
+from calib.settings import MICRO_BATCH_VALUES, ComputeOptions, PassSettings
 from calib.weights import TORCH_DTYPE
 from surgery.checkpoint import Checkpoint
 from surgery.errors import SurgeryError
@@ -25,7 +25,7 @@ def choose_settings(compute: ComputeOptions, checkpoint: Checkpoint) -> PassSett
     device = choose_device(compute.device)
     dtype = choose_dtype(compute.dtype, checkpoint, device)
     hidden = "file" if compute.spill is not None else "memory"
-    return PassSettings(device, dtype, hidden=hidden, spill=compute.spill)
+    return PassSettings(device, dtype, MICRO_BATCH_VALUES, hidden=hidden, spill=compute.spill)
 
 
 def choose_device(name: str) -> torch.device:

@@ -31,19 +31,24 @@ class PlanFiles:
     """Directory that the plan names."""
 
     @classmethod
-    def beside(cls, output: Path) -> "PlanFiles":
-        """``DIR.plan.json`` and ``DIR.stats.safetensors`` beside the directory ``output``."""
+    def beside(cls, output: Path, model: Path) -> "PlanFiles":
+        """``DIR.plan.json`` and ``DIR.stats.safetensors`` beside the directory ``output``.
+
+        Raises:
+            OutputError: it is no place for what is made of the directory ``model``.
+        """
+        check_place(output, model)
         plan, stats = (output.with_name(output.name + end) for end in (PLAN_END, STATS_END))
-        return cls(plan, stats, output)
+        files = cls(plan, stats, output)
+        files.check(model)
+        return files
 
     def check(self, model: Path) -> None:
-        """Refuse places that cannot be written to, or that lie inside the directory ``model``.
+        """Refuse a plan that cannot be written, or that lies inside the directory ``model``.
 
         Raises:
             OutputError: naming the place.
         """
-        if self.output is not None:
-            check_place(self.output, model)
         if self.plan.absolute().parent.is_dir():  # else it is made
             check_file(self.plan, model)
 

@@ -32,6 +32,8 @@ class Model:
     """A checkpoint whose every tensor has been recognized; no weights are read."""
 
     layout: Layout
+    name: str
+    """As it was asked for."""
 
     @property
     def path(self) -> Path:
@@ -45,7 +47,7 @@ class Model:
 
     def census(self) -> Census:
         """Count where its parameters are (paper eq. 1–3, figure 1)."""
-        return Census.of(self.layout, self.source)
+        return Census.of(self.layout, self.name)
 
     def vocabulary(self) -> VocabCensus:
         """Count what the rows of its vocabulary are spent on."""
@@ -70,7 +72,7 @@ def open_model(model: str | Path, *, family: str | None = None) -> Model:
         CheckpointError: it is not there, or damaged, or quantized in a way that cannot be cut.
         UnknownTypeError: its model type is not supported.
     """
-    return Model(open_layout(model, family))
+    return Model(open_layout(model, family), str(model))
 
 
 def open_layout(model: str | Path, family: str | None = None) -> Layout:

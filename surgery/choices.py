@@ -229,13 +229,13 @@ def _given_sizes(target: SizeRequest, layout: Layout) -> Sizes | None:
 
 def _given_widths(target: SizeRequest, layout: Layout) -> dict[str, int]:
     """Key of config.json → channels that are asked for."""
-    for key in target.widths:
+    for key, size in target.widths.items():
         if key not in layout.widths:
             raise BudgetError(
                 "`widths`",
-                "are not those of this model",
-                expected=f"one of {', '.join(layout.widths) or 'none'}",
-                found=key,
+                "is no width of this model",
+                expected=f"KEY=N with KEY one of {', '.join(layout.widths) or 'none'}",
+                found=f"{key}={size}",
                 fix="correct it",
             )
     found = dict(target.widths)

@@ -106,7 +106,7 @@ def inspect(model: ModelOptions, vocab: bool, probe: bool, show: ShowOptions) ->
         proposal = probe_model(model.model)
         say(json.dumps(asdict(proposal)) if show.as_json else proposal.table())
         return
-    opened = Model(model.layout())
+    opened = Model(model.layout(), model.model)
     if vocab:
         tokens = opened.vocabulary()
         click.echo(json.dumps(asdict(tokens)) if show.as_json else tokens.table())

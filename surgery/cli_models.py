@@ -183,8 +183,8 @@ def prune(
     if push_to:
         check_push(push_to)
     output = Path(options.output or "")  # click asks for it
-    layout, files = model.layout(), PlanFiles.beside(output)
-    files.check(layout.checkpoint.path)
+    layout = model.layout()
+    files = PlanFiles.beside(output, layout.checkpoint.path)
     choice = choose_sizes(layout, cut, documents_of(layout, text))
     with running() as progress:
         plan = calibrated_plan(layout, choice, text, compute, files, progress)

@@ -89,7 +89,7 @@ def lock_output(output: Path, path: Path) -> FileLock:
             raise OutputError(
                 output,
                 "is being written by another run",
-                fix="wait for it, or stop it and continue with --resume, or name another output",
+                fix="wait for it, or stop it and continue with `resume`, or name another output",
             )
         # Whoever held it may have deleted it meanwhile; then it is no longer what others lock.
         if _is(path, lock.fileno()):

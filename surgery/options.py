@@ -13,6 +13,7 @@ from calib.documents import Source, TextOptions
 from calib.settings import ComputeOptions
 from surgery.channels import CRITERIA, DEFAULT_CRITERION, LEAST_TOKENS, ChannelOptions
 from surgery.choices import CutRequest, SizeRequest
+from surgery.errors import BudgetError
 from surgery.vocabulary import VocabularyOptions
 
 if TYPE_CHECKING:
@@ -78,7 +79,13 @@ class Width(click.ParamType):
         """Return the key of config.json and the channels."""
         match = re.fullmatch(r"(\w+)=([0-9]{1,9})", str(value))
         if not match:
-            self.fail(f"{value!r} is no width such as moe_intermediate_size=512", param, ctx)
+            raise BudgetError(
+                "`widths`",
+                "is no width of this model",
+                expected="KEY=N with KEY a key of config.json",
+                found=value,
+                fix="correct it",
+            )
         return match[1], int(match[2])
 
 

@@ -122,7 +122,7 @@ class ShardFile:
             self.path,
             "shard ended early: it changed while it was read",
             expected=f"more than {offset} bytes",
-            fix="bring it back as it was, then run again with --resume",
+            fix="bring it back as it was, then run again with `resume`",
         )
 
     def _unreadable(self, error: OSError) -> CheckpointError:
@@ -131,7 +131,7 @@ class ShardFile:
             self.path,
             "shard cannot be read any more",
             found=error.strerror,
-            fix="bring it back, then run again with --resume",
+            fix="bring it back, then run again with `resume`",
         )
 
 

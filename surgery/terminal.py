@@ -119,7 +119,10 @@ def running() -> Iterator[Progress]:
 class _Echo(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print a line of the library's on stderr, once in a command."""
-        line, said = self.format(record), click.get_current_context().meta.setdefault(LOG_LINES, [])
+        context = click.get_current_context(silent=True)
+        if context is None:  # the command that asked for it has ended
+            return
+        line, said = self.format(record), context.meta.setdefault(LOG_LINES, [])
         if line not in said:
             say(line, err=True)
             said.append(line)

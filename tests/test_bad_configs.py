@@ -93,7 +93,7 @@ CASES = [
     Case("missing untied head", tensors(lambda found: found.pop(HEAD)), INSPECT,
          (f"tensor {HEAD}", "missing", "download")),
     Case("surplus tensor", tensors(lambda found: found.update(extra=np.zeros(2))), INSPECT,
-         ("model.safetensors", "tensor extra", "not a tensor of this model", "families.py")),
+         ("model.safetensors", "tensor extra", "not a tensor of this model", "CONTRIBUTING.md")),
     Case("U8 tensor", header(SHARD_1, EMBED, dtype="U8", shape=[640, 128]), INSPECT,
          (SHARD_1, EMBED, "expected BF16 or F16 or F32", "found U8", "unquantized")),
     Case("FP8 tensor", header(SHARD_1, EMBED, dtype="F8_E4M3", shape=[640, 128]), INSPECT,

@@ -83,7 +83,7 @@ CASES = [
          ("model/config.json", "inside the model", "outside of it")),
     Case("caps for tasks of ray", nothing,
          f"{CALIBRATE} text.txt --engine ray --max-memory 8GB",
-         ("--max-memory", "--engine local")),
+         ("--engine ray", "no --max-memory")),
     Case("interrupted run in the way", journal(BEGUN), APPLY,
          ("out.partial", "interrupted", "--resume", "delete")),
     Case("resume with another plan", journal(BEGUN), RESUME,

@@ -27,10 +27,14 @@ CASES = [
          ("--intermediate-size", "out of reach", "expected 1 to 96", "found 0", "choose")),
     *(
         Case(f"width {given}", nothing, f"plan model --vocab-size 512 --width {given} -o new.json",
-             ("--width", "no width of this model", "expected KEY=N with KEY one of inter",
+             ("--width", "no width of this model", f"expected KEY=N with KEY {expected}",
               f"found {given}", "correct it"))
-        for given in ("moe_intermediate_size=64", "intermediate_size", "intermediate_size=x", "=64",
-                      "intermediate_size=-64", "intermediate_size=6.5")
+        for given, expected in (
+            ("moe_intermediate_size=64", "one of intermediate_size"),
+            *((given, "a key of config.json") for given in (
+                "intermediate_size", "intermediate_size=x", "=64", "intermediate_size=-64",
+                "intermediate_size=6.5")),
+        )
     ),
     Case("rows that do not divide", nothing, f"plan model {SIZES} --multiple-of 96 -o new.json",
          ("vocab_size", "does not divide", "expected a multiple of 96, such as 480", "found 512")),
@@ -50,9 +54,8 @@ CASES = [
          ("ratio", "expected at most 0.", "found 0.99", "--vocab-size")),
     *(
         Case(f"target {given or 'missing'}", nothing, f"plan model {given} -o new.json",
-             ("sizes", "expected --ratio, or --vocab-size and --intermediate-size", "give"))
-        for given in ("", f"--ratio 0.2 {SIZES}", "--vocab-size 512", "--intermediate-size 64",
-                      "--ratio 0.2 --vocab-size 512")
+             ("expected --ratio, or --vocab-size and --intermediate-size", "give one or the other"))
+        for given in ("", f"--ratio 0.2 {SIZES}", "--ratio 0.2 --vocab-size 512")
     ),
     *(
         Case(f"bucket sizes {sizes}", nothing, f"{CALIBRATE} text.txt --vocab-sizes {sizes}",

@@ -85,7 +85,7 @@ CASES = [
     Case("script that is none", nothing, f"{PLAN} --keep-script Cirillic",
          ("--keep-script", "found 'Cirillic'", "did you mean Cyrillic?")),
     Case("frequency without text", nothing, f"{PLAN} --vocab-by frequency",
-         ("--vocab-by frequency", "needs a text", "--data TEXT")),
+         ("--vocab-by frequency", "needs a text", "give --data")),
     Case("tokenizer with a key twice",
          replace("model/tokenizer.json", '"model": {', '"model": {"type": "BPE",'), PLAN,
          ("tokenizer.json", "not valid JSON", "'type' twice", "download")),

@@ -178,7 +178,7 @@ def test_bf16_is_torchs_and_can_be_cut_anywhere(
     plan = plan_of(path, vocab_size, share, dequantize=True)
     out, dense = directory / "out", fp8.plain(path, directory / "dense")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("surgery.WINDOW_BYTES", window_bytes)
+        patch.setattr("surgery.stream.WINDOW_BYTES", window_bytes)
         apply_plan(plan, source=path, output=out)
     assert_same(weights(out), taken(layout_of(path), plan, weights(dense)))
     assert_sizes_are_as_predicted(out, plan)

@@ -219,7 +219,7 @@ def test_parts_of_a_text_equal_one_run(
 ) -> None:
     """And make the same plan."""
     if alone:  # as any model of real size has it
-        monkeypatch.setattr("calib.calibration.MICRO_BATCH_VALUES", 1)
+        monkeypatch.setattr("calib.device.MICRO_BATCH_VALUES", 1)
     model = tiny.save(tmp_path / "model", key)
     whole = calibrated(run, model, text, tmp_path / "whole")
     names = [tmp_path / f"part {number}" for number in (1, 2, 3)]

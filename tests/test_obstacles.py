@@ -44,7 +44,7 @@ def plan(tmp_path: Path, source: Path) -> Path:
 
 def program(*arguments: object, before: str = "") -> subprocess.CompletedProcess[str]:
     """Run the program in a process of its own, after the statements ``before``."""
-    code = f"import os\nfrom surgery.cli import main\nimport surgery.steps\n{before}\n"
+    code = f"import os\nfrom surgery.cli import main\nimport surgery.api\n{before}\n"
     return subprocess.run(
         [sys.executable, "-c", code + "main()", *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},

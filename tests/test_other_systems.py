@@ -12,7 +12,7 @@ import pytest
 from calib.states import reserve
 from surgery import process
 from surgery.process import release_freed_memory, reuse_freed_memory
-from tests.test_apply import snapshot
+from tests.support.contents import snapshot
 
 ROOT = Path(__file__).parent.parent
 

@@ -24,8 +24,8 @@ from surgery.stream import edit_windows
 from surgery.verify import verify_files
 from tests.support import tiny
 from tests.support.command import Run
+from tests.support.contents import snapshot
 from tests.support.plans import random_plan
-from tests.test_apply import snapshot
 
 ROOT = Path(__file__).parent.parent
 MB = 1 << 20
@@ -167,10 +167,10 @@ def test_memory_for_weights_without_flags(monkeypatch: pytest.MonkeyPatch) -> No
 
 SHRINK = """
 import os
-import surgery.apply as apply
+import surgery.shard as shard
 import surgery.stream as stream
 from surgery.cli import main
-edited, seen, take, stream_edit = None, set(), stream.np.take, apply.stream_edit
+edited, seen, take, stream_edit = None, set(), stream.np.take, shard.stream_edit
 def note(edit, source, output):
     global edited
     edited = edit.source.path
@@ -180,7 +180,7 @@ def shrink(*arguments, **options):
     if len(seen) == 2:
         os.truncate(edited, 4096)
     return take(*arguments, **options)
-apply.stream_edit, stream.np.take = note, shrink
+shard.stream_edit, stream.np.take = note, shrink
 main(["apply", {plan!r}, "-o", {out!r}, "--jobs", "1"])
 """
 """A shard shrinks within a window, behind the check of its size."""

@@ -29,7 +29,7 @@ WATCHED = (
 """Modules whose lines count."""
 
 SPAWN = get_context("forkserver")
-SPAWN.set_forkserver_preload(["surgery.cli", "surgery.steps", "surgery.apply", "safetensors"])
+SPAWN.set_forkserver_preload(["surgery.cli", "surgery.api", "surgery.apply", "safetensors"])
 
 
 def run_apply(*arguments: object, kill_at: int | None = None) -> tuple[int, int]:
