@@ -231,30 +231,48 @@ def apply(plan_path: Path, options: ApplyOptions, push_to: str | None, as_json: 
     click.echo(json.dumps(made.facts()) if as_json else text)
 
 
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What an output is checked against, and how."""
+
+    plan: Path | None
+    source: Path | None
+    forward: bool
+    device: str
+    io: IO
+
+
 @main.command()
 @click.argument("directory", metavar="DIR", type=path_type)
-@click.option(
-    "--plan", "plan_path", type=path_type, help="Instead of the one in DIR/compact_surgery.json."
+@gathered(
+    "options",
+    VerifyOptions,
+    click.option("--plan", type=path_type, help="Instead of the one in DIR/compact_surgery.json."),
+    click.option(
+        "--source", type=path_type, metavar="DIR", help="The model, where the plan's own is gone."
+    ),
+    click.option(
+        "--forward", is_flag=True, help="Compare logits with the masked dense model, too."
+    ),
+    device_option,
+    io_option,
 )
-@click.option("--forward", is_flag=True, help="Compare logits with the masked dense model, too.")
-@device_option
-@io_option
-def verify(directory: Path, plan_path: Path | None, forward: bool, device: str, io: IO) -> None:
+def verify(directory: Path, options: VerifyOptions) -> None:
     """Check an output against its plan and its source; exit status 1 on a fault."""
     from surgery.plan import Plan
     from surgery.source import source_at_hand
     from surgery.verify import embedded_plan, verify_files
 
-    loaded = Plan.load(plan_path) if plan_path else embedded_plan(directory)
-    source = source_at_hand(loaded.source) if loaded else None
-    if forward and (loaded is None or source is None):
+    plan = Plan.load(options.plan) if options.plan else embedded_plan(directory)
+    source = options.source or (source_at_hand(plan.source) if plan else None)
+    if options.forward and (plan is None or source is None):
         raise Refusal(f"{directory}: --forward needs the plan and its source; neither may be gone")
-    report = verify_files(directory, loaded, source, io=io)
-    if forward and report.ok and loaded and source:
+    report = verify_files(directory, plan, source, io=options.io)
+    if options.forward and report.ok and plan and source:
         from calib.equality import compare_logits
 
         with running():
-            found = compare_logits(loaded, source, directory, device)
+            found = compare_logits(plan, source, directory, options.device)
         report.checks["logits equal the masked dense model's"] = found.faults()
     say(report.table())
     sys.exit(0 if report.ok else 1)

@@ -137,7 +137,7 @@ def test_prune_takes_layers(deep: Path, tmp_path: Path, text: Path, run: Run) ->
         (("--layers", "x"), "does not say which layers stay"),
         (("--layers", "0", "--num-hidden-layers", 1), "exclude each other"),
         (("--num-hidden-layers", 3), "needs statistics"),
-        (("--layers", "0-4", "--vocab-size", 512), "are not clear"),
+        (("--layers", "0-4", "--ratio", 0.2, "--vocab-size", 512), "exclude each other"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(

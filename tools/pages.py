@@ -77,7 +77,7 @@ def title(page: str) -> str:
 def option_table(command: click.Command, context: click.Context) -> str:
     """One row for each option, as ``--help`` shows it."""
     rows = ["| option | meaning |", "|---|---|"]
-    options = (each for each in command.get_params(context) if isinstance(each, click.Option))
+    options = (each for each in command.params if isinstance(each, click.Option))
     for record in (each.get_help_record(context) for each in options):
         if record:
             option, meaning = (text.replace("|", "\\|") for text in record)
