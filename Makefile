@@ -34,6 +34,7 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 docs: $(VENV)/docs.stamp
 	$(BIN)/python -m sphinx -E -W --keep-going -q -b html docs build/docs

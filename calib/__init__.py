@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from calib.api import Pruned, calibrate, compare, compare_logits, prune, score, search
-    from calib.equality import Equality
-    from calib.score import Score
-    from calib.search import SearchResult
+    from calib.scoring.logits import Equality
+    from calib.scoring.score import Score
+    from calib.study.search import SearchResult
+
 
 __all__ = [
     "Equality",
@@ -23,9 +24,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Equality": "calib.equality",
-    "Score": "calib.score",
-    "SearchResult": "calib.search",
+    "Equality": "calib.scoring.logits",
+    "Score": "calib.scoring.score",
+    "SearchResult": "calib.study.search",
 }
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())

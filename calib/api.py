@@ -4,31 +4,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from calib.calibration import open_calibration, run_calibration
-from calib.calibration_options import CalibrationOptions
-from calib.chat import documents_of
-from calib.compare import check_methods, compare_methods, usable_methods
-from calib.documents import Text, TextOptions, sources_of
-from calib.equality import Equality
-from calib.equality import compare_logits as compare_logits_of
 from calib.pipeline import PlanFiles, apply_and_verify, calibrated_plan
-from calib.score import Score, score_model
-from calib.search import SearchResult, search_pairs
-from calib.settings import ComputeOptions
-from calib.study import open_study
+from calib.scoring.logits import Equality
+from calib.scoring.logits import compare_logits as compare_logits_of
+from calib.scoring.score import Score, score_model
+from calib.statistics.options import CalibrationOptions
+from calib.statistics.prepare import open_calibration, run_calibration
+from calib.streaming.settings import ComputeOptions
+from calib.study.compare import check_methods, compare_methods, usable_methods
+from calib.study.search import SearchResult, search_pairs
+from calib.study.study import open_study
+from calib.study.table import Row
+from calib.text.chat import documents_of
 from surgery.api import Model, as_layout
-from surgery.apply import ApplyOptions
-from surgery.channels import DEFAULT_CRITERION, LEAST_TOKENS, ChannelOptions
-from surgery.choices import CutRequest, SizeRequest, allowed_steps, choose_sizes
-from surgery.comparison import Row
+from surgery.apply.run import ApplyOptions
 from surgery.errors import PlanError
-from surgery.plan import Plan
-from surgery.progress import Progress
-from surgery.shard_file import IO
-from surgery.source import source_at_hand
-from surgery.stats import ChannelStats
-from surgery.verify import VerifyReport, embedded_plan
-from surgery.vocabulary import VocabularyOptions
+from surgery.files.shard_file import IO
+from surgery.hub.fetch import source_at_hand
+from surgery.planning.plan import Plan
+from surgery.planning.request import CutRequest, SizeRequest, allowed_steps, choose_sizes
+from surgery.process import Progress
+from surgery.stats.channel_stats import ChannelStats
+from surgery.stats.channels import DEFAULT_CRITERION, LEAST_TOKENS, ChannelOptions
+from surgery.text.documents import Text, TextOptions, sources_of
+from surgery.verify.files import VerifyReport, embedded_plan
+from surgery.vocabulary.order import VocabularyOptions
 
 
 def calibrate(  # noqa: PLR0913
@@ -62,7 +62,7 @@ def calibrate(  # noqa: PLR0913
     """Sum squared FFN activations over text, one layer in memory at a time (paper eq. 4 and 5).
 
     Example:
-        >>> stats = calib.calibrate(model, data="tools/text/calibration.txt", samples=32)
+        >>> stats = calib.statistics.calibrate(model, data="tools/text/calibration.txt", samples=32)
 
     Args:
         model: From ``surgery.open_model``, or what that takes.
@@ -128,7 +128,7 @@ def score(  # noqa: PLR0913
     Windows are cut by bytes, so that models with different vocabularies can be compared.
 
     Example:
-        >>> calib.score(model, data="tools/text/heldout.txt", samples=8).bits_per_byte
+        >>> calib.scoring.score(model, data="tools/text/heldout.txt", samples=8).bits_per_byte
 
     Args:
         model: From ``surgery.open_model``, or what that takes.
@@ -183,7 +183,7 @@ def search(  # noqa: PLR0913
     Every fourth block of the text is held out to judge by; the rest chooses the channels.
 
     Example:
-        >>> found = calib.search(model, data="tools/text/calibration.txt", ratio=0.2)
+        >>> found = calib.study.search(model, data="tools/text/calibration.txt", ratio=0.2)
         >>> print(found.table())
 
     Args:
@@ -254,7 +254,7 @@ def compare(  # noqa: PLR0913
     """Compare methods at the same ratios, on the same text and the same held-out windows.
 
     Example:
-        >>> rows = calib.compare(model, data="tools/text/calibration.txt", ratio=0.2,
+        >>> rows = calib.study.compare(model, data="tools/text/calibration.txt", ratio=0.2,
         ...                      methods=["act2", "search"])
 
     Args:

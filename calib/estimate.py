@@ -1,4 +1,4 @@
-"""What a pass will take: memory, disk and bytes moved, from headers and windows; caps on it."""
+"""What a run will take, from headers and windows, and how to keep it within caps."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from calib.settings import ComputeOptions, PassSettings
+from calib.streaming.settings import ComputeOptions, PassSettings
 from surgery.errors import BudgetError
-from surgery.family import EXPERT
-from surgery.layout import Layout
-from surgery.slots import BUFFER
+from surgery.families.blocks import BUFFER
+from surgery.families.schema import EXPERT
+from surgery.layout.layout import Layout
 
 MB = 10**6
 BASE_BYTES = 345 * MB
@@ -21,15 +21,15 @@ ROW_BYTES = 750
 DEVICE_BASE_BYTES = 500 * MB
 """A CUDA context and cuBLAS; not measured here."""
 PIECE_BYTES = 1 << 25
-"""One FFN activation at a time (``calib.ffn.PIECE_VALUES`` in fp32)."""
+"""One FFN activation at a time (``calib.streaming.ffn.PIECE_VALUES`` in fp32)."""
 CHUNK_BYTES = 3 << 23
-"""Activations in float64, and whose they are (``calib.sums.CHUNK_VALUES``)."""
+"""Activations in float64, and whose they are (``calib.statistics.sums.CHUNK_VALUES``)."""
 HEAP_BYTES = 32 * MB
 """Freed memory that the heap keeps; measured, below ``calib.memory.HELD_BYTES``."""
 
 
 SOLVED_ROWS = 1024
-"""Rows of down_proj that are solved for at a time (``calib.gram.ROWS``)."""
+"""Rows of down_proj that are solved for at a time (``calib.refit.ROWS``)."""
 
 
 @dataclass(frozen=True)
@@ -265,12 +265,12 @@ class _Layer:
         merged: Counter[str] = Counter()
         alone, ready, copied = 0, 0, False
         for ref in layout.of_layer[index].values():
-            place = layout.places[ref.name]
+            place = layout.roles[ref.name]
             if place.slot.block == BUFFER:
                 continue
             size = _item(ref.dtype, ref.itemsize, itemsize)
             if place.slot.width == EXPERT and place.expert is not None:
-                merged["down" if place.slot.watched else "up"] += ref.parameters * size
+                merged["down" if place.slot.ffn_output else "up"] += ref.parameters * size
             else:
                 size = itemsize if converts else size
                 alone += ref.parameters * size
@@ -289,7 +289,7 @@ def _item(dtype: str, itemsize: int, computed: int) -> int:
 
 def _stored(layout: Layout) -> list[int]:
     """Bytes of each layer in the file."""
-    places = layout.places
+    places = layout.roles
     return [
         sum(ref.nbytes for ref in layer.values() if places[ref.name].slot.block != BUFFER)
         for layer in layout.of_layer
@@ -303,13 +303,13 @@ def _ends(layout: Layout) -> int:
     return sum(
         ref.nbytes
         for name, ref in layout.by_name.items()
-        if layout.places[ref.name].layer is None and name not in apart
+        if layout.roles[ref.name].layer is None and name not in apart
     )
 
 
 def _sums(layout: Layout, buckets: int) -> Iterator[int]:
     """Bytes of the sums of each layer."""
-    for axes in layout.watched:
+    for axes in layout.ffn_outputs:
         numbers = 2 * buckets + 2 if buckets else 0
         yield sum(8 * numbers * n * layout.channels_of(axis) for axis, n in axes.items())
 

@@ -3,21 +3,21 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from calib.calibration import prepare_calibration, run_calibration
-from calib.calibration_options import CalibrationOptions
-from calib.chat import documents_of
-from calib.documents import TextOptions
-from calib.repair import repair_plan
-from calib.settings import ComputeOptions
-from calib.study import open_study
+from calib.statistics.options import CalibrationOptions
+from calib.statistics.prepare import prepare_calibration, run_calibration
+from calib.streaming.settings import ComputeOptions
+from calib.study.repair import repair_plan
+from calib.study.study import open_study
+from calib.text.chat import documents_of
 from surgery.api import plan_choice
-from surgery.apply import ApplyOptions, apply_to
-from surgery.choices import SizeChoice
-from surgery.layout import Layout
-from surgery.plan import Plan
-from surgery.progress import Progress
-from surgery.verify import VerifyReport, verify_files
-from surgery.writer import check_file, check_place
+from surgery.apply.output_directory import check_file, check_place
+from surgery.apply.run import ApplyOptions, apply_to
+from surgery.layout.layout import Layout
+from surgery.planning.plan import Plan
+from surgery.planning.request import SizeChoice
+from surgery.process import Progress
+from surgery.text.documents import TextOptions
+from surgery.verify.files import VerifyReport, verify_files
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 from surgery.version import __version__
 
 if TYPE_CHECKING:
-    from calib.documents import Source
     from surgery.api import Model, apply_plan, make_plan, open_model, verify_checkpoint
     from surgery.errors import SurgeryError
-    from surgery.merge import merge_stats
-    from surgery.plan import Plan
-    from surgery.stats import ChannelStats
+    from surgery.planning.plan import Plan
+    from surgery.stats.channel_stats import ChannelStats, merge_stats
+    from surgery.text.documents import Source
+
 
 __all__ = [
     "ChannelStats",
@@ -28,11 +28,11 @@ __all__ = [
 ]
 
 _HOMES = {
-    "ChannelStats": "surgery.stats",
-    "Plan": "surgery.plan",
-    "Source": "calib.documents",
+    "ChannelStats": "surgery.stats.channel_stats",
+    "Plan": "surgery.planning.plan",
+    "Source": "surgery.text.documents",
     "SurgeryError": "surgery.errors",
-    "merge_stats": "surgery.merge",
+    "merge_stats": "surgery.stats.channel_stats",
 }
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())

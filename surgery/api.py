@@ -4,27 +4,27 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from calib.documents import Text, TextOptions, sources_of
-from surgery.apply import JOBS, Applied, ApplyOptions, apply_to
-from surgery.build import read_layout
-from surgery.census import Census
-from surgery.channels import DEFAULT_CRITERION, LEAST_TOKENS, ChannelOptions
-from surgery.checkpoint import Checkpoint
-from surgery.choices import CutRequest, SizeChoice, SizeRequest, choose_sizes
-from surgery.companions import check_companions
+from surgery.apply.companions import check_companions
+from surgery.apply.run import JOBS, Applied, ApplyOptions, apply_to
+from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.errors import UnknownTypeError
-from surgery.layout import Layout
-from surgery.plan import Plan
-from surgery.planning import plan_cut
-from surgery.probe import Proposal, propose, unknown_type
-from surgery.progress import Progress
-from surgery.shard_file import IO
-from surgery.source import resolve_model, source_at_hand
-from surgery.stats import ChannelStats
-from surgery.verify import VerifyReport, embedded_plan, verify_files
-from surgery.vocab_census import VocabCensus, vocabulary_census
-from surgery.vocab_cost import vocabulary_cost
-from surgery.vocabulary import VocabularyOptions
+from surgery.files.shard_file import IO
+from surgery.hub.fetch import resolve_model, source_at_hand
+from surgery.layout.build import read_layout
+from surgery.layout.census import Census
+from surgery.layout.layout import Layout
+from surgery.planning.plan import Plan
+from surgery.planning.planner import plan_cut
+from surgery.planning.request import CutRequest, SizeChoice, SizeRequest, choose_sizes
+from surgery.probe.probe import Proposal, propose, unknown_type
+from surgery.process import Progress
+from surgery.stats.channel_stats import ChannelStats
+from surgery.stats.channels import DEFAULT_CRITERION, LEAST_TOKENS, ChannelOptions
+from surgery.text.documents import Text, TextOptions, sources_of
+from surgery.verify.files import VerifyReport, embedded_plan, verify_files
+from surgery.vocabulary.census import VocabCensus, vocabulary_census
+from surgery.vocabulary.cost import vocabulary_cost
+from surgery.vocabulary.order import VocabularyOptions
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from surgery.atomic import new_file
 from surgery.errors import OutputError
+from surgery.files.atomic import new_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,9 +1,11 @@
-"""Memory and bytes of this process: what it has taken so far, and what it can give back."""
+"""What a run takes and how far it is: memory, bytes moved, progress as a callable."""
 
 import ctypes
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 IO_COUNTERS = Path("/proc/self/io")
@@ -73,3 +75,31 @@ def release_freed_memory() -> None:
 def _of_the_c_library(name: str) -> Any:
     """A function of it; None where it has none of that name, and on Windows."""
     return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
+
+
+Progress = Callable[[str, int, int], object]
+"""Called with the name of a stage, how much of it is done and how much it is in all. Stages of
+weights count bytes, stages of text count windows times layers. Threads may call it."""
+
+Advance = Callable[[int], object]
+"""Called with what more of a stage is done."""
+
+
+def no_advance(more: int) -> None:
+    """Report to nobody."""
+
+
+def stage(progress: Progress | None, name: str, total: int) -> Advance:
+    """Return what adds up the parts of one stage and reports them to ``progress``."""
+    if progress is None:
+        return no_advance
+    done, lock = 0, Lock()
+    progress(name, 0, total)
+
+    def advance(more: int) -> None:
+        nonlocal done
+        with lock:
+            done += more
+            progress(name, done, total)
+
+    return advance

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
-from surgery.cli import main
+from surgery.cli.main import main
 from tests.support import tiny
 from tests.support.command import Run
 from tests.support.plans import layout_of, random_plan, random_stats

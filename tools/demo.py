@@ -170,9 +170,9 @@ def generate(directory: str) -> str:
 
 def calibration_bytes(model: Path) -> int:
     """Count the bytes of text in the calibration windows; needs a byte-level BPE tokenizer."""
-    from calib.corpus import token_windows
-    from calib.documents import read_documents
-    from surgery.tokenizer import load_tokenizer
+    from calib.text.windows import token_windows
+    from surgery.text.documents import read_documents
+    from surgery.tokenizer.tokenizer_file import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     documents = read_documents(str(CALIBRATION), SEED)

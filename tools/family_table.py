@@ -1,7 +1,7 @@
 """The table of families, made from the table of axes and from what the tests cover."""
 
-from surgery.families import FAMILIES
-from surgery.family import EXPERT, FFN, SHARED, Family, Wrapper
+from surgery.families.schema import EXPERT, FFN, SHARED, Family, Wrapper
+from surgery.families.table import FAMILIES
 from tests.support.loading import NOT_IN_4
 from tests.support.tiny_configs import TINY
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from surgery.cli import main as compact_surgery
+from surgery.cli.main import main as compact_surgery
 from tools.family_table import family_table
 from tools.predictions import prediction_table
 

@@ -7,10 +7,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgery.budget import Sizes, split, whole
-from surgery.build import read_layout
-from surgery.checkpoint import Checkpoint
-from surgery.layout import Layout
+from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.layout.build import read_layout
+from surgery.layout.layout import Layout
+from surgery.planning.sizes import Sizes, split, whole
 from tools.published import PUBLISHED
 from tools.shapes import write_headers_only
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 
 from calib.estimate import WindowLengths, predict
-from calib.settings import PassSettings
-from surgery.budget import split
-from surgery.build import read_layout
-from surgery.checkpoint import Checkpoint
-from surgery.predict import shape_of
+from calib.streaming.settings import PassSettings
+from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.layout.build import read_layout
+from surgery.planning.shapes import shape_of
+from surgery.planning.sizes import split
 from tools.published import MIXTURES, PUBLISHED
 from tools.shapes import write_headers_only
 

@@ -15,12 +15,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from surgery.families import family_of
-from surgery.family import VOCAB, Dim, Family, Slot
-from surgery.header import ITEMSIZE, encode_header
-from surgery.jsonfile import dump_json
-from surgery.model_files import INDEX_NAME, SINGLE_NAME
-from surgery.slots import BUFFER
+from surgery.families.blocks import BUFFER
+from surgery.families.schema import VOCAB, Dim, Family, Slot
+from surgery.families.table import family_of
+from surgery.files.model_files import INDEX_NAME, SINGLE_NAME
+from surgery.files.safetensors_header import ITEMSIZE, encode_header
+from surgery.files.strict_json import dump_json
 from tools.synthetic_tokenizer import SPECIAL_TOKENS, synthetic_tokenizer
 
 DTYPE = "BF16"

@@ -4,7 +4,7 @@
 
 Against channels alone, as much of the vocabulary as may go, and the rule of thumb. It also says
 what the search took, in forwards: one is the dense model over both parts of TEXT. The rule in
-``surgery/budget.py`` is fitted to the tables this prints.
+``surgery/planning/sizes.py`` is fitted to the tables this prints.
 """
 
 import json
@@ -16,29 +16,28 @@ from typing import Any
 
 import click
 
-from calib.corpus import byte_windows
-from calib.documents import Source, TextOptions, read_documents
-from calib.material import WINDOW_BYTES
-from calib.search import try_pairs
-from calib.settings import ComputeOptions
-from calib.study import Recipe, Study, open_study
-from calib.trial import Cut, Trial
+from calib.streaming.settings import ComputeOptions
+from calib.study.search import MOST, try_pairs
+from calib.study.study import Recipe, Study, open_study
+from calib.study.table import Row, table
+from calib.study.text import WINDOW_BYTES
+from calib.study.trial import Trial, Variant
+from calib.text.windows import byte_windows
 from surgery.api import open_layout
-from surgery.budget import Sizes, pairs_at
-from surgery.candidates import MOST
-from surgery.choices import CutRequest, SizeRequest, allowed_steps, choose_sizes
-from surgery.comparison import Row, table
-from surgery.options import gathered
-from surgery.predict import axis_lengths
-from surgery.terminal import bars
+from surgery.cli.options import gathered
+from surgery.cli.terminal import bars
+from surgery.planning.request import CutRequest, SizeRequest, allowed_steps, choose_sizes
+from surgery.planning.shapes import axis_lengths
+from surgery.planning.sizes import Sizes, pairs_at
+from surgery.text.documents import Source, TextOptions, read_documents
 
 
 def forward_seconds(study: Study) -> float:
     """What the dense model takes over the calibration and the held-out text once."""
-    layout = study.material.layout
-    whole = Cut(study.material.ids(layout.vocab_size), axis_lengths(layout, layout.widths))
-    encoded = study.material.encoded(layout.vocab_size)
-    reading = study.material.reading(layout.vocab_size)
+    layout = study.text.layout
+    whole = Variant(study.text.ids(layout.vocab_size), axis_lengths(layout, layout.widths))
+    encoded = study.text.encoded(layout.vocab_size)
+    reading = study.text.reading(layout.vocab_size)
     start = time.perf_counter()
     study.bits([Trial(whole, encoded, reading)])
     return time.perf_counter() - start
@@ -48,7 +47,7 @@ def on_unseen(
     study: Study, texts: Sequence[str], pairs: dict[str, Sizes], repair: bool
 ) -> list[Row]:
     """Try ``pairs``, made smaller by the study's calibration text, on other windows."""
-    other = Study(replace(study.material, heldout=texts), study.settings)
+    other = Study(replace(study.text, heldout=texts), study.settings)
     return other.rows([Recipe(name, sizes, repair=repair) for name, sizes in pairs.items()])
 
 

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from calib.calibrate import Calibration, take_statistics
-from calib.corpus import token_windows
-from calib.settings import PassSettings
-from surgery.stats import ChannelStats
-from surgery.tokenizer import load_tokenizer
-from surgery.vocabulary import rarity_of
+from calib.statistics.calibrate import Calibration, take_statistics
+from calib.streaming.settings import PassSettings
+from calib.text.windows import token_windows
+from surgery.stats.channel_stats import ChannelStats
+from surgery.tokenizer.tokenizer_file import load_tokenizer
+from surgery.vocabulary.order import rarity_of
 from tests.support import tiny
 from tests.support.plans import layout_of
 

@@ -10,8 +10,8 @@ import msgspec
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from surgery.model_files import INDEX_NAME
-from surgery.stats import ChannelStats
+from surgery.files.model_files import INDEX_NAME
+from surgery.stats.channel_stats import ChannelStats
 from tests.support import json_files
 from tests.support.command import Run, assert_refused
 from tests.support.contents import digests

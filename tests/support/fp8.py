@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from surgery.model_files import INDEX_NAME
+from surgery.files.model_files import INDEX_NAME
 from tests.support import tiny
 
 BLOCK = 16

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from calib.tokens import Tokens
-from surgery.family import EXPERT
-from surgery.layout import Layout
-from surgery.tokenizer import load_tokenizer
+from calib.streaming.batches import Tokens
+from surgery.families.schema import EXPERT
+from surgery.layout.layout import Layout
+from surgery.tokenizer.tokenizer_file import load_tokenizer
 from tests.support import tiny
 from tests.support.plans import layout_of
 
@@ -104,8 +104,8 @@ def window_norms(
 def watched_modules(layout: Layout, tensors: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(axis, module) of every down_proj of a layer that is no expert's."""
     for name, ref in tensors.items():
-        slot = layout.places[ref.name].slot
-        if slot.watched and slot.width and slot.width != EXPERT:
+        slot = layout.roles[ref.name].slot
+        if slot.ffn_output and slot.width and slot.width != EXPERT:
             yield slot.width, name.removesuffix(".weight")
 
 

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from surgery.api import apply_plan
-from surgery.model_files import tokenizer_files
-from surgery.stats import KEY, ChannelStats
+from surgery.files.model_files import tokenizer_files
+from surgery.stats.channel_stats import KEY, ChannelStats
 from tests.support import fp8, tiny
 from tests.support.generated_tokenizers import tokenizer_json
 from tests.support.plans import layout_of, random_plan, random_stats

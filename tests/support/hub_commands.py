@@ -11,8 +11,8 @@ Result = subprocess.CompletedProcess[str]
 
 COMMIT = Repo(Path()).commit
 HURRY = (
-    "import surgery.retry, surgery.shards; "
-    "surgery.retry.FIRST_WAIT_SECONDS = 0.01; surgery.shards.SMALL_BYTES = 256; "
+    "import surgery.hub.remote_file, surgery.hub.shards; "
+    "surgery.hub.remote_file.FIRST_WAIT_SECONDS = 0.01; surgery.hub.shards.SMALL_BYTES = 256; "
 )
 """Code in front of a command that meets failures, and tensors that are tiny."""
 SIZES = ("--vocab-size", "512", "--intermediate-size", "96")
@@ -21,7 +21,9 @@ SIZES = ("--vocab-size", "512", "--intermediate-size", "96")
 
 def command(url: str, home: Path, *arguments: object, **settings: str) -> Result:
     """Run the command line in a process of its own: the hub's settings are read at import."""
-    return child(url, home, f"{HURRY}from surgery.cli import main; main()", *arguments, **settings)
+    return child(
+        url, home, f"{HURRY}from surgery.cli.main import main; main()", *arguments, **settings
+    )
 
 
 def child(url: str, home: Path, code: str, *arguments: object, **settings: str) -> Result:
@@ -38,7 +40,7 @@ def child(url: str, home: Path, code: str, *arguments: object, **settings: str) 
 
 def started(url: str, home: Path, *arguments: object) -> subprocess.Popen[bytes]:
     """Start a command and do not wait for it."""
-    code = f"{HURRY}from surgery.cli import main; main()"
+    code = f"{HURRY}from surgery.cli.main import main; main()"
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)], env=environment(url, home)
     )

@@ -17,19 +17,21 @@ if not hasattr(os, "fork"):
     pytest.skip("kills processes by signals", allow_module_level=True)
 
 WATCHED = (
-    "surgery.apply",
-    "surgery.atomic",
-    "surgery.journal",
-    "surgery.lock",
-    "surgery.shard",
-    "surgery.shard_file",
-    "surgery.stream",
-    "surgery.writer",
+    "surgery.apply.run",
+    "surgery.files.atomic",
+    "surgery.apply.output_directory",
+    "surgery.files.atomic",
+    "surgery.apply.shard",
+    "surgery.files.shard_file",
+    "surgery.apply.shard",
+    "surgery.apply.output_directory",
 )
 """Modules whose lines count."""
 
 SPAWN = get_context("forkserver")
-SPAWN.set_forkserver_preload(["surgery.cli", "surgery.api", "surgery.apply", "safetensors"])
+SPAWN.set_forkserver_preload(
+    ["surgery.cli.main", "surgery.api", "surgery.apply.run", "safetensors"]
+)
 
 
 def run_apply(*arguments: object, kill_at: int | None = None) -> tuple[int, int]:
@@ -47,7 +49,7 @@ def run_apply(*arguments: object, kill_at: int | None = None) -> tuple[int, int]
 
 
 def _apply(words: list[str], lines: Any, kill_at: int | None) -> None:
-    from surgery.cli import main
+    from surgery.cli.main import main
 
     count_lines(lines, kill_at)
     with open(os.devnull, "w") as nowhere:

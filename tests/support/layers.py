@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from surgery.budget import Sizes
-from surgery.plan import Plan
+from surgery.planning.plan import Plan
+from surgery.planning.sizes import Sizes
 from tests.support.plans import layout_of, plan_to, random_stats
 
 

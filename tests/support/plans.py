@@ -8,18 +8,18 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from surgery.budget import Sizes
-from surgery.build import read_layout
-from surgery.channels import ChannelOptions
-from surgery.checkpoint import Checkpoint
-from surgery.choices import CutRequest, SizeChoice
-from surgery.edits import kept_channels
-from surgery.family import EXPERT, STACK, Dim
-from surgery.layout import Layout
-from surgery.plan import Plan
-from surgery.planning import plan_cut
-from surgery.stats import AxisSums, ChannelStats, StatsInfo
-from surgery.vocabulary import rarity_of
+from surgery.apply.edits import kept_channels
+from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.families.schema import EXPERT, STACK, Dim
+from surgery.layout.build import read_layout
+from surgery.layout.layout import Layout
+from surgery.planning.plan import Plan
+from surgery.planning.planner import plan_cut
+from surgery.planning.request import CutRequest, SizeChoice
+from surgery.planning.sizes import Sizes
+from surgery.stats.channel_stats import AxisSums, ChannelStats, StatsInfo
+from surgery.stats.channels import ChannelOptions
+from surgery.vocabulary.order import rarity_of
 from tests.support import tiny
 
 
@@ -32,7 +32,7 @@ def random_stats(layout: Layout, seed: int = 0) -> ChannelStats:
     rng = np.random.default_rng(seed)
     info = StatsInfo(layout.checkpoint.fingerprint, "", 1, 1, 1, [layout.vocab_size], "float32")
     layers: list[dict[str, AxisSums]] = []
-    for axes in layout.watched:
+    for axes in layout.ffn_outputs:
         layers.append({})
         for axis, experts in axes.items():
             sums = rng.random((1, experts, layout.channels_of(axis)))
@@ -67,8 +67,8 @@ def masked_dense(source: Path, plan: Plan, output: Path) -> Path:
     for file in sorted(output.glob("*.safetensors")):
         tensors = load_file(file)
         for name, tensor in tensors.items():
-            place = layout.places[name]
-            if place.slot.watched and place.layer is not None and place.slot.width:
+            place = layout.roles[name]
+            if place.slot.ffn_output and place.layer is not None and place.slot.width:
                 chosen = kept[place.layer][place.slot.width]
                 dim = place.slot.dims.index(Dim(place.slot.width))
                 parts = tensor if Dim(STACK) in place.slot.dims else [tensor]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from surgery.cli import main
+from surgery.cli.main import main
 from tests.support import ROOT, tiny
 from tests.support.languages import ARTICLE_1
 

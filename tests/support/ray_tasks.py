@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from surgery.ray_engine import shard_task
-from surgery.shard import ShardTask
-from surgery.writer import new_shard
+from surgery.apply.output_directory import new_shard
+from surgery.apply.run import shard_task
+from surgery.apply.shard import ShardTask
 
 VICTIM = "victim"
 """The file that names the node to lose."""
@@ -39,7 +39,7 @@ def attempts(place: Path) -> int:
 
 def stalled_part(*arguments: Any) -> Path:
     """The first part waits until it is lost with its node."""
-    from calib.ray_engine import part_task
+    from calib.statistics.ray import part_task
 
     folder: Path = arguments[0].folder
     if begin(folder.parent):

@@ -13,8 +13,8 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentencepiece_model_pb2
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from surgery.idmap import IdMap
-from surgery.sentencepiece import cut_sentencepiece
+from surgery.tokenizer.id_map import IdMap
+from surgery.tokenizer.sentencepiece_model import cut_sentencepiece
 from tests.support import ROOT
 
 TEXT = ROOT / "tools" / "text" / "calibration.txt"

@@ -43,7 +43,7 @@ START_RUNS = 5
 WORDS = "one surgeon cut the model and the other one held the lamp, and none of them slept. "
 ASK_FOR_MODULES = """
 import sys
-from surgery.cli import main
+from surgery.cli.main import main
 main(sys.argv[1:], standalone_mode=False)
 print(*(name for name in ("torch", "transformers", "tokenizers") if name in sys.modules))
 """

@@ -15,25 +15,24 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from calib import calibrate as calib_calibrate
-from calib import calibration as calib_calibration
-from calib.batches import Batch, micro_batches
-from calib.calibration import prepare_calibration, run_calibration
-from calib.calibration_options import CalibrationOptions
-from calib.corpus import token_windows
-from calib.documents import Source, TextOptions, read_documents
-from calib.ffn import pieces
-from calib.settings import ComputeOptions
-from calib.states import HiddenStates
-from calib.sums import ChannelSums
-from calib.tokens import Tokens
-from calib.weights import WeightReader
+from calib.statistics import calibrate as calib_calibrate
+from calib.statistics import prepare as calib_calibration
+from calib.statistics.options import CalibrationOptions
+from calib.statistics.prepare import prepare_calibration, run_calibration
+from calib.statistics.sums import ChannelSums
+from calib.streaming.batches import Batch, Tokens, micro_batches
+from calib.streaming.ffn import pieces
+from calib.streaming.hidden_states import HiddenStates
+from calib.streaming.settings import ComputeOptions
+from calib.streaming.weights import WeightReader
+from calib.text.windows import token_windows
 from surgery.api import open_layout
-from surgery.family import FFN
-from surgery.layout import Layout
-from surgery.stats import PARTS, ChannelStats
-from surgery.tokenizer import load_tokenizer
-from surgery.vocabulary import rarity_of
+from surgery.families.schema import FFN
+from surgery.layout.layout import Layout
+from surgery.stats.channel_stats import PARTS, ChannelStats
+from surgery.text.documents import Source, TextOptions, read_documents
+from surgery.tokenizer.tokenizer_file import load_tokenizer
+from surgery.vocabulary.order import rarity_of
 
 SLACK_BYTES = 400_000_000
 """What the bound allows beside weights and hidden states: the interpreter, torch, activations."""
@@ -59,7 +58,7 @@ def streamed(model: str, text: str, samples: int, seq_len: int, stats: Path) -> 
         seconds.append(time.perf_counter() - start)
         return result
 
-    calib_calibrate.WeightReader = CountedReader
+    calib_calibrate.WeightReader = CountedReader  # type: ignore[misc]
     calib_calibration.take_statistics = timed
     sampled = TextOptions((Source(text),), samples, seq_len)
     compute, options = ComputeOptions("cpu", "float32"), CalibrationOptions(output=stats)

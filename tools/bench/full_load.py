@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from surgery.family import FFN
-from surgery.plan import Plan
+from surgery.families.schema import FFN
+from surgery.planning.plan import Plan
 
 
 def full_load_apply(plan: Plan, output: Path) -> None:

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from surgery.budget import Sizes
-from surgery.build import read_layout
-from surgery.channels import LEAST_TOKENS
-from surgery.checkpoint import Checkpoint
-from surgery.choices import SizeChoice
-from surgery.layout import Layout
-from surgery.planning import plan_cut
-from surgery.stats import AxisSums, ChannelStats, StatsInfo
-from surgery.vocabulary import rarity_of
+from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.layout.build import read_layout
+from surgery.layout.layout import Layout
+from surgery.planning.planner import plan_cut
+from surgery.planning.request import SizeChoice
+from surgery.planning.sizes import Sizes
+from surgery.stats.channel_stats import AxisSums, ChannelStats, StatsInfo
+from surgery.stats.channels import LEAST_TOKENS
+from surgery.vocabulary.order import rarity_of
 from tools.published import PUBLISHED, llama_config
 from tools.shapes import (
     MAX_SHARD_BYTES,
@@ -105,7 +105,7 @@ def _random_stats(layout: Layout, edge: int) -> ChannelStats:
             )
             for axis, experts in axes.items()
         }
-        for axes in layout.watched
+        for axes in layout.ffn_outputs
     ]
     info = StatsInfo(
         fingerprint=layout.checkpoint.fingerprint,

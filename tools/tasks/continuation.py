@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from calib.documents import read_documents
+from surgery.text.documents import read_documents
 from tools.tasks.records import FOLDER
 
 HELDOUT = Path(__file__).parent.parent / "text" / "heldout.txt"

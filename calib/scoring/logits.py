@@ -1,0 +1,122 @@
+"""A pruned model's logits against the dense model with the same cuts masked."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from calib.streaming.batches import Stream
+from calib.streaming.decoder import StreamedDecoder
+from calib.streaming.ffn import ExpertKey, cut_weight, down_name, down_proj_tensors, file_matrices
+from calib.streaming.layer_groups import LayerGroups
+from calib.streaming.weights import WeightReader, choose_device
+from surgery.apply.edits import kept_channels, layer_groups
+from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.families.schema import renumbered
+from surgery.layout.build import read_layout
+from surgery.layout.layout import Layout
+from surgery.planning.plan import Plan
+
+WINDOWS = 4
+TOKENS = 64
+TOLERANCE = 1e-4
+"""Relative to the largest logit, in fp32."""
+
+
+@dataclass(frozen=True)
+class Equality:
+    """How far two models are apart on the same tokens."""
+
+    tokens: int
+    largest: float
+    """max |difference| / max |logit|."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the difference is rounding."""
+        return self.largest <= TOLERANCE
+
+    def faults(self) -> list[str]:
+        """What is wrong, as a check of ``VerifyReport``; nothing where the two are equal."""
+        if self.ok:
+            return []
+        return [
+            f"relative difference {self.largest:.2e} over {self.tokens} tokens, "
+            f"expected at most {TOLERANCE:.0e}"
+        ]
+
+
+def compare_forward(plan: Plan, dense: Layout, pruned: Layout, device: torch.device) -> Equality:
+    """Run seeded random kept tokens through both models in fp32 and compare their logits.
+
+    The dense model has zeros in down_proj for the removed channels and is asked only for the
+    logits of the kept tokens: what COMPACT's cut means (paper Algorithm 1). Where the plan
+    replaces tensors or makes bf16 of FP8, so does the dense model. Layers that go are passed by;
+    several that become one take three layers' memory.
+    """
+    ids = plan.ids()
+    kept = ids.kept
+    chosen = np.random.default_rng(0).integers(0, len(kept), (WINDOWS, TOKENS))
+    fp8 = torch.bfloat16 if plan.dequantize else None
+    cuts = LayerGroups(layer_groups(plan, dense), _Cuts(plan, dense).weights)
+    with WeightReader(dense.checkpoint, device, torch.float32, dequantize=fp8) as reader:
+        expected = _logits(StreamedDecoder(dense, reader), kept[chosen], kept, cuts.run)
+    with WeightReader(pruned.checkpoint, device, torch.float32) as reader:
+        found = _logits(StreamedDecoder(pruned, reader), chosen, np.arange(len(kept)))
+    difference = (expected - found).abs().max() / expected.abs().max()
+    return Equality(chosen.size, float(difference))
+
+
+def compare_logits(plan: Plan, source: Path, directory: Path, device: str) -> Equality:
+    """Compare the logits of ``directory`` with those of the masked dense model at ``source``."""
+    paths = (source, directory)
+    dense, pruned = (read_layout(Checkpoint.open(path, plan.family)) for path in paths)
+    return compare_forward(plan, dense, pruned, choose_device(device))
+
+
+class _Cuts:
+    """The dense model's layers as the plan leaves them: zero columns for channels that go."""
+
+    def __init__(self, plan: Plan, dense: Layout) -> None:
+        self._layout = dense
+        self._sources = [group[0] for group in layer_groups(plan, dense)]
+        self._kept = kept_channels(plan, dense)
+        self._refs = plan.replaced.refs() if plan.replaced else {}
+
+    def weights(
+        self, decoder: StreamedDecoder, number: int, layer: nn.Module
+    ) -> dict[str, torch.Tensor]:
+        """The parameters of ``layer``, the output's ``number``, that channels are cut from."""
+        index = self._sources[number]
+        replaced: dict[ExpertKey, torch.Tensor] = {}
+        for name in down_proj_tensors(self._layout, index):
+            ref = self._refs.get(renumbered(name, number))
+            if ref is not None:
+                with safe_open(ref.path, framework="pt") as file:
+                    replaced |= file_matrices(self._layout, name, file.get_tensor(ref.name))
+        kept = self._kept[number]
+        return {
+            down_name(ffn_module): cut_weight(layer, ffn_module, kept[ffn_module.axis], replaced)
+            for ffn_module in decoder.ffn_modules(index)
+            if ffn_module.axis in kept
+        }
+
+
+def _logits(
+    decoder: StreamedDecoder,
+    windows: np.ndarray,
+    rows: np.ndarray,
+    run: Callable[[StreamedDecoder, int, Stream], object] = StreamedDecoder.run,
+) -> torch.Tensor:
+    """Logits ``(windows, tokens, len(rows))`` in fp32, on the CPU."""
+    stream = Stream(list(windows))
+    decoder.embed([stream])
+    for index in decoder.layers():
+        run(decoder, index, stream)
+    hidden = stream.batches[0].hidden
+    blocks = [block.cpu() for _, _, block in decoder.logits([(hidden, rows)])]
+    return torch.cat(blocks, dim=-1)

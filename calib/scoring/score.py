@@ -1,0 +1,171 @@
+"""Bits per byte on held-out text: comparable between vocabularies, unlike perplexity."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from calib.streaming.batches import Stream
+from calib.streaming.decoder import StreamedDecoder
+from calib.streaming.layers import weights_stage
+from calib.streaming.settings import ComputeOptions, PassSettings
+from calib.streaming.weights import WeightReader, choose_settings
+from calib.text.chat import documents_of
+from calib.text.windows import byte_windows
+from surgery.errors import CheckpointError
+from surgery.families.default_ids import fill_defaults
+from surgery.layout.layout import Layout
+from surgery.process import Advance, Progress, no_advance
+from surgery.text.documents import TextOptions
+from surgery.tokenizer.tokenizer_file import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a text costs under a model."""
+
+    bits: float
+    """Σ −log2 p(token | window so far)."""
+    bytes: int
+    """Of UTF-8, over all windows."""
+    tokens: int
+    """Predicted ones: the leading bos is not."""
+    windows: int
+    lossy_windows: int
+    """Windows that the tokenizer does not give back: it drops bytes, whose cost is missing."""
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Σ bits / Σ bytes."""
+        return self.bits / self.bytes
+
+    @property
+    def finite(self) -> bool:
+        """Whether the model gave numbers at all."""
+        return math.isfinite(self.bits)
+
+
+def score_windows(
+    layout: Layout,
+    texts: Sequence[str],
+    tokenizer: Tokenizer,
+    settings: PassSettings,
+    progress: Advance = no_advance,
+) -> Score:
+    """Score ``texts``, each preceded by bos (eos where there is none), through streamed layers.
+
+    Args:
+        layout: The model.
+        texts: Windows of text.
+        tokenizer: The model's.
+        settings: How the layers compute.
+        progress: Called with the windows that have passed a layer.
+    """
+    first = first_token(layout)
+    encoded = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    stream = Stream([np.array([first, *ids]) for ids in encoded if ids])
+    lossy = sum(
+        tokenizer.decode(ids, skip_special_tokens=False) != text
+        for ids, text in zip(encoded, texts, strict=True)
+    )
+
+    with WeightReader(layout.checkpoint, settings.device, settings.dtype) as reader:
+        decoder = StreamedDecoder(layout, reader, settings)
+        decoder.embed([stream])
+        decoder.run_layers([stream], progress=progress)
+        (bits,) = token_bits(decoder, [(stream, np.arange(layout.vocab_size))])
+    return Score(
+        bits=sum(float(window.sum()) for window in bits),
+        bytes=sum(len(text.encode("utf-8")) for text in texts),
+        tokens=sum(len(window) - 1 for window in stream.windows),
+        windows=len(texts),
+        lossy_windows=lossy,
+    )
+
+
+def score_model(
+    layout: Layout,
+    text: TextOptions,
+    window_bytes: int,
+    compute: ComputeOptions,
+    progress: Progress | None = None,
+) -> Score:
+    """Score a model on windows of ``window_bytes`` bytes of a text.
+
+    Raises:
+        DataError: there is no text.
+    """
+    texts = byte_windows(documents_of(layout, text), text.samples, window_bytes)
+    tokenizer = load_tokenizer(layout.checkpoint.path)
+    settings = choose_settings(compute, layout.checkpoint)
+    advance = weights_stage(progress, "score", layout, len(texts))
+    return score_windows(layout, texts, tokenizer, settings, advance)
+
+
+@torch.no_grad()
+def token_bits(
+    decoder: StreamedDecoder, streams: Sequence[tuple[Stream, np.ndarray]]
+) -> list[list[np.ndarray]]:
+    """Return per stream and window −log2 softmax at each next token, float64 ``(tokens - 1,)``.
+
+    The log-sum-exp is taken block by block of the head, which is read once.
+
+    Args:
+        decoder: Its layers are done.
+        streams: Each with the ascending ids that are its vocabulary.
+    """
+    sums = [_Sums(ids, states, rows) for s, rows in streams for _, ids, states in s.hidden()]
+    for place, part, logits in decoder.logits([(each.states, each.rows) for each in sums]):
+        sums[place].add(part, logits[0].float())
+    bits = iter(sums)
+    result = []
+    for stream, _ in streams:
+        order = [place for place, _, _ in stream.hidden()]
+        found = {place: next(bits).bits() for place in order}
+        result.append([found[place] for place in sorted(found)])
+    return result
+
+
+class _Sums:
+    """One window's log-sum-exp and the logits of its next tokens, in the making."""
+
+    def __init__(self, ids: torch.Tensor, states: torch.Tensor, rows: np.ndarray) -> None:
+        self.states = states[None, :-1]
+        self.rows = rows
+        self._targets = torch.from_numpy(np.searchsorted(rows, ids[1:].numpy()))
+        self._total = torch.full(self._targets.shape, -math.inf)
+        self._chosen = torch.zeros(self._targets.shape)
+
+    def add(self, part: slice, logits: torch.Tensor) -> None:
+        """Count ``logits`` ``(tokens, rows)`` of the ``part`` of the vocabulary."""
+        self._total = torch.logaddexp(self._total, logits.logsumexp(-1).cpu())
+        inside = (self._targets >= part.start) & (self._targets < part.stop)
+        index = (self._targets[inside] - part.start).to(logits.device)
+        self._chosen[inside] = (
+            logits[inside.to(logits.device)].gather(-1, index[:, None])[:, 0].cpu()
+        )
+
+    def bits(self) -> np.ndarray:
+        """float64 ``(tokens - 1,)``."""
+        return (self._total - self._chosen).double().numpy() / math.log(2)
+
+
+def first_token(layout: Layout) -> int:
+    """The id of bos, or of eos where there is none, by config.json or generation_config.json."""
+    checkpoint = layout.checkpoint
+    filled = fill_defaults(checkpoint.config, lambda old: old, checkpoint.family)
+    generation = checkpoint.json("generation_config.json")
+    for key in ("bos_token_id", "eos_token_id"):
+        for config in (layout.config, generation, layout.family.text_config(filled)):
+            value = config.get(key)
+            value = value[0] if isinstance(value, list) and value else value
+            if isinstance(value, int):
+                return value
+    raise CheckpointError(
+        checkpoint.path / "config.json",
+        "names neither bos_token_id nor eos_token_id, one of which begins every window",
+        fix="add one of them",
+    )

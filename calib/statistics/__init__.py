@@ -1,0 +1,1 @@
+"""Channel statistics, taken from text."""

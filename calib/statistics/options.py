@@ -1,0 +1,57 @@
+"""What is asked of a calibration; imports no torch, so that the command line starts at once."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from calib.streaming.settings import ComputeOptions
+from surgery.errors import EngineError
+from surgery.vocabulary.order import VocabularyOptions
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What the statistics are for, and on how many machines they are taken."""
+
+    vocab_size: int | None = None
+    """V' whose pruned tokenizer tokenizes the text; None is the source's own."""
+    vocab_sizes: str | None = None
+    """Sizes V' for which the sums are exact, such as "32768,24576"; else ``vocab_size``, or the
+    usual ratios'."""
+    part: str | None = None
+    """The windows that are used, such as "2/4"; None is all of them."""
+    engine: str = "local"
+    """"local", or "ray": tasks on a cluster whose nodes share the file system."""
+    parts: int | None = None
+    """Tasks of ``ray``; None is one for each node, or each GPU."""
+    output: Path | None = None
+    """Where the statistics are written; None only returns them."""
+    resume: bool = False
+    """Whether to go on with a run that was interrupted, if there is one."""
+    vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
+    """The order of the vocabulary that the statistics are exact for."""
+
+    def check(self, compute: ComputeOptions) -> None:
+        """Refuse options that have no effect together.
+
+        Raises:
+            EngineError: naming them.
+        """
+        ray = self.engine == "ray"
+        for wrong, problem, fix in (
+            (
+                ray and compute.capped,
+                "takes no `max_memory`, `max_gpu_memory` or `spill`",
+                "leave them out: each node uses the memory that it has",
+            ),
+            (
+                ray and self.resume,
+                "takes no `resume`",
+                "leave it out: the tasks of lost nodes begin anew by themselves",
+            ),
+        ):
+            if wrong:
+                raise EngineError("`engine` ray", problem, fix=fix)
+        if self.parts is not None and not ray:
+            raise EngineError(
+                "`parts`", "is for `engine` ray", fix="use `part` K/N to take a part here"
+            )

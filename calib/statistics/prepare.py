@@ -1,0 +1,170 @@
+"""A calibration, prepared: text tokenized, settings chosen, its cost known before it is run."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from calib.estimate import WindowLengths, within_caps
+from calib.statistics.calibrate import Calibration, take_statistics
+from calib.statistics.options import CalibrationOptions
+from calib.streaming.layers import weights_stage
+from calib.streaming.settings import ComputeOptions, PassSettings
+from calib.streaming.weights import choose_settings
+from calib.text.chat import documents_of
+from calib.text.windows import Part, check_windows, shortfall, token_windows
+from surgery.apply.output_directory import check_file
+from surgery.errors import BudgetError
+from surgery.layout.layout import Layout
+from surgery.planning.request import parse_vocab_sizes, rarity_or_whole
+from surgery.planning.sizes import candidate_vocab_sizes
+from surgery.process import Progress
+from surgery.stats.channel_stats import ChannelStats
+from surgery.text.documents import TextOptions
+from surgery.tokenizer.tokenizer_file import cut_tokenizer, load_tokenizer
+from surgery.vocabulary.order import Rarity, open_vocabulary
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+LOG = logging.getLogger(__name__)
+
+
+def open_calibration(
+    layout: Layout, text: TextOptions, compute: ComputeOptions, options: CalibrationOptions
+) -> Calibration:
+    """Prepare a calibration of its own, for a plan with the same options of the vocabulary.
+
+    Raises:
+        OutputError: the output cannot be written, or lies inside the model.
+        SurgeryError: as ``prepare_calibration``.
+    """
+    options.check(compute)
+    if options.output is not None:
+        check_file(options.output, layout.checkpoint.path)
+    rarity = rarity_or_whole(layout, options.vocabulary, documents_of(layout, text))
+    return prepare_calibration(layout, rarity, text, compute, options)
+
+
+def prepare_calibration(
+    layout: Layout,
+    rarity: Rarity,
+    text: TextOptions,
+    compute: ComputeOptions,
+    options: CalibrationOptions,
+) -> Calibration:
+    """Tokenize ``text``, and choose device, dtype and settings.
+
+    Args:
+        layout: The model.
+        rarity: The order of its vocabulary, by which tokens are put into buckets.
+        text: What is read.
+        compute: Where it is computed, and in how much memory.
+        options: Everything else.
+
+    Raises:
+        BudgetError: a cap on memory cannot be kept, or there are no channels to choose.
+        DataError: there is no text.
+        EngineError: options that have no effect together.
+    """
+    options.check(compute)
+    check_channels(layout)
+    size = None if options.vocab_size == layout.vocab_size else options.vocab_size
+    windows = _windows(layout, rarity, text, size)
+    if options.part is not None:
+        windows = Part.parse(options.part).choose(windows)
+    edges = _bucket_edges(layout, rarity, size, options.vocab_sizes)
+    output = options.output if options.engine == "local" else None
+    return Calibration(
+        layout=layout,
+        windows=windows,
+        seq_len=text.seq_len,
+        bucket_of=rarity.buckets(edges),
+        bucket_edges=edges,
+        settings=_settings(layout, windows, compute, buckets=len(edges), journal=bool(output)),
+        vocab_size=size,
+        output=output,
+        resume=options.resume,
+        asked={
+            "`samples`": str(text.samples),
+            "`seed`": str(text.seed),
+            "`part`": str(options.part),
+        },
+    )
+
+
+def run_calibration(
+    calibration: Calibration,
+    compute: ComputeOptions,
+    options: CalibrationOptions,
+    progress: Progress | None = None,
+) -> ChannelStats:
+    """Take the statistics of a prepared calibration, here or on the nodes of a cluster."""
+    made = calibration
+    advance = weights_stage(progress, "calibrate", made.layout, len(made.windows))
+    if options.engine == "local":
+        return take_statistics(made, advance)
+    from calib.statistics.ray import calibrate_on_ray
+
+    output = options.output or Path("stats.safetensors")
+    stats = calibrate_on_ray(made, compute, options.parts, output.absolute().parent, advance)
+    if options.output is not None:
+        stats.save(options.output)
+    return stats
+
+
+def check_channels(layout: Layout) -> None:
+    """Refuse a model without channels to choose.
+
+    Raises:
+        BudgetError: that.
+    """
+    if not layout.widths:
+        raise BudgetError(
+            layout.checkpoint.path / "config.json",
+            "has no key for the width of this model's FFN, so there are no channels to choose",
+            fix="plan the vocabulary alone, with `vocab_size`",
+        )
+
+
+def _windows(
+    layout: Layout, rarity: Rarity, text: TextOptions, size: int | None
+) -> Sequence[np.ndarray]:
+    """Windows of ids of the source's vocabulary, as ``size`` rows of it tokenize the text."""
+    tokenizer: Tokenizer
+    old_ids = None
+    if size is None:
+        tokenizer = load_tokenizer(layout.checkpoint.path)
+    else:
+        tokenizer, old_ids = cut_tokenizer(open_vocabulary(layout), rarity.id_map(size))
+    windows = token_windows(documents_of(layout, text), tokenizer, text.samples, text.seq_len)
+    check_windows(windows)
+    if short := shortfall(windows, text.samples, text.seq_len):
+        LOG.info("note: %s", short)
+    return windows if old_ids is None else [old_ids[window] for window in windows]
+
+
+def _bucket_edges(
+    layout: Layout, rarity: Rarity, size: int | None, vocab_sizes: str | None
+) -> list[int]:
+    """Ranks of rarity at which buckets of tokens end."""
+    exact = parse_vocab_sizes(vocab_sizes, layout) if vocab_sizes else []
+    usual = [size] if size else candidate_vocab_sizes(layout, rarity.must_keep)
+    return sorted({*(exact or usual), layout.vocab_size})
+
+
+def _settings(
+    layout: Layout,
+    windows: Sequence[np.ndarray],
+    compute: ComputeOptions,
+    *,
+    buckets: int,
+    journal: bool,
+) -> PassSettings:
+    fastest = replace(choose_settings(compute, layout.checkpoint), hidden="memory")
+    lengths = WindowLengths.of(windows)
+    return within_caps(layout, lengths, fastest, compute, buckets=buckets, journal=journal)

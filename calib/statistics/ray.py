@@ -1,0 +1,114 @@
+"""Parts of a calibration as Ray tasks over a file system that all nodes share."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from uuid import uuid4
+
+import numpy as np
+
+from calib.statistics.calibrate import Calibration, take_statistics
+from calib.streaming.settings import ComputeOptions, PassSettings
+from calib.streaming.weights import choose_device, choose_dtype
+from calib.text.windows import Part
+from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.cluster import RETRIES, cluster, places, results
+from surgery.layout.build import read_layout
+from surgery.process import Advance, no_advance, reuse_freed_memory
+from surgery.stats.channel_stats import ChannelStats, merge_stats
+
+
+@dataclass(frozen=True)
+class PartTask:
+    """One task: what a node needs to take the statistics of some windows."""
+
+    model: Path
+    family: str | None
+    windows: Sequence[np.ndarray]
+    seq_len: int
+    vocab_size: int | None
+    compute: ComputeOptions
+    """Every node chooses its own device and dtype by it."""
+    folder: Path
+    """What all nodes can write to."""
+
+
+def calibrate_on_ray(
+    calibration: Calibration,
+    compute: ComputeOptions,
+    parts: int | None,
+    folder: Path,
+    progress: Advance = no_advance,
+) -> ChannelStats:
+    """Take the statistics of a calibration in parts, each a task with a whole node or a GPU.
+
+    A part whose node is lost begins anew on another. The result is bit for bit what merging
+    separately taken parts K/N gives, whichever nodes did the work, if they compute alike.
+
+    Args:
+        calibration: Its settings are not used: each node chooses its own.
+        compute: By which it does so.
+        parts: Tasks, one for each window at most; None is one for each node, or for each GPU.
+        folder: A directory that all nodes can write to.
+        progress: Called with windows × layers of each finished part.
+
+    Raises:
+        SurgeryError: as ``results``, or nodes that took statistics in different dtypes.
+    """
+    made, windows = calibration, calibration.windows
+    layers = made.layout.num_hidden_layers
+    with (
+        cluster() as ray,
+        TemporaryDirectory(".parts", "stats.", folder, ignore_cleanup_errors=True) as own,
+    ):
+        number, resources = places(ray, gpus=compute.device != "cpu")
+        count = min(parts or number, len(windows))
+        task = ray.remote(max_retries=RETRIES, scheduling_strategy="SPREAD", **resources)(part_task)
+        whole = PartTask(
+            made.layout.checkpoint.path.absolute(),
+            made.layout.checkpoint.family,
+            windows,
+            made.seq_len,
+            made.vocab_size,
+            compute,
+            Path(own),
+        )
+        buckets = ray.put((made.bucket_of, list(made.bucket_edges)))
+        chosen = {f"part {k}/{count}": Part(k, count).choose(windows) for k in range(1, count + 1)}
+        tasks = {
+            task.remote(replace(whole, windows=part), buckets): name
+            for name, part in chosen.items()
+        }
+        paths: list[Path] = []
+
+        def done(name: str, path: Path) -> None:
+            paths.append(path)
+            progress(len(chosen[name]) * layers)
+
+        results(ray, tasks, done)
+        return merge_stats(paths)
+
+
+def part_task(part: PartTask, buckets: tuple[np.ndarray, list[int]]) -> Path:
+    """Take the statistics of a part and return their file in its folder.
+
+    Each attempt writes a file of its own: a lost node may still be at work.
+    """
+    layout = read_layout(Checkpoint.open(part.model, part.family))
+    device = choose_device(part.compute.device)
+    dtype = choose_dtype(part.compute.dtype, layout.checkpoint, device)
+    reuse_freed_memory()
+    stats = take_statistics(
+        Calibration(
+            layout,
+            part.windows,
+            part.seq_len,
+            *buckets,
+            PassSettings(device, dtype),
+            part.vocab_size,
+        )
+    )
+    path = part.folder / uuid4().hex
+    stats.save(path)
+    return path

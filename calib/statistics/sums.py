@@ -1,0 +1,160 @@
+"""Sums of activations by bucket of token rarity, norms of columns, block influence."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from calib.streaming.batches import Tokens
+from calib.streaming.ffn import FfnModule, down_matrices, down_name
+from calib.streaming.weights import pages
+from surgery.stats.channel_stats import AxisSums
+
+CACHED_VALUES = 1 << 16
+"""Of states in float64 at a time on a CPU: in the cache, half the time of a whole micro-batch."""
+
+
+def cosine_sum(before: torch.Tensor, after: torch.Tensor) -> float:
+    """Return Σ cos(x_in, x_out) over the tokens of states ``(windows, tokens, D)``.
+
+    Each cosine is computed in float64 where the device has it, some tokens at a time; a state that
+    is zero has no direction and counts 0.
+    """
+    wide = torch.float32 if before.device.type == "mps" else torch.float64
+    values = CACHED_VALUES if before.device.type == "cpu" else CHUNK_VALUES
+    rows = max(1, values // before.shape[-1])
+    total = 0.0
+    for one, other in zip(
+        before.flatten(0, -2).split(rows), after.flatten(0, -2).split(rows), strict=True
+    ):
+        one, other = one.to(wide), other.to(wide)
+        lengths = torch.linalg.vector_norm(one, dim=-1) * torch.linalg.vector_norm(other, dim=-1)
+        dots = torch.linalg.vecdot(one, other)
+        cosines = torch.where(lengths > 0, dots / lengths, 0.0)
+        total += float(cosines.cpu().double().sum())
+    return total
+
+
+def weight_norms(layer: nn.Module, ffn_modules: Sequence[FfnModule]) -> dict[str, torch.Tensor]:
+    """Return channel axis → float64 ``(experts, I)``, on the CPU: ||W[:, k]||₂ of each channel."""
+    found = {}
+    for ffn_module in ffn_modules:
+        weight = layer.get_parameter(down_name(ffn_module)).data
+        norms = [_column_norms(matrix) for matrix in down_matrices(layer, ffn_module, weight)]
+        found[ffn_module.axis] = torch.stack(norms)
+    return found
+
+
+def _column_norms(matrix: torch.Tensor) -> torch.Tensor:
+    """float64 ``(I,)`` of ``[D, I]``, some rows at a time: columns take three times as long."""
+    wide = torch.device("cpu") if matrix.device.type == "mps" else matrix.device
+    total = torch.zeros(matrix.shape[1], dtype=torch.float64, device=wide)
+    for part in matrix.split(max(1, CHUNK_VALUES // matrix.shape[1])):
+        total += part.to(wide, torch.float64).square_().sum(0)
+    return total.sqrt_().cpu()
+
+
+CHUNK_VALUES = 1 << 20
+"""Activations in float64 at a time: 8 MiB."""
+
+FEW_TOKENS = 64
+"""Tokens whose activations are summed in float32 where there is no float64."""
+
+
+class Sum:
+    """Sums in the making; those of float32 are added with Kahan's compensation."""
+
+    def __init__(self, total: torch.Tensor) -> None:
+        """Begin with zeros, which become the sums."""
+        self.total = total
+        self._lost = torch.zeros_like(total) if total.dtype == torch.float32 else None
+
+    def add(self, part: torch.Tensor, expert: int | None = None) -> None:
+        """Add ``part`` ``(…, I)`` to the sums, or to those of an expert ``(…, experts, I)``."""
+        total = self.total if expert is None else self.total[..., expert, :]
+        if self._lost is None:
+            total += part
+            return
+        lost = self._lost if expert is None else self._lost[..., expert, :]
+        part = part - lost
+        larger = total + part
+        lost.copy_((larger - total) - part)
+        total.copy_(larger)
+
+
+class ChannelSums:
+    """Sums over one channel axis of one layer, by bucket and expert.
+
+    They are float64, but on a device without it (MPS): there the sum over at most ``FEW_TOKENS``
+    is float32, and such sums are added with Kahan's compensation. All terms are positive, so the
+    relative error is below ``(FEW_TOKENS + 4) * 2**-24``, 4.1e-6, however many tokens there are.
+    """
+
+    def __init__(
+        self,
+        buckets: int,
+        experts: int,
+        channels: int,
+        device: torch.device,
+        *,
+        compensated: bool | None = None,
+    ) -> None:
+        """Begin with zeros; ``compensated`` None is where the device has no float64."""
+        self._compensated = device.type == "mps" if compensated is None else compensated
+        self._dtype = torch.float32 if self._compensated else torch.float64
+        shape = (buckets, experts, channels)
+        self.sum_sq, self.sum_abs, self.sum_l2 = (
+            Sum(zeros(each, self._dtype, device)) for each in (shape, shape, shape[1:])
+        )
+        self.tokens = torch.zeros((buckets, experts), dtype=torch.int64)
+        self._window_sq: Sum | None = None
+        """``(windows, I)``: Σ act² of those whose last token has not come."""
+
+    def add(self, expert: int, tokens: Tokens, buckets: torch.Tensor, act: torch.Tensor) -> None:
+        """Add the activations of some tokens.
+
+        Args:
+            expert: Who saw them; 0 in a dense FFN.
+            tokens: Whose they are; between the first and the last of some windows come no others.
+            buckets: int64 ``(tokens,)``: the bucket of each, on the CPU.
+            act: ``(tokens, I)``, the input of down_proj.
+        """
+        count = len(self.tokens)
+        self.tokens[:, expert] += torch.bincount(buckets, minlength=count)
+        if self._window_sq is None:
+            shape = (tokens.count, act.shape[1])
+            self._window_sq = Sum(torch.zeros(shape, dtype=self._dtype, device=act.device))
+        windows = self._window_sq
+        step = max(1, CHUNK_VALUES // max(act.shape[1], tokens.count))
+        step = min(step, FEW_TOKENS) if self._compensated else step
+        for start in range(0, len(act), step):
+            part = slice(start, start + step)
+            of_bucket = membership(buckets[part], count)
+            groups = torch.cat([of_bucket, membership(tokens.windows[part], tokens.count)])
+            groups = groups.to(act.device, self._dtype)
+            wide = act[part].to(self._dtype).abs_()
+            self.sum_abs.add(groups[:count] @ wide, expert)
+            sums = groups @ wide.square_()
+            self.sum_sq.add(sums[:count], expert)
+            windows.add(sums[count:])
+        if tokens.last:
+            self.sum_l2.add(windows.total.sqrt_().sum(dim=0), expert)
+            self._window_sq = None
+
+    def numbers(self, weight_norm: torch.Tensor) -> AxisSums:
+        """The sums as arrays, with the norms ``(experts, I)`` of the weights they go into."""
+        sums = (self.sum_sq, self.sum_abs, self.sum_l2)
+        sum_sq, sum_abs, sum_l2 = (each.total.cpu().double().numpy() for each in sums)
+        return AxisSums(sum_sq, sum_abs, self.tokens.numpy(), sum_l2, weight_norm.numpy())
+
+
+def membership(groups: torch.Tensor, count: int) -> torch.Tensor:
+    """Return ``(count, tokens)``: whether ``groups[token]`` is the row."""
+    return torch.arange(count)[:, None] == groups
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return zeros that, on the CPU, do not split the heap's free space."""
+    if device.type == "cpu" and 0 not in shape:
+        return pages(shape, dtype)
+    return torch.zeros(shape, dtype=dtype, device=device)

@@ -1,0 +1,1 @@
+"""The library's own model, one layer's weights at a time."""

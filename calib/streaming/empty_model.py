@@ -1,0 +1,192 @@
+"""The library's own model of a config, without weights, and how its parameters are stored."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from calib.streaming.ffn import IMPLEMENTATION
+from surgery.errors import CheckpointError, SurgeryError
+from surgery.families.blocks import BUFFER
+from surgery.layout.layout import Layout
+
+
+class Conversion:
+    """What transformers does to names and layouts while it loads: experts become one tensor."""
+
+    def __init__(self, model: Any) -> None:
+        """Learn the mapping of ``model``, the library's model of the text config."""
+        self._model = model
+        self._state = model.state_dict()
+        mapping = get_model_conversion_mapping(model)
+        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self._by_pattern = {p: c for c in self._converters for p in c.source_patterns}
+
+    def target(self, name: str) -> tuple[str, str | None]:
+        """Return the parameter that tensor ``name`` goes into, and the converter's pattern."""
+        prefix = self._model.base_model_prefix
+        found = rename_source_key(name, self._renamings, self._converters, prefix, self._state)
+        if found[0] not in self._state and name in self._state:
+            return name, None
+        return found
+
+    def convert(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return parameter → value for ``tensors``; what the model has no place for is left out.
+
+        ``tensors`` is emptied, so that what has been merged need not stay in memory. They may be
+        on the meta device, so that shapes can be checked from headers alone.
+        """
+        result: dict[str, torch.Tensor] = {}
+        gathered: dict[str, WeightConverter] = {}
+        for name in sorted(tensors, key=dot_natural_key):
+            tensor = tensors.pop(name)
+            target, pattern = self.target(name)
+            if target not in self._state:
+                continue
+            if pattern is None:
+                result[target] = tensor
+                continue
+            if target not in gathered:
+                gathered[target] = deepcopy(self._by_pattern[pattern])
+            gathered[target].add_tensor(target, name, pattern, tensor)  # type: ignore[arg-type]
+        while gathered:
+            target, converter = gathered.popitem()
+            made = converter.convert(target, model=self._model, config=self._model.config)
+            result |= {k: v[0] if isinstance(v, list) else v for k, v in made.items()}
+        return result
+
+
+MESSAGE = 300
+"""Characters of the library's own words that an error quotes: it can list every model type."""
+
+MOST_BUFFER_BYTES = 1 << 30
+"""Of tables such as masks, which grow with the square of a config's number of positions."""
+
+NOT_TAKEN = (
+    "quantization_config",
+    "auto_map",
+    "attn_implementation",
+    "_attn_implementation",
+    "experts_implementation",
+    "_experts_implementation",
+)
+"""Keys of config.json that build no model: quantized weights are read as the numbers they stand
+for, and what names code, such as a kernel on the hub, is never run."""
+
+
+def empty_model(layout: Layout, dtype: torch.dtype) -> tuple[Any, Conversion]:
+    """Build the library's model of a checkpoint's text config: real buffers, no weights.
+
+    Raises:
+        CheckpointError: config.json does not make a model, or not one with these tensors.
+    """
+    with library_errors(layout):
+        config = AutoConfig.for_model(**_text_config(layout))
+        config._experts_implementation = IMPLEMENTATION
+        with torch.device("meta"):
+            sketch = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        _check_shapes(sketch, Conversion(sketch), layout)
+        _check_buffers(sketch, layout)
+        with _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        conversion = Conversion(model)
+    return model.eval().requires_grad_(False), conversion
+
+
+def _text_config(layout: Layout) -> dict[str, Any]:
+    """What config.json says of the language model, with a model type that has one alone."""
+    family, text = layout.family, dict(layout.config)
+    text["model_type"] = family.text_type or family.model_type or text.get("model_type")
+    if family.section:
+        text["tie_word_embeddings"] = layout.tied
+    return {key: value for key, value in text.items() if key not in NOT_TAKEN}
+
+
+def _check_shapes(model: nn.Module, conversion: Conversion, layout: Layout) -> None:
+    """Refuse a checkpoint whose tensors are not those that config.json makes the library expect."""
+    tensors = layout.by_name
+    empty = {n: torch.empty(t.shape, device="meta") for n, t in tensors.items()}
+    found = conversion.convert(empty)
+    parameters = model.state_dict()
+    for name, parameter in parameters.items():
+        value = found.get(name)
+        if value is None and layout.tied and name == layout.family.head:
+            continue
+        if value is None or value.shape != parameter.shape:
+            ref = tensors.get(name)
+            raise CheckpointError(
+                f"{ref.path if ref else layout.checkpoint.path}: tensor {name}",
+                "is missing" if value is None else "shape contradicts config.json",
+                expected=list(parameter.shape),
+                found=list(value.shape) if value is not None else None,
+                fix="check config.json",
+            )
+    for name, ref in tensors.items():
+        needed = layout.roles[ref.name].slot.block != BUFFER
+        if needed and conversion.target(name)[0] not in parameters:
+            raise CheckpointError(
+                f"{ref.path}: tensor {ref.name}",
+                "is not in the model that transformers makes of config.json",
+                fix="check config.json, such as its flags for biases",
+            )
+
+
+def _check_buffers(sketch: nn.Module, layout: Layout) -> None:
+    nbytes = sum(buffer.nbytes for buffer in sketch.buffers())
+    if nbytes > MOST_BUFFER_BYTES:
+        raise CheckpointError(
+            layout.checkpoint.path / "config.json",
+            "asks for tables that do not fit in memory",
+            expected=f"at most {MOST_BUFFER_BYTES:,} bytes",
+            found=f"{nbytes:,}",
+            fix="lower the number of positions",
+        )
+
+
+@contextmanager
+def library_errors(layout: Layout) -> Iterator[None]:
+    """Make one line of whatever a wrong value of config.json leads to in the library's code.
+
+    Raises:
+        CheckpointError: instead of any other error.
+    """
+    try:
+        yield
+    except SurgeryError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            layout.checkpoint.path / "config.json",
+            "transformers cannot build or run the model that it describes",
+            found=f"{type(error).__name__}: {str(error)[:MESSAGE]}",
+            fix="check config.json",
+        ) from error
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Create modules with real buffers (rotary tables, scales) but parameters without storage."""
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        original(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = register  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]

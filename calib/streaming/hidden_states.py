@@ -1,0 +1,155 @@
+"""Hidden states of all windows between two layers: in memory, on the device, or in a file."""
+
+import mmap
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from calib.streaming.weights import pages, raw
+from surgery.files.atomic import errors_name, sync_file
+from surgery.files.shard_file import open_shard
+
+BLOCK_BYTES = 1 << 24
+"""What is copied between a device and a file at a time."""
+
+
+class HiddenStates:
+    """Rows ``(tokens, D)`` in memory or on the device; every layer overwrites them.
+
+    ``directory``, if any, holds two files that take turns: ``hidden_0`` after an even number of
+    layers, ``hidden_1`` after an odd one. So a run that is killed within a layer still has what
+    went into it.
+    """
+
+    lags = True
+    """Whether the next layer may compute while ``sync`` is still at work."""
+
+    def __init__(self, directory: Path | None = None, device: torch.device | None = None) -> None:
+        self.before = torch.empty(0)
+        """What goes into the next layer."""
+        self.after = self.before
+        """Where its results go."""
+        self.passed = 0
+        """Layers that they have passed."""
+        self.settle: Callable[[], object] = lambda: None
+        """Returns when the older of the two files is not needed any more."""
+        self._directory = directory
+        self._device = device or torch.device("cpu")
+
+    @property
+    def _step(self) -> int:
+        """Rows that are copied to or from a file at a time."""
+        return max(1, BLOCK_BYTES // (self.before.shape[1] * self.before.itemsize))
+
+    def allocate(self, tokens: int, width: int, dtype: torch.dtype) -> None:
+        """Make room, once it is known how much."""
+        if self._device.type == "cpu":
+            self.before = pages((tokens, width), dtype)
+        else:
+            self.before = torch.empty((tokens, width), dtype=dtype, device=self._device)
+        self.after = self.before
+
+    def give_back(self, rows: slice) -> None:
+        """Say that ``rows`` have passed the layer and are not needed in memory for now."""
+
+    def advance(self) -> None:
+        """Say that all rows have passed one more layer; ``sync`` brings them to the disk."""
+        self.settle()
+        self.passed += 1
+        if self._directory is not None:
+            path = self._file(self.passed)
+            with errors_name(path), open(path, "wb") as file:
+                for rows in self.before.split(self._step):
+                    file.write(raw(rows.cpu()))
+
+    def sync(self) -> None:
+        """Bring what ``advance`` wrote to the disk; before it is called again."""
+        if self._directory is not None:
+            with errors_name(self._file(self.passed)):
+                sync_file(self._file(self.passed))
+
+    def restore(self, passed: int) -> None:
+        """Take up the rows that an earlier run left after ``passed`` layers."""
+        self.passed = passed
+        path = self._file(passed)
+        with open_shard(path, "read") as file:
+            offset = 0
+            for rows in self.before.split(self._step):
+                block = torch.empty_like(rows, device="cpu")
+                file.read_into(raw(block), offset)
+                rows.copy_(block)
+                offset += block.nbytes
+
+    def _file(self, passed: int) -> Path:
+        assert self._directory is not None
+        return self._directory / f"hidden_{passed % 2}"
+
+
+class SpilledStates(HiddenStates):
+    """Rows in two mapped files: a layer reads one and writes the other.
+
+    Their pages are given back after every micro-batch, so that they do not count as memory of
+    this process: what is free of the machine's memory serves as a cache.
+    """
+
+    lags = False
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self._maps: list[mmap.mmap] = []
+
+    def allocate(self, tokens: int, width: int, dtype: torch.dtype) -> None:
+        """Make both files; a disk that is too small is found here and not within a layer."""
+        self._nbytes = tokens * width * dtype.itemsize
+        for passed in range(2):
+            path = self._file(passed)
+            with errors_name(path), open(path, "a+b") as file:
+                reserve(file.fileno(), self._nbytes)
+                self._maps.append(mmap.mmap(file.fileno(), self._nbytes))
+        self._views = [torch.frombuffer(m, dtype=dtype).view(tokens, width) for m in self._maps]
+        self._turn()
+
+    def give_back(self, rows: slice) -> None:
+        """Drop the pages of ``rows`` from this process; written ones go to the disk in time."""
+        if not hasattr(mmap, "MADV_DONTNEED"):  # as on Windows, which takes them when it has to
+            return
+        row_bytes = self.before.shape[1] * self.before.itemsize
+        start = rows.start * row_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+        length = min(self._nbytes, rows.stop * row_bytes) - start
+        for pages_of in self._maps:
+            pages_of.madvise(mmap.MADV_DONTNEED, start, length)
+
+    def advance(self) -> None:
+        """Turn the files round."""
+        self.passed += 1
+        self._turn()
+
+    def sync(self) -> None:
+        """Bring what the layer wrote to the disk."""
+        self._maps[self.passed % 2].flush()
+
+    def restore(self, passed: int) -> None:
+        """Go on with the file that an earlier run left after ``passed`` layers."""
+        self.passed = passed
+        self._turn()
+
+    def _turn(self) -> None:
+        self.before = self._views[self.passed % 2]
+        self.after = self._views[(self.passed + 1) % 2]
+
+
+def reserve(descriptor: int, nbytes: int) -> None:
+    """Give a file ``nbytes`` of disk, so that writing to its mapping cannot fail.
+
+    Raises:
+        OSError: no space.
+    """
+    os.ftruncate(descriptor, min(nbytes, os.fstat(descriptor).st_size))
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, nbytes)
+        return
+    os.lseek(descriptor, 0, os.SEEK_END)
+    while missing := nbytes - os.fstat(descriptor).st_size:
+        os.write(descriptor, bytes(min(missing, BLOCK_BYTES)))

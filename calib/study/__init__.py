@@ -1,0 +1,1 @@
+"""Several variants of one model, tried on one text."""

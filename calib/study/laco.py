@@ -1,0 +1,113 @@
+"""LaCo (arXiv 2402.11187): layers collapsed into one where the model's output turns little."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from calib.statistics.sums import cosine_sum
+from calib.streaming.batches import Stream
+from calib.streaming.decoder import StreamedDecoder
+from calib.streaming.layer_groups import LayerGroups
+from calib.streaming.settings import PassSettings
+from calib.streaming.weights import WeightReader
+from surgery.errors import BudgetError
+from surgery.layout.layout import Layout
+
+COLLAPSED = 4
+"""Layers that become one at a time, at most (the paper's C)."""
+
+INTERVAL = 2
+"""How far below the last collapse the next one begins, at least (the paper's I)."""
+
+THRESHOLDS = np.append(np.arange(0.95, -1.0, -0.05), -np.inf)
+"""Cosines that a collapse must keep, tried in turn until the target is met (the paper's T)."""
+
+GroupList = list[list[int]]
+
+
+def collapse_layers(
+    layout: Layout,
+    windows: Sequence[np.ndarray],
+    count: int,
+    settings: PassSettings,
+) -> GroupList:
+    """Return ``count`` groups of layers, each to be collapsed into its first.
+
+    From the top down, the first run of layers is collapsed after which the model's last hidden
+    states keep a cosine above the threshold with those of the dense model. All runs that could be
+    next are tried in one pass. A layer is collapsed once: one that has been is left as it is.
+
+    Args:
+        layout: The model, of layers that are alike.
+        windows: A few short ones; the paper takes ten sentences.
+        count: Layers to end with.
+        settings: How the layers compute.
+
+    Raises:
+        BudgetError: so many layers cannot go.
+    """
+    groups: GroupList = [[layer] for layer in range(layout.num_hidden_layers)]
+    thresholds, highest = iter(THRESHOLDS), len(groups)
+    threshold = next(thresholds)
+    while len(groups) > count:
+        size = min(COLLAPSED, len(groups) - count + 1)
+        starts = _starts(groups, size)
+        if not starts:
+            raise BudgetError(
+                "laco",
+                "cannot collapse so many layers",
+                expected=f"at least {len(groups)} layers",
+                found=count,
+                fix="choose a smaller ratio",
+            )
+        tried = [_collapsed(groups, start, size) for start in starts]
+        cosines = _cosines(layout, windows, tried, settings)
+        above: list[int] = []
+        while not above:
+            above = [
+                place
+                for place, start in enumerate(starts)
+                if start <= highest and cosines[place] > threshold
+            ]
+            if not above:
+                threshold, highest = next(thresholds), len(groups)
+        groups, highest = tried[above[-1]], starts[above[-1]] - INTERVAL
+    return groups
+
+
+def _starts(groups: GroupList, size: int) -> list[int]:
+    """Where ``size`` layers stand together that have not been collapsed."""
+    return [
+        start
+        for start in range(len(groups) - size + 1)
+        if all(len(group) == 1 for group in groups[start : start + size])
+    ]
+
+
+def _collapsed(groups: GroupList, start: int, size: int) -> GroupList:
+    together = [layer for group in groups[start : start + size] for layer in group]
+    return [*groups[:start], together, *groups[start + size :]]
+
+
+@torch.no_grad()
+def _cosines(
+    layout: Layout,
+    windows: Sequence[np.ndarray],
+    tried: Sequence[GroupList],
+    settings: PassSettings,
+) -> list[float]:
+    """Mean cosine of the last hidden states with the dense model's, for each of ``tried``."""
+    dense, streams = Stream(windows), [Stream(windows) for _ in tried]
+    layers = [LayerGroups(groups) for groups in tried]
+    with WeightReader(layout.checkpoint, settings.device, settings.dtype) as reader:
+        decoder = StreamedDecoder(layout, reader, settings)
+        decoder.embed([dense, *streams])
+        for index in decoder.layers():
+            decoder.run(index, dense)
+            for stream, of_stream in zip(streams, layers, strict=True):
+                of_stream.run(decoder, index, stream)
+    return [
+        cosine_sum(dense.states.before[None], stream.states.before[None]) / dense.tokens
+        for stream in streams
+    ]

@@ -1,0 +1,144 @@
+"""The best split of a target between vocabulary and FFN, by trying it, coarse to fine."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from calib.study.study import Recipe, Study
+from calib.study.table import Row, plot_pairs, table
+from surgery.errors import BudgetError
+from surgery.layout.layout import Layout
+from surgery.planning.request import SizeChoice, allowed_steps, main_width
+from surgery.planning.sizes import Sizes, check_sizes, pairs_at
+from surgery.process import Progress, stage
+
+MOST = 8
+"""Pairs tried at a time; each costs a forward."""
+
+
+def coarse(pairs: Sequence[Sizes], also: Sizes, most: int = MOST) -> list[Sizes]:
+    """Return ``most`` of ``pairs`` at equal distances, both ends and ``also`` among them."""
+    places = np.linspace(0, len(pairs) - 1, min(most, len(pairs))).round().astype(int)
+    chosen = {int(place) for place in places}
+    if also in pairs:
+        chosen.add(pairs.index(also))
+    return [pairs[place] for place in sorted(chosen)]
+
+
+def fine(
+    pairs: Sequence[Sizes], tried: Sequence[Sizes], best: Sizes, most: int = MOST
+) -> list[Sizes]:
+    """Return up to ``most`` pairs that were not tried, between the neighbours of ``best``."""
+    place = tried.index(best)
+    low = pairs.index(tried[place - 1]) if place else 0
+    high = pairs.index(tried[place + 1]) if place + 1 < len(tried) else len(pairs) - 1
+    between = [pair for pair in pairs[low : high + 1] if pair not in tried]
+    return coarse(between, best, most) if between else []
+
+
+def parse_candidates(text: str, layout: Layout, main_width: str) -> list[Sizes]:
+    """Return the pairs in "V:I,V:I,…"; I' is that of ``main_width``, others shrink alike.
+
+    Raises:
+        BudgetError: not pairs of sizes that the model has.
+    """
+    found: list[Sizes] = []
+    full = layout.widths[main_width]
+    for part in text.split(","):
+        vocab, _, width = part.partition(":")
+        if not (vocab.isdecimal() and width.isdecimal() and len(part) < 20):
+            raise BudgetError(
+                "`candidates`",
+                "are no pairs of sizes",
+                expected="V:I,V:I,… such as 32768:864,24576:928",
+                found=part[:40],
+                fix="correct them",
+            )
+        share = int(width) / full
+        widths = {key: max(1, round(share * size)) for key, size in layout.widths.items()}
+        sizes = Sizes(int(vocab), widths | {main_width: int(width)})
+        check_sizes(layout, sizes)
+        if sizes not in found:
+            found.append(sizes)
+    return sorted(found, key=lambda sizes: sizes.vocab_size)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The pairs that a search has tried."""
+
+    rows: Sequence[Row]
+    """One for each pair, by V'."""
+    best: Sizes
+    """Of the best score."""
+
+    def table(self) -> str:
+        """The rows as text for people; the best score is marked."""
+        return table(self.rows)
+
+    def plot(self, path: Path) -> None:
+        """Draw the loss of each pair over its V'."""
+        plot_pairs(self.rows, path)
+
+
+def search_pairs(
+    study: Study,
+    choice: SizeChoice,
+    candidates: str | None = None,
+    progress: Progress | None = None,
+) -> SearchResult:
+    """Try the pairs that meet the ratio asked for, or ``candidates`` such as "32768:864,…".
+
+    Raises:
+        BudgetError: the ratio is out of reach, or the candidates are no sizes of the model.
+    """
+    layout, asked = study.text.layout, choice.request
+    if candidates is None:
+        steps = allowed_steps(layout, asked.sizes)
+        pairs = pairs_at(layout, asked.sizes.ratio or 0.0, choice.rarity.must_keep, steps)
+    else:
+        pairs = parse_candidates(candidates, layout, main_width(layout))
+    repair = asked.channels.repair != "none"
+    like = Recipe("", choice.sizes, asked.channels.criterion, repair=repair)
+    found = try_pairs(study, pairs, like, MOST if candidates is None else len(pairs), progress)
+    return replace(found, best=replace(found.best, dequantize=asked.sizes.dequantize))
+
+
+def try_pairs(
+    study: Study,
+    pairs: Sequence[Sizes],
+    like: Recipe,
+    most: int = MOST,
+    progress: Progress | None = None,
+) -> SearchResult:
+    """Try ``pairs`` coarse to fine, in two passes at most.
+
+    Args:
+        study: The text, and what was tried on it.
+        pairs: All that meet the target, by V'.
+        like: How each is made; its own sizes are tried in any case if they are among the pairs.
+        most: Pairs in a pass.
+        progress: Called with "search", windows × layers of a pass, and all of it.
+    """
+
+    def attempt(chosen: Sequence[Sizes]) -> list[tuple[Row, Sizes]]:
+        recipes = [replace(like, name=_name(sizes), sizes=sizes) for sizes in chosen]
+        advance = stage(progress, "search", study.windows(len(recipes)))
+        return list(zip(study.rows(recipes, advance), chosen, strict=True))
+
+    first = coarse(pairs, like.sizes, most)
+    tried = attempt(first)
+    if second := fine(pairs, first, _best(tried), most):
+        tried += attempt(second)
+    rows = sorted((row for row, _ in tried), key=lambda row: row.vocab_size)
+    return SearchResult(rows, _best(tried))
+
+
+def _best(tried: Sequence[tuple[Row, Sizes]]) -> Sizes:
+    return min(tried, key=lambda pair: pair[0].score)[1]
+
+
+def _name(sizes: Sizes) -> str:
+    return ":".join(map(str, (sizes.vocab_size, *sizes.widths.values())))

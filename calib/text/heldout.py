@@ -1,0 +1,114 @@
+"""One text in two parts, what is calibrated on and what is scored, and its words."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from surgery.text.documents import mixture, parts_of
+
+WORD = re.compile(r"\s*\S+|\s+")
+"""A word with the white space before it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Words:
+    """The tokens of a text, word by word."""
+
+    ids: list[tuple[int, ...]]
+    """Per word its tokens, as ids of the source's vocabulary."""
+    of_token: np.ndarray
+    """int64 ``(tokens,)``: the word in which each token begins."""
+    nbytes: np.ndarray
+    """int64 ``(words,)``: bytes of UTF-8."""
+
+    @classmethod
+    def of(cls, text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> "Words":
+        """Sort the tokens of ``text`` into words; ``offsets`` are in characters."""
+        spans = [match.span() for match in WORD.finditer(text)]
+        starts = np.array([start for start, _ in spans], dtype=np.int64)
+        begins = np.array([begin for begin, _ in offsets], dtype=np.int64)
+        of_token = np.searchsorted(starts, begins, side="right") - 1
+        found: list[list[int]] = [[] for _ in spans]
+        for word, token in zip(of_token.tolist(), ids, strict=True):
+            found[word].append(token)
+        nbytes = [len(text[start:stop].encode("utf-8")) for start, stop in spans]
+        return cls([tuple(word) for word in found], of_token, np.array(nbytes, dtype=np.int64))
+
+    def alike(self, other: "Words") -> np.ndarray:
+        """bool ``(words,)``: which ones ``other``, of the same text, cuts into the same tokens."""
+        return np.array([a == b for a, b in zip(self.ids, other.ids, strict=True)], dtype=bool)
+
+    def bits(self, of_tokens: np.ndarray) -> np.ndarray:
+        """float64 ``(words,)``: the bits of each word's tokens together."""
+        return np.bincount(self.of_token, weights=of_tokens, minlength=len(self.ids))
+
+
+BLOCK_CHARACTERS = 1 << 14
+"""Of a document that stay together, so that calibration still finds long windows."""
+
+EVERY = 4
+"""One block in so many is held out."""
+
+LEAST_BLOCKS = 8
+"""Into which a text is divided; those of a short one are shorter."""
+
+
+def split_documents(documents: Iterable[str]) -> tuple[Iterable[str], Iterable[str]]:
+    """Return documents to calibrate on and documents held out, every fourth block of the text.
+
+    What of a document lies between two held-out blocks stays together. Of several sources each
+    is divided, and both results have their weights.
+    """
+    parts = [(list(part), weight) for part, weight in parts_of(documents)]
+    total = sum(len(document) for whole, _ in parts for document in whole)
+    length = max(1, min(BLOCK_CHARACTERS, total // LEAST_BLOCKS))
+    halves = [(_split(whole, length), weight) for whole, weight in parts]
+    kept = mixture([(kept, weight) for (kept, _), weight in halves])
+    held = mixture([(held, weight) for (_, held), weight in halves])
+    return kept, held
+
+
+def _split(whole: Sequence[str], length: int) -> tuple[list[str], list[str]]:
+    kept: list[str] = []
+    held: list[str] = []
+    number = 0
+    for document in whole:
+        run = ""
+        for start in range(0, len(document), length):
+            block = document[start : start + length]
+            number += 1
+            if number % EVERY:
+                run += block
+                continue
+            held.append(block)
+            if run:
+                kept.append(run)
+            run = ""
+        if run:
+            kept.append(run)
+    return kept, held
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Texts as one vocabulary cuts them."""
+
+    windows: list[np.ndarray]
+    """int64, ids of the source's vocabulary, a first token before each text."""
+    words: list[Words]
+
+    @classmethod
+    def of(
+        cls, texts: Sequence[str], tokenizer: Tokenizer, old_ids: np.ndarray, first: int
+    ) -> "Encoded":
+        """Cut ``texts``; ``old_ids`` say what the tokenizer's ids are in the source."""
+        windows, words = [], []
+        for text in texts:
+            encoding = tokenizer.encode(text, add_special_tokens=False)
+            ids = old_ids[np.array(encoding.ids, dtype=np.int64)]
+            windows.append(np.concatenate([[first], ids]))
+            words.append(Words.of(text, ids.tolist(), encoding.offsets))
+        return cls(windows, words)

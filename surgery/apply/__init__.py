@@ -1,0 +1,1 @@
+"""Write the checkpoint that a plan describes."""

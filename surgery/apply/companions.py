@@ -1,0 +1,306 @@
+"""The files beside the weights: carried, rewritten through the id map, or left behind."""
+
+import json
+import re
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.config.rewrite import dequantized_config, drop_tokens, rewrite_config
+from surgery.config.token_ids import visit_ids
+from surgery.errors import TokenizerError
+from surgery.families.schema import Family, renumbered
+from surgery.families.table import family_of
+from surgery.files.model_files import INDEX_NAME, TOKENIZER_NAME
+from surgery.files.strict_json import dump_json, dump_table, read_file, read_json, table_pieces
+from surgery.planning.layers import layer_keys, spelled_layers
+from surgery.planning.plan import Plan
+from surgery.tokenizer.id_map import IdMap, KeptTokens
+from surgery.tokenizer.legacy import is_legacy
+from surgery.tokenizer.sentencepiece_model import cut_sentencepiece, is_sentencepiece
+from surgery.tokenizer.tokenizer_file import TokenizerFile
+
+LICENSE = re.compile(r"^license: *(\S+) *$", re.MULTILINE)
+
+
+def model_card(plan: Plan, checkpoint: Checkpoint) -> bytes:
+    """Return README.md; the license is the one that the source's card names."""
+    base = _base_model(plan, checkpoint)
+    before, after = plan.before, plan.after
+    removed = 1 - after.parameters / before.parameters
+    head = ["---", f"base_model: {json.dumps(base)}"]
+    card = checkpoint.path / "README.md"
+    if card.exists() and (found := LICENSE.search(read_file(card).decode("utf-8", "replace"))):
+        head.append(f"license: {found[1]}")
+    widths = "\n".join(
+        f"| {key} | {size:,} | {after.widths[key]:,} |" for key, size in before.widths.items()
+    )
+    text = f"""{chr(10).join(head)}
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- pruned
+- compact-surgery
+---
+
+# {base}, pruned by {removed:.1%}
+
+A smaller checkpoint of `{base}`: rare vocabulary rows and unimportant FFN channels were removed
+with COMPACT (arXiv 2509.06836). {_layers(plan)}The layout is the standard one and loads like its
+base model.
+
+| | before | after |
+|---|---:|---:|
+| vocabulary rows | {before.vocab_size:,} | {after.vocab_size:,} |
+{widths}
+| layers | {before.num_hidden_layers} | {after.num_hidden_layers} |
+| parameters | {before.parameters:,} | {after.parameters:,} |
+| bytes of weights | {before.nbytes:,} | {after.nbytes:,} |
+
+Channels by {plan.provenance.criterion} over {plan.provenance.calibration_tokens:,} calibration
+tokens, tokens by merge order. Training-free. Plan `{plan.digest[:16]}`, whole in
+`compact_surgery.json`.
+"""
+    return text.encode("utf-8")
+
+
+def _layers(plan: Plan) -> str:
+    if not plan.layers:
+        return ""
+    return (
+        f"Of its layers {spelled_layers(plan.layers)} stay; those joined by + became one, as in\n"
+        "LaCo (arXiv 2402.11187). "
+    )
+
+
+def _base_model(plan: Plan, checkpoint: Checkpoint) -> str:
+    """The hub id where it is known, else the directory's name: never a local path."""
+    for name in (checkpoint.config.get("_name_or_path"), plan.source.partition("@")[0]):
+        if isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            return name
+    return checkpoint.path.resolve().name
+
+
+CARRIED = re.compile(
+    r".+\.(json|jinja)|merges\.txt|tokenizer\.model|(LICENSE|NOTICE|USE_POLICY|COPYRIGHT).*",
+    re.IGNORECASE,
+)
+"""Files an output may have; all others are left behind, and said to be."""
+
+SENTENCEPIECE_NAME = "tokenizer.model"
+
+SHADOWING = ("tekken.json", "params.json", SENTENCEPIECE_NAME)
+"""Vocabulary files that other loaders prefer silently: never left stale beside a cut one."""
+
+CODE = "auto_map"
+"""Key that points at Python files of a checkpoint, which are never run and left behind."""
+
+UNQUANTIZED = ("modules_to_not_convert", "ignored_layers")
+"""Keys of lists of modules in a quantization_config."""
+
+LAYER_OF = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.([0-9]+)(?:\.|$)")
+
+TABLES = ("vocab.json", "added_tokens.json")
+"""Files of token → id."""
+
+Content = bytes | Iterator[bytes]
+"""Of a file, whole or in pieces."""
+
+OWN = ("config.json", INDEX_NAME, "README.md", "compact_surgery.json")
+"""Files that apply writes itself."""
+
+
+def left_behind(directory: Path, ids: IdMap) -> list[str]:
+    """Names in ``directory`` that the output will not have."""
+    stays = {*OWN, *_carried(directory, ids)}
+    return [
+        path.name
+        for path in sorted(directory.iterdir())
+        if path.name not in stays
+        and path.suffix != ".safetensors"
+        and not path.name.startswith(".")
+    ]
+
+
+def companion_files(plan: Plan, checkpoint: Checkpoint) -> dict[str, Content]:
+    """Return name → content of every file beside the weights but those in ``OWN``.
+
+    tokenizer.json, which may be large, is made piece by piece as it is written.
+
+    Raises:
+        TokenizerError: an id that does not stay is needed, or two files contradict each other.
+    """
+    directory, ids = checkpoint.path, plan.ids()
+    names = _carried(directory, ids)
+    if ids.identity:
+        return {name: _copy(directory / name) for name in names}
+    source = TokenizerFile.reopen(directory)
+    tokens = ChainMap(source.added, source.vocab)
+    names.sort(key=SENTENCEPIECE_NAME.__eq__)  # last: what it takes is then not added to
+    files = {name: _rewrite(directory / name, tokens, ids) for name in names if name not in CUT}
+    cut = source.rewrite(ids)
+    return files | {name: CUT[name](cut) for name in names if name in CUT}
+
+
+def check_companions(plan: Plan, checkpoint: Checkpoint, source: TokenizerFile | None) -> None:
+    """Refuse, while planning, what ``companion_files`` would refuse later.
+
+    Args:
+        plan: What is to be made.
+        checkpoint: Of the plan's source.
+        source: Its tokenizer; None where the vocabulary stays whole.
+
+    Raises:
+        TokenizerError: as there.
+    """
+    directory, ids = checkpoint.path, plan.ids()
+    pruned_config(plan, checkpoint)
+    if ids.identity or source is None:
+        return
+    for path in (directory / name for name in _carried(directory, ids)):
+        is_table = path.suffix == ".json" and path.name != TOKENIZER_NAME
+        if is_table or path.name == SENTENCEPIECE_NAME:
+            _rewrite(path, source.token_ids, ids)
+
+
+def rewrite_document(path: Path, tokens: Mapping[str, int], ids: IdMap) -> dict[str, Any]:
+    """Return a JSON file that refers to ``tokens`` of the source, with new ids, and to no code.
+
+    Raises:
+        TokenizerError: an id or a token that does not stay is needed.
+    """
+
+    def is_gone(token: str) -> bool:
+        return token in tokens and ids.new(tokens[token]) is None
+
+    data = visit_ids(drop_tokens(read_json(path), is_gone, path), ids.new, path)
+    if path.name == "tokenizer_config.json" and type(data.get("vocab_size")) is int:
+        sizes = {ids.old_size: ids.new_size, len(tokens): len(KeptTokens(tokens, ids))}
+        data["vocab_size"] = sizes.get(data["vocab_size"], data["vocab_size"])
+    return {key: value for key, value in data.items() if key != CODE}
+
+
+def pruned_config(plan: Plan, checkpoint: Checkpoint) -> bytes:
+    """config.json of the output; the source's own bytes when nothing changes."""
+    path = checkpoint.path / "config.json"
+    family = family_of(checkpoint.config, path, checkpoint.family)
+    changes = config_changes(plan, family)
+    config = rewrite_config(checkpoint.config, family, plan.ids(), changes, path)
+    if plan.layers:
+        config = relayered_config(config, family, plan, path)
+    if plan.dequantize:
+        config = dequantized_config(config, family)
+    return read_file(path) if config == checkpoint.config else dump_json(config)
+
+
+def config_changes(plan: Plan, family: Family) -> dict[str, int]:
+    """Key of config.json → new number: widths that change, and no layers that guess ahead."""
+    changes = {k: n for k, n in plan.after.widths.items() if n != plan.before.widths.get(k)}
+    drafts = plan.dropped and family.draft_layers
+    return changes | ({family.draft_layers: 0} if drafts else {})
+
+
+def relayered_config(
+    config: dict[str, Any], family: Family, plan: Plan, where: object
+) -> dict[str, Any]:
+    """Return config.json with the number of layers and all that it says of each, key order kept."""
+    text = dict(family.text_config(config))
+    text |= layer_keys(text, family, plan.layers, plan.before.num_hidden_layers, where)
+    config = {**config, family.section: text} if family.section else text
+    numbers = {group[0]: number for number, group in enumerate(plan.layers)}
+    return _renumbered_modules(config, numbers)
+
+
+def _renumbered_modules(data: dict[str, Any], numbers: Mapping[int, int]) -> dict[str, Any]:
+    """Return a copy whose lists of modules that stay unquantized name layers by new numbers."""
+    result = dict(data)
+    for key, value in data.items():
+        if isinstance(value, dict):
+            result[key] = _renumbered_modules(value, numbers)
+        elif key in UNQUANTIZED and isinstance(value, list):
+            found = ((str(name), LAYER_OF.search(str(name))) for name in value)
+            result[key] = [
+                renumbered(name, numbers[int(match[1])]) if match else name
+                for name, match in found
+                if match is None or int(match[1]) in numbers
+            ]
+    return result
+
+
+def _carried(directory: Path, ids: IdMap) -> list[str]:
+    names = sorted(path.name for path in directory.iterdir() if path.is_file())
+    if not ids.identity and is_legacy(directory):
+        names.append(TOKENIZER_NAME)  # a cut vocabulary has one in any case
+    return [
+        name
+        for name in names
+        if CARRIED.fullmatch(name)
+        and name not in OWN
+        and not name.endswith(".safetensors")
+        and not _leads_away(directory / name)
+        and (ids.identity or name not in SHADOWING or _can_be_cut(directory / name))
+    ]
+
+
+def _leads_away(path: Path) -> bool:
+    """Whether a file that is no JSON is a link out of its model: it would be published unread.
+
+    The hub's cache keeps a model's files in a folder of blobs beside its snapshots.
+    """
+    if path.suffix == ".json" or not path.is_symlink():
+        return False
+    target, model = path.resolve(), path.parent.resolve()
+    return not (target.is_relative_to(model) or target.parent == model.parent.parent / "blobs")
+
+
+def _can_be_cut(path: Path) -> bool:
+    """Whether ``path`` is the SentencePiece model that its name says; others go by that name."""
+    return path.name == SENTENCEPIECE_NAME and is_sentencepiece(read_file(path))
+
+
+def _copy(path: Path) -> bytes:
+    """The file as it is, but for a pointer to code, which the output does not have."""
+    raw = read_file(path)
+    if path.suffix != ".json" or CODE.encode() not in raw:
+        return raw
+    return dump_json({key: value for key, value in read_json(path).items() if key != CODE})
+
+
+def _merge_lines(cut: dict[str, Any]) -> Iterator[bytes]:
+    yield b"#version: 0.2\n"
+    for merge in cut["model"]["merges"]:
+        yield f"{merge if isinstance(merge, str) else ' '.join(merge)}\n".encode()
+
+
+CUT: dict[str, Callable[[dict[str, Any]], Iterator[bytes]]] = {
+    TOKENIZER_NAME: table_pieces,
+    "merges.txt": _merge_lines,
+}
+"""Files that are made of the cut tokenizer.json."""
+
+
+def _rewrite(path: Path, tokens: Mapping[str, int], ids: IdMap) -> bytes:
+    if path.name in TABLES:
+        return dump_table(_rewrite_table(path, tokens, ids))
+    if path.name == SENTENCEPIECE_NAME:
+        return cut_sentencepiece(read_file(path), path, tokens, ids)
+    if path.suffix == ".json":
+        return dump_json(rewrite_document(path, tokens, ids))
+    return read_file(path)
+
+
+def _rewrite_table(path: Path, tokens: Mapping[str, int], ids: IdMap) -> dict[str, int]:
+    """Map a file of token → id, which must agree with tokenizer.json."""
+    table = read_json(path)
+    for token, old in table.items():
+        if tokens.get(token) != old:
+            raise TokenizerError(
+                f"{path}: token {token!r}",
+                "has another id than in tokenizer.json",
+                expected=tokens.get(token),
+                found=old,
+                fix="save the tokenizer again with transformers' AutoTokenizer",
+            )
+    return {token: new for token, old in table.items() if (new := ids.new(old)) is not None}

@@ -1,0 +1,83 @@
+"""What an apply reads, writes and needs, predicted from its edits."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from surgery.apply.edits import OutputTensor, edits
+from surgery.apply.shard import WINDOW_BYTES, bytes_read
+from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.files.model_files import tokenizer_files
+from surgery.files.safetensors_header import TensorRef
+from surgery.layout.layout import Layout
+from surgery.planning.plan import Plan
+from surgery.tokenizer.legacy import is_legacy
+
+PROGRAM_BYTES = 44_000_000
+"""Peak of the program on a model of some kilobytes."""
+
+TOKENIZER_BYTES, CUT_BYTES, LEGACY_BYTES, WHOLE_BYTES = 21_000_000, 1.5, 26, 1.2
+"""Beside that, for a vocabulary that is cut, and for each byte of a tokenizer that is cut, has to
+be built from vocab.json and merges.txt and is cut, or stays whole. Measured: SmolLM2 75 MB
+(predicted 70), without tokenizer.json 97 (98); Llama 3.1's tokenizer 77 (79); Qwen 3's 76 (82),
+without tokenizer.json 191 (189); Gemma 3's 110 to 122 (115), the most where nearly all tokens stay
+or there is a tokenizer.model."""
+
+WINDOWS, DEQUANTIZING, COLLAPSING = 2, 5, 8
+"""Windows a job holds; more where FP8 becomes bf16, or layers become one."""
+
+
+@dataclass(frozen=True)
+class ApplyCost:
+    """Predicted from headers; bytes are those of tensors."""
+
+    read_bytes: int
+    """Of the source's shards."""
+    written_bytes: int
+    disk_bytes: int
+    """That have to be free: everything is written before it gets its name."""
+    memory_bytes: int
+    """Peak, resident."""
+
+    def line(self) -> str:
+        """One line for people."""
+        read, written, disk = (
+            f"{n / 1e6:,.1f} MB" for n in (self.read_bytes, self.written_bytes, self.disk_bytes)
+        )
+        memory = round(self.memory_bytes / 1e6)
+        return (
+            f"apply will read {read}, write {written}, need {disk} of disk "
+            f"and about {memory:,} MB of memory"
+        )
+
+
+def apply_cost(plan: Plan, layout: Layout, jobs: int) -> ApplyCost:
+    """Predict what it takes to apply a complete ``plan`` with ``jobs`` shards at a time."""
+    shards = edits(plan, layout)
+    tensors = [tensor for shard in shards.values() for tensor in shard]
+    written = sum(tensor.nbytes for tensor in tensors)
+    return ApplyCost(
+        sum(bytes_read(edit) for tensor in tensors for edit in tensor.edits) + _scales(tensors),
+        written,
+        written,
+        _memory(plan, layout.checkpoint, min(jobs, len(shards))),
+    )
+
+
+def _scales(tensors: Iterable[OutputTensor]) -> int:
+    """Bytes of the scales that are multiplied into their weights."""
+    scalings = (edit.scaling for tensor in tensors for edit in tensor.edits)
+    refs: list[TensorRef] = [scaling.scales for scaling in scalings if scaling is not None]
+    return sum(ref.nbytes for ref in refs)
+
+
+def _memory(plan: Plan, checkpoint: Checkpoint, jobs: int) -> int:
+    """The files beside the weights are made first; their memory is free again for the windows."""
+    nbytes = sum(path.stat().st_size for path in tokenizer_files(checkpoint.path))
+    cut = not plan.ids().identity
+    per_byte = LEGACY_BYTES if is_legacy(checkpoint.path) else CUT_BYTES
+    tokenizer = TOKENIZER_BYTES + per_byte * nbytes if cut else WHOLE_BYTES * nbytes
+    held = DEQUANTIZING if plan.dequantize else WINDOWS
+    if any(len(group) > 1 for group in plan.layers):
+        held = COLLAPSING
+    windows = jobs * held * WINDOW_BYTES
+    return PROGRAM_BYTES + max(round(tokenizer), windows)

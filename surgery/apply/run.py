@@ -1,0 +1,277 @@
+"""Apply a plan: stream every edit into a new directory, here or on a Ray cluster."""
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from threading import Event
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+
+from surgery.apply.companions import companion_files, model_card, pruned_config
+from surgery.apply.edits import OutputTensor, edits, sources
+from surgery.apply.output_directory import OutputDirectory, forget
+from surgery.apply.shard import ShardTask, write_shard
+from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.checkpoint.checksums import check_digest, known_digests
+from surgery.cluster import RETRIES, cluster, results
+from surgery.errors import EngineError, PlanError, SurgeryError
+from surgery.files.model_files import INDEX_NAME
+from surgery.files.shard_file import IO, mapped_bytes
+from surgery.files.strict_json import dump_json, dump_table, read_file
+from surgery.hub.shards import Shards
+from surgery.layout.build import read_layout
+from surgery.planning.plan import PROVENANCE_NAME, Plan, ProvenanceFile
+from surgery.planning.replacement import check_file
+from surgery.process import (
+    Advance,
+    Progress,
+    moved_bytes,
+    peak_rss_bytes,
+    release_freed_memory,
+    stage,
+)
+from surgery.version import __version__
+
+
+def write_shards_on_ray(
+    directory: OutputDirectory, tasks: Mapping[str, ShardTask], progress: Advance
+) -> None:
+    """Write shards by name, one for each CPU of the cluster at a time.
+
+    A shard whose node is lost begins anew on another. Only this process writes the journal.
+
+    Raises:
+        SurgeryError: as ``results``.
+    """
+
+    def done(name: str, _: object) -> None:
+        directory.finish(name)
+        progress(sum(tensor.nbytes for tensor in tasks[name].tensors))
+
+    with cluster() as ray:
+        remote = ray.remote(num_cpus=1, max_retries=RETRIES, scheduling_strategy="SPREAD")(
+            shard_task
+        )
+        results(ray, {remote.remote(task): name for name, task in tasks.items()}, done)
+
+
+def shard_task(task: ShardTask) -> None:
+    """Write one shard; in a file of its own, as a lost node may still be writing its own."""
+    write_shard(replace(task, attempt=f".{uuid4().hex}"))
+
+
+JOBS = 4
+"""Shards at a time: while one is synced to the disk another is copied (8B shape: 2.4 s for 3.2)."""
+
+
+@dataclass(frozen=True)
+class ApplyOptions:
+    """Where a plan is applied to, and how."""
+
+    output: Path | None = None
+    """Must not exist, and lie outside of the source; None is the plan's own."""
+    resume: bool = False
+    """Whether to go on with an interrupted run of the same plan; a finished one stays as it is."""
+    jobs: int = JOBS
+    """Shards written at the same time in this process; those of the hub one by one."""
+    engine: str = "local"
+    """"local", or "ray": each shard a task on a cluster that shares the file system."""
+    io: IO = "mmap"
+    """How shards are reached: mapped, or read by position, as network file systems want it."""
+    checksum: bool = False
+    """Whether to compare each shard with its known SHA-256, which reads all of it, before any of
+    it is used; those of the hub are compared in any case."""
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A checkpoint that a plan has made, and what that took."""
+
+    output: Path
+    parameters: int
+    nbytes: int
+    """Of its tensors."""
+    seconds: float
+    stage_seconds: Mapping[str, float]
+    """prepare, shards, files; empty where it was finished already."""
+    moved: Mapping[str, int]
+    """``read_bytes`` and ``written_bytes`` by the kernel's count; empty where it has none."""
+    peak_rss_bytes: int | None
+    """Largest resident memory of the process so far."""
+
+    def facts(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        facts = {key: value for key, value in asdict(self).items() if key != "moved"}
+        facts |= {"output": str(self.output), **self.moved}
+        if self.moved and self.seconds:
+            facts["written_bytes_per_second"] = self.moved["written_bytes"] / self.seconds
+        return facts
+
+
+def apply_to(
+    plan: Plan, source: Path, options: ApplyOptions, progress: Progress | None = None
+) -> Applied:
+    """Write the checkpoint that ``plan`` makes of the directory ``source``; it is only read.
+
+    Raises:
+        SurgeryError: see the modules this calls; nothing appears under the output.
+    """
+    output = options.output or (Path(plan.output) if plan.output else None)
+    if output is None:
+        raise PlanError("plan", "names no output", fix="give `output`")
+    start, before, mapped = time.perf_counter(), moved_bytes(), mapped_bytes()
+    advance = stage(progress, "apply", plan.after.nbytes)
+    stage_seconds = _write_checkpoint(plan, source, replace(options, output=output), advance)
+    seconds, after = time.perf_counter() - start, moved_bytes()
+    moved = {key: after[key] - before[key] for key in after} if before and after else {}
+    if moved:  # the kernel does not count what is read from a mapping
+        moved["read_bytes"] += mapped_bytes() - mapped
+    sizes = (plan.after.parameters, plan.after.nbytes)
+    return Applied(output, *sizes, seconds, stage_seconds, moved, peak_rss_bytes())
+
+
+def _write_checkpoint(
+    plan: Plan, source: Path, options: ApplyOptions, progress: Advance
+) -> dict[str, float]:
+    """Write it; return the seconds of each stage.
+
+    The files beside the weights are written first, for the tokenizer takes the most memory; then
+    shards, config.json and the index, all in ``output.partial``, which is renamed at the end.
+    Shards take two windows per job, five where FP8 becomes bf16.
+    """
+    output, resume, engine = options.output, options.resume, options.engine
+    assert output is not None
+    if resume and _is_written(output, plan):
+        forget(output)
+        return {}
+    times = [time.perf_counter()]
+    checkpoint = Checkpoint.open(source.absolute() if engine == "ray" else source, plan.family)
+    by_shard = {n: shard for n, shard in edits(plan, read_layout(checkpoint)).items() if shard}
+    digests = _digests(checkpoint, list(by_shard), options)
+    if plan.replaced is not None:
+        check_file(plan.replaced)
+    files = companion_files(plan, checkpoint)
+    files["README.md"] = model_card(plan, checkpoint)
+    config = pruned_config(plan, checkpoint)
+    directory = OutputDirectory(output, plan.digest, source=source, resume=resume)
+    todo = {name: shard for name, shard in by_shard.items() if name not in directory.finished}
+    with directory:
+        directory.check_space(sum(t.nbytes for shard in todo.values() for t in shard))
+        for name, data in files.items():
+            directory.write(name, data)
+        del files
+        release_freed_memory()
+        times.append(time.perf_counter())
+        tasks = {
+            name: ShardTask(
+                directory.partial.absolute(),  # another node's working directory is its own
+                checkpoint.path / name,
+                shard,
+                checkpoint.shards[name].metadata,
+                options.io,
+            )
+            for name, shard in todo.items()
+        }
+        if engine == "ray":
+            for task in tasks.values():
+                _check_digest(task.source, digests)
+            write_shards_on_ray(directory, tasks, progress)
+        else:
+            _write_shards(directory, tasks, digests, options.jobs, progress)
+        times.append(time.perf_counter())
+        directory.write(PROVENANCE_NAME, _provenance(plan))
+        directory.write("config.json", config)
+        if checkpoint.index is not None:
+            directory.write(INDEX_NAME, _index(checkpoint.index, by_shard, plan))
+        directory.commit()
+    times.append(time.perf_counter())
+    spent = (end - start for start, end in pairwise(times))
+    return dict(zip(("prepare", "shards", "files"), spent, strict=True))
+
+
+def _digests(checkpoint: Checkpoint, names: list[str], options: ApplyOptions) -> dict[str, str]:
+    """Shard → SHA-256 to compare it with; those of the hub are compared as they arrive."""
+    remote = Shards.of(checkpoint.path).remote
+    if remote and options.engine == "ray":
+        raise EngineError(
+            "`engine` ray",
+            "needs the model on the file system that all nodes share",
+            fix="download it there first, and name its directory",
+        )
+    return known_digests(checkpoint.path, names) if options.checksum and not remote else {}
+
+
+def _write_shards(
+    directory: OutputDirectory,
+    tasks: Mapping[str, ShardTask],
+    digests: dict[str, str],
+    jobs: int,
+    progress: Advance,
+) -> None:
+    """Write shards, ``jobs`` at a time; after an error no further one is begun."""
+    stop = Event()
+    shards = Shards.of(next(iter(tasks.values())).source.parent) if tasks else Shards()
+
+    def write(name: str) -> None:
+        if stop.is_set():
+            return
+        task = tasks[name]
+        try:
+            with shards.lease(sources(task.tensors) | {name}):
+                _check_digest(task.source, digests)
+                with directory.writing(name):
+                    write_shard(task, progress)
+            directory.finish(name)
+        except BaseException:
+            stop.set()
+            raise
+
+    with shards, ThreadPoolExecutor(1 if shards.remote else jobs) as pool:
+        shards.expect([sources(task.tensors) for task in tasks.values()])
+        try:
+            for _ in pool.map(write, tasks):
+                pass
+        finally:  # Ctrl-C lands here, in the main thread
+            stop.set()
+
+
+def _check_digest(source: Path, digests: Mapping[str, str]) -> None:
+    if source.name in digests:
+        check_digest(source, digests[source.name])
+
+
+def _index(index: dict[str, Any], by_shard: dict[str, list[OutputTensor]], plan: Plan) -> bytes:
+    lies = {tensor.name: name for name, shard in by_shard.items() for tensor in shard}
+    names = dict.fromkeys([*index["weight_map"], *lies])
+    weight_map = {name: lies[name] for name in names if name in lies}
+    old = index.get("metadata")
+    metadata = dict(old) if isinstance(old, dict) else {}
+    metadata["total_size"] = plan.after.nbytes
+    if "total_parameters" in metadata:
+        # transformers does not count buffers, the plan does: only the difference is sure
+        gone = plan.before.parameters - plan.after.parameters
+        known = type(metadata["total_parameters"]) is int and not plan.dropped
+        metadata["total_parameters"] = (
+            metadata["total_parameters"] - gone if known else plan.after.parameters
+        )
+    return dump_json({**index, "metadata": metadata, "weight_map": weight_map})
+
+
+def _is_written(output: Path, plan: Plan) -> bool:
+    """Whether ``output`` is what ``plan`` makes: it appears whole, so its name is proof enough."""
+    try:
+        made = msgspec.json.decode(read_file(output / PROVENANCE_NAME), type=ProvenanceFile)
+    except (OSError, ValueError, SurgeryError):
+        return False
+    return made.plan_digest == plan.digest
+
+
+def _provenance(plan: Plan) -> bytes:
+    place_free = msgspec.structs.replace(plan, output=None)
+    file = ProvenanceFile(__version__, plan.digest, place_free)
+    return dump_table(file)

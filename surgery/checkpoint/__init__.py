@@ -1,0 +1,1 @@
+"""A checkpoint directory: headers, checksums, quantization."""

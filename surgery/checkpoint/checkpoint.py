@@ -1,0 +1,163 @@
+"""A checkpoint directory as its headers and JSON files describe it, validated once."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from surgery.checkpoint.quantization import Fp8, quantization_of
+from surgery.errors import CheckpointError
+from surgery.files.model_files import INDEX_NAME, SINGLE_NAME, tokenizer_files, weight_map_of
+from surgery.files.safetensors_header import Header, TensorRef, read_header
+from surgery.files.strict_json import file_pieces, read_file, read_json
+from surgery.hub.skeleton import Skeleton
+
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face model directory. Holds headers and config.json; never a weight."""
+
+    path: Path
+    config: dict[str, Any]
+    shards: dict[str, Header]
+    """File name → header, in the order in which the tensors' names first point at the files."""
+    index: dict[str, Any] | None
+    """model.safetensors.index.json, or None for a single file."""
+    family: str | None = None
+    """The model type as which it is treated; None is config.json's own."""
+    quantization: Fp8 | None = None
+    """How weights in FP8 are scaled; None where none is quantized."""
+    origin: str | None = None
+    """Finds the checkpoint again where its path does not: a hub id ``org/name@commit``."""
+
+    @classmethod
+    def open(
+        cls, path: Path, family: str | None = None, *, origin: str | None = None
+    ) -> "Checkpoint":
+        """Read the headers and config.json of directory ``path``, to be treated as ``family``.
+
+        Args:
+            path: The directory.
+            family: Model type as which it is treated; None is config.json's own.
+            origin: As the field.
+
+        Raises:
+            CheckpointError: anything that is missing, damaged, pickled, or quantized in another
+                way than FP8 with block scales.
+        """
+        if not path.is_dir():
+            raise CheckpointError(
+                path, "is not a directory", fix="name a model directory or a hub id org/name"
+            )
+        config = read_json(path / "config.json")
+        quantization = quantization_of(config, path / "config.json")
+        remote = Skeleton.at(path)
+        if _has_shard(path, SINGLE_NAME, remote):
+            single = {SINGLE_NAME: _header(path, SINGLE_NAME, remote)}
+            return cls(path, config, single, None, family, quantization, origin)
+        if not (path / INDEX_NAME).exists():
+            _refuse_missing_weights(path)
+        index = read_json(path / INDEX_NAME)
+        weight_map = weight_map_of(path, index)
+        for tensor, name in weight_map.items():
+            if not _has_shard(path, name, remote):
+                raise CheckpointError(
+                    f"{path / INDEX_NAME}: tensor {tensor}",
+                    "shard is missing",
+                    expected=path / name,
+                    fix="download the missing shard",
+                )
+        names = dict.fromkeys(weight_map.values())
+        shards = {name: _header(path, name, remote) for name in names}
+        _check_index(path, weight_map, shards)
+        return cls(path, config, shards, index, family, quantization, origin)
+
+    @property
+    def source(self) -> str:
+        """What finds the checkpoint again: its hub id, or its absolute path."""
+        return self.origin or str(self.path.resolve())
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorRef]:
+        """Every tensor by name, shard by shard in the order of their bytes."""
+        return {tensor.name: tensor for shard in self.shards.values() for tensor in shard.tensors}
+
+    def scales_of(self, weight: TensorRef) -> TensorRef | None:
+        """The scales of an FP8 weight; None for every other tensor."""
+        if self.quantization is None or weight.dtype != self.quantization.dtype:
+            return None
+        return self.tensors.get(self.quantization.scales_of(weight.name))
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over config.json, tokenizer and headers: what plans and statistics fit."""
+        digest = hashlib.sha256(read_file(self.path / "config.json"))
+        for path in tokenizer_files(self.path):
+            for piece in file_pieces(path):
+                digest.update(piece)
+        for name, shard in sorted(self.shards.items()):
+            digest.update(name.encode())
+            digest.update(shard.raw)
+        return digest.hexdigest()
+
+    def json(self, name: str) -> dict[str, Any]:
+        """Return the JSON file ``name`` beside the weights, or an empty object if absent."""
+        return read_json(self.path / name) if (self.path / name).exists() else {}
+
+
+def _refuse_missing_weights(path: Path) -> None:
+    pickles = [name for name in PICKLES if (path / name).exists()]
+    if pickles:
+        raise CheckpointError(
+            path / pickles[0],
+            "weights are pickled, and a pickle can run code",
+            expected="safetensors",
+            fix="convert them once with transformers: AutoModelForCausalLM.from_pretrained(dir)"
+            ".save_pretrained(new_dir)",
+        )
+    raise CheckpointError(
+        path,
+        "has no weights",
+        expected=f"{SINGLE_NAME} or {INDEX_NAME}",
+        fix="download the checkpoint again",
+    )
+
+
+def _has_shard(path: Path, name: str, remote: Skeleton | None) -> bool:
+    """Whether the model has the shard, here or on the hub."""
+    return name in remote.shards if remote is not None else (path / name).exists()
+
+
+def _header(path: Path, name: str, remote: Skeleton | None) -> Header:
+    return remote.header(name) if remote is not None else read_header(path / name)
+
+
+def _check_index(path: Path, weight_map: dict[str, str], shards: dict[str, Header]) -> None:
+    """Every tensor lies in exactly the one shard that the index names."""
+    found: dict[str, str] = {}
+    for name, shard in shards.items():
+        for tensor in (ref.name for ref in shard.tensors):
+            if weight_map.get(tensor) != name:
+                raise CheckpointError(
+                    f"{path / name}: tensor {tensor}",
+                    "index and shard disagree",
+                    expected=f"index entry {name}",
+                    found=weight_map.get(tensor, "no entry"),
+                    fix="download the index and the shard again",
+                )
+            found[tensor] = name
+    for tensor, name in weight_map.items():
+        if tensor not in found:
+            raise CheckpointError(
+                f"{path / name}: tensor {tensor}",
+                "is in the index but not in the shard",
+                fix="download the index and the shard again",
+            )

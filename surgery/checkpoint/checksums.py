@@ -1,0 +1,98 @@
+"""SHA-256 of source shards: what is known of them, and whether it is so."""
+
+import hashlib
+import re
+from pathlib import Path
+
+from surgery.errors import CheckpointError
+from surgery.files.shard_file import open_shard
+from surgery.files.strict_json import read_file
+
+SUMS_NAME = "SHA256SUMS"
+SHA256 = re.compile(r"[0-9a-f]{64}")
+DOWNLOAD_AGAIN = "download it again, then run again with `resume`"
+
+WINDOW_BYTES = 1 << 20
+"""Most bytes that are read at a time."""
+
+HUB_METADATA = ".cache/huggingface/download"
+"""Where huggingface_hub keeps what it knows of files that were downloaded to a directory."""
+
+
+def known_digests(directory: Path, names: list[str]) -> dict[str, str]:
+    """File name → SHA-256 as it is known for each of ``names``.
+
+    It comes from SHA256SUMS in ``directory``, as sha256sum writes it; else from huggingface_hub,
+    which names a file in its cache by its digest, or notes it beside a directory's files.
+
+    Raises:
+        CheckpointError: none is known for a file.
+    """
+    listed = _listed(directory / SUMS_NAME)
+    digests = {name: listed.get(name) or _of_hub(directory, name) for name in names}
+    for name, digest in digests.items():
+        if digest is None:
+            raise CheckpointError(
+                directory / name,
+                "has no known checksum",
+                expected=f"a line in {SUMS_NAME}, or a download by huggingface_hub",
+                fix=f"run sha256sum *.safetensors > {SUMS_NAME} there while the files are good",
+            )
+    return {name: digest for name, digest in digests.items() if digest is not None}
+
+
+def check_digest(path: Path, expected: str, fix: str = DOWNLOAD_AGAIN) -> None:
+    """Read the whole file ``path`` and compare.
+
+    Raises:
+        CheckpointError: its bytes are others.
+    """
+    found = file_digest(path)
+    if found != expected:
+        raise CheckpointError(
+            path,
+            "is damaged: its checksum differs",
+            expected=f"SHA-256 {expected[:12]}",
+            found=found[:12],
+            fix=fix,
+        )
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, read through a small window: a copy costs nothing beside the sum."""
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with open_shard(path, "read") as shard:
+        for window in shard.windows(0, size, WINDOW_BYTES):
+            digest.update(window)
+    return digest.hexdigest()
+
+
+def _listed(path: Path) -> dict[str, str]:
+    """What sha256sum wrote: a digest, a space, a space or an asterisk, a name."""
+    if not path.exists():
+        return {}
+    try:
+        lines = read_file(path).decode("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            path, "cannot be read", found=error, fix="make it again with sha256sum"
+        ) from error
+    parts = (re.fullmatch(r"([0-9a-fA-F]{64}) [ *](?:\./)?(.+)", line) for line in lines)
+    return {part[2]: part[1].lower() for part in parts if part}
+
+
+def _of_hub(directory: Path, name: str) -> str | None:
+    """The digest by which the hub names a large file; small ones are named by a shorter one."""
+    path = directory / name
+    if path.is_symlink():
+        return _digest(path.readlink().name)
+    metadata = directory / HUB_METADATA / f"{name}.metadata"
+    if not metadata.is_file():
+        return None
+    # the commit, the file's name on the hub (its etag), the time of the download
+    lines = read_file(metadata).decode("utf-8", "replace").splitlines()
+    return _digest(lines[1]) if len(lines) > 1 else None
+
+
+def _digest(text: str) -> str | None:
+    return text if SHA256.fullmatch(text) else None

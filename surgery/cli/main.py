@@ -1,0 +1,282 @@
+"""The command line: a command parses, calls one library function, prints."""
+
+import errno
+import io
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from calib.streaming.settings import ComputeOptions
+from surgery.apply.run import JOBS, ApplyOptions
+from surgery.cli.models import calibrate, prune, score, stats
+from surgery.cli.options import (
+    ModelOptions,
+    Refusal,
+    ShowOptions,
+    cut_options,
+    device_option,
+    engine_option,
+    gathered,
+    io_option,
+    json_option,
+    model_options,
+    path_type,
+    plan_text_options,
+    push_option,
+    show_options,
+    spilling_options,
+)
+from surgery.cli.studies import compare, search
+from surgery.cli.terminal import bars, running, say, show_logs, show_plan, with_flags
+from surgery.errors import SurgeryError, is_panic, printable, shortened
+from surgery.files.shard_file import IO
+from surgery.planning.request import CutRequest
+from surgery.text.documents import TextOptions
+from surgery.version import __version__
+
+FIXES = {
+    errno.ENOSPC: "; free space, or name another place",
+    errno.EDQUOT: "; free space, or name another place",
+    errno.EROFS: "; name another place",
+    errno.EACCES: "; change its permissions, or name another place",
+    errno.ENOENT: "; check the name, and make its directory",
+}
+"""What to do about an error of the file system."""
+
+
+class Commands(click.Group):
+    """Turns errors of ours and of the file system into one line and exit status 2."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run as a program."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
+                # A console of Windows may lack a character: then it shows the number.
+                stream.reconfigure(errors="backslashreplace")
+        return super().main(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except SurgeryError as error:
+            command = self.get_command(ctx, ctx.invoked_subcommand or "")
+            raise Refusal(error.message(partial(with_flags, command=command))) from error
+        except OSError as error:
+            reason = f"{error.filename or 'input or output'}: {error.strerror or error}"
+            fix = FIXES.get(error.errno or 0, "")
+            raise Refusal(printable(reason + fix)) from error
+        except UnicodeEncodeError as error:
+            reason = f"{shortened(ascii(error.object))}: is no UTF-8, so no file can tell of it"
+            raise Refusal(f"{reason}; rename it") from error
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            reason = f"tokenizer.json: the tokenizers library gave up on it: {error}"
+            raise Refusal(printable(f"{reason}; download the file again")) from error
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """Make a published LLM checkpoint smaller without ever loading the model.
+
+    MODEL is a local directory or a hub id org/name[@revision].
+    """
+    show_logs()
+
+
+@main.command()
+@model_options
+@click.option("--vocab", is_flag=True, help="Show what the vocabulary's rows are spent on instead.")
+@click.option("--probe", is_flag=True, help="Show which families fit, and propose an entry.")
+@show_options
+def inspect(model: ModelOptions, vocab: bool, probe: bool, show: ShowOptions) -> None:
+    """Show where the parameters are; reads headers only."""
+    from surgery.api import Model, probe_model
+    from surgery.layout.census import plot_census
+    from surgery.vocabulary.census import plot_vocab_census
+
+    if probe:
+        proposal = probe_model(model.model)
+        say(json.dumps(asdict(proposal)) if show.as_json else proposal.table())
+        return
+    opened = Model(model.layout(), model.model)
+    if vocab:
+        tokens = opened.vocabulary()
+        click.echo(json.dumps(asdict(tokens)) if show.as_json else tokens.table())
+        if show.plot is not None:
+            plot_vocab_census(tokens, show.plot)
+        return
+    census = opened.census()
+    click.echo(json.dumps(asdict(census)) if show.as_json else census.table())
+    if show.plot is not None:
+        plot_census(census, show.plot)
+
+
+@dataclass(frozen=True)
+class PlanSources:
+    """What a plan is made from beside the model, and where it goes."""
+
+    stats: Path | None
+    output: Path | None
+    plan: Path
+
+
+@main.command()
+@model_options
+@cut_options
+@plan_text_options
+@spilling_options
+@gathered(
+    "given",
+    PlanSources,
+    click.option("--stats", type=path_type, help="From calibrate."),
+    click.option("--output", type=path_type, metavar="DIR", help="Where apply is to write."),
+    click.option(
+        "-o",
+        "plan",
+        type=path_type,
+        default="plan.json",
+        show_default=True,
+        help="File that the plan is written to.",
+    ),
+)
+def plan(
+    model: ModelOptions,
+    cut: CutRequest,
+    text: TextOptions,
+    compute: ComputeOptions,
+    given: PlanSources,
+) -> None:
+    """Choose what to cut and predict the result; no weights are read, but with --repair.
+
+    --repair runs the model on --data, in windows as those of the statistics; --seed, --device,
+    --dtype and --spill are for it.
+    """
+    from calib.text.chat import documents_of
+    from surgery.api import plan_choice
+    from surgery.apply.cost import apply_cost
+    from surgery.apply.output_directory import check_file
+    from surgery.planning.request import choose_sizes
+    from surgery.stats.channel_stats import ChannelStats
+
+    layout = model.layout()
+    check_file(given.plan, layout.checkpoint.path)
+    stats = ChannelStats.load(given.stats) if given.stats else None
+    documents = partial(documents_of, layout, text) if text.data else None
+    influence = stats.block_influence if stats else None
+    choice = choose_sizes(layout, cut, documents() if documents else None, influence)
+    shown = documents() if documents else ()
+    made = plan_choice(layout, choice, stats, documents=shown, output=given.output)
+    if cut.channels.repair != "none":
+        if stats is None or documents is None:
+            raise Refusal("--repair needs --stats and --data: the channels that stay, and a text")
+        from calib.study.repair import repair_plan
+        from calib.study.study import open_study
+
+        seen = replace(text, samples=stats.info.samples, seq_len=stats.info.seq_len)
+        with running() as progress:
+            study = open_study(layout, choice, seen, compute)
+            made = repair_plan(made, study, given.plan, progress)
+    made.save(given.plan)
+    show_plan(made, layout)
+    if made.complete:
+        click.echo(apply_cost(made, layout, JOBS).line())
+
+
+@main.command()
+@click.argument("plan_path", metavar="PLAN", type=path_type)
+@gathered(
+    "options",
+    ApplyOptions,
+    click.option("-o", "output", type=path_type, metavar="DIR", help="Instead of the plan's."),
+    click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same plan."),
+    click.option(
+        "--jobs", default=JOBS, show_default=True, type=click.IntRange(1), help="Shards at a time."
+    ),
+    engine_option,
+    io_option,
+    click.option(
+        "--checksum",
+        is_flag=True,
+        help="Compare each shard with its SHA-256, from SHA256SUMS beside it or from the hub, "
+        "first.",
+    ),
+)
+@push_option
+@json_option
+def apply(plan_path: Path, options: ApplyOptions, push_to: str | None, as_json: bool) -> None:
+    """Stream a plan's source into a new checkpoint directory."""
+    from surgery.apply.run import apply_to
+    from surgery.hub.fetch import resolve_model
+    from surgery.hub.upload import check_push, push
+    from surgery.planning.plan import Plan
+
+    loaded = Plan.load(plan_path)
+    if loaded.output is None and options.output is None:
+        raise Refusal(f"{plan_path}: names no output; give -o DIR")
+    if push_to:
+        check_push(push_to)
+    with bars() as progress:
+        made = apply_to(loaded, resolve_model(loaded.source)[0], options, progress)
+    text = f"{made.output}: {made.parameters:,} parameters, {made.nbytes:,} bytes"
+    if push_to:
+        text += f"\n{push(made.output, push_to)}"
+    click.echo(json.dumps(made.facts()) if as_json else text)
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What an output is checked against, and how."""
+
+    plan: Path | None
+    source: Path | None
+    forward: bool
+    device: str
+    io: IO
+
+
+@main.command()
+@click.argument("directory", metavar="DIR", type=path_type)
+@gathered(
+    "options",
+    VerifyOptions,
+    click.option("--plan", type=path_type, help="Instead of the one in DIR/compact_surgery.json."),
+    click.option(
+        "--source", type=path_type, metavar="DIR", help="The model, where the plan's own is gone."
+    ),
+    click.option(
+        "--forward", is_flag=True, help="Compare logits with the masked dense model, too."
+    ),
+    device_option,
+    io_option,
+)
+def verify(directory: Path, options: VerifyOptions) -> None:
+    """Check an output against its plan and its source; exit status 1 on a fault."""
+    from surgery.hub.fetch import source_at_hand
+    from surgery.planning.plan import Plan
+    from surgery.verify.files import embedded_plan, verify_files
+
+    plan = Plan.load(options.plan) if options.plan else embedded_plan(directory)
+    source = options.source or (source_at_hand(plan.source) if plan else None)
+    if options.forward and (plan is None or source is None):
+        raise Refusal(f"{directory}: --forward needs the plan and its source; neither may be gone")
+    report = verify_files(directory, plan, source, io=options.io)
+    if options.forward and report.ok and plan and source:
+        from calib.scoring.logits import compare_logits
+
+        with running():
+            found = compare_logits(plan, source, directory, options.device)
+        report.checks["logits equal the masked dense model's"] = found.faults()
+    say(report.table())
+    sys.exit(0 if report.ok else 1)
+
+
+for command in (calibrate, score, prune, search, compare, stats):
+    main.add_command(command)

@@ -1,0 +1,216 @@
+"""The commands that run a model, and those on its statistics."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from calib.statistics.options import CalibrationOptions
+from calib.streaming.settings import ComputeOptions
+from surgery.apply.run import ApplyOptions
+from surgery.cli.options import (
+    ModelOptions,
+    capped_options,
+    compute_options,
+    cut_options,
+    engine_option,
+    gathered,
+    io_option,
+    json_option,
+    model_options,
+    path_type,
+    push_option,
+    score_text_options,
+    text_options,
+    vocabulary_options,
+)
+from surgery.cli.terminal import bars, running, say, show_plan
+from surgery.planning.request import CutRequest
+from surgery.text.documents import TextOptions
+
+
+@click.command()
+@model_options
+@text_options
+@capped_options
+@gathered(
+    "options",
+    CalibrationOptions,
+    click.option(
+        "--vocab-size",
+        type=int,
+        help="Cut the text as the tokenizer pruned to V' rows will: what the result will see.",
+    ),
+    click.option(
+        "--vocab-sizes",
+        metavar="V,V,…",
+        help="Sizes V' for which the statistics are to be exact; "
+        "else --vocab-size, or those of --ratio 0.1, 0.2, 0.35 and 0.5.",
+    ),
+    click.option(
+        "--part",
+        metavar="K/N",
+        help="Use every N-th window from the K-th on; stats merge adds the parts.",
+    ),
+    engine_option,
+    click.option(
+        "--parts",
+        type=click.IntRange(1),
+        help="Tasks of --engine ray.  [default: one for each node, or for each GPU]",
+    ),
+    vocabulary_options,
+    click.option(
+        "-o",
+        "output",
+        type=path_type,
+        default="stats.safetensors",
+        show_default=True,
+        help="File that the statistics are written to.",
+    ),
+    click.option("--resume", is_flag=True, help="Go on with a run that was interrupted, if any."),
+)
+@click.option("--dry-run", is_flag=True, help="Show what the run would take, and end.")
+@json_option
+def calibrate(
+    model: ModelOptions,
+    text: TextOptions,
+    compute: ComputeOptions,
+    options: CalibrationOptions,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Sum squared FFN activations over text, one layer in memory at a time.
+
+    What each finished layer leaves lies in OUTPUT.partial until OUTPUT is written. The statistics
+    are exact for a plan with the same options of the vocabulary.
+    """
+    from calib.statistics.prepare import open_calibration, run_calibration
+
+    options.check(compute)
+    layout, start = model.layout(), time.perf_counter()
+    made = open_calibration(layout, text, compute, options)
+    prediction = made.prediction()
+    if dry_run:
+        click.echo(json.dumps(prediction.facts()) if as_json else prediction.table())
+        return
+    with running() as progress:
+        stats = run_calibration(made, compute, options, progress)
+    facts = {
+        "settings": made.settings.facts(),
+        "predicted": prediction.facts(),
+        "measured": {**made.measured(), "seconds": time.perf_counter() - start},
+    }
+    line = f"{options.output}: {stats.info.samples} windows, {stats.info.tokens:,} tokens"
+    click.echo(json.dumps(facts) if as_json else line)
+
+
+@click.command()
+@model_options
+@score_text_options
+@click.option(
+    "--window-bytes",
+    default=2048,
+    show_default=True,
+    type=click.IntRange(4),
+    help="Bytes of text per window.",
+)
+@compute_options
+@json_option
+def score(
+    model: ModelOptions,
+    text: TextOptions,
+    window_bytes: int,
+    compute: ComputeOptions,
+    as_json: bool,
+) -> None:
+    """Measure bits per byte on held-out text, one layer in memory at a time."""
+    from calib.scoring.score import score_model
+    from surgery.process import peak_rss_bytes
+
+    start = time.perf_counter()
+    with running() as progress:
+        result = score_model(model.layout(), text, window_bytes, compute, progress)
+    facts = {
+        "bits_per_byte": result.bits_per_byte,
+        "bytes": result.bytes,
+        "tokens": result.tokens,
+        "windows": result.windows,
+        "seconds": time.perf_counter() - start,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+    table = (
+        "{bits_per_byte:.4f} bits per byte ({windows} windows, {bytes:,} bytes, {tokens:,} tokens)"
+    )
+    click.echo(json.dumps(facts) if as_json else table.format(**facts))
+    if result.lossy_windows:
+        click.echo(f"note: the tokenizer drops text in {result.lossy_windows} windows", err=True)
+    sys.exit(0 if result.finite else 1)
+
+
+@click.command()
+@model_options
+@text_options
+@compute_options
+@cut_options
+@gathered(
+    "options",
+    ApplyOptions,
+    click.option(
+        "-o", "output", type=path_type, metavar="DIR", required=True, help="Directory to write."
+    ),
+    io_option,
+)
+@push_option
+def prune(
+    model: ModelOptions,
+    text: TextOptions,
+    compute: ComputeOptions,
+    cut: CutRequest,
+    options: ApplyOptions,
+    push_to: str | None,
+) -> None:
+    """Calibrate, plan, apply and verify in one command.
+
+    The statistics and the plan stay beside DIR as DIR.stats.safetensors and DIR.plan.json.
+    """
+    from calib.pipeline import PlanFiles, apply_and_verify, calibrated_plan
+    from calib.text.chat import documents_of
+    from surgery.hub.upload import check_push, push
+    from surgery.planning.request import choose_sizes
+
+    if push_to:
+        check_push(push_to)
+    output = Path(options.output or "")  # click asks for it
+    layout = model.layout()
+    files = PlanFiles.beside(output, layout.checkpoint.path)
+    choice = choose_sizes(layout, cut, documents_of(layout, text))
+    with running() as progress:
+        plan = calibrated_plan(layout, choice, text, compute, files, progress)
+    show_plan(plan, layout)
+    with bars() as progress:
+        report = apply_and_verify(plan, layout, options, progress)
+    say(report.table())
+    if push_to and report.ok:
+        click.echo(push(output, push_to))
+    sys.exit(0 if report.ok else 1)
+
+
+@click.group()
+def stats() -> None:
+    """Work on files of statistics."""
+
+
+@stats.command()
+@click.argument("paths", metavar="STATS…", nargs=-1, required=True, type=path_type)
+@click.option("-o", "output", type=path_type, required=True, metavar="FILE", help="File to write.")
+def merge(paths: tuple[Path, ...], output: Path) -> None:
+    """Add the statistics of separate runs over parts of a text, or over several texts."""
+    from surgery.apply.output_directory import check_file
+    from surgery.stats.channel_stats import merge_stats
+
+    check_file(output)
+    merged = merge_stats(paths)
+    merged.save(output)
+    click.echo(f"{output}: {merged.info.samples} windows, {merged.info.tokens:,} tokens")

@@ -1,0 +1,386 @@
+"""Options that several commands share."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from calib.streaming.settings import ComputeOptions
+from surgery.errors import BudgetError
+from surgery.planning.request import CutRequest, SizeRequest
+from surgery.stats.channels import CRITERIA, DEFAULT_CRITERION, LEAST_TOKENS, ChannelOptions
+from surgery.text.documents import Source, TextOptions
+from surgery.vocabulary.order import VocabularyOptions
+
+if TYPE_CHECKING:
+    from surgery.layout.layout import Layout
+
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class Refusal(click.ClickException):
+    """Bad usage or bad input: one line on stderr."""
+
+    exit_code = 2
+
+
+def combined(*options: Callable[..., Any]) -> Callable[..., Any]:
+    """Return one decorator that adds all of ``options``."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def gathered(name: str, kind: type[Any], *options: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a decorator that adds ``options`` and hands them over as one argument ``name``."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(command)
+        def gather(*arguments: Any, **given: Any) -> Any:
+            parts = {f.name: given.pop(f.name) for f in fields(kind) if f.name in given}
+            return command(*arguments, **given, **{name: kind(**parts)})
+
+        return combined(*options)(gather)
+
+    return decorate
+
+
+class Size(click.ParamType):
+    """A number of bytes such as 8GB or 1.5GiB."""
+
+    name = "size"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        """Return the bytes."""
+        match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) *([KMG]I?B|)", str(value).upper())
+        if not match:
+            self.fail(f"{value!r} is no size such as 8GB or 900MiB", param, ctx)
+        return int(float(match[1]) * UNITS[match[2]])
+
+
+class Width(click.ParamType):
+    """A width of the model, such as moe_intermediate_size=512."""
+
+    name = "width"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, int]:
+        """Return the key of config.json and the channels."""
+        match = re.fullmatch(r"(\w+)=([0-9]{1,9})", str(value))
+        if not match:
+            raise BudgetError(
+                "`widths`",
+                "is no width of this model",
+                expected="KEY=N with KEY a key of config.json",
+                found=value,
+                fix="correct it",
+            )
+        return match[1], int(match[2])
+
+
+class Numbers(click.ParamType):
+    """Numbers with commas between them."""
+
+    name = "numbers"
+
+    def __init__(self, kind: type) -> None:
+        self._kind = kind
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> list[Any]:
+        """Return the numbers, ascending, each once."""
+        try:
+            found = sorted({self._kind(part) for part in str(value).split(",")})
+        except ValueError:
+            self.fail(f"{value!r} is no list of numbers such as 4,16", param, ctx)
+        if not all(0 < number < 1e6 for number in found):
+            self.fail(f"{value!r} has a number that is not above 0", param, ctx)
+        return found
+
+
+path_type = click.Path(path_type=Path)
+directory_type = click.Path(path_type=Path, exists=True, file_okay=False, writable=True)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model of a command."""
+
+    model: str
+    """A local directory, or a hub id."""
+    family: str | None = None
+    """Model type as which it is treated; None is config.json's own."""
+
+    def layout(self) -> "Layout":
+        """Open it."""
+        from surgery.api import open_layout
+
+        return open_layout(self.model, self.family)
+
+
+@dataclass(frozen=True)
+class ShowOptions:
+    """What becomes of the rows of a table."""
+
+    plot: Path | None = None
+    as_json: bool = False
+
+
+model_options = gathered(
+    "model",
+    ModelOptions,
+    click.argument("model", metavar="MODEL"),
+    click.option(
+        "--family",
+        metavar="NAME",
+        help="Treat the model as this model type, whatever config.json says.",
+    ),
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
+plot_option = click.option(
+    "--plot", type=path_type, metavar="FILE.png", help="Write a picture (extra 'plot')."
+)
+show_options = gathered("show", ShowOptions, plot_option, json_option)
+push_option = click.option(
+    "--push-to", metavar="ORG/NAME", help="Upload the result to this model on the hub, too."
+)
+
+
+def data_options(*, required: bool, use: str = "") -> Callable[..., Any]:
+    """Return a decorator that adds --data, --field and --strict."""
+    return combined(
+        click.option(
+            "--data",
+            required=required,
+            multiple=True,
+            metavar="TEXT[=WEIGHT]",
+            callback=lambda _, __, given: tuple(map(Source.parse, given)),
+            help=f"{use}A .txt, .jsonl or .parquet file (.gz or .zst, too), a directory of them, "
+            "or hub:name[:config][:split][:field]. Several take turns by weight, 1 each.",
+        ),
+        click.option(
+            "--field",
+            metavar="NAME",
+            help="Field of a row with its text or messages.  [default: text, else messages]",
+        ),
+        click.option("--strict", is_flag=True, help="Refuse bad rows instead of skipping them."),
+    )
+
+
+samples_option = click.option(
+    "--samples",
+    default=256,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Windows of text, at most.",
+)
+seq_len_option = click.option(
+    "--seq-len",
+    default=2048,
+    show_default=True,
+    type=click.IntRange(2),
+    help="Tokens per window.",
+)
+seed_option = click.option("--seed", type=int, help="Shuffle the documents first.")
+windows_option = click.option(
+    "--windows",
+    default=64,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Windows of 2,048 bytes that are held out, at most.",
+)
+data_option = data_options(required=True)
+text_options = gathered(
+    "text", TextOptions, data_option, samples_option, seq_len_option, seed_option
+)
+study_text_options = gathered(
+    "text", TextOptions, data_option, samples_option, seq_len_option, seed_option, windows_option
+)
+score_text_options = gathered("text", TextOptions, data_option, samples_option, seed_option)
+plan_text_options = gathered(
+    "text",
+    TextOptions,
+    data_options(
+        required=False, use="To show what the cut of the vocabulary costs, and to count tokens in. "
+    ),
+    seed_option,
+)
+
+engine_option = click.option(
+    "--engine",
+    default="local",
+    show_default=True,
+    type=click.Choice(["local", "ray"]),
+    help="ray: tasks on a cluster whose nodes share the file system (extra 'ray').",
+)
+io_option = click.option(
+    "--io",
+    default="mmap",
+    show_default=True,
+    type=click.Choice(["mmap", "read"]),
+    help="How shards are reached. mmap: mapped into memory; read: for network file systems.",
+)
+device_option = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+    help="auto: CUDA where there is one.",
+)
+dtype_option = click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    help="auto: float32 on the CPU, else the checkpoint's.",
+)
+spill_option = click.option(
+    "--spill",
+    type=directory_type,
+    metavar="DIR",
+    help="Keep hidden states in files in DIR, not in memory.",
+)
+cap_options = combined(
+    click.option(
+        "--max-memory",
+        type=Size(),
+        metavar="SIZE",
+        help="Cap on the memory of this process, such as 8GB; refused where it cannot be kept.",
+    ),
+    click.option(
+        "--max-gpu-memory", type=Size(), metavar="SIZE", help="Cap on what is held on the device."
+    ),
+)
+compute_options = gathered("compute", ComputeOptions, device_option, dtype_option)
+spilling_options = gathered("compute", ComputeOptions, device_option, dtype_option, spill_option)
+capped_options = gathered(
+    "compute", ComputeOptions, device_option, dtype_option, cap_options, spill_option
+)
+
+channel_options = gathered(
+    "channels",
+    ChannelOptions,
+    click.option(
+        "--criterion",
+        default=DEFAULT_CRITERION,
+        show_default=True,
+        type=click.Choice(list(CRITERIA)),
+        help="Importance of a channel.",
+    ),
+    click.option(
+        "--min-expert-tokens",
+        default=LEAST_TOKENS,
+        show_default=True,
+        type=click.IntRange(0),
+        help="Refuse to rank the channels of an expert that saw fewer tokens.",
+    ),
+    click.option(
+        "--repair",
+        default="none",
+        show_default=True,
+        type=click.Choice(["none", "least-squares"]),
+        help="Refit down_proj to the channels that stay, on --data, where held-out text agrees.",
+    ),
+)
+vocabulary_options = gathered(
+    "vocabulary",
+    VocabularyOptions,
+    click.option(
+        "--vocab-by",
+        default="merge-order",
+        show_default=True,
+        type=click.Choice(["merge-order", "frequency"]),
+        help="Rarity of tokens: the tail of the merge list, or counts over --data.",
+    ),
+    click.option(
+        "--drop-reserved",
+        is_flag=True,
+        help="Let tokens go that are reserved for later use and that nothing refers to.",
+    ),
+    click.option(
+        "--keep-tokens",
+        type=path_type,
+        metavar="FILE",
+        help="Tokens that must stay, one a line, as spelled in the vocabulary or as plain text.",
+    ),
+    click.option(
+        "--keep-script",
+        "keep_scripts",
+        multiple=True,
+        metavar="NAME",
+        help="Keep all tokens of a Unicode script, such as Cyrillic. May be given several times.",
+    ),
+)
+
+step_options = combined(
+    click.option(
+        "--multiple-of",
+        type=click.IntRange(1),
+        help="What V' and I' are to be multiples of.  [default: 128 with --ratio]",
+    ),
+    click.option(
+        "--target",
+        metavar="tp=N,group=N",
+        help="Tensor parallelism and quantization groups that V' and I' must divide for.",
+    ),
+    click.option(
+        "--dequantize",
+        is_flag=True,
+        help="Write FP8 weights as bf16, which can be cut anywhere; alone it cuts nothing.",
+    ),
+)
+size_options = gathered(
+    "sizes",
+    SizeRequest,
+    click.option(
+        "--ratio",
+        type=float,
+        help="Share of all parameters to remove; V' and I' follow by the rule of thumb.",
+    ),
+    click.option("--vocab-size", type=int, help="V': embedding rows to keep."),
+    click.option("--intermediate-size", type=int, help="I': channels per layer to keep."),
+    click.option(
+        "--width",
+        "widths",
+        multiple=True,
+        type=Width(),
+        callback=lambda ctx, param, value: dict(value),
+        metavar="KEY=N",
+        help="Channels to keep by their key in config.json, such as moe_intermediate_size=512.",
+    ),
+    step_options,
+    click.option(
+        "--layers",
+        metavar="SPEC",
+        help="Layers to keep, such as 0-20,21+22+23,24-29; + makes one of several (LaCo).",
+    ),
+    click.option(
+        "--num-hidden-layers",
+        type=int,
+        help="Layers to keep: those of largest block influence in --stats (ShortGPT).",
+    ),
+)
+ratio_options = gathered(
+    "sizes",
+    SizeRequest,
+    click.option("--ratio", type=float, required=True, help="Share of all parameters to remove."),
+    step_options,
+)
+cut_options = gathered("cut", CutRequest, size_options, vocabulary_options, channel_options)
+ratio_cut_options = gathered("cut", CutRequest, ratio_options, vocabulary_options, channel_options)
+step_cut_options = gathered(
+    "cut", CutRequest, gathered("sizes", SizeRequest, step_options), vocabulary_options
+)

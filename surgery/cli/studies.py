@@ -1,0 +1,170 @@
+"""The commands that try several cuts: search, compare."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import click
+
+from calib.streaming.settings import ComputeOptions
+from surgery.cli.options import (
+    ModelOptions,
+    Numbers,
+    ShowOptions,
+    gathered,
+    model_options,
+    path_type,
+    ratio_cut_options,
+    show_options,
+    spilling_options,
+    step_cut_options,
+    study_text_options,
+)
+from surgery.cli.terminal import running, say
+from surgery.planning.request import CutRequest
+from surgery.text.documents import TextOptions
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """Which pairs are tried, and what becomes of the best one."""
+
+    candidates: str | None
+    plan: Path | None
+
+
+@click.command()
+@model_options
+@study_text_options
+@spilling_options
+@ratio_cut_options
+@gathered(
+    "options",
+    SearchOptions,
+    click.option(
+        "--candidates",
+        metavar="V:I,V:I,…",
+        help="Pairs to try in one pass, instead of those that meet the ratio, coarse to fine.",
+    ),
+    click.option("--plan", type=path_type, metavar="FILE", help="Plan the best pair."),
+)
+@show_options
+def search(
+    model: ModelOptions,
+    text: TextOptions,
+    compute: ComputeOptions,
+    cut: CutRequest,
+    options: SearchOptions,
+    show: ShowOptions,
+) -> None:
+    """Find the split between V' and I' that loses least, by trying several.
+
+    All are tried together, each layer's weights read once, on every fourth block of TEXT; the
+    rest of TEXT chooses their channels.
+    """
+    from calib.pipeline import PlanFiles, calibrated_plan
+    from calib.study.search import search_pairs
+    from calib.study.study import open_study
+    from calib.text.chat import documents_of
+    from surgery.apply.output_directory import check_file
+    from surgery.planning.request import choose_sizes
+
+    layout = model.layout()
+    files = PlanFiles(options.plan) if options.plan is not None else None
+    if files is not None:
+        files.check(layout.checkpoint.path)
+    if show.plot is not None:
+        check_file(show.plot)
+    choice = choose_sizes(layout, cut, documents_of(layout, text))
+    with running() as progress:
+        study = open_study(layout, choice, text, compute)
+        found = search_pairs(study, choice, options.candidates, progress)
+    rows = json.dumps([row.facts() for row in found.rows])
+    click.echo(rows if show.as_json else found.table())
+    if show.plot is not None:
+        found.plot(show.plot)
+    if files is not None:
+        best = replace(choice, sizes=found.best)
+        with running() as progress:
+            made = calibrated_plan(layout, best, text, compute, files, progress)
+        say(made.table(), err=show.as_json)
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """What is compared."""
+
+    ratios: list[float]
+    methods: str | None
+    counts: list[int] | None
+
+
+@click.command()
+@model_options
+@study_text_options
+@spilling_options
+@step_cut_options
+@gathered(
+    "options",
+    CompareOptions,
+    click.option(
+        "--ratio",
+        "ratios",
+        type=Numbers(float),
+        metavar="R[,R…]",
+        required=True,
+        help="Shares of all parameters to remove.",
+    ),
+    click.option(
+        "--methods",
+        metavar="NAME,…",
+        help="Some of: random, abs-act, act2, wanda, l2 (channels alone), shortgpt, laco (layers), "
+        "vocabulary (alone), compact (the paper's), search (this tool's).  [default: all]",
+    ),
+    click.option(
+        "--by-samples",
+        "counts",
+        type=Numbers(int),
+        metavar="N,N,…",
+        help="Instead, try the paper's method with so many windows of calibration text.",
+    ),
+)
+@show_options
+def compare(
+    model: ModelOptions,
+    text: TextOptions,
+    compute: ComputeOptions,
+    cut: CutRequest,
+    options: CompareOptions,
+    show: ShowOptions,
+) -> None:
+    """Compare methods at the same ratios, on the same text and the same held-out windows."""
+    from calib.study.compare import check_methods, compare_methods, compare_samples, usable_methods
+    from calib.study.study import open_study
+    from calib.study.table import plot_methods, plot_samples, table
+    from calib.text.chat import documents_of
+    from surgery.apply.output_directory import check_file
+    from surgery.planning.request import allowed_steps, choose_sizes
+
+    if show.plot is not None:
+        check_file(show.plot)
+    layout, ratios = model.layout(), options.ratios
+    names = options.methods.split(",") if options.methods else usable_methods(layout)
+    check_methods(layout, names)
+    cut = replace(cut, sizes=replace(cut.sizes, ratio=ratios[0]))
+    choice = choose_sizes(layout, cut, documents_of(layout, text))
+    steps = allowed_steps(layout, cut.sizes)
+    with running() as progress:
+        study = open_study(layout, choice, text, compute)
+        if options.counts:
+            by_count = compare_samples(study, steps, ratios[0], options.counts, progress)
+            found = {ratios[0]: list(by_count.values())}
+        else:
+            found = compare_methods(study, steps, ratios, names, progress)
+    facts = {str(ratio): [row.facts() for row in rows] for ratio, rows in found.items()}
+    texts = [f"{ratio:.0%} of the parameters\n{table(rows)}" for ratio, rows in found.items()]
+    click.echo(json.dumps(facts) if show.as_json else "\n\n".join(texts))
+    if show.plot is not None and options.counts:
+        plot_samples(by_count, show.plot)
+    elif show.plot is not None:
+        plot_methods(found, show.plot)

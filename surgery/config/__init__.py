@@ -1,0 +1,1 @@
+"""config.json and its like: sizes and token ids, rewritten."""

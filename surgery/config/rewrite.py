@@ -1,0 +1,175 @@
+"""JSON files beside the weights: their ids, sizes and token names, found and rewritten."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.config.token_ids import referenced_ids, visit_ids
+from surgery.errors import TokenizerError
+from surgery.families.default_ids import OFFSET_SECTIONS, SECTIONS, fill_defaults
+from surgery.families.schema import Family
+from surgery.files.model_files import INDEX_NAME, TOKENIZER_NAME
+from surgery.files.strict_json import read_file, read_json
+from surgery.tokenizer.id_map import IdMap
+
+SIZE_KEY = re.compile(r"((src|tgt|decoder)_)?vocab_size|vocab_size_per_layer_input|vocab_offset")
+"""Keys whose number is that of the text vocabulary's rows; type_vocab_size is another's."""
+
+DTYPE_KEYS = ("dtype", "torch_dtype")
+"""Keys for the dtype of the weights; the second is the older."""
+
+TOKEN_KEY = re.compile(r"\w+_tokens?")
+"""Keys that name tokens by their text, in tokenizer_config.json and its like."""
+
+VOCABULARY_FILES = (TOKENIZER_NAME, "vocab.json", "added_tokens.json", INDEX_NAME)
+"""JSON files that list tokens or tensors instead of referring to tokens."""
+
+
+def token_references(checkpoint: Checkpoint, tokens: dict[str, int]) -> set[int]:
+    """Ids of ``tokens`` that a JSON file beside the weights needs, by number or by text."""
+    found: set[int] = set()
+    for path in _documents(checkpoint.path):
+        data = read_json(path)
+        if path.name == "config.json":
+            data = fill_defaults(data, lambda old: old, checkpoint.family)
+        found |= referenced_ids(data, path)
+        found |= {tokens[token] for token in referenced_tokens(data) if token in tokens}
+    return found & set(tokens.values())
+
+
+def referenced_tokens(data: Mapping[str, Any]) -> set[str]:
+    """Every token that ``data`` names by its text for a role, such as bos_token.
+
+    Lists such as additional_special_tokens give no role: what they name may go.
+    """
+    found: set[str] = set()
+    for key, value in data.items():
+        if TOKEN_KEY.fullmatch(key):
+            roles = isinstance(value, dict) and "content" not in value
+            found |= {_text(entry) for entry in (value.values() if roles else [value])}
+    return found - {""}
+
+
+def drop_tokens(
+    data: dict[str, Any], is_gone: Callable[[str], bool], where: object
+) -> dict[str, Any]:
+    """Return a copy of ``data`` whose lists and added_tokens_decoder name no token that is gone.
+
+    Transformers adds every token that is named but absent again, at id V'.
+
+    Raises:
+        TokenizerError: a token that is gone has a role.
+    """
+    result = {}
+    for key, value in data.items():
+        if key == "added_tokens_decoder" and isinstance(value, dict):
+            value = {old: token for old, token in value.items() if not is_gone(_text(token))}
+        elif TOKEN_KEY.fullmatch(key) and isinstance(value, list):
+            value = [entry for entry in value if not is_gone(_text(entry))]
+        result[key] = value
+    lost = sorted(filter(is_gone, referenced_tokens(data)))
+    if lost:
+        raise TokenizerError(
+            f"{where}: token {lost[0]!r}", "has a role but does not stay", fix="plan again"
+        )
+    return result
+
+
+def template_tokens(directory: Path, tokens: Mapping[str, int]) -> set[int]:
+    """Ids of those ``tokens`` whose text stands in a chat template of ``directory``."""
+    texts = [read_file(p).decode("utf-8", "replace") for p in sorted(directory.glob("*.jinja"))]
+    for path in _documents(directory):
+        template = read_json(path).get("chat_template")
+        named = template if isinstance(template, list) else [{"template": template}]
+        found = [entry.get("template") for entry in named if isinstance(entry, dict)]
+        texts += [text for text in found if isinstance(text, str)]
+    text = "\n".join(texts)
+    return {id_ for token, id_ in tokens.items() if token in text}
+
+
+def rewrite_config(
+    config: dict[str, Any], family: Family, ids: IdMap, changes: Mapping[str, int], where: Path
+) -> dict[str, Any]:
+    """Return config.json of the pruned model, key order kept.
+
+    Ids that the config class would fill in with the *old* defaults are written out. A pointer to
+    code (auto_map) goes: the output has none, and transformers itself knows the model type.
+
+    Raises:
+        TokenizerError: an id that is needed does not stay, or a size of the text vocabulary is
+            not the embedding's.
+    """
+    result = dict(config)
+    if not ids.identity:
+        result = visit_ids(fill_defaults(config, ids.new, family.model_type), ids.new, where)
+        result = visit_sizes(result, ids, where)
+    text = dict(family.text_config(result))
+    if "vocab_size" in text or not ids.identity:
+        text["vocab_size"] = ids.new_size
+    for key, size in changes.items():
+        text[key] = [size] * len(text[key]) if isinstance(text.get(key), list) else size
+    result = {**result, family.section: text} if family.section else text
+    return {key: value for key, value in result.items() if key != "auto_map"}
+
+
+def dequantized_config(config: dict[str, Any], family: Family) -> dict[str, Any]:
+    """Return config.json of a model whose FP8 weights have become bf16, key order kept."""
+    result = {key: value for key, value in config.items() if key != "quantization_config"}
+    if family.section and isinstance(result.get(family.section), dict):
+        section = dequantized_config(result[family.section], replace(family, section=""))
+        result[family.section] = section
+    named = [key for key in DTYPE_KEYS if key in result]
+    return result | dict.fromkeys(named, "bfloat16")
+
+
+def visit_sizes(data: dict[str, Any], ids: IdMap, where: object) -> dict[str, Any]:
+    """Return a copy of a config with the sizes of the text vocabulary replaced by new ones.
+
+    A vocab_offset, where the ids of images or sounds begin behind the text, is such a size. A
+    text_config without vocab_size is given one: its class would fill in the old.
+
+    Raises:
+        TokenizerError: a size that is neither that of the embedding nor that with the tokens
+            behind it.
+    """
+    result = {}
+    for key, value in data.items():
+        place = f"{where}: {key}"
+        if key in SECTIONS and isinstance(value, dict):
+            value = visit_sizes(value, ids, place)
+            if key == "text_config":
+                value.setdefault("vocab_size", ids.new_size)
+        elif key in OFFSET_SECTIONS and isinstance(value, dict) and "vocab_offset" in value:
+            offset = _new_size(value["vocab_offset"], ids, f"{place}: vocab_offset")
+            value = {**value, "vocab_offset": offset}
+        elif SIZE_KEY.fullmatch(key):
+            value = _new_size(value, ids, place)
+        result[key] = value
+    return result
+
+
+def _new_size(value: Any, ids: IdMap, where: str) -> Any:
+    behind = value - ids.old_size if type(value) is int else -1
+    if value is not None and behind not in (0, ids.rowless):
+        raise TokenizerError(
+            where,
+            "is not the size of the vocabulary that is cut",
+            expected=ids.old_size,
+            found=value,
+            fix="correct it in the source, or keep the vocabulary whole with `vocab_size`",
+        )
+    return None if value is None else ids.new_size + behind
+
+
+def _documents(directory: Path) -> list[Path]:
+    """JSON files that may refer to tokens."""
+    return sorted(path for path in directory.glob("*.json") if path.name not in VOCABULARY_FILES)
+
+
+def _text(entry: Any) -> str:
+    """The text of a token that is named by a string or described by an object; else ""."""
+    text = entry.get("content") if isinstance(entry, dict) else entry
+    return text if isinstance(text, str) else ""

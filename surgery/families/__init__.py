@@ -1,0 +1,1 @@
+"""What each model type is made of, as a table."""

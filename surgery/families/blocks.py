@@ -1,0 +1,177 @@
+"""Building blocks of the table of families: the tensors that many model types share."""
+
+from dataclasses import replace
+
+from surgery.families.schema import EXPERT, FFN, SHARED, STACK, VOCAB, Dim, Slot
+
+LAYER = "model.layers.{layer}."
+BUFFER = "buffer"
+"""Block of tensors that no model needs."""
+
+
+def adds_up(slot: Slot) -> bool:
+    """Whether layers that become one add up this tensor; norms and buffers stay the first one's.
+
+    So does LaCo's code. That takes each difference to the sum so far, which leaves the last layer's
+    weights; its paper's formula, to the first layer, is what is computed here.
+    """
+    return slot.block != BUFFER and slot.group != "norms"
+
+
+def per_layer(group: str, *names: str, required: bool = True, at: str = LAYER) -> tuple[Slot, ...]:
+    """Tensors that every layer has and that are never cut."""
+    return tuple(Slot(at + name, group, (), required) for name in names)
+
+
+def one(name: str, *, required: bool = True) -> tuple[Slot, ...]:
+    """A tensor outside the layers, such as a table of positions."""
+    return (Slot(name, "other", (), required),)
+
+
+def optional(group: str, slots: tuple[Slot, ...]) -> tuple[Slot, ...]:
+    """The same slots, those of ``group`` not required."""
+    return tuple(replace(s, required=s.required and s.group != group) for s in slots)
+
+
+def attention(*names: str, at: str = LAYER) -> tuple[Slot, ...]:
+    """Linear maps of the attention, each with a weight and perhaps a bias."""
+    weights = per_layer("attention", *(f"{name}.weight" for name in names), at=at)
+    return weights + per_layer("attention", *(f"{n}.bias" for n in names), required=False, at=at)
+
+
+def norms(*names: str, at: str = LAYER) -> tuple[Slot, ...]:
+    """Norms of every layer, each with a weight and perhaps a bias."""
+    weights = per_layer("norms", *(f"{name}.weight" for name in names), at=at)
+    return weights + per_layer("norms", *(f"{n}.bias" for n in names), required=False, at=at)
+
+
+def into(path: str, axis: str = FFN, *, block: str = "", at: str = LAYER) -> tuple[Slot, ...]:
+    """A linear map into the channels: its rows and its bias, if any, are cut."""
+    return (
+        Slot(f"{at}{path}.weight", "ffn", (axis, None), block=block),
+        Slot(f"{at}{path}.bias", "ffn", (axis,), required=False, block=block),
+    )
+
+
+def fused(path: str, axis: str = FFN, *, block: str = "", at: str = LAYER) -> tuple[Slot, ...]:
+    """Gate and up projection in one: the rows of a channel lie in both halves."""
+    both = Dim(axis, copies=2)
+    return (
+        Slot(f"{at}{path}.weight", "ffn", (both, None), block=block),
+        Slot(f"{at}{path}.bias", "ffn", (both,), required=False, block=block),
+    )
+
+
+def out_of(path: str, axis: str = FFN, *, block: str = "", at: str = LAYER) -> tuple[Slot, ...]:
+    """A linear map out of the channels: its columns are cut, its bias stays."""
+    return (
+        Slot(f"{at}{path}.weight", "ffn", (None, axis), block=block, ffn_output=True),
+        Slot(f"{at}{path}.bias", "ffn", (), required=False, block=block),
+    )
+
+
+def transposed(first: str, second: str, *, at: str) -> tuple[Slot, ...]:
+    """An FFN of two Conv1D, whose weights are stored ``[in, out]``."""
+    return (
+        Slot(f"{at}{first}.weight", "ffn", (None, FFN)),
+        Slot(f"{at}{first}.bias", "ffn", (FFN,), required=False),
+        Slot(f"{at}{second}.weight", "ffn", (FFN, None), ffn_output=True),
+        Slot(f"{at}{second}.bias", "ffn", (), required=False),
+    )
+
+
+def gated(path: str = "mlp", axis: str = FFN, *, block: str = "") -> tuple[Slot, ...]:
+    """gate_proj, up_proj and down_proj of an FFN."""
+    return (
+        *into(f"{path}.gate_proj", axis, block=block),
+        *into(f"{path}.up_proj", axis, block=block),
+        *out_of(f"{path}.down_proj", axis, block=block),
+    )
+
+
+def experts(
+    path: str = "mlp.experts",
+    gate: str = "gate_proj",
+    up: str = "up_proj",
+    down: str = "down_proj",
+) -> tuple[Slot, ...]:
+    """Routed experts, one tensor for each, or packed into one as transformers 5 holds them."""
+    return (
+        *into(f"{path}.{{expert}}.{gate}", EXPERT, block="experts"),
+        *into(f"{path}.{{expert}}.{up}", EXPERT, block="experts"),
+        *out_of(f"{path}.{{expert}}.{down}", EXPERT, block="experts"),
+        *packed("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+    )
+
+
+def packed(gate_up: str, down: str, *, transposed: bool = False) -> tuple[Slot, ...]:
+    """Experts of a layer in one tensor, ``[experts, out, in]`` or ``[experts, in, out]``."""
+    both = Dim(EXPERT, copies=2)
+    inner: tuple[Dim | str | None, ...] = (None, both) if transposed else (both, None)
+    outer = (EXPERT, None) if transposed else (None, EXPERT)
+    return (
+        Slot(LAYER + gate_up, "ffn", (STACK, *inner), block="packed"),
+        Slot(LAYER + down, "ffn", (STACK, *outer), block="packed", ffn_output=True),
+    )
+
+
+def shared(path: str = "mlp.shared_experts") -> tuple[Slot, ...]:
+    """An expert that every token passes."""
+    return gated(path, SHARED, block="shared")
+
+
+def router(*names: str, required: bool = True) -> tuple[Slot, ...]:
+    """What chooses the experts: counted with the FFN, never cut."""
+    beside = ("experts", "packed")
+    return tuple(Slot(LAYER + name, "ffn", (), required, beside=beside) for name in names)
+
+
+def buffers(*names: str, at: str = LAYER) -> tuple[Slot, ...]:
+    """Constants that older checkpoints store; transformers makes them itself."""
+    return tuple(Slot(at + name, "attention", (), False, BUFFER) for name in names)
+
+
+def ends(
+    embedding: str = "model.embed_tokens",
+    norm: str = "model.norm",
+    head: str = "lm_head",
+) -> tuple[Slot, ...]:
+    """Embedding, final norm and head."""
+    return (
+        Slot(f"{embedding}.weight", "vocabulary", (VOCAB, None)),
+        Slot(f"{head}.weight", "vocabulary", (VOCAB, None), required=False),
+        Slot(f"{head}.bias", "vocabulary", (VOCAB,), required=False),
+        Slot(f"{norm}.weight", "norms"),
+        Slot(f"{norm}.bias", "norms", required=False),
+    )
+
+
+QKVO = attention(*(f"self_attn.{p}_proj" for p in "qkvo"))
+PRE_NORM = norms("input_layernorm", "post_attention_layernorm")
+POST_NORM = norms("post_attention_layernorm", "post_feedforward_layernorm")
+QK_NORM = norms("self_attn.q_norm", "self_attn.k_norm")
+FFN_NORMS = norms("pre_feedforward_layernorm", "post_feedforward_layernorm")
+INV_FREQ = buffers("self_attn.rotary_emb.inv_freq")
+
+BASE = ends() + QKVO
+"""What nearly all have: ends, and four projections of the attention."""
+
+LLAMA = BASE + PRE_NORM + gated()
+"""The layout that Llama made common: gated FFN, norms before attention and FFN."""
+
+LATENT = (
+    ends()
+    + PRE_NORM
+    + attention("self_attn.o_proj", "self_attn.kv_a_proj_with_mqa", "self_attn.kv_b_proj")
+    + norms("self_attn.kv_a_layernorm")
+    + per_layer(
+        "attention",
+        *(f"self_attn.{n}" for n in ("q_proj.weight", "q_a_proj.weight", "q_a_proj.bias")),
+        *(f"self_attn.{n}" for n in ("q_a_layernorm.weight", "q_b_proj.weight")),
+        required=False,
+    )
+)
+"""DeepSeek's multi-head latent attention; small models have q_proj whole."""
+
+MOE = gated(block="dense") + experts() + router("mlp.gate.weight")
+"""Layers of experts, some of them dense instead."""

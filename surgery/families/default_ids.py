@@ -1,0 +1,216 @@
+"""Token ids that config classes fill in where config.json names none: written out, with new ids.
+
+An absent key means the *old* id to whoever loads the pruned model. The table is transformers' own;
+tests/families/test_default_ids.py compares it with the installed classes.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Change = Callable[[int], int | None]
+"""Old id → new id, or None where it points at nothing that stays."""
+
+SECTIONS = ("text_config", "llm_config", "thinker_config", "encoder", "decoder")
+"""Parts of a config whose ids belong to the text vocabulary."""
+
+OFFSET_SECTIONS = ("vision_config", "audio_config")
+"""Parts with vocabularies of their own, of which only vocab_offset counts in text ids."""
+
+_ONE_TWO = {"bos_token_id": 1, "eos_token_id": 2}
+_GEMMA = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+_QWEN_VL = {
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+}
+_QWEN_VL_TEXT = {"bos_token_id": 151643, "eos_token_id": 151645}
+_GPT2 = {"bos_token_id": 50256, "eos_token_id": 50256}
+_OLMO = {"pad_token_id": 1, "eos_token_id": 50279}
+_COHERE = {"pad_token_id": 0, "bos_token_id": 5, "eos_token_id": 255001}
+_ZERO_ONE_TWO = {"pad_token_id": 0, **_ONE_TWO}
+_LLAMA3 = {"bos_token_id": 128000, "eos_token_id": 128001}
+
+Default = int | list[int]
+
+_GLM: Mapping[str, Default] = {
+    "pad_token_id": 151329,
+    "eos_token_id": [151329, 151336, 151338],
+}
+
+DEFAULT_IDS: Mapping[str, Mapping[str, Default]] = {
+    "afmoe": {},
+    "apertus": {"pad_token_id": 3, **_ONE_TWO},
+    "arcee": _LLAMA3,
+    "biogpt": {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
+    "bloom": _ONE_TWO,
+    "codegen": _GPT2,
+    "cohere": _COHERE,
+    "cohere2": _COHERE,
+    "cohere2_moe": _COHERE,
+    "deepseek_v2": _ONE_TWO,
+    "deepseek_v3": {"bos_token_id": 0, "eos_token_id": 1},
+    "diffllama": _ONE_TWO,
+    "dots1": {},
+    "ernie4_5": _ZERO_ONE_TWO,
+    "ernie4_5_moe": _ZERO_ONE_TWO,
+    "exaone4": {"bos_token_id": 0, "eos_token_id": 2},
+    "exaone_moe": {"bos_token_id": 1, "eos_token_id": 53, "pad_token_id": 0},
+    "falcon": {"bos_token_id": 11, "eos_token_id": 11},
+    "flex_olmo": {"pad_token_id": 100277, "eos_token_id": 100257},
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA,
+    "gemma3": {
+        "boi_token_index": 255999,
+        "eoi_token_index": 256000,
+        "image_token_index": 262144,
+    },
+    "gemma3_text": _GEMMA,
+    "gemma3n": {
+        "boi_token_id": 255999,
+        "eoi_token_id": 262144,
+        "image_token_id": 262145,
+        "boa_token_id": 256000,
+        "eoa_token_id": 262272,
+        "audio_token_id": 262273,
+    },
+    "gemma3n_audio": {"vocab_offset": 262272},
+    "gemma3n_text": {**_GEMMA, "vocab_size_per_layer_input": 262144},
+    "gemma3n_vision": {"vocab_offset": 262144},
+    "glm": _GLM,
+    "glm4": _GLM,
+    "glm4_moe": {},
+    "gpt2": _GPT2,
+    "gpt_bigcode": _GPT2,
+    "gpt_neo": _GPT2,
+    "gpt_neox": {"bos_token_id": 0, "eos_token_id": 2},
+    "gpt_oss": {},
+    "gptj": _GPT2,
+    "granite": _ONE_TWO,
+    "granite_swa": {"bos_token_id": 100257, "eos_token_id": 100257},
+    "granitemoe": _ONE_TWO,
+    "granitemoeshared": _ONE_TWO,
+    "helium": {"pad_token_id": 3, **_ONE_TWO},
+    "hunyuan_v1_dense": {**_ZERO_ONE_TWO, "eod_token_id": 3},
+    "hunyuan_v1_moe": {**_ZERO_ONE_TWO, "eod_token_id": 3, "sep_token_id": 4},
+    "internlm3": {"pad_token_id": 2, **_ONE_TWO},
+    "internvl": {"image_token_id": 151667},
+    "jais2": {"bos_token_id": 0, "eos_token_id": 150024},
+    "llama": _ONE_TWO,
+    "llama4": {"boi_token_index": 200080, "eoi_token_index": 200081, "image_token_index": 200092},
+    "llama4_text": _ONE_TWO,
+    "llava": {"image_token_index": 32000},
+    "minimax_m2": {"bos_token_id": 200034, "eos_token_id": 200020},
+    "ministral": _ONE_TWO,
+    "ministral3": {"pad_token_id": 11, **_ONE_TWO},
+    "mistral": _ONE_TWO,
+    "mistral3": {"image_token_index": 10},
+    "mixtral": _ONE_TWO,
+    "mllama": {"image_token_index": 128256},
+    "mllama_text_model": {
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+        "pad_token_id": 128004,
+    },
+    "mpt": {},
+    "nanochat": {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1},
+    "nemotron": {"bos_token_id": 2, "eos_token_id": 3},
+    "olmo": _OLMO,
+    "olmo2": _OLMO,
+    "olmo3": _OLMO,
+    "olmoe": _OLMO,
+    "opt": {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2},
+    "persimmon": _ONE_TWO,
+    "phi": _ONE_TWO,
+    "phi3": {"bos_token_id": 1, "eos_token_id": 32000, "pad_token_id": 32000},
+    "phimoe": _ONE_TWO,
+    "qwen2": {},
+    "qwen2_5_vl": _QWEN_VL,
+    "qwen2_5_vl_text": _QWEN_VL_TEXT,
+    "qwen2_audio": {"audio_token_index": 151646},
+    "qwen2_moe": {},
+    "qwen2_vl": _QWEN_VL,
+    "qwen2_vl_text": _QWEN_VL_TEXT,
+    "qwen3": {},
+    "qwen3_moe": {},
+    "qwen3_next": {},
+    "qwen3_vl": _QWEN_VL,
+    "qwen3_vl_text": {},
+    "seed_oss": {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
+    "smollm3": {"pad_token_id": 128004, "bos_token_id": 128000, "eos_token_id": 128001},
+    "solar_open": {},
+    "stablelm": {"bos_token_id": 0, "eos_token_id": 0},
+    "starcoder2": _GPT2,
+    "vaultgemma": _GEMMA,
+    "youtu": _LLAMA3,
+}
+"""model_type → key → id; vocab_offset and vocab_size_per_layer_input count ids."""
+
+SECTION_TYPES: Mapping[str, Mapping[str, str]] = {
+    "gemma3": {"text_config": "gemma3_text"},
+    "gemma3n": {
+        "text_config": "gemma3n_text",
+        "vision_config": "gemma3n_vision",
+        "audio_config": "gemma3n_audio",
+    },
+    "internvl": {"text_config": "qwen2"},
+    "llama4": {"text_config": "llama4_text"},
+    "llava": {"text_config": "llama"},
+    "mistral3": {"text_config": "mistral"},
+    "mllama": {"text_config": "mllama_text_model"},
+    "qwen2_5_vl": {"text_config": "qwen2_5_vl_text"},
+    "qwen2_audio": {"text_config": "qwen2"},
+    "qwen2_vl": {"text_config": "qwen2_vl_text"},
+    "qwen3_vl": {"text_config": "qwen3_vl_text"},
+}
+"""model_type → section → its model_type, for a section that does not say."""
+
+NULLABLE = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Keys for which "no such token" is null; for the others classes accept only a number, so -1.
+
+Where several ids are the default, null stands for those: -1 again."""
+
+COUNTS = ("vocab_offset", "vocab_size_per_layer_input")
+"""Entries of the table that are no ids themselves."""
+
+
+def fill_defaults(
+    config: Mapping[str, Any], change: Change, model_type: str | None = None
+) -> dict[str, Any]:
+    """Return ``config`` with the absent default ids written out, still as *old* ids.
+
+    A default that points at nothing which stays (``change`` gives None) must not become another
+    token's id: it is written as "no such token".
+
+    Args:
+        config: config.json, or a section of it.
+        change: Says which ids stay.
+        model_type: As which to treat it; None is the config's own.
+    """
+    kind = str(model_type or config.get("model_type"))
+    inner = SECTION_TYPES.get(kind, {})
+    result = dict(config)
+    for name in (*SECTIONS, *OFFSET_SECTIONS):
+        if isinstance(config.get(name), dict):
+            given = None if "model_type" in config[name] else inner.get(name)
+            result[name] = fill_defaults(config[name], change, given)
+    flat = {} if "text_config" in config else DEFAULT_IDS.get(inner.get("text_config", ""), {})
+    for key, old in {**DEFAULT_IDS.get(kind, {}), **flat}.items():
+        if key not in config and _other_name(key) not in config:
+            stays = key in COUNTS or _stays(old, change)
+            nullable = key in NULLABLE and isinstance(old, int)
+            result[key] = old if stays else None if nullable else -1
+    return result
+
+
+def _stays(default: Default, change: Change) -> bool:
+    """Whether a default, or one of several, is the id of a token that stays."""
+    ids = [default] if isinstance(default, int) else default
+    return any(change(old) is not None for old in ids)
+
+
+def _other_name(key: str) -> str:
+    """Config classes read image_token_id and image_token_index as one."""
+    if key.endswith("_token_index"):
+        return key.removesuffix("index") + "id"
+    return key.removesuffix("id") + "index"

@@ -1,0 +1,211 @@
+"""MODEL, a directory or a model id of the hub: the directory to work on."""
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import CheckpointError
+from surgery.files.atomic import write_atomic
+from surgery.files.model_files import INDEX_NAME, SINGLE_NAME, weight_map_of
+from surgery.files.strict_json import read_json
+from surgery.hub.remote_file import TRIES, RemoteFile, client_errors, refused, retried
+from surgery.hub.skeleton import LIBRARY, Skeleton, download_small
+
+PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "LICENSE*", "NOTICE*", "*.md"]
+"""Files that pruning reads or carries over."""
+
+IGNORED = ["*/*", ".*", "consolidated*"]
+"""Folders, and weights a second time in another layout; "*" alone matches across folders."""
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def fetch_model(repo: str, revision: str | None) -> tuple[Path, str]:
+    """Return the directory of a model on the hub and its commit.
+
+    It is the user's own copy in the cache of huggingface_hub where that has all shards; else a
+    skeleton among its assets, filled by what inspecting and planning need. Without the hub, what
+    was had before is used.
+
+    Raises:
+        CheckpointError: not a checkpoint that the hub gives out.
+    """
+    from huggingface_hub.utils import validate_repo_id
+
+    where = f"{repo}@{revision or 'main'}"
+    try:
+        validate_repo_id(repo)
+    except ValueError as error:
+        raise refused(where, error) from error
+    pinned = revision if revision and COMMIT.fullmatch(revision) else None
+    known = pinned or _known_commit(repo, revision or "main")
+    before = _had_before(repo, known) if known else None
+    if pinned and before:
+        return before, pinned
+    try:  # as huggingface_hub, do not wait long for a hub that can be done without
+        commit, files = retried(lambda: _listing(repo, revision), 1 if before else TRIES)
+    except (OSError, ValueError, client_errors()) as error:
+        if known and before:
+            return before, known
+        raise refused(where, error) from error
+    _remember(repo, revision or "main", commit)
+    if snapshot := _complete_snapshot(repo, commit):
+        download_snapshot(repo, commit)
+        return snapshot, commit
+    path = _place(repo, commit)
+    if Skeleton.at(path) is None:
+        _build(path, where, files)
+    return path, commit
+
+
+def download_snapshot(repo: str, commit: str) -> Path:
+    """Bring what is missing of a whole model into the user's cache.
+
+    Raises:
+        CheckpointError: the hub does not give it out.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        path = snapshot_download(
+            repo, revision=commit, allow_patterns=PATTERNS, ignore_patterns=IGNORED
+        )
+    except (OSError, ValueError) as error:
+        raise refused(f"{repo}@{commit}", error) from error
+    return Path(path)
+
+
+def _listing(repo: str, revision: str | None) -> tuple[str, list[RemoteFile]]:
+    """The commit of a revision, and its files that pruning has a use for."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.utils import filter_repo_objects
+
+    api, timeout = HfApi(library_name="compact-surgery"), constants.HF_HUB_DOWNLOAD_TIMEOUT
+    try:
+        info = api.model_info(repo, revision=revision, files_metadata=True, timeout=timeout)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError("the answer is no description of a model") from error
+    if not COMMIT.fullmatch(info.sha or ""):
+        raise ValueError(f"the hub names no commit: {info.sha!r}")
+    names = {sibling.rfilename: sibling for sibling in info.siblings or []}
+    wanted = filter_repo_objects(names, allow_patterns=PATTERNS, ignore_patterns=IGNORED)
+    return str(info.sha), [_remote_file(repo, str(info.sha), names[name]) for name in wanted]
+
+
+def _remote_file(repo: str, commit: str, sibling: Any) -> RemoteFile:
+    size, digest = sibling.size, sibling.blob_id
+    if sibling.lfs is not None:
+        size, digest = sibling.lfs.size, sibling.lfs.sha256
+    if type(size) is not int or size < 0 or not isinstance(digest, str | None):
+        raise ValueError(f"the hub does not say how large {sibling.rfilename} is")
+    return RemoteFile(repo, commit, sibling.rfilename, size, digest)
+
+
+def _build(path: Path, where: str, files: Sequence[RemoteFile]) -> None:
+    weights = {file.name: file for file in files if file.name.endswith(".safetensors")}
+    small = {file.name: file for file in files if file.name not in weights}
+    if SINGLE_NAME in weights:
+        shards = [weights[SINGLE_NAME]]
+    elif INDEX_NAME in small:
+        download_small(path, [small[INDEX_NAME]])
+        names = dict.fromkeys(weight_map_of(path, read_json(path / INDEX_NAME)).values())
+        shards = [weights[name] for name in names if name in weights]
+    else:
+        shards = []
+    if not shards:
+        raise CheckpointError(
+            where,
+            "has no weights",
+            expected=f"{SINGLE_NAME} or {INDEX_NAME}",
+            fix="name a repository of safetensors",
+        )
+    Skeleton.build(path, list(small.values()), shards)
+
+
+def _had_before(repo: str, commit: str) -> Path | None:
+    """The directory of a model that needs nothing of the hub to be planned."""
+    if snapshot := _complete_snapshot(repo, commit):
+        return snapshot
+    path = _place(repo, commit)
+    return path if Skeleton.at(path) else None
+
+
+def _complete_snapshot(repo: str, commit: str) -> Path | None:
+    """The user's own copy, if it has config.json and every shard."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(repo, "config.json", revision=commit)
+    if not isinstance(config, str):
+        return None
+    path = Path(config).parent
+    if (path / SINGLE_NAME).exists():
+        return path
+    if not (path / INDEX_NAME).exists():
+        return None
+    names = set(weight_map_of(path, read_json(path / INDEX_NAME)).values())
+    return path if all((path / name).exists() for name in names) else None
+
+
+def _place(repo: str, commit: str) -> Path:
+    from huggingface_hub import cached_assets_path
+
+    return cached_assets_path(LIBRARY, repo, commit)
+
+
+def _remember(repo: str, revision: str, commit: str) -> None:
+    write_atomic(_place(repo, "refs") / revision.replace("/", "--"), commit.encode())
+
+
+def _known_commit(repo: str, revision: str) -> str | None:
+    """The commit that ``revision`` was when the hub was last asked, by us or huggingface_hub."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
+    places = (_place(repo, "refs") / revision.replace("/", "--"), cache / "refs" / revision)
+    for place in places:
+        found = place.read_text(encoding="utf-8").strip() if place.is_file() else ""
+        if COMMIT.fullmatch(found):
+            return found
+    return None
+
+
+HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>(?!/|.*\.\.)[\w./-]+))?")
+
+
+def resolve_model(model: str) -> tuple[Path, str]:
+    """Return the directory of ``model`` and the name that finds it again.
+
+    Of a hub id everything but the weights is downloaded, with the user's token, mirror and offline
+    settings; its name is then ``org/name@commit``.
+
+    Raises:
+        CheckpointError: neither a directory nor a checkpoint that the hub gives out.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path, str(path.resolve())
+    match = HUB_ID.fullmatch(model)
+    if not match or path.exists():
+        raise CheckpointError(
+            model,
+            "is neither a directory nor a hub id",
+            expected="DIR or org/name[@revision]",
+            fix="check the spelling",
+        )
+
+    directory, commit = fetch_model(match["repo"], match["revision"])
+    return directory, f"{match['repo']}@{commit}"
+
+
+def source_at_hand(source: str) -> Path | None:
+    """Return the directory of a plan's source, or None where it is gone."""
+    try:
+        return resolve_model(source)[0]
+    except CheckpointError:
+        return None

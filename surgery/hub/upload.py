@@ -1,0 +1,68 @@
+"""A finished output to the hub."""
+
+import re
+import sys
+from pathlib import Path
+
+from surgery.errors import OutputError
+from surgery.files.model_files import INDEX_NAME
+from surgery.hub.remote_file import client_errors, reason_of, retried
+
+NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+STALE = ["*.safetensors", INDEX_NAME]
+"""Weights that an earlier push left and this one does not have: loaders would take them."""
+
+SILENCE_SECONDS = 120
+"""Of a hub that takes a result in; a commit of many large files takes it some time."""
+
+
+def check_push(repo: str) -> None:
+    """Refuse, before the work, what could not be uploaded after it.
+
+    Raises:
+        OutputError: no name, no token, or offline.
+    """
+    from huggingface_hub import constants, get_token
+
+    if not NAME.fullmatch(repo):
+        raise OutputError(repo, "is no place on the hub", expected="org/name", fix="name one")
+    if constants.HF_HUB_OFFLINE:
+        raise OutputError(repo, "cannot be uploaded offline", fix="unset HF_HUB_OFFLINE")
+    if not get_token():
+        raise OutputError(repo, "needs a token to upload", fix="run hf auth login, or set HF_TOKEN")
+
+
+def push(directory: Path, repo: str) -> str:
+    """Upload the checkpoint in ``directory`` as one commit and return its address.
+
+    The repository is made where there is none. Large files that are there already are not sent
+    again.
+
+    Raises:
+        OutputError: the hub does not take it; the output itself is whole.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars, get_session
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    get_session().timeout = SILENCE_SECONDS  # the library itself would wait for ever
+    api = HfApi(library_name="compact-surgery")
+    try:
+        retried(lambda: api.create_repo(repo, exist_ok=True))
+        commit = retried(
+            lambda: api.upload_folder(
+                repo_id=repo,
+                folder_path=directory,
+                commit_message="Pruned with compact-surgery",
+                delete_patterns=STALE,
+            )
+        )
+    except (OSError, ValueError, RuntimeError, client_errors()) as error:
+        raise OutputError(
+            repo,
+            "was not uploaded",
+            found=reason_of(error),
+            fix=f"check the name and your token, then hf upload {repo} {directory}",
+        ) from error
+    return str(commit.commit_url)

@@ -1,0 +1,144 @@
+"""Read the layout of a checkpoint: match its tensors with its family, then check every one."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.checkpoint.fp8 import check_weight
+from surgery.errors import CheckpointError
+from surgery.families.schema import VOCAB, Family, Slot
+from surgery.families.table import family_of
+from surgery.files.safetensors_header import TensorRef
+from surgery.layout.layout import CARRIED, FLOATS, Layout, no_size, size_in
+
+
+def read_layout(checkpoint: Checkpoint, family: Family | None = None) -> Layout:
+    """Match every tensor of ``checkpoint`` with its family and check the named axes.
+
+    Args:
+        checkpoint: What to describe.
+        family: An entry that is not in the table; else the table's is taken.
+
+    Raises:
+        UnknownTypeError: the table has no entry for the model type.
+        FamilyError: a tensor the family does not have.
+        CheckpointError: a tensor is missing or its shape contradicts config.json.
+    """
+    where = checkpoint.path / "config.json"
+    family = family or family_of(checkpoint.config, where, checkpoint.family)
+    config = family.text_config(checkpoint.config)
+    tied = checkpoint.config.get(
+        "tie_word_embeddings", config.get("tie_word_embeddings", family.tied)
+    )
+    depth = size_in(config, family.depth, where)
+    if depth is None:
+        raise no_size(where, family.depth, config.get(family.depth))
+    if depth > len(checkpoint.tensors):
+        raise CheckpointError(
+            where,
+            f"{family.depth} is more than there are tensors",
+            expected=f"at most {len(checkpoint.tensors)}",
+            found=depth,
+            fix="check config.json",
+        )
+    bare = Layout(checkpoint, family, 0, {}, depth, bool(tied))
+    lengths = _lengths(bare, config, where)
+    vocab_size = lengths.pop(VOCAB, 0)
+    widths = {key: lengths[key] for key in sorted(lengths, key=lambda k: -bare.weights[k])}
+    layout = Layout(checkpoint, family, vocab_size, widths, depth, bool(tied))
+    _check(layout)
+    return layout
+
+
+def _lengths(layout: Layout, config: Mapping[str, Any], where: object) -> dict[str, int]:
+    """VOCAB and every width that a tensor has → its length by config.json, or by the tensor."""
+    found: dict[str, int] = {}
+    for name, place in layout.roles.items():
+        for number, dim in enumerate(place.slot.dims):
+            key = layout.key_of(dim)
+            if dim is None or key is None or key in found or place.scales:
+                continue
+            said = size_in(config, "vocab_size" if key == VOCAB else key, where)
+            shape = layout.checkpoint.tensors[name].shape
+            found[key] = said or (shape[number] if number < len(shape) else 0) // layout.unit(dim)
+    return found
+
+
+def _check(layout: Layout) -> None:
+    """Check every tensor, and that none is missing."""
+    for name, tensor in layout.checkpoint.tensors.items():
+        if not layout.roles[name].scales:  # their weight's check is theirs, too
+            _check_tensor(layout, tensor)
+    _check_complete(layout)
+
+
+def _check_tensor(layout: Layout, tensor: TensorRef) -> None:
+    place = layout.roles[tensor.name]
+    where = f"{tensor.path}: tensor {tensor.name}"
+    if tensor.dtype.startswith("F8_"):
+        check_weight(layout.checkpoint, tensor)
+    elif tensor.dtype not in FLOATS and (place.slot.required and place.slot is not CARRIED):
+        raise CheckpointError(
+            where,
+            "dtype is not one that can be pruned",
+            expected=" or ".join(FLOATS),
+            found=tensor.dtype,
+            fix="use the unquantized checkpoint",
+        )
+    if place.layer is not None and place.layer >= layout.num_hidden_layers:
+        raise CheckpointError(
+            where,
+            f"layer is beyond config.json's {layout.family.depth}",
+            expected=f"less than {layout.num_hidden_layers}",
+            found=place.layer,
+            fix="check config.json",
+        )
+    for number, dim in enumerate(place.slot.dims):
+        key = layout.key_of(dim)
+        if dim is None or key is None:
+            continue
+        wanted = (layout.vocab_size if key == VOCAB else layout.widths[key]) * layout.unit(dim)
+        fits = len(tensor.shape) == len(place.slot.dims)
+        if not fits or tensor.shape[number] != wanted:
+            raise CheckpointError(
+                where,
+                f"shape contradicts config.json's {'vocab_size' if key == VOCAB else key}",
+                expected=f"{wanted} on dimension {number}",
+                found=list(tensor.shape),
+                fix="check config.json",
+            )
+
+
+def _check_complete(layout: Layout) -> None:
+    """Every layer has what all layers need, one FFN, and its blocks whole."""
+    present = {(p.slot.name, p.layer, p.expert) for p in layout.roles.values()}
+    blocks: dict[int | None, set[str]] = defaultdict(set)
+    for place in layout.roles.values():
+        blocks[place.layer].add(place.slot.block)
+    for slot in layout.family.slots:
+        for layer in range(layout.num_hidden_layers) if "{layer}" in slot.name else [None]:
+            if not _needs(layout, slot, blocks[layer]):
+                continue
+            for expert in range(layout.experts) if "{expert}" in slot.name else [None]:
+                if (slot.name, layer, expert) not in present:
+                    raise _missing(layout, slot.name.format(layer=layer, expert=expert))
+    watched = [slot.name for slot in layout.family.slots if slot.ffn_output]
+    for layer, axes in enumerate(layout.ffn_outputs):
+        if watched and not axes:
+            raise _missing(layout, watched[0].format(layer=layer, expert=0))
+
+
+def _needs(layout: Layout, slot: Slot, blocks: set[str]) -> bool:
+    if slot.name == layout.family.head:
+        return not layout.tied
+    conditions = (*slot.beside, slot.block) if slot.block else slot.beside
+    return slot.required and (not conditions or not blocks.isdisjoint(conditions))
+
+
+def _missing(layout: Layout, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{layout.checkpoint.path}: tensor {name}",
+        "is missing",
+        fix="download the checkpoint again",
+    )

@@ -1,0 +1,87 @@
+"""Where the parameters are (paper section 3.1, eq. 1 to 3, figure 1)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from surgery.errors import printable
+from surgery.families.schema import GROUPS
+from surgery.layout.layout import Layout
+from surgery.plot import saved_figure
+
+
+@dataclass(frozen=True)
+class Census:
+    """Parameter counts of one checkpoint."""
+
+    model: str
+    model_type: str
+    vocab_size: int
+    widths: dict[str, int]
+    """Key of config.json → channels of every FFN, or expert, of this kind."""
+    experts: int
+    """Routed experts of a layer."""
+    num_hidden_layers: int
+    tied: bool
+    parameters: int
+    """All of them, tied embeddings once."""
+    nbytes: int
+    """Bytes of all tensors on disk."""
+    shards: int
+    groups: dict[str, int]
+    """Parameters by group: vocabulary, attention, ffn, norms, and what is no language model."""
+
+    @classmethod
+    def of(cls, layout: Layout, model: str) -> "Census":
+        """Count ``layout`` from its headers; ``model`` is the name to print."""
+        groups = layout.groups
+        return cls(
+            model=model,
+            model_type=printable(str(layout.checkpoint.config["model_type"])),
+            vocab_size=layout.vocab_size,
+            widths=dict(layout.widths),
+            experts=layout.experts,
+            num_hidden_layers=layout.num_hidden_layers,
+            tied=layout.tied,
+            parameters=groups.total(),
+            nbytes=layout.checkpoint.nbytes,
+            shards=len(layout.checkpoint.shards),
+            groups={group: groups[group] for group in GROUPS if group != "other" or groups[group]},
+        )
+
+    def table(self) -> str:
+        """The census as text for people."""
+        wide = 2 + max(map(len, ("intermediate_size", *self.widths)))
+        rows = [
+            f"{self.model}  ({self.model_type}, {self.num_hidden_layers} layers, "
+            f"{self.shards} shard{'s' if self.shards != 1 else ''})",
+            f"{'vocab_size':<{wide}}{self.vocab_size:>16,}{'  tied' if self.tied else ''}",
+            *(f"{key:<{wide}}{width:>16,}" for key, width in self.widths.items()),
+        ]
+        if self.experts:
+            rows.append(f"{'experts':<{wide}}{self.experts:>16,}")
+        for group, count in self.groups.items():
+            rows.append(f"{group:<{wide}}{count:>16,}{count / self.parameters:>8.1%}")
+        rows.append(f"{'parameters':<{wide}}{self.parameters:>16,}")
+        rows.append(f"{'bytes':<{wide}}{self.nbytes:>16,}")
+        return "\n".join(rows)
+
+
+def plot_census(census: Census, path: Path) -> None:
+    """Write a bar of the census's shares to the image file ``path``.
+
+    Raises:
+        OutputError: as ``saved_figure``.
+    """
+    with saved_figure(path, 8, 2.2) as figure:
+        axes = figure.subplots()
+        left = 0.0
+        for group, count in census.groups.items():
+            share = 100 * count / census.parameters
+            axes.barh(0, share, left=left, label=f"{group} {share:.1f} %", edgecolor="white")
+            left += share
+        axes.set(xlim=(0, 100), yticks=[], xlabel="share of parameters (%)")
+        axes.set_title(
+            f"{Path(census.model).name}: {census.parameters / 1e6:,.1f} M parameters, "
+            f"{'tied' if census.tied else 'untied'} embeddings"
+        )
+        figure.legend(loc="outside lower center", ncols=len(census.groups), frameon=False)

@@ -1,0 +1,1 @@
+"""From sizes and statistics to a plan."""

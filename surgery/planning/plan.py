@@ -1,0 +1,244 @@
+"""The plan: everything apply needs but the source, as one readable JSON file."""
+
+import hashlib
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from surgery.errors import PlanError
+from surgery.files import index_sets
+from surgery.files.atomic import write_atomic
+from surgery.files.index_sets import MAKE_AGAIN
+from surgery.files.strict_json import dump_table, read_file
+from surgery.planning.layers import spelled_layers
+from surgery.planning.replacement import Replacement
+from surgery.tokenizer.id_map import IdMap
+from surgery.vocabulary.cost import ScriptCost, VocabularyCost
+
+FORMAT = 3
+
+SHOWN_SCRIPTS = 12
+"""Scripts that lose most tokens, in the table; plan.json has them all."""
+PROVENANCE_NAME = "compact_surgery.json"
+"""Name of ``ProvenanceFile`` in an output."""
+
+MOST_ROWLESS = 1 << 16
+"""Most tokens behind the last row; Gemma 3 has one."""
+
+
+class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Sizes of a model."""
+
+    vocab_size: int
+    """Rows of the embedding."""
+    widths: dict[str, int]
+    """Key of config.json → channels of every FFN, or expert, of this kind."""
+    num_hidden_layers: int
+    parameters: int
+    """Tied embeddings once."""
+    nbytes: int
+    """Bytes of all tensors."""
+
+
+class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the choice was made."""
+
+    criterion: str
+    """Channel importance, a key of ``channels.CRITERIA``."""
+    ratio: float | None
+    """The target, or None where the sizes were given."""
+    text_digest: str | None
+    """Of the calibration windows; None for a plan without statistics."""
+    calibration_tokens: int
+    notes: list[str]
+    """What the user should know: approximations made, files left behind."""
+
+
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A pure function from the source's headers to the output's."""
+
+    source: str
+    """Directory, or hub id ``org/name@revision``."""
+    fingerprint: str
+    """Of the source: config, tokenizer and headers."""
+    output: str | None
+    """Directory to write, unless ``apply -o`` names another."""
+    before: Shape
+    after: Shape
+    kept_tokens: str
+    """Old ids of the embedding rows that stay (``selection.encode``)."""
+    rowless_tokens: int
+    """Added tokens behind the last row, kept behind the last row."""
+    kept_channels: list[dict[str, list[str]]]
+    """Per layer of the output: channel axis → per expert the channels that stay
+    (``selection.encode``), one entry for an FFN that is no expert. Empty: none chosen yet."""
+    dropped: list[str]
+    """Tensors that go, with ``{expert}`` for numbers: layers that only guess ahead."""
+    dequantize: bool
+    """Whether FP8 weights become bf16."""
+    vocabulary: VocabularyCost | None
+    """What the cut of the vocabulary costs; None where it stays whole."""
+    provenance: Provenance
+    layers: list[list[int]] = []
+    """Per layer of the output the source's layers that it is made of: one that stays, or several
+    that become one, W of the first + Σ (W of another − W of the first) (LaCo, arXiv 2402.11187).
+    Empty: all layers stay as they are."""
+    replaced: Replacement | None = None
+    """Tensors that come from a file of their own."""
+    family: str | None = None
+    """Model type as which the source is treated; None is its own."""
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        """Check that the kept rows are as many as the sizes say; ``edits`` checks the channels."""
+        counts = {
+            "format": (self.format, FORMAT),
+            "rowless_tokens": (self.rowless_tokens, min(max(self.rowless_tokens, 0), MOST_ROWLESS)),
+            "kept_tokens": (len(self.ids().kept), self.after.vocab_size),
+            "layers": (
+                len(self.layers) or self.before.num_hidden_layers,
+                self.after.num_hidden_layers,
+            ),
+        }
+        for name, (found, expected) in counts.items():
+            if found != expected:
+                raise PlanError(
+                    name,
+                    "does not match the rest of the plan",
+                    expected=expected,
+                    found=found,
+                    fix=MAKE_AGAIN,
+                )
+
+    @property
+    def complete(self) -> bool:
+        """Whether the channels are chosen, so that the plan can be applied."""
+        return bool(self.kept_channels) or self.after.widths == self.before.widths
+
+    def ids(self) -> IdMap:
+        """The map from old to new token ids."""
+        kept = index_sets.decode(self.kept_tokens, self.before.vocab_size, "kept_tokens")
+        return IdMap(kept, self.before.vocab_size, self.rowless_tokens)
+
+    def channels(self, layer: int, axis: str, channels: int, experts: int = 1) -> list[np.ndarray]:
+        """Channels of ``layer`` that stay, ascending, one array per expert.
+
+        Args:
+            layer: Number of the layer in the output.
+            axis: One of ``family.WIDTHS``.
+            channels: Length of the axis in the source.
+            experts: Of the layer on this axis.
+
+        Raises:
+            PlanError: the plan has no such layer, or other experts.
+        """
+        if not self.kept_channels:
+            return [np.arange(channels)] * experts
+        where = f"kept_channels of layer {layer}"
+        texts = self.kept_channels[layer].get(axis) if layer < len(self.kept_channels) else None
+        if texts is None or len(texts) != experts:
+            raise PlanError(
+                f"{where}: {axis}",
+                "is not for as many experts as the source has",
+                expected=experts,
+                found=len(texts or ()),
+                fix=MAKE_AGAIN,
+            )
+        return [index_sets.decode(text, channels, f"{where}: {axis}") for text in texts]
+
+    def table(self) -> str:
+        """Before, after and removed share of each size, then the notes, as text for people."""
+        before, after = self.before, self.after
+        sizes = [("vocab_size", before.vocab_size, after.vocab_size)]
+        sizes += [(key, before.widths[key], after.widths[key]) for key in before.widths]
+        if self.layers:
+            sizes.append(("layers", before.num_hidden_layers, after.num_hidden_layers))
+        sizes.append(("parameters", before.parameters, after.parameters))
+        sizes.append(("bytes of weights", before.nbytes, after.nbytes))
+        wide = max(20, 2 + max(len(label) for label, _, _ in sizes))
+        rows = [f"{'':<{wide}}{'before':>18}{'after':>18}{'removed':>10}"]
+        for label, old, new in sizes:
+            rows.append(f"{label:<{wide}}{old:>18,}{new:>18,}{1 - new / old:>10.2%}")
+        if self.vocabulary is not None:
+            rows += ["", *_vocabulary_rows(self.vocabulary)]
+        if self.layers:
+            rows.append(f"layers: {spelled_layers(self.layers)}")
+        rows += [f"note: {note}" for note in self.provenance.notes]
+        if self.dropped:
+            rows.append(f"note: left out, for they only guess ahead: {', '.join(self.dropped)}")
+        if not self.complete:
+            rows.append("note: sizes only; give `stats` to choose the channels and apply the plan")
+        return "\n".join(rows)
+
+    def encode(self) -> bytes:
+        """The plan as JSON; the same plan gives the same bytes."""
+        return dump_table(self)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the plan does: ``encode`` without the places of its files."""
+        replaced = self.replaced and msgspec.structs.replace(self.replaced, file="")
+        bare = msgspec.structs.replace(self, output=None, replaced=replaced)
+        return hashlib.sha256(bare.encode()).hexdigest()
+
+    def save(self, path: Path | str) -> None:
+        """Write plan.json atomically."""
+        write_atomic(Path(path), self.encode())
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Plan":
+        """Read and validate a plan.
+
+        Raises:
+            PlanError: not a plan, or its parts contradict each other.
+        """
+        path = Path(path)
+        try:
+            return msgspec.json.decode(read_file(path), type=cls)
+        except PlanError as error:
+            raise error.inside(path) from error
+        except OSError as error:
+            raise PlanError(
+                path, "cannot be read", found=error.strerror, fix="name the plan's file"
+            ) from error
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+            raise PlanError(path, "is not a plan", found=error, fix=MAKE_AGAIN) from error
+
+
+def _vocabulary_rows(cost: VocabularyCost) -> list[str]:
+    """Tokens that each script loses, and tokens per byte of its text where there is some."""
+    lost = [script for script in cost.scripts if script.tokens_before > script.tokens_after]
+    lost.sort(key=lambda script: script.tokens_after - script.tokens_before)
+    heads = f"{'tokens of':<20}{'before':>18}{'after':>18}{'removed':>10}"
+    measured = cost.text_bytes > 0
+    rows = [heads + (f"{'text grows':>12}" if measured else "")]
+    for script in lost[:SHOWN_SCRIPTS]:
+        share = 1 - script.tokens_after / script.tokens_before
+        row = f"{script.script:<20}{script.tokens_before:>18,}{script.tokens_after:>18,}"
+        rows.append(f"{row}{share:>10.2%}{_growth(script):>12}".rstrip())
+    if len(lost) > SHOWN_SCRIPTS:
+        rows.append(f"and {len(lost) - SHOWN_SCRIPTS} other scripts, in the plan's file")
+    if cost.tokens_per_byte_before and cost.tokens_per_byte_after:
+        before, after = cost.tokens_per_byte_before, cost.tokens_per_byte_after
+        rows.append(
+            f"tokens per byte of the text: {before:.4f} before, {after:.4f} after "
+            f"({after / before - 1:+.1%})"
+        )
+    else:
+        rows.append("note: `data` shows how much longer text becomes")
+    return rows
+
+
+def _growth(script: ScriptCost) -> str:
+    return f"{script.growth:+.1%}" if script.text_tokens_before else ""
+
+
+class ProvenanceFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """compact_surgery.json: what made this checkpoint."""
+
+    version: str
+    """Of compact-surgery."""
+    plan_digest: str
+    plan: Plan
+    """With ``output`` left out, so that the same plan gives the same bytes anywhere."""

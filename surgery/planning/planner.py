@@ -1,0 +1,212 @@
+"""From headers, sizes and statistics to a plan; no weights are read."""
+
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+
+from surgery.errors import StatsError
+from surgery.families.schema import EXPERT
+from surgery.files import index_sets
+from surgery.layout.layout import Layout
+from surgery.planning.layers import check_layers, kind_notes, spelled_layers
+from surgery.planning.plan import Plan, Provenance
+from surgery.planning.request import SizeChoice
+from surgery.planning.shapes import axis_lengths, blocks, check_blocks, shape_of
+from surgery.planning.sizes import TOLERANCE, Sizes, check_sizes, whole
+from surgery.stats.channel_stats import ChannelStats
+from surgery.stats.channels import bucket_weights, choose_channels, unseen_experts
+from surgery.tokenizer.id_map import IdMap
+from surgery.vocabulary.cost import VocabularyCost
+
+
+def plan_cut(
+    layout: Layout,
+    choice: SizeChoice,
+    stats: ChannelStats | None = None,
+    *,
+    cost: VocabularyCost | None = None,
+    output: Path | None = None,
+) -> Plan:
+    """Plan the cut of ``layout`` to the sizes of ``choice``; no weights are read.
+
+    Without ``stats`` the plan predicts sizes but, where channels go, cannot be applied.
+
+    Args:
+        layout: The model.
+        choice: The sizes, the order of the vocabulary, and how channels are chosen.
+        stats: What the channels are chosen by.
+        cost: What the cut of the vocabulary costs, where that is known.
+        output: Directory that the plan names.
+
+    Raises:
+        BudgetError: a size out of reach, or not in whole blocks of FP8 weights.
+        StatsError: the statistics belong to another model, or an expert saw too few tokens.
+    """
+    sizes, channels = choice.sizes, choice.request.channels
+    check_sizes(layout, sizes)
+    check_blocks(layout, sizes)
+    check_layers(layout, sizes.layers)
+    ids = choice.rarity.id_map(sizes.vocab_size)
+    notes = _notes(layout, choice, cost)
+    kept_channels: list[dict[str, list[str]]] = []
+    if stats is not None:
+        check_stats(layout, stats)
+        experts = layout.family.widths.get(EXPERT)
+        if experts and sizes.widths.get(experts.key) != layout.widths.get(experts.key):
+            check_experts(stats, channels.min_expert_tokens)
+        notes += _approximations(stats, ids, channels.criterion)
+        if sizes.widths != layout.widths:
+            notes += _other_text(stats, ids) + _other_layers(sizes)
+        kept_channels = _encoded(layout, stats, ids, sizes, channels.criterion)
+    return Plan(
+        source=layout.checkpoint.source,
+        fingerprint=layout.checkpoint.fingerprint,
+        output=str(output.absolute()) if output else None,
+        before=shape_of(layout, whole(layout)),
+        after=shape_of(layout, sizes),
+        kept_tokens=index_sets.encode(ids.kept, layout.vocab_size),
+        rowless_tokens=choice.rarity.rowless,
+        kept_channels=kept_channels,
+        dropped=layout.dropped,
+        dequantize=sizes.dequantize,
+        layers=[list(group) for group in sizes.layers],
+        vocabulary=cost,
+        family=layout.checkpoint.family,
+        provenance=Provenance(
+            criterion=channels.criterion,
+            ratio=choice.request.sizes.ratio,
+            text_digest=stats.info.text_digest if stats else None,
+            calibration_tokens=stats.info.tokens if stats else 0,
+            notes=notes,
+        ),
+    )
+
+
+def _encoded(
+    layout: Layout, stats: ChannelStats, ids: IdMap, sizes: Sizes, criterion: str
+) -> list[dict[str, list[str]]]:
+    """The channels that stay, as the plan holds them."""
+    full = axis_lengths(layout, layout.widths)
+    lengths = axis_lengths(layout, sizes.widths)
+    by_key = {} if sizes.dequantize else blocks(layout)
+    by_axis = {axis: by_key.get(width.key, 1) for axis, width in layout.family.widths.items()}
+    kept = choose_channels(stats, ids, lengths, criterion, by_axis)
+    if sizes.layers:
+        kept = [kept[group[0]] for group in sizes.layers]
+    return [
+        {
+            axis: [index_sets.encode(k, full[axis]) for k in of_axis]
+            for axis, of_axis in axes.items()
+        }
+        for axes in kept
+    ]
+
+
+def check_stats(layout: Layout, stats: ChannelStats) -> None:
+    """Refuse statistics of another model.
+
+    Raises:
+        StatsError: its fingerprint or a size is another.
+    """
+    if stats.info.fingerprint != layout.checkpoint.fingerprint:
+        raise StatsError(
+            stats.where,
+            "were taken from another model",
+            expected=f"fingerprint {layout.checkpoint.fingerprint[:12]}",
+            found=stats.info.fingerprint[:12],
+            fix=f"calibrate {layout.checkpoint.path}",
+        )
+    full = axis_lengths(layout, layout.widths)
+    expected = [
+        {axis: (experts, full[axis]) for axis, experts in axes.items()}
+        for axes in layout.ffn_outputs
+    ]
+    found = [{axis: sums.sum_sq.shape[1:] for axis, sums in a.items()} for a in stats.layers]
+    if found != expected or len(stats.token_counts) != layout.vocab_size:
+        layer = next((i for i, (a, b) in enumerate(zip_longest(found, expected)) if a != b), 0)
+        raise StatsError(
+            stats.where,
+            f"have other sizes than the model (layers, experts and channels of layer {layer}, "
+            "tokens)",
+            expected=(len(expected), *expected[layer : layer + 1], layout.vocab_size),
+            found=(len(found), *found[layer : layer + 1], len(stats.token_counts)),
+            fix="calibrate again",
+        )
+
+
+def check_experts(stats: ChannelStats, least: int) -> None:
+    """Refuse to rank the channels of experts that hardly saw a token.
+
+    Raises:
+        StatsError: one saw fewer than ``least``.
+    """
+    few = unseen_experts(stats, least)
+    if few:
+        layer = next(iter(few))
+        raise StatsError(
+            stats.where,
+            f"{sum(map(len, few.values()))} experts saw too few tokens to rank their channels, "
+            f"such as expert {few[layer][0]} of layer {layer}",
+            expected=f"at least {least}",
+            found=int(stats.layers[layer][EXPERT].tokens[:, few[layer][0]].sum()),
+            fix="calibrate with more text, or accept it with `min_expert_tokens`",
+        )
+
+
+def _notes(layout: Layout, choice: SizeChoice, vocabulary: VocabularyCost | None) -> list[str]:
+    """What follows from the sizes alone."""
+    sizes, ratio = choice.sizes, choice.request.sizes.ratio
+    notes = vocabulary.warnings() if vocabulary else []
+    misread = layout.family.misread_vocab_sizes.get(sizes.vocab_size)
+    if vocabulary and misread:
+        notes.append(f"vocab_size {sizes.vocab_size}: {misread}; another size avoids that")
+    full = layout.parameters(layout.vocab_size, layout.widths)
+    left = layout.with_layers(sizes.layers).parameters(sizes.vocab_size, sizes.widths)
+    reached = 1 - left / full
+    if ratio is not None and abs(reached - ratio) > TOLERANCE:
+        notes.append(f"the steps of the sizes reach {reached:.1%}, not {ratio:.1%}")
+    notes += kind_notes(layout, sizes.layers) if sizes.layers else []
+    if sizes.dequantize:
+        notes.append("FP8 weights become bf16, in which each has two bytes instead of one")
+    if layout.checkpoint.family is not None:
+        kind = layout.checkpoint.config.get("model_type")
+        notes.append(
+            f"treated as {layout.checkpoint.family}; config.json keeps model type {kind}, "
+            "which whatever loads the output has to know"
+        )
+    return notes
+
+
+def _other_layers(sizes: Sizes) -> list[str]:
+    collapsed = [group for group in sizes.layers if len(group) > 1]
+    if not sizes.layers:
+        return []
+    notes = ["the statistics were taken with all layers in place"]
+    if collapsed:
+        notes.append(f"channels of {spelled_layers(collapsed)} are chosen by the first layer's")
+    return notes
+
+
+def _other_text(stats: ChannelStats, ids: IdMap) -> list[str]:
+    seen = stats.info.vocab_size or ids.old_size
+    if seen == ids.new_size:
+        return []
+    return [
+        f"the statistics are of text as {seen} rows cut it; calibrating with `vocab_size` "
+        f"{ids.new_size} takes them on what the pruned model will see"
+    ]
+
+
+def _approximations(stats: ChannelStats, ids: IdMap, criterion: str) -> list[str]:
+    weights = bucket_weights(stats, ids)
+    partial = np.flatnonzero((weights > 0) & (weights < 1))
+    if criterion not in ("common-act2", "wanda") or not len(partial):
+        return []
+    edges = [0, *stats.info.bucket_edges]
+    parts = ", ".join(f"{edges[b]}-{edges[b + 1]} by {weights[b]:.1%}" for b in partial)
+    return [
+        f"vocab_size {ids.new_size} lies inside a bucket of the statistics, which counts by the "
+        f"share of its occurrences that stay ({parts}); "
+        f"calibrating with `vocab_sizes` {ids.new_size} makes it exact"
+    ]

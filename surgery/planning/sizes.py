@@ -1,0 +1,303 @@
+"""From a target ratio to the two sizes (V', I'), in steps that engines can split."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import lcm
+
+import numpy as np
+
+from surgery.errors import BudgetError
+from surgery.families.schema import VOCAB
+from surgery.layout.layout import Layout
+
+VOCAB_PADDING = 64
+"""vLLM and SGLang pad the vocabulary to a multiple of this before they split it.
+
+vllm-project/vllm ``vllm/model_executor/layers/vocab_parallel_embedding.py``,
+sgl-project/sglang ``python/sglang/srt/layers/vocab_parallel_embedding.py``.
+"""
+
+TARGET_KEYS = ("tp", "group")
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What the two sizes must be multiples of."""
+
+    vocab: int
+    """Step of V'."""
+    width: int
+    """Step of I' and of every other FFN width."""
+
+
+def steps(multiple_of: int, *, tp: int = 1, group: int = 1) -> Steps:
+    """Return steps of which every multiple serves ``tp`` ranks and groups of ``group``.
+
+    - Width: gate_proj and up_proj are split over the ranks by output, down_proj by input, and
+      groups run along the input. A rank's part of down_proj has to hold whole groups, so I' is a
+      multiple of ``tp · group`` (``verify_group_size_divides_partition`` in vllm-project/vllm
+      ``vllm/distributed/utils.py``; ``validate_fp8_block_shape`` in
+      ``vllm/model_executor/layers/quantization/utils/fp8_utils.py`` and in sgl-project/sglang
+      ``python/sglang/srt/layers/quantization/fp8_utils.py``). A part in multiples of 128 is also
+      whole tiles of Marlin (``marlin_utils.py`` beside it: 64 outputs by 128 inputs).
+    - Vocabulary: embeddings and lm_head are split by rows. Groups run along the hidden size, so
+      ``group`` asks nothing of V'. vLLM pads V' to 64 and then needs ``tp`` to divide it: a ``tp``
+      that does not divide 64 has V' a multiple of 64 too, for the padding to add nothing.
+
+    Raises:
+        BudgetError: ``multiple_of`` below 1.
+    """
+    if multiple_of < 1:
+        raise BudgetError(
+            "`multiple_of`",
+            "is no step",
+            expected="1 or more",
+            found=multiple_of,
+            fix="give a whole number, such as 128",
+        )
+    padding = VOCAB_PADDING if VOCAB_PADDING % tp else 1
+    return Steps(vocab=lcm(multiple_of, tp, padding), width=lcm(multiple_of, tp * group))
+
+
+def parse_target(text: str, multiple_of: int) -> Steps:
+    """Return the steps that ``target``, such as ``"tp=4,group=128"``, asks for.
+
+    Raises:
+        BudgetError: an unknown or repeated key, or a value that is no number from 1 to 999999.
+    """
+    given: dict[str, int] = {}
+    for part in text.split(","):
+        key, _, value = (word.strip() for word in part.partition("="))
+        if key not in TARGET_KEYS:
+            raise _target_error("has no such key", " or ".join(TARGET_KEYS), key)
+        if key in given:
+            raise _target_error("names a key twice", f"{key} once", text)
+        if not re.fullmatch("[0-9]{1,6}", value) or int(value) == 0:
+            raise _target_error(f"has no size for {key}", "a whole number from 1 to 999999", value)
+        given[key] = int(value)
+    return steps(multiple_of, tp=given.get("tp", 1), group=given.get("group", 1))
+
+
+def _target_error(problem: str, expected: str, found: str) -> BudgetError:
+    fix = "write it as tp=4,group=128"
+    return BudgetError("`target`", problem, expected=expected, found=repr(found[:40]), fix=fix)
+
+
+MULTIPLE_OF = 128
+"""Engines want sizes that divide evenly over tiles and devices."""
+
+STEPS = Steps(MULTIPLE_OF, MULTIPLE_OF)
+
+TOLERANCE = 0.005
+"""How far, in parts of all parameters, the reached ratio may lie from the target."""
+
+CANDIDATE_RATIOS = (0.1, 0.2, 0.35, 0.5)
+"""Targets for which a calibration that was told no sizes is exact."""
+
+BEYOND = 2
+"""How much worse it is to cut the vocabulary beyond the rule than to stay below it.
+
+In coarse steps of I', the nearest pair cut 95 % of SmolLM2-135M's vocabulary at a ratio of 0.2, and
+its text took 47 % more tokens.
+"""
+
+VOCAB_CAP = 2 / 3
+CAP_PER_SHARE = 3.75
+ROWS_AT_NOTHING = 40 << 10
+"""The rule, fitted to the sweep-found pairs of the paper's Table 8 and to searches of our own (see
+``vocabulary_first``)."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The knobs."""
+
+    vocab_size: int
+    """V': rows of the embedding."""
+    widths: Mapping[str, int]
+    """Key of config.json → I': channels of every FFN, or expert, of this kind."""
+    dequantize: bool = False
+    """Whether weights in FP8 become bf16, with twice the bytes and no blocks to keep whole."""
+    layers: Sequence[Sequence[int]] = ()
+    """As in a plan; empty: all layers stay as they are."""
+
+
+def whole(layout: Layout) -> Sizes:
+    """The sizes of the source."""
+    return Sizes(layout.vocab_size, layout.widths)
+
+
+def check_sizes(layout: Layout, sizes: Sizes) -> None:
+    """Refuse a width that the model does not have; V' is the vocabulary's to check.
+
+    Raises:
+        BudgetError: I' above I or below 1.
+    """
+    for key, size in sizes.widths.items():
+        if not 1 <= size <= layout.widths.get(key, 0):
+            raise BudgetError(
+                f"`widths` {key}" if len(layout.widths) > 1 else "`intermediate_size`",
+                "is out of reach",
+                expected=f"1 to {layout.widths.get(key, 0)} (the source's channels)",
+                found=size,
+                fix="choose a size in this range",
+            )
+
+
+def vocabulary_first(layout: Layout, removed: float) -> float:
+    """How many of ``removed`` parameters to take from the vocabulary.
+
+    Table 8's sweeps cut the vocabulary first, up to a share of it that grows with what the
+    vocabulary weighs in the model: about two thirds where it holds a fifth or more of the
+    parameters (0.5B and 1B), 47 % at 13 % (8B), 13 % at 3 % (70B). So the cap is
+    ``min(2/3, 3.75 · vocabulary's share)`` of the vocabulary; the rest comes from the channels.
+    No sweep went below 33,792 rows. In searches of SmolLM2-135M (V 49,152) the best rows were some
+    35,000 at a ratio of 0.1, 28,000 at 0.2 and 21,000 at 0.35, with ``repair`` 37,000 and 30,000
+    at the last two: ``40,960 · (1 − ratio)`` stay. In those of Gemma 3 270M (V 262,144) it was the
+    vocabulary alone that went.
+    """
+    total = layout.parameters(layout.vocab_size, layout.widths)
+    vocabulary = layout.vocab_size * layout.axis_cost(VOCAB)
+    cap = min(VOCAB_CAP, CAP_PER_SHARE * vocabulary / total) * vocabulary
+    rows = ROWS_AT_NOTHING * (1 - removed / total)
+    spare = max(0.0, layout.vocab_size - rows) * layout.axis_cost(VOCAB)
+    return min(removed, cap, spare)
+
+
+def split(layout: Layout, ratio: float, smallest_vocab: int, steps: Steps = STEPS) -> Sizes:
+    """Choose the sizes that remove ``ratio`` of all parameters, close to the rule's split.
+
+    Every I' of the costliest width (a multiple of its step, or I itself) is paired with the V'
+    that meets the target; other widths shrink by the same share. Of the pairs within
+    ``TOLERANCE`` the one nearest to ``vocabulary_first`` wins. Where a step of I' is so large a
+    part of the model that there is none, as in mixtures of experts, the pair nearest to the target
+    is taken if it lies within half a step.
+
+    Args:
+        layout: The source.
+        ratio: Removed parameters over all parameters, tied embeddings counted once.
+        smallest_vocab: Rows that have to stay.
+        steps: What the sizes must be multiples of.
+
+    Raises:
+        BudgetError: no pair of allowed sizes meets the target.
+    """
+    total = layout.parameters(layout.vocab_size, layout.widths)
+    row = layout.axis_cost(VOCAB)
+    target = vocabulary_first(layout, ratio * total)
+    found: list[tuple[float, float, Sizes]] = []
+    for error, sizes in _pairs(layout, ratio, smallest_vocab, steps):
+        removed = (layout.vocab_size - sizes.vocab_size) * row
+        found.append((error, max(target - removed, (removed - target) * BEYOND), sizes))
+    exact = [(distance, error, sizes) for error, distance, sizes in found if error <= TOLERANCE]
+    if exact:
+        return min(exact, key=lambda pair: pair[0])[2]
+    error, _, sizes = min(found, key=lambda pair: pair[:2])
+    gone = [_removed(layout, widths) / total for widths in _width_choices(layout, steps.width)]
+    if error > TOLERANCE + max((a - b for a, b in pairwise(gone)), default=0) / 2:
+        raise _unreachable(layout, ratio, smallest_vocab, steps)
+    return sizes
+
+
+def pairs_at(
+    layout: Layout, ratio: float, smallest_vocab: int, steps: Steps = STEPS
+) -> list[Sizes]:
+    """Return every pair within ``TOLERANCE`` of the target, the smallest vocabulary first.
+
+    A vocabulary that need not be cut stays whole. Where a step of I' is so large that there is
+    none, the pair that ``split`` takes is all.
+
+    Raises:
+        BudgetError: as ``split``.
+    """
+    found = [
+        sizes for error, sizes in _pairs(layout, ratio, smallest_vocab, steps) if error <= TOLERANCE
+    ]
+    found = found or [split(layout, ratio, smallest_vocab, steps)]
+    total = layout.parameters(layout.vocab_size, layout.widths)
+    for place, sizes in enumerate(found):
+        if abs(_removed(layout, sizes.widths) / total - ratio) <= TOLERANCE:
+            found[place] = Sizes(layout.vocab_size, sizes.widths)
+    return sorted(found, key=lambda sizes: sizes.vocab_size)
+
+
+def _pairs(
+    layout: Layout, ratio: float, smallest_vocab: int, steps: Steps
+) -> list[tuple[float, Sizes]]:
+    """Each I' with the V' nearest to the target, and how far from it they end, in parts of all.
+
+    Raises:
+        BudgetError: the target is no share.
+    """
+    total = layout.parameters(layout.vocab_size, layout.widths)
+    if not 0 < ratio < 1:
+        raise BudgetError(
+            "`ratio`",
+            "is no share of the parameters",
+            expected="above 0, below 1",
+            found=ratio,
+            fix="choose one",
+        )
+    row = layout.axis_cost(VOCAB)
+    found = []
+    for widths in _width_choices(layout, steps.width):
+        rest = ratio * total - _removed(layout, widths)
+        wanted = layout.vocab_size - rest / row
+        vocab_size = _nearest(wanted, smallest_vocab, layout.vocab_size, steps.vocab)
+        removed = (layout.vocab_size - vocab_size) * row
+        found.append((abs(removed - rest) / total, Sizes(vocab_size, widths)))
+    return found
+
+
+def candidate_vocab_sizes(layout: Layout, smallest_vocab: int) -> list[int]:
+    """V' of the usual ratios, ascending, V included: the statistics' default bucket edges."""
+    sizes = {layout.vocab_size}
+    for ratio in CANDIDATE_RATIOS:
+        try:
+            sizes.add(split(layout, ratio, smallest_vocab).vocab_size)
+        except BudgetError:
+            continue
+    return sorted(sizes)
+
+
+def _width_choices(layout: Layout, step: int) -> list[dict[str, int]]:
+    """Every I' of the costliest width with the others at the nearest same share."""
+    if not layout.widths:
+        return [{}]
+    first, full = next(iter(layout.widths.items()))
+    return [
+        {key: _nearest(size / full * width, 1, width, step) for key, width in layout.widths.items()}
+        | {first: size}
+        for size in _steps(1, full, step)
+    ]
+
+
+def _removed(layout: Layout, widths: Mapping[str, int]) -> int:
+    """Parameters that go with the channels beyond ``widths``."""
+    return sum((layout.widths[key] - size) * layout.axis_cost(key) for key, size in widths.items())
+
+
+def _steps(low: int, high: int, step: int) -> list[int]:
+    first = -(-low // step) * step
+    return sorted({*range(first, high + 1, step), high})
+
+
+def _nearest(wanted: float, low: int, high: int, step: int) -> int:
+    return min(_steps(low, high, step), key=lambda size: abs(size - wanted))
+
+
+def _unreachable(layout: Layout, ratio: float, smallest_vocab: int, steps: Steps) -> BudgetError:
+    total = layout.parameters(layout.vocab_size, layout.widths)
+    rows = layout.vocab_size - np.array(_steps(smallest_vocab, layout.vocab_size, steps.vocab))
+    channels = [_removed(layout, widths) for widths in _width_choices(layout, steps.width)]
+    removed = np.add.outer(rows * layout.axis_cost(VOCAB), channels) / total
+    nearest = removed.flat[np.argmin(np.abs(removed - ratio))]
+    return BudgetError(
+        "`ratio`",
+        f"no sizes in steps of {steps.vocab} and {steps.width} meet it",
+        expected=f"at most {removed.max():.4f}; nearest is {nearest:.4f}",
+        found=ratio,
+        fix="choose another ratio, or give `vocab_size` and `intermediate_size`",
+    )

@@ -1,0 +1,1 @@
+"""What a checkpoint of an unknown model type may be."""

@@ -1,0 +1,203 @@
+"""An entry of the table of families, proposed as Python text from what a checkpoint shows."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+from surgery.families.blocks import (
+    LAYER,
+    attention,
+    ends,
+    fused,
+    gated,
+    into,
+    norms,
+    optional,
+    out_of,
+    packed,
+    per_layer,
+    router,
+    transposed,
+)
+from surgery.families.schema import EXPERT, FFN, SHARED, STACK, Dim, Family, Slot, Width
+from surgery.probe.evidence import AxisCut, AxisLength, Evidence, Tensors, cuts, group_of, lengths
+
+_BLOCKS = {FFN: "dense", EXPERT: "experts", SHARED: "shared"}
+_GATED = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Slots and the Python text that makes them."""
+
+    text: str
+    slots: tuple[Slot, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A proposed entry and its text."""
+
+    text: str
+    family: Family
+
+    @classmethod
+    def of(cls, seen: Evidence) -> "Entry":
+        """Put an entry together from building blocks.
+
+        Raises:
+            FamilyError: what is seen shows no embedding.
+        """
+        embedding, head = seen.tables
+        found = lengths(seen)
+        pieces = _pieces(seen, found)
+        widths = {axis: Width(length.key, length.times) for axis, length in found.items()}
+        options: dict[str, Any] = {"tied": not head, "widths": widths, "depth": seen.depth}
+        options |= {"embedding": embedding, "head": head or "lm_head.weight"}
+        options |= {"carried": tuple(f"{module}." for module in seen.elsewhere)}
+        options |= {"draft_layers": seen.draft_layers}
+        family = Family(tuple(s for piece in pieces for s in piece.slots), **options)
+        plain = Family((), tied=False)
+        words = [
+            f"{name}={_value(value)}"
+            for name, value in options.items()
+            if name == "tied" or value != getattr(plain, name)
+        ]
+        slots = "\n    + ".join(piece.text for piece in pieces)
+        lines = ",\n    ".join([slots, *words])
+        return cls(f"Family(\n    {lines},\n)", family)
+
+
+def _pieces(seen: Evidence, lengths: Mapping[str, AxisLength]) -> list[Piece]:
+    """Building blocks for every tensor, the tensors that no block has one by one."""
+    at = f"{seen.layers}.{{layer}}."
+    pieces = [_ends(seen)]
+    for group, block in (("attention", attention), ("norms", norms)):
+        found = [t for t in seen.inside if t.group == group and t.everywhere]
+        weights = [t.path for t in found if t.part == "weight"]
+        if weights:
+            pieces.append(_call(block, *weights, at=at))
+    for axis, length in lengths.items():
+        pieces += _channels(seen, axis, length, at)
+    known = {slot.name for piece in pieces for slot in piece.slots}
+    rest = [tensors for tensors in seen.inside if tensors.name not in known]
+    pieces += _leftover(rest, at, EXPERT in lengths)
+    elsewhere = tuple(f"{module}." for module in seen.elsewhere)
+    alone = [n for n in seen.outside if n not in known and not n.startswith(elsewhere)]
+    return pieces + [_call(per_layer, group_of(name), name, at="") for name in alone]
+
+
+def _ends(seen: Evidence) -> Piece:
+    embedding, head = (name.removesuffix(".weight") for name in seen.tables)
+    norm = seen.final_norm
+    piece = _call(ends, embedding=embedding, norm=norm or "model.norm", head=head or "lm_head")
+    if norm:
+        return piece
+    return Piece(f"optional('norms', {piece.text})", optional("norms", piece.slots))
+
+
+def _channels(seen: Evidence, axis: str, length: AxisLength, at: str) -> list[Piece]:
+    """The linear maps into and out of the channels of ``axis``, and their biases."""
+    found = cuts(seen, axis, length)
+    always = all(cut.tensors.everywhere for cut in found)
+    block = "" if axis == FFN and always else _BLOCKS[axis]
+    common = {"axis": axis, "block": block}
+    if at == LAYER and (path := _gated(found)):
+        return [_call(gated, path=path, **common)]
+    return _pair(found, axis, at) or [p for c in found for p in _map(seen, c, common, at)]
+
+
+def _gated(cuts: list[AxisCut]) -> str:
+    """Module of the FFN whose three usual projections ``cuts`` are, or ""."""
+    path = cuts[0].tensors.path.rpartition(".")[0]
+    found = {c.tensors.local: c.out for c in cuts if c.copies == 1 and c.dim == int(c.out)}
+    usual = {f"{path}.{name}.weight": name == "down_proj" for name in _GATED}
+    return path if found == usual and len(cuts) == len(usual) else ""
+
+
+def _pair(cuts: list[AxisCut], axis: str, at: str) -> list[Piece]:
+    """One block for two Conv1D, or for packed experts without biases."""
+    if len(cuts) != 2 or cuts[0].out == cuts[1].out:
+        return []
+    first, second = sorted(cuts, key=lambda cut: cut.out)
+    names = [cut.tensors.local for cut in (first, second)]
+    where = (first.dim, second.dim)
+    if first.tensors.stacked and first.copies == 2 and where in ((1, 2), (2, 1)):
+        if at == LAYER:
+            return [_call(packed, *names, transposed=where == (2, 1))]
+    elif axis == FFN and first.copies == 1 and where == (1, 0):
+        return [_call(transposed, *(cut.tensors.path for cut in (first, second)), at=at)]
+    return []
+
+
+def _map(seen: Evidence, cut: AxisCut, common: Mapping[str, Any], at: str) -> list[Piece]:
+    """A linear map by itself."""
+    found = cut.tensors
+    linear = not found.stacked and len(found.shape) == 2 and found.part == "weight"
+    if linear and cut.dim == int(cut.out):
+        function = out_of if cut.out else fused if cut.copies == 2 else into
+        return [_call(function, found.path, **common, at=at)]
+    carried = Dim(common["axis"], cut.copies)
+    axes: list[Dim | str | None] = [None] * len(found.shape)
+    axes[cut.dim] = carried if cut.copies > 1 else common["axis"]
+    if found.stacked:
+        axes[0] = STACK
+    block = "packed" if found.stacked else common["block"]
+    watched = cut.out
+    piece = [_single(Slot(found.name, "ffn", tuple(axes), block=block, ffn_output=watched))]
+    if not found.stacked and not cut.out:
+        bias = [t.name for t in seen.inside if t.local == f"{found.path}.bias"]
+        piece += [_single(Slot(n, "ffn", (axes[cut.dim],), False, block)) for n in bias]
+    return piece
+
+
+def _leftover(rest: Iterable[Tensors], at: str, routed: bool) -> list[Piece]:
+    """Tensors that are never cut and that no block names."""
+    found: dict[tuple[str, bool], list[str]] = {}
+    for tensors in rest:
+        group = "router" if tensors.group == "ffn" and routed else tensors.group
+        found.setdefault((group, tensors.everywhere), []).append(tensors.local)
+    pieces = []
+    for (group, everywhere), names in found.items():
+        if group == "router" and at == LAYER:
+            pieces.append(_call(router, *names, required=everywhere))
+        else:
+            group = "ffn" if group == "router" else group
+            pieces.append(_call(per_layer, group, *names, required=everywhere, at=at))
+    return pieces
+
+
+def _call(make: Callable[..., tuple[Slot, ...]], *names: str, **options: Any) -> Piece:
+    """A building block with the options that are not its defaults."""
+    known = signature(make).parameters
+    given = {k: v for k, v in options.items() if k in known and v != known[k].default}
+    words = [repr(name) for name in names]
+    words += [f"{k}={v.upper() if k == 'axis' else _value(v)}" for k, v in given.items()]
+    return Piece(f"{make.__name__}({', '.join(words)})", make(*names, **given))
+
+
+def _single(slot: Slot) -> Piece:
+    axes = ", ".join(map(_axis, slot.axes)) + ("," if len(slot.axes) == 1 else "")
+    more = "" if slot.required else ", required=False"
+    more += f", block={slot.block!r}" if slot.block else ""
+    more += ", ffn_output=True" if slot.ffn_output else ""
+    return Piece(f"(Slot({slot.name!r}, {slot.group!r}, ({axes}){more}),)", (slot,))
+
+
+def _axis(axis: Dim | str | None) -> str:
+    if isinstance(axis, Dim):
+        return f"Dim({axis.axis.upper()}, copies={axis.copies})"
+    return "None" if axis is None else axis.upper()
+
+
+def _value(value: Any) -> str:
+    """Python text of an argument; widths by the names of their axes."""
+    if not isinstance(value, dict):
+        return repr(value)
+    pairs = (f"{axis.upper()}: {_width(width)}" for axis, width in value.items())
+    return "{" + ", ".join(pairs) + "}"
+
+
+def _width(width: Width) -> str:
+    return f"Width({', '.join(map(repr, filter(None, (width.key, width.times))))})"

@@ -1,0 +1,1 @@
+"""Channel statistics: their file, the channels they choose, their sum."""

@@ -1,0 +1,376 @@
+"""Channel statistics as a file: what calibration measured and planning reads; added up."""
+
+import errno
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from surgery.errors import StatsError
+from surgery.families.schema import WIDTHS
+from surgery.files.atomic import errors_name, new_file
+from surgery.files.safetensors_header import encode_header
+from surgery.files.strict_json import open_regular
+
+FORMAT = 3
+KEY = "compact_surgery"
+AGAIN = "calibrate again"
+MAX_BYTES = 1 << 33
+"""Twice what 60 layers of 384 experts with 2,048 channels have in five buckets."""
+
+DTYPES = {"<f8": "F64", "<i8": "I64"}
+PARTS = ("sum_sq", "sum_abs", "tokens", "sum_l2", "weight_norm")
+COSINES = "cosines"
+ARRAY = re.compile(rf"layers\.(0|[1-9][0-9]{{0,4}})\.({'|'.join(WIDTHS)})\.({'|'.join(PARTS)})")
+
+
+class StatsInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the statistics come from; stored in the file's metadata."""
+
+    fingerprint: str
+    """Of the source checkpoint: config, tokenizer and headers."""
+    text_digest: str
+    """SHA-256 over the calibration windows' token ids, or over ``parts``."""
+    samples: int
+    """Windows of text."""
+    seq_len: int
+    """Tokens per full window."""
+    tokens: int
+    """Tokens that went through the model, special ones included."""
+    bucket_edges: list[int]
+    """Bucket b holds the tokens of rarity rank ``edges[b-1] <= rank < edges[b]``; the last is V."""
+    dtype: str
+    """What the layers computed in."""
+    vocab_size: int | None = None
+    """Rows of the pruned vocabulary that cut the text; None where it was the source's."""
+    parts: list[str] = []
+    """The texts' digests in merged statistics, ascending; none in those of one run."""
+    format: int = FORMAT
+
+    @property
+    def texts(self) -> list[str]:
+        """The digest of each text that was counted."""
+        return self.parts or [self.text_digest]
+
+
+@dataclass(frozen=True, eq=False)
+class AxisSums:
+    """Sums over the input of down_proj on one channel axis of one layer."""
+
+    sum_sq: np.ndarray
+    """float64 ``[buckets, experts, I]``: Σ act² over the tokens of each bucket."""
+    sum_abs: np.ndarray
+    """float64 ``[buckets, experts, I]``: Σ |act|."""
+    tokens: np.ndarray
+    """int64 ``[buckets, experts]``: tokens that each expert saw; one expert where all see all."""
+    sum_l2: np.ndarray
+    """float64 ``[experts, I]``: Σ over windows of the norm √(Σ act²) over the window's tokens."""
+    weight_norm: np.ndarray
+    """float64 ``[experts, I]``: the norm of each channel's column of down_proj."""
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelStats:
+    """Sums over calibration tokens of the input of down_proj."""
+
+    info: StatsInfo
+    layers: list[dict[str, AxisSums]]
+    """Per layer: channel axis (``family.WIDTHS``) → its sums."""
+    token_counts: np.ndarray
+    """int64 ``[V]``: how often each token occurred."""
+    bucket_of: np.ndarray
+    """int64 ``[V]``: bucket of each token."""
+    cosines: np.ndarray
+    """float64 ``[L]``: Σ over tokens of the cosine between what goes into a layer and comes out."""
+    where: object = "statistics"
+    """The file they come from, for errors."""
+
+    @property
+    def block_influence(self) -> np.ndarray:
+        """float64 ``[L]``: 1 − the mean cosine, the importance of a layer by ShortGPT (eq. 1)."""
+        return 1 - self.cosines / max(1, self.info.tokens)
+
+    def save(self, path: Path | str) -> None:
+        """Write the file atomically, an array at a time."""
+        arrays = {
+            "token_counts": self.token_counts,
+            "bucket_of": self.bucket_of,
+            COSINES: self.cosines,
+        }
+        for layer, axes in enumerate(self.layers):
+            for axis, sums in axes.items():
+                for part in PARTS:
+                    arrays[f"layers.{layer}.{axis}.{part}"] = getattr(sums, part)
+        metadata = {KEY: msgspec.json.encode(self.info).decode()}
+        save_arrays(Path(path), arrays, metadata)
+
+    @classmethod
+    def load(cls, path: Path | str) -> "ChannelStats":
+        """Read and validate a statistics file.
+
+        Raises:
+            StatsError: not such a file, or its parts contradict each other.
+        """
+        path = Path(path)
+        with _opened(path) as (info, file):
+            arrays = {name: file.get_tensor(name) for name in list(file.keys())}
+        try:
+            counts, buckets = arrays.pop("token_counts"), arrays.pop("bucket_of")
+            cosines = arrays.pop(COSINES)
+            stats = cls(info, _layers(arrays, path), counts, buckets, cosines, path)
+        except KeyError as error:
+            raise StatsError(path, "lacks an array", expected=error, fix=AGAIN) from error
+        stats.check(path)
+        return stats
+
+    def check(self, path: Path) -> None:
+        """Refuse parts that contradict each other, and sums and counts that are no numbers.
+
+        Raises:
+            StatsError: naming ``path`` and the array.
+        """
+        buckets = len(self.info.bucket_edges)
+        inside = (self.bucket_of >= 0) & (self.bucket_of < buckets)
+        vectors = self.token_counts.ndim == 1 and self.token_counts.shape == self.bucket_of.shape
+        _check_dtypes(path, np.int64, self.token_counts, self.bucket_of)
+        if not vectors or not len(inside) or not inside.all() or self.token_counts.min() < 0:
+            raise StatsError(path, "token counts and buckets do not fit", fix=AGAIN)
+        self._check_cosines(path)
+        for layer, axes in enumerate(self.layers):
+            for axis, sums in axes.items():
+                _check_sums(sums, buckets, f"{path}: layers.{layer}.{axis}")
+
+    def _check_cosines(self, path: Path) -> None:
+        where = f"{path}: {COSINES}"
+        if self.cosines.shape != (len(self.layers),):
+            raise StatsError(
+                where,
+                "is not one number for each layer",
+                expected=[len(self.layers)],
+                found=list(self.cosines.shape),
+                fix=AGAIN,
+            )
+        _check_dtypes(where, np.float64, self.cosines)
+        if not np.isfinite(self.cosines).all():
+            raise StatsError(where, "has a sum that is not finite", fix=AGAIN)
+
+
+def read_info(path: Path) -> StatsInfo:
+    """Read where the statistics in ``path`` come from, and nothing else.
+
+    Raises:
+        StatsError: not a statistics file.
+    """
+    with _opened(path) as (info, _):
+        return info
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[StatsInfo, Any]]:
+    """Yield what a file's metadata say and the file, with safetensors' methods."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with open_regular(path) as opened:
+            if (size := os.fstat(opened.fileno()).st_size) > MAX_BYTES:
+                raise OSError(errno.EFBIG, f"{size:,} bytes, more than {MAX_BYTES:,}")
+        with safe_open(path, framework="numpy") as file:
+            info = msgspec.json.decode((file.metadata() or {}).get(KEY, ""), type=StatsInfo)
+            if info.format != FORMAT:
+                raise StatsError(
+                    path, "has another format", expected=FORMAT, found=info.format, fix=AGAIN
+                )
+            yield info, file
+    except OSError as error:
+        reason = error.strerror or error
+        raise StatsError(
+            path, "cannot be read", found=reason, fix="name the file that calibrate wrote"
+        ) from error
+    except (SafetensorError, msgspec.MsgspecError, MemoryError) as error:
+        raise StatsError(path, "is not a statistics file", found=error, fix=AGAIN) from error
+
+
+def save_arrays(
+    path: Path,
+    arrays: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str],
+    *,
+    sync: bool = True,
+) -> None:
+    """Write a safetensors file of float64 and int64 arrays, so that it is there whole or not.
+
+    ``sync`` is as in ``write_atomic``.
+    """
+    entries = [(name, DTYPES[array.dtype.str], array.shape) for name, array in arrays.items()]
+    with errors_name(path), new_file(path, sync=sync) as made:
+        made.file.write(encode_header(entries, metadata))
+        for array in arrays.values():
+            made.file.write(np.ascontiguousarray(array).data)
+
+
+def _layers(arrays: dict[str, np.ndarray], path: Path) -> list[dict[str, AxisSums]]:
+    """Put the arrays of a file into order; there is one of each part for every axis."""
+    axes: dict[int, set[str]] = {}
+    for name in arrays:
+        match = ARRAY.fullmatch(name)
+        if not match:
+            raise StatsError(f"{path}: {name}", "is no array of statistics", fix=AGAIN)
+        axes.setdefault(int(match[1]), set()).add(match[2])
+    return [
+        {
+            axis: AxisSums(*(arrays[f"layers.{layer}.{axis}.{part}"] for part in PARTS))
+            for axis in sorted(axes.get(layer, ()))
+        }
+        for layer in range(max(axes, default=-1) + 1)
+    ]
+
+
+def _check_sums(sums: AxisSums, buckets: int, where: str) -> None:
+    shape = sums.sum_sq.shape
+    found = [getattr(sums, part).shape for part in PARTS]
+    if len(shape) != 3 or found != [(buckets, *shape[1:])] * 2 + [shape[:2], *[shape[1:]] * 2]:
+        raise StatsError(
+            where,
+            "arrays have different shapes",
+            expected=f"[{buckets}, experts, I]",
+            found=found,
+            fix=AGAIN,
+        )
+    real = (sums.sum_sq, sums.sum_abs, sums.sum_l2, sums.weight_norm)
+    _check_dtypes(where, np.float64, *real)
+    _check_dtypes(where, np.int64, sums.tokens)
+    if not all(np.isfinite(each).all() for each in real):
+        raise StatsError(where, "has a sum that is not finite", fix=AGAIN)
+    if sums.tokens.min(initial=0) < 0:
+        raise StatsError(where, "has a count below 0", fix=AGAIN)
+
+
+def _check_dtypes(where: object, dtype: type, *arrays: np.ndarray) -> None:
+    for array in arrays:
+        if array.dtype != dtype:
+            raise StatsError(
+                where,
+                "has an array of another dtype",
+                expected=np.dtype(dtype),
+                found=array.dtype,
+                fix=AGAIN,
+            )
+
+
+SAME_MODEL = "merge statistics of the same checkpoint"
+NORM_TOLERANCE = 1e-9
+"""Machines add the squares of a column in different orders."""
+
+SAME = {
+    "fingerprint": ("another model's", SAME_MODEL),
+    "bucket_edges": (
+        "counted in other buckets of tokens",
+        "calibrate with the same `vocab_sizes` and options of the vocabulary",
+    ),
+    "dtype": ("taken in another dtype", "calibrate with the same `dtype`"),
+    "vocab_size": (
+        "taken of text that another vocabulary cut",
+        "calibrate with the same `vocab_size`",
+    ),
+    "seq_len": ("taken with other windows", "calibrate with the same `seq_len`"),
+}
+"""Field of StatsInfo → what it means when it differs, and what to do."""
+
+
+def merge_stats(paths: Sequence[Path]) -> ChannelStats:
+    """Add the statistics of runs over separate texts.
+
+    Counts are exact. The sums are float64 and added in the order of the texts' digests, so that
+    the order of ``paths`` changes no bit; merging in several steps may change the last one. Two
+    files are in memory at a time.
+
+    Raises:
+        StatsError: other model, buckets, dtype or windows than the first file, or a text twice.
+    """
+    infos = {path: read_info(path) for path in paths}
+    _check_infos(paths, infos)
+    order = sorted(paths, key=lambda path: infos[path].texts)
+    total = ChannelStats.load(order[0])
+    for path in order[1:]:
+        total = _add(total, ChannelStats.load(path), path)
+    return total
+
+
+def _check_infos(paths: Sequence[Path], infos: Mapping[Path, StatsInfo]) -> None:
+    first = infos[paths[0]]
+    owner: dict[str, Path] = {}
+    for path in paths:
+        for field, (problem, fix) in SAME.items():
+            expected, found = (getattr(info, field) for info in (first, infos[path]))
+            if found != expected:
+                raise _refused(path, problem, _short(expected), _short(found), fix)
+        for text in infos[path].texts:
+            if text in owner:
+                raise StatsError(
+                    path,
+                    "holds a text that would count twice",
+                    found=f"text {text[:12]}, which {owner[text]} holds, too",
+                    fix="name the statistics of each text once",
+                )
+            owner[text] = path
+
+
+def _add(total: ChannelStats, other: ChannelStats, path: Path) -> ChannelStats:
+    if not np.array_equal(total.bucket_of, other.bucket_of):
+        problem, fix = SAME["bucket_edges"]
+        raise _refused(path, problem, "the same tokens in each", "others", fix)
+    shapes, found = (
+        [{axis: sums.sum_sq.shape for axis, sums in axes.items()} for axes in stats.layers]
+        for stats in (total, other)
+    )
+    if found != shapes:
+        raise _refused(path, "has arrays of other shapes", None, None, "calibrate again")
+    with np.errstate(over="ignore"):  # the check below refuses what is not finite
+        layers = [
+            {axis: _add_sums(sums, axes[axis], path) for axis, sums in before.items()}
+            for before, axes in zip(total.layers, other.layers, strict=True)
+        ]
+        counts = total.token_counts + other.token_counts
+        cosines = total.cosines + other.cosines
+    info = _add_info(total.info, other.info)
+    merged = ChannelStats(info, layers, counts, total.bucket_of, cosines, path)
+    merged.check(path)
+    return merged
+
+
+def _add_sums(one: AxisSums, other: AxisSums, path: Path) -> AxisSums:
+    if not np.allclose(one.weight_norm, other.weight_norm, rtol=NORM_TOLERANCE, atol=0):
+        raise _refused(path, "has other weights", "the same norms", "others", SAME_MODEL)
+    return AxisSums(
+        one.sum_sq + other.sum_sq,
+        one.sum_abs + other.sum_abs,
+        one.tokens + other.tokens,
+        one.sum_l2 + other.sum_l2,
+        one.weight_norm,
+    )
+
+
+def _add_info(one: StatsInfo, other: StatsInfo) -> StatsInfo:
+    texts = sorted([*one.texts, *other.texts])
+    return msgspec.structs.replace(
+        one,
+        text_digest=hashlib.sha256("".join(texts).encode()).hexdigest(),
+        parts=texts,
+        samples=one.samples + other.samples,
+        tokens=one.tokens + other.tokens,
+    )
+
+
+def _refused(path: Path, problem: str, expected: Any, found: Any, fix: str) -> StatsError:
+    return StatsError(path, f"cannot be merged: {problem}", expected=expected, found=found, fix=fix)
+
+
+def _short(value: object) -> object:
+    return value[:12] if isinstance(value, str) else value

@@ -1,0 +1,148 @@
+"""Which FFN channels stay: statistics → importance → the best I' of each layer."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from surgery.families.schema import EXPERT, WIDTHS
+from surgery.stats.channel_stats import AxisSums, ChannelStats
+from surgery.tokenizer.id_map import IdMap
+
+DEFAULT_CRITERION = "common-act2"
+
+LEAST_TOKENS = 16
+"""Fewer tokens than this do not rank an expert's channels."""
+
+
+@dataclass(frozen=True)
+class ChannelOptions:
+    """How channels are chosen."""
+
+    criterion: str = DEFAULT_CRITERION
+    """Importance of a channel, a key of ``CRITERIA``."""
+    min_expert_tokens: int = LEAST_TOKENS
+    """Fewest tokens that an expert must have seen for its channels to be ranked."""
+    repair: str = "none"
+    """"none", or "least-squares": down_proj is refitted to the channels that stay."""
+
+
+def bucket_weights(stats: ChannelStats, ids: IdMap) -> np.ndarray:
+    """float64 ``[buckets]``: the share of each bucket's occurrences whose token stays.
+
+    It is 0 or 1, which makes eq. 5 exact, where V' is one of the bucket edges.
+    """
+    buckets = len(stats.info.bucket_edges)
+    kept = np.where(ids.keep_mask(), stats.token_counts, 0)
+    total = np.bincount(stats.bucket_of, weights=stats.token_counts, minlength=buckets)
+    stays = np.bincount(stats.bucket_of, weights=kept, minlength=buckets)
+    return np.divide(stays, total, out=np.zeros(buckets), where=total > 0)
+
+
+Criterion = Callable[[AxisSums, np.ndarray, list[int]], np.ndarray]
+"""From sums, float64 ``[buckets]`` of what each bucket counts and a seed to ``[experts, I]``."""
+
+
+def _common_act2(sums: AxisSums, weights: np.ndarray, seed: list[int]) -> np.ndarray:
+    total: np.ndarray = np.einsum("b,bek->ek", weights, sums.sum_sq)
+    return total
+
+
+def _act2(sums: AxisSums, weights: np.ndarray, seed: list[int]) -> np.ndarray:
+    return sums.sum_sq.sum(axis=0)
+
+
+def _abs_act(sums: AxisSums, weights: np.ndarray, seed: list[int]) -> np.ndarray:
+    return sums.sum_abs.sum(axis=0)
+
+
+def _random(sums: AxisSums, weights: np.ndarray, seed: list[int]) -> np.ndarray:
+    return np.random.default_rng(seed).random(sums.sum_sq.shape[1:])
+
+
+def _wanda(sums: AxisSums, weights: np.ndarray, seed: list[int]) -> np.ndarray:
+    norms: np.ndarray = sums.weight_norm * np.sqrt(_common_act2(sums, weights, seed))
+    return norms
+
+
+def _l2(sums: AxisSums, weights: np.ndarray, seed: list[int]) -> np.ndarray:
+    return sums.sum_l2
+
+
+CRITERIA: dict[str, Criterion] = {
+    DEFAULT_CRITERION: _common_act2,
+    "act2": _act2,
+    "abs-act": _abs_act,
+    "wanda": _wanda,
+    "l2": _l2,
+    "random": _random,
+}
+"""Importance I_k of each expert's channels; an FFN that is no expert counts as one.
+
+- ``common-act2``: eq. 5, Σ act² over the tokens that stay; ``act2``: eq. 4, over all; ``abs-act``:
+  Σ|act| over all; ``random``: seeded chance.
+- ``wanda``: ||W[:, k]||₂ · √(eq. 5). Wanda (arXiv 2306.11695, eq. 1) scores the weight W[d, k] by
+  |W[d, k]| · ||x_k||₂ with x the input; this is the norm of a channel's scores over its column.
+- ``l2``: first stage of 2SSP (arXiv 2501.17771): the norm √(Σ act²) over a window's tokens, mean
+  over windows. Their number is the same for all channels and left out.
+"""
+
+Kept = list[dict[str, list[np.ndarray]]]
+"""Per layer: channel axis → per expert the ascending indices of the channels that stay."""
+
+
+def choose_channels(
+    stats: ChannelStats,
+    ids: IdMap,
+    lengths: Mapping[str, int],
+    criterion: str,
+    blocks: Mapping[str, int] | None = None,
+) -> Kept:
+    """Return the ``lengths[axis]`` best channels of every layer and expert.
+
+    Of channels with equal importance the first ones stay. Those of an axis that has one of
+    ``blocks`` go and stay in whole blocks of this length, by the sum of their importance.
+    """
+    weights = bucket_weights(stats, ids)
+    return [
+        choose_layer(axes, weights, lengths, criterion, blocks or {}, layer)
+        for layer, axes in enumerate(stats.layers)
+    ]
+
+
+def choose_layer(
+    axes: Mapping[str, AxisSums],
+    weights: np.ndarray,
+    lengths: Mapping[str, int],
+    criterion: str,
+    blocks: Mapping[str, int],
+    layer: int,
+) -> dict[str, list[np.ndarray]]:
+    """Choose the channels of one layer, as ``choose_channels``; ``weights`` as for a criterion."""
+    kept = {}
+    for number, axis in enumerate(WIDTHS):
+        if axis in axes and axis in lengths:
+            importance = CRITERIA[criterion](axes[axis], weights, [layer, number])
+            kept[axis] = [best(row, lengths[axis], blocks.get(axis, 1)) for row in importance]
+    return kept
+
+
+def best(importance: np.ndarray, count: int, block: int) -> np.ndarray:
+    """Ascending indices of the ``count`` most important channels, in whole blocks."""
+    if block > 1:
+        importance = np.add.reduceat(importance, np.arange(0, len(importance), block))
+    order = np.argsort(-importance, kind="stable")
+    chosen = np.sort(order[: -(-count // block)])
+    inside = (chosen[:, None] * block + np.arange(block)).reshape(-1)
+    return inside[:count]
+
+
+def unseen_experts(stats: ChannelStats, least: int) -> dict[int, list[int]]:
+    """Layer → experts that fewer than ``least`` calibration tokens were routed to."""
+    found = {}
+    for layer, axes in enumerate(stats.layers):
+        if EXPERT in axes:
+            few = np.flatnonzero(axes[EXPERT].tokens.sum(axis=0) < least)
+            if len(few):
+                found[layer] = few.tolist()
+    return found

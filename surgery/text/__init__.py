@@ -1,0 +1,1 @@
+"""TEXT as documents: files, data sets and iterables, row by row."""

@@ -1,0 +1,266 @@
+"""TEXT as documents: files, directories, hub data sets and iterables, one or several."""
+
+import logging
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from heapq import heapify, heapreplace
+from math import inf
+from pathlib import Path
+from typing import Any, TypeVar, Union, cast
+
+from surgery.errors import DataError
+from surgery.text.rows import HUB, Chat, Row, document_of, hub_rows, local_rows
+
+LOG = logging.getLogger(__name__)
+
+Render = Callable[[Chat], str]
+"""Turns the messages of a chat into text; raises DataError where they do not fit."""
+
+MOST_BAD = 1000
+"""Bad rows without a good one, after which a source is refused."""
+
+T = TypeVar("T")
+
+
+class Replayed:
+    """An iterator that can be read again: it keeps what was read, and reads on when asked."""
+
+    def __init__(self, items: Iterator[Any]) -> None:
+        self._rest = items
+        self._seen: list[Any] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        place = 0
+        while True:
+            if place == len(self._seen):
+                try:
+                    self._seen.append(next(self._rest))
+                except StopIteration:
+                    return
+            yield self._seen[place]
+            place += 1
+
+
+@dataclass(frozen=True)
+class Source:
+    """One text among several, and its weight."""
+
+    text: str | Path | Iterable[str]
+    """A path, a ``hub:`` name, or documents. An iterator is kept as it is read, so that it can be
+    read again."""
+    weight: float = 1.0
+    """Of all windows, the source gives ``weight`` over the sum of all weights."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < inf:
+            raise DataError(
+                self.name,
+                "has a weight that is no number above 0",
+                found=self.weight,
+                fix="correct it",
+            )
+        if isinstance(self.text, Iterator):
+            object.__setattr__(self, "text", Replayed(self.text))
+
+    @classmethod
+    def parse(cls, given: str) -> "Source":
+        """Read ``TEXT`` or ``TEXT=WEIGHT``.
+
+        A name that exists as a whole is a path as a whole. Else a number behind the last ``=`` is
+        the weight. So the weight of a file that is called ``a=2`` is given as ``a=2=1``.
+        """
+        text, sign, number = given.rpartition("=")
+        if not (sign and text) or Path(given).exists():
+            return cls(given)
+        try:
+            weight = float(number)
+        except ValueError:
+            return cls(given)
+        return cls(text, weight)
+
+    @property
+    def name(self) -> str:
+        """What errors and notes call it."""
+        return str(self.text) if isinstance(self.text, str | Path) else "the documents"
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """Which text is read, and how it is cut into windows."""
+
+    data: tuple[Source, ...] = ()
+    samples: int = 256
+    """Windows, at most."""
+    seq_len: int = 2048
+    """Tokens of a full window."""
+    windows: int = 64
+    """Windows of 2,048 bytes that are held out, at most, where cuts are compared."""
+    seed: int | None = None
+    """Shuffles the documents of each source; None leaves them in order."""
+    field: str | None = None
+    """Of a row that holds its document; None is ``text``, or ``messages`` where there is none."""
+    strict: bool = False
+    """Refuse the first bad row instead of skipping all of them."""
+
+    def documents(self, render: Render | None = None) -> Iterable[str]:
+        """Read the documents; ``render`` makes text of chats, which are refused without it.
+
+        Raises:
+            DataError: as ``read_documents``.
+        """
+        return read_documents(self, self.seed, render=render)
+
+
+def sources_of(text: "Text") -> tuple[Source, ...]:
+    """The sources in anything that can be read as text."""
+    if isinstance(text, TextOptions):
+        return text.data
+    if isinstance(text, Source):
+        return (text,)
+    if isinstance(text, list | tuple) and text and isinstance(text[0], Source):
+        return tuple(text)
+    return (Source(cast("str | Path | Iterable[str]", text)),)
+
+
+Text = Union[str, Path, Source, TextOptions, Iterable[str], Sequence[Source]]  # noqa: UP007
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """Documents of several sources with their weights.
+
+    Iterating takes a document from the source that has given the fewest characters for its weight.
+    """
+
+    parts: Sequence[tuple[Iterable[str], float]]
+
+    def __iter__(self) -> Iterator[str]:
+        return interleave(self.parts, len)
+
+
+def parts_of(documents: Iterable[str]) -> Sequence[tuple[Iterable[str], float]]:
+    """The sources in ``documents`` with their weights; one of weight 1 where it is no mixture."""
+    return documents.parts if isinstance(documents, Mixture) else [(documents, 1.0)]
+
+
+def mixture(parts: Sequence[tuple[Iterable[str], float]]) -> Iterable[str]:
+    """Join sources; one alone stays as it is."""
+    return parts[0][0] if len(parts) == 1 else Mixture(parts)
+
+
+def interleave(
+    streams: Sequence[tuple[Iterable[T], float]], size: Callable[[T], float]
+) -> Iterator[T]:
+    """Yield from the stream that has given the least for its weight, the first of several such.
+
+    A stream that ends leaves the others their shares.
+    """
+    given = [(0.0, place) for place in range(len(streams))]
+    heapify(given)
+    iterators = [iter(stream) for stream, _ in streams]
+    while given:
+        total, place = given[0]
+        try:
+            item = next(iterators[place])
+        except StopIteration:
+            given.remove((total, place))
+            heapify(given)
+            continue
+        yield item
+        heapreplace(given, (total + size(item) / streams[place][1], place))
+
+
+def read_documents(
+    text: Text,
+    seed: int | None = None,
+    *,
+    render: Render | None = None,
+) -> Iterable[str]:
+    """Yield the documents of ``text`` in order, or each source's shuffled by ``seed``.
+
+    A file is .txt (a blank line ends a document), .jsonl or .parquet (a row is a document); .txt,
+    .jsonl and .json of rows may be compressed (.gz, .zst). A directory is all such files in it but
+    hidden ones, by path. ``hub:name[:config][:split][:field]`` is a data set. A row holds a string,
+    or messages with ``role`` and ``content``. Blank documents are left out.
+
+    Args:
+        text: A path, a ``hub:`` name, documents, or several sources with weights. An iterator is
+            used up; a ``Source`` of it can be read again.
+        seed: Shuffles the documents, which are then all held in memory.
+        render: Makes text of messages. Without it they are refused.
+
+    Raises:
+        DataError: nothing there, no good row, or with ``strict`` a bad one.
+    """
+    options = text if isinstance(text, TextOptions) else TextOptions(sources_of(text))
+    parts = [
+        (_shuffled(_documents(source, options, render), seed), source.weight)
+        for source in options.data
+    ]
+    return mixture(parts) if parts else []
+
+
+def _shuffled(documents: Iterator[str], seed: int | None) -> Iterable[str]:
+    if seed is None:
+        return documents
+    shuffled = list(documents)
+    random.Random(seed).shuffle(shuffled)
+    return shuffled
+
+
+def _documents(
+    source: Source,
+    options: TextOptions,
+    render: Render | None,
+) -> Iterator[str]:
+    """Yield the good rows of ``source`` as text; skip and count the bad ones."""
+    good = bad = blank = 0
+    first: DataError | None = None
+    try:
+        for row in _rows(source, options.field):
+            document = _text(row, render, source)
+            if isinstance(document, DataError):
+                bad += 1
+                first = first or document
+                if options.strict or (not good and bad == MOST_BAD):
+                    raise first
+            elif document.strip():
+                good += 1
+                yield document
+            else:
+                blank += 1
+    finally:
+        if good and bad and not options.strict:
+            rows, name = good + bad + blank, source.name
+            LOG.info("note: %s: skipped %d bad rows of %d; the first: %s", name, bad, rows, first)
+    if first and not good:
+        raise first
+    if not good:
+        raise DataError(
+            source.name, "holds no text", expected="documents", fix="give text with words in it"
+        )
+
+
+def _rows(source: Source, field: str | None) -> Iterator[Row]:
+    text = source.text
+    if isinstance(text, str) and text.startswith(HUB):
+        return hub_rows(text, field)
+    if isinstance(text, str | Path):
+        return local_rows(Path(text), field)
+    return (document_of(value, f"document {number}") for number, value in enumerate(text, 1))
+
+
+def _text(row: Row, render: Render | None, source: Source) -> str | DataError:
+    if isinstance(row, str | DataError):
+        return row
+    if render is None:
+        raise DataError(
+            source.name,
+            "holds chats, and there is no model whose chat template makes text of them",
+            fix="give a field of text",
+        )
+    try:
+        return render(row)
+    except DataError as error:
+        return error

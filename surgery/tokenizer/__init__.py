@@ -1,0 +1,1 @@
+"""Tokenizers: read, checked, rewritten through the id map."""

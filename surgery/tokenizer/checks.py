@@ -1,0 +1,189 @@
+"""What a tokenizer.json must be to be cut: of a known kind, without contradictions."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from surgery.errors import TokenizerError
+from surgery.files.index_sets import MAX_SIZE
+from surgery.tokenizer.kinds import kind_of
+from surgery.tokenizer.merges import AGAIN, MergeRules, check_form
+
+MOST_STEPS = 1 << 28
+"""Most that the squares of all tokens' lengths sum up to, which is what running BPE on them costs;
+Gemma 3's 262,144 tokens come to 11 million."""
+
+
+def check_tokenizer(data: dict[str, Any], path: Path) -> None:
+    """Check the parsed tokenizer.json ``data``; ``path`` names it in errors.
+
+    Raises:
+        TokenizerError: of no kind that can be cut, or its parts contradict each other.
+    """
+    kind_of(data, path)
+    model = data["model"]
+    if isinstance(model.get("vocab"), list):
+        model_ids = _piece_ids(model["vocab"], path)
+    elif isinstance(model.get("vocab"), dict):
+        model_ids = model["vocab"]
+    else:
+        raise TokenizerError(path, "has no model.vocab", fix=AGAIN)
+    if model["type"] == "BPE" or "merges" in model:
+        _check_merges(model.get("merges"), path)
+    if (model["type"] == "Unigram") != isinstance(model["vocab"], list):
+        raise TokenizerError(path, f"model.vocab is not that of a {model['type']} model", fix=AGAIN)
+    if sum(len(token) ** 2 for token in model_ids) > MOST_STEPS:
+        longest = max(map(len, model_ids))
+        raise TokenizerError(
+            path, "has too long tokens", found=f"one of {longest:,} characters", fix=AGAIN
+        )
+    _check_unknown(model, model_ids, path)
+    _check_ids(data, model_ids, path)
+
+
+def walk_processor(part: Any, change: Callable[[Any], Any]) -> Any:
+    """Copy a post-processor, every token id replaced by ``change(id)``."""
+    if isinstance(part, list):
+        return [walk_processor(child, change) for child in part]
+    if not isinstance(part, dict):
+        return part
+    result = {}
+    for key, value in part.items():
+        if key == "ids" and isinstance(value, list):
+            result[key] = [change(id_) for id_ in value]
+        elif key in ("sep", "cls") and isinstance(value, list) and len(value) == 2:
+            result[key] = [value[0], change(value[1])]
+        else:
+            result[key] = walk_processor(value, change)
+    return result
+
+
+def _check_merges(merges: Any, path: Path) -> None:
+    """Merges are a list, all "a b" or all [a, b]; the pairs are checked where they are read."""
+    if isinstance(merges, MergeRules):
+        return  # checked as they were read
+    if not isinstance(merges, list):
+        raise TokenizerError(path, "has no model.merges", fix=AGAIN)
+    rules = merges[1:] if merges and str(merges[0]).startswith("#version") else merges
+    for rule in rules:
+        check_form(rule, rules[0], path)
+
+
+def check_numbers(vocab: Mapping[str, Any], path: Path) -> None:
+    """Ids are numbers that a table may have as many rows as."""
+    if not all(type(id_) is int and 0 <= id_ < MAX_SIZE for id_ in vocab.values()):
+        raise TokenizerError(path, "model.vocab has an id that is no number", fix=AGAIN)
+
+
+def _check_unknown(model: Mapping[str, Any], vocab: Mapping[str, int], path: Path) -> None:
+    """The token for text that has no other is one, by name or by id."""
+    token, id_ = model.get("unk_token"), model.get("unk_id")
+    if not isinstance(token, str | None) or (type(id_) is int and not 0 <= id_ < len(vocab)):
+        raise TokenizerError(
+            f"{path}: model.unk_{'token' if id_ is None else 'id'}",
+            "is no token",
+            found=token if id_ is None else id_,
+            fix=AGAIN,
+        )
+
+
+def _piece_ids(pieces: list[Any], path: Path) -> dict[str, int]:
+    """Piece → id of a Unigram vocabulary, whose entries are [piece, score]."""
+    ids: dict[str, int] = {}
+    for id_, entry in enumerate(pieces):
+        if not (
+            isinstance(entry, list)
+            and len(entry) == 2
+            and isinstance(entry[0], str)
+            and isinstance(entry[1], int | float)
+        ):
+            raise TokenizerError(
+                f"{path}: piece {id_}",
+                "is no piece with a score",
+                expected='["piece", -1.5]',
+                found=str(entry)[:80],
+                fix=AGAIN,
+            )
+        if ids.setdefault(entry[0], id_) != id_:
+            raise TokenizerError(
+                f"{path}: piece {entry[0]!r}",
+                "is there twice",
+                found=f"ids {ids[entry[0]]} and {id_}",
+                fix=AGAIN,
+            )
+    return ids
+
+
+def _check_ids(data: dict[str, Any], vocab: dict[str, int], path: Path) -> None:
+    """Ids are numbers, given once, and added tokens have the id the loader will give them."""
+    check_numbers(vocab, path)
+    known = np.zeros(max(vocab.values(), default=0) + 1, dtype=bool)
+    known[np.fromiter(vocab.values(), dtype=np.int64, count=len(vocab))] = True
+    if np.count_nonzero(known) < len(vocab):
+        _raise_clash(vocab, path)
+    next_id = len(vocab)
+    owner = {id_: token for token, id_ in vocab.items() if id_ >= next_id}
+    added = data.get("added_tokens") or []
+    if not isinstance(added, list):
+        raise TokenizerError(path, "added_tokens is no list", fix=AGAIN)
+    for entry in added:
+        if not _is_added_token(entry):
+            raise TokenizerError(f"{path}: added token {entry!r}", "lacks content or id", fix=AGAIN)
+        token, declared = entry["content"], entry["id"]
+        if not token:
+            continue  # the library ignores it, and so does the cut
+        assigned = vocab.get(token, next_id)
+        next_id += token not in vocab
+        if declared != assigned:
+            raise TokenizerError(
+                f"{path}: added token {token!r}",
+                "has another id than the tokenizers library will give it",
+                expected=assigned,
+                found=declared,
+                fix="save the tokenizer again with the library that made it",
+            )
+        if token not in vocab and owner.setdefault(assigned, token) != token:
+            raise _clash(path, assigned, owner[assigned], token)
+    _check_references(
+        data, path, lambda id_: id_ in owner or (0 <= id_ < len(known) and bool(known[id_]))
+    )
+
+
+def _raise_clash(vocab: Mapping[str, int], path: Path) -> None:
+    owner: dict[int, str] = {}
+    for token, id_ in vocab.items():
+        if owner.setdefault(id_, token) != token:
+            raise _clash(path, id_, owner[id_], token)
+
+
+def _check_references(data: dict[str, Any], path: Path, is_token: Callable[[int], bool]) -> None:
+    """Padding and post-processor put only tokens into a text."""
+    padding = data.get("padding")
+    pads = [padding.get("pad_id")] if isinstance(padding, dict) else []
+    templates: list[Any] = []
+    walk_processor(data.get("post_processor"), templates.append)
+    for key, ids in (("padding.pad_id", pads), ("post_processor", templates)):
+        for id_ in ids:
+            if type(id_) is not int or not is_token(id_):
+                raise TokenizerError(
+                    f"{path}: {key}",
+                    "refers to no token",
+                    found=f"id {id_}",
+                    fix="correct the reference, or download the file again",
+                )
+
+
+def _is_added_token(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("content"), str)
+        and type(entry.get("id")) is int
+    )
+
+
+def _clash(path: Path, id_: int, first: str, second: str) -> TokenizerError:
+    return TokenizerError(
+        f"{path}: id {id_}", "belongs to two tokens", found=f"{first!r} and {second!r}", fix=AGAIN
+    )

@@ -1,0 +1,146 @@
+"""Kinds of tokenizer that can be cut: what each must keep, and the text its tokens stand for."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import TokenizerError
+
+_SPACE = "\u2581"  # ▁
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's rule: printable Latin-1 stands for itself, the other bytes for U+0100 and on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in sorted(printable)}
+    alphabet.update({chr(0x100 + index): byte for index, byte in enumerate(others)})
+    return alphabet
+
+
+BYTE_CHARACTERS = _byte_level_alphabet()
+"""Character of GPT-2's byte-level alphabet → the byte it stands for, all 256."""
+
+_BYTE_PIECES = {f"<0x{byte:02X}>": chr(byte) if byte < 0x80 else None for byte in range(256)}
+
+
+def byte_level_text(token: str) -> str | None:
+    """Return the text of a byte-level token such as ``"Ġthe"``.
+
+    None if its bytes are not whole UTF-8 characters, or a character is not of the alphabet (as in
+    many added tokens, which stand for themselves).
+    """
+    try:
+        return bytes([BYTE_CHARACTERS[char] for char in token]).decode()
+    except (KeyError, UnicodeDecodeError):
+        return None
+
+
+def sentencepiece_text(piece: str) -> str | None:
+    """Return the text of a SentencePiece piece such as ``"▁the"`` or ``"<0x0A>"``.
+
+    None for the pieces of the bytes from 0x80, which are no whole character.
+    """
+    if piece in _BYTE_PIECES:
+        return _BYTE_PIECES[piece]
+    return piece.replace(_SPACE, " ")
+
+
+def wordpiece_text(token: str) -> str:
+    """Return the text of a WordPiece token: ``"##ing"`` is "ing"."""
+    return token.removeprefix("##")
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """How a kind of tokenizer spells its tokens."""
+
+    text: Callable[[str], str | None]
+    """Token → the text it stands for; None for bytes that are no whole character."""
+    whitespace: frozenset[str]
+    """Spellings of space, newline, tab and carriage return."""
+
+
+BYTE_LEVEL = Kind(byte_level_text, frozenset("ĠĊĉč"))
+SENTENCEPIECE = Kind(sentencepiece_text, frozenset("▁\n\t\r"))
+UNIGRAM = Kind(sentencepiece_text, frozenset("▁\n\t\r"))
+WORDPIECE = Kind(wordpiece_text, frozenset())
+
+MODEL_KEYS = {
+    "BPE": ("continuing_subword_prefix", "end_of_word_suffix", "dropout"),
+    "Unigram": (),
+    "WordPiece": (),
+}
+"""Type of model → keys that nothing here knows how to cut around."""
+
+
+def kind_of(data: dict[str, Any], path: Path) -> Kind:
+    """Tell the kind of a parsed tokenizer.json.
+
+    Raises:
+        TokenizerError: it is none that can be cut; the message says which.
+    """
+    model = data.get("model")
+    type_ = model.get("type") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not isinstance(type_, str) or type_ not in MODEL_KEYS:
+        raise _refusal(path, f"{type_} model")
+    for key in MODEL_KEYS[type_]:
+        if model.get(key):
+            raise _refusal(path, f"BPE with {key} {model[key]!r}")
+    if type_ == "Unigram":
+        return UNIGRAM
+    if type_ == "WordPiece":
+        if model.get("continuing_subword_prefix", "##") != "##":
+            prefix = model["continuing_subword_prefix"]
+            raise _refusal(path, f"WordPiece with continuing_subword_prefix {prefix!r}")
+        return WORDPIECE
+    parts = _component_types(data.get("pre_tokenizer")) | _component_types(data.get("decoder"))
+    if "ByteLevel" in parts and not model.get("byte_fallback"):
+        return BYTE_LEVEL
+    if model.get("byte_fallback") or "Metaspace" in parts:
+        return SENTENCEPIECE
+    raise _refusal(path, "BPE without a byte-level or SentencePiece-style alphabet")
+
+
+def alphabet(kind: Kind, vocab: Mapping[str, int], *, byte_fallback: bool) -> set[int]:
+    """Ids that stay so that any text can still be written, and runs of white space with them.
+
+    Bytes or, where a character has no bytes to fall back to, all single characters: the byte
+    characters, ``<0xXX>``, ``c`` and ``##c``. ``▁`` stays even where bytes exist: decoders turn it
+    into a space before they join bytes.
+    """
+    if kind is SENTENCEPIECE or kind is UNIGRAM:
+        bytes_ = {f"<0x{byte:02X}>" for byte in range(256)} if byte_fallback else set()
+        return {
+            id_
+            for token, id_ in vocab.items()
+            if token in bytes_
+            or kind.whitespace.issuperset(token)
+            or (len(token) == 1 and not byte_fallback)
+        }
+    return {
+        id_
+        for token, id_ in vocab.items()
+        if len(token) == 1
+        or kind.whitespace.issuperset(token)
+        or (kind is WORDPIECE and len(token) == 3 and token.startswith("##"))
+    }
+
+
+def _refusal(path: Path, found: str) -> TokenizerError:
+    return TokenizerError(
+        path,
+        "this kind of vocabulary cannot be cut",
+        expected="BPE on bytes or with SentencePiece's alphabet, Unigram, or WordPiece",
+        found=found,
+        fix="keep the vocabulary whole with `vocab_size` and cut channels only",
+    )
+
+
+def _component_types(part: Any) -> set[str]:
+    if not isinstance(part, dict):
+        return set()
+    lists = (part.get("pretokenizers"), part.get("decoders"))
+    inner = [child for children in lists if isinstance(children, list) for child in children]
+    return {str(part.get("type"))}.union(*(_component_types(child) for child in inner))

@@ -1,0 +1,282 @@
+"""tokenizer.json of a checkpoint that has vocab.json and merges.txt instead."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from surgery.errors import TokenizerError
+from surgery.files.index_sets import MAX_SIZE
+from surgery.files.model_files import LEGACY_NAMES, TOKENIZER_NAME, tokenizer_files
+from surgery.files.strict_json import read_file, read_json
+from surgery.tokenizer.checks import AGAIN, check_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken, Tokenizer
+    from tokenizers.processors import PostProcessor
+
+
+_, _, CONFIG_NAME, ADDED_NAME, SPECIAL_NAME = LEGACY_NAMES
+
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""Keys of tokenizer_config.json that name a special token, in the order of their ids."""
+
+EXTRA, EXTRA_BEFORE_5 = "extra_special_tokens", "additional_special_tokens"
+"""Keys that list more special tokens."""
+
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+SAVE = "save it with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a class of transformers makes a tokenizer of the two files."""
+
+    default_roles: tuple[str, ...]
+    """Roles of <|endoftext|> where tokenizer_config.json says nothing about them."""
+    split: str | None = None
+    """Regex that cuts NFC text before the byte level; None for the byte level's own."""
+    plain_special: bool = False
+    """Whether special tokens lose flags such as lstrip."""
+
+
+def special_settings(directory: Path) -> tuple[dict[str, Any], list[Any]]:
+    """tokenizer_config.json, under special_tokens_map.json where that is read; extra tokens."""
+    settings = optional_json(directory / CONFIG_NAME)
+    if not settings.get(EXTRA) and EXTRA_BEFORE_5 in settings:
+        settings[EXTRA] = settings.pop(EXTRA_BEFORE_5)
+    shared = {} if "added_tokens_decoder" in settings else optional_json(directory / SPECIAL_NAME)
+    found = [part.get(key) for part in (settings, shared) for key in (EXTRA, EXTRA_BEFORE_5)]
+    lists = [entry for entry in found if entry is not None and entry != {}]
+    own = [
+        key
+        for key, value in {**settings, **shared}.items()
+        if key.endswith("_token") and key not in ROLES and isinstance(value, str | dict)
+    ]
+    if own or any(entry != lists[0] or isinstance(entry, dict) for entry in lists):
+        raise TokenizerError(
+            directory / CONFIG_NAME,
+            "names special tokens that transformers 4 and 5 treat differently",
+            expected=f"{EXTRA} and {', '.join(ROLES)}",
+            found=own[0] if own else " and ".join(map(str, lists)),
+            fix=SAVE,
+        )
+    settings |= {key: _token(value) for key, value in shared.items() if key != EXTRA_BEFORE_5}
+    return settings, lists[0] if lists else []
+
+
+def add_tokens(
+    tokenizer: "Tokenizer",
+    directory: Path,
+    recipe: Recipe,
+    settings: Mapping[str, Any],
+    extra: list[Any],
+) -> dict[str, str]:
+    """Add special and other added tokens; return role → special token."""
+    from tokenizers import AddedToken
+
+    where, declared = _declared(directory, settings)
+    by_text = {token.content: token for _, token in declared}
+    roles = _roles(recipe, settings, by_text)
+    special = [*roles.values(), *map(_token, extra)]
+    tokens = [token for _, token in declared]
+    for token in special:
+        if str(token) not in by_text and token not in tokens:
+            tokens.append(token)
+    named = {str(token) for token in roles.values()}
+    tokens = [AddedToken(t, special=True) if isinstance(t, str) else t for t in tokens]
+    for token in tokens:
+        token.special = token.special or token.content in named
+    tokenizer.add_tokens(tokens)
+    if recipe.plain_special:
+        tokenizer.add_tokens([AddedToken(str(token), special=True) for token in special])
+    for id_, token in declared:
+        if tokenizer.token_to_id(token.content) != id_:
+            raise TokenizerError(
+                f"{where}: token {token.content!r}",
+                "has another id than transformers will give it",
+                expected=tokenizer.token_to_id(token.content),
+                found=id_,
+                fix=SAVE,
+            )
+    return {role: str(token) for role, token in roles.items()}
+
+
+def _declared(
+    directory: Path, settings: Mapping[str, Any]
+) -> tuple[Path, list[tuple[int, "AddedToken"]]]:
+    """The file that gives added tokens their ids, and these tokens by id."""
+    from tokenizers import AddedToken
+
+    if "added_tokens_decoder" in settings:
+        where, entries = directory / CONFIG_NAME, settings["added_tokens_decoder"].items()
+        found = [(int(id_), _token(entry)) for id_, entry in entries]
+    else:
+        where = directory / ADDED_NAME
+        names = [*(settings.get(role) for role in ROLES), *(settings.get(EXTRA) or [])]
+        special = set(map(str, names))
+        found = [
+            (id_, AddedToken(text, normalized=text not in special, special=text in special))
+            for text, id_ in optional_json(where).items()
+        ]
+    return where, sorted(found, key=lambda pair: pair[0])
+
+
+def _roles(
+    recipe: Recipe, settings: Mapping[str, Any], declared: Mapping[str, "AddedToken"]
+) -> dict[str, Any]:
+    """Role → special token, a string or an AddedToken, in the order of ``ROLES``."""
+    default = dict.fromkeys(recipe.default_roles, "<|endoftext|>")
+    named = {role: _token({**default, **settings}.get(role)) for role in ROLES}
+    return {
+        role: declared.get(str(token), token) for role, token in named.items() if token is not None
+    }
+
+
+def post_processor(
+    tokenizer: "Tokenizer", settings: Mapping[str, Any], roles: Mapping[str, str]
+) -> "PostProcessor":
+    """What puts bos and eos around a text, or nothing."""
+    from tokenizers.processors import TemplateProcessing
+
+    bos, eos = (settings.get(f"add_{key}") and roles.get(key) for key in ("bos_token", "eos_token"))
+    first = " ".join(f"{piece}:0" for piece in (bos, "$A", eos) if piece)
+    second = " ".join(f"{piece}:1" for piece in (bos, "$B", eos) if piece)
+    ids = [(token, tokenizer.token_to_id(token)) for token in (bos, eos) if token]
+    return TemplateProcessing(single=first, pair=f"{first} {second}", special_tokens=ids)
+
+
+def _token(entry: Any) -> Any:
+    """A special token as transformers passes it on: a string or an AddedToken."""
+    from tokenizers import AddedToken
+
+    if not isinstance(entry, dict):
+        return entry
+    flags = {flag: entry[flag] for flag in FLAGS if flag in entry}
+    return AddedToken(entry["content"], **flags)
+
+
+def optional_json(path: Path) -> dict[str, Any]:
+    """The object in ``path``; empty where there is no such file."""
+    return read_json(path) if path.exists() else {}
+
+
+VOCAB_NAME, MERGES_NAME = LEGACY_NAMES[:2]
+
+RECIPES = {
+    "GPT2Tokenizer": Recipe(("bos_token", "eos_token", "unk_token")),
+    "Qwen2Tokenizer": Recipe(
+        ("eos_token", "unk_token", "pad_token"),
+        split=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        plain_special=True,
+    ),
+}
+"""tokenizer_class, without Fast → recipe."""
+
+CLASS_OF_TYPE = {"qwen2": "Qwen2Tokenizer"}
+"""model_type → the class that transformers 5 takes, whatever tokenizer_config.json says."""
+
+
+def is_legacy(directory: Path) -> bool:
+    """Whether the tokenizer has to be built: vocab.json and merges.txt, no tokenizer.json."""
+    return directory / MERGES_NAME in tokenizer_files(directory)
+
+
+def build_tokenizer(directory: Path) -> dict[str, Any]:
+    """Return the tokenizer.json that ``directory`` lacks.
+
+    Raises:
+        TokenizerError: vocab.json or merges.txt is absent, the files contradict each other, or
+            their tokenizer_class is none that is known.
+        CheckpointError: one of the files is no JSON object.
+    """
+    if not is_legacy(directory):
+        alone = [name for name in (VOCAB_NAME, MERGES_NAME) if (directory / name).exists()]
+        raise TokenizerError(
+            directory / TOKENIZER_NAME,
+            "is missing",
+            found=f"{alone[0]} alone" if alone else None,
+            fix="save the tokenizer with transformers' AutoTokenizer, or keep the vocabulary whole",
+        )
+    vocab = read_json(directory / VOCAB_NAME)
+    try:
+        settings, extra = special_settings(directory)
+        recipe = _recipe(directory, settings.get("tokenizer_class"))
+        tokenizer = _byte_level_bpe(directory, vocab, recipe, settings)
+        roles = add_tokens(tokenizer, directory, recipe, settings, extra)
+        tokenizer.post_processor = post_processor(tokenizer, settings, roles)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # of another form
+        where = directory / CONFIG_NAME
+        raise TokenizerError(where, "cannot be read", found=repr(error), fix=SAVE) from error
+    data: dict[str, Any] = msgspec.json.decode(tokenizer.to_str())
+    data["model"]["vocab"] = vocab  # the library drops one of two tokens with the same id
+    check_tokenizer(data, directory / VOCAB_NAME)
+    return data
+
+
+def _recipe(directory: Path, class_: Any) -> Recipe:
+    name = str(class_).removesuffix("Fast")
+    model_type = str(optional_json(directory / "config.json").get("model_type"))
+    expected = CLASS_OF_TYPE.get(model_type, name)
+    if name not in RECIPES or name != expected:
+        raise TokenizerError(
+            f"{directory / CONFIG_NAME}: tokenizer_class",
+            "is none that a tokenizer.json can be built for",
+            expected=expected if name in RECIPES else " or ".join(RECIPES),
+            found=class_ or "none",
+            fix=SAVE,
+        )
+    return RECIPES[name]
+
+
+def _byte_level_bpe(
+    directory: Path, vocab: dict[str, Any], recipe: Recipe, settings: Mapping[str, Any]
+) -> "Tokenizer":
+    """The tokenizer without its added tokens."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    # The library counts up to the largest id when it writes the tokenizer.
+    if not all(type(id_) is int and 0 <= id_ < MAX_SIZE for id_ in vocab.values()):
+        raise TokenizerError(directory / VOCAB_NAME, "has an id that is no number", fix=AGAIN)
+    merges = _merges(directory / MERGES_NAME)
+    no_affixes = {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
+    try:
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, **no_affixes))
+    except Exception as error:  # the library raises bare Exception
+        raise TokenizerError(
+            directory / MERGES_NAME, f"does not fit {VOCAB_NAME}", found=error, fix=AGAIN
+        ) from error
+    tokenizer.decoder = decoders.ByteLevel()
+    byte_level = pre_tokenizers.ByteLevel(
+        add_prefix_space=bool(settings.get("add_prefix_space")), use_regex=recipe.split is None
+    )
+    tokenizer.pre_tokenizer = byte_level
+    if recipe.split is not None:
+        split = pre_tokenizers.Split(Regex(recipe.split), behavior="isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+        tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
+def _merges(path: Path) -> list[tuple[str, str]]:
+    """The rules of merges.txt; a line ends at a newline only, for tokens may hold any other."""
+    try:
+        text = read_file(path).decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise TokenizerError(path, "is not UTF-8", found=error, fix=AGAIN) from error
+    merges = []
+    for number, line in enumerate(text.split("\n") if text else (), 1):
+        if line.startswith("#version"):
+            continue
+        parts = line.removesuffix("\r").split(" ")
+        if len(parts) != 2:
+            raise TokenizerError(
+                f"{path}: line {number}", "is no pair of tokens", found=repr(line[:80]), fix=AGAIN
+            )
+        merges.append((parts[0], parts[1]))
+    return merges

@@ -1,0 +1,255 @@
+"""tokenizer.model, the SentencePiece protobuf beside tokenizer.json, cut to the kept tokens.
+
+The file is edited record by record, so whatever this module does not know stays byte for byte.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import TokenizerError
+from surgery.tokenizer.id_map import IdMap
+
+PIECE, TRAINER_SPEC, SELF_TEST_DATA = (field << 3 | 2 for field in (1, 2, 4))
+"""Tags of SentencePiece's ModelProto: a field's number, and 2 for a length and that many bytes."""
+RUN_BYTES = 1 << 16
+"""Most bytes of pieces that are parsed at a time."""
+SPECIAL_IDS = ("unk_id", "bos_id", "eos_id", "pad_id")
+NOT_NEEDED = "if your software does not need it"
+
+
+def is_sentencepiece(data: bytes) -> bool:
+    """Whether ``data`` is a SentencePiece model, judged by its first piece.
+
+    Other files go by the name tokenizer.model too: tiktoken's ranks, a GGUF file, JSON.
+    """
+    if data[:1] != b"\n":  # field 1, the first piece
+        return False
+    try:
+        _, start, end = next(_records(data))
+    except IndexError:
+        return False
+    model = _parse(data[start:end])
+    return model is not None and bool(model.pieces[0].HasField("piece"))
+
+
+def cut_sentencepiece(data: bytes, path: Path, tokens: Mapping[str, int], ids: IdMap) -> bytes:
+    """Return tokenizer.model for the kept tokens: same pieces, same order, same scores.
+
+    ``tokens`` is every token of tokenizer.json with its old id, ``path`` only words for messages.
+    The file comes back as it is when no piece goes and no id moves. What SentencePiece calls
+    self-test data names removed pieces and would stop older releases from loading: it goes.
+
+    Raises:
+        TokenizerError: ``data`` is damaged or contradicts ``tokens``, a piece that SentencePiece
+            needs goes, or the pieces cannot keep the positions that their ids ask for.
+    """
+    if ids.identity:
+        return data
+    model = _Model.of(data) if is_sentencepiece(data) else None
+    if model is None:
+        raise TokenizerError(
+            path,
+            "cannot be read",
+            expected="a SentencePiece model",
+            found=f"{len(data):,} bytes that end early, are damaged or of another format",
+            fix=f"download it again, or delete it {NOT_NEEDED}",
+        )
+    old_ids = _token_ids(model, path, tokens)
+
+    def new_ids() -> Iterator[int | None]:
+        return (None if old is None else ids.new(old) for old in old_ids)
+
+    if all(new == old for new, old in zip(new_ids(), old_ids, strict=True)):
+        return data
+    _check_needed(model, path, new_ids())
+    _check_positions(model, path, old_ids, new_ids())
+    return _rewrite(data, model, [new is not None for new in new_ids()])
+
+
+class _Model:
+    """A ModelProto whose pieces are parsed some thousands at a time: all take 4 times ``data``."""
+
+    def __init__(self, data: bytes, runs: list[tuple[int, int]], rest: Any) -> None:
+        """Take the pieces from the bytes of ``runs`` of ``data``, all else from ``rest``."""
+        self._data, self._runs = data, runs
+        self.trainer_spec = rest.trainer_spec
+
+    @classmethod
+    def of(cls, data: bytes) -> "_Model | None":
+        """Return ``data`` as a model, or None if it is none."""
+        runs: list[tuple[int, int]] = []
+        rest, last = bytearray(), 0
+        try:
+            for tag, start, last in _records(data):
+                if tag != PIECE:
+                    rest += data[start:last]
+                elif runs and runs[-1][1] == start and last - runs[-1][0] < RUN_BYTES:
+                    runs[-1] = runs[-1][0], last
+                else:
+                    runs.append((start, last))
+        except IndexError:
+            return None
+        parsed = _parse(bytes(rest) + data[last:])
+        if parsed is None or any(_parse(data[start:end]) is None for start, end in runs):
+            return None
+        return cls(data, runs, parsed)
+
+    @property
+    def pieces(self) -> Iterator[Any]:
+        """Every piece, in order."""
+        for start, end in self._runs:
+            yield from _parse(self._data[start:end]).pieces
+
+
+def _parse(data: bytes) -> Any:
+    """Return ``data`` as a ModelProto, or None if it is not one."""
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
+    messages: Any = sentencepiece_model_pb2  # a generated module without types
+    try:
+        return messages.ModelProto.FromString(data)
+    except DecodeError:
+        return None
+
+
+def _token_ids(model: Any, path: Path, tokens: Mapping[str, int]) -> list[int | None]:
+    """Old token id of every piece, None for a piece that no text is ever cut into.
+
+    Only a Unigram model's UNUSED pieces are such: tokenizer.json may leave them out. BPE still
+    merges through them, so there they have to be tokens like the others.
+    """
+    unigram = model.trainer_spec.model_type == model.trainer_spec.UNIGRAM
+    has_tab = any(piece.piece == "\t" for piece in model.pieces)
+    # Gemma 1 and 2 have this byte as a tab in tokenizer.json
+    renamed = {} if "<0x09>" in tokens or has_tab else {"<0x09>": "\t"}
+    found: list[int | None] = []
+    for index, piece in enumerate(model.pieces):
+        token = renamed.get(piece.piece, piece.piece)
+        if token not in tokens and not (unigram and piece.type == piece.UNUSED):
+            raise TokenizerError(
+                f"{path}: piece {piece.piece!r}",
+                "contradicts tokenizer.json",
+                expected="a token of this text",
+                found=f"piece {index} without a token",
+                fix=f"take both files from one model, or delete {path.name} {NOT_NEEDED}",
+            )
+        found.append(tokens.get(token))
+    return found
+
+
+def _check_needed(model: Any, path: Path, new_ids: Iterable[int | None]) -> None:
+    """Refuse to lose what SentencePiece does not load without: unk, and bytes it falls back to."""
+    needed = {model.trainer_spec.unk_id}
+    for index, (piece, new) in enumerate(zip(model.pieces, new_ids, strict=True)):
+        byte = piece.type == piece.BYTE and model.trainer_spec.byte_fallback
+        if new is None and (byte or piece.type == piece.UNKNOWN or index in needed):
+            raise TokenizerError(
+                f"{path}: piece {piece.piece!r}",
+                "has to stay for text that has no pieces of its own",
+                expected="its token among the kept ones",
+                found="that it goes",
+                fix=f"keep the token, or delete {path.name} {NOT_NEEDED}",
+            )
+
+
+def _check_positions(
+    model: Any, path: Path, old_ids: Sequence[int | None], new_ids: Iterable[int | None]
+) -> None:
+    """Refuse to shift pieces against token ids.
+
+    Software computes one from the other: mostly they are equal, fairseq's ids are one larger. No
+    such rule is assumed where less than half of the pieces follow one.
+    """
+    same = Counter(old - index for index, old in enumerate(old_ids) if old is not None)
+    if 2 * max(same.values(), default=0) <= len(old_ids):
+        return
+    position = 0
+    for index, (piece, old, new) in enumerate(zip(model.pieces, old_ids, new_ids, strict=True)):
+        if new is None or old is None:
+            continue
+        shift = old - index
+        if position + shift != new:
+            raise TokenizerError(
+                f"{path}: piece {piece.piece!r}",
+                "would be taken for another token, because tokens without a piece stay or go",
+                expected=f"its new token id {new}",
+                found=f"id {position + shift} by its position",
+                fix=f"delete {path.name} {NOT_NEEDED}",
+            )
+        position += 1
+
+
+def _rewrite(data: bytes, model: Any, stays: Sequence[bool]) -> bytes:
+    """Copy ``data`` without the pieces that go and with the trainer spec put right."""
+    spec = _trainer_spec(model, stays)
+    keep = iter(stays)
+    copied = bytearray()
+    for tag, start, end in _records(data):
+        if tag == PIECE and not next(keep):
+            continue
+        if tag == TRAINER_SPEC:  # one that comes in parts is written whole, in place of the first
+            copied += spec
+            spec = b""
+        elif tag != SELF_TEST_DATA:
+            copied += data[start:end]
+    copied += spec
+    return bytes(copied)
+
+
+def _trainer_spec(model: Any, stays: Sequence[bool]) -> bytes:
+    """Return the record of the trainer spec with its size and its ids of special pieces put right.
+
+    An id left out of the file means 0 for unk, 1 for bos, 2 for eos and -1, none, for pad: one
+    that changes is written. None stays none, and so becomes an id whose piece goes.
+    """
+    edited = _parse(b"")
+    edited.trainer_spec.CopyFrom(model.trainer_spec)
+    spec = edited.trainer_spec
+    spec.vocab_size = sum(stays)
+    for name in SPECIAL_IDS:
+        old = getattr(spec, name)
+        new = sum(stays[:old]) if 0 <= old < len(stays) and stays[old] else -1
+        if new != old:
+            setattr(spec, name, new)
+    return bytes(edited.SerializeToString())
+
+
+def _records(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Tag, start and end of each top-level record of a protobuf message.
+
+    Raises:
+        IndexError: the data ends within a number.
+    """
+    start = end = depth = 0
+    while end < len(data):
+        tag, end = _varint(data, end)
+        wire_type = tag & 7
+        if wire_type == 0:
+            _, end = _varint(data, end)
+        elif wire_type == 1:
+            end += 8
+        elif wire_type == 2:
+            size, end = _varint(data, end)
+            end += size
+        elif wire_type == 5:
+            end += 4
+        else:  # the start or the end of a group, which holds records of its own
+            depth += 1 if wire_type == 3 else -1
+        if not depth:
+            yield tag, start, end
+            start = end
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    """The number at ``position``, seven bits a byte, lowest first, and where it ends."""
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = data[position]
+        position += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, position
+    raise IndexError("a number of more than ten bytes")

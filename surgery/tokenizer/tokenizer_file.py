@@ -1,0 +1,288 @@
+"""Text cut by the pruned tokenizer, in the ids of the source: what the dense model can be shown."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import compress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from surgery.errors import TokenizerError, is_panic
+from surgery.files.model_files import TOKENIZER_NAME
+from surgery.files.strict_json import check_depth, dump_table, read_file, read_json
+from surgery.tokenizer.checks import AGAIN, check_numbers, check_tokenizer, walk_processor
+from surgery.tokenizer.id_map import IdMap, KeptTokens
+from surgery.tokenizer.kinds import BYTE_CHARACTERS, BYTE_LEVEL, Kind, alphabet, kind_of
+from surgery.tokenizer.legacy import build_tokenizer, is_legacy
+from surgery.tokenizer.merges import MergeRules, merge_entries, rule_ids
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizerFile:
+    """A tokenizer.json that can be cut."""
+
+    path: Path
+    data: dict[str, Any]
+
+    @classmethod
+    def open(cls, directory: Path) -> "TokenizerFile":
+        """Load and validate ``directory/tokenizer.json``, or build what it would be.
+
+        Raises:
+            TokenizerError: absent, of no kind that can be cut, or its parts contradict each other.
+        """
+        path = directory / TOKENIZER_NAME
+        if not path.exists():
+            return cls(path, build_tokenizer(directory))
+        data = read_json(path)
+        check_tokenizer(data, path)
+        return cls(path, data)
+
+    @classmethod
+    def reopen(cls, directory: Path) -> "TokenizerFile":
+        """Load a file that ``open`` has seen: a plan's fingerprint says that it is the same.
+
+        It is decoded from its bytes, without white space (two thirds of Gemma 3's) or a search for
+        keys given twice, and its merges are ``MergeRules``: that is most of apply's memory.
+        """
+        path = directory / TOKENIZER_NAME
+        if is_legacy(directory):
+            return cls(path, build_tokenizer(directory))
+        try:
+            data = _decode(msgspec.json.format(read_file(path), indent=-1), path)
+        except (OSError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+            raise TokenizerError(path, "cannot be read", found=error, fix=AGAIN) from error
+        check_tokenizer(data, path)
+        return cls(path, data)
+
+    def library(self) -> "Tokenizer":
+        """The tokenizers library's tokenizer of this file."""
+        return _library(self.data, self.path)
+
+    @cached_property
+    def kind(self) -> Kind:
+        """How the tokens are spelled."""
+        return kind_of(self.data, self.path)
+
+    @cached_property
+    def vocab(self) -> dict[str, int]:
+        """Token → id, as the model has it (added tokens outside of it are in ``added``)."""
+        vocab: Any = self.data["model"]["vocab"]
+        return vocab if isinstance(vocab, dict) else {entry[0]: i for i, entry in enumerate(vocab)}
+
+    @cached_property
+    def scores(self) -> np.ndarray | None:
+        """float64 by id: the pieces' log probabilities; None where the model has none."""
+        vocab = self.data["model"]["vocab"]
+        return None if isinstance(vocab, dict) else np.array([entry[1] for entry in vocab])
+
+    @cached_property
+    def merges(self) -> np.ndarray:
+        """Integers ``[merges, 3]``: ids of left part, right part and product, by rank.
+
+        Raises:
+            TokenizerError: a rule is no pair, or a part or product is not in the vocabulary.
+        """
+        merges = self.data["model"].get("merges", [])
+        if isinstance(merges, MergeRules):
+            return merges.ids
+        entries = merge_entries(merges)
+        rules = (rule_ids(entry, self.vocab, self.path) for entry in entries)
+        return np.fromiter(rules, dtype=(np.int64, 3), count=len(entries))
+
+    @cached_property
+    def added(self) -> dict[str, int]:
+        """Added tokens (special ones among them) → id; without text they are none."""
+        entries = self.data.get("added_tokens") or []
+        return {entry["content"]: entry["id"] for entry in entries if entry["content"]}
+
+    @property
+    def ignore_merges(self) -> bool:
+        """Whether a whole pre-token that is in the vocabulary needs no merges (Llama 3)."""
+        return bool(self.data["model"].get("ignore_merges"))
+
+    @cached_property
+    def token_ids(self) -> dict[str, int]:
+        """Every token → id, added ones included."""
+        return {**self.vocab, **self.added}
+
+    @cached_property
+    def alphabet(self) -> set[int]:
+        """Ids without which some text could not be written, or not without unknown tokens."""
+        model = self.data["model"]
+        unknown = {model["unk_id"]} if type(model.get("unk_id")) is int else set()
+        if model.get("unk_token") in self.token_ids:
+            unknown.add(self.token_ids[model["unk_token"]])
+        byte_fallback = bool(model.get("byte_fallback"))
+        return unknown | alphabet(self.kind, self.vocab, byte_fallback=byte_fallback)
+
+    @property
+    def missing_bytes(self) -> int:
+        """Bytes that a byte-level vocabulary without unknown token cannot write (SmolLM2: 21)."""
+        if self.kind is not BYTE_LEVEL or self.data["model"].get("unk_token"):
+            return 0
+        return len(BYTE_CHARACTERS.keys() - self.vocab.keys())
+
+    def rewrite(self, ids: IdMap) -> dict[str, Any]:
+        """Return tokenizer.json for the kept tokens: same keys, same order, new ids.
+
+        Every merge whose parents and product stay is kept, in order. What ``reopen`` has loaded
+        is for ``table_pieces`` alone: tokens and merges are worked out as they are written.
+
+        Raises:
+            TokenizerError: the post-processor or the padding refers to a token that goes.
+        """
+        data = {**self.data, "model": self._cut_model(ids)}
+        if data.get("added_tokens"):
+            data["added_tokens"] = [
+                {**token, "id": new}
+                for token in data["added_tokens"]
+                if token["content"] and (new := ids.new(token["id"])) is not None
+            ]
+        if isinstance(data.get("padding"), dict):
+            pad_id = self._map(ids, data["padding"]["pad_id"], "padding.pad_id")
+            data["padding"] = {**data["padding"], "pad_id": pad_id}
+        data["post_processor"] = self._map_processor(ids, data.get("post_processor"))
+        return data
+
+    def _cut_model(self, ids: IdMap) -> dict[str, Any]:
+        model = dict(self.data["model"])
+        if isinstance(model["vocab"], list):
+            model["vocab"] = list(compress(model["vocab"], ids.keep_mask()))
+            if type(model.get("unk_id")) is int:
+                model["unk_id"] = ids.new(model["unk_id"])
+            return model
+        kept = KeptTokens(self.vocab, ids)
+        if "merges" not in model:
+            return {**model, "vocab": dict(kept)}
+        merges, keep = model["merges"], ids.keep_mask()
+        stays = np.logical_and.reduce([keep[column] for column in self.merges.T])
+        if isinstance(merges, MergeRules):
+            return {**model, "vocab": kept, "merges": merges.named(stays, self.vocab)}
+        rules = list(compress(merge_entries(merges), stays))
+        return {**model, "vocab": dict(kept), "merges": rules}
+
+    def referenced_ids(self) -> set[int]:
+        """Ids that padding and the post-processor put into every text."""
+        found: set[int] = set()
+        if isinstance(self.data.get("padding"), dict):
+            found.add(self.data["padding"]["pad_id"])
+
+        def note(id_: int) -> int:
+            found.add(id_)
+            return id_
+
+        walk_processor(self.data.get("post_processor"), note)
+        return found
+
+    def _map_processor(self, ids: IdMap, processor: Any) -> Any:
+        return walk_processor(processor, lambda id_: self._map(ids, id_, "post_processor"))
+
+    def _map(self, ids: IdMap, old: int, key: str) -> int:
+        new = ids.new(old)
+        if new is None:
+            raise TokenizerError(
+                f"{self.path}: {key}",
+                "refers to a token that does not stay",
+                found=f"id {old}",
+                fix="correct the reference in the source",
+            )
+        return new
+
+
+def tokenizer_data(directory: Path) -> dict[str, Any]:
+    """tokenizer.json of ``directory``, whatever its kind, or what it would be; {} without any."""
+    path = directory / TOKENIZER_NAME
+    if is_legacy(directory):
+        return build_tokenizer(directory)
+    return read_json(path) if path.exists() else {}
+
+
+def load_tokenizer(directory: Path) -> "Tokenizer":
+    """Load ``directory/tokenizer.json``, or build it, without its truncation and padding.
+
+    Raises:
+        TokenizerError: absent and not to be built, or the library refuses it.
+    """
+    path = directory / TOKENIZER_NAME
+    data = tokenizer_data(directory)
+    if not data and not path.exists():
+        raise TokenizerError(
+            path, "is missing", fix="save the tokenizer with transformers' AutoTokenizer"
+        )
+    tokenizer = _library(data, path)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _library(data: dict[str, Any], path: Path) -> "Tokenizer":
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_buffer(dump_table(data))
+        tokenizer.encode("a")  # some contradictions show only here
+    except BaseException as error:  # the library raises bare Exception
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        raise TokenizerError(
+            path,
+            "cannot be loaded",
+            found=error,
+            fix="save the tokenizer with transformers' AutoTokenizer",
+        ) from error
+    return tokenizer
+
+
+def _decode(raw: bytes, path: Path) -> dict[str, Any]:
+    """Decode a tokenizer.json part by part, its merges into ``MergeRules``."""
+    parts = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+    data = {
+        key: _decode_model(part, path) if key == "model" else msgspec.json.decode(part)
+        for key, part in parts.items()
+    }
+    check_depth(data)
+    return data
+
+
+def _decode_model(raw: msgspec.Raw, path: Path) -> Any:
+    if not _opens(raw, b"{"):
+        return msgspec.json.decode(raw)
+    parts = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+    merges = parts.get("merges")
+    model = {k: None if k == "merges" else msgspec.json.decode(v) for k, v in parts.items()}
+    if merges is None:
+        return model
+    vocab: Any = model.get("vocab")
+    if isinstance(vocab, dict) and _opens(merges, b"["):
+        check_numbers(vocab, path)
+        model["merges"] = MergeRules.read(merges, vocab, path)
+    else:
+        model["merges"] = msgspec.json.decode(merges)
+    return model
+
+
+def _opens(raw: msgspec.Raw, bracket: bytes) -> bool:
+    return memoryview(raw)[:1] == bracket
+
+
+def cut_tokenizer(tokenizer: TokenizerFile, ids: IdMap) -> tuple["Tokenizer", np.ndarray]:
+    """Return the pruned tokenizer, without truncation and padding, and what its ids were before.
+
+    Returns:
+        The library's tokenizer, which gives new ids, and int64 ``[V' + rowless]``: the old id of
+        each. Tokens without a row keep their places behind the last one.
+
+    Raises:
+        TokenizerError: something that every text gets does not stay.
+    """
+    cut = TokenizerFile(tokenizer.path, tokenizer.rewrite(ids)).library()
+    cut.no_truncation()
+    cut.no_padding()
+    rowless = np.arange(ids.old_size, ids.old_size + ids.rowless)
+    return cut, np.concatenate([ids.kept, rowless])

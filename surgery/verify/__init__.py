@@ -1,0 +1,1 @@
+"""Check an output against its plan and its source."""

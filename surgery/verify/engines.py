@@ -1,0 +1,332 @@
+"""What engines are known to ask of a checkpoint's sizes, and what an output breaks of it."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from surgery.families.schema import EXPERT
+from surgery.layout.layout import Layout
+from surgery.tokenizer.kinds import BYTE_LEVEL
+from surgery.tokenizer.tokenizer_file import TokenizerFile
+
+GROUP = 128
+"""Usual group of AWQ and GPTQ, and side of DeepSeek's FP8 blocks."""
+
+TP = (2, 4, 8)
+"""Degrees of tensor parallelism that are looked at."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What engines look at in a checkpoint. What is None, or 0 heads, is not judged."""
+
+    vocab_size: int
+    """V': rows of the embedding."""
+    widths: Mapping[str, int]
+    """Config key → FFN width, such as ``{"intermediate_size": 1408}``."""
+    hidden_size: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    expert_keys: tuple[str, ...] = ()
+    """Those of ``widths`` that routed experts have."""
+    tokens: int | None = None
+    """Highest id of the tokenizer, plus one."""
+    source_vocab_size: int | None = None
+    """V before the cut."""
+    misread_vocab_sizes: Collection[int] = ()
+    """The family's: sizes V' by which llama.cpp's converter tells models apart."""
+    byte_level: bool = False
+    """Whether the tokenizer is a byte-level BPE."""
+
+    @property
+    def vocab_cut(self) -> bool:
+        """Whether the vocabulary is known to be smaller than the source's."""
+        return self.source_vocab_size not in (None, self.vocab_size)
+
+    def sizes(self, of: str) -> dict[str, int]:
+        """Name → size: a field of that name, all ``widths``, or those of ``experts``."""
+        if of == "widths":
+            return dict(self.widths)
+        if of == "experts":
+            return {key: self.widths[key] for key in self.expert_keys}
+        size: int | None = getattr(self, of)
+        return {of: size} if size else {}
+
+
+class Effect(Enum):
+    """What an engine does with a size that breaks its constraint."""
+
+    CANNOT = "cannot"
+    FALLS_BACK = "falls back"
+    MISREADS = "misreads"
+    SLOWER = "slower"
+
+
+Serves = Callable[[int, int], bool]
+"""Whether a size can be served, given the degree of tensor parallelism."""
+
+
+def multiple(step: int) -> Serves:
+    """Every rank's part is a multiple of ``step``."""
+    return lambda size, tp: size % (tp * step) == 0
+
+
+def shared(size: int, tp: int) -> bool:
+    """Key-value heads: split over the ranks, or each on a whole number of ranks."""
+    return size % tp == 0 if size >= tp else tp % size == 0
+
+
+def never(size: int, tp: int) -> bool:
+    """Decided by the facts alone."""
+    return False
+
+
+def always(facts: ModelFacts) -> bool:
+    """Concerns every checkpoint."""
+    return True
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What an engine is known to ask of a size."""
+
+    engine: str
+    effect: Effect
+    of: str
+    """What ``ModelFacts.sizes`` takes; each size is judged."""
+    serves: Serves
+    problem: str
+    """Goes on from "intermediate_size 1408"."""
+    fix: str
+    source: str
+    """Where it was read: repository and files."""
+    degrees: tuple[int, ...] = (1,)
+    """Degrees of tensor parallelism to judge at."""
+    applies: Callable[[ModelFacts], bool] = always
+    """Checkpoints it is about."""
+
+
+GPU_ENGINES = "vLLM, SGLang"
+CONSTRAINTS = (
+    Constraint(
+        GPU_ENGINES,
+        Effect.CANNOT,
+        "num_attention_heads",
+        multiple(1),
+        "gives a rank no whole number of heads",
+        "serve with another tp; no width changes that",
+        "vllm-project/vllm vllm/config/model.py; "
+        "sgl-project/sglang python/sglang/srt/models/llama.py",
+        degrees=TP,
+    ),
+    Constraint(
+        GPU_ENGINES,
+        Effect.CANNOT,
+        "num_key_value_heads",
+        shared,
+        "can be neither split over the ranks nor repeated on them",
+        "serve with another tp; no width changes that",
+        "vllm-project/vllm vllm/model_executor/models/llama.py; "
+        "sgl-project/sglang python/sglang/srt/models/llama.py",
+        degrees=TP,
+    ),
+    Constraint(
+        GPU_ENGINES,
+        Effect.CANNOT,
+        "widths",
+        multiple(1),
+        "gives a rank no whole number of channels",
+        "choose the width with `target` tp=N",
+        "vllm-project/vllm vllm/model_executor/layers/{linear,fused_moe/config}.py; "
+        "sgl-project/sglang python/sglang/srt/layers/{linear,moe/fused_moe_triton/layer}.py",
+        degrees=TP,
+    ),
+    Constraint(
+        GPU_ENGINES,
+        Effect.CANNOT,
+        "widths",
+        multiple(GROUP),
+        f"gives a rank no whole groups of {GROUP}: AWQ, GPTQ or FP8 weights so grouped do not load",
+        f"choose the width with `target` tp=N,group={GROUP}, or quantize in smaller groups",
+        "vllm-project/vllm vllm/model_executor/layers/quantization/{auto_awq,utils/fp8_utils,"
+        "compressed_tensors/schemes/compressed_tensors_wNa16}.py, issue 21695; sgl-project/sglang "
+        "python/sglang/srt/layers/quantization/{awq/schemes/awq_linear,"
+        "gptq/schemes/gptq_linear,fp8_utils}.py",
+        degrees=(1, *TP),
+    ),
+    Constraint(
+        "llama.cpp",
+        Effect.CANNOT,
+        "tokens",
+        never,
+        "are more than the embedding has rows: the converter stops",
+        "give the embedding a row for every token",
+        "ggml-org/llama.cpp conversion/base.py (get_vocab_base)",
+        applies=lambda facts: facts.tokens is not None and facts.tokens > facts.vocab_size,
+    ),
+    Constraint(
+        "llama.cpp",
+        Effect.CANNOT,
+        "vocab_size",
+        never,
+        "is a cut byte-level BPE: the converter knows pre-tokenizers by a hash of ids and stops",
+        "add the hash it prints to its table, with the pre-tokenizer of the source",
+        "ggml-org/llama.cpp conversion/base.py (get_vocab_base_pre)",
+        applies=lambda facts: facts.vocab_cut and facts.byte_level,
+    ),
+    Constraint(
+        "llama.cpp",
+        Effect.MISREADS,
+        "vocab_size",
+        never,
+        "sets special tokens: the converter takes 32016 for CodeLlama and adds its fill-in ids, "
+        "49152 for Granite and switches the bos token off",
+        "choose another V'",
+        "ggml-org/llama.cpp conversion/llama.py (set_vocab)",
+        applies=lambda facts: facts.vocab_cut and facts.vocab_size in facts.misread_vocab_sizes,
+    ),
+    Constraint(
+        "llama.cpp",
+        Effect.FALLS_BACK,
+        "widths",
+        multiple(32),
+        "is no multiple of 32, so down_proj stays F16 in every quantized file",
+        "`multiple_of` 256 avoids that",
+        "ggml-org/llama.cpp src/llama-quant.cpp (tensor_type_fallback), ggml/src/ggml-common.h, "
+        "conversion/base.py",
+    ),
+    Constraint(
+        "llama.cpp",
+        Effect.FALLS_BACK,
+        "widths",
+        multiple(256),
+        "is no multiple of 256, so down_proj gets Q4_0 to Q8_0 in place of a K-quant",
+        "`multiple_of` 256 avoids that",
+        "ggml-org/llama.cpp src/llama-quant.cpp (tensor_type_fallback), ggml/src/ggml-common.h "
+        "(QK_K)",
+    ),
+    Constraint(
+        "llama.cpp",
+        Effect.FALLS_BACK,
+        "hidden_size",
+        multiple(256),
+        "is no multiple of 256, so embeddings, q, k, v, gate_proj and up_proj get no K-quants",
+        "no width changes that",
+        "ggml-org/llama.cpp src/llama-quant.cpp (tensor_type_fallback)",
+    ),
+    Constraint(
+        "transformers 5",
+        Effect.CANNOT,
+        "experts",
+        multiple(8),
+        "gives experts rows of no whole 16 bytes in bf16, which its grouped_mm refuses",
+        'choose a multiple of 8, or load with experts_implementation="eager"',
+        "huggingface/transformers src/transformers/integrations/moe.py; "
+        "pytorch/pytorch torch/_meta_registrations.py (_meta_grouped_mm_common)",
+    ),
+    Constraint(
+        "MLX",
+        Effect.FALLS_BACK,
+        "widths",
+        multiple(64),
+        "is no multiple of 64, so mlx_lm.convert leaves down_proj unquantized",
+        "choose a multiple of 64",
+        "ml-explore/mlx-lm mlx_lm/utils.py (quantize_model)",
+    ),
+    Constraint(
+        "torchao",
+        Effect.FALLS_BACK,
+        "widths",
+        multiple(16),
+        "is no multiple of 16, so float8 skips gate_proj, up_proj and down_proj",
+        "choose a multiple of 16",
+        "pytorch/ao torchao/quantization/utils.py (_fp8_mm_compat); "
+        "pytorch/pytorch torch/_meta_registrations.py (_scaled_mm)",
+    ),
+    Constraint(
+        "torchao",
+        Effect.FALLS_BACK,
+        "widths",
+        multiple(GROUP),
+        f"is no multiple of {GROUP}, so int4 in groups of {GROUP} skips down_proj",
+        f"choose a multiple of {GROUP}, or quantize in smaller groups",
+        "pytorch/ao torchao/quantization/quant_api.py (_int4_weight_only_quantize_tensor)",
+    ),
+    *(
+        Constraint(
+            "PyTorch on GPUs",
+            Effect.SLOWER,
+            of,
+            multiple(8),
+            "is no multiple of 8, which bf16 and fp16 kernels are aligned to",
+            "choose a multiple of 8",
+            "pytorch/pytorch torch/_inductor/fx_passes/pad_mm.py (get_alignment_size)",
+        )
+        for of in ("vocab_size", "widths")
+    ),
+)
+"""All that is known. Of one engine: what the facts alone decide, then per size the worst first."""
+
+HEADS = "heads"
+
+
+def engine_faults(facts: ModelFacts) -> list[str]:
+    """Return one line per constraint that ``facts`` break: engine, effect, size, what to do.
+
+    Of the entries on one size, the first that breaks at a degree of tensor parallelism speaks for
+    its engine; heads speak for all sizes. What the facts alone decide is always told.
+    """
+    lines: list[str] = []
+    told: set[tuple[str, str, int]] = set()
+    for constraint in CONSTRAINTS:
+        sizes = facts.sizes(constraint.of) if constraint.applies(facts) else {}
+        for name, size in sizes.items():
+            subject = HEADS if constraint.of.endswith(HEADS) else name
+            broken = [
+                tp
+                for tp in constraint.degrees
+                if not constraint.serves(size, tp)
+                and not told & {(constraint.engine, name, tp), (constraint.engine, HEADS, tp)}
+            ]
+            if broken:
+                lines.append(_line(constraint, f"{name} {size}", broken))
+            if constraint.serves is not never:
+                told |= {(constraint.engine, subject, tp) for tp in broken}
+    return lines
+
+
+def _line(constraint: Constraint, what: str, broken: list[int]) -> str:
+    at = "" if broken[0] == 1 else f" at tp={', '.join(map(str, broken))}"
+    effect = constraint.effect.value
+    return f"{constraint.engine} ({effect}): {what}{at} {constraint.problem}; {constraint.fix}"
+
+
+def facts_of(
+    layout: Layout, tokenizer: TokenizerFile | None, source_vocab_size: int | None
+) -> ModelFacts:
+    """What engines look at in a checkpoint.
+
+    Args:
+        layout: The checkpoint.
+        tokenizer: Its tokenizer, where it is of a kind that can be cut.
+        source_vocab_size: V before the cut, where it is known.
+    """
+    experts = layout.family.widths.get(EXPERT)
+    config = layout.config
+
+    def size(key: str) -> int | None:
+        value = config.get(key)
+        return value if type(value) is int else None
+
+    return ModelFacts(
+        vocab_size=layout.vocab_size,
+        widths=layout.widths,
+        hidden_size=size("hidden_size"),
+        num_attention_heads=size("num_attention_heads"),
+        num_key_value_heads=size("num_key_value_heads"),
+        expert_keys=(experts.key,) if experts and experts.key in layout.widths else (),
+        tokens=max(tokenizer.token_ids.values(), default=-1) + 1 if tokenizer else None,
+        source_vocab_size=source_vocab_size,
+        misread_vocab_sizes=layout.family.misread_vocab_sizes,
+        byte_level=tokenizer is not None and tokenizer.kind is BYTE_LEVEL,
+    )

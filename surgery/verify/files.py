@@ -1,0 +1,196 @@
+"""What files alone can show about an output: tensors, sizes, ids, bytes, and the tokenizer."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from surgery.apply.edits import OutputTensor, edits, sources
+from surgery.apply.shard import edit_windows
+from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.errors import PlanError, TokenizerError
+from surgery.files.index_sets import MAKE_AGAIN
+from surgery.files.safetensors_header import TensorRef
+from surgery.files.shard_file import IO, Buffer, open_shard
+from surgery.files.strict_json import read_file
+from surgery.hub.shards import Shards
+from surgery.layout.build import read_layout
+from surgery.layout.layout import Layout
+from surgery.planning.plan import PROVENANCE_NAME, Plan, ProvenanceFile
+from surgery.tokenizer.tokenizer_file import TokenizerFile, load_tokenizer, tokenizer_data
+from surgery.verify.engines import engine_faults, facts_of
+from surgery.verify.ids import Origin, id_faults
+
+SAMPLES = (
+    "The quick brown fox jumps over the lazy dog; 12,345.67 times in 2024!\n\n\tIndented\r\n",
+    "def area(radius):\n    return 3.14159 * radius ** 2  # πr²\n",
+    "Ünïcödé, 中文, العربية, हिन्दी, 한국어, 🙂👩‍👩‍👧, e\u0301 \u200b\u202e.",
+)
+"""Texts that every tokenizer has to give back as its source does."""
+
+MOST_FAULTS = 20
+"""Faults that one check lists."""
+
+
+@dataclass
+class VerifyReport:
+    """Checks made, in order, with the faults they found."""
+
+    checks: dict[str, list[str]] = field(default_factory=dict)
+    """Check → its faults; an empty list passed."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Check → why it could not be made."""
+    notes: list[str] = field(default_factory=list)
+    """Known constraints of engines that the checkpoint breaks; they are no faults of its."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether no check found a fault."""
+        return not any(self.checks.values())
+
+    def table(self) -> str:
+        """The report as text for people."""
+        rows = [f"ok       {name}" for name, faults in self.checks.items() if not faults]
+        rows += [f"skipped  {name}: {why}" for name, why in self.skipped.items()]
+        rows += [f"FAULT    {n}: {fault}" for n, faults in self.checks.items() for fault in faults]
+        rows += [f"note     {note}" for note in self.notes]
+        return "\n".join(rows)
+
+
+def embedded_plan(directory: Path) -> Plan | None:
+    """Return the plan in ``directory/compact_surgery.json``, or None if there is none."""
+    path = directory / PROVENANCE_NAME
+    if not path.exists():
+        return None
+    try:
+        return msgspec.json.decode(read_file(path), type=ProvenanceFile).plan
+    except PlanError as error:
+        raise error.inside(path) from error
+    except (OSError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise PlanError(path, "holds no plan", found=error, fix=MAKE_AGAIN) from error
+
+
+SAME_BYTES = "kept rows and channels are bit-identical"
+SAME_TEXT = "tokenizer gives back text as the source does"
+
+
+def verify_files(
+    directory: Path,
+    plan: Plan | None,
+    source: Path | None,
+    *,
+    download: bool = True,
+    io: IO = "mmap",
+) -> VerifyReport:
+    """Check the checkpoint in ``directory`` against ``plan`` and, where it is at hand, its source.
+
+    Weights of a source on the hub are downloaded shard by shard, unless ``download`` is false.
+
+    Raises:
+        SurgeryError: ``directory`` is no checkpoint, or ``source`` is not the plan's.
+    """
+    family = plan.family if plan is not None else None
+    checkpoint = Checkpoint.open(directory, family)
+    layout = read_layout(checkpoint)
+    origin = Origin(source, plan) if plan is not None and source is not None else None
+    wanted = (
+        edits(origin.plan, read_layout(Checkpoint.open(origin.path, family))) if origin else None
+    )
+    report = VerifyReport(notes=_engine_notes(layout, plan))
+    report.checks["headers and config.json agree"] = []
+    report.checks["ids in JSON files point at tokens"] = id_faults(layout, origin)[:MOST_FAULTS]
+    if plan is None:
+        report.skipped["sizes are the plan's"] = "no plan"
+    else:
+        report.checks["sizes are the plan's"] = _check_sizes(layout, plan)
+    if origin is None or wanted is None:
+        reason = "no plan" if plan is None else "the source is not at hand"
+        report.skipped |= {SAME_BYTES: reason, SAME_TEXT: reason}
+        return report
+    shards = Shards.of(origin.path)
+    if shards.remote and not download:
+        report.skipped[SAME_BYTES] = "the verify command downloads the weights for it once more"
+    else:
+        report.checks[SAME_BYTES] = compare_bytes(wanted, checkpoint, shards, io)
+    report.checks[SAME_TEXT] = _check_tokenizer(directory, origin.path, origin.plan)
+    return report
+
+
+def _engine_notes(layout: Layout, plan: Plan | None) -> list[str]:
+    try:
+        tokenizer = TokenizerFile.open(layout.checkpoint.path)
+    except TokenizerError:  # of a kind that is not cut
+        tokenizer = None
+    before = plan.before.vocab_size if plan is not None else None
+    return engine_faults(facts_of(layout, tokenizer, before))
+
+
+def compare_bytes(
+    by_shard: dict[str, list[OutputTensor]], output: Checkpoint, shards: Shards, io: IO
+) -> list[str]:
+    """Stream every edit again and compare it with what lies in ``output``; return the faults."""
+    wanted = {tensor.name for shard in by_shard.values() for tensor in shard}
+    gone = sorted(output.tensors.keys() - wanted)
+    faults = [f"tensor {name} is not in the plan" for name in gone]
+    steps = {name: sources(shard) for name, shard in by_shard.items() if shard}
+    with shards:
+        shards.expect(list(steps.values()))
+        for name, needed in steps.items():
+            with shards.lease(needed):
+                faults += [
+                    fault
+                    for tensor in by_shard[name]
+                    if (fault := _difference(tensor, output.tensors.get(tensor.name), io))
+                ]
+    return faults
+
+
+def _difference(tensor: OutputTensor, found: TensorRef | None, io: IO) -> str | None:
+    """What is wrong with the output's tensor; None where nothing is."""
+    if found is None:
+        return f"tensor {tensor.name} is missing"
+    if (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
+        expected = f"{tensor.dtype} {list(tensor.shape)}"
+        return f"tensor {tensor.name}: expected {expected}, found {list(found.shape)}"
+    if not _same_bytes(tensor, found, io):
+        return f"{found.path}: tensor {tensor.name} differs from the source's kept values"
+    return None
+
+
+def _same_bytes(tensor: OutputTensor, found: TensorRef, io: IO) -> bool:
+    offset, buffer = found.start, Buffer()
+    source_path = tensor.edits[0].source.path
+    with open_shard(source_path, io) as source, open_shard(found.path, io) as output:
+        for edit in tensor.edits:
+            for window in edit_windows(edit, source):
+                with output.window(offset, len(window), buffer) as data:
+                    if not np.array_equal(data, np.frombuffer(window, np.uint8)):
+                        return False
+                offset += len(window)
+    return True
+
+
+def _check_sizes(layout: Layout, plan: Plan) -> list[str]:
+    depth, after = layout.family.depth, plan.after
+    found = {"vocab_size": layout.vocab_size, depth: layout.num_hidden_layers, **layout.widths}
+    expected = {"vocab_size": after.vocab_size, depth: after.num_hidden_layers, **after.widths}
+    return [] if found == expected else [f"expected {expected}, found {found}"]
+
+
+def _check_tokenizer(directory: Path, source: Path, plan: Plan) -> list[str]:
+    """Encode and decode samples with both tokenizers, through the library that others use."""
+    if not tokenizer_data(source):
+        return []
+    old, new = load_tokenizer(source), load_tokenizer(directory)
+    ids, faults = plan.ids(), []
+    for token, old_id in old.get_vocab().items():
+        if (new_id := ids.new(old_id)) is not None and new.token_to_id(token) != new_id:
+            faults.append(f"token {token!r}: expected id {new_id}, found {new.token_to_id(token)}")
+    for text in SAMPLES:
+        before, after = old.encode(text), new.encode(text)
+        if new.decode(after.ids) != old.decode(before.ids):
+            faults.append(f"{text!r} decodes to {new.decode(after.ids)!r}")
+        if np.max(after.ids, initial=0) >= plan.after.vocab_size:
+            faults.append(f"{text!r} encodes to ids beyond the embedding")
+    return faults[:MOST_FAULTS]

@@ -1,0 +1,198 @@
+"""Every id in every JSON file of an output: a token's, and the same token's as in the source."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from surgery.apply.companions import TABLES, config_changes, rewrite_document
+from surgery.config.rewrite import VOCABULARY_FILES, drop_tokens, rewrite_config
+from surgery.config.token_ids import JsonPath, id_places
+from surgery.errors import TokenizerError
+from surgery.families.table import family_of
+from surgery.files.model_files import TOKENIZER_NAME
+from surgery.files.strict_json import read_json
+from surgery.layout.layout import Layout
+from surgery.planning.plan import PROVENANCE_NAME, Plan
+from surgery.tokenizer.checks import walk_processor
+from surgery.tokenizer.id_map import IdMap
+from surgery.tokenizer.tokenizer_file import tokenizer_data
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The source that a plan was applied to."""
+
+    path: Path
+    plan: Plan
+
+    @cached_property
+    def ids(self) -> IdMap:
+        """The map from its ids to the output's."""
+        return self.plan.ids()
+
+    @cached_property
+    def tokenizer(self) -> dict[str, Any]:
+        """Its tokenizer.json, or an empty object."""
+        return tokenizer_data(self.path)
+
+    @cached_property
+    def tokens(self) -> dict[str, int]:
+        """Its token → id."""
+        return token_ids(self.tokenizer)
+
+    @cached_property
+    def gone(self) -> set[str]:
+        """Tokens that do not stay."""
+        return {token for token, old in self.tokens.items() if self.new(old) is None}
+
+    def new(self, old: Any) -> int | None:
+        """The output's id of ``old``, or None; what is no id becomes none."""
+        if type(old) is not int:
+            return None
+        return old if self.ids.identity else self.ids.new(old)
+
+    def places(self, name: str) -> dict[JsonPath, int]:
+        """Place → id that the output's file ``name`` has to have, by the source's."""
+        path = self.path / name
+        if not path.exists():
+            return {}
+        data = read_json(path)
+        if name == "config.json":
+            family = family_of(data, path, self.plan.family)
+            changes = config_changes(self.plan, family)
+            data = rewrite_config(data, family, self.ids, changes, path)
+        elif not self.ids.identity:
+            data = rewrite_document(path, self.tokens, self.ids)
+        return id_places(data, name)
+
+
+def id_faults(layout: Layout, origin: Origin | None) -> list[str]:
+    """One line for each id that is out of range, no token's, or another token's than before.
+
+    Without ``origin`` an id of another token cannot be told from the right one.
+    """
+    directory, rows = layout.checkpoint.path, layout.vocab_size
+    data = tokenizer_data(directory)
+    tokens = token_ids(data)
+    copied = not tokens or (origin is not None and origin.ids.identity)
+    owner = {id_: token for token, id_ in tokens.items()} or dict.fromkeys(range(rows), "")
+    faults = _row_faults(data, tokens, rows) + _processor_faults(data, owner, origin)
+    for path in sorted(directory.glob("*.json")):
+        if path.name in TABLES:
+            faults += [] if copied else _table_faults(path, tokens)
+        elif path.name not in (*VOCABULARY_FILES, PROVENANCE_NAME):
+            faults += _document_faults(path, owner, origin)
+    return faults
+
+
+def token_ids(data: dict[str, Any]) -> dict[str, int]:
+    """Token → id of a tokenizer.json, whose vocabulary is a table or a list of pieces.
+
+    Raises:
+        TokenizerError: it has none.
+    """
+    try:
+        vocab = data["model"]["vocab"] if data else {}
+        table = vocab if isinstance(vocab, dict) else {piece[0]: i for i, piece in enumerate(vocab)}
+        added = {token["content"]: token["id"] for token in data.get("added_tokens") or []}
+        tokens = {**table, **added}
+        if not all(isinstance(t, str) and type(id_) is int for t, id_ in tokens.items()):
+            raise TypeError
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise TokenizerError(
+            TOKENIZER_NAME, "has no readable vocabulary", fix="apply the plan again"
+        ) from error
+    return tokens
+
+
+def _row_faults(data: dict[str, Any], tokens: dict[str, int], rows: int) -> list[str]:
+    """Ids lie below the rows; only added tokens may follow right behind the last row."""
+    added = {token["content"] for token in data.get("added_tokens") or []}
+    limit = rows + sum(tokens[token] >= rows for token in added)
+    return [
+        f"{TOKENIZER_NAME}: {token!r}: expected an id below {rows}, found {id_}"
+        for token, id_ in tokens.items()
+        if not 0 <= id_ < (limit if token in added else rows)
+    ]
+
+
+def _processor_faults(
+    data: dict[str, Any], owner: dict[int, str], origin: Origin | None
+) -> list[str]:
+    """Ids that padding and the post-processor put into every text."""
+    found = _put_ids(data)
+    if origin is None:
+        return [
+            f"{TOKENIZER_NAME}: {key}: expected ids of tokens, found {ids}"
+            for key, ids in found.items()
+            if any(id_ not in owner for id_ in ids)
+        ]
+    source = _put_ids(origin.tokenizer)
+    expected = {key: [origin.new(old) for old in ids] for key, ids in source.items()}
+    return [
+        f"{TOKENIZER_NAME}: {key}: expected ids {expected[key]}, found {ids}"
+        for key, ids in found.items()
+        if ids != expected[key]
+    ]
+
+
+def _put_ids(data: dict[str, Any]) -> dict[str, list[Any]]:
+    padding, found = data.get("padding"), list[Any]()
+    walk_processor(data.get("post_processor"), found.append)
+    pads = [padding.get("pad_id")] if isinstance(padding, dict) else []
+    return {"post_processor": found, "padding.pad_id": pads}
+
+
+def _table_faults(path: Path, tokens: dict[str, int]) -> list[str]:
+    return [
+        f"{path.name}: {token!r}: expected id {tokens.get(token, 'of no token')}, found {id_}"
+        for token, id_ in read_json(path).items()
+        if tokens.get(token) != id_
+    ]
+
+
+def _document_faults(path: Path, owner: dict[int, str], origin: Origin | None) -> list[str]:
+    """Faults of a file that refers to tokens, of which ``owner`` has those there are."""
+    data = read_json(path)
+    try:
+        found = id_places(data, path.name)
+        gone = origin.gone if origin else set[str]()
+        kept = drop_tokens(data, gone.__contains__, path.name)
+    except TokenizerError as error:
+        return [str(error)]
+    expected = origin.places(path.name) if origin else {}
+    faults = [
+        f"{_name(place)}: expected id {id_}, found {found.get(place, 'none')}"
+        for place, id_ in expected.items()
+        if found.get(place) != id_
+    ]
+    faults += [
+        f"{_name(place)}: expected the id of a token, found {id_}"
+        for place, id_ in found.items()
+        if place not in expected and id_ not in owner
+    ]
+    faults += [
+        f"{path.name}: {key}: names a token that is gone, and would be added again"
+        for key in data
+        if kept[key] != data[key]
+    ]
+    return faults + _decoder_faults(path.name, data.get("added_tokens_decoder"), owner)
+
+
+def _decoder_faults(name: str, decoder: Any, owner: dict[int, str]) -> list[str]:
+    """Entries of added_tokens_decoder with another text than the token has."""
+    entries = decoder.items() if isinstance(decoder, dict) else ()
+    faults = []
+    for id_, token in entries:
+        text = token.get("content") if isinstance(token, dict) else token
+        expected = owner.get(int(id_), "")
+        if expected and text != expected:
+            faults.append(
+                f"{name}: added_tokens_decoder: {id_}: expected {expected!r}, found {text!r}"
+            )
+    return faults
+
+
+def _name(place: JsonPath) -> str:
+    return ": ".join(map(str, place))

@@ -1,0 +1,1 @@
+"""Which tokens to keep, and what it costs to remove the others."""

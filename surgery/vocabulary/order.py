@@ -1,0 +1,334 @@
+"""Which tokens to keep: all in order of rarity, by merges or by counts, parents included."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from surgery.config.rewrite import template_tokens, token_references
+from surgery.errors import BudgetError, DataError, TokenizerError
+from surgery.files.strict_json import read_file
+from surgery.layout.layout import Layout
+from surgery.tokenizer.id_map import IdMap
+from surgery.tokenizer.kinds import SENTENCEPIECE, WORDPIECE
+from surgery.tokenizer.merges import MergeTree
+from surgery.tokenizer.tokenizer_file import TokenizerFile
+from surgery.vocabulary.scripts import scripts_of
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class Rarity:
+    """The rows of the embedding from the most to the least common."""
+
+    order: np.ndarray
+    """int64 ``[V]``: row ids. Any prefix that holds ``must_keep`` is closed under merges."""
+    must_keep: int
+    """How many rows at the front have to stay."""
+    tokens: int
+    """Tokens that have a row; the rest of ``order`` are padding rows."""
+    rowless: int
+    """Added tokens behind the last row."""
+
+    def id_map(self, vocab_size: int) -> IdMap:
+        """Keep the ``vocab_size`` most common rows.
+
+        Raises:
+            BudgetError: ``vocab_size`` is above V or below what must stay.
+        """
+        if not self.must_keep <= vocab_size <= len(self.order):
+            raise BudgetError(
+                "`vocab_size`",
+                "is out of reach",
+                expected=f"{self.must_keep} (bytes, special, referenced and asked-for tokens, "
+                f"white space) to {len(self.order)} (the source's rows)",
+                found=vocab_size,
+                fix="choose a size in this range",
+            )
+        return IdMap(np.sort(self.order[:vocab_size]), len(self.order), self.rowless)
+
+    def buckets(self, edges: Sequence[int]) -> np.ndarray:
+        """int64 ``[V]``: for each row the first bucket whose edge lies beyond its rank."""
+        buckets = np.empty(len(self.order), dtype=np.int64)
+        buckets[self.order] = np.searchsorted(edges, np.arange(len(self.order)), side="right")
+        return buckets
+
+
+def identity_rarity(rows: int) -> Rarity:
+    """The order of a vocabulary that is not cut: every row must stay."""
+    return Rarity(np.arange(rows), must_keep=rows, tokens=rows, rowless=0)
+
+
+BATCH_CHARACTERS = 1 << 18
+"""Text encoded at a time: its tokens take some 30 MB."""
+
+
+def count_tokens(tokenizer: "Tokenizer", documents: Iterable[str], size: int) -> np.ndarray:
+    """int64 ``[size]``: occurrences of every id below ``size`` in ``documents``.
+
+    Special tokens that the post-processor adds are not counted.
+
+    Raises:
+        DataError: there is no token at all.
+    """
+    counts = np.zeros(size, dtype=np.int64)
+    for ids in encoded(tokenizer, documents):
+        counts += np.bincount(ids, minlength=size)[:size]
+    if not counts.any():
+        raise DataError("`data`", "has no text to count tokens in", fix="give a text")
+    return counts
+
+
+def encoded(tokenizer: "Tokenizer", texts: Iterable[str]) -> Iterator[np.ndarray]:
+    """Yield the ids of ``texts``, a batch at a time, without the post-processor's tokens."""
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    for batch in _batches(texts):
+        found = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        yield np.concatenate([np.array(part.ids, dtype=np.int64) for part in found])
+
+
+def _batches(texts: Iterable[str]) -> Iterator[Sequence[str]]:
+    """Gather short texts and cut long ones, at line ends where there are any."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        for part in _parts(text):
+            batch.append(part)
+            size += len(part)
+            if size >= BATCH_CHARACTERS:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _parts(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > BATCH_CHARACTERS:
+        cut = text.rfind("\n", start, start + BATCH_CHARACTERS) + 1
+        stop = cut or start + BATCH_CHARACTERS
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+DEAD = np.iinfo(np.int64).max
+"""Rank of a vocabulary entry that no merge produces: it can never occur."""
+
+RESERVED = re.compile(
+    r"<unused_?\d+>|<\|?reserved_special_token_\d+\|?>|<\|reserved_token_\d+\|>"
+    r"|<[｜|]place[▁_]holder[▁_]no[▁_]\d+[｜|]>|<\|placeholder\d+\|>|<\|dummy_\d+\|>"
+    r"|\[control_\d+\]|<SPECIAL_\d+>"
+)
+"""Names of tokens that a vocabulary holds for later use."""
+
+
+@dataclass(frozen=True)
+class VocabularyOptions:
+    """What is asked of the vocabulary beside its size."""
+
+    vocab_by: str = "merge-order"
+    """Rarity of tokens: "merge-order", the tail of the merge list, or "frequency" in a text."""
+    drop_reserved: bool = False
+    """Whether tokens go that are reserved for later use and that nothing refers to."""
+    keep_tokens: Path | Sequence[str] | None = None
+    """Tokens that must stay, as the vocabulary spells them or as plain text; or a file of them,
+    one a line."""
+    keep_scripts: Sequence[str] = ()
+    """Unicode scripts whose tokens must stay, such as Cyrillic."""
+
+
+@dataclass(frozen=True)
+class VocabularyChoice:
+    """What stays of the vocabulary beside the most common tokens, and which those are."""
+
+    counts: np.ndarray | None = None
+    """int64 by id: how often each token occurs; None orders by the merge list."""
+    drop_reserved: bool = False
+    """Rank tokens that are reserved for later use behind all others."""
+    keep: frozenset[int] = frozenset()
+    """Ids that must stay."""
+    keep_scripts: Sequence[str] = ()
+    """Unicode scripts whose tokens must stay."""
+
+
+def open_vocabulary(layout: Layout) -> TokenizerFile:
+    """Open a checkpoint's tokenizer and check that it belongs to the embedding.
+
+    Raises:
+        TokenizerError: it cannot be cut, or has tokens without a row that are not the last ones.
+    """
+    tokenizer = TokenizerFile.open(layout.checkpoint.path)
+    beyond = sorted(i for i in tokenizer.token_ids.values() if i >= layout.vocab_size)
+    if beyond and (
+        max(tokenizer.vocab.values()) >= layout.vocab_size
+        or beyond != list(range(layout.vocab_size, layout.vocab_size + len(beyond)))
+    ):
+        raise TokenizerError(
+            tokenizer.path,
+            "has tokens without a row in the embedding",
+            expected=f"ids below {layout.vocab_size}",
+            found=beyond[0],
+            fix="use the tokenizer that belongs to this checkpoint",
+        )
+    return tokenizer
+
+
+def rarity_of(
+    layout: Layout,
+    choice: VocabularyChoice = VocabularyChoice(),
+    tokenizer: TokenizerFile | None = None,
+) -> Rarity:
+    """Order the rows of a checkpoint's embedding by its tokenizer, its JSON files and ``choice``.
+
+    Args:
+        layout: The checkpoint.
+        choice: What must stay, and what counts as rare.
+        tokenizer: From ``open_vocabulary``, where it is at hand.
+
+    Raises:
+        TokenizerError: the tokenizer cannot be cut.
+    """
+    tokenizer = tokenizer or open_vocabulary(layout)
+    referenced = token_references(layout.checkpoint, tokenizer.token_ids)
+    reserved = reserved_tokens(tokenizer) if choice.drop_reserved else {}
+    referenced |= template_tokens(layout.checkpoint.path, reserved)
+    return order_rows(tokenizer, layout.vocab_size, referenced, choice)
+
+
+def reserved_tokens(tokenizer: TokenizerFile) -> dict[str, int]:
+    """Tokens → ids whose names say that they are held for later use."""
+    return {token: id_ for token, id_ in tokenizer.token_ids.items() if RESERVED.fullmatch(token)}
+
+
+def order_rows(
+    tokenizer: TokenizerFile,
+    rows: int,
+    referenced: Iterable[int],
+    choice: VocabularyChoice = VocabularyChoice(),
+) -> Rarity:
+    """Order ``rows`` embedding rows from those that must stay to the rarest.
+
+    First come the rows that must stay: the alphabet, added tokens, ``referenced`` ids, runs of
+    white space, what ``choice`` asks for, and whatever these are merged from. Then tokens by
+    count, where there are counts, and by rank (``merge_ranks``); a token is never before its
+    parents, so that text whose tokens all stay is cut as before. Then dead tokens, reserved ones
+    if they may go, and padding rows.
+    """
+    size = max(rows, max(tokenizer.token_ids.values(), default=0) + 1)
+    tree = MergeTree(tokenizer.vocab, tokenizer.merges, size)
+    rank = merge_ranks(tokenizer, tree)
+    must = tokenizer.alphabet | set(tokenizer.added.values()) | choice.keep
+    must |= _of_scripts(tokenizer, choice.keep_scripts)
+    must |= set(referenced) | tokenizer.referenced_ids()
+    count = np.zeros(len(rank), dtype=np.int64)
+    if choice.counts is not None:
+        count[: len(choice.counts)] = choice.counts[: len(count)]
+        tree.lift_parents(count)
+    if choice.drop_reserved:
+        unused = set(reserved_tokens(tokenizer).values()) - set(referenced) - choice.keep
+        unused -= tokenizer.referenced_ids()
+        must -= unused
+        count[list(unused)] = -1
+    token_rows = np.unique([i for i in tokenizer.token_ids.values() if i < rows])
+    first = tree.with_parents(np.array(sorted(i for i in must if i < rows), dtype=np.int64))
+    order = np.lexsort((token_rows, tree.length[token_rows], rank[token_rows], -count[token_rows]))
+    later = token_rows[order]
+    padding = np.setdiff1d(np.arange(rows), token_rows)
+    return Rarity(
+        np.concatenate([first, later[~np.isin(later, first)], np.setdiff1d(padding, first)]),
+        must_keep=len(first),
+        tokens=len(token_rows),
+        rowless=sum(i >= rows for i in tokenizer.token_ids.values()),
+    )
+
+
+def merge_ranks(tokenizer: TokenizerFile, tree: MergeTree) -> np.ndarray:
+    """int64 by id: the paper's order, the tail of the merge list is rarest; ``DEAD`` for the dead.
+
+    Byte-level BPE ranks a token by its first merge. SentencePiece-style vocabularies keep their
+    merges in the order of ids, but list runs of spaces last and characters behind all pieces; so
+    they rank by id, and a character as the first piece that needs it, or behind all pieces.
+    Unigram ranks by score, WordPiece by id. A token without merges that is still found whole
+    (``ignore_merges``) ranks where its id stands.
+    """
+    by_id = np.arange(len(tree.length))
+    known = tree.length > 0
+    if tokenizer.scores is not None:
+        rank = np.full(len(by_id), DEAD)
+        rank[np.argsort(-tokenizer.scores, kind="stable")] = np.arange(len(tokenizer.scores))
+        return rank
+    if tokenizer.kind is WORDPIECE:
+        return np.where(known, by_id, DEAD)
+    if tokenizer.kind is SENTENCEPIECE:
+        rank = np.where(tree.merged, by_id, DEAD)
+        letters = np.flatnonzero(tree.length == 1)
+        rank[letters] = len(by_id) + letters
+        parents, children = tree.parents[tree.merged], np.flatnonzero(tree.merged)
+        for side in parents.T:
+            of_letter = tree.length[side] == 1
+            np.minimum.at(rank, side[of_letter], children[of_letter])
+    else:
+        rank = np.full(len(by_id), DEAD)
+        product = tokenizer.merges[:, 2]
+        rank[product[::-1]] = np.arange(len(product))[::-1]
+        rank[(tree.length > 1) & ~tree.merged] = DEAD
+        rank[tree.length == 1] = -1
+    if tokenizer.ignore_merges:
+        whole = np.flatnonzero(known & (rank == DEAD))
+        before = np.maximum.accumulate(np.where(rank == DEAD, -1, rank))
+        rank[whole] = before[whole]
+    tree.lower_children(rank)
+    return rank
+
+
+def kept_tokens(tokens: Path | Sequence[str] | None, tokenizer: TokenizerFile) -> frozenset[int]:
+    """Ids of ``tokens``, as the vocabulary spells them or as plain text; or of a file of them.
+
+    Raises:
+        TokenizerError: one of them is no token.
+    """
+    if tokens is None:
+        return frozenset()
+    lines = _lines(tokens) if isinstance(tokens, Path) else tokens
+    where = f"{tokens}: line" if isinstance(tokens, Path) else "`keep_tokens`: item"
+    spelled: dict[str, int] = {}
+    for token, id_ in tokenizer.vocab.items():
+        text = tokenizer.kind.text(token)
+        if text is not None:
+            spelled.setdefault(text, id_)
+    found = set()
+    for number, line in enumerate(lines, 1):
+        named = tokenizer.token_ids.get(line, spelled.get(line))
+        if line and named is None:
+            raise TokenizerError(
+                f"{where} {number}",
+                "is no token of this vocabulary",
+                found=repr(line),
+                fix="correct or remove it; inspect with `vocab` shows what there is",
+            )
+        if named is not None:
+            found.add(named)
+    return frozenset(found)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return read_file(path).decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise TokenizerError(path, "is not UTF-8 text", fix="save it as UTF-8") from error
+
+
+def _of_scripts(tokenizer: TokenizerFile, names: Sequence[str]) -> set[int]:
+    """Ids of the tokens whose letters are of these scripts."""
+    if not names:
+        return set()
+    scripts = scripts_of(map(tokenizer.kind.text, tokenizer.vocab))
+    ids = tokenizer.vocab.values()
+    return {id_ for id_, script in zip(ids, scripts, strict=True) if script in names}

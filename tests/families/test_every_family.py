@@ -1,0 +1,114 @@
+"""Every family: streamed statistics and scores, the cut, and the whole command line."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from calib.scoring.score import score_windows
+from calib.statistics.calibrate import Calibration, take_statistics
+from calib.statistics.sums import ChannelSums
+from calib.streaming.settings import PassSettings
+from calib.text.windows import byte_windows, token_windows
+from surgery.api import apply_plan
+from surgery.tokenizer.tokenizer_file import load_tokenizer
+from surgery.vocabulary.order import rarity_of
+from tests.support import tiny
+from tests.support.command import Run
+from tests.support.full_load import full_load_bits, hooked, window_norms
+from tests.support.plans import assert_equals_masked_dense, layout_of, random_plan
+from tests.support.tiny_configs import TINY
+
+SHARE = 0.6
+CPU = torch.device("cpu")
+SETTINGS = PassSettings(CPU, torch.float32)
+EDGES = [512, tiny.VOCAB_SIZE]
+SEQ_LEN = 24
+
+
+@pytest.mark.parametrize("key", TINY)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_pruned_equals_masked_dense(tmp_path: Path, key: str, tied: bool) -> None:
+    source = tiny.save(tmp_path / "source", key, tied=tied, special_first=not tied)
+    plan = random_plan(source, 512, SHARE)
+    apply_plan(plan, source=source, output=tmp_path / "out")
+    assert_equals_masked_dense(source, tmp_path / "out", plan, key)
+
+
+@pytest.mark.parametrize("key", TINY)
+def test_streamed_statistics_equal_hooks(tmp_path: Path, key: str) -> None:
+    path = tiny.save(tmp_path / "model", key)
+    layout = layout_of(path)
+    documents = [tiny.prose(600), tiny.prose(640)[600:]]
+    windows = token_windows(documents, load_tokenizer(path), 30, SEQ_LEN)
+    buckets = rarity_of(layout).buckets(EDGES)
+    stats = take_statistics(Calibration(layout, windows, SEQ_LEN, buckets, EDGES, SETTINGS))
+    full = hooked(path, key, windows)
+    seen = full.activations
+    for layer, axes in enumerate(layout.ffn_outputs):
+        assert set(axes) == set(seen[layer])
+        for axis, experts in axes.items():
+            sums = ChannelSums(len(EDGES), experts, layout.channels_of(axis), CPU)
+            for expert, tokens, act in seen[layer][axis]:
+                sums.add(expert, tokens, torch.from_numpy(buckets)[tokens.ids], act)
+            found = stats.layers[layer][axis]
+            norms = window_norms(seen[layer][axis], experts, layout.channels_of(axis))
+            assert np.allclose(found.sum_l2, norms, rtol=1e-4, atol=1e-9)
+            assert np.allclose(found.weight_norm, full.norms[layer][axis], rtol=1e-12)
+            assert np.array_equal(found.tokens, sums.tokens.numpy())
+            assert found.tokens.sum() >= sum(map(len, windows))
+            assert np.allclose(found.sum_sq, sums.sum_sq.total.numpy(), rtol=1e-4, atol=1e-9)
+            assert np.allclose(found.sum_abs, sums.sum_abs.total.numpy(), rtol=1e-4, atol=1e-9)
+    assert np.allclose(stats.cosines, full.cosines, rtol=1e-5)
+    assert np.allclose(stats.block_influence, 1 - stats.cosines / sum(map(len, windows)))
+
+
+@pytest.mark.parametrize("key", TINY)
+def test_score_equals_a_full_load(
+    tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "calib.streaming.decoder.HEAD_ROWS", 250
+    )  # several blocks, the last one partial
+    path = tiny.save(tmp_path / "model", key)
+    texts = byte_windows([tiny.prose(400)], 10, 120)
+    found = score_windows(layout_of(path), texts, load_tokenizer(path), SETTINGS)
+    assert found.bits == pytest.approx(full_load_bits(path, key, texts), rel=1e-5)
+
+
+@pytest.mark.parametrize("key", TINY)
+def test_the_whole_command_line(tmp_path: Path, text: Path, run: Run, key: str) -> None:
+    source = tiny.save(tmp_path / "source", key, sharded=True)
+    widths = {name: size // 2 for name, size in layout_of(source).widths.items()}
+    sizes = ["--vocab-size", 512, *(o for k, n in widths.items() for o in ("--width", f"{k}={n}"))]
+    stats, plan, out = (tmp_path / name for name in ("stats.safetensors", "plan.json", "out"))
+    take = ("calibrate", source, "--data", text, "--seq-len", 64, "--samples", 12, "-o", stats)
+    if not widths:
+        refused = run(*take)
+        assert refused.exit_code == 2
+        assert "no channels to choose; plan the vocabulary alone" in refused.output
+    steps = (
+        ("inspect", source),
+        *([take] if widths else []),
+        ("plan", source, *(["--stats", stats] if widths else []), *sizes, "-o", plan),
+        ("apply", plan, "-o", out),
+        ("verify", out, "--forward"),
+        ("score", out, "--data", text, "--samples", 2, "--window-bytes", 200),
+    )
+    for step in steps:
+        result = run(*step)
+        assert result.exit_code == 0, (step, result.output, result.exception)
+    assert layout_of(out).widths == widths
+
+
+@pytest.mark.parametrize("key", TINY)
+def test_keeping_everything_reproduces_every_byte(tmp_path: Path, run: Run, key: str) -> None:
+    source = tiny.save(tmp_path / "source", key, dtype=torch.bfloat16, sharded=True)
+    widths = [o for k, n in layout_of(source).widths.items() for o in ("--width", f"{k}={n}")]
+    sizes = ("--vocab-size", tiny.VOCAB_SIZE, *widths)
+    plan, out = tmp_path / "plan.json", tmp_path / "out"
+    assert run("plan", source, *sizes, "-o", plan).exit_code == 0
+    assert run("apply", plan, "-o", out).exit_code == 0
+    for file in source.iterdir():
+        assert (out / file.name).read_bytes() == file.read_bytes(), file.name

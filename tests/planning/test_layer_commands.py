@@ -1,0 +1,333 @@
+"""Layers that go, through the commands: options, config.json, costs, kills, refusals."""
+
+import json
+import signal
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from surgery.api import apply_plan
+from surgery.apply.cost import COLLAPSING, apply_cost
+from surgery.apply.edits import Edit
+from surgery.apply.shard import WINDOW_BYTES, edit_windows
+from surgery.errors import BudgetError, FamilyError
+from surgery.families.table import family_of
+from surgery.files.safetensors_header import read_header
+from surgery.files.shard_file import IO, open_shard
+from surgery.planning.layers import check_layers, layer_keys
+from surgery.planning.plan import Plan
+from surgery.stats.channel_stats import ChannelStats
+from tests.support import fp8, tiny
+from tests.support.command import Run
+from tests.support.contents import bits, snapshot
+from tests.support.json_files import change, put
+from tests.support.killing import run_apply
+from tests.support.layers import merged_layers, plan_of
+from tests.support.plans import layout_of
+
+WHOLE = ("--vocab-size", tiny.VOCAB_SIZE, "--intermediate-size", tiny.INTERMEDIATE_SIZE)
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six layers in many shards."""
+    path = tmp_path_factory.mktemp("deep") / "model"
+    return tiny.save(path, sharded=True, num_hidden_layers=6, dtype=torch.bfloat16)
+
+
+def config_of(directory: Path) -> dict[str, Any]:
+    return dict(json.loads((directory / "config.json").read_text("utf-8")))
+
+
+def test_layers_by_name_through_all_commands(deep: Path, tmp_path: Path, run: Run) -> None:
+    plan, out = tmp_path / "plan.json", tmp_path / "out"
+    shown = run("plan", deep, "--layers", "0-1,2+3,5", "-o", plan)
+    assert shown.exit_code == 0, shown.output
+    assert "layers: 0-1,2+3,5" in shown.output
+    assert ["layers", "6", "4", "33.33%"] in [line.split() for line in shown.output.splitlines()]
+    assert Plan.load(plan).layers == [[0], [1], [2, 3], [5]]
+    assert run("apply", plan, "-o", out).exit_code == 0
+    assert config_of(out) == config_of(deep) | {"num_hidden_layers": 4}
+    verified = run("verify", out, "--forward")
+    assert verified.exit_code == 0, verified.output
+    assert "ok       logits equal the masked dense model's" in verified.output
+    card = (out / "README.md").read_text("utf-8")
+    assert "Of its layers 0-1,2+3,5 stay" in card
+    assert "| layers | 6 | 4 |" in card
+    index = json.loads((out / "model.safetensors.index.json").read_text("utf-8"))
+    files = {path.name for path in out.glob("*.safetensors")}
+    assert set(index["weight_map"].values()) == files
+    assert index["metadata"]["total_parameters"] == Plan.load(plan).after.parameters
+
+
+def test_a_shard_with_nothing_left_is_not_written(tmp_path: Path) -> None:
+    source = tiny.save(tmp_path / "source", sharded=True, num_hidden_layers=6)
+    apply_plan(plan_of(source, [[0, 5]]), source=source, output=tmp_path / "out")
+    files = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
+    assert len(files) < len(list(source.glob("*.safetensors")))
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text("utf-8"))
+    assert set(index["weight_map"].values()) == files
+    assert tiny.load(tmp_path / "out").config.num_hidden_layers == 1
+
+
+def test_verify_finds_other_layers(deep: Path, tmp_path: Path, run: Run) -> None:
+    """The weights of layer 2 where the plan says 2+3, and layer 4 where it says 5."""
+    out = tmp_path / "out"
+    for text, named in (("0-1,2,5", "0-1,2+3,5"), ("0-1,2+3,4", "0-1,2+3,5")):
+        run("plan", deep, "--layers", text, "-o", tmp_path / "made.json")
+        run("plan", deep, "--layers", named, "-o", tmp_path / "named.json")
+        place = out.with_name(text)
+        assert run("apply", tmp_path / "made.json", "-o", place).exit_code == 0
+        found = run("verify", place, "--plan", tmp_path / "named.json")
+        assert found.exit_code == 1
+        assert "differs from the source's kept values" in found.output
+
+
+def test_the_layers_of_largest_influence_by_statistics(
+    deep: Path, tmp_path: Path, text: Path, run: Run
+) -> None:
+    stats, plan = tmp_path / "stats.safetensors", tmp_path / "plan.json"
+    take = ("calibrate", deep, "--data", text, "--seq-len", 64, "--samples", 4, "-o", stats)
+    assert run(*take).exit_code == 0
+    options = ("--num-hidden-layers", 4, *WHOLE)
+    assert run("plan", deep, "--stats", stats, *options, "-o", plan).exit_code == 0
+    influence = ChannelStats.load(stats).block_influence
+    stays = sorted(influence.argsort()[::-1][:4].tolist())
+    assert [group for (group,) in Plan.load(plan).layers] == stays
+    assert "all layers in place" not in Plan.load(plan).provenance.notes
+    refused = run("plan", deep, *options, "-o", plan)
+    assert refused.exit_code == 2
+    assert "--num-hidden-layers: needs statistics" in refused.output
+
+
+def test_a_ratio_counts_all_parameters_of_the_source(deep: Path, tmp_path: Path, run: Run) -> None:
+    plan, options = tmp_path / "plan.json", ("--multiple-of", 4, "-o", tmp_path / "plan.json")
+    assert run("plan", deep, "--layers", "0-3,5", "--ratio", 0.3, *options).exit_code == 0
+    made = Plan.load(plan)
+    assert 1 - made.after.parameters / made.before.parameters == pytest.approx(0.3, abs=0.005)
+    assert made.after.num_hidden_layers == 5
+    gone = 1 - plan_of(deep, [[0], [1], [5]], 640, 1.0).after.parameters / made.before.parameters
+    exact = ("plan", deep, "--layers", "0-1,5", "--ratio", gone, *options)
+    assert run(*exact).exit_code == 0
+    assert Plan.load(plan).after.vocab_size == tiny.VOCAB_SIZE
+    less = run("plan", deep, "--layers", "0-1,5", "--ratio", gone - 0.05, *options)
+    assert less.exit_code == 2
+    assert "--ratio: is less than what goes with the layers alone" in less.output
+
+
+def test_prune_takes_layers(deep: Path, tmp_path: Path, text: Path, run: Run) -> None:
+    sizes = ("--layers", "0-3,4+5", "--vocab-size", 512, "--intermediate-size", 64)
+    options = ("--data", text, "--samples", 2, "--seq-len", 32, "-o", tmp_path / "out")
+    result = run("prune", deep, *sizes, *options)
+    assert result.exit_code == 0, result.output
+    assert "channels of 4+5 are chosen by the first layer's" in result.output
+    assert run("verify", tmp_path / "out", "--forward").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--layers", "0-9"), "ascending numbers of the source's layers"),
+        (("--layers", "3-1"), "does not say which layers stay"),
+        (("--layers", "x"), "does not say which layers stay"),
+        (("--layers", "0", "--num-hidden-layers", 1), "exclude each other"),
+        (("--num-hidden-layers", 3), "needs statistics"),
+        (("--layers", "0-4", "--ratio", 0.2, "--vocab-size", 512), "exclude each other"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(
+    deep: Path, tmp_path: Path, run: Run, options: tuple[object, ...], message: str
+) -> None:
+    result = run("plan", deep, *options, "-o", tmp_path / "plan.json")
+    assert result.exit_code == 2
+    assert message in result.output
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "plan.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "changes", "message"),
+    [
+        ("diffllama", {}, "layers of model type diffllama cannot go"),
+        ("gpt_neo", {}, "layers of model type gpt_neo cannot go"),
+        ("qwen3_vl", {}, "layers of model type qwen3 cannot go"),
+        ("gemma3_text", {"layer_types": None}, "layer_types: is missing"),
+        ("qwen3", {"layer_types": None}, "layer_types: is missing"),
+        ("qwen3", {"layer_types": ["full_attention"]}, "has not an entry for every layer"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step: makes layers differ"),
+        ("llama4_text", {"moe_layers": None, "interleave_moe_layer_step": 2}, "interleave_moe"),
+        ("llama4_text", {"no_rope_layers": []}, "no_rope_layers: is missing"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "makes layers differ by number"),
+        ("llama", {"some_list": [1, 2, 3]}, "some_list: may have an entry for each layer"),
+        ("qwen3_next", {}, "no full_attention would be left"),
+    ],
+)
+def test_layers_that_differ_by_number_are_refused(
+    tmp_path: Path, key: str, changes: dict[str, Any], message: str
+) -> None:
+    source = tiny.save(tmp_path / "source", key)
+    layout = layout_of(source)
+    config = {**layout.config, **changes}
+    with pytest.raises(FamilyError, match=message):
+        layer_keys(config, layout.family, [[0], [2]], 3, source / "config.json")
+    if not changes:
+        with pytest.raises(FamilyError, match=message):
+            check_layers(layout, [[0], [2]])
+
+
+def keys(model_type: str, groups: list[list[int]], **config: Any) -> dict[str, Any]:
+    family = family_of({"model_type": model_type}, "config.json")
+    return layer_keys(config, family, groups, 6, "config.json")
+
+
+def test_keys_that_speak_of_layers_stay_in_step() -> None:
+    """By hand, on numbers unlike those of the tiny checkpoints."""
+    groups = [[0], [2, 3], [5]]
+    depth = {"num_hidden_layers": 3}
+    lists = {"layer_types": list("abcdef")}
+    assert keys("gemma2", groups, **lists) == {**depth, "layer_types": ["a", "c", "f"]}
+    assert keys("qwen2", groups) == depth
+    assert keys("qwen2", groups, use_sliding_window=False, max_window_layers=2) == depth
+    assert keys("qwen3_moe", groups, mlp_only_layers=[0, 3, 5]) == {
+        **depth,
+        "mlp_only_layers": [0, 2],
+    }
+    assert keys("deepseek_v3", groups) == {**depth, "first_k_dense_replace": 2}
+    assert keys("deepseek_v2", groups) == {**depth, "first_k_dense_replace": 0}
+    assert keys("deepseek_v2", groups, first_k_dense_replace=1)["first_k_dense_replace"] == 1
+    ends = {"moe_layer_start_index": 1, "moe_layer_end_index": 4}
+    assert keys("ernie4_5_moe", groups, **ends) == {
+        **depth,
+        "moe_layer_start_index": 1,
+        "moe_layer_end_index": 1,
+    }
+    assert "moe_layer_end_index" not in keys("ernie4_5_moe", groups, moe_layer_end_index=-1)
+    with pytest.raises(FamilyError, match="no layer up to it would be left"):
+        keys("ernie4_5_moe", [[2], [3]], moe_layer_end_index=1)
+    assert keys("gpt2", groups, n_layer=6) == {"n_layer": 3}
+    assert keys("llama", groups, intermediate_size=[96] * 6)["intermediate_size"] == [96] * 3
+    assert keys("llama", groups, eos_token_id=[1, 2, 3, 4, 5, 6]) == depth
+
+
+def test_a_plan_says_what_to_know_of_several_kinds(tmp_path: Path) -> None:
+    source = tiny.save(tmp_path / "source", "gemma3_text")
+    notes = plan_of(source, [[0, 1], [2]]).provenance.notes
+    assert "0+1 differ in layer_types; each becomes as its first" in notes
+    assert "channels of 0+1 are chosen by the first layer's" in notes
+    assert any("an engine that counts layers instead runs another model" in n for n in notes)
+    assert not any("layer" in note for note in plan_of(source, []).provenance.notes)
+
+
+def test_what_is_taken_for_all_layers_alike_is_so_in_the_library(tmp_path: Path) -> None:
+    """A missing list is allowed only where the library makes up one that has no number in it."""
+    source = tiny.save(tmp_path / "source", "qwen2", use_sliding_window=False, layer_types=None)
+    change(source / "config.json", lambda data: data.pop("layer_types"))
+    kinds = set(tiny.load(source, "qwen2").config.layer_types)
+    assert kinds == {"full_attention"}
+    apply_plan(plan_of(source, [[0], [2]]), source=source, output=tmp_path / "out")
+
+
+def test_fp8_layers_go_but_do_not_become_one(tmp_path: Path) -> None:
+    source = fp8.save(tmp_path / "source", "llama")
+    layout = layout_of(source)
+    with pytest.raises(BudgetError, match=r"layers 0 and 1: cannot become one, for .* is F8_E4M3"):
+        check_layers(layout, [[0, 1], [2]])
+    check_layers(layout, [[0], [2]])
+
+
+def test_modules_that_stay_unquantized_keep_their_layers(tmp_path: Path) -> None:
+    source = fp8.save(tmp_path / "source", "llama")
+    names = ["lm_head", "model.layers.1.mlp.gate_proj", "model.layers.2.self_attn.q_proj"]
+    fp8.set_config(source, quantization_config={**fp8.section(), "modules_to_not_convert": names})
+    size = layout_of(source).vocab_size
+    apply_plan(plan_of(source, [[0], [2]], size, 1.0), source=source, output=tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    found = config["quantization_config"]["modules_to_not_convert"]
+    assert found == ["lm_head", "model.layers.1.self_attn.q_proj"]
+
+
+def test_a_plan_of_other_layers_is_refused(deep: Path, tmp_path: Path, run: Run) -> None:
+    path = tmp_path / "plan.json"
+    for layers, message in (
+        ([[0], [1]], "layers: does not match the rest of the plan"),
+        ([[0], [9], [1], [2]], "ascending numbers of the source's layers"),
+    ):
+        plan_of(deep, [[0], [1], [2, 3], [5]]).save(path)
+        change(path, put(layers=layers))
+        refused = run("apply", path, "-o", tmp_path / "out")
+        assert refused.exit_code == 2
+        assert message in refused.output
+        assert not (tmp_path / "out").exists()
+
+
+def test_each_byte_is_read_once_and_the_cost_says_so(deep: Path, tmp_path: Path, run: Run) -> None:
+    plan = plan_of(deep, [[0, 1, 2], [4]], 640, 1.0)
+    plan.save(tmp_path / "plan.json")
+    cost = apply_cost(plan, layout_of(deep), 1)
+    one = plan.before.nbytes - plan_of(deep, [[0], [1], [2], [3], [4]], 640, 1.0).after.nbytes
+    layers = layout_of(deep).of_layer
+    norms = [r for n in (1, 2) for r in layers[n].values() if "norm" in r.name]  # the first's stay
+    assert cost.read_bytes == plan.before.nbytes - 2 * one - sum(ref.nbytes for ref in norms)
+    assert cost.written_bytes == plan.after.nbytes == plan.before.nbytes - 4 * one
+    result = run("apply", tmp_path / "plan.json", "-o", tmp_path / "out", "--json")
+    facts = json.loads(result.stdout)
+    assert 0 <= facts.get("read_bytes", cost.read_bytes) - cost.read_bytes < 1_000_000
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("io", ["mmap", "read"])
+def test_memory_of_a_sum_is_some_windows(
+    tmp_path: Path, dtype: torch.dtype, dim: int, io: IO
+) -> None:
+    parts = [torch.randn(4096, 4096).to(dtype) for _ in range(3)]
+    for number, part in enumerate(parts):
+        save_file({"w": part}, tmp_path / f"{number}.safetensors")
+    first, *others = (read_header(tmp_path / f"{n}.safetensors").tensors[0] for n in range(3))
+    kept = np.arange(0, 4096, 3)
+    edit = Edit(first, dim, kept, terms=tuple(others))
+    with open_shard(first.path, io) as shard:
+        tracemalloc.start()
+        sizes = [len(window) for window in edit_windows(edit, shard)]
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        found = b"".join(bytes(window) for window in edit_windows(edit, shard))
+    assert peak < COLLAPSING * WINDOW_BYTES < first.nbytes / 3
+    assert max(sizes) <= WINDOW_BYTES
+    assert found == bits(merged_layers(parts).index_select(dim, torch.from_numpy(kept)))
+
+
+def test_killed_it_resumes_to_the_same_bytes(deep: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    plan_of(deep, [[0], [1, 2], [4, 5]]).save(plan)
+    code, lines = run_apply(plan, "-o", tmp_path / "whole", "--jobs", 1)
+    assert code == 0
+    for number, share in enumerate((0.3, 0.6, 0.9)):
+        out = tmp_path / f"{number}" / "out"
+        killed, _ = run_apply(plan, "-o", out, "--jobs", 1, kill_at=round(share * lines))
+        assert killed == -signal.SIGKILL
+        assert run_apply(plan, "-o", out, "--jobs", 1, "--resume")[0] == 0
+        assert snapshot(out) == snapshot(tmp_path / "whole")
+
+
+def test_repair_goes_with_layers_that_go(tmp_path: Path, llama: Path, text: Path, run: Run) -> None:
+    out, file, stats = tmp_path / "out", tmp_path / "plan.json", tmp_path / "stats.safetensors"
+    options = ("--data", text, "--samples", 12, "--seq-len", 64)
+    assert run("calibrate", llama, *options, "-o", stats).exit_code == 0
+    cut = ("--vocab-size", 512, "--intermediate-size", 48, "--data", text, "-o", file)
+    repair = ("--stats", stats, *cut, "--repair", "least-squares")
+    result = run("plan", llama, *repair, "--layers", "0,2")
+    assert result.exit_code == 0, result.output
+    replaced = Plan.load(file).replaced
+    if replaced is not None:  # held-out text agreed
+        assert all(".0." in name or ".1." in name for name in replaced.tensors)
+    assert run("apply", file, "-o", out).exit_code == 0
+    result = run("verify", out, "--forward")
+    assert result.exit_code == 0, result.output
+    result = run("plan", llama, *repair, "--layers", "0,1+2")
+    assert (result.exit_code, "does not go with collapsed layers" in result.output) == (2, True)

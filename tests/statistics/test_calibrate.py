@@ -1,0 +1,195 @@
+"""Streamed statistics and scores equal those of a full load."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from calib.scoring.score import score_windows
+from calib.statistics.sums import ChannelSums
+from calib.streaming.batches import Stream
+from calib.streaming.decoder import StreamedDecoder
+from calib.streaming.ffn import pieces
+from calib.streaming.weights import WeightReader
+from calib.text.windows import byte_windows
+from surgery.stats.channel_stats import PARTS
+from surgery.stats.channels import CRITERIA, bucket_weights, choose_channels
+from surgery.tokenizer.tokenizer_file import load_tokenizer
+from surgery.vocabulary.order import rarity_of
+from tests.support import tiny
+from tests.support.calibration import (
+    CPU,
+    EDGES,
+    SEQ_LEN,
+    SETTINGS,
+    sample_windows,
+    take_stats,
+)
+from tests.support.command import Run
+from tests.support.full_load import full_load_bits, hooked, window_norms
+from tests.support.plans import layout_of
+
+COMMON = "common-act2"
+
+
+@pytest.mark.parametrize("model_type", tiny.MODEL_TYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_streamed_sums_equal_hooks_bit_for_bit(
+    tmp_path: Path, model_type: str, dtype: torch.dtype
+) -> None:
+    path = tiny.save(tmp_path / "model", model_type, dtype=dtype, sharded=True)
+    stats = take_stats(path)
+    bucket_of = torch.from_numpy(rarity_of(layout_of(path)).buckets(EDGES))
+    full = hooked(path, model_type, sample_windows(path))
+    for layer, axes in enumerate(full.activations):
+        sums = ChannelSums(len(EDGES), 1, tiny.INTERMEDIATE_SIZE, CPU)
+        for expert, tokens, act in axes["ffn"]:
+            sums.add(expert, tokens, bucket_of[tokens.ids], act)
+        found = stats.layers[layer]["ffn"]
+        expected = sums.numbers(torch.from_numpy(found.weight_norm))
+        for part in PARTS:
+            assert np.array_equal(getattr(found, part), getattr(expected, part)), part
+        assert np.allclose(found.weight_norm, full.norms[layer]["ffn"], rtol=1e-12)
+        assert found.sum_sq.min() > 0
+        assert np.allclose(found.sum_l2, window_norms(axes["ffn"], *found.sum_l2.shape), rtol=1e-12)
+    assert np.allclose(stats.cosines, full.cosines, rtol=1e-12)
+    assert stats.token_counts.sum() == stats.info.tokens == sum(map(len, sample_windows(path)))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_the_ffn_in_pieces_of_tokens_gives_the_same(
+    tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny.save(tmp_path / "model", model_type)
+    whole = take_stats(path)
+    monkeypatch.setattr("calib.streaming.ffn.PIECE_VALUES", 20 * tiny.INTERMEDIATE_SIZE)
+    assert len(pieces(1, SEQ_LEN, tiny.INTERMEDIATE_SIZE)) == 3
+    in_pieces = take_stats(path)
+    for expected, found in zip(whole.layers, in_pieces.layers, strict=True):
+        for name in ("sum_sq", "sum_abs", "sum_l2"):
+            old, new = (getattr(axes["ffn"], name) for axes in (expected, found))
+            assert np.allclose(old, new, rtol=1e-5, atol=0)
+    assert np.array_equal(whole.token_counts, in_pieces.token_counts)
+
+
+def test_importance_is_equation_5_by_hand(tmp_path: Path) -> None:
+    """I_k = Σ_i w_i (σ(X_i W_1) ⊙ X_i W_2)_k², w_i = 0 where x_i is one of the rarest tokens."""
+    path = tiny.save(tmp_path / "model")
+    layout, windows = layout_of(path), sample_windows(path)
+    ids = rarity_of(layout).id_map(400)
+    stats, kept = take_stats(path), ids.keep_mask()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    inputs: list[torch.Tensor] = []
+    mlp = model.model.layers[1].mlp
+    mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    importance = np.zeros(tiny.INTERMEDIATE_SIZE)
+    weights = []
+    for window in windows:
+        with torch.no_grad():
+            model(torch.from_numpy(window)[None])
+        for token, x in zip(window, inputs.pop()[0].double().numpy(), strict=True):
+            gate = x @ mlp.gate_proj.weight.detach().double().numpy().T
+            up = x @ mlp.up_proj.weight.detach().double().numpy().T
+            weight = 1.0 if kept[token] else 0.0
+            weights.append(weight)
+            importance += weight * (gate / (1 + np.exp(-gate)) * up) ** 2
+    assert 0 < sum(weights) < len(weights)  # some tokens are in S, some are not
+    sums = stats.layers[1]["ffn"].sum_sq[:, 0]
+    assert np.allclose(bucket_weights(stats, ids) @ sums, importance, rtol=1e-4)
+    chosen = choose_channels(stats, ids, {"ffn": 40}, COMMON)[1]["ffn"][0]
+    assert set(chosen) == set(np.argsort(-importance)[:40])
+    assert set(chosen) != set(choose_channels(stats, ids, {"ffn": 40}, "random")[1]["ffn"][0])
+
+
+def test_wanda_and_l2_are_what_their_papers_say(tmp_path: Path) -> None:
+    path = tiny.save(tmp_path / "model")
+    stats, ids = take_stats(path), rarity_of(layout_of(path)).id_map(512)
+    windows, kept = sample_windows(path), torch.from_numpy(ids.keep_mask())
+    seen = hooked(path, "llama", windows).activations[1]["ffn"]
+    inputs = torch.cat([act[kept[tokens.ids]] for _, tokens, act in seen]).double()
+    assert len(inputs) < sum(map(len, windows))  # some tokens are in S, some are not
+    weight = tiny.load(path).model.layers[1].mlp.down_proj.weight.detach().double()
+    scores = weight.abs() * inputs.norm(dim=0)  # Wanda's, of each weight
+    norms = [
+        act[tokens.windows == window].double().norm(dim=0)
+        for _, tokens, act in seen
+        for window in range(tokens.count)
+    ]
+    assert len(norms) == len(windows)
+    expected = {"wanda": scores.norm(dim=0), "l2": torch.stack(norms).mean(dim=0)}
+    for criterion, importance in expected.items():
+        found = CRITERIA[criterion](stats.layers[1]["ffn"], bucket_weights(stats, ids), [0])[0]
+        scale = len(windows) if criterion == "l2" else 1
+        assert np.allclose(found, scale * importance.numpy(), rtol=1e-5)
+        chosen = choose_channels(stats, ids, {"ffn": 40}, criterion)[1]["ffn"][0]
+        assert set(chosen) == set(torch.argsort(-importance)[:40].tolist())
+
+
+def test_rare_tokens_change_act2_but_not_common_act2(tmp_path: Path) -> None:
+    path = tiny.save(tmp_path / "model")
+    stats, ids = take_stats(path), rarity_of(layout_of(path)).id_map(400)
+    assert np.array_equal(bucket_weights(stats, ids), [1, 0, 0])
+    for axes in stats.layers:
+        sums = axes["ffn"].sum_sq
+        sums[1:] += np.random.default_rng(0).random(sums.shape[2]) * 1e6
+    lengths = {"ffn": 40}
+    before = [kept["ffn"][0] for kept in choose_channels(take_stats(path), ids, lengths, COMMON)]
+    after = [kept["ffn"][0] for kept in choose_channels(stats, ids, lengths, COMMON)]
+    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+    plain = choose_channels(stats, ids, lengths, "act2")[0]["ffn"][0]
+    assert not np.array_equal(plain, before[0])
+
+
+def test_size_inside_a_bucket_counts_by_the_share_that_stays(tmp_path: Path, run: Run) -> None:
+    path = tiny.save(tmp_path / "model")
+    stats = take_stats(path)
+    rarity = rarity_of(layout_of(path))
+    ids = rarity.id_map(450)
+    inside = rarity.order[400:512]
+    share = stats.token_counts[rarity.order[400:450]].sum() / stats.token_counts[inside].sum()
+    assert 0 < share < 1
+    assert np.allclose(bucket_weights(stats, ids), [1, share, 0])
+    stats.save(tmp_path / "stats.safetensors")
+    sizes = ("--vocab-size", 450, "--intermediate-size", 48)
+    options = ("--stats", tmp_path / "stats.safetensors", "-o", tmp_path / "plan.json")
+    result = run("plan", path, *sizes, *options)
+    assert "calibrating with --vocab-sizes 450 makes it exact" in result.output
+
+
+def test_every_weight_byte_is_read_once(tmp_path: Path) -> None:
+    path = tiny.save(tmp_path / "model", "gemma3_text", sharded=True)
+    layout, windows = layout_of(path), sample_windows(path)
+    used = len(np.unique(np.concatenate(windows)))
+    with WeightReader(layout.checkpoint, CPU, torch.float32) as reader:
+        decoder = StreamedDecoder(layout, reader)
+        stream = Stream(windows)
+        decoder.embed([stream])
+        decoder.run_layers([stream])
+    tensors = layout.checkpoint.tensors
+    rest = sum(
+        tensors[name].nbytes for name in tensors if "embed" not in name and name != "lm_head.weight"
+    )
+    row = tensors["model.embed_tokens.weight"].nbytes // layout.vocab_size
+    assert used < layout.vocab_size
+    assert reader.bytes_read == rest + used * row
+
+
+@pytest.mark.parametrize("model_type", tiny.MODEL_TYPES)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_score_equals_a_full_load(
+    tmp_path: Path, model_type: str, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "calib.streaming.decoder.HEAD_ROWS", 100
+    )  # several blocks, the last one partial
+    capped = model_type == "gemma3_text"
+    changes: dict[str, Any] = {"final_logit_softcapping": 2.0} if capped else {}
+    path = tiny.save(tmp_path / "model", model_type, tied=tied, **changes)
+    texts = byte_windows([tiny.prose(700), tiny.prose(900)[700:]], 10, 256)
+    found = score_windows(layout_of(path), texts, load_tokenizer(path), SETTINGS)
+    assert found.bytes == sum(len(text.encode()) for text in texts)
+    assert found.bits == pytest.approx(full_load_bits(path, model_type, texts), rel=1e-5)
+    assert found.lossy_windows == 0

@@ -1,0 +1,49 @@
+"""LaCo: which layers are collapsed, and that as many are left as were asked for."""
+
+import numpy as np
+import pytest
+import torch
+
+from calib.streaming.settings import PassSettings
+from calib.study.laco import COLLAPSED, collapse_layers
+from surgery.errors import SurgeryError
+from surgery.layout.layout import Layout
+from tests.support import tiny
+from tests.support.plans import layout_of
+
+SETTINGS = PassSettings(torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def layout(tmp_path_factory: pytest.TempPathFactory) -> Layout:
+    path = tmp_path_factory.mktemp("laco") / "model"
+    return layout_of(tiny.save(path, num_hidden_layers=9))
+
+
+def windows() -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(4, tiny.TOKENS, 12) for _ in range(3)]
+
+
+@pytest.mark.parametrize("count", [9, 8, 6, 4, 3])
+def test_as_many_layers_are_left_as_asked_for(layout: Layout, count: int) -> None:
+    groups = collapse_layers(layout, windows(), count, SETTINGS)
+    assert len(groups) == count
+    assert [layer for group in groups for layer in group] == list(range(9))
+    assert max(map(len, groups)) <= COLLAPSED
+
+
+def test_the_topmost_run_above_the_threshold_goes_first(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cosines(_: object, __: object, tried: list[list[list[int]]], *___: object) -> list[float]:
+        return [0.97 if len(groups[2]) > 1 or len(groups[4]) > 1 else 0.5 for groups in tried]
+
+    monkeypatch.setattr("calib.study.laco._cosines", cosines)
+    groups = collapse_layers(layout, windows(), 6, SETTINGS)
+    assert groups == [[0], [1], [2], [3], [4, 5, 6, 7], [8]]
+
+
+def test_too_few_layers_are_refused(layout: Layout) -> None:
+    with pytest.raises(SurgeryError, match="laco: cannot collapse so many layers"):
+        collapse_layers(layout, windows(), 1, SETTINGS)

@@ -1,0 +1,196 @@
+"""search, compare and --repair as commands."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from surgery.planning.plan import Plan
+from tests.support import tiny
+from tests.support.command import Run
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 512,
+    "vocab_size": 1536,
+    "tied": True,
+}
+TEXT = ("--seq-len", 128, "--samples", 12)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("search") / "model", **SIZES)
+
+
+@pytest.fixture
+def prose(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(tiny.prose(24_000), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def own_words(model: Path) -> str:
+    """Text that the model itself is likely to say, so that a better copy of it shows."""
+    from surgery.tokenizer.tokenizer_file import load_tokenizer
+
+    dense: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    dense.get_input_embeddings().weight.data *= 8  # else all tokens are about as likely
+    torch.manual_seed(0)
+    with torch.no_grad():
+        ids = dense.generate(
+            torch.tensor([[1]] * 40), min_new_tokens=150, max_new_tokens=150, do_sample=True
+        )
+    dense.save_pretrained(model)
+    tokenizer = load_tokenizer(model)
+    lines = (tokenizer.decode(row.tolist()).replace("\n", " ") for row in ids)
+    return "\n".join(lines)
+
+
+def test_search_prints_the_table_plots_and_plans(
+    model: Path, prose: Path, tmp_path: Path, run: Run
+) -> None:
+    options = ("--ratio", 0.2, "--data", prose, *TEXT, "--multiple-of", 32)
+    best = tmp_path / "best.json"
+    result = run("search", model, *options, "--plan", best, "--plot", tmp_path / "p.png", "--json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout.splitlines()[0])
+    assert len(rows) >= 3
+    winner = min(rows, key=lambda row: row["score"])
+    plan = Plan.load(best)
+    assert plan.after.vocab_size == winner["vocab_size"]
+    assert plan.after.widths == winner["widths"]
+    assert (tmp_path / "p.png").stat().st_size > 5000
+    assert run("apply", best, "-o", tmp_path / "out").exit_code == 0
+    assert run("verify", tmp_path / "out", "--forward").exit_code == 0
+    text = run("search", model, *options).output
+    assert len([line for line in text.splitlines() if line.endswith("best")]) == 1
+
+
+def test_candidates_are_tried_as_they_are(model: Path, prose: Path, run: Run) -> None:
+    options = ("--ratio", 0.2, "--data", prose, *TEXT, "--candidates", "450:512,1536:100")
+    rows = json.loads(run("search", model, *options, "--json").stdout)
+    assert [(row["vocab_size"], *row["widths"].values()) for row in rows] == [
+        (450, 512),
+        (1536, 100),
+    ]
+    assert rows[1]["loss"] == pytest.approx(rows[1]["alike_loss"])
+    assert rows[1]["alike_share"] == 1
+    assert rows[0]["alike_share"] < 1
+
+
+def test_repair_is_used_where_it_helps_and_survives_apply(
+    model: Path, own_words: str, tmp_path: Path, run: Run
+) -> None:
+    text = tmp_path / "own.txt"
+    text.write_text(own_words, encoding="utf-8")
+    sizes = ("--vocab-size", 1536, "--intermediate-size", 192)
+    options = ("--data", text, *TEXT, *sizes, "--repair", "least-squares")
+    result = run("prune", model, *options, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "matrices refitted by least squares" in result.output
+    plan = Plan.load(tmp_path / "out.plan.json")
+    assert plan.replaced is not None
+    assert Path(plan.replaced.file) == tmp_path / "out.plan.repair.safetensors"
+    assert run("verify", tmp_path / "out", "--forward").exit_code == 0
+    plain = run("prune", model, *options[:-1], "none", "-o", tmp_path / "plain")
+    assert plain.exit_code == 0, plain.output
+    scores = [
+        json.loads(run("score", tmp_path / name, "--data", text, "--json").stdout)["bits_per_byte"]
+        for name in ("plain", "out")
+    ]
+    assert scores[1] < scores[0]
+
+
+def test_repair_that_does_not_help_is_left_out(
+    model: Path, prose: Path, tmp_path: Path, run: Run
+) -> None:
+    rng = np.random.default_rng(0)
+    noise = tmp_path / "noise.txt"
+    noise.write_text("".join(map(chr, rng.integers(97, 123, 24_000))), encoding="utf-8")
+    sizes = ("--vocab-size", 1536, "--intermediate-size", 500)
+    stats, plan = tmp_path / "s.safetensors", tmp_path / "plan.json"
+    assert run("calibrate", model, "--data", prose, *TEXT, "-o", stats).exit_code == 0
+    options = ("--stats", stats, *sizes, "--data", noise, "--repair", "least-squares")
+    result = run("plan", model, *options, "-o", plan)
+    assert result.exit_code == 0, result.output
+    used = Plan.load(plan).replaced is not None
+    assert used == (tmp_path / "plan.repair.safetensors").exists()
+    assert used != ("not repaired, for it does not help" in result.output)
+
+
+def test_compare_has_a_row_for_each_method_and_ratio(
+    model: Path, prose: Path, tmp_path: Path, run: Run
+) -> None:
+    options = ("--ratio", "0.2,0.3", "--data", prose, *TEXT, "--multiple-of", 64, "--windows", 4)
+    picture = tmp_path / "methods.png"
+    result = run("compare", model, *options, "--plot", picture, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert list(found) == ["0.2", "0.3"]
+    for ratio, rows in found.items():
+        assert [row["name"] for row in rows][-5:] == [
+            *("shortgpt", "laco", "vocabulary", "compact", "search")
+        ]
+        for row in rows:
+            whole_layers = row["name"] in ("shortgpt", "laco")
+            assert row["removed"] == pytest.approx(
+                float(ratio), abs=0.12 if whole_layers else 0.006
+            )
+            assert (row["num_hidden_layers"] < tiny.LAYERS) == whole_layers
+    assert picture.stat().st_size > 5000
+    some = run("compare", model, *options, "--methods", "act2,vocabulary").output
+    assert "act2" in some
+    assert "laco" not in some
+
+
+def test_compare_by_amount_of_text(model: Path, prose: Path, tmp_path: Path, run: Run) -> None:
+    options = ("--ratio", 0.2, "--data", prose, *TEXT, "--multiple-of", 64, "--windows", 4)
+    picture = tmp_path / "samples.png"
+    result = run("compare", model, *options, "--by-samples", "2,8", "--plot", picture)
+    assert result.exit_code == 0, result.output
+    assert [line.split()[0] for line in result.output.splitlines()[2:4]] == ["2", "8"]
+    assert picture.stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("search", "--ratio", 0), "--ratio: is no share of the parameters"),
+        (("search", "--ratio", 0.97), "--ratio: no sizes in steps of"),
+        (("search", "--ratio", 0.2, "--candidates", "1"), "--candidates: are no pairs of sizes"),
+        (("search", "--ratio", 0.2, "--candidates", "9:9"), "--vocab-size: is out of reach"),
+        (("search", "--ratio", 0.2, "--candidates", "1536:9999"), "is out of reach"),
+        (("search", "--ratio", 0.2, "--plot", "no/p.png"), "no/p.png: its directory"),
+        (("compare", "--ratio", 0.2, "--plot", "no/p.png"), "its directory does not exist"),
+        (("compare", "--ratio", "x"), "is no list of numbers"),
+        (("compare", "--ratio", "0.2,-1"), "has a number that is not above 0"),
+        (("compare", "--ratio", "0.2", "--methods", "magic"), "--methods: no method magic"),
+        (
+            ("plan", "--ratio", 0.2, "--repair", "least-squares"),
+            "--repair needs --stats and --data",
+        ),
+    ],
+)
+def test_bad_requests_are_one_line(
+    model: Path, prose: Path, run: Run, arguments: tuple[object, ...], message: str
+) -> None:
+    command, *options = arguments
+    text = () if command == "plan" else ("--data", prose, *TEXT)
+    result = run(command, model, *options, *text)
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_text_that_cannot_be_divided_is_refused(model: Path, tmp_path: Path, run: Run) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("abc", encoding="utf-8")
+    result = run("search", model, "--ratio", 0.2, "--data", short, *TEXT)
+    assert result.exit_code == 2
+    assert "--data" in result.output

@@ -1,0 +1,139 @@
+"""Trials equal the checkpoints they stand for; text is divided and counted without loss."""
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calib.scoring.score import score_windows
+from calib.streaming.settings import PassSettings
+from calib.study.repair import _entries, _Sink
+from calib.study.text import StudyText
+from calib.study.trial import Trial, Variant, try_all
+from calib.text.heldout import BLOCK_CHARACTERS, EVERY, LEAST_BLOCKS, Words, split_documents
+from surgery.api import apply_plan
+from surgery.apply.edits import kept_channels
+from surgery.planning.plan import Plan
+from surgery.planning.replacement import ReplacementWriter
+from surgery.planning.shapes import axis_lengths
+from surgery.tokenizer.tokenizer_file import load_tokenizer
+from surgery.verify.files import verify_files
+from surgery.vocabulary.order import open_vocabulary, rarity_of
+from tests.support import tiny
+from tests.support.plans import layout_of, random_plan
+
+SETTINGS = PassSettings(torch.device("cpu"), torch.float32)
+FAMILIES = ("llama", "gemma3_text", "gpt2", "phi3", "qwen2_moe", "gpt_oss", "llama4_text")
+
+
+def material_of(path: Path) -> StudyText:
+    layout = layout_of(path)
+    tokenizer = open_vocabulary(layout)
+    documents = [tiny.prose(4_000), tiny.prose(3_000)]
+    return StudyText(layout, rarity_of(layout), tokenizer, documents, [tiny.prose(300)], 6, 64)
+
+
+def bits_of(path: Path, material: StudyText) -> float:
+    tokenizer = load_tokenizer(path)
+    return score_windows(layout_of(path), material.heldout, tokenizer, SETTINGS).bits
+
+
+def try_plan(plan: Plan, material: StudyText, output: Path, *, repair: bool) -> tuple[float, Plan]:
+    """Bits of a trial of ``plan``, and the plan with what the trial has refitted."""
+    layout = material.layout
+    cut = Variant(
+        plan.ids(),
+        axis_lengths(layout, plan.after.widths),
+        repair=repair,
+        kept=dict(enumerate(kept_channels(plan, layout))),
+    )
+    size = plan.after.vocab_size
+    reading = material.reading(size, refits=repair)
+    entries = _entries(plan, layout)
+    with ReplacementWriter(output, entries) as writer:
+        sink = _Sink(layout, range(layout.num_hidden_layers), entries, writer)
+        trial = Trial(cut, material.encoded(size), reading, sink.write)
+        (bits,) = try_all(layout, [trial], SETTINGS)
+    made = msgspec.structs.replace(plan, replaced=writer.replacement("test"))
+    return float(sum(map(np.sum, bits))), made
+
+
+@pytest.mark.parametrize("repair", [False, True])
+@pytest.mark.parametrize("key", FAMILIES)
+def test_a_trial_is_what_apply_writes(tmp_path: Path, key: str, repair: bool) -> None:
+    path = tiny.save(tmp_path / "model", key)
+    material = material_of(path)
+    plan = random_plan(path, 420, 0.5)
+    bits, made = try_plan(plan, material, tmp_path / "new.safetensors", repair=repair)
+    assert (made.replaced is not None) == repair
+    apply_plan(made, source=path, output=tmp_path / "out")
+    assert bits == pytest.approx(bits_of(tmp_path / "out", material), rel=1e-5)
+    assert verify_files(tmp_path / "out", made, path).ok
+    if repair:
+        apply_plan(plan, source=path, output=tmp_path / "plain")
+        assert bits != pytest.approx(bits_of(tmp_path / "plain", material), rel=1e-6)
+
+
+def test_several_trials_do_not_disturb_each_other(tmp_path: Path) -> None:
+    path = tiny.save(tmp_path / "model", "llama")
+    material = material_of(path)
+    layout = material.layout
+    full = axis_lengths(layout, layout.widths)
+    half = {axis: length // 2 for axis, length in full.items()}
+
+    def trials() -> list[Trial]:
+        made = []
+        for size, lengths in ((layout.vocab_size, half), (400, half), (400, full)):
+            reading = material.reading(size, refits=True)
+            cut = Variant(material.ids(size), lengths, repair=True)
+            made.append(Trial(cut, material.encoded(size), reading if lengths is half else None))
+        dropped = Variant(material.ids(layout.vocab_size), full, layers=[[0], [2]])
+        made.append(Trial(dropped, material.encoded(layout.vocab_size), None))
+        return made
+
+    together = try_all(layout, trials(), SETTINGS)
+    spilled = try_all(layout, trials(), replace(SETTINGS, spill=tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    alone = [try_all(layout, [trial], SETTINGS)[0] for trial in trials()]
+    for a, b, c in zip(together, alone, spilled, strict=True):
+        for x, y, z in zip(a, b, c, strict=True):
+            assert np.array_equal(x, y)
+            assert np.array_equal(x, z)
+
+
+@given(st.lists(st.text(max_size=50), max_size=4), st.integers(0, 3 * BLOCK_CHARACTERS))
+def test_splitting_loses_nothing(texts: list[str], length: int) -> None:
+    documents = [*texts, "abcdefg " * (length // 8)]
+    kept, held = map(list, split_documents(documents))
+    assert sum(map(len, kept)) + sum(map(len, held)) == sum(map(len, documents))
+    assert all(any(part in document for document in documents) for part in [*kept, *held])
+    total = sum(map(len, documents))
+    size = max(1, min(BLOCK_CHARACTERS, total // LEAST_BLOCKS))
+    assert len(held) == sum(-(-len(document) // size) for document in documents) // EVERY
+
+
+@given(st.text(max_size=80), st.data())
+def test_words_count_every_byte_and_every_bit(text: str, data: st.DataObject) -> None:
+    cuts = data.draw(st.sets(st.integers(1, max(1, len(text) - 1)), max_size=10))
+    edges = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
+    offsets = list(itertools.pairwise(edges))
+    words = Words.of(text, list(range(len(offsets))), offsets)
+    assert words.nbytes.sum() == len(text.encode("utf-8"))
+    bits = np.arange(1.0, len(offsets) + 1)
+    assert words.bits(bits).sum() == pytest.approx(bits.sum())
+    assert words.alike(words).all()
+
+
+def test_words_cut_otherwise_are_found() -> None:
+    text = "the international  sea"
+    one = Words.of(text, [1, 2, 3], [(0, 3), (3, 17), (17, 22)])
+    other = Words.of(text, [1, 7, 8, 3], [(0, 3), (3, 9), (9, 17), (17, 22)])
+    assert other.alike(one).tolist() == [True, False, True]
+    assert other.nbytes.tolist() == [3, 14, 5]
+    assert other.bits(np.array([1.0, 2.0, 4.0, 8.0])).tolist() == [1.0, 6.0, 8.0]

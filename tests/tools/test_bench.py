@@ -1,0 +1,98 @@
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from calib.streaming.empty_model import empty_model
+from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.layout.build import read_layout
+from surgery.vocabulary.order import rarity_of
+from tests.support.tiny import MODEL_TYPES
+from tools.bench.child import measure
+from tools.bench.hub import PeakDisk
+from tools.published import MIXTURES, PUBLISHED, llama_config
+from tools.shapes import write_headers_only, write_random, write_tokenizer
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("Qwen2.5-0.5B", 494_032_768),
+        ("Llama-3.2-1B", 1_235_814_400),
+        ("Llama-3.1-8B", 8_030_261_248),
+        ("Llama-3.1-70B", 70_553_706_496),
+        ("Llama-3.1-405B", 405_853_388_800),
+        ("Gemma-3-1B", 999_885_952),
+        ("Mixtral-8x7B", 46_702_792_704),
+        ("Qwen3-30B-A3B", 30_532_122_624),
+        ("DeepSeek-V3", 671_026_419_200),
+    ],
+)
+def test_headers_have_the_published_number_of_parameters(
+    tmp_path: Path, name: str, parameters: int
+) -> None:
+    config = (PUBLISHED | MIXTURES)[name]
+    layout = read_layout(Checkpoint.open(write_headers_only(tmp_path, config, shards=2)))
+    assert layout.parameters(layout.vocab_size, layout.widths) == parameters
+    empty_model(layout, torch.bfloat16)  # transformers expects the same tensors, by their headers
+
+
+SPARSE: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    "deepseek_v3": {
+        **{"n_routed_experts": 4, "n_shared_experts": 2, "moe_intermediate_size": 64},
+        **{"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
+        **{"q_lora_rank": None, "kv_lora_rank": 12, "qk_rope_head_dim": 4},
+        **{"qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4},
+    },
+}
+"""Model type → what its config has beside a dense one's."""
+
+
+@pytest.mark.parametrize("model_type", [*MODEL_TYPES, *SPARSE])
+@pytest.mark.parametrize("tied", [True, False])
+def test_random_checkpoints_of_every_family_are_accepted(
+    tmp_path: Path, model_type: str, tied: bool
+) -> None:
+    changes = {"model_type": model_type, "tie_word_embeddings": tied, **SPARSE.get(model_type, {})}
+    config = llama_config(32, 96, 2, 4, 2, 640, head_dim=8) | changes
+    layout = read_layout(Checkpoint.open(write_random(tmp_path, config, max_shard_bytes=60_000)))
+    empty_model(layout, torch.bfloat16)
+    assert layout.tied == tied
+    assert len(layout.checkpoint.shards) > 1
+    embedding = layout.checkpoint.tensors[layout.family.embedding]
+    bits = np.fromfile(embedding.path, np.uint16, embedding.parameters, offset=embedding.start)
+    assert len(np.unique(bits.reshape(embedding.shape), axis=0)) == 640
+    assert np.abs((bits.astype(np.uint32) << 16).view(np.float32)).max() < 2**-4
+
+
+def test_the_synthetic_tokenizer_can_be_cut_and_loads(tmp_path: Path) -> None:
+    config = llama_config(32, 96, 1, 4, 2, 1024)
+    directory = write_tokenizer(write_headers_only(tmp_path, config), config)
+    assert rarity_of(read_layout(Checkpoint.open(directory))).tokens == 1024
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    encoded = tokenizer.encode("A natural born citizen")
+    assert encoded.ids[0] == config["bos_token_id"]
+    assert tokenizer.decode(encoded.ids) == "A natural born citizen"
+
+
+def test_the_peak_of_a_disk_is_seen(tmp_path: Path) -> None:
+    with PeakDisk([tmp_path, tmp_path / "absent"]) as disk:
+        (tmp_path / "file").write_bytes(bytes(1 << 20))
+        while not disk.peak_bytes:
+            time.sleep(0.005)
+        (tmp_path / "file").unlink()
+    assert disk.peak_bytes == 1 << 20
+
+
+def test_a_child_is_measured() -> None:
+    usage = measure(["sh", "-c", "echo done; sleep 0.02"])
+    assert usage.output == "done\n"
+    assert usage.peak_rss_bytes > 0
+    with pytest.raises(RuntimeError, match="ended with status 3"):
+        measure(["sh", "-c", "exit 3"])

@@ -1,0 +1,251 @@
+"""Which tokens stay, and that text made of them is cut as before."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.errors import BudgetError, TokenizerError
+from surgery.layout.build import read_layout
+from surgery.tokenizer.checks import check_tokenizer
+from surgery.tokenizer.id_map import IdMap
+from surgery.tokenizer.tokenizer_file import TokenizerFile
+from surgery.vocabulary.cost import vocabulary_cost
+from surgery.vocabulary.order import Rarity, order_rows, rarity_of
+from tests.support import tiny
+
+
+def byte_level(tokenizer: Tokenizer) -> Tokenizer:
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def train(lines: list[str], vocab_size: int) -> Tokenizer:
+    tokenizer = byte_level(Tokenizer(models.BPE()))
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(lines, trainer)
+    return tokenizer
+
+
+def as_file(tokenizer: Tokenizer, directory: Path = Path("x")) -> TokenizerFile:
+    return TokenizerFile(directory / "tokenizer.json", json.loads(tokenizer.to_str()))
+
+
+def prune(source: TokenizerFile, rarity: Rarity, size: int) -> tuple[Tokenizer, IdMap]:
+    ids = rarity.id_map(size)
+    return Tokenizer.from_str(json.dumps(source.rewrite(ids))), ids
+
+
+def assert_same_segments(old: Tokenizer, new: Tokenizer, ids: IdMap, text: str) -> bool:
+    """Check one text; return whether all of its source tokens stay."""
+    before = old.encode(text).ids
+    mapped = [ids.new(i) for i in before]
+    after = new.encode(text).ids
+    assert new.decode(after, skip_special_tokens=False) == old.decode(
+        before, skip_special_tokens=False
+    )
+    if None in mapped:
+        return False
+    assert after == mapped
+    return True
+
+
+TRAINING = st.lists(st.text(alphabet="abcde é\n", min_size=5, max_size=60), min_size=5, max_size=30)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lines=TRAINING,
+    texts=st.lists(st.text(alphabet="abcde é\nπ🙂", max_size=60), min_size=1, max_size=20),
+    share=st.floats(0, 1),
+)
+def test_text_of_kept_tokens_is_cut_as_before(
+    lines: list[str], texts: list[str], share: float
+) -> None:
+    old = train(lines, 400)
+    source = as_file(old)
+    rarity = order_rows(source, old.get_vocab_size(), ())
+    size = round(rarity.must_keep + share * (len(rarity.order) - rarity.must_keep))
+    new, ids = prune(source, rarity, size)
+    for text in [*lines, *texts, "<s>" + texts[0] + "</s>"]:
+        assert_same_segments(old, new, ids, text)
+    assert new.get_vocab_size() == size
+    for token in ("<s>", "</s>"):
+        assert len(new.encode(f"a{token}b").ids) == 3
+
+
+def test_half_of_a_real_vocabulary_keeps_most_words(tmp_path: Path) -> None:
+    old = tiny.tokenizer()
+    source = as_file(old)
+    rarity = order_rows(source, tiny.VOCAB_SIZE, ())
+    new, ids = prune(source, rarity, 480)
+    same = [assert_same_segments(old, new, ids, word) for word in tiny.prose(9_000).split()]
+    assert 0.5 < sum(same) / len(same) < 1
+
+
+def test_the_tail_of_the_merge_list_goes_first() -> None:
+    source = as_file(tiny.tokenizer())
+    rarity = order_rows(source, tiny.VOCAB_SIZE, ())
+    products = source.merges[:, 2].tolist()
+    later = [i for i in rarity.order.tolist() if i in set(products[5:])]
+    runs_of_space = set(products) & set(rarity.order[: rarity.must_keep].tolist())
+    expected = [i for i in products if i not in runs_of_space and i in set(later)]
+    assert [i for i in later if i not in runs_of_space] == expected
+
+
+def test_padding_rows_go_before_any_token() -> None:
+    rarity = order_rows(as_file(tiny.tokenizer()), tiny.VOCAB_SIZE, ())
+    assert rarity.tokens == tiny.TOKENS
+    assert rarity.order[tiny.TOKENS :].tolist() == list(range(tiny.TOKENS, tiny.VOCAB_SIZE))
+
+
+def test_bytes_special_tokens_references_and_white_space_stay() -> None:
+    tokenizer = tiny.tokenizer(special_first=False)
+    source = as_file(tokenizer)
+    referenced = tokenizer.get_vocab().get("Ġunion", 600)
+    rarity = order_rows(source, tiny.VOCAB_SIZE, [referenced])
+    kept = rarity.id_map(rarity.must_keep)
+    must = [*pre_tokenizers.ByteLevel.alphabet(), *tiny.SPECIAL]
+    assert all(kept.new(tokenizer.get_vocab()[token]) is not None for token in must)
+    assert kept.new(referenced) is not None
+    new = Tokenizer.from_str(json.dumps(source.rewrite(kept)))
+    assert new.encode(tokenizer.decode([referenced])).ids[-1] == kept.new(referenced)
+    with pytest.raises(BudgetError, match="`vocab_size`: is out of reach"):
+        rarity.id_map(rarity.must_keep - 1)
+
+
+def hand_made(vocab: list[str], merges: list[list[str]], **model: Any) -> Tokenizer:
+    data = json.loads(byte_level(Tokenizer(models.BPE())).to_str())
+    ids = {token: i for i, token in enumerate(vocab)}
+    data["model"] |= {"vocab": ids, "merges": merges, **model}
+    return Tokenizer.from_str(json.dumps(data))
+
+
+def test_parents_that_rank_behind_their_product_stay_with_it() -> None:
+    """Two merges make "abc": the first in the list is never the one that BPE ends with.
+
+    BPE on "abc" joins "bc" (rank 0) first, so the last merge is (a, bc), rank 3; the pair
+    (ab, c), rank 1, never happens. In Llama 3.1 this is so for thousands of tokens.
+    """
+    merges = [["b", "c"], ["ab", "c"], ["a", "b"], ["a", "bc"], ["d", "e"]]
+    old = hand_made(["a", "b", "c", "d", "e", "bc", "abc", "ab", "de"], merges)
+    source = as_file(old)
+    rarity = order_rows(source, 9, ())
+    for size in range(rarity.must_keep, 10):
+        new, ids = prune(source, rarity, size)
+        for text in ("abc", "ab", "bcde", "abcabc", "deabc"):
+            assert_same_segments(old, new, ids, text)
+
+
+def test_a_token_is_raised_to_the_rank_of_its_canonical_parents() -> None:
+    merges = [["x", "yz"], ["a", "b"], ["y", "z"]]  # "xyz" ranks before its parent "yz"
+    source = as_file(hand_made(["x", "y", "z", "a", "b", "xyz", "ab", "yz"], merges))
+    order = order_rows(source, 8, ()).order.tolist()
+    assert order.index(7) < order.index(5)
+    assert order.index(6) < order.index(5)
+
+
+def test_dead_tokens_go_before_living_ones() -> None:
+    tokenizer = hand_made(["a", "b", "dead", "ab"], [["a", "b"]])
+    assert order_rows(as_file(tokenizer), 4, ()).order.tolist() == [0, 1, 3, 2]
+
+
+@pytest.mark.parametrize("form", ["pairs", "strings"])
+def test_merges_keep_their_form(form: str) -> None:
+    source = as_file(tiny.tokenizer())
+    if form == "strings":
+        merges = source.data["model"]["merges"]
+        source.data["model"]["merges"] = ["#version: 0.2", *(" ".join(m) for m in merges)]
+    cut = source.rewrite(order_rows(source, tiny.VOCAB_SIZE, ()).id_map(480))["model"]["merges"]
+    assert cut
+    assert all(isinstance(merge, str if form == "strings" else list) for merge in cut)
+    assert not any("#version" in merge for merge in cut)
+
+
+def test_a_token_behind_the_last_row_stays_behind_the_last_row(tmp_path: Path) -> None:
+    """Gemma 3's image token has an id but no row."""
+    path = tiny.save(
+        tmp_path / "model", special_first=False, vocab_size=tiny.TOKENS - 1, pad_token_id=None
+    )
+    layout = read_layout(Checkpoint.open(path))
+    rarity = rarity_of(layout)
+    ids = rarity.id_map(500)
+    assert rarity.rowless == 1
+    assert ids.new(tiny.TOKENS - 1) == 500
+    cut = TokenizerFile.open(path).rewrite(ids)
+    new = Tokenizer.from_str(json.dumps(cut))
+    assert new.token_to_id(tiny.SPECIAL[-1]) == 500
+
+
+def test_tokens_beyond_the_rows_are_refused(tmp_path: Path) -> None:
+    path = tiny.save(tmp_path / "model", vocab_size=tiny.TOKENS - 5)
+    with pytest.raises(TokenizerError, match="without a row in the embedding"):
+        rarity_of(read_layout(Checkpoint.open(path)))
+
+
+@given(size=st.integers(1, 200), rowless=st.integers(0, 3), data=st.data())
+def test_ids_stay_in_order_and_become_compact(size: int, rowless: int, data: st.DataObject) -> None:
+    kept = np.array(sorted(data.draw(st.sets(st.integers(0, size - 1), min_size=1))))
+    ids = IdMap(kept, size, rowless)
+    new = [ids.new(old) for old in range(size + rowless)]
+    assert [n for n in new if n is not None] == list(range(len(kept) + rowless))
+    assert [old for old in range(size) if new[old] is not None] == kept.tolist()
+    assert ids.new(-1) is None
+    assert ids.new(size + rowless) is None
+    assert np.array_equal(np.flatnonzero(ids.keep_mask()), kept)
+
+
+def test_an_id_gap_becomes_compact() -> None:
+    """Row 3 belongs to no token: it is a padding row, and goes first."""
+    data = json.loads(hand_made(["a", "b", "ab"], [["a", "b"]]).to_str())
+    data["model"]["vocab"] = {"a": 0, "b": 1, "ab": 4}
+    data["model"]["merges"] = [["a", "b"]]
+    source = TokenizerFile(Path("x"), data)
+    rarity = order_rows(source, 5, ())
+    assert rarity.order[3:].tolist() == [2, 3]
+    assert source.rewrite(rarity.id_map(3))["model"]["vocab"] == {"a": 0, "b": 1, "ab": 2}
+
+
+def test_an_added_token_without_content_is_dropped() -> None:
+    source = as_file(tiny.tokenizer())
+    empty = dict(source.data["added_tokens"][0], content="", id=7)
+    source.data["added_tokens"].insert(2, empty)
+    check_tokenizer(source.data, source.path)
+    cut = source.rewrite(order_rows(source, tiny.VOCAB_SIZE, ()).id_map(480))
+    assert [token["content"] for token in cut["added_tokens"]] == list(tiny.SPECIAL)
+
+
+def test_of_a_pair_given_twice_the_last_merge_counts() -> None:
+    """As in the library: (a, b) ranks behind (b, c), so that "abc" is a + bc."""
+    merges = [["a", "b"], ["b", "c"], ["a", "b"], ["a", "bc"], ["ab", "c"]]
+    old = hand_made(["a", "b", "c", "ab", "bc", "abc"], merges)
+    source = as_file(old)
+    source.data["model"]["merges"] = merges
+    rarity = order_rows(source, 6, ())
+    for size in range(rarity.must_keep, 7):
+        new, ids = prune(source, rarity, size)
+        for text in ("abc", "ab", "bc", "cab"):
+            assert_same_segments(old, new, ids, text)
+
+
+def test_missing_bytes_are_named(tmp_path: Path) -> None:
+    source = as_file(tiny.tokenizer())
+    assert source.missing_bytes == 0
+    for token in ("ÿ", "ö"):
+        source.data["model"]["vocab"].pop(token)
+    lossy = TokenizerFile(source.path, source.data)
+    ids = order_rows(lossy, tiny.VOCAB_SIZE, ()).id_map(480)
+    warnings = vocabulary_cost(lossy, ids, "merge-order", ()).warnings()
+    assert any("lacks 2 of the 256 bytes" in line for line in warnings)
