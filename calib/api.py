@@ -62,7 +62,7 @@ def calibrate(  # noqa: PLR0913
     """Sum squared FFN activations over text, one layer in memory at a time (paper eq. 4 and 5).
 
     Example:
-        >>> stats = calib.statistics.calibrate(model, data="tools/text/calibration.txt", samples=32)
+        >>> stats = calib.calibrate(model, data="tools/text/calibration.txt", samples=32)
 
     Args:
         model: From ``surgery.open_model``, or what that takes.
@@ -128,7 +128,7 @@ def score(  # noqa: PLR0913
     Windows are cut by bytes, so that models with different vocabularies can be compared.
 
     Example:
-        >>> calib.scoring.score(model, data="tools/text/heldout.txt", samples=8).bits_per_byte
+        >>> calib.score(model, data="tools/text/heldout.txt", samples=8).bits_per_byte
 
     Args:
         model: From ``surgery.open_model``, or what that takes.
@@ -183,7 +183,7 @@ def search(  # noqa: PLR0913
     Every fourth block of the text is held out to judge by; the rest chooses the channels.
 
     Example:
-        >>> found = calib.study.search(model, data="tools/text/calibration.txt", ratio=0.2)
+        >>> found = calib.search(model, data="tools/text/calibration.txt", ratio=0.2)
         >>> print(found.table())
 
     Args:
@@ -254,7 +254,7 @@ def compare(  # noqa: PLR0913
     """Compare methods at the same ratios, on the same text and the same held-out windows.
 
     Example:
-        >>> rows = calib.study.compare(model, data="tools/text/calibration.txt", ratio=0.2,
+        >>> rows = calib.compare(model, data="tools/text/calibration.txt", ratio=0.2,
         ...                      methods=["act2", "search"])
 
     Args:

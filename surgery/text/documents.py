@@ -114,8 +114,6 @@ class TextOptions:
 
 def sources_of(text: "Text") -> tuple[Source, ...]:
     """The sources in anything that can be read as text."""
-    if isinstance(text, TextOptions):
-        return text.data
     if isinstance(text, Source):
         return (text,)
     if isinstance(text, list | tuple) and text and isinstance(text[0], Source):
@@ -123,7 +121,8 @@ def sources_of(text: "Text") -> tuple[Source, ...]:
     return (Source(cast("str | Path | Iterable[str]", text)),)
 
 
-Text = Union[str, Path, Source, TextOptions, Iterable[str], Sequence[Source]]  # noqa: UP007
+Text = Union[str, Path, Source, Iterable[str], Sequence[Source]]  # noqa: UP007
+"""Anything that can be read as text: a path, a ``hub:`` name, documents, or several sources."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +171,7 @@ def interleave(
 
 
 def read_documents(
-    text: Text,
+    text: Text | TextOptions,
     seed: int | None = None,
     *,
     render: Render | None = None,
