@@ -25,7 +25,7 @@ PIECE_BYTES = 1 << 25
 CHUNK_BYTES = 3 << 23
 """Activations in float64, and whose they are (``calib.statistics.sums.CHUNK_VALUES``)."""
 HEAP_BYTES = 32 * MB
-"""Freed memory that the heap keeps; measured, below ``calib.memory.HELD_BYTES``."""
+"""Freed memory that the heap keeps; measured, below ``surgery.process.HELD_BYTES``."""
 
 
 SOLVED_ROWS = 1024

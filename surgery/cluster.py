@@ -1,7 +1,6 @@
 """A Ray cluster as tasks need it: joined or started, waited for, its errors ours."""
 
 import os
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -61,6 +60,8 @@ def _knock(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal():
         return
+    import socket
+
     with socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS) as connection:
         if os.environ.get("RAY_USE_TLS", "0") == "1":  # which begins in another way
             return

@@ -6,8 +6,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import lock_descriptor
-
 from surgery.errors import OutputError
 
 NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -152,10 +150,14 @@ class FileLock:
 
     def acquire(self) -> None:
         """Hold it as soon as nobody else holds it."""
+        from filelock import lock_descriptor  # with its sockets, 10 ms of every start
+
         lock_descriptor(self.fileno())
 
     def try_acquire(self) -> bool:
         """Hold it if nobody else holds it, and say whether."""
+        from filelock import lock_descriptor
+
         return lock_descriptor(self.fileno(), blocking=False)
 
     def fileno(self) -> int:

@@ -4,7 +4,6 @@ import glob
 import math
 import os
 import shutil
-import tempfile
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -239,6 +238,8 @@ class HubShards(Shards):
 
     def _enter(self, name: str) -> FileLock:
         """Become a user of a shard that is here; its lock is held."""
+        import tempfile
+
         descriptor, path = tempfile.mkstemp(USE, f"{name}.", self._skeleton.path / OWN)
         os.close(descriptor)
         use = FileLock(Path(path))

@@ -1,7 +1,6 @@
 """TEXT as documents: files, directories, hub data sets and iterables, one or several."""
 
 import logging
-import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
@@ -203,6 +202,8 @@ def read_documents(
 def _shuffled(documents: Iterator[str], seed: int | None) -> Iterable[str]:
     if seed is None:
         return documents
+    import random
+
     shuffled = list(documents)
     random.Random(seed).shuffle(shuffled)
     return shuffled

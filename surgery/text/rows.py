@@ -1,6 +1,5 @@
 """Rows of text files and of data sets; a bad row comes as the error that says why."""
 
-import gzip
 import io
 import json
 from collections.abc import Collection, Iterator, Mapping
@@ -111,6 +110,8 @@ def _lines(file: Path, errors: str) -> Iterator[IO[str]]:
 
 def _opened(file: Path) -> Any:
     if file.suffix == ".gz":
+        import gzip
+
         return gzip.open(file, "rb")
     if file.suffix == ".zst":
         try:
