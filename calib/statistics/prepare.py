@@ -24,7 +24,7 @@ from surgery.planning.sizes import candidate_vocab_sizes
 from surgery.process import Progress
 from surgery.stats.channel_stats import ChannelStats
 from surgery.text.documents import TextOptions
-from surgery.tokenizer.tokenizer_file import cut_tokenizer, load_tokenizer
+from surgery.tokenizer.tokenizer_file import load_tokenizer, prune_tokenizer
 from surgery.vocabulary.order import Rarity, open_vocabulary
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def _windows(
     if size is None:
         tokenizer = load_tokenizer(layout.checkpoint.path)
     else:
-        tokenizer, old_ids = cut_tokenizer(open_vocabulary(layout), rarity.id_map(size))
+        tokenizer, old_ids = prune_tokenizer(open_vocabulary(layout), rarity.id_map(size))
     windows = token_windows(documents_of(layout, text), tokenizer, text.samples, text.seq_len)
     check_windows(windows)
     if short := shortfall(windows, text.samples, text.seq_len):

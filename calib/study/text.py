@@ -22,7 +22,7 @@ from surgery.planning.request import SizeChoice
 from surgery.stats.channel_stats import AxisSums
 from surgery.text.documents import TextOptions
 from surgery.tokenizer.id_map import IdMap
-from surgery.tokenizer.tokenizer_file import TokenizerFile, cut_tokenizer, load_tokenizer
+from surgery.tokenizer.tokenizer_file import TokenizerFile, load_tokenizer, prune_tokenizer
 from surgery.vocabulary.order import Rarity
 
 GATE_EVERY = 8
@@ -203,5 +203,5 @@ class StudyText:
                 every = np.arange(self.layout.vocab_size + self.rarity.rowless)
                 self._cut[vocab_size] = load_tokenizer(self.layout.checkpoint.path), every
             else:
-                self._cut[vocab_size] = cut_tokenizer(self.tokenizer, ids)
+                self._cut[vocab_size] = prune_tokenizer(self.tokenizer, ids)
         return self._cut[vocab_size]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.config.rewrite import dequantized_config, drop_tokens, rewrite_config
+from surgery.config.rewrite import dequantized_config, remove_tokens, rewrite_config
 from surgery.config.token_ids import visit_ids
 from surgery.errors import TokenizerError
 from surgery.families.schema import Family, renumbered
@@ -19,7 +19,7 @@ from surgery.planning.layers import layer_keys, spelled_layers
 from surgery.planning.plan import Plan
 from surgery.tokenizer.id_map import IdMap, KeptTokens
 from surgery.tokenizer.legacy import is_legacy
-from surgery.tokenizer.sentencepiece_model import cut_sentencepiece, is_sentencepiece
+from surgery.tokenizer.sentencepiece_model import is_sentencepiece, prune_sentencepiece
 from surgery.tokenizer.tokenizer_file import TokenizerFile
 
 LICENSE = re.compile(r"^license: *(\S+) *$", re.MULTILINE)
@@ -175,7 +175,7 @@ def rewrite_document(path: Path, tokens: Mapping[str, int], ids: IdMap) -> dict[
     def is_gone(token: str) -> bool:
         return token in tokens and ids.new(tokens[token]) is None
 
-    data = visit_ids(drop_tokens(read_json(path), is_gone, path), ids.new, path)
+    data = visit_ids(remove_tokens(read_json(path), is_gone, path), ids.new, path)
     if path.name == "tokenizer_config.json" and type(data.get("vocab_size")) is int:
         sizes = {ids.old_size: ids.new_size, len(tokens): len(KeptTokens(tokens, ids))}
         data["vocab_size"] = sizes.get(data["vocab_size"], data["vocab_size"])
@@ -285,7 +285,7 @@ def _rewrite(path: Path, tokens: Mapping[str, int], ids: IdMap) -> bytes:
     if path.name in TABLES:
         return dump_table(_rewrite_table(path, tokens, ids))
     if path.name == SENTENCEPIECE_NAME:
-        return cut_sentencepiece(read_file(path), path, tokens, ids)
+        return prune_sentencepiece(read_file(path), path, tokens, ids)
     if path.suffix == ".json":
         return dump_json(rewrite_document(path, tokens, ids))
     return read_file(path)

@@ -1,1 +1,1 @@
-"""config.json and its like: sizes and token ids, rewritten."""
+"""Sizes and token ids in config.json and other JSON files: find and rewrite them."""

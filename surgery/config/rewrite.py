@@ -1,4 +1,4 @@
-"""JSON files beside the weights: their ids, sizes and token names, found and rewritten."""
+"""JSON files beside the weights: find and rewrite their ids, sizes and names of tokens."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -16,13 +16,13 @@ from surgery.files.strict_json import read_file, read_json
 from surgery.tokenizer.id_map import IdMap
 
 SIZE_KEY = re.compile(r"((src|tgt|decoder)_)?vocab_size|vocab_size_per_layer_input|vocab_offset")
-"""Keys whose number is that of the text vocabulary's rows; type_vocab_size is another's."""
+"""Keys for the number of the text vocabulary's rows; type_vocab_size counts something else."""
 
 DTYPE_KEYS = ("dtype", "torch_dtype")
-"""Keys for the dtype of the weights; the second is the older."""
+"""Keys for the dtype of the weights, the older one last."""
 
 TOKEN_KEY = re.compile(r"\w+_tokens?")
-"""Keys that name tokens by their text, in tokenizer_config.json and its like."""
+"""Keys that name tokens by their text, in tokenizer_config.json and similar files."""
 
 VOCABULARY_FILES = (TOKENIZER_NAME, "vocab.json", "added_tokens.json", INDEX_NAME)
 """JSON files that list tokens or tensors instead of referring to tokens."""
@@ -43,7 +43,7 @@ def token_references(checkpoint: Checkpoint, tokens: dict[str, int]) -> set[int]
 def referenced_tokens(data: Mapping[str, Any]) -> set[str]:
     """Every token that ``data`` names by its text for a role, such as bos_token.
 
-    Lists such as additional_special_tokens give no role: what they name may go.
+    Lists such as additional_special_tokens give no role: the tokens they name may be removed.
     """
     found: set[str] = set()
     for key, value in data.items():
@@ -53,33 +53,33 @@ def referenced_tokens(data: Mapping[str, Any]) -> set[str]:
     return found - {""}
 
 
-def drop_tokens(
-    data: dict[str, Any], is_gone: Callable[[str], bool], where: object
+def remove_tokens(
+    data: dict[str, Any], is_removed: Callable[[str], bool], where: object
 ) -> dict[str, Any]:
-    """Return a copy of ``data`` whose lists and added_tokens_decoder name no token that is gone.
+    """Return a copy of ``data`` whose lists and added_tokens_decoder name no removed token.
 
-    Transformers adds every token that is named but absent again, at id V'.
+    Otherwise transformers would add each removed token again, at id V'.
 
     Raises:
-        TokenizerError: a token that is gone has a role.
+        TokenizerError: a removed token has a role.
     """
     result = {}
     for key, value in data.items():
         if key == "added_tokens_decoder" and isinstance(value, dict):
-            value = {old: token for old, token in value.items() if not is_gone(_text(token))}
+            value = {old: token for old, token in value.items() if not is_removed(_text(token))}
         elif TOKEN_KEY.fullmatch(key) and isinstance(value, list):
-            value = [entry for entry in value if not is_gone(_text(entry))]
+            value = [entry for entry in value if not is_removed(_text(entry))]
         result[key] = value
-    lost = sorted(filter(is_gone, referenced_tokens(data)))
+    lost = sorted(filter(is_removed, referenced_tokens(data)))
     if lost:
         raise TokenizerError(
-            f"{where}: token {lost[0]!r}", "has a role but does not stay", fix="plan again"
+            f"{where}: token {lost[0]!r}", "has a role but is removed", fix="plan again"
         )
     return result
 
 
 def template_tokens(directory: Path, tokens: Mapping[str, int]) -> set[int]:
-    """Ids of those ``tokens`` whose text stands in a chat template of ``directory``."""
+    """Ids of those ``tokens`` whose text occurs in a chat template of ``directory``."""
     texts = [read_file(p).decode("utf-8", "replace") for p in sorted(directory.glob("*.jinja"))]
     for path in _documents(directory):
         template = read_json(path).get("chat_template")
@@ -95,12 +95,12 @@ def rewrite_config(
 ) -> dict[str, Any]:
     """Return config.json of the pruned model, key order kept.
 
-    Ids that the config class would fill in with the *old* defaults are written out. A pointer to
-    code (auto_map) goes: the output has none, and transformers itself knows the model type.
+    Default ids are written out: the config class would fill in the *old* ones. The pointer to
+    code (auto_map) is removed: the output has no code, and transformers knows the model type.
 
     Raises:
-        TokenizerError: an id that is needed does not stay, or a size of the text vocabulary is
-            not the embedding's.
+        TokenizerError: an id that is needed is removed, or a size of the text vocabulary is not
+            the embedding's.
     """
     result = dict(config)
     if not ids.identity:
@@ -128,40 +128,40 @@ def dequantized_config(config: dict[str, Any], family: Family) -> dict[str, Any]
 def visit_sizes(data: dict[str, Any], ids: IdMap, where: object) -> dict[str, Any]:
     """Return a copy of a config with the sizes of the text vocabulary replaced by new ones.
 
-    A vocab_offset, where the ids of images or sounds begin behind the text, is such a size. A
-    text_config without vocab_size is given one: its class would fill in the old.
+    A vocab_offset is such a size: the ids of images or sounds begin there, after the text. A
+    text_config without vocab_size gets one: its class would fill in the old size.
 
     Raises:
-        TokenizerError: a size that is neither that of the embedding nor that with the tokens
-            behind it.
+        TokenizerError: a size is neither the number of embedding rows nor that of all tokens,
+            those after the last row included.
     """
     result = {}
     for key, value in data.items():
-        place = f"{where}: {key}"
+        key_path = f"{where}: {key}"
         if key in SECTIONS and isinstance(value, dict):
-            value = visit_sizes(value, ids, place)
+            value = visit_sizes(value, ids, key_path)
             if key == "text_config":
                 value.setdefault("vocab_size", ids.new_size)
         elif key in OFFSET_SECTIONS and isinstance(value, dict) and "vocab_offset" in value:
-            offset = _new_size(value["vocab_offset"], ids, f"{place}: vocab_offset")
+            offset = _new_size(value["vocab_offset"], ids, f"{key_path}: vocab_offset")
             value = {**value, "vocab_offset": offset}
         elif SIZE_KEY.fullmatch(key):
-            value = _new_size(value, ids, place)
+            value = _new_size(value, ids, key_path)
         result[key] = value
     return result
 
 
 def _new_size(value: Any, ids: IdMap, where: str) -> Any:
-    behind = value - ids.old_size if type(value) is int else -1
-    if value is not None and behind not in (0, ids.rowless):
+    rowless = value - ids.old_size if type(value) is int else -1
+    if value is not None and rowless not in (0, ids.rowless):
         raise TokenizerError(
             where,
-            "is not the size of the vocabulary that is cut",
+            "is not the size of the vocabulary to prune",
             expected=ids.old_size,
             found=value,
             fix="correct it in the source, or keep the vocabulary whole with `vocab_size`",
         )
-    return None if value is None else ids.new_size + behind
+    return None if value is None else ids.new_size + rowless
 
 
 def _documents(directory: Path) -> list[Path]:

@@ -1,1 +1,1 @@
-"""Tokenizers: read, checked, rewritten through the id map."""
+"""Tokenizers: read, check and rewrite them through the id map."""

@@ -1,4 +1,4 @@
-"""What a tokenizer.json must be to be cut: of a known kind, without contradictions."""
+"""Checks of a tokenizer.json before it is pruned: a known kind, without contradictions."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,15 +12,17 @@ from surgery.tokenizer.kinds import kind_of
 from surgery.tokenizer.merges import AGAIN, MergeRules, check_form
 
 MOST_STEPS = 1 << 28
-"""Most that the squares of all tokens' lengths sum up to, which is what running BPE on them costs;
-Gemma 3's 262,144 tokens come to 11 million."""
+"""Limit for the sum of the squares of all tokens' lengths: what running BPE on them costs.
+
+Gemma 3's 262,144 tokens come to 11 million.
+"""
 
 
 def check_tokenizer(data: dict[str, Any], path: Path) -> None:
     """Check the parsed tokenizer.json ``data``; ``path`` names it in errors.
 
     Raises:
-        TokenizerError: of no kind that can be cut, or its parts contradict each other.
+        TokenizerError: its kind cannot be pruned, or its parts contradict each other.
     """
     kind_of(data, path)
     model = data["model"]
@@ -37,14 +39,14 @@ def check_tokenizer(data: dict[str, Any], path: Path) -> None:
     if sum(len(token) ** 2 for token in model_ids) > MOST_STEPS:
         longest = max(map(len, model_ids))
         raise TokenizerError(
-            path, "has too long tokens", found=f"one of {longest:,} characters", fix=AGAIN
+            path, "has tokens that are too long", found=f"one of {longest:,} characters", fix=AGAIN
         )
     _check_unknown(model, model_ids, path)
     _check_ids(data, model_ids, path)
 
 
 def walk_processor(part: Any, change: Callable[[Any], Any]) -> Any:
-    """Copy a post-processor, every token id replaced by ``change(id)``."""
+    """Copy a post-processor and replace every token id by ``change(id)``."""
     if isinstance(part, list):
         return [walk_processor(child, change) for child in part]
     if not isinstance(part, dict):
@@ -61,7 +63,7 @@ def walk_processor(part: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _check_merges(merges: Any, path: Path) -> None:
-    """Merges are a list, all "a b" or all [a, b]; the pairs are checked where they are read."""
+    """Check that merges are a list, all "a b" or all [a, b]; ``rule_ids`` checks the pairs."""
     if isinstance(merges, MergeRules):
         return  # checked as they were read
     if not isinstance(merges, list):
@@ -72,18 +74,18 @@ def _check_merges(merges: Any, path: Path) -> None:
 
 
 def check_numbers(vocab: Mapping[str, Any], path: Path) -> None:
-    """Ids are numbers that a table may have as many rows as."""
+    """Check that every id is a number, and not too large for the row of a table."""
     if not all(type(id_) is int and 0 <= id_ < MAX_SIZE for id_ in vocab.values()):
-        raise TokenizerError(path, "model.vocab has an id that is no number", fix=AGAIN)
+        raise TokenizerError(path, "model.vocab has an id that is not a number", fix=AGAIN)
 
 
 def _check_unknown(model: Mapping[str, Any], vocab: Mapping[str, int], path: Path) -> None:
-    """The token for text that has no other is one, by name or by id."""
+    """Check that unk_token or unk_id, for text without other tokens, names a token."""
     token, id_ = model.get("unk_token"), model.get("unk_id")
     if not isinstance(token, str | None) or (type(id_) is int and not 0 <= id_ < len(vocab)):
         raise TokenizerError(
             f"{path}: model.unk_{'token' if id_ is None else 'id'}",
-            "is no token",
+            "is not a token",
             found=token if id_ is None else id_,
             fix=AGAIN,
         )
@@ -101,7 +103,7 @@ def _piece_ids(pieces: list[Any], path: Path) -> dict[str, int]:
         ):
             raise TokenizerError(
                 f"{path}: piece {id_}",
-                "is no piece with a score",
+                "is not a piece with a score",
                 expected='["piece", -1.5]',
                 found=str(entry)[:80],
                 fix=AGAIN,
@@ -109,7 +111,7 @@ def _piece_ids(pieces: list[Any], path: Path) -> dict[str, int]:
         if ids.setdefault(entry[0], id_) != id_:
             raise TokenizerError(
                 f"{path}: piece {entry[0]!r}",
-                "is there twice",
+                "occurs twice",
                 found=f"ids {ids[entry[0]]} and {id_}",
                 fix=AGAIN,
             )
@@ -117,7 +119,7 @@ def _piece_ids(pieces: list[Any], path: Path) -> dict[str, int]:
 
 
 def _check_ids(data: dict[str, Any], vocab: dict[str, int], path: Path) -> None:
-    """Ids are numbers, given once, and added tokens have the id the loader will give them."""
+    """Check that ids are numbers, each given once, and that added tokens have the loader's ids."""
     check_numbers(vocab, path)
     known = np.zeros(max(vocab.values(), default=0) + 1, dtype=bool)
     known[np.fromiter(vocab.values(), dtype=np.int64, count=len(vocab))] = True
@@ -127,13 +129,13 @@ def _check_ids(data: dict[str, Any], vocab: dict[str, int], path: Path) -> None:
     owner = {id_: token for token, id_ in vocab.items() if id_ >= next_id}
     added = data.get("added_tokens") or []
     if not isinstance(added, list):
-        raise TokenizerError(path, "added_tokens is no list", fix=AGAIN)
+        raise TokenizerError(path, "added_tokens is not a list", fix=AGAIN)
     for entry in added:
         if not _is_added_token(entry):
             raise TokenizerError(f"{path}: added token {entry!r}", "lacks content or id", fix=AGAIN)
         token, declared = entry["content"], entry["id"]
         if not token:
-            continue  # the library ignores it, and so does the cut
+            continue  # the library ignores it, and the pruned file leaves it out
         assigned = vocab.get(token, next_id)
         next_id += token not in vocab
         if declared != assigned:
@@ -159,7 +161,7 @@ def _raise_clash(vocab: Mapping[str, int], path: Path) -> None:
 
 
 def _check_references(data: dict[str, Any], path: Path, is_token: Callable[[int], bool]) -> None:
-    """Padding and post-processor put only tokens into a text."""
+    """Check that padding and post-processor refer only to tokens."""
     padding = data.get("padding")
     pads = [padding.get("pad_id")] if isinstance(padding, dict) else []
     templates: list[Any] = []

@@ -1,4 +1,4 @@
-"""The one map from old token ids to new ones."""
+"""The map from old token ids to new ones."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class IdMap:
-    """Old id → new id or gone. Kept ids stay in order and become compact."""
+    """Old id → new id, or None for a removed row. New ids keep the order, without gaps."""
 
     kept: np.ndarray
-    """int64 ``[V']``: old ids of the embedding rows that stay, ascending."""
+    """int64 ``[V']``: old ids of the kept embedding rows, ascending."""
     old_size: int
     """V: rows of the source's embedding."""
     rowless: int = 0
-    """Tokens behind the last row (Gemma's image token); they stay behind the last row."""
+    """Tokens after the last row (Gemma's image token); they come after the last kept row, too."""
 
     @cached_property
     def new_size(self) -> int:
@@ -25,7 +25,7 @@ class IdMap:
 
     @property
     def identity(self) -> bool:
-        """Whether nothing changes."""
+        """Whether every row is kept, so that no id changes."""
         return self.new_size == self.old_size
 
     @cached_property
@@ -43,29 +43,29 @@ class IdMap:
         return new if new >= 0 else None
 
     def keep_mask(self) -> np.ndarray:
-        """bool ``[V]``: whether each row of the source stays."""
+        """bool ``[V]``: whether each row of the source is kept."""
         return self._table[: self.old_size] >= 0
 
 
 @dataclass(frozen=True, eq=False)
 class KeptTokens(Mapping[str, int]):
-    """Token → new id of the tokens that stay, in their order: a view that takes no memory."""
+    """Token → new id of the kept tokens, in their order: a view that takes no memory."""
 
     old: Mapping[str, int]
     """Token → old id."""
     ids: IdMap
 
     def __getitem__(self, token: str) -> int:
-        """The new id of a token that stays."""
+        """The new id of a kept token."""
         new = self.ids.new(self.old[token])
         if new is None:
             raise KeyError(token)
         return new
 
     def __iter__(self) -> Iterator[str]:
-        """The tokens that stay."""
+        """The kept tokens."""
         return (token for token, old in self.old.items() if self.ids.new(old) is not None)
 
     def __len__(self) -> int:
-        """How many stay."""
+        """How many tokens are kept."""
         return sum(1 for _ in self)

@@ -1,4 +1,4 @@
-"""Kinds of tokenizer that can be cut: what each must keep, and the text its tokens stand for."""
+"""Kinds of tokenizer that can be pruned: what each must keep, and the text its tokens stand for."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ _BYTE_PIECES = {f"<0x{byte:02X}>": chr(byte) if byte < 0x80 else None for byte i
 def byte_level_text(token: str) -> str | None:
     """Return the text of a byte-level token such as ``"Ġthe"``.
 
-    None if its bytes are not whole UTF-8 characters, or a character is not of the alphabet (as in
-    many added tokens, which stand for themselves).
+    None if its bytes are not whole UTF-8 characters, or if a character is not in the alphabet.
+    Many added tokens have such characters: they stand for themselves.
     """
     try:
         return bytes([BYTE_CHARACTERS[char] for char in token]).decode()
@@ -40,7 +40,7 @@ def byte_level_text(token: str) -> str | None:
 def sentencepiece_text(piece: str) -> str | None:
     """Return the text of a SentencePiece piece such as ``"▁the"`` or ``"<0x0A>"``.
 
-    None for the pieces of the bytes from 0x80, which are no whole character.
+    None for the pieces of the bytes from 0x80 on, which are not whole characters.
     """
     if piece in _BYTE_PIECES:
         return _BYTE_PIECES[piece]
@@ -57,7 +57,7 @@ class Kind:
     """How a kind of tokenizer spells its tokens."""
 
     text: Callable[[str], str | None]
-    """Token → the text it stands for; None for bytes that are no whole character."""
+    """Token → the text it stands for; None for bytes that are not whole characters."""
     whitespace: frozenset[str]
     """Spellings of space, newline, tab and carriage return."""
 
@@ -72,14 +72,14 @@ MODEL_KEYS = {
     "Unigram": (),
     "WordPiece": (),
 }
-"""Type of model → keys that nothing here knows how to cut around."""
+"""Type of model → keys of it that pruning does not support."""
 
 
 def kind_of(data: dict[str, Any], path: Path) -> Kind:
-    """Tell the kind of a parsed tokenizer.json.
+    """Return the kind of a parsed tokenizer.json.
 
     Raises:
-        TokenizerError: it is none that can be cut; the message says which.
+        TokenizerError: this kind cannot be pruned; the message names it.
     """
     model = data.get("model")
     type_ = model.get("type") if isinstance(model, dict) else None
@@ -104,11 +104,11 @@ def kind_of(data: dict[str, Any], path: Path) -> Kind:
 
 
 def alphabet(kind: Kind, vocab: Mapping[str, int], *, byte_fallback: bool) -> set[int]:
-    """Ids that stay so that any text can still be written, and runs of white space with them.
+    """Ids to keep so that any text can still be written, and those of runs of white space.
 
-    Bytes or, where a character has no bytes to fall back to, all single characters: the byte
-    characters, ``<0xXX>``, ``c`` and ``##c``. ``▁`` stays even where bytes exist: decoders turn it
-    into a space before they join bytes.
+    These are all bytes: the byte-level characters, or ``<0xXX>``. Where a character has no bytes
+    to fall back to, they are all single characters: ``c`` and ``##c``. ``▁`` is kept even where
+    bytes exist: decoders turn it into a space before they join bytes.
     """
     if kind is SENTENCEPIECE or kind is UNIGRAM:
         bytes_ = {f"<0x{byte:02X}>" for byte in range(256)} if byte_fallback else set()
@@ -131,10 +131,10 @@ def alphabet(kind: Kind, vocab: Mapping[str, int], *, byte_fallback: bool) -> se
 def _refusal(path: Path, found: str) -> TokenizerError:
     return TokenizerError(
         path,
-        "this kind of vocabulary cannot be cut",
+        "this kind of vocabulary cannot be pruned",
         expected="BPE on bytes or with SentencePiece's alphabet, Unigram, or WordPiece",
         found=found,
-        fix="keep the vocabulary whole with `vocab_size` and cut channels only",
+        fix="keep the vocabulary whole with `vocab_size` and prune channels only",
     )
 
 

@@ -33,36 +33,39 @@ SAVE = "save it with transformers: AutoTokenizer.from_pretrained(DIR).save_pretr
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a class of transformers makes a tokenizer of the two files."""
+class TokenizerClass:
+    """How a class of transformers builds a tokenizer from the two files."""
 
     default_roles: tuple[str, ...]
     """Roles of <|endoftext|> where tokenizer_config.json says nothing about them."""
     split: str | None = None
-    """Regex that cuts NFC text before the byte level; None for the byte level's own."""
+    """Regex that splits NFC text before the byte level; None for the byte level's own."""
     plain_special: bool = False
     """Whether special tokens lose flags such as lstrip."""
 
 
 def special_settings(directory: Path) -> tuple[dict[str, Any], list[Any]]:
-    """tokenizer_config.json, under special_tokens_map.json where that is read; extra tokens."""
+    """Return tokenizer_config.json and the list of extra special tokens.
+
+    Where transformers reads special_tokens_map.json, its entries replace those of the config.
+    """
     settings = optional_json(directory / CONFIG_NAME)
     if not settings.get(EXTRA) and EXTRA_BEFORE_5 in settings:
         settings[EXTRA] = settings.pop(EXTRA_BEFORE_5)
     shared = {} if "added_tokens_decoder" in settings else optional_json(directory / SPECIAL_NAME)
     found = [part.get(key) for part in (settings, shared) for key in (EXTRA, EXTRA_BEFORE_5)]
     lists = [entry for entry in found if entry is not None and entry != {}]
-    own = [
+    unknown = [
         key
         for key, value in {**settings, **shared}.items()
         if key.endswith("_token") and key not in ROLES and isinstance(value, str | dict)
     ]
-    if own or any(entry != lists[0] or isinstance(entry, dict) for entry in lists):
+    if unknown or any(entry != lists[0] or isinstance(entry, dict) for entry in lists):
         raise TokenizerError(
             directory / CONFIG_NAME,
             "names special tokens that transformers 4 and 5 treat differently",
             expected=f"{EXTRA} and {', '.join(ROLES)}",
-            found=own[0] if own else " and ".join(map(str, lists)),
+            found=unknown[0] if unknown else " and ".join(map(str, lists)),
             fix=SAVE,
         )
     settings |= {key: _token(value) for key, value in shared.items() if key != EXTRA_BEFORE_5}
@@ -72,7 +75,7 @@ def special_settings(directory: Path) -> tuple[dict[str, Any], list[Any]]:
 def add_tokens(
     tokenizer: "Tokenizer",
     directory: Path,
-    recipe: Recipe,
+    class_: TokenizerClass,
     settings: Mapping[str, Any],
     extra: list[Any],
 ) -> dict[str, str]:
@@ -81,7 +84,7 @@ def add_tokens(
 
     where, declared = _declared(directory, settings)
     by_text = {token.content: token for _, token in declared}
-    roles = _roles(recipe, settings, by_text)
+    roles = _roles(class_, settings, by_text)
     special = [*roles.values(), *map(_token, extra)]
     tokens = [token for _, token in declared]
     for token in special:
@@ -92,7 +95,7 @@ def add_tokens(
     for token in tokens:
         token.special = token.special or token.content in named
     tokenizer.add_tokens(tokens)
-    if recipe.plain_special:
+    if class_.plain_special:
         tokenizer.add_tokens([AddedToken(str(token), special=True) for token in special])
     for id_, token in declared:
         if tokenizer.token_to_id(token.content) != id_:
@@ -109,7 +112,7 @@ def add_tokens(
 def _declared(
     directory: Path, settings: Mapping[str, Any]
 ) -> tuple[Path, list[tuple[int, "AddedToken"]]]:
-    """The file that gives added tokens their ids, and these tokens by id."""
+    """Return the file that gives added tokens their ids, and these tokens in the order of ids."""
     from tokenizers import AddedToken
 
     if "added_tokens_decoder" in settings:
@@ -127,10 +130,10 @@ def _declared(
 
 
 def _roles(
-    recipe: Recipe, settings: Mapping[str, Any], declared: Mapping[str, "AddedToken"]
+    class_: TokenizerClass, settings: Mapping[str, Any], declared: Mapping[str, "AddedToken"]
 ) -> dict[str, Any]:
     """Role → special token, a string or an AddedToken, in the order of ``ROLES``."""
-    default = dict.fromkeys(recipe.default_roles, "<|endoftext|>")
+    default = dict.fromkeys(class_.default_roles, "<|endoftext|>")
     named = {role: _token({**default, **settings}.get(role)) for role in ROLES}
     return {
         role: declared.get(str(token), token) for role, token in named.items() if token is not None
@@ -140,7 +143,7 @@ def _roles(
 def post_processor(
     tokenizer: "Tokenizer", settings: Mapping[str, Any], roles: Mapping[str, str]
 ) -> "PostProcessor":
-    """What puts bos and eos around a text, or nothing."""
+    """Return the post-processor: it adds bos and eos to a text where the settings ask for it."""
     from tokenizers.processors import TemplateProcessing
 
     bos, eos = (settings.get(f"add_{key}") and roles.get(key) for key in ("bos_token", "eos_token"))
@@ -167,16 +170,16 @@ def optional_json(path: Path) -> dict[str, Any]:
 
 VOCAB_NAME, MERGES_NAME = LEGACY_NAMES[:2]
 
-RECIPES = {
-    "GPT2Tokenizer": Recipe(("bos_token", "eos_token", "unk_token")),
-    "Qwen2Tokenizer": Recipe(
+KNOWN_CLASSES = {
+    "GPT2Tokenizer": TokenizerClass(("bos_token", "eos_token", "unk_token")),
+    "Qwen2Tokenizer": TokenizerClass(
         ("eos_token", "unk_token", "pad_token"),
         split=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
         plain_special=True,
     ),
 }
-"""tokenizer_class, without Fast → recipe."""
+"""tokenizer_class, without Fast → how it builds a tokenizer."""
 
 CLASS_OF_TYPE = {"qwen2": "Qwen2Tokenizer"}
 """model_type → the class that transformers 5 takes, whatever tokenizer_config.json says."""
@@ -192,8 +195,8 @@ def build_tokenizer(directory: Path) -> dict[str, Any]:
 
     Raises:
         TokenizerError: vocab.json or merges.txt is absent, the files contradict each other, or
-            their tokenizer_class is none that is known.
-        CheckpointError: one of the files is no JSON object.
+            their tokenizer_class is unknown.
+        CheckpointError: one of the files is not a JSON object.
     """
     if not is_legacy(directory):
         alone = [name for name in (VOCAB_NAME, MERGES_NAME) if (directory / name).exists()]
@@ -206,43 +209,43 @@ def build_tokenizer(directory: Path) -> dict[str, Any]:
     vocab = read_json(directory / VOCAB_NAME)
     try:
         settings, extra = special_settings(directory)
-        recipe = _recipe(directory, settings.get("tokenizer_class"))
-        tokenizer = _byte_level_bpe(directory, vocab, recipe, settings)
-        roles = add_tokens(tokenizer, directory, recipe, settings, extra)
+        class_ = _known_class(directory, settings.get("tokenizer_class"))
+        tokenizer = _byte_level_bpe(directory, vocab, class_, settings)
+        roles = add_tokens(tokenizer, directory, class_, settings, extra)
         tokenizer.post_processor = post_processor(tokenizer, settings, roles)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # of another form
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # a part has another form
         where = directory / CONFIG_NAME
         raise TokenizerError(where, "cannot be read", found=repr(error), fix=SAVE) from error
     data: dict[str, Any] = msgspec.json.decode(tokenizer.to_str())
-    data["model"]["vocab"] = vocab  # the library drops one of two tokens with the same id
+    data["model"]["vocab"] = vocab  # the library keeps only one of two tokens with the same id
     check_tokenizer(data, directory / VOCAB_NAME)
     return data
 
 
-def _recipe(directory: Path, class_: Any) -> Recipe:
-    name = str(class_).removesuffix("Fast")
+def _known_class(directory: Path, named: Any) -> TokenizerClass:
+    name = str(named).removesuffix("Fast")
     model_type = str(optional_json(directory / "config.json").get("model_type"))
     expected = CLASS_OF_TYPE.get(model_type, name)
-    if name not in RECIPES or name != expected:
+    if name not in KNOWN_CLASSES or name != expected:
         raise TokenizerError(
             f"{directory / CONFIG_NAME}: tokenizer_class",
-            "is none that a tokenizer.json can be built for",
-            expected=expected if name in RECIPES else " or ".join(RECIPES),
-            found=class_ or "none",
+            "is not one that a tokenizer.json can be built for",
+            expected=expected if name in KNOWN_CLASSES else " or ".join(KNOWN_CLASSES),
+            found=named or "none",
             fix=SAVE,
         )
-    return RECIPES[name]
+    return KNOWN_CLASSES[name]
 
 
 def _byte_level_bpe(
-    directory: Path, vocab: dict[str, Any], recipe: Recipe, settings: Mapping[str, Any]
+    directory: Path, vocab: dict[str, Any], class_: TokenizerClass, settings: Mapping[str, Any]
 ) -> "Tokenizer":
     """The tokenizer without its added tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     # The library counts up to the largest id when it writes the tokenizer.
     if not all(type(id_) is int and 0 <= id_ < MAX_SIZE for id_ in vocab.values()):
-        raise TokenizerError(directory / VOCAB_NAME, "has an id that is no number", fix=AGAIN)
+        raise TokenizerError(directory / VOCAB_NAME, "has an id that is not a number", fix=AGAIN)
     merges = _merges(directory / MERGES_NAME)
     no_affixes = {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
     try:
@@ -253,18 +256,18 @@ def _byte_level_bpe(
         ) from error
     tokenizer.decoder = decoders.ByteLevel()
     byte_level = pre_tokenizers.ByteLevel(
-        add_prefix_space=bool(settings.get("add_prefix_space")), use_regex=recipe.split is None
+        add_prefix_space=bool(settings.get("add_prefix_space")), use_regex=class_.split is None
     )
     tokenizer.pre_tokenizer = byte_level
-    if recipe.split is not None:
-        split = pre_tokenizers.Split(Regex(recipe.split), behavior="isolated")
+    if class_.split is not None:
+        split = pre_tokenizers.Split(Regex(class_.split), behavior="isolated")
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
         tokenizer.normalizer = normalizers.NFC()
     return tokenizer
 
 
 def _merges(path: Path) -> list[tuple[str, str]]:
-    """The rules of merges.txt; a line ends at a newline only, for tokens may hold any other."""
+    """The rules of merges.txt. A line ends only at a newline: tokens may hold other line ends."""
     try:
         text = read_file(path).decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
@@ -276,7 +279,10 @@ def _merges(path: Path) -> list[tuple[str, str]]:
         parts = line.removesuffix("\r").split(" ")
         if len(parts) != 2:
             raise TokenizerError(
-                f"{path}: line {number}", "is no pair of tokens", found=repr(line[:80]), fix=AGAIN
+                f"{path}: line {number}",
+                "is not a pair of tokens",
+                found=repr(line[:80]),
+                fix=AGAIN,
             )
         merges.append((parts[0], parts[1]))
     return merges

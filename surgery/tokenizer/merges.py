@@ -1,4 +1,4 @@
-"""The merges of a tokenizer: read as ids, and the parents by which BPE reaches a token."""
+"""The merges of a tokenizer: their ids, and the parents from which BPE makes each token."""
 
 from array import array
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ AGAIN = "download the file again"
 
 
 class _Rule:
-    """What stands for a rule that was read: one object for all of them."""
+    """Stands for a rule that was read: one object for all of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +32,9 @@ class MergeRules:
         """Read model.merges of the file ``path``, a JSON array, without its ``#version`` lines.
 
         Raises:
-            TokenizerError: a rule is no pair, not of the form of the first, or names no token.
-            msgspec.MsgspecError: it is no array.
+            TokenizerError: a rule is not a pair, differs in form from the first, or names no
+                token.
+            msgspec.MsgspecError: ``merges`` is not an array.
         """
         found, first, rule = array("i"), list[Any](), _Rule()
 
@@ -48,21 +49,21 @@ class MergeRules:
         ids = np.frombuffer(found, dtype=np.int32).reshape(-1, 3)
         return cls(ids, paired=not first or isinstance(first[0], list))
 
-    def named(self, stays: np.ndarray, vocab: Mapping[str, int]) -> "NamedRules":
-        """The rules of the mask ``stays``, spelled with the tokens of ``vocab``."""
-        return NamedRules(MergeRules(self.ids[stays], self.paired), vocab)
+    def named(self, keep: np.ndarray, vocab: Mapping[str, int]) -> "NamedRules":
+        """The rules that the mask ``keep`` selects, spelled with the tokens of ``vocab``."""
+        return NamedRules(MergeRules(self.ids[keep], self.paired), vocab)
 
 
 @dataclass(frozen=True, eq=False)
 class NamedRules:
-    """Rules as the file has them, [a, b] or "a b", made as they are asked for."""
+    """Rules as the file spells them, [a, b] or "a b"; each is made when it is read."""
 
     rules: MergeRules
     vocab: Mapping[str, int]
     """Token → id of all tokens that the rules name."""
 
     def __iter__(self) -> Iterator[Any]:
-        """One rule after the other, by rank."""
+        """The rules by rank."""
         names = np.full(self.rules.ids.max(initial=0) + 1, "", dtype=object)
         for token, id_ in self.vocab.items():
             if id_ < len(names):
@@ -73,12 +74,12 @@ class NamedRules:
 
 
 def merge_entries(merges: list[Any]) -> list[Any]:
-    """Rules as the file has them, "a b" or [a, b], without a ``#version`` line."""
+    """Rules as the file spells them, "a b" or [a, b], without a ``#version`` line."""
     return [entry for entry in merges if not _is_version(entry)]
 
 
 def check_form(rule: Any, first: Any, path: Path) -> None:
-    """All merges have the form of the ``first``."""
+    """Check that ``rule`` has the form of the ``first``."""
     if type(rule) is not type(first):
         raise TokenizerError(
             f"{path}: merge {rule!r}",
@@ -92,7 +93,7 @@ def rule_ids(entry: Any, vocab: Mapping[str, int], path: Path) -> tuple[int, int
     """Ids of left part, right part and product.
 
     Raises:
-        TokenizerError: ``entry`` is no pair, or a part or product is not in the vocabulary.
+        TokenizerError: ``entry`` is not a pair, or a part or product is not in the vocabulary.
     """
     try:
         left, right = entry if isinstance(entry, list) else entry.split(" ")
@@ -121,7 +122,7 @@ NEVER = np.iinfo(np.int64).max
 """Rule of a pair that no merge joins."""
 
 PRODUCT_BITS = 32
-"""A rule is one number, rank and below it product, so that the least is the first to apply."""
+"""A rule is one number: the product in these low bits, the rank above. The least applies first."""
 
 UNICODE = 0x110000
 
@@ -129,9 +130,9 @@ UNICODE = 0x110000
 class BatchedBpe:
     """A tokenizer's own BPE, run on the text of its tokens.
 
-    One merge entry is not enough to tell a token's parents: Llama 3.1 and Gemma 3 have tokens with
-    several. All tokens of one length take their steps together: 0.4 s for Llama 3.1's 128,000
-    tokens, where a loop over them took 1.3 s.
+    The list of merges does not tell a token's parents: Llama 3.1 and Gemma 3 have tokens with
+    several merges. All tokens of one length take their steps together. That takes 0.4 s for Llama
+    3.1's 128,000 tokens; a loop over them took 1.3 s.
     """
 
     def __init__(self, vocab: Mapping[str, int], merges: np.ndarray) -> None:
@@ -149,8 +150,8 @@ class BatchedBpe:
                 self._characters[ord(token)] = id_
         keys = self._keys(merges[:, 0], merges[:, 1])
         # A pair given twice: the last one wins, as in the tokenizers library.
-        self._pairs, place = np.unique(keys[::-1], return_index=True)
-        rank = len(keys) - 1 - place
+        self._pairs, index = np.unique(keys[::-1], return_index=True)
+        rank = len(keys) - 1 - index
         self._rules = (rank << PRODUCT_BITS) + merges[rank, 2]
 
     def parents(self, ids: np.ndarray) -> np.ndarray:
@@ -170,24 +171,24 @@ class BatchedBpe:
         return result
 
     def _last_merge(self, parts: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-        """Run BPE on the rows of ``parts`` ``[n, length]``; one merge in every row is a step."""
+        """Run BPE on the rows of ``parts`` ``[n, length]``; a step does one merge in every row."""
         result = np.full((len(parts), 2), -1, dtype=np.int64)
         rows = np.arange(len(parts))
         rules = self._look_up(parts[:, :-1], parts[:, 1:])
         while len(rows):
-            place = rules.argmin(axis=1)
-            first = rules[np.arange(len(rows)), place]
+            position = rules.argmin(axis=1)
+            first = rules[np.arange(len(rows)), position]
             alive = first != NEVER
             rows, parts, rules = rows[alive], parts[alive], rules[alive]
-            place, joined = place[alive], first[alive] & ((1 << PRODUCT_BITS) - 1)
+            position, joined = position[alive], first[alive] & ((1 << PRODUCT_BITS) - 1)
             if parts.shape[1] == 2:
                 reached = joined == wanted[rows]
                 result[rows[reached]] = parts[reached]
                 break
-            parts = _without(parts, place + 1)
-            parts[np.arange(len(rows)), place] = joined
-            rules = _without(rules, place)
-            for side in (place - 1, place):
+            parts = _without(parts, position + 1)
+            parts[np.arange(len(rows)), position] = joined
+            rules = _without(rules, position)
+            for side in (position - 1, position):
                 inside = np.flatnonzero((side >= 0) & (side < rules.shape[1]))
                 at = side[inside]
                 rules[inside, at] = self._look_up(parts[inside, at], parts[inside, at + 1])
@@ -198,8 +199,8 @@ class BatchedBpe:
         if not len(self._pairs):
             return np.full(left.shape, NEVER)
         keys = self._keys(left, right)
-        place = np.minimum(np.searchsorted(self._pairs, keys), len(self._pairs) - 1)
-        return np.where(self._pairs[place] == keys, self._rules[place], NEVER)
+        index = np.minimum(np.searchsorted(self._pairs, keys), len(self._pairs) - 1)
+        return np.where(self._pairs[index] == keys, self._rules[index], NEVER)
 
     def _keys(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         return left * self._size + right
@@ -207,12 +208,12 @@ class BatchedBpe:
 
 def _without(table: np.ndarray, column: np.ndarray) -> np.ndarray:
     """Return ``table`` ``[n, m]`` without element ``column[i]`` of each row i."""
-    stays = np.arange(table.shape[1]) != column[:, None]
-    return table[stays].reshape(len(table), table.shape[1] - 1)
+    keep = np.arange(table.shape[1]) != column[:, None]
+    return table[keep].reshape(len(table), table.shape[1] - 1)
 
 
 class MergeTree:
-    """What every token of a vocabulary is merged from."""
+    """The two parents from which BPE merges each token of a vocabulary."""
 
     def __init__(self, vocab: Mapping[str, int], merges: np.ndarray, size: int) -> None:
         """Run BPE on every token.
@@ -236,17 +237,17 @@ class MergeTree:
         self._by_length = [np.flatnonzero(self.merged & (self.length == n)) for n in lengths]
 
     def lower_children(self, rank: np.ndarray) -> None:
-        """Raise each rank to those of the token's parents, in place."""
+        """Raise each rank to the highest rank of the token's parents, in place."""
         for ids in self._by_length:
             rank[ids] = np.maximum(rank[ids], rank[self.parents[ids]].max(axis=1))
 
     def lift_parents(self, count: np.ndarray) -> None:
-        """Raise each count to those of the tokens merged from it, in place."""
+        """Raise each count to the highest count of the tokens merged from it, in place."""
         for ids in reversed(self._by_length):
             np.maximum.at(count, self.parents[ids], count[ids][:, None])
 
     def with_parents(self, ids: np.ndarray) -> np.ndarray:
-        """Close ``ids`` under parents; ascending."""
+        """Return ``ids`` with all their parents, ascending."""
         while True:
             parents = self.parents[ids]
             closed = np.union1d(ids, parents[parents >= 0])

@@ -1,6 +1,6 @@
-"""tokenizer.model, the SentencePiece protobuf beside tokenizer.json, cut to the kept tokens.
+"""tokenizer.model, the SentencePiece protobuf beside tokenizer.json, pruned to the kept tokens.
 
-The file is edited record by record, so whatever this module does not know stays byte for byte.
+The file is edited record by record: what this module does not know is copied byte for byte.
 """
 
 from collections import Counter
@@ -34,16 +34,21 @@ def is_sentencepiece(data: bytes) -> bool:
     return model is not None and bool(model.pieces[0].HasField("piece"))
 
 
-def cut_sentencepiece(data: bytes, path: Path, tokens: Mapping[str, int], ids: IdMap) -> bytes:
+def prune_sentencepiece(data: bytes, path: Path, tokens: Mapping[str, int], ids: IdMap) -> bytes:
     """Return tokenizer.model for the kept tokens: same pieces, same order, same scores.
 
-    ``tokens`` is every token of tokenizer.json with its old id, ``path`` only words for messages.
-    The file comes back as it is when no piece goes and no id moves. What SentencePiece calls
-    self-test data names removed pieces and would stop older releases from loading: it goes.
+    Where no piece is removed and no id changes, ``data`` is returned as it is. Self-test data is
+    removed: it names removed pieces, and older releases of SentencePiece would not load the file.
+
+    Args:
+        data: The source's tokenizer.model.
+        path: Its path, for error messages only.
+        tokens: Token → old id of every token of tokenizer.json.
+        ids: Which ids are kept.
 
     Raises:
         TokenizerError: ``data`` is damaged or contradicts ``tokens``, a piece that SentencePiece
-            needs goes, or the pieces cannot keep the positions that their ids ask for.
+            needs is removed, or the pieces cannot keep the positions that their ids ask for.
     """
     if ids.identity:
         return data
@@ -69,16 +74,16 @@ def cut_sentencepiece(data: bytes, path: Path, tokens: Mapping[str, int], ids: I
 
 
 class _Model:
-    """A ModelProto whose pieces are parsed some thousands at a time: all take 4 times ``data``."""
+    """A ModelProto that parses some thousand pieces at a time: all would take 4 times ``data``."""
 
     def __init__(self, data: bytes, runs: list[tuple[int, int]], rest: Any) -> None:
-        """Take the pieces from the bytes of ``runs`` of ``data``, all else from ``rest``."""
+        """Read the pieces from the byte ranges ``runs`` of ``data``, all else from ``rest``."""
         self._data, self._runs = data, runs
         self.trainer_spec = rest.trainer_spec
 
     @classmethod
     def of(cls, data: bytes) -> "_Model | None":
-        """Return ``data`` as a model, or None if it is none."""
+        """Return ``data`` as a model, or None if it is not one."""
         runs: list[tuple[int, int]] = []
         rest, last = bytearray(), 0
         try:
@@ -116,10 +121,10 @@ def _parse(data: bytes) -> Any:
 
 
 def _token_ids(model: Any, path: Path, tokens: Mapping[str, int]) -> list[int | None]:
-    """Old token id of every piece, None for a piece that no text is ever cut into.
+    """Old token id of every piece, None for a piece that occurs in no tokenized text.
 
-    Only a Unigram model's UNUSED pieces are such: tokenizer.json may leave them out. BPE still
-    merges through them, so there they have to be tokens like the others.
+    Only the UNUSED pieces of a Unigram model never occur: tokenizer.json may leave them out. BPE
+    still merges through UNUSED pieces, so there they must be tokens like the others.
     """
     unigram = model.trainer_spec.model_type == model.trainer_spec.UNIGRAM
     has_tab = any(piece.piece == "\t" for piece in model.pieces)
@@ -141,16 +146,16 @@ def _token_ids(model: Any, path: Path, tokens: Mapping[str, int]) -> list[int | 
 
 
 def _check_needed(model: Any, path: Path, new_ids: Iterable[int | None]) -> None:
-    """Refuse to lose what SentencePiece does not load without: unk, and bytes it falls back to."""
+    """Refuse to remove what SentencePiece needs to load: unk, and the bytes it falls back to."""
     needed = {model.trainer_spec.unk_id}
     for index, (piece, new) in enumerate(zip(model.pieces, new_ids, strict=True)):
         byte = piece.type == piece.BYTE and model.trainer_spec.byte_fallback
         if new is None and (byte or piece.type == piece.UNKNOWN or index in needed):
             raise TokenizerError(
                 f"{path}: piece {piece.piece!r}",
-                "has to stay for text that has no pieces of its own",
+                "must be kept for text that has no pieces of its own",
                 expected="its token among the kept ones",
-                found="that it goes",
+                found="it among the removed ones",
                 fix=f"keep the token, or delete {path.name} {NOT_NEEDED}",
             )
 
@@ -158,39 +163,40 @@ def _check_needed(model: Any, path: Path, new_ids: Iterable[int | None]) -> None
 def _check_positions(
     model: Any, path: Path, old_ids: Sequence[int | None], new_ids: Iterable[int | None]
 ) -> None:
-    """Refuse to shift pieces against token ids.
+    """Refuse to change the offset between the positions of pieces and their token ids.
 
-    Software computes one from the other: mostly they are equal, fairseq's ids are one larger. No
-    such rule is assumed where less than half of the pieces follow one.
+    Software computes the id from the position: mostly they are equal, in fairseq the id is one
+    larger. Where less than half of the pieces have the same offset, there is nothing to refuse.
     """
-    same = Counter(old - index for index, old in enumerate(old_ids) if old is not None)
-    if 2 * max(same.values(), default=0) <= len(old_ids):
+    offsets = Counter(old - index for index, old in enumerate(old_ids) if old is not None)
+    if 2 * max(offsets.values(), default=0) <= len(old_ids):
         return
     position = 0
     for index, (piece, old, new) in enumerate(zip(model.pieces, old_ids, new_ids, strict=True)):
         if new is None or old is None:
             continue
-        shift = old - index
-        if position + shift != new:
+        offset = old - index
+        if position + offset != new:
             raise TokenizerError(
                 f"{path}: piece {piece.piece!r}",
-                "would be taken for another token, because tokens without a piece stay or go",
+                "would be taken for another token, because tokens without a piece are kept or "
+                "removed",
                 expected=f"its new token id {new}",
-                found=f"id {position + shift} by its position",
+                found=f"id {position + offset} by its position",
                 fix=f"delete {path.name} {NOT_NEEDED}",
             )
         position += 1
 
 
-def _rewrite(data: bytes, model: Any, stays: Sequence[bool]) -> bytes:
-    """Copy ``data`` without the pieces that go and with the trainer spec put right."""
-    spec = _trainer_spec(model, stays)
-    keep = iter(stays)
+def _rewrite(data: bytes, model: Any, keep: Sequence[bool]) -> bytes:
+    """Copy ``data`` without the removed pieces and with a corrected trainer spec."""
+    spec = _trainer_spec(model, keep)
+    keep_next = iter(keep)
     copied = bytearray()
     for tag, start, end in _records(data):
-        if tag == PIECE and not next(keep):
+        if tag == PIECE and not next(keep_next):
             continue
-        if tag == TRAINER_SPEC:  # one that comes in parts is written whole, in place of the first
+        if tag == TRAINER_SPEC:  # one in several parts is written whole where the first part was
             copied += spec
             spec = b""
         elif tag != SELF_TEST_DATA:
@@ -199,19 +205,19 @@ def _rewrite(data: bytes, model: Any, stays: Sequence[bool]) -> bytes:
     return bytes(copied)
 
 
-def _trainer_spec(model: Any, stays: Sequence[bool]) -> bytes:
-    """Return the record of the trainer spec with its size and its ids of special pieces put right.
+def _trainer_spec(model: Any, keep: Sequence[bool]) -> bytes:
+    """Return the record of the trainer spec with its new size and new ids of special pieces.
 
-    An id left out of the file means 0 for unk, 1 for bos, 2 for eos and -1, none, for pad: one
-    that changes is written. None stays none, and so becomes an id whose piece goes.
+    An id left out of the file means 0 for unk, 1 for bos, 2 for eos and -1 for pad. An id that
+    changes is written. -1 means "none": it does not change, and a removed piece gets it.
     """
     edited = _parse(b"")
     edited.trainer_spec.CopyFrom(model.trainer_spec)
     spec = edited.trainer_spec
-    spec.vocab_size = sum(stays)
+    spec.vocab_size = sum(keep)
     for name in SPECIAL_IDS:
         old = getattr(spec, name)
-        new = sum(stays[:old]) if 0 <= old < len(stays) and stays[old] else -1
+        new = sum(keep[:old]) if 0 <= old < len(keep) and keep[old] else -1
         if new != old:
             setattr(spec, name, new)
     return bytes(edited.SerializeToString())

@@ -1,4 +1,4 @@
-"""Text cut by the pruned tokenizer, in the ids of the source: what the dense model can be shown."""
+"""tokenizer.json: opened, rewritten for the kept tokens, and loaded by the tokenizers library."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class TokenizerFile:
-    """A tokenizer.json that can be cut."""
+    """A tokenizer.json that can be pruned."""
 
     path: Path
     data: dict[str, Any]
@@ -34,7 +34,8 @@ class TokenizerFile:
         """Load and validate ``directory/tokenizer.json``, or build what it would be.
 
         Raises:
-            TokenizerError: absent, of no kind that can be cut, or its parts contradict each other.
+            TokenizerError: the file is absent, its kind cannot be pruned, or its parts contradict
+                each other.
         """
         path = directory / TOKENIZER_NAME
         if not path.exists():
@@ -45,10 +46,10 @@ class TokenizerFile:
 
     @classmethod
     def reopen(cls, directory: Path) -> "TokenizerFile":
-        """Load a file that ``open`` has seen: a plan's fingerprint says that it is the same.
+        """Load a file that ``open`` has checked before; a plan's fingerprint proves it is the same.
 
-        It is decoded from its bytes, without white space (two thirds of Gemma 3's) or a search for
-        keys given twice, and its merges are ``MergeRules``: that is most of apply's memory.
+        This saves most of apply's memory. The bytes are decoded without white space (two thirds of
+        Gemma 3's file) and without a search for repeated keys. The merges become ``MergeRules``.
         """
         path = directory / TOKENIZER_NAME
         if is_legacy(directory):
@@ -86,7 +87,7 @@ class TokenizerFile:
         """Integers ``[merges, 3]``: ids of left part, right part and product, by rank.
 
         Raises:
-            TokenizerError: a rule is no pair, or a part or product is not in the vocabulary.
+            TokenizerError: a rule is not a pair, or a part or product is not in the vocabulary.
         """
         merges = self.data["model"].get("merges", [])
         if isinstance(merges, MergeRules):
@@ -97,7 +98,7 @@ class TokenizerFile:
 
     @cached_property
     def added(self) -> dict[str, int]:
-        """Added tokens (special ones among them) → id; without text they are none."""
+        """Added token, special ones included → id. Entries without text are left out."""
         entries = self.data.get("added_tokens") or []
         return {entry["content"]: entry["id"] for entry in entries if entry["content"]}
 
@@ -113,7 +114,7 @@ class TokenizerFile:
 
     @cached_property
     def alphabet(self) -> set[int]:
-        """Ids without which some text could not be written, or not without unknown tokens."""
+        """Ids without which some text could not be written, or only with unknown tokens."""
         model = self.data["model"]
         unknown = {model["unk_id"]} if type(model.get("unk_id")) is int else set()
         if model.get("unk_token") in self.token_ids:
@@ -131,13 +132,13 @@ class TokenizerFile:
     def rewrite(self, ids: IdMap) -> dict[str, Any]:
         """Return tokenizer.json for the kept tokens: same keys, same order, new ids.
 
-        Every merge whose parents and product stay is kept, in order. What ``reopen`` has loaded
-        is for ``table_pieces`` alone: tokens and merges are worked out as they are written.
+        A merge is kept, in order, where its parents and its product are kept. If ``reopen`` loaded
+        the file, the result is for ``table_pieces``, which makes tokens and merges as it writes.
 
         Raises:
-            TokenizerError: the post-processor or the padding refers to a token that goes.
+            TokenizerError: the post-processor or the padding refers to a removed token.
         """
-        data = {**self.data, "model": self._cut_model(ids)}
+        data = {**self.data, "model": self._pruned_model(ids)}
         if data.get("added_tokens"):
             data["added_tokens"] = [
                 {**token, "id": new}
@@ -150,7 +151,7 @@ class TokenizerFile:
         data["post_processor"] = self._map_processor(ids, data.get("post_processor"))
         return data
 
-    def _cut_model(self, ids: IdMap) -> dict[str, Any]:
+    def _pruned_model(self, ids: IdMap) -> dict[str, Any]:
         model = dict(self.data["model"])
         if isinstance(model["vocab"], list):
             model["vocab"] = list(compress(model["vocab"], ids.keep_mask()))
@@ -160,11 +161,11 @@ class TokenizerFile:
         kept = KeptTokens(self.vocab, ids)
         if "merges" not in model:
             return {**model, "vocab": dict(kept)}
-        merges, keep = model["merges"], ids.keep_mask()
-        stays = np.logical_and.reduce([keep[column] for column in self.merges.T])
+        merges, keep_row = model["merges"], ids.keep_mask()
+        keep = np.logical_and.reduce([keep_row[column] for column in self.merges.T])
         if isinstance(merges, MergeRules):
-            return {**model, "vocab": kept, "merges": merges.named(stays, self.vocab)}
-        rules = list(compress(merge_entries(merges), stays))
+            return {**model, "vocab": kept, "merges": merges.named(keep, self.vocab)}
+        rules = list(compress(merge_entries(merges), keep))
         return {**model, "vocab": dict(kept), "merges": rules}
 
     def referenced_ids(self) -> set[int]:
@@ -188,7 +189,7 @@ class TokenizerFile:
         if new is None:
             raise TokenizerError(
                 f"{self.path}: {key}",
-                "refers to a token that does not stay",
+                "refers to a token that is removed",
                 found=f"id {old}",
                 fix="correct the reference in the source",
             )
@@ -196,7 +197,7 @@ class TokenizerFile:
 
 
 def tokenizer_data(directory: Path) -> dict[str, Any]:
-    """tokenizer.json of ``directory``, whatever its kind, or what it would be; {} without any."""
+    """Read tokenizer.json of any kind, or build it from the older files; {} without either."""
     path = directory / TOKENIZER_NAME
     if is_legacy(directory):
         return build_tokenizer(directory)
@@ -207,7 +208,7 @@ def load_tokenizer(directory: Path) -> "Tokenizer":
     """Load ``directory/tokenizer.json``, or build it, without its truncation and padding.
 
     Raises:
-        TokenizerError: absent and not to be built, or the library refuses it.
+        TokenizerError: it is absent and cannot be built, or the library refuses it.
     """
     path = directory / TOKENIZER_NAME
     data = tokenizer_data(directory)
@@ -271,18 +272,20 @@ def _opens(raw: msgspec.Raw, bracket: bytes) -> bool:
     return memoryview(raw)[:1] == bracket
 
 
-def cut_tokenizer(tokenizer: TokenizerFile, ids: IdMap) -> tuple["Tokenizer", np.ndarray]:
-    """Return the pruned tokenizer, without truncation and padding, and what its ids were before.
+def prune_tokenizer(tokenizer: TokenizerFile, ids: IdMap) -> tuple["Tokenizer", np.ndarray]:
+    """Return the pruned tokenizer, without truncation and padding, and the old id of each token.
+
+    The old ids make it possible to show the dense model text that the pruned tokenizer tokenized.
 
     Returns:
         The library's tokenizer, which gives new ids, and int64 ``[V' + rowless]``: the old id of
-        each. Tokens without a row keep their places behind the last one.
+        each new one. Tokens without a row come after the last row, in their order.
 
     Raises:
-        TokenizerError: something that every text gets does not stay.
+        TokenizerError: the post-processor or the padding refers to a removed token.
     """
-    cut = TokenizerFile(tokenizer.path, tokenizer.rewrite(ids)).library()
-    cut.no_truncation()
-    cut.no_padding()
+    pruned = TokenizerFile(tokenizer.path, tokenizer.rewrite(ids)).library()
+    pruned.no_truncation()
+    pruned.no_padding()
     rowless = np.arange(ids.old_size, ids.old_size + ids.rowless)
-    return cut, np.concatenate([ids.kept, rowless])
+    return pruned, np.concatenate([ids.kept, rowless])

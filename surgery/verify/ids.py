@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from surgery.apply.companions import TABLES, config_changes, rewrite_document
-from surgery.config.rewrite import VOCABULARY_FILES, drop_tokens, rewrite_config
-from surgery.config.token_ids import JsonPath, id_places
+from surgery.config.rewrite import VOCABULARY_FILES, remove_tokens, rewrite_config
+from surgery.config.token_ids import JsonPath, id_paths
 from surgery.errors import TokenizerError
 from surgery.families.table import family_of
 from surgery.files.model_files import TOKENIZER_NAME
@@ -64,7 +64,7 @@ class Origin:
             data = rewrite_config(data, family, self.ids, changes, path)
         elif not self.ids.identity:
             data = rewrite_document(path, self.tokens, self.ids)
-        return id_places(data, name)
+        return id_paths(data, name)
 
 
 def id_faults(layout: Layout, origin: Origin | None) -> list[str]:
@@ -156,9 +156,9 @@ def _document_faults(path: Path, owner: dict[int, str], origin: Origin | None) -
     """Faults of a file that refers to tokens, of which ``owner`` has those there are."""
     data = read_json(path)
     try:
-        found = id_places(data, path.name)
+        found = id_paths(data, path.name)
         gone = origin.gone if origin else set[str]()
-        kept = drop_tokens(data, gone.__contains__, path.name)
+        kept = remove_tokens(data, gone.__contains__, path.name)
     except TokenizerError as error:
         return [str(error)]
     expected = origin.places(path.name) if origin else {}

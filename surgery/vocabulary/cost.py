@@ -1,4 +1,4 @@
-"""What a cut vocabulary costs, before it is made: tokens lost and tokens per byte, by script."""
+"""What pruning the vocabulary costs, by script: tokens removed and tokens per byte of text."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from surgery.tokenizer.id_map import IdMap
-from surgery.tokenizer.tokenizer_file import TokenizerFile, cut_tokenizer
+from surgery.tokenizer.tokenizer_file import TokenizerFile, prune_tokenizer
 from surgery.vocabulary.order import encoded
 from surgery.vocabulary.scripts import script_of, scripts_of
 
@@ -18,51 +18,51 @@ if TYPE_CHECKING:
 
 
 TEXT_CHARACTERS = 1 << 23
-"""Of the given text, at most this much is cut by both tokenizers."""
+"""Both tokenizers tokenize at most this many characters of the given text."""
 
 GROWTH_WARNED = 0.25
-"""A script whose text grows by more than this share of its tokens is named in a warning."""
+"""A warning names each script whose text grows by more than this share of its tokens."""
 
 LEAST_BYTES = 200
-"""Text of a script below which its growth says nothing."""
+"""With less text of a script, its growth means nothing."""
 
 
 class ScriptCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One Unicode script's share of a cut."""
+    """The cost for one Unicode script."""
 
     script: str
-    """Of most letters; "Common" without letters, "Bytes" for parts of characters."""
+    """Script of most letters; "Common" without letters, "Bytes" for parts of characters."""
     tokens_before: int
-    """Entries of the source's vocabulary."""
+    """Entries of the source's vocabulary in this script."""
     tokens_after: int
     text_bytes: int
     """UTF-8 bytes of the given text in this script."""
     text_tokens_before: int
-    """Tokens that the source's tokenizer cuts it into."""
+    """Tokens of that text by the source's tokenizer."""
     text_tokens_after: int
 
     @property
     def growth(self) -> float:
-        """Share by which text of this script grows in tokens."""
+        """Share by which the tokens of this script's text increase."""
         return self.text_tokens_after / self.text_tokens_before - 1
 
 
 class VocabularyCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the cut of a vocabulary costs."""
+    """What pruning a vocabulary costs."""
 
     order: str
-    """Of rarity: ``merge-order`` or ``frequency``."""
+    """Order of rarity: ``merge-order`` or ``frequency``."""
     text_bytes: int
-    """UTF-8 bytes of the given text that were looked at; 0 where none was given."""
+    """UTF-8 bytes of the given text that were tokenized; 0 where no text was given."""
     tokens_per_byte_before: float | None
     tokens_per_byte_after: float | None
     scripts: list[ScriptCost]
-    """Most tokens first."""
+    """The script with most tokens first."""
     missing_bytes: int = 0
     """Bytes that the source's byte-level vocabulary lacks."""
 
     def warnings(self) -> list[str]:
-        """One line for each script whose text grows a lot, and one for text that is lost."""
+        """One line for each script whose text grows a lot, and one for bytes that are missing."""
         grown = [
             cost
             for cost in self.scripts
@@ -76,8 +76,8 @@ class VocabularyCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         ]
         if self.missing_bytes:
             lines.append(
-                f"the source's vocabulary lacks {self.missing_bytes} of the 256 bytes: it drops "
-                "text with them without a word, and so will the result"
+                f"the source's vocabulary lacks {self.missing_bytes} of the 256 bytes: it silently "
+                "loses text with these bytes, and so will the result"
             )
         return lines
 
@@ -85,9 +85,9 @@ class VocabularyCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def vocabulary_cost(
     tokenizer: TokenizerFile, ids: IdMap, order: str, documents: Iterable[str]
 ) -> VocabularyCost:
-    """Compare the source's tokenizer with the cut one, on ``documents`` if there are any.
+    """Compare the source's tokenizer with the pruned one, on ``documents`` if there are any.
 
-    A line of text counts for the script of most of its letters.
+    A line of text belongs to the script of most of its letters.
     """
     scripts = scripts_of(map(tokenizer.kind.text, tokenizer.vocab))
     before = Counter(scripts)
@@ -101,7 +101,7 @@ def vocabulary_cost(
     old, new = dict.fromkeys(lines, 0), dict.fromkeys(lines, 0)
     if lines:
         old = _counts(tokenizer.library(), lines)
-        new = _counts(cut_tokenizer(tokenizer, ids)[0], lines)
+        new = _counts(prune_tokenizer(tokenizer, ids)[0], lines)
     costs = [
         ScriptCost(
             name, before[name], after[name], nbytes.get(name, 0), old.get(name, 0), new.get(name, 0)

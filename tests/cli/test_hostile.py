@@ -127,22 +127,22 @@ CASES = [
     Case("a terminal's commands", config(model_type="\x1b[2J\x1b]0;x\x07"), INSPECT,
          ("model type", "found \\u001b[2J\\u001b]0;x\\u0007")),
     Case("type of model is a list", model_key(type=["BPE"]), PLAN,
-         ("tokenizer.json", "cannot be cut", "found ['BPE'] model")),
+         ("tokenizer.json", "cannot be pruned", "found ['BPE'] model")),
     Case("pre-tokenizers are a number",
          tokenizer(lambda data: data.update(pre_tokenizer={"pretokenizers": 5}, decoder=None)),
          PLAN, ("tokenizer.json", "found BPE without a byte-level")),
     Case("added tokens are a number", tokenizer(lambda data: data.update(added_tokens=5)), PLAN,
-         ("tokenizer.json", "added_tokens is no list")),
+         ("tokenizer.json", "added_tokens is not a list")),
     Case("unknown token is a list", model_key(unk_token=["<unk>"]), PLAN,
-         ("tokenizer.json: model.unk_token", "is no token", "found ['<unk>']")),
+         ("tokenizer.json: model.unk_token", "is not a token", "found ['<unk>']")),
     Case("unknown token below 0", model_key(unk_id=-5), PLAN,
-         ("tokenizer.json: model.unk_id", "is no token", "found -5")),
+         ("tokenizer.json: model.unk_id", "is not a token", "found -5")),
     Case("merges of WordPiece",
          model_key(type="WordPiece", continuing_subword_prefix="##", merges=5), PLAN,
          ("tokenizer.json", "no model.merges")),
     Case("a token of a million characters",
          tokenizer(lambda data: data["model"]["vocab"].update({"a" * 1_000_000: 620})), VOCAB,
-         ("tokenizer.json", "too long tokens", "found one of 1,000,000 characters")),
+         ("tokenizer.json", "tokens that are too long", "found one of 1,000,000 characters")),
     Case("a template that the library gives up on", tokenizer(template), f"{CALIBRATE} text.txt",
          ("tokenizer.json", "cannot be loaded", "no entry found")),
     Case("a trillion tokens behind the rows", plan_key(None, rowless_tokens=10**12), APPLY,
@@ -244,7 +244,7 @@ def test_an_id_that_the_library_would_count_up_to(tmp_path: Path, run: Run) -> N
     place = tmp_path / "model" / "vocab.json"
     place.write_text(json.dumps(json.loads(place.read_text()) | {"<unk>": 2**32 - 2}))
     result = run("inspect", tmp_path / "model", "--vocab")
-    assert_refused(result, "vocab.json", "an id that is no number", "download")
+    assert_refused(result, "vocab.json", "an id that is not a number", "download")
 
 
 def test_long_values_lose_their_middle(bench: Path, run: Run) -> None:

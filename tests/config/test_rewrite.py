@@ -11,8 +11,8 @@ import pytest
 from surgery.apply.companions import rewrite_document
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.config.rewrite import (
-    drop_tokens,
     referenced_tokens,
+    remove_tokens,
     rewrite_config,
     template_tokens,
     token_references,
@@ -24,7 +24,7 @@ from surgery.tokenizer.id_map import IdMap
 
 HERE = Path("config.json")
 IDS = IdMap(np.arange(0, 100, 2), 100, rowless=3)
-"""Even ids stay and are halved; odd ones go; 3 tokens have no row."""
+"""Even ids are kept and halved; odd ones are removed; 3 tokens have no row."""
 LLAMA = family_of({"model_type": "llama"}, HERE)
 
 # Tokens named by their text.
@@ -46,7 +46,7 @@ def test_tokens_that_have_a_role(data: dict[str, Any], tokens: set[str]) -> None
     assert referenced_tokens(data) == tokens
 
 
-def test_tokens_that_go_are_named_no_more() -> None:
+def test_removed_tokens_are_named_no_more() -> None:
     data = {
         "bos_token": "<s>",
         "additional_special_tokens": ["<a>", {"content": "<b>", "lstrip": True}, "<c>"],
@@ -56,7 +56,7 @@ def test_tokens_that_go_are_named_no_more() -> None:
         "chat_template": "<a>",
     }
     before = json.dumps(data)
-    assert drop_tokens(data, {"<a>", "<b>", "the"}.__contains__, HERE) == {
+    assert remove_tokens(data, {"<a>", "<b>", "the"}.__contains__, HERE) == {
         "bos_token": "<s>",
         "additional_special_tokens": ["<c>"],
         "extra_special_tokens": [],
@@ -70,11 +70,11 @@ def test_tokens_that_go_are_named_no_more() -> None:
 @pytest.mark.parametrize(
     "data", [{"bos_token": "<a>"}, {"extra_special_tokens": {"image_token": {"content": "<a>"}}}]
 )
-def test_a_token_with_a_role_may_not_go(data: dict[str, Any]) -> None:
+def test_a_token_with_a_role_may_not_be_removed(data: dict[str, Any]) -> None:
     with pytest.raises(
         TokenizerError, match=r"config.json: token '<a>': has a role .*; plan again"
     ):
-        drop_tokens(data, {"<a>"}.__contains__, HERE)
+        remove_tokens(data, {"<a>"}.__contains__, HERE)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def model(llama: Path, tmp_path: Path) -> Path:
 
 
 def edit(path: Path, **changes: Any) -> None:
-    """Change keys of a JSON file; None drops one."""
+    """Change keys of a JSON file; None removes one."""
     data = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
 
@@ -163,7 +163,7 @@ def test_llama_without_bos_keeps_the_default_ids_that_its_config_class_fills_in(
     ids = IdMap(np.array([0, 2, 3, *range(300, 400)]), 640)
     result = rewrite_config(config, LLAMA, ids, {"intermediate_size": 64}, HERE)
     assert result["eos_token_id"] == 1
-    assert result["bos_token_id"] is None  # its row is gone: the old 1 would be another token
+    assert result["bos_token_id"] is None  # its row is removed: the old 1 would be another token
     assert {1, 2} <= token_references(Checkpoint.open(model), {"a": 0, "b": 1, "c": 2, "d": 3})
     assert list(result)[: len(config)] == list(config)
 
@@ -208,7 +208,7 @@ def test_a_width_given_for_each_layer_stays_a_list() -> None:
 
 
 @pytest.mark.parametrize("inner", ["gemma3_text", None])
-def test_the_sizes_of_a_language_model_lie_in_its_section(inner: str | None) -> None:
+def test_the_sizes_of_a_language_model_are_in_its_section(inner: str | None) -> None:
     text = {"model_type": inner, "vocab_size": 100, "intermediate_size": 9, "eos_token_id": 4}
     vision = {"vocab_size": 77, "intermediate_size": 9}
     config: dict[str, Any] = {
@@ -255,7 +255,7 @@ def test_every_file_beside_the_weights_keeps_its_tokens(model: Path) -> None:
     assert 639 not in found
 
 
-def test_a_token_that_goes_leaves_the_listings_of_every_file(model: Path) -> None:
+def test_a_removed_token_leaves_the_listings_of_every_file(model: Path) -> None:
     tokens = {"<a>": 4, "<b>": 5, "<c>": 6}
     edit(
         model / "tokenizer_config.json",

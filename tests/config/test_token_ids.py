@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery.config.token_ids import id_places, referenced_ids, visit_ids
+from surgery.config.token_ids import id_paths, referenced_ids, visit_ids
 from surgery.errors import TokenizerError
 from surgery.tokenizer.id_map import IdMap
 
 HERE = Path("config.json")
 IDS = IdMap(np.arange(0, 100, 2), 100)
-"""Even ids stay and are halved; odd ones go."""
+"""Even ids are kept and halved; odd ones are removed."""
 
 NUMBER_KEYS = [
     "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "decoder_start_token_id",
@@ -37,7 +37,7 @@ OTHER_KEYS = [
 SECTIONS = ["text_config", "llm_config", "thinker_config", "encoder", "decoder"]
 
 kept = st.integers(0, 49).map(lambda i: 2 * i)
-gone = st.integers(0, 49).map(lambda i: 2 * i + 1) | st.integers(100, 10**9)
+removed = st.integers(0, 49).map(lambda i: 2 * i + 1) | st.integers(100, 10**9)
 none = st.none() | st.integers(-300, -1)
 
 
@@ -55,13 +55,13 @@ def test_a_number_is_mapped(key: str, old: int) -> None:
 
 
 @given(key=st.sampled_from(NUMBER_KEYS), value=none)
-def test_null_and_negative_numbers_stay(key: str, value: int | None) -> None:
+def test_null_and_negative_numbers_do_not_change(key: str, value: int | None) -> None:
     assert visit(**{key: value}) == {key: value}
 
 
 @pytest.mark.parametrize("key", LIST_KEYS)
-@given(entries=st.lists(kept | gone | st.integers(-300, -1), max_size=9))
-def test_a_list_is_mapped_without_the_entries_that_go(key: str, entries: list[int]) -> None:
+@given(entries=st.lists(kept | removed | st.integers(-300, -1), max_size=9))
+def test_a_list_is_mapped_without_the_removed_entries(key: str, entries: list[int]) -> None:
     expected = [old if old < 0 else old // 2 for old in entries if old < 0 or old in IDS.kept]
     if expected or not entries:
         assert visit(**{key: entries}) == {key: expected}
@@ -71,7 +71,7 @@ def test_a_list_is_mapped_without_the_entries_that_go(key: str, entries: list[in
 
 
 @pytest.mark.parametrize("key", NESTED_KEYS)
-def test_a_word_goes_with_any_of_its_tokens(key: str) -> None:
+def test_a_word_is_removed_with_any_of_its_tokens(key: str) -> None:
     assert visit(**{key: [[2, 4], [6, 7], [9], [8]]}) == {key: [[1, 2], [4]]}
 
 
@@ -81,7 +81,7 @@ def test_alternatives_of_words_are_mapped() -> None:
     }
 
 
-def test_a_biased_sequence_goes_with_any_of_its_tokens() -> None:
+def test_a_biased_sequence_is_removed_with_any_of_its_tokens() -> None:
     bias = [[[2, 4], -1.5], [[6, 7], 2.0], [[9], 1.0], [[8], 10]]
     assert visit(sequence_bias=bias) == {"sequence_bias": [[[1, 2], -1.5], [[4], 10]]}
 
@@ -108,11 +108,11 @@ def test_a_map_of_the_vocabulary_follows_it_by_its_values() -> None:
 
 @pytest.mark.parametrize("token", ["<image>", "IMGIMGABZ", "<|visual token 000000|>"])
 def test_a_map_that_loses_an_image_token_is_refused(token: str) -> None:
-    with pytest.raises(TokenizerError, match=r"vocabulary_map: .*no token that stays: found 7"):
+    with pytest.raises(TokenizerError, match=r"vocabulary_map: .*no token that is kept: found 7"):
         visit(text_config={"vocabulary_map": {token: 7}})
 
 
-def test_forced_decoder_ids_map_the_id_not_the_place() -> None:
+def test_forced_decoder_ids_map_the_id_not_the_position() -> None:
     assert visit(forced_decoder_ids=[[1, 2], [2, 8], [3, 5]]) == {
         "forced_decoder_ids": [[1, 1], [2, 4]]
     }
@@ -141,12 +141,12 @@ def test_sections_of_the_same_vocabulary_are_mapped(section: str) -> None:
     assert found == {"bos_token_id": 1, section: {"bos_token_id": 2, "decoder": {"pad_index": 3}}}
 
 
-def test_a_listing_is_no_reference() -> None:
+def test_a_listing_is_not_a_reference() -> None:
     data = {"added_tokens_decoder": {"4": {"content": "<a>"}}, "pad_token_id": 6}
     assert referenced_ids(data, HERE) == {6}
 
 
-def test_places_name_every_id() -> None:
+def test_paths_name_every_id() -> None:
     data = {
         "thinker_config": {"text_config": {"eos_token_id": [1, 2]}},
         "sequence_bias": [[[3, 4], 0.5]],
@@ -154,7 +154,7 @@ def test_places_name_every_id() -> None:
         "added_tokens_decoder": {"6": {"content": "<a>"}},
         "pad_token_id": -1,
     }
-    assert {": ".join(map(str, place)): id_ for place, id_ in id_places(data, "x").items()} == {
+    assert {": ".join(map(str, path)): id_ for path, id_ in id_paths(data, "x").items()} == {
         "x: thinker_config: text_config: eos_token_id[0]": 1,
         "x: thinker_config: text_config: eos_token_id[1]": 2,
         "x: sequence_bias[0][0]": 3,
@@ -177,16 +177,16 @@ def test_other_keys_are_left_alone(key: str, value: object) -> None:
 
 
 @pytest.mark.parametrize("value", [True, False, "4", {"a": 4}, 4.5])
-def test_what_is_no_id_is_left_alone(value: object) -> None:
+def test_what_is_not_an_id_is_left_alone(value: object) -> None:
     assert visit(eos_token_id=value) == {"eos_token_id": value}
 
 
 # Refusals.
 
 
-@given(st.sampled_from(NUMBER_KEYS), gone)
-def test_a_single_id_that_goes_is_refused_by_name(key: str, old: int) -> None:
-    message = rf"^config.json: {key}: points at no token that stays: found {old}; correct the id"
+@given(st.sampled_from(NUMBER_KEYS), removed)
+def test_a_single_removed_id_is_refused_by_name(key: str, old: int) -> None:
+    message = rf"^config.json: {key}: points at no token that is kept: found {old}; correct the id"
     with pytest.raises(TokenizerError, match=message):
         visit(**{key: old})
 
@@ -202,7 +202,9 @@ def test_a_single_id_that_goes_is_refused_by_name(key: str, old: int) -> None:
     ids=str,
 )
 def test_a_list_that_loses_everything_is_refused_by_name(data: dict[str, Any]) -> None:
-    with pytest.raises(TokenizerError, match=f"{next(iter(data))}: points at no token that stays"):
+    with pytest.raises(
+        TokenizerError, match=f"{next(iter(data))}: points at no token that is kept"
+    ):
         visit_ids(data, IDS.new, HERE)
 
 

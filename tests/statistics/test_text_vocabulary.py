@@ -80,7 +80,7 @@ def test_text_cut_by_fewer_tokens_is_other_text(
     both = ("stats", "merge", tmp_path / "plain", tmp_path / "cut", "-o", tmp_path / "out")
     result = run(*both)
     assert result.exit_code == 2
-    assert "text that another vocabulary cut" in result.output
+    assert "text that another vocabulary tokenized" in result.output
     assert "calibrate with the same --vocab-size" in result.output
     assert not (tmp_path / "out").exists()
 
@@ -146,7 +146,7 @@ def test_a_tokenizer_that_cannot_be_cut_is_named(tmp_path: Path, text: Path, run
     out = tmp_path / "out"
     result = run("calibrate", model, "--data", text, *TAKE, "--vocab-size", V, "-o", out)
     assert result.exit_code == 2
-    assert "tokenizer.json: this kind of vocabulary cannot be cut" in result.output
+    assert "tokenizer.json: this kind of vocabulary cannot be pruned" in result.output
     assert not out.exists()
 
 

@@ -14,7 +14,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentence
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from surgery.tokenizer.id_map import IdMap
-from surgery.tokenizer.sentencepiece_model import cut_sentencepiece
+from surgery.tokenizer.sentencepiece_model import prune_sentencepiece
 from tests.support import ROOT
 
 TEXT = ROOT / "tools" / "text" / "calibration.txt"
@@ -39,7 +39,7 @@ class Source:
         return dict(self.tokenizer.get_vocab())
 
     def cut(self, ids: IdMap) -> bytes:
-        return cut_sentencepiece(self.data, MODEL, self.tokens, ids)
+        return prune_sentencepiece(self.data, MODEL, self.tokens, ids)
 
     def without(self, *gone: str, rows: int | None = None) -> IdMap:
         return keep(set(self.tokens) - set(gone), self.tokens, rows)

@@ -1,4 +1,4 @@
-"""Damaged tokenizers, and kinds that cannot be cut, are refused in one line."""
+"""Damaged tokenizers, and kinds that cannot be pruned, are refused in one line."""
 
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,8 @@ def two_tokens_one_id(data: Any) -> None:
     vocab["Ġthe"] = vocab["Ġa"]
 
 
-KIND = ("tokenizer.json", "cannot be cut", "expected BPE on bytes", "keep the vocabulary whole")
-"""What every refusal of a kind of tokenizer says."""
+KIND = ("tokenizer.json", "cannot be pruned", "expected BPE on bytes", "keep the vocabulary whole")
+"""Words in every refusal of a kind of tokenizer."""
 
 
 CASES = [
@@ -70,7 +70,7 @@ CASES = [
          ("tokenizer.json", "model.vocab is not that of a Unigram model", "download")),
     Case("Unigram piece without a score",
          model_key(type="Unigram", vocab=[["<unk>", 0.0], ["a"]], unk_id=0), PLAN,
-         ("tokenizer.json", "piece 1", "no piece with a score", "found ['a']", "download")),
+         ("tokenizer.json", "piece 1", "not a piece with a score", "found ['a']", "download")),
     Case("Unigram piece twice",
          model_key(type="Unigram", vocab=[["a", 0.0], ["a", -1.0]], unk_id=0), PLAN,
          ("tokenizer.json", "piece 'a'", "twice", "found ids 0 and 1", "download")),
@@ -79,7 +79,7 @@ CASES = [
          ("tokenizer.json", "merge 't h'", "not of the form of the first", "download")),
     Case("token to keep that is none", write("keep.txt", "e\nzzzzqqq\n"),
          f"{PLAN} --keep-tokens keep.txt",
-         ("keep.txt", "line 2", "no token of this vocabulary", "found 'zzzzqqq'", "correct")),
+         ("keep.txt", "line 2", "not a token of this vocabulary", "found 'zzzzqqq'", "correct")),
     Case("tokens to keep in no file", nothing, f"{PLAN} --keep-tokens none.txt",
          ("none.txt", "No such file")),
     Case("script that is none", nothing, f"{PLAN} --keep-script Cirillic",
@@ -109,7 +109,7 @@ CASES = [
     Case("two tokens on one id", tokenizer(two_tokens_one_id), PLAN,
          ("tokenizer.json", "id ", "two tokens", "found 'Ġ", "download")),
     Case("token id is text", tokenizer(lambda data: data["model"]["vocab"].update(the="7")), PLAN,
-         ("tokenizer.json", "no number", "download")),
+         ("tokenizer.json", "not a number", "download")),
     Case("added token with another id", tokenizer(swap_ids), PLAN,
          ("tokenizer.json", "added token '<unk>'", "expected 0", "found 1", "save the tokenizer")),
     Case("added token without content",

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.errors import SurgeryError, TokenizerError
 from surgery.files.model_files import LEGACY_NAMES
-from surgery.tokenizer.legacy import RECIPES, is_legacy
+from surgery.tokenizer.legacy import KNOWN_CLASSES, is_legacy
 from surgery.tokenizer.tokenizer_file import TokenizerFile, load_tokenizer
 from tests.support import tiny
 from tests.support.command import Run
@@ -24,14 +24,14 @@ CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast", "Qwen2Tokenizer", "Qwen2Tokeniz
 ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 BASE = tiny.TOKENS - len(tiny.SPECIAL)
 """Entries of vocab.json, and so the first id of a token that it lacks."""
-PLACES = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3}
+ORDER = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3}
 LSTRIP = {"content": "<pad>", "lstrip": True, "rstrip": False, "normalized": True}
 DECODER = {
-    **{str(BASE + place): {"content": token} for token, place in PLACES.items()},
+    **{str(BASE + index): {"content": token} for token, index in ORDER.items()},
     str(BASE + 3): LSTRIP,
     str(BASE + 4): {"content": "thing", "normalized": True, "single_word": True},
 }
-ADDED = {token: BASE + place for token, place in PLACES.items()}
+ADDED = {token: BASE + index for token, index in ORDER.items()}
 MAP = {
     **ROLES,
     "bos_token": {"content": "<s>"},
@@ -109,7 +109,7 @@ def test_same_as_transformers(tmp_path: Path, class_: str, files: dict[str, Any]
         assert library.decode(expected, skip_special_tokens=False) == auto.decode(expected)
 
 
-@pytest.fixture(scope="module", params=sorted(RECIPES))
+@pytest.fixture(scope="module", params=sorted(KNOWN_CLASSES))
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The same tokenizer, ours and transformers'."""
     files = FILES["decoder and more"]
@@ -126,7 +126,7 @@ def test_same_ids_of_any_text(pair: Any, text: str) -> None:
 def test_the_two_classes_differ(tmp_path: Path) -> None:
     text = "e\u0301 12345 it'S"
     ids = []
-    for class_ in RECIPES:
+    for class_ in KNOWN_CLASSES:
         (tmp_path / class_).mkdir()
         directory = legacy(tmp_path / class_, class_, {})
         ids.append(TokenizerFile.open(directory).library().encode(text).ids)
@@ -184,11 +184,11 @@ def edit(path: Path, old: str, new: str) -> None:
         ("added_tokens.json", "620", "619", ("token 'thing'", "expected 620", "found 619")),
         ("tokenizer_config.json", "{", '{"added_tokens_decoder": {"7": {"content": "<z>"}},',
          ("token '<z>'", "another id", "expected 616", "found 7;")),
-        ("merges.txt", "\n", "\nĠ t h\n", ("line 2", "no pair of tokens", "found 'Ġ t h'")),
-        ("merges.txt", "\n", "\n\n", ("line 2", "no pair of tokens", "download")),
+        ("merges.txt", "\n", "\nĠ t h\n", ("line 2", "not a pair of tokens", "found 'Ġ t h'")),
+        ("merges.txt", "\n", "\n\n", ("line 2", "not a pair of tokens", "download")),
         ("merges.txt", "\n", "\nnot there\n", ("does not fit vocab.json", "`not`")),
         ("vocab.json", '": 5,', '": 6,', ("id 6", "belongs to two tokens")),
-        ("vocab.json", '": 5,', '": "5",', ("has an id that is no number", "download")),
+        ("vocab.json", '": 5,', '": "5",', ("has an id that is not a number", "download")),
         ("vocab.json", "{", "[{", ("not valid JSON",)),
         ("tokenizer_config.json", "{", "[{", ("not valid JSON",)),
     ],
@@ -227,16 +227,16 @@ def test_merges_of_other_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gone", "found"),
+    ("absent", "found"),
     [
         (["vocab.json"], ": found merges.txt alone;"),
         (["merges.txt"], ": found vocab.json alone;"),
         (["vocab.json", "merges.txt"], ";"),
     ],
 )
-def test_missing(tmp_path: Path, gone: list[str], found: str) -> None:
+def test_missing(tmp_path: Path, absent: list[str], found: str) -> None:
     directory = legacy(tmp_path, "GPT2Tokenizer", {})
-    for name in gone:
+    for name in absent:
         (directory / name).unlink()
     with pytest.raises(TokenizerError) as refusal:
         TokenizerFile.open(directory)
@@ -258,13 +258,13 @@ def test_the_whole_way_without_a_tokenizer_json(llama: Path, tmp_path: Path, run
     sizes = ("--vocab-size", 480, "--intermediate-size", 64, "--samples", 2, "--seq-len", 32)
     result = run("prune", source, "--data", tiny.TEXT, *sizes, "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
-    cut, old = load_tokenizer(tmp_path / "out"), load_tokenizer(source)
-    assert cut.get_vocab_size() == 480
+    pruned, old = load_tokenizer(tmp_path / "out"), load_tokenizer(source)
+    assert pruned.get_vocab_size() == 480
     assert json.loads((tmp_path / "out" / "vocab.json").read_text()).items() <= (
-        cut.get_vocab().items()
+        pruned.get_vocab().items()
     )
     (tmp_path / "out" / "tokenizer.json").unlink()
     rebuilt = load_tokenizer(tmp_path / "out")
     for text in ("The crew <s> of the ship</s>", "naïve 人 🙂"):
-        assert rebuilt.encode(text).ids == cut.encode(text).ids
-        assert cut.decode(cut.encode(text).ids) == old.decode(old.encode(text).ids)
+        assert rebuilt.encode(text).ids == pruned.encode(text).ids
+        assert pruned.decode(pruned.encode(text).ids) == old.decode(old.encode(text).ids)

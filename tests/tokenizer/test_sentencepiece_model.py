@@ -1,4 +1,4 @@
-"""tokenizer.model stays what tokenizer.json is: same pieces, mapped ids."""
+"""tokenizer.model keeps up with tokenizer.json: same pieces, mapped ids."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from surgery.errors import TokenizerError
 from surgery.tokenizer.id_map import IdMap
-from surgery.tokenizer.sentencepiece_model import cut_sentencepiece, is_sentencepiece
+from surgery.tokenizer.sentencepiece_model import is_sentencepiece, prune_sentencepiece
 from tests.support.sentencepiece_models import (
     MODEL,
     SPACE,
@@ -34,14 +34,14 @@ KINDS = ("bpe", "unigram", "unigram-unk")
 """BPE and Unigram with byte fallback; Unigram without, with its own normalizer."""
 
 
-def cut_json(made: Source, ids: IdMap) -> Tokenizer:
-    """Tokenizer.json without the pieces that go, written down independently of surgery/."""
+def pruned_json(made: Source, ids: IdMap) -> Tokenizer:
+    """Tokenizer.json without the removed pieces, written independently of surgery/."""
     data = json.loads(made.tokenizer.to_str())
     model = data["model"]
     if model["type"] == "BPE":
-        stays = {token for token, old in model["vocab"].items() if ids.new(old) is not None}
-        model["vocab"] = {token: ids.new(model["vocab"][token]) for token in stays}
-        model["merges"] = [[a, b] for a, b in model["merges"] if {a, b, a + b} <= stays]
+        kept = {token for token, old in model["vocab"].items() if ids.new(old) is not None}
+        model["vocab"] = {token: ids.new(model["vocab"][token]) for token in kept}
+        model["merges"] = [[a, b] for a, b in model["merges"] if {a, b, a + b} <= kept]
     else:
         model["vocab"] = [model["vocab"][old] for old in ids.kept]
         model["unk_id"] = ids.new(model["unk_id"])
@@ -62,10 +62,10 @@ def with_specials(**changes: int) -> Source:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_text_of_kept_pieces_is_cut_as_before(kind: str) -> None:
+def test_text_of_kept_pieces_tokenizes_as_before(kind: str) -> None:
     made, ids = source(kind), half(kind)
-    old, new, tokenizer = load(made.data), load(cut_half(kind)), cut_json(made, ids)
-    stayed = 0
+    old, new, tokenizer = load(made.data), load(cut_half(kind)), pruned_json(made, ids)
+    kept = 0
     for line in lines():
         for text in (line, *line.split()):
             before = old.encode(text)
@@ -74,10 +74,10 @@ def test_text_of_kept_pieces_is_cut_as_before(kind: str) -> None:
             assert new.decode(after) == old.decode(before)
             assert after == tokenizer.encode(text).ids
             if None not in mapped:
-                stayed += 1
+                kept += 1
                 assert after == mapped
                 assert new.encode(text, out_type=str) == old.encode(text, out_type=str)
-    assert stayed > 1000
+    assert kept > 1000
     assert len(made.pieces) - new.vocab_size() > 100
 
 
@@ -92,7 +92,7 @@ def test_any_text_decodes_as_before(kind: str, text: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
-def test_any_kept_pieces_in_any_order_are_cut_as_before(kind: str, data: st.DataObject) -> None:
+def test_any_kept_pieces_in_any_order_tokenize_as_before(kind: str, data: st.DataObject) -> None:
     kept = sorted(token for token in selection(kind) if not token.startswith("<"))
     text = "".join(data.draw(st.lists(st.sampled_from(kept), max_size=12))).replace(SPACE, " ")
     ids = half(kind)
@@ -102,7 +102,7 @@ def test_any_kept_pieces_in_any_order_are_cut_as_before(kind: str, data: st.Data
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pieces_go_and_nothing_else_changes(kind: str) -> None:
+def test_pieces_are_removed_and_nothing_else_changes(kind: str) -> None:
     made, cut = parse(source(kind).data), parse(cut_half(kind))
     kept = [piece for piece in made.pieces if piece.piece in selection(kind)]
     assert list(cut.pieces) == kept
@@ -113,18 +113,20 @@ def test_pieces_go_and_nothing_else_changes(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_to_cut_returns_the_file(kind: str) -> None:
+def test_nothing_to_remove_returns_the_file(kind: str) -> None:
     made = source(kind)
     assert made.cut(made.without()) is made.data
-    assert made.cut(made.without(rows=len(made.pieces) + 28)) is made.data  # padding rows go
+    assert (
+        made.cut(made.without(rows=len(made.pieces) + 28)) is made.data
+    )  # padding rows are removed
     tokens = {**made.tokens, "<added>": len(made.pieces)}
-    ids = keep(made.tokens, tokens)  # a token that is no piece goes
-    assert cut_sentencepiece(made.data, MODEL, tokens, ids) is made.data
+    ids = keep(made.tokens, tokens)  # a token that is not a piece is removed
+    assert prune_sentencepiece(made.data, MODEL, tokens, ids) is made.data
 
 
 def test_a_whole_vocabulary_is_not_even_read() -> None:
     ids = keep(["a"], {"a": 0})
-    assert cut_sentencepiece(b"anything", MODEL, {"a": 0}, ids) == b"anything"
+    assert prune_sentencepiece(b"anything", MODEL, {"a": 0}, ids) == b"anything"
 
 
 def number(field: int, value: int) -> bytes:
@@ -133,7 +135,7 @@ def number(field: int, value: int) -> bytes:
     return bytes([key & 127 | 128, key >> 7, value])
 
 
-def test_unknown_fields_stay() -> None:
+def test_unknown_fields_are_kept() -> None:
     made = source("bpe")
     model = parse(made.data)
     model.pieces[5].MergeFromString(number(400, 1))
@@ -145,7 +147,7 @@ def test_unknown_fields_stay() -> None:
     data = model.SerializeToString()
     first = 2 + data[1]  # end of the first piece
     data = data[:first] + unknown + data[first:] + unknown
-    cut = cut_sentencepiece(data, MODEL, made.tokens, half("bpe"))
+    cut = prune_sentencepiece(data, MODEL, made.tokens, half("bpe"))
     assert cut[first:].startswith(unknown)
     assert cut.endswith(unknown)
     after = parse(cut)
@@ -158,17 +160,17 @@ def test_unknown_fields_stay() -> None:
     assert load(cut).vocab_size() == len(names)
 
 
-def test_self_test_data_of_the_whole_vocabulary_goes() -> None:
+def test_self_test_data_of_the_whole_vocabulary_is_removed() -> None:
     made = source("bpe")
     self_test = b"\x0a\x06\x0a\x01a\x12\x01a"  # samples = [input "a", expected "a"]
     data = made.data + b"\x22" + bytes([len(self_test)]) + self_test
-    assert cut_sentencepiece(data, MODEL, made.tokens, half("bpe")) == cut_half("bpe")
+    assert prune_sentencepiece(data, MODEL, made.tokens, half("bpe")) == cut_half("bpe")
 
 
 def test_a_trainer_spec_in_parts_is_written_whole() -> None:
     made = source("bpe")
     data = made.data + b"\x12\x04" + number(100, 7)[:2] + b"\x87\x01"  # field 100 is 135
-    cut = parse(cut_sentencepiece(data, MODEL, made.tokens, half("bpe")))
+    cut = parse(prune_sentencepiece(data, MODEL, made.tokens, half("bpe")))
     spec = parse(cut_half("bpe")).trainer_spec.SerializeToString()
     assert cut.trainer_spec.SerializeToString() == spec + number(100, 7)[:2] + b"\x87\x01"
 
@@ -189,7 +191,7 @@ def test_implicit_special_ids_are_written_when_they_move() -> None:
     model = parse(made.data)
     for name in ("unk_id", "bos_id", "eos_id", "pad_id"):
         model.trainer_spec.ClearField(name)
-    cut = cut_sentencepiece(model.SerializeToString(), MODEL, made.tokens, made.without("<s>"))
+    cut = prune_sentencepiece(model.SerializeToString(), MODEL, made.tokens, made.without("<s>"))
     spec = parse(cut).trainer_spec
     assert [spec.HasField(name) for name in ("unk_id", "bos_id", "eos_id", "pad_id")] == [
         False,
@@ -206,12 +208,12 @@ def test_a_missing_trainer_spec_is_written() -> None:
     model = parse(source("unigram-unk").data)
     model.ClearField("trainer_spec")
     made = source("unigram-unk")
-    cut = cut_sentencepiece(model.SerializeToString(), MODEL, made.tokens, half("unigram-unk"))
+    cut = prune_sentencepiece(model.SerializeToString(), MODEL, made.tokens, half("unigram-unk"))
     assert parse(cut).trainer_spec.vocab_size == half("unigram-unk").new_size
 
 
 def fairseq(made: Source) -> dict[str, int]:
-    """XLM-R's token ids: control pieces in another order, the others behind a <pad>, a <mask>."""
+    """XLM-R's token ids: control pieces in another order, the others after a <pad>, a <mask>."""
     front = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
     tokens = {piece.piece: i + 1 for i, piece in enumerate(made.pieces)} | front
     return tokens | {"<mask>": len(made.pieces) + 1}
@@ -226,11 +228,11 @@ def without_pad() -> Source:
 def test_ids_shifted_like_fairseq_s_are_matched_by_text() -> None:
     made = without_pad()
     tokens = fairseq(made)
-    gone = [piece.piece for piece in made.pieces[3:] if len(piece.piece) > 3]
-    ids = keep(set(tokens) - set(gone), tokens)
-    cut = cut_sentencepiece(made.data, MODEL, tokens, ids)
+    removed = [piece.piece for piece in made.pieces[3:] if len(piece.piece) > 3]
+    ids = keep(set(tokens) - set(removed), tokens)
+    cut = prune_sentencepiece(made.data, MODEL, tokens, ids)
     after = [piece.piece for piece in parse(cut).pieces]
-    assert after == [piece.piece for piece in made.pieces if piece.piece not in gone]
+    assert after == [piece.piece for piece in made.pieces if piece.piece not in removed]
     assert after[:3] == ["<unk>", "<s>", "</s>"]
     assert [ids.new(tokens[token]) for token in after[3:]] == list(range(4, len(after) + 1))
 
@@ -240,7 +242,7 @@ def test_ids_in_an_order_of_their_own_are_matched_by_text() -> None:
     names = [piece.piece for piece in made.pieces]
     tokens = {token: i for i, token in enumerate(reversed(names))}
     ids = keep(names[:300] + names[400:], tokens)
-    cut = cut_sentencepiece(made.data, MODEL, tokens, ids)
+    cut = prune_sentencepiece(made.data, MODEL, tokens, ids)
     assert [piece.piece for piece in parse(cut).pieces] == names[:300] + names[400:]
 
 
@@ -256,11 +258,11 @@ def unused(kind: str) -> tuple[bytes, dict[str, int], str]:
     return model.SerializeToString(), made.tokens, name
 
 
-def test_unused_pieces_without_a_token_go_from_unigram() -> None:
+def test_unused_pieces_without_a_token_are_removed_from_unigram() -> None:
     data, tokens, name = unused("unigram")
     others = {token: i for token, i in tokens.items() if token != name}
     ids = keep(others, others)
-    cut = cut_sentencepiece(data, MODEL, others, ids)
+    cut = prune_sentencepiece(data, MODEL, others, ids)
     old, new = load(data), load(cut)
     assert new.vocab_size() == old.vocab_size() - 1
     for line in lines():
@@ -272,14 +274,14 @@ def test_unused_pieces_need_a_token_in_bpe() -> None:
     data, tokens, name = unused("bpe")
     others = {token: i for token, i in tokens.items() if token != name}
     with pytest.raises(TokenizerError, match="contradicts tokenizer"):
-        cut_sentencepiece(data, MODEL, others, keep(others, others))
-    gone = next(piece.piece for piece in reversed(source("bpe").pieces) if len(piece.piece) > 3)
-    cut = parse(cut_sentencepiece(data, MODEL, tokens, source("bpe").without(gone)))
+        prune_sentencepiece(data, MODEL, others, keep(others, others))
+    removed = next(piece.piece for piece in reversed(source("bpe").pieces) if len(piece.piece) > 3)
+    cut = parse(prune_sentencepiece(data, MODEL, tokens, source("bpe").without(removed)))
     assert [piece.piece for piece in cut.pieces if piece.type == piece.UNUSED] == [name]
 
 
 def test_bpe_merges_through_unused_pieces() -> None:
-    """Why they may not be dropped: the text would be cut otherwise."""
+    """Why they may not be removed: the text would tokenize differently."""
     data, tokens, name = unused("bpe")
     model = parse(data)
     index = tokens[name]
@@ -293,12 +295,12 @@ def test_bpe_merges_through_unused_pieces() -> None:
 def test_gemma_s_tab_is_the_byte_piece() -> None:
     made = source("bpe")
     tokens = {"\t" if token == "<0x09>" else token: i for token, i in made.tokens.items()}
-    assert cut_sentencepiece(made.data, MODEL, tokens, half("bpe")) == cut_half("bpe")
+    assert prune_sentencepiece(made.data, MODEL, tokens, half("bpe")) == cut_half("bpe")
     model = parse(made.data)
     model.pieces[-1].piece = "\t"
     del tokens[made.pieces[-1].piece]
     with pytest.raises(TokenizerError, match="piece '<0x09>': contradicts"):
-        cut_sentencepiece(model.SerializeToString(), MODEL, tokens, keep(["<unk>"], tokens))
+        prune_sentencepiece(model.SerializeToString(), MODEL, tokens, keep(["<unk>"], tokens))
 
 
 def message(error: pytest.ExceptionInfo[TokenizerError]) -> str:
@@ -307,12 +309,12 @@ def message(error: pytest.ExceptionInfo[TokenizerError]) -> str:
     return text
 
 
-def test_a_piece_that_is_no_token_is_named() -> None:
+def test_a_piece_that_is_not_a_token_is_named() -> None:
     made = source("bpe")
     tokens = {token: i for token, i in made.tokens.items() if i != 500}
     name = made.pieces[500].piece
     with pytest.raises(TokenizerError) as error:
-        cut_sentencepiece(made.data, MODEL, tokens, half("bpe"))
+        prune_sentencepiece(made.data, MODEL, tokens, half("bpe"))
     assert message(error) == (
         f"tokenizer.model: piece {name!r}: contradicts tokenizer.json: expected a token of this "
         "text, found piece 500 without a token; take both files from one model, or delete "
@@ -321,34 +323,36 @@ def test_a_piece_that_is_no_token_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "gone"), [("bpe", "<unk>"), ("bpe", "<0x41>"), ("unigram-unk", "<unk>")]
+    ("kind", "removed"), [("bpe", "<unk>"), ("bpe", "<0x41>"), ("unigram-unk", "<unk>")]
 )
-def test_unk_and_bytes_have_to_stay(kind: str, gone: str) -> None:
+def test_unk_and_bytes_must_be_kept(kind: str, removed: str) -> None:
     made = source(kind)
     with pytest.raises(TokenizerError) as error:
-        made.cut(made.without(gone))
+        made.cut(made.without(removed))
     assert message(error) == (
-        f"tokenizer.model: piece {gone!r}: has to stay for text that has no pieces of its own: "
-        "expected its token among the kept ones, found that it goes; keep the token, or delete "
-        "tokenizer.model if your software does not need it"
+        f"tokenizer.model: piece {removed!r}: must be kept for text that has no pieces of its own: "
+        "expected its token among the kept ones, found it among the removed ones; keep the "
+        "token, or delete tokenizer.model if your software does not need it"
     )
 
 
-def test_the_piece_that_the_trainer_spec_calls_unk_has_to_stay() -> None:
+def test_the_piece_that_the_trainer_spec_calls_unk_must_be_kept() -> None:
     made = source("bpe")
     model = parse(made.data)
     model.trainer_spec.unk_id = 500
-    for gone in (made.pieces[500].piece, "<unk>"):  # <unk> is one by its type
-        with pytest.raises(TokenizerError, match=f"piece '{gone}': has to stay for text"):
-            cut_sentencepiece(model.SerializeToString(), MODEL, made.tokens, made.without(gone))
+    for removed in (made.pieces[500].piece, "<unk>"):  # <unk> is one by its type
+        with pytest.raises(TokenizerError, match=f"piece '{removed}': must be kept for text"):
+            prune_sentencepiece(
+                model.SerializeToString(), MODEL, made.tokens, made.without(removed)
+            )
     assert parse(made.cut(made.without(made.pieces[500].piece))).trainer_spec.unk_id == 0
 
 
-def test_bytes_may_go_where_nothing_falls_back_to_them() -> None:
+def test_bytes_may_be_removed_where_nothing_falls_back_to_them() -> None:
     made = source("bpe")
     model = parse(made.data)
     model.trainer_spec.byte_fallback = False
-    cut = cut_sentencepiece(model.SerializeToString(), MODEL, made.tokens, made.without("<0x41>"))
+    cut = prune_sentencepiece(model.SerializeToString(), MODEL, made.tokens, made.without("<0x41>"))
     assert "<0x41>" not in [piece.piece for piece in parse(cut).pieces]
 
 
@@ -358,12 +362,12 @@ def test_a_token_between_the_pieces_is_refused() -> None:
     others = {"<image>" if token == name else token: i for token, i in tokens.items()}
     ids = keep(set(others) - {source("unigram").pieces[-1].piece}, others)
     with pytest.raises(TokenizerError) as error:
-        cut_sentencepiece(data, MODEL, others, ids)
+        prune_sentencepiece(data, MODEL, others, ids)
     following = source("unigram").pieces[index + 1].piece
     assert message(error) == (
         f"tokenizer.model: piece {following!r}: would be taken for another token, because tokens "
-        f"without a piece stay or go: expected its new token id {index + 1}, found id {index} by "
-        "its position; delete tokenizer.model if your software does not need it"
+        f"without a piece are kept or removed: expected its new token id {index + 1}, found "
+        f"id {index} by its position; delete tokenizer.model if your software does not need it"
     )
 
 
@@ -371,14 +375,14 @@ def test_fairseq_s_shift_is_kept_or_refused() -> None:
     made = without_pad()
     tokens = fairseq(made)
     with pytest.raises(TokenizerError, match="expected its new token id 2, found id 3"):
-        cut_sentencepiece(made.data, MODEL, tokens, keep(set(tokens) - {"<pad>"}, tokens))
+        prune_sentencepiece(made.data, MODEL, tokens, keep(set(tokens) - {"<pad>"}, tokens))
 
 
 def test_damaged_files_are_refused() -> None:
     made = source("bpe")
     for data in (made.data[:-1], made.data[:3000], b"", b"IQ== 0\nIg== 1\n"):
         with pytest.raises(TokenizerError) as error:
-            cut_sentencepiece(data, MODEL, made.tokens, half("bpe"))
+            prune_sentencepiece(data, MODEL, made.tokens, half("bpe"))
         assert message(error) == (
             "tokenizer.model: cannot be read: expected a SentencePiece model, found "
             f"{len(data):,} bytes that end early, are damaged or of another format; download it "
@@ -386,23 +390,23 @@ def test_damaged_files_are_refused() -> None:
         )
 
 
-def test_a_piece_that_is_no_text_is_refused() -> None:
+def test_a_piece_that_is_not_text_is_refused() -> None:
     made = source("bpe")
     data = made.data + b"\x0a\x05\x0a\x03\xff\xfea"
     with pytest.raises(TokenizerError, match="contradicts tokenizer"):
-        cut_sentencepiece(data, MODEL, made.tokens, half("bpe"))
+        prune_sentencepiece(data, MODEL, made.tokens, half("bpe"))
 
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
-def test_any_damage_is_cut_or_refused(data: st.DataObject) -> None:
+def test_any_damage_is_pruned_or_refused(data: st.DataObject) -> None:
     made = source("unigram-unk")
     damaged = bytearray(made.data)
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, len(damaged) - 1))
         damaged[at] = data.draw(st.integers(0, 255))
     try:
-        cut = cut_sentencepiece(bytes(damaged), MODEL, made.tokens, half("unigram-unk"))
+        cut = prune_sentencepiece(bytes(damaged), MODEL, made.tokens, half("unigram-unk"))
     except TokenizerError:
         return
     assert [piece.piece for piece in parse(cut).pieces] == [

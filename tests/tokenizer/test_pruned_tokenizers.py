@@ -1,4 +1,4 @@
-"""Generated tokenizers of every kind, cut at any size by any order: text is cut as before."""
+"""Generated tokenizers of every kind, pruned to any size by any order: text tokenizes as before."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from surgery.tokenizer.checks import check_tokenizer
 from surgery.tokenizer.id_map import IdMap
-from surgery.tokenizer.tokenizer_file import TokenizerFile, cut_tokenizer
+from surgery.tokenizer.tokenizer_file import TokenizerFile, prune_tokenizer
 from surgery.vocabulary.order import VocabularyChoice, order_rows
 from tests.support.generated_tokenizers import byte_level, sentencepiece, unigram, wordpiece
 
@@ -19,8 +19,10 @@ TEXTS = st.lists(st.text(alphabet="abcd eé\nπ🙂", max_size=40), min_size=1, 
 WHERE = Path("tokenizer.json")
 
 
-def assert_cut_as_before(data: dict[str, Any], texts: list[str], share: float, seed: int) -> None:
-    """Cut ``data`` to some size, by ranks if ``seed`` is even and else by random counts."""
+def assert_tokenizes_as_before(
+    data: dict[str, Any], texts: list[str], share: float, seed: int
+) -> None:
+    """Prune ``data`` to some size, by ranks if ``seed`` is even and else by random counts."""
     check_tokenizer(data, WHERE)
     source = TokenizerFile(WHERE, data)
     rows = len(source.token_ids)
@@ -29,9 +31,9 @@ def assert_cut_as_before(data: dict[str, Any], texts: list[str], share: float, s
     rarity = order_rows(source, rows, (), VocabularyChoice(counts=counts, keep=keep))
     size = round(rarity.must_keep + share * (rows - rarity.must_keep))
     ids = rarity.id_map(size)
-    cut = source.rewrite(ids)
-    check_tokenizer(cut, WHERE)
-    old, new = (Tokenizer.from_str(json.dumps(part)) for part in (data, cut))
+    pruned = source.rewrite(ids)
+    check_tokenizer(pruned, WHERE)
+    old, new = (Tokenizer.from_str(json.dumps(part)) for part in (data, pruned))
     assert new.get_vocab() == {
         token: ids.new(id_) for token, id_ in old.get_vocab().items() if ids.new(id_) is not None
     }
@@ -61,49 +63,49 @@ CASES = {"texts": TEXTS, "share": st.floats(0, 1), "seed": st.integers(0, 2**16)
 @settings(max_examples=1200, deadline=None)
 @given(data=byte_level(), **CASES)
 def test_byte_level_bpe(data: dict[str, Any], texts: list[str], share: float, seed: int) -> None:
-    assert_cut_as_before(data, texts, share, seed)
+    assert_tokenizes_as_before(data, texts, share, seed)
 
 
 @settings(max_examples=800, deadline=None)
 @given(data=sentencepiece(), **CASES)
 def test_sentencepiece_bpe(data: dict[str, Any], texts: list[str], share: float, seed: int) -> None:
-    assert_cut_as_before(data, texts, share, seed)
+    assert_tokenizes_as_before(data, texts, share, seed)
 
 
 @settings(max_examples=300, deadline=None)
 @given(data=unigram(), **CASES)
 def test_unigram(data: dict[str, Any], texts: list[str], share: float, seed: int) -> None:
-    assert_cut_as_before(data, texts, share, seed)
+    assert_tokenizes_as_before(data, texts, share, seed)
 
 
 @settings(max_examples=300, deadline=None)
 @given(data=wordpiece(), **CASES)
 def test_wordpiece(data: dict[str, Any], texts: list[str], share: float, seed: int) -> None:
-    assert_cut_as_before(data, texts, share, seed)
+    assert_tokenizes_as_before(data, texts, share, seed)
 
 
 @settings(max_examples=400, deadline=None)
 @given(data=st.one_of(byte_level(), sentencepiece(), unigram(), wordpiece()), **CASES)
-def test_text_cut_by_the_pruned_tokenizer_means_the_same_in_old_ids(
+def test_text_of_the_pruned_tokenizer_means_the_same_in_old_ids(
     data: dict[str, Any], texts: list[str], share: float, seed: int
 ) -> None:
     source = TokenizerFile(WHERE, data)
     tokens = len(source.token_ids)
-    rows = tokens - seed % 3  # the added tokens lie behind; up to two of them have no row
+    rows = tokens - seed % 3  # the added tokens come last; up to two of them have no row
     rarity = order_rows(source, rows, ())
     ids = rarity.id_map(round(rarity.must_keep + share * (rows - rarity.must_keep)))
-    pruned, old_ids = cut_tokenizer(source, ids)
+    pruned, old_ids = prune_tokenizer(source, ids)
     assert len(old_ids) == ids.new_size + tokens - rows
-    before, stays = source.library(), {*ids.kept.tolist(), *range(rows, tokens)}
+    before, kept = source.library(), {*ids.kept.tolist(), *range(rows, tokens)}
     for text in [*texts, f"<s>{texts[0]}</s>"]:
         found = old_ids[np.array(pruned.encode(text).ids, dtype=np.int64)].tolist()
-        assert stays.issuperset(found)
+        assert kept.issuperset(found)
         assert before.decode(found, skip_special_tokens=False) == before.decode(
             before.encode(text).ids, skip_special_tokens=False
         )
 
 
-def test_what_pads_and_cuts_off_texts_is_left_out(llama: Path) -> None:
+def test_padding_and_truncation_are_left_out(llama: Path) -> None:
     data = TokenizerFile.open(llama).data
     data["truncation"] = {
         "direction": "Right",
@@ -121,7 +123,7 @@ def test_what_pads_and_cuts_off_texts_is_left_out(llama: Path) -> None:
     }
     tokenizer = TokenizerFile(WHERE, data)
     ids = order_rows(tokenizer, len(tokenizer.token_ids), ()).id_map(400)
-    pruned, old_ids = cut_tokenizer(tokenizer, ids)
+    pruned, old_ids = prune_tokenizer(tokenizer, ids)
     text = "The text is longer than four tokens."
     found = old_ids[pruned.encode(text, add_special_tokens=False).ids].tolist()
     assert 3 not in found
