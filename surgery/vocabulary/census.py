@@ -1,4 +1,4 @@
-"""What the rows of a vocabulary are spent on: kinds of tokens and scripts."""
+"""What the rows of a vocabulary hold: tokens by kind and by script."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from surgery.vocabulary.scripts import BYTES, COMMON, scripts_of
 KINDS = ("ordinary", "unreachable", "alphabet", "special", "reserved")
 """The kinds of tokens, in the order in which they are shown."""
 TOP_SCRIPTS = 12
-"""Scripts shown by name; the rest is summed up."""
+"""Scripts shown by name; the others are added up in one line."""
 _LABELS = {COMMON: f"{COMMON} (no letters)", BYTES: f"{BYTES} (partial)"}
 
 
@@ -28,13 +28,13 @@ class VocabCensus:
     """Rows of the embedding."""
     tokens: int
     padding_rows: int
-    """Rows behind the last token."""
+    """Rows after the last token."""
     rowless_tokens: int
-    """Tokens behind the last row."""
+    """Tokens after the last row."""
     kinds: dict[str, int]
     """Tokens by kind, all of :data:`KINDS`."""
     scripts: dict[str, int]
-    """Ordinary tokens by script, largest first; "Bytes" are no whole characters."""
+    """Ordinary tokens by script, largest first; "Bytes" are parts of characters."""
     mean_chars: dict[str, float]
     """Mean Unicode characters of an ordinary token by script; none for "Bytes"."""
     max_chars: dict[str, int]
@@ -45,9 +45,9 @@ class VocabCensus:
         """Count the tokens of a vocabulary, in any order.
 
         Args:
-            rows: rows of the embedding.
-            texts: what each token stands for, None if that is not made of whole characters.
-            kinds: one of :data:`KINDS` for each token.
+            rows: Rows of the embedding.
+            texts: The text of each token; None if it is not made of whole characters.
+            kinds: One of :data:`KINDS` for each token.
 
         Raises:
             ValueError: ``texts`` and ``kinds`` differ in length, or a kind is unknown.
@@ -77,7 +77,7 @@ class VocabCensus:
         )
 
     def top_scripts(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Ordinary tokens of the scripts to show by name, and of all others."""
+        """Script → ordinary tokens: of the scripts to show by name, and of all others."""
         counts = list(self.scripts.items())
         return dict(counts[:TOP_SCRIPTS]), dict(counts[TOP_SCRIPTS:])
 
@@ -121,7 +121,7 @@ def _others(others: dict[str, int]) -> str:
 
 
 def _bars(census: VocabCensus) -> tuple[dict[str, int], dict[str, int]]:
-    """Bars to draw, label → count: ordinary tokens by script, and everything else."""
+    """Label → count of each bar: ordinary tokens by script, and all other rows."""
     top, others = census.top_scripts()
     scripts = {_LABELS.get(script, script): count for script, count in top.items()}
     if others:
@@ -161,7 +161,7 @@ def vocabulary_census(layout: Layout) -> VocabCensus:
     """Count the tokens of a checkpoint's vocabulary.
 
     Raises:
-        TokenizerError: the tokenizer is of no kind that can be cut.
+        TokenizerError: this kind of tokenizer cannot be pruned.
     """
     tokenizer = open_vocabulary(layout)
     size = 1 + max(layout.vocab_size - 1, *tokenizer.token_ids.values())

@@ -1,4 +1,4 @@
-"""Which tokens to keep: all in order of rarity, by merges or by counts, parents included."""
+"""Which tokens to keep: the order of rarity, by merges or by counts, parents before children."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,17 +29,17 @@ class Rarity:
     order: np.ndarray
     """int64 ``[V]``: row ids. Any prefix that holds ``must_keep`` is closed under merges."""
     must_keep: int
-    """How many rows at the front have to stay."""
+    """How many rows at the front must be kept."""
     tokens: int
     """Tokens that have a row; the rest of ``order`` are padding rows."""
     rowless: int
-    """Added tokens behind the last row."""
+    """Added tokens after the last row."""
 
     def id_map(self, vocab_size: int) -> IdMap:
         """Keep the ``vocab_size`` most common rows.
 
         Raises:
-            BudgetError: ``vocab_size`` is above V or below what must stay.
+            BudgetError: ``vocab_size`` is above V or below ``must_keep``.
         """
         if not self.must_keep <= vocab_size <= len(self.order):
             raise BudgetError(
@@ -53,14 +53,14 @@ class Rarity:
         return IdMap(np.sort(self.order[:vocab_size]), len(self.order), self.rowless)
 
     def buckets(self, edges: Sequence[int]) -> np.ndarray:
-        """int64 ``[V]``: for each row the first bucket whose edge lies beyond its rank."""
+        """int64 ``[V]``: for each row the first bucket whose edge is above its rank."""
         buckets = np.empty(len(self.order), dtype=np.int64)
         buckets[self.order] = np.searchsorted(edges, np.arange(len(self.order)), side="right")
         return buckets
 
 
 def identity_rarity(rows: int) -> Rarity:
-    """The order of a vocabulary that is not cut: every row must stay."""
+    """The order of a vocabulary that is kept whole: every row must be kept."""
     return Rarity(np.arange(rows), must_keep=rows, tokens=rows, rowless=0)
 
 
@@ -94,7 +94,7 @@ def encoded(tokenizer: "Tokenizer", texts: Iterable[str]) -> Iterator[np.ndarray
 
 
 def _batches(texts: Iterable[str]) -> Iterator[Sequence[str]]:
-    """Gather short texts and cut long ones, at line ends where there are any."""
+    """Gather short texts and split long ones, at line ends where there are any."""
     batch: list[str] = []
     size = 0
     for text in texts:
@@ -111,58 +111,58 @@ def _batches(texts: Iterable[str]) -> Iterator[Sequence[str]]:
 def _parts(text: str) -> Iterator[str]:
     start = 0
     while len(text) - start > BATCH_CHARACTERS:
-        cut = text.rfind("\n", start, start + BATCH_CHARACTERS) + 1
-        stop = cut or start + BATCH_CHARACTERS
+        line_end = text.rfind("\n", start, start + BATCH_CHARACTERS) + 1
+        stop = line_end or start + BATCH_CHARACTERS
         yield text[start:stop]
         start = stop
     yield text[start:]
 
 
 DEAD = np.iinfo(np.int64).max
-"""Rank of a vocabulary entry that no merge produces: it can never occur."""
+"""Rank of a token that no merge produces: it occurs in no tokenized text."""
 
 RESERVED = re.compile(
     r"<unused_?\d+>|<\|?reserved_special_token_\d+\|?>|<\|reserved_token_\d+\|>"
     r"|<[｜|]place[▁_]holder[▁_]no[▁_]\d+[｜|]>|<\|placeholder\d+\|>|<\|dummy_\d+\|>"
     r"|\[control_\d+\]|<SPECIAL_\d+>"
 )
-"""Names of tokens that a vocabulary holds for later use."""
+"""Names of tokens that are reserved for later use."""
 
 
 @dataclass(frozen=True)
 class VocabularyOptions:
-    """What is asked of the vocabulary beside its size."""
+    """How to choose the tokens to keep, apart from their number."""
 
     vocab_by: str = "merge-order"
-    """Rarity of tokens: "merge-order", the tail of the merge list, or "frequency" in a text."""
+    """What makes a token rare: "merge-order" (late in the merge list) or "frequency" in a text."""
     drop_reserved: bool = False
-    """Whether tokens go that are reserved for later use and that nothing refers to."""
+    """Whether to remove tokens that are reserved for later use and that nothing refers to."""
     keep_tokens: Path | Sequence[str] | None = None
-    """Tokens that must stay, as the vocabulary spells them or as plain text; or a file of them,
-    one a line."""
+    """Tokens to keep, as the vocabulary spells them or as plain text; or a file of them, one a
+    line."""
     keep_scripts: Sequence[str] = ()
-    """Unicode scripts whose tokens must stay, such as Cyrillic."""
+    """Unicode scripts whose tokens to keep, such as Cyrillic."""
 
 
 @dataclass(frozen=True)
 class VocabularyChoice:
-    """What stays of the vocabulary beside the most common tokens, and which those are."""
+    """Which tokens are the most common, and which others to keep."""
 
     counts: np.ndarray | None = None
     """int64 by id: how often each token occurs; None orders by the merge list."""
     drop_reserved: bool = False
-    """Rank tokens that are reserved for later use behind all others."""
+    """Whether tokens that are reserved for later use are the rarest of all."""
     keep: frozenset[int] = frozenset()
-    """Ids that must stay."""
+    """Ids to keep."""
     keep_scripts: Sequence[str] = ()
-    """Unicode scripts whose tokens must stay."""
+    """Unicode scripts whose tokens to keep."""
 
 
 def open_vocabulary(layout: Layout) -> TokenizerFile:
     """Open a checkpoint's tokenizer and check that it belongs to the embedding.
 
     Raises:
-        TokenizerError: it cannot be cut, or has tokens without a row that are not the last ones.
+        TokenizerError: it cannot be pruned, or has tokens without a row that are not the last ones.
     """
     tokenizer = TokenizerFile.open(layout.checkpoint.path)
     beyond = sorted(i for i in tokenizer.token_ids.values() if i >= layout.vocab_size)
@@ -185,15 +185,17 @@ def rarity_of(
     choice: VocabularyChoice = VocabularyChoice(),
     tokenizer: TokenizerFile | None = None,
 ) -> Rarity:
-    """Order the rows of a checkpoint's embedding by its tokenizer, its JSON files and ``choice``.
+    """Order the rows of a checkpoint's embedding from the most to the least common.
+
+    The order follows from its tokenizer, its JSON files and ``choice``.
 
     Args:
         layout: The checkpoint.
-        choice: What must stay, and what counts as rare.
-        tokenizer: From ``open_vocabulary``, where it is at hand.
+        choice: What must be kept, and what counts as rare.
+        tokenizer: The result of ``open_vocabulary``; it is opened where this is None.
 
     Raises:
-        TokenizerError: the tokenizer cannot be cut.
+        TokenizerError: the tokenizer cannot be pruned.
     """
     tokenizer = tokenizer or open_vocabulary(layout)
     referenced = token_references(layout.checkpoint, tokenizer.token_ids)
@@ -203,7 +205,7 @@ def rarity_of(
 
 
 def reserved_tokens(tokenizer: TokenizerFile) -> dict[str, int]:
-    """Tokens → ids whose names say that they are held for later use."""
+    """Token → id of the tokens whose names mark them as reserved for later use."""
     return {token: id_ for token, id_ in tokenizer.token_ids.items() if RESERVED.fullmatch(token)}
 
 
@@ -213,13 +215,13 @@ def order_rows(
     referenced: Iterable[int],
     choice: VocabularyChoice = VocabularyChoice(),
 ) -> Rarity:
-    """Order ``rows`` embedding rows from those that must stay to the rarest.
+    """Order ``rows`` embedding rows from those that must be kept to the rarest.
 
-    First come the rows that must stay: the alphabet, added tokens, ``referenced`` ids, runs of
-    white space, what ``choice`` asks for, and whatever these are merged from. Then tokens by
-    count, where there are counts, and by rank (``merge_ranks``); a token is never before its
-    parents, so that text whose tokens all stay is cut as before. Then dead tokens, reserved ones
-    if they may go, and padding rows.
+    First come the rows that must be kept: the alphabet, added tokens, ``referenced`` ids, runs of
+    white space, what ``choice`` asks for, and whatever these are merged from. Then come tokens by
+    count, where there are counts, and by rank (``merge_ranks``). A token never comes before its
+    parents: text whose tokens are all kept is tokenized as before. Last come dead tokens, reserved
+    ones if they may be removed, and padding rows.
     """
     size = max(rows, max(tokenizer.token_ids.values(), default=0) + 1)
     tree = MergeTree(tokenizer.vocab, tokenizer.merges, size)
@@ -250,13 +252,16 @@ def order_rows(
 
 
 def merge_ranks(tokenizer: TokenizerFile, tree: MergeTree) -> np.ndarray:
-    """int64 by id: the paper's order, the tail of the merge list is rarest; ``DEAD`` for the dead.
+    """int64 by id: the paper's order, where the last merges are the rarest; ``DEAD`` for the dead.
 
-    Byte-level BPE ranks a token by its first merge. SentencePiece-style vocabularies keep their
-    merges in the order of ids, but list runs of spaces last and characters behind all pieces; so
-    they rank by id, and a character as the first piece that needs it, or behind all pieces.
-    Unigram ranks by score, WordPiece by id. A token without merges that is still found whole
-    (``ignore_merges``) ranks where its id stands.
+    - Byte-level BPE ranks a token by its first merge.
+    - SentencePiece-style vocabularies have their merges in the order of ids, but list runs of
+      spaces last and characters after all pieces. So they rank by id. A character ranks as the
+      first piece that needs it, or after all pieces.
+    - Unigram ranks by score, WordPiece by id.
+
+    Where the library takes a token whole, without merges (``ignore_merges``), it ranks with the
+    ids before it.
     """
     by_id = np.arange(len(tree.length))
     known = tree.length > 0
@@ -292,7 +297,7 @@ def kept_tokens(tokens: Path | Sequence[str] | None, tokenizer: TokenizerFile) -
     """Ids of ``tokens``, as the vocabulary spells them or as plain text; or of a file of them.
 
     Raises:
-        TokenizerError: one of them is no token.
+        TokenizerError: one of them is not a token.
     """
     if tokens is None:
         return frozenset()
@@ -309,9 +314,9 @@ def kept_tokens(tokens: Path | Sequence[str] | None, tokenizer: TokenizerFile) -
         if line and named is None:
             raise TokenizerError(
                 f"{where} {number}",
-                "is no token of this vocabulary",
+                "is not a token of this vocabulary",
                 found=repr(line),
-                fix="correct or remove it; inspect with `vocab` shows what there is",
+                fix="correct or remove it: spell it as the vocabulary does, or as plain text",
             )
         if named is not None:
             found.add(named)
@@ -326,7 +331,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _of_scripts(tokenizer: TokenizerFile, names: Sequence[str]) -> set[int]:
-    """Ids of the tokens whose letters are of these scripts."""
+    """Ids of the tokens of these scripts."""
     if not names:
         return set()
     scripts = scripts_of(map(tokenizer.kind.text, tokenizer.vocab))

@@ -1,4 +1,4 @@
-"""Which script a text is written in, by Unicode's Script property."""
+"""The script that a text is written in, by Unicode's Script property."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -8,9 +8,9 @@ from functools import cache
 from surgery.errors import TokenizerError
 
 COMMON = "Common"
-"""Script of what belongs to none: digits, punctuation, emoji, spaces, marks, private use."""
+"""For characters of no script: digits, punctuation, emoji, spaces, marks, private use."""
 BYTES = "Bytes"
-"""Stands for the script of a token that is not made of whole characters."""
+"""In place of a script, for a token that is not made of whole characters."""
 
 # ISO 15924 code and Unicode name of every script of Unicode 18. Not here: Inherited and Unknown,
 # which hold no letters, and Katakana_Or_Hiragana, which holds no characters at all.
@@ -46,14 +46,14 @@ Vaii:Vai Vith:Vithkuqi Wara:Warang_Citi Wcho:Wancho Xpeo:Old_Persian Xsux:Cuneif
 Yiii:Yi Zanb:Zanabazar_Square Zyyy:Common
 """
 _BY_CODE = dict(entry.split(":") for entry in _NAMES.split())
-# The lookup tries these in order: the scripts most tokens are in come first.
+# The lookup tries these in order: the scripts with most tokens come first.
 _FREQUENT = (COMMON, "Latin", "Han", "Hangul", "Cyrillic", "Arabic")
 SCRIPTS = tuple(dict.fromkeys([*_FREQUENT, *_BY_CODE.values()]))
 """Every name that :func:`script_of` can return."""
 
 
 class _ScriptOfCharacter(dict[str, str]):
-    """Character → script, filled as characters are met; at most as large as Unicode."""
+    """Character → script, looked up once for each character; at most as large as Unicode."""
 
     def __missing__(self, char: str) -> str:
         script = next((name for name, matches in _matchers() if matches(char)), COMMON)
@@ -94,7 +94,7 @@ def script_of(text: str) -> str:
 
 
 def scripts_of(texts: Iterable[str | None]) -> list[str]:
-    """Return the script of each text; "Bytes" for None, which is no whole character."""
+    """Return the script of each text; "Bytes" for None, which stands for part of a character."""
     return [BYTES if text is None else script_of(text) for text in texts]
 
 
@@ -104,7 +104,7 @@ def _loose(name: str) -> str:
 
 
 def check_script(name: str) -> str:
-    """Return Unicode's name of a script, given by name or four-letter code in any case.
+    """Return Unicode's name of a script, given by its name or four-letter code in any case.
 
     Raises:
         TokenizerError: there is no such script.
@@ -119,7 +119,7 @@ def check_script(name: str) -> str:
     close = [names[key] for key in get_close_matches(_loose(name), names, n=1)]
     raise TokenizerError(
         "`keep_scripts`",
-        "not a script of Unicode",
+        "is not a script of Unicode",
         found=repr(name[:40]),
         fix=(f"did you mean {close[0]}? " if close else "")
         + "name a script, not a language: Latin, Cyrillic, Arabic, Devanagari, Hangul, Han (or "

@@ -1,4 +1,4 @@
-"""What the rows of a vocabulary are spent on."""
+"""Tokens of a vocabulary by kind and by script, as a table and as a picture."""
 
 import builtins
 import json
@@ -67,7 +67,7 @@ def test_every_token_is_counted_once(rows: int, tokens: list[tuple[str | None, s
     assert json.loads(json.dumps(asdict(found))) == asdict(found)
 
 
-def test_a_caller_that_counts_wrongly_is_told() -> None:
+def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="shorter"):
         VocabCensus.of(3, ["a", "b"], ["ordinary"])
     with pytest.raises(ValueError, match=r"unknown kinds of tokens: \['normal'\]"):

@@ -1,4 +1,4 @@
-"""Which tokens stay, and that text made of them is cut as before."""
+"""Which tokens are kept, and that text made of them tokenizes as before."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,7 @@ def prune(source: TokenizerFile, rarity: Rarity, size: int) -> tuple[Tokenizer, 
 
 
 def assert_same_segments(old: Tokenizer, new: Tokenizer, ids: IdMap, text: str) -> bool:
-    """Check one text; return whether all of its source tokens stay."""
+    """Check one text; return whether all of its source tokens are kept."""
     before = old.encode(text).ids
     mapped = [ids.new(i) for i in before]
     after = new.encode(text).ids
@@ -71,7 +71,7 @@ TRAINING = st.lists(st.text(alphabet="abcde é\n", min_size=5, max_size=60), min
     texts=st.lists(st.text(alphabet="abcde é\nπ🙂", max_size=60), min_size=1, max_size=20),
     share=st.floats(0, 1),
 )
-def test_text_of_kept_tokens_is_cut_as_before(
+def test_text_of_kept_tokens_tokenizes_as_before(
     lines: list[str], texts: list[str], share: float
 ) -> None:
     old = train(lines, 400)
@@ -95,7 +95,7 @@ def test_half_of_a_real_vocabulary_keeps_most_words(tmp_path: Path) -> None:
     assert 0.5 < sum(same) / len(same) < 1
 
 
-def test_the_tail_of_the_merge_list_goes_first() -> None:
+def test_the_tail_of_the_merge_list_is_removed_first() -> None:
     source = as_file(tiny.tokenizer())
     rarity = order_rows(source, tiny.VOCAB_SIZE, ())
     products = source.merges[:, 2].tolist()
@@ -105,13 +105,13 @@ def test_the_tail_of_the_merge_list_goes_first() -> None:
     assert [i for i in later if i not in runs_of_space] == expected
 
 
-def test_padding_rows_go_before_any_token() -> None:
+def test_padding_rows_are_removed_before_any_token() -> None:
     rarity = order_rows(as_file(tiny.tokenizer()), tiny.VOCAB_SIZE, ())
     assert rarity.tokens == tiny.TOKENS
     assert rarity.order[tiny.TOKENS :].tolist() == list(range(tiny.TOKENS, tiny.VOCAB_SIZE))
 
 
-def test_bytes_special_tokens_references_and_white_space_stay() -> None:
+def test_bytes_special_tokens_references_and_white_space_are_kept() -> None:
     tokenizer = tiny.tokenizer(special_first=False)
     source = as_file(tokenizer)
     referenced = tokenizer.get_vocab().get("Ġunion", 600)
@@ -133,7 +133,7 @@ def hand_made(vocab: list[str], merges: list[list[str]], **model: Any) -> Tokeni
     return Tokenizer.from_str(json.dumps(data))
 
 
-def test_parents_that_rank_behind_their_product_stay_with_it() -> None:
+def test_parents_that_rank_after_their_product_are_kept_with_it() -> None:
     """Two merges make "abc": the first in the list is never the one that BPE ends with.
 
     BPE on "abc" joins "bc" (rank 0) first, so the last merge is (a, bc), rank 3; the pair
@@ -157,7 +157,7 @@ def test_a_token_is_raised_to_the_rank_of_its_canonical_parents() -> None:
     assert order.index(6) < order.index(5)
 
 
-def test_dead_tokens_go_before_living_ones() -> None:
+def test_dead_tokens_are_removed_before_living_ones() -> None:
     tokenizer = hand_made(["a", "b", "dead", "ab"], [["a", "b"]])
     assert order_rows(as_file(tokenizer), 4, ()).order.tolist() == [0, 1, 3, 2]
 
@@ -168,13 +168,13 @@ def test_merges_keep_their_form(form: str) -> None:
     if form == "strings":
         merges = source.data["model"]["merges"]
         source.data["model"]["merges"] = ["#version: 0.2", *(" ".join(m) for m in merges)]
-    cut = source.rewrite(order_rows(source, tiny.VOCAB_SIZE, ()).id_map(480))["model"]["merges"]
-    assert cut
-    assert all(isinstance(merge, str if form == "strings" else list) for merge in cut)
-    assert not any("#version" in merge for merge in cut)
+    pruned = source.rewrite(order_rows(source, tiny.VOCAB_SIZE, ()).id_map(480))["model"]["merges"]
+    assert pruned
+    assert all(isinstance(merge, str if form == "strings" else list) for merge in pruned)
+    assert not any("#version" in merge for merge in pruned)
 
 
-def test_a_token_behind_the_last_row_stays_behind_the_last_row(tmp_path: Path) -> None:
+def test_a_token_after_the_last_row_stays_after_the_last_row(tmp_path: Path) -> None:
     """Gemma 3's image token has an id but no row."""
     path = tiny.save(
         tmp_path / "model", special_first=False, vocab_size=tiny.TOKENS - 1, pad_token_id=None
@@ -184,8 +184,8 @@ def test_a_token_behind_the_last_row_stays_behind_the_last_row(tmp_path: Path) -
     ids = rarity.id_map(500)
     assert rarity.rowless == 1
     assert ids.new(tiny.TOKENS - 1) == 500
-    cut = TokenizerFile.open(path).rewrite(ids)
-    new = Tokenizer.from_str(json.dumps(cut))
+    pruned = TokenizerFile.open(path).rewrite(ids)
+    new = Tokenizer.from_str(json.dumps(pruned))
     assert new.token_to_id(tiny.SPECIAL[-1]) == 500
 
 
@@ -208,7 +208,7 @@ def test_ids_stay_in_order_and_become_compact(size: int, rowless: int, data: st.
 
 
 def test_an_id_gap_becomes_compact() -> None:
-    """Row 3 belongs to no token: it is a padding row, and goes first."""
+    """Row 3 belongs to no token: it is a padding row, and is removed first."""
     data = json.loads(hand_made(["a", "b", "ab"], [["a", "b"]]).to_str())
     data["model"]["vocab"] = {"a": 0, "b": 1, "ab": 4}
     data["model"]["merges"] = [["a", "b"]]
@@ -218,17 +218,17 @@ def test_an_id_gap_becomes_compact() -> None:
     assert source.rewrite(rarity.id_map(3))["model"]["vocab"] == {"a": 0, "b": 1, "ab": 2}
 
 
-def test_an_added_token_without_content_is_dropped() -> None:
+def test_an_added_token_without_content_is_removed() -> None:
     source = as_file(tiny.tokenizer())
     empty = dict(source.data["added_tokens"][0], content="", id=7)
     source.data["added_tokens"].insert(2, empty)
     check_tokenizer(source.data, source.path)
-    cut = source.rewrite(order_rows(source, tiny.VOCAB_SIZE, ()).id_map(480))
-    assert [token["content"] for token in cut["added_tokens"]] == list(tiny.SPECIAL)
+    pruned = source.rewrite(order_rows(source, tiny.VOCAB_SIZE, ()).id_map(480))
+    assert [token["content"] for token in pruned["added_tokens"]] == list(tiny.SPECIAL)
 
 
 def test_of_a_pair_given_twice_the_last_merge_counts() -> None:
-    """As in the library: (a, b) ranks behind (b, c), so that "abc" is a + bc."""
+    """As in the library: (a, b) ranks after (b, c), so that "abc" is a + bc."""
     merges = [["a", "b"], ["b", "c"], ["a", "b"], ["a", "bc"], ["ab", "c"]]
     old = hand_made(["a", "b", "c", "ab", "bc", "abc"], merges)
     source = as_file(old)

@@ -197,7 +197,9 @@ def test_case_and_separators_do_not_matter(entry: tuple[str, str], data: st.Data
     "name", ["Klingon", "", "Inherited", "Unknown", "Bytes", "Hrkt", "L", ".*"]
 )
 def test_no_script_is_refused(name: str) -> None:
-    with pytest.raises(TokenizerError, match="`keep_scripts`: not a script of Unicode") as caught:
+    with pytest.raises(
+        TokenizerError, match="`keep_scripts`: is not a script of Unicode"
+    ) as caught:
         check_script(name)
     assert f"found {name!r}" in str(caught.value)
     assert "by code: Hani" in str(caught.value)
@@ -208,7 +210,7 @@ def test_a_misspelt_script_is_corrected() -> None:
         check_script("Cirillic")
 
 
-def test_a_language_gets_told_how_to_name_scripts() -> None:
+def test_the_error_for_a_language_explains_how_to_name_scripts() -> None:
     with pytest.raises(TokenizerError) as caught:
         check_script("Japanese\nand " + "more " * 1000)
     message = str(caught.value)

@@ -1,4 +1,4 @@
-"""What can be asked of a vocabulary: order by counts, tokens and scripts that stay, its cost."""
+"""Options of the vocabulary: order by counts, tokens and scripts to keep, and its cost."""
 
 import json
 from pathlib import Path
@@ -63,7 +63,7 @@ def reserving(tmp_path: Path) -> Path:
 
 def test_counts_are_those_of_the_tokenizer(languages: TokenizerFile) -> None:
     line = "All human beings are born free, 人人生而自由.\n"
-    text = line * (BATCH_CHARACTERS // len(line) + 7)  # cut at a line's end
+    text = line * (BATCH_CHARACTERS // len(line) + 7)  # split at a line's end
     counts = count_tokens(languages.library(), [text, "", "x"], SIZE)
     expected = np.bincount(languages.library().encode(line).ids, minlength=SIZE)
     expected *= BATCH_CHARACTERS // len(line) + 7
@@ -87,7 +87,7 @@ def test_frequency_keeps_the_language_of_the_text(languages: TokenizerFile) -> N
     assert any(by_merges.new(id_) is None for id_ in used)
 
 
-def test_scripts_that_are_asked_for_stay_whole(languages: TokenizerFile) -> None:
+def test_scripts_that_are_asked_for_are_kept_whole(languages: TokenizerFile) -> None:
     choice = VocabularyChoice(keep_scripts=("Han", "Thai"))
     rarity = order_rows(languages, SIZE, (), choice)
     cost = vocabulary_cost(languages, rarity.id_map(rarity.must_keep), "merge-order", ())
@@ -136,25 +136,25 @@ def test_cost_is_counted_line_by_line(languages: TokenizerFile) -> None:
     assert cost.warnings()
 
 
-def test_reserved_tokens_go_where_asked(reserving: Path, tmp_path: Path, run: Run) -> None:
+def test_reserved_tokens_are_removed_where_asked(reserving: Path, tmp_path: Path, run: Run) -> None:
     plan = tmp_path / "plan.json"
     everything = ("--intermediate-size", tiny.INTERMEDIATE_SIZE)  # so that no statistics are needed
-    for options, stays in (((), 3), (("--drop-reserved",), 0)):
+    for options, kept in (((), 3), (("--drop-reserved",), 0)):
         run("plan", reserving, "--vocab-size", 480, *everything, *options, "-o", plan)
-        out = tmp_path / f"out{stays}"
+        out = tmp_path / f"out{kept}"
         result = run("apply", plan, "-o", out)
         assert result.exit_code == 0, result.output
         assert run("verify", out).exit_code == 0
         for name in ("tokenizer.json", "tokenizer_config.json"):
             text = (out / name).read_text()
-            assert sum(token in text for token in RESERVED) == stays, name
+            assert sum(token in text for token in RESERVED) == kept, name
         tokenizer = AutoTokenizer.from_pretrained(out)
         assert len(tokenizer) == 480
         assert tokenizer.encode("<s>a</s>", add_special_tokens=False)[0] == tokenizer.bos_token_id
 
 
 @pytest.mark.parametrize("where", ["role", "template file", "template key", "named template"])
-def test_a_reserved_token_that_is_used_stays(reserving: Path, where: str) -> None:
+def test_a_reserved_token_that_is_used_is_kept(reserving: Path, where: str) -> None:
     used = "<|reserved_special_token_1|>"
     template = "{{ messages }}" + used
     config = json.loads((reserving / "tokenizer_config.json").read_text())
