@@ -1,4 +1,4 @@
-"""TEXT as documents: files, directories, hub data sets and iterables, one or several."""
+"""Text as documents: files, directories, hub data sets and iterables, one or several."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,31 +14,31 @@ from surgery.text.rows import HUB, Chat, Row, document_of, hub_rows, local_rows
 LOG = logging.getLogger(__name__)
 
 Render = Callable[[Chat], str]
-"""Turns the messages of a chat into text; raises DataError where they do not fit."""
+"""Turns the messages of a chat into text; raises DataError where the template does not fit them."""
 
 MOST_BAD = 1000
-"""Bad rows without a good one, after which a source is refused."""
+"""A source is refused after this many bad rows, if no good row came before."""
 
 T = TypeVar("T")
 
 
 class Replayed:
-    """An iterator that can be read again: it keeps what was read, and reads on when asked."""
+    """An iterator that can be read again: it keeps what it has read, and reads more on demand."""
 
     def __init__(self, items: Iterator[Any]) -> None:
         self._rest = items
-        self._seen: list[Any] = []
+        self._items: list[Any] = []
 
     def __iter__(self) -> Iterator[Any]:
-        place = 0
+        position = 0
         while True:
-            if place == len(self._seen):
+            if position == len(self._items):
                 try:
-                    self._seen.append(next(self._rest))
+                    self._items.append(next(self._rest))
                 except StopIteration:
                     return
-            yield self._seen[place]
-            place += 1
+            yield self._items[position]
+            position += 1
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,16 @@ class Source:
     """One text among several, and its weight."""
 
     text: str | Path | Iterable[str]
-    """A path, a ``hub:`` name, or documents. An iterator is kept as it is read, so that it can be
+    """A path, a ``hub:`` name, or documents. The items of an iterator are kept, so that it can be
     read again."""
     weight: float = 1.0
-    """Of all windows, the source gives ``weight`` over the sum of all weights."""
+    """The source gives this share of the windows: ``weight`` over the sum of all weights."""
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < inf:
             raise DataError(
                 self.name,
-                "has a weight that is no number above 0",
+                "has a weight that is not a number above 0",
                 found=self.weight,
                 fix="correct it",
             )
@@ -66,8 +66,8 @@ class Source:
     def parse(cls, given: str) -> "Source":
         """Read ``TEXT`` or ``TEXT=WEIGHT``.
 
-        A name that exists as a whole is a path as a whole. Else a number behind the last ``=`` is
-        the weight. So the weight of a file that is called ``a=2`` is given as ``a=2=1``.
+        If the whole of ``given`` exists as a path, it is the path. Otherwise a number after the
+        last ``=`` is the weight. Give a file named ``a=2`` a weight by ``a=2=1``.
         """
         text, sign, number = given.rpartition("=")
         if not (sign and text) or Path(given).exists():
@@ -80,30 +80,30 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What errors and notes call it."""
+        """The name in errors and notes."""
         return str(self.text) if isinstance(self.text, str | Path) else "the documents"
 
 
 @dataclass(frozen=True)
 class TextOptions:
-    """Which text is read, and how it is cut into windows."""
+    """Which text is read, and how it is split into windows."""
 
     data: tuple[Source, ...] = ()
     samples: int = 256
-    """Windows, at most."""
+    """Largest number of windows."""
     seq_len: int = 2048
     """Tokens of a full window."""
     windows: int = 64
-    """Windows of 2,048 bytes that are held out, at most, where cuts are compared."""
+    """Largest number of windows of 2,048 bytes to hold out where pruned models are compared."""
     seed: int | None = None
     """Shuffles the documents of each source; None leaves them in order."""
     field: str | None = None
-    """Of a row that holds its document; None is ``text``, or ``messages`` where there is none."""
+    """Field of a row that holds its document; None means ``text``, or else ``messages``."""
     strict: bool = False
     """Refuse the first bad row instead of skipping all of them."""
 
     def documents(self, render: Render | None = None) -> Iterable[str]:
-        """Read the documents; ``render`` makes text of chats, which are refused without it.
+        """Read the documents; ``render`` turns chats into text; without it they are refused.
 
         Raises:
             DataError: as ``read_documents``.
@@ -128,7 +128,7 @@ Text = Union[str, Path, Source, Iterable[str], Sequence[Source]]  # noqa: UP007
 class Mixture:
     """Documents of several sources with their weights.
 
-    Iterating takes a document from the source that has given the fewest characters for its weight.
+    Each document comes from the source that has given the fewest characters for its weight.
     """
 
     parts: Sequence[tuple[Iterable[str], float]]
@@ -138,35 +138,35 @@ class Mixture:
 
 
 def parts_of(documents: Iterable[str]) -> Sequence[tuple[Iterable[str], float]]:
-    """The sources in ``documents`` with their weights; one of weight 1 where it is no mixture."""
+    """The sources in ``documents`` with their weights; a single source has weight 1."""
     return documents.parts if isinstance(documents, Mixture) else [(documents, 1.0)]
 
 
 def mixture(parts: Sequence[tuple[Iterable[str], float]]) -> Iterable[str]:
-    """Join sources; one alone stays as it is."""
+    """Join sources; a single one is returned as it is."""
     return parts[0][0] if len(parts) == 1 else Mixture(parts)
 
 
 def interleave(
     streams: Sequence[tuple[Iterable[T], float]], size: Callable[[T], float]
 ) -> Iterator[T]:
-    """Yield from the stream that has given the least for its weight, the first of several such.
+    """Yield from the stream that has given the least for its weight; of equals, from the first.
 
-    A stream that ends leaves the others their shares.
+    When a stream ends, the others share the rest by their weights.
     """
-    given = [(0.0, place) for place in range(len(streams))]
+    given = [(0.0, index) for index in range(len(streams))]
     heapify(given)
     iterators = [iter(stream) for stream, _ in streams]
     while given:
-        total, place = given[0]
+        total, index = given[0]
         try:
-            item = next(iterators[place])
+            item = next(iterators[index])
         except StopIteration:
-            given.remove((total, place))
+            given.remove((total, index))
             heapify(given)
             continue
         yield item
-        heapreplace(given, (total + size(item) / streams[place][1], place))
+        heapreplace(given, (total + size(item) / streams[index][1], index))
 
 
 def read_documents(
@@ -178,18 +178,18 @@ def read_documents(
     """Yield the documents of ``text`` in order, or each source's shuffled by ``seed``.
 
     A file is .txt (a blank line ends a document), .jsonl or .parquet (a row is a document); .txt,
-    .jsonl and .json of rows may be compressed (.gz, .zst). A directory is all such files in it but
-    hidden ones, by path. ``hub:name[:config][:split][:field]`` is a data set. A row holds a string,
-    or messages with ``role`` and ``content``. Blank documents are left out.
+    .jsonl and .json of rows may be compressed (.gz, .zst). A directory gives all such files in
+    it except hidden ones, ordered by path. ``hub:name[:config][:split][:field]`` is a data set. A
+    row holds a string, or messages with ``role`` and ``content``. Blank documents are left out.
 
     Args:
-        text: A path, a ``hub:`` name, documents, or several sources with weights. An iterator is
-            used up; a ``Source`` of it can be read again.
+        text: A path, a ``hub:`` name, documents, or several sources with weights. An iterator can
+            be read once; a ``Source`` of it can be read again.
         seed: Shuffles the documents, which are then all held in memory.
-        render: Makes text of messages. Without it they are refused.
+        render: Turns messages into text. Without it they are refused.
 
     Raises:
-        DataError: nothing there, no good row, or with ``strict`` a bad one.
+        DataError: the text does not exist or has no good row; with ``strict``, it has a bad one.
     """
     options = text if isinstance(text, TextOptions) else TextOptions(sources_of(text))
     parts = [
@@ -257,7 +257,7 @@ def _text(row: Row, render: Render | None, source: Source) -> str | DataError:
     if render is None:
         raise DataError(
             source.name,
-            "holds chats, and there is no model whose chat template makes text of them",
+            "holds chats, and there is no model whose chat template turns them into text",
             fix="give a field of text",
         )
     try:

@@ -1,4 +1,4 @@
-"""Rows of text files and of data sets; a bad row comes as the error that says why."""
+"""Rows of text files and of data sets; a bad row is yielded as an error that explains it."""
 
 import io
 import json
@@ -13,16 +13,16 @@ from surgery.errors import DataError
 
 HUB = "hub:"
 FIELDS = ("text", "messages")
-"""Of a row, in which its document is looked for."""
+"""Fields of a row that may hold its document, the first choice first."""
 PLAIN = (".txt", ".jsonl")
 KINDS = (*PLAIN, ".parquet")
 PACKED = (".gz", ".zst")
 INSIDE = (*PLAIN, ".json")
-"""What a compressed file may hold; data sets call JSON lines .json there."""
+"""Kinds of file that may be compressed; compressed data sets name JSON lines .json."""
 BATCH_ROWS = 64
-"""Of a .parquet file, read at a time."""
+"""Rows of a .parquet file that are read at a time."""
 SHOWN = 60
-"""Characters of a bad line in its error."""
+"""Characters of a bad line that its error shows."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Chat:
     """Messages between a user and a model."""
 
     messages: list[dict[str, Any]]
-    """Each with ``role`` and, but for calls of tools, ``content``."""
+    """Each with ``role`` and, except for tool calls, ``content``."""
     where: str
     """File and row."""
 
@@ -39,10 +39,10 @@ Row = str | Chat | DataError
 
 
 def local_rows(path: Path, field: str | None) -> Iterator[Row]:
-    """Yield the rows of a file, or of all files below a directory but hidden ones, by path.
+    """Yield the rows of a file, or of all files in a directory except hidden ones, ordered by path.
 
     Raises:
-        DataError: nothing there, or a file that cannot be read.
+        DataError: ``path`` does not exist, or a file cannot be read.
     """
     if path.is_file():
         yield from _file_rows(path, field)
@@ -60,7 +60,7 @@ def local_rows(path: Path, field: str | None) -> Iterator[Row]:
 
 
 def _kind(file: Path) -> str:
-    """The ending that says how ``file`` is read; empty where nothing does."""
+    """The ending by which ``file`` is read, such as .jsonl; empty where it cannot be read."""
     if file.suffix in PACKED:
         inner = Path(file.stem).suffix
         return inner if inner in INSIDE else ""
@@ -104,7 +104,7 @@ def _lines(file: Path, errors: str) -> Iterator[IO[str]]:
                 fix="check the file and its permissions",
             ) from error
         raise DataError(
-            file, f"is damaged, or no {file.suffix} file", fix="check its name, or get it again"
+            file, f"is damaged, or not a {file.suffix} file", fix="check its name, or get it again"
         ) from error
 
 
@@ -143,7 +143,7 @@ def _jsonl_rows(file: Path, field: str | None) -> Iterator[Row]:
 
 
 def _json_row(line: str, where: str, field: str | None) -> Row:
-    if _has_half_character(line):
+    if _has_lone_surrogate(line):
         return DataError(where, "is not UTF-8", expected="UTF-8", fix="correct the line")
     expected = f'{{"{field or FIELDS[0]}": …}}'
     try:
@@ -151,12 +151,12 @@ def _json_row(line: str, where: str, field: str | None) -> Row:
     except (ValueError, RecursionError):
         found = line.strip()[:SHOWN]
         return DataError(
-            where, "is no record", expected=expected, found=found, fix="correct the line"
+            where, "is not a record", expected=expected, found=found, fix="correct the line"
         )
     if not isinstance(row, dict):
         found = json.dumps(row)[:SHOWN]
         return DataError(
-            where, "is no record", expected=expected, found=found, fix="correct the line"
+            where, "is not a record", expected=expected, found=found, fix="correct the line"
         )
     name = _field(row, field)
     if name is None:
@@ -183,7 +183,7 @@ def _parquet_rows(file: Path, field: str | None) -> Iterator[Row]:
                     yield document_of(value, f"{file}: row {number}", name)
     except (ArrowException, OSError) as error:
         raise DataError(
-            file, "is damaged, or no .parquet file", fix="check its name, or get it again"
+            file, "is damaged, or not a .parquet file", fix="check its name, or get it again"
         ) from error
 
 
@@ -197,7 +197,7 @@ def hub_rows(spec: str, field: str | None) -> Iterator[Row]:
     if not name or any(more):
         raise DataError(
             spec,
-            "is no data set",
+            "is not a data set",
             expected="hub:name[:config][:split][:field]",
             fix="correct it, or give a local file",
         )
@@ -215,18 +215,20 @@ def hub_rows(spec: str, field: str | None) -> Iterator[Row]:
     except (OSError, ValueError) as error:
         raise DataError(
             spec,
-            "cannot be had from the hub",
+            "cannot be read from the hub",
             found=error,
             fix="check name, config and split, or give a local file",
         ) from error
 
 
 def document_of(value: object, where: str, field: str | None = None) -> Row:
-    """Return the document that ``value`` is, or the error that says why it is none."""
+    """Return ``value`` as a document, or the error that explains why it is not one."""
     subject = f"field {field!r} " if field else ""
     if isinstance(value, str):
-        if _has_half_character(value):
-            return DataError(where, f"{subject}has half a character", fix="correct the row")
+        if _has_lone_surrogate(value):
+            return DataError(
+                where, f"{subject}has half a character (a lone surrogate)", fix="correct the row"
+            )
         return value
     if isinstance(value, list) and value and all(map(_is_message, value)):
         return Chat([dict(message) for message in value], where)
@@ -243,7 +245,7 @@ def _is_message(value: object) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("role"), str)
 
 
-def _has_half_character(text: str) -> bool:
+def _has_lone_surrogate(text: str) -> bool:
     return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
 
 

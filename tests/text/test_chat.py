@@ -112,7 +112,7 @@ def test_chats_and_text_by_weight_on_the_command_line(
         *("--samples", 256, "-o", tmp_path / "no"),
     )
     assert refused.exit_code == 2
-    assert "a.jsonl: line 21: is no record" in refused.stderr
+    assert "a.jsonl: line 21: is not a record" in refused.stderr
 
 
 def chat_tokens(path: Path) -> int:
@@ -121,7 +121,7 @@ def chat_tokens(path: Path) -> int:
     return int(np.size(tokenizer.apply_chat_template(MESSAGES, return_dict=False)))
 
 
-def test_skipped_rows_are_said_once_in_a_command(
+def test_skipped_rows_are_reported_once_in_a_command(
     talker: Path, text: Path, tmp_path: Path, run: Run
 ) -> None:
     data = tmp_path / "a.jsonl"

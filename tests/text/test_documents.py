@@ -22,7 +22,7 @@ CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"
 
 
 def compressed(path: Path, content: str) -> Path:
-    """Write ``content`` as the ending of ``path`` says."""
+    """Write ``content``, compressed by the ending of ``path``."""
     if path.suffix == ".gz":
         path.write_bytes(gzip.compress(content.encode()))
     else:
@@ -64,11 +64,11 @@ def test_a_compressed_file_of_several_parts_is_read_to_its_end(tmp_path: Path, e
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
-def test_a_compressed_file_that_is_cut_short_is_refused(tmp_path: Path, ending: str) -> None:
+def test_a_truncated_compressed_file_is_refused(tmp_path: Path, ending: str) -> None:
     noise = "\n\n".join(str(7**n) for n in range(2_000))
     path = compressed(tmp_path / f"a.txt{ending}", noise)
     path.write_bytes(path.read_bytes()[:-2_000])
-    assert f"a.txt{ending}: is damaged, or no {ending} file; check" in refusal(path)
+    assert f"a.txt{ending}: is damaged, or not a {ending} file; check" in refusal(path)
 
 
 def test_parquet_rows(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_directory_of_all_kinds_without_hidden_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
-def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
+def test_a_byte_order_mark_is_not_text(tmp_path: Path, name: str) -> None:
     content = "one" if name == "a.txt" else '{"text": "one"}'
     (tmp_path / name).write_text(content, encoding="utf-8-sig")
     assert list(read_documents(tmp_path / name)) == ["one"]
@@ -145,10 +145,10 @@ def test_bad_rows_are_skipped_and_counted(tmp_path: Path, caplog: pytest.LogCapt
     with caplog.at_level("INFO"):
         assert list(read_documents(path)) == ["one", "zwei 🙂"]
     assert len(caplog.messages) == 1
-    said = f"note: {path}: skipped 6 bad rows of 9; the first: {path}: line 1: is no"
-    assert caplog.messages[0].startswith(said)
+    note = f"note: {path}: skipped 6 bad rows of 9; the first: {path}: line 1: is not"
+    assert caplog.messages[0].startswith(note)
     strict = TextOptions((Source(path),), strict=True)
-    assert refusal(strict).startswith(f"{path}: line 1: is no record: expected {{")
+    assert refusal(strict).startswith(f"{path}: line 1: is not a record: expected {{")
 
 
 def test_a_text_of_bad_rows_alone_is_refused_before_it_ends() -> None:
@@ -196,7 +196,7 @@ def test_an_iterator_can_be_read_again() -> None:
 def test_documents_of_a_list() -> None:
     assert list(read_documents(["a", " ", "b"])) == ["a", "b"]
     assert "the documents: holds no text" in refusal([])
-    assert "document 1: has half a character" in refusal(["\ud800"])
+    assert "document 1: has half a character (a lone surrogate)" in refusal(["\ud800"])
     assert "the documents: holds no text" in refusal(["", " \n"])
 
 
@@ -214,7 +214,7 @@ def test_documents_of_a_list() -> None:
         ("=2", "=2", 1),
     ],
 )
-def test_a_weight_is_what_stands_behind_the_last_sign(
+def test_a_weight_comes_after_the_last_sign(
     given: str, text: str, weight: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -223,8 +223,8 @@ def test_a_weight_is_what_stands_behind_the_last_sign(
 
 
 @pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf"])
-def test_a_weight_that_is_no_share_is_refused(weight: str) -> None:
-    with pytest.raises(DataError, match=r"^a\.txt: has a weight that is no number above 0"):
+def test_a_weight_that_is_not_a_share_is_refused(weight: str) -> None:
+    with pytest.raises(DataError, match=r"^a\.txt: has a weight that is not a number above 0"):
         Source.parse(f"a.txt={weight}")
 
 
@@ -242,14 +242,14 @@ def test_a_mixture_holds_every_document_in_its_source_order(
     parts: list[tuple[list[str], float]],
 ) -> None:
     sources = [
-        Source([f"{place}{text}" for text in texts], weight)
-        for place, (texts, weight) in enumerate(parts)
+        Source([f"{index}{text}" for text in texts], weight)
+        for index, (texts, weight) in enumerate(parts)
     ]
     mixed = read_documents(sources)
     assert isinstance(mixed, Mixture)
     found = list(mixed)
-    for place, (texts, _) in enumerate(parts):
-        assert [text[1:] for text in found if text[0] == str(place)] == texts
+    for index, (texts, _) in enumerate(parts):
+        assert [text[1:] for text in found if text[0] == str(index)] == texts
     assert len(found) == sum(len(texts) for texts, _ in parts)
 
 

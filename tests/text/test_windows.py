@@ -1,4 +1,4 @@
-"""Text to windows: documents as the format says, windows in order, no byte lost."""
+"""From text to windows: documents by format, windows in order, no byte lost."""
 
 import json
 import sys
@@ -184,14 +184,14 @@ def test_only_a_text_without_a_token_is_refused(plain: Tokenizer) -> None:
 def windows_by_hand(
     texts: list[str], tokenizer: Tokenizer, samples: int, seq_len: int
 ) -> list[list[int]]:
-    """The rule of ``token_windows``, told again: every window first, then who has a place."""
+    """The rule of ``token_windows`` in other words: make all windows, then choose among them."""
     windows: list[tuple[bool, list[int]]] = []
     for text in texts:
         ids = tokenizer.encode(text).ids
-        cut = [ids[start : start + seq_len] for start in range(0, len(ids), seq_len)]
-        windows += [(len(ids) < seq_len, window) for window in cut]
-    first = sorted(range(len(windows)), key=lambda place: windows[place][0])[:samples]
-    return [windows[place][1] for place in sorted(first)]
+        parts = [ids[start : start + seq_len] for start in range(0, len(ids), seq_len)]
+        windows += [(len(ids) < seq_len, window) for window in parts]
+    first = sorted(range(len(windows)), key=lambda index: windows[index][0])[:samples]
+    return [windows[index][1] for index in sorted(first)]
 
 
 @settings(deadline=None)
@@ -228,7 +228,7 @@ def test_the_search_for_longer_documents_has_an_end(plain: Tokenizer) -> None:
     assert len(token_windows(endless(), plain, samples=3, seq_len=16)) == 3
 
 
-def test_fewer_tokens_than_asked_for_are_said(plain: Tokenizer, prose: str) -> None:
+def test_fewer_tokens_than_asked_for_are_reported(plain: Tokenizer, prose: str) -> None:
     windows = token_windows(["short"], plain, samples=4, seq_len=64)
     tokens = len(plain.encode("short").ids)
     assert shortfall(windows, 4, 64) == (
@@ -244,10 +244,10 @@ WEIGHTS = st.lists(st.sampled_from([0.25, 0.5, 1.0, 2.0, 3.0, 7.5]), min_size=1,
 
 @given(weights=WEIGHTS, count=st.integers(1, 200))
 def test_sources_give_their_shares(weights: list[float], count: int) -> None:
-    streams = [(repeat(place), weight) for place, weight in enumerate(weights)]
+    streams = [(repeat(index), weight) for index, weight in enumerate(weights)]
     taken = Counter(islice(interleave(streams, lambda _: 1.0), count))
-    for place, weight in enumerate(weights):
-        assert abs(taken[place] - count * weight / sum(weights)) <= len(weights)
+    for index, weight in enumerate(weights):
+        assert abs(taken[index] - count * weight / sum(weights)) <= len(weights)
 
 
 def test_a_source_that_ends_leaves_its_share_to_the_others() -> None:
@@ -391,7 +391,7 @@ def test_a_hub_data_set_is_refused(
         list(read_documents(spec))
 
 
-def test_a_hub_data_set_without_the_library_says_what_to_install(
+def test_a_hub_data_set_without_the_library_names_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
