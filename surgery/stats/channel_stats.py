@@ -1,4 +1,4 @@
-"""Channel statistics as a file: what calibration measured and planning reads; added up."""
+"""Channel statistics: the file that calibration writes and planning reads, and their sum."""
 
 import errno
 import hashlib
@@ -32,10 +32,10 @@ ARRAY = re.compile(rf"layers\.(0|[1-9][0-9]{{0,4}})\.({'|'.join(WIDTHS)})\.({'|'
 
 
 class StatsInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where the statistics come from; stored in the file's metadata."""
+    """Where the statistics come from; the file's metadata hold it."""
 
     fingerprint: str
-    """Of the source checkpoint: config, tokenizer and headers."""
+    """Digest of the source checkpoint: config, tokenizer and headers."""
     text_digest: str
     """SHA-256 over the calibration windows' token ids, or over ``parts``."""
     samples: int
@@ -47,11 +47,11 @@ class StatsInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bucket_edges: list[int]
     """Bucket b holds the tokens of rarity rank ``edges[b-1] <= rank < edges[b]``; the last is V."""
     dtype: str
-    """What the layers computed in."""
+    """Dtype in which the layers computed."""
     vocab_size: int | None = None
-    """Rows of the pruned vocabulary that cut the text; None where it was the source's."""
+    """Rows of the pruned vocabulary that tokenized the text; None for the source's vocabulary."""
     parts: list[str] = []
-    """The texts' digests in merged statistics, ascending; none in those of one run."""
+    """The texts' digests, ascending, in merged statistics; empty in those of one run."""
     format: int = FORMAT
 
     @property
@@ -69,7 +69,7 @@ class AxisSums:
     sum_abs: np.ndarray
     """float64 ``[buckets, experts, I]``: Σ |act|."""
     tokens: np.ndarray
-    """int64 ``[buckets, experts]``: tokens that each expert saw; one expert where all see all."""
+    """int64 ``[buckets, experts]``: tokens routed to each expert; another FFN counts as one."""
     sum_l2: np.ndarray
     """float64 ``[experts, I]``: Σ over windows of the norm √(Σ act²) over the window's tokens."""
     weight_norm: np.ndarray
@@ -88,9 +88,9 @@ class ChannelStats:
     bucket_of: np.ndarray
     """int64 ``[V]``: bucket of each token."""
     cosines: np.ndarray
-    """float64 ``[L]``: Σ over tokens of the cosine between what goes into a layer and comes out."""
+    """float64 ``[L]``: Σ over tokens of the cosine between a layer's input and its output."""
     where: object = "statistics"
-    """The file they come from, for errors."""
+    """The file of the statistics, for errors."""
 
     @property
     def block_influence(self) -> np.ndarray:
@@ -116,7 +116,7 @@ class ChannelStats:
         """Read and validate a statistics file.
 
         Raises:
-            StatsError: not such a file, or its parts contradict each other.
+            StatsError: it is not a statistics file, or its parts contradict each other.
         """
         path = Path(path)
         with _opened(path) as (info, file):
@@ -131,7 +131,7 @@ class ChannelStats:
         return stats
 
     def check(self, path: Path) -> None:
-        """Refuse parts that contradict each other, and sums and counts that are no numbers.
+        """Refuse parts that contradict each other, sums that are not finite, and negative counts.
 
         Raises:
             StatsError: naming ``path`` and the array.
@@ -163,10 +163,10 @@ class ChannelStats:
 
 
 def read_info(path: Path) -> StatsInfo:
-    """Read where the statistics in ``path`` come from, and nothing else.
+    """Read only where the statistics in ``path`` come from.
 
     Raises:
-        StatsError: not a statistics file.
+        StatsError: it is not a statistics file.
     """
     with _opened(path) as (info, _):
         return info
@@ -174,7 +174,7 @@ def read_info(path: Path) -> StatsInfo:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[StatsInfo, Any]]:
-    """Yield what a file's metadata say and the file, with safetensors' methods."""
+    """Yield the metadata of a file, and the file as safetensors opens it."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -204,7 +204,7 @@ def save_arrays(
     *,
     sync: bool = True,
 ) -> None:
-    """Write a safetensors file of float64 and int64 arrays, so that it is there whole or not.
+    """Write a safetensors file of float64 and int64 arrays atomically.
 
     ``sync`` is as in ``write_atomic``.
     """
@@ -216,12 +216,12 @@ def save_arrays(
 
 
 def _layers(arrays: dict[str, np.ndarray], path: Path) -> list[dict[str, AxisSums]]:
-    """Put the arrays of a file into order; there is one of each part for every axis."""
+    """Sort the arrays of a file by layer and axis; every axis has one array of each part."""
     axes: dict[int, set[str]] = {}
     for name in arrays:
         match = ARRAY.fullmatch(name)
         if not match:
-            raise StatsError(f"{path}: {name}", "is no array of statistics", fix=AGAIN)
+            raise StatsError(f"{path}: {name}", "is not an array of statistics", fix=AGAIN)
         axes.setdefault(int(match[1]), set()).add(match[2])
     return [
         {
@@ -266,7 +266,7 @@ def _check_dtypes(where: object, dtype: type, *arrays: np.ndarray) -> None:
 
 SAME_MODEL = "merge statistics of the same checkpoint"
 NORM_TOLERANCE = 1e-9
-"""Machines add the squares of a column in different orders."""
+"""Machines add the squares of a column in different orders, so norms differ a little."""
 
 SAME = {
     "fingerprint": ("another model's", SAME_MODEL),
@@ -274,25 +274,26 @@ SAME = {
         "counted in other buckets of tokens",
         "calibrate with the same `vocab_sizes` and options of the vocabulary",
     ),
-    "dtype": ("taken in another dtype", "calibrate with the same `dtype`"),
+    "dtype": ("measured in another dtype", "calibrate with the same `dtype`"),
     "vocab_size": (
-        "taken of text that another vocabulary cut",
+        "measured on text that another vocabulary tokenized",
         "calibrate with the same `vocab_size`",
     ),
-    "seq_len": ("taken with other windows", "calibrate with the same `seq_len`"),
+    "seq_len": ("measured with other windows", "calibrate with the same `seq_len`"),
 }
-"""Field of StatsInfo → what it means when it differs, and what to do."""
+"""Field of StatsInfo → the problem where it differs, and the fix."""
 
 
 def merge_stats(paths: Sequence[Path]) -> ChannelStats:
     """Add the statistics of runs over separate texts.
 
-    Counts are exact. The sums are float64 and added in the order of the texts' digests, so that
-    the order of ``paths`` changes no bit; merging in several steps may change the last one. Two
-    files are in memory at a time.
+    Counts are exact. The sums are float64 and added in the order of the texts' digests, so the
+    order of ``paths`` does not change the result. Merging in several steps may change the last
+    bit. Two files are in memory at a time.
 
     Raises:
-        StatsError: other model, buckets, dtype or windows than the first file, or a text twice.
+        StatsError: a file has another model, other buckets, dtype or windows than the first, or
+            a text occurs twice.
     """
     infos = {path: read_info(path) for path in paths}
     _check_infos(paths, infos)
@@ -332,7 +333,7 @@ def _add(total: ChannelStats, other: ChannelStats, path: Path) -> ChannelStats:
     )
     if found != shapes:
         raise _refused(path, "has arrays of other shapes", None, None, "calibrate again")
-    with np.errstate(over="ignore"):  # the check below refuses what is not finite
+    with np.errstate(over="ignore"):  # the check below refuses sums that are not finite
         layers = [
             {axis: _add_sums(sums, axes[axis], path) for axis, sums in before.items()}
             for before, axes in zip(total.layers, other.layers, strict=True)

@@ -1,4 +1,4 @@
-"""Which FFN channels stay: statistics → importance → the best I' of each layer."""
+"""Which FFN channels to keep: statistics → importance → the best I' of each layer."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from surgery.tokenizer.id_map import IdMap
 DEFAULT_CRITERION = "common-act2"
 
 LEAST_TOKENS = 16
-"""Fewer tokens than this do not rank an expert's channels."""
+"""An expert's channels are not ranked by fewer tokens than this."""
 
 
 @dataclass(frozen=True)
@@ -22,25 +22,25 @@ class ChannelOptions:
     criterion: str = DEFAULT_CRITERION
     """Importance of a channel, a key of ``CRITERIA``."""
     min_expert_tokens: int = LEAST_TOKENS
-    """Fewest tokens that an expert must have seen for its channels to be ranked."""
+    """Fewest tokens routed to an expert for its channels to be ranked."""
     repair: str = "none"
-    """"none", or "least-squares": down_proj is refitted to the channels that stay."""
+    """"none", or "least-squares": down_proj is refitted to the kept channels."""
 
 
 def bucket_weights(stats: ChannelStats, ids: IdMap) -> np.ndarray:
-    """float64 ``[buckets]``: the share of each bucket's occurrences whose token stays.
+    """float64 ``[buckets]``: the share of each bucket's occurrences whose token is kept.
 
-    It is 0 or 1, which makes eq. 5 exact, where V' is one of the bucket edges.
+    Where V' is one of the bucket edges, every share is 0 or 1, which makes eq. 5 exact.
     """
     buckets = len(stats.info.bucket_edges)
     kept = np.where(ids.keep_mask(), stats.token_counts, 0)
     total = np.bincount(stats.bucket_of, weights=stats.token_counts, minlength=buckets)
-    stays = np.bincount(stats.bucket_of, weights=kept, minlength=buckets)
-    return np.divide(stays, total, out=np.zeros(buckets), where=total > 0)
+    kept_total = np.bincount(stats.bucket_of, weights=kept, minlength=buckets)
+    return np.divide(kept_total, total, out=np.zeros(buckets), where=total > 0)
 
 
 Criterion = Callable[[AxisSums, np.ndarray, list[int]], np.ndarray]
-"""From sums, float64 ``[buckets]`` of what each bucket counts and a seed to ``[experts, I]``."""
+"""(sums, weights float64 ``[buckets]``, seed) → importance ``[experts, I]``."""
 
 
 def _common_act2(sums: AxisSums, weights: np.ndarray, seed: list[int]) -> np.ndarray:
@@ -77,18 +77,18 @@ CRITERIA: dict[str, Criterion] = {
     "l2": _l2,
     "random": _random,
 }
-"""Importance I_k of each expert's channels; an FFN that is no expert counts as one.
+"""Importance I_k of each expert's channels; an FFN that is not an expert counts as one.
 
-- ``common-act2``: eq. 5, Σ act² over the tokens that stay; ``act2``: eq. 4, over all; ``abs-act``:
-  Σ|act| over all; ``random``: seeded chance.
+- ``common-act2``: eq. 5, Σ act² over the kept tokens; ``act2``: eq. 4, over all; ``abs-act``:
+  Σ|act| over all; ``random``: seeded random numbers.
 - ``wanda``: ||W[:, k]||₂ · √(eq. 5). Wanda (arXiv 2306.11695, eq. 1) scores the weight W[d, k] by
   |W[d, k]| · ||x_k||₂ with x the input; this is the norm of a channel's scores over its column.
 - ``l2``: first stage of 2SSP (arXiv 2501.17771): the norm √(Σ act²) over a window's tokens, mean
-  over windows. Their number is the same for all channels and left out.
+  over windows. Here it is the sum over windows, which gives the same order of channels.
 """
 
 Kept = list[dict[str, list[np.ndarray]]]
-"""Per layer: channel axis → per expert the ascending indices of the channels that stay."""
+"""Per layer: channel axis → per expert the ascending indices of the kept channels."""
 
 
 def choose_channels(
@@ -100,8 +100,8 @@ def choose_channels(
 ) -> Kept:
     """Return the ``lengths[axis]`` best channels of every layer and expert.
 
-    Of channels with equal importance the first ones stay. Those of an axis that has one of
-    ``blocks`` go and stay in whole blocks of this length, by the sum of their importance.
+    Of channels with equal importance, the first are kept. On an axis in ``blocks``, channels are
+    kept in whole blocks of that length, by the sum of their importance.
     """
     weights = bucket_weights(stats, ids)
     return [

@@ -1,4 +1,4 @@
-"""Statistics of parts add up to those of the whole; what does not belong together is refused."""
+"""Statistics of parts add up to those of the whole; those that do not fit are refused."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,9 @@ def make_stats(name: str, seed: int, **changes: Any) -> ChannelStats:
                 rng.lognormal(sigma=5, size=(3, *shape)),
                 rng.integers(0, 1000, (3, shape[0])),
                 rng.lognormal(sigma=5, size=shape),
-                np.arange(1.0, 1 + np.prod(shape)).reshape(shape),  # the model's
+                np.arange(1.0, 1 + np.prod(shape)).reshape(
+                    shape
+                ),  # of the model, so equal in all runs
             )
             for axis, shape in axes.items()
         }
@@ -114,7 +116,7 @@ def test_one_file_is_itself(tmp_path: Path) -> None:
         ({"fingerprint": "other"}, ("another model's", "expected model", "found other")),
         ({"bucket_edges": [5, 9, 12]}, ("other buckets", "[4, 9, 12]", "--vocab-sizes")),
         ({"dtype": "bfloat16"}, ("another dtype", "expected float32", "--dtype")),
-        ({"vocab_size": 9}, ("another vocabulary cut", "found 9", "--vocab-size")),
+        ({"vocab_size": 9}, ("another vocabulary tokenized", "found 9", "--vocab-size")),
         ({"seq_len": 16}, ("other windows", "expected 8, found 16", "--seq-len")),
         ({"text_digest": "first"}, ("count twice", "text first", "one holds, too")),
         ({"parts": ["a", "first"]}, ("count twice", "text first", "one holds, too")),
@@ -175,7 +177,7 @@ def test_arrays_that_cannot_be_added_are_refused(tmp_path: Path, damage: Any, wo
         merge_stats(paths)
 
 
-def test_what_is_no_statistics_file_is_refused(tmp_path: Path, run: Run, llama: Path) -> None:
+def test_another_file_is_refused(tmp_path: Path, run: Run, llama: Path) -> None:
     one = save(make_stats("text", 0), tmp_path / "one")
     for other in (tmp_path / "none", llama / "config.json", llama):
         result = run("stats", "merge", one, other, "-o", tmp_path / "out")
@@ -244,7 +246,7 @@ def test_parts_of_a_text_equal_one_run(
 
 
 def kept_by(run: Run, model: Path, stats: Path) -> Any:
-    """What a plan from ``stats`` keeps."""
+    """The channels that a plan from ``stats`` keeps."""
     plan = stats.with_name(f"{stats.name}.plan.json")
     options = ("--ratio", 0.2, "--multiple-of", 8, "--min-expert-tokens", 0)
     result = run("plan", model, "--stats", stats, *options, "-o", plan)
