@@ -176,7 +176,7 @@ class _SourceBlocks:
 
     @contextmanager
     def read(self, row: int, rows: int, start: int, stop: int) -> Iterator[np.ndarray]:
-        """Yield ``rows`` from ``row`` on, at positions ``start`` to ``stop``; valid in the block."""
+        """Yield ``rows`` from ``row`` on, at positions ``start`` to ``stop``."""
         edit, tensor = self._edit, self._edit.source
         columns = math.prod(tensor.shape[edit.dim + 1 :])
         shape = (rows, stop - start, columns)
