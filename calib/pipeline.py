@@ -10,7 +10,7 @@ from calib.study.repair import repair_plan
 from calib.study.study import open_study
 from calib.text.chat import documents_of
 from surgery.api import plan_choice
-from surgery.apply.output_directory import check_file, check_place
+from surgery.apply.output_directory import check_file, check_output_path
 from surgery.apply.run import ApplyOptions, apply_to
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
@@ -37,7 +37,7 @@ class PlanFiles:
         Raises:
             OutputError: it is no place for what is made of the directory ``model``.
         """
-        check_place(output, model)
+        check_output_path(output, model)
         plan, stats = (output.with_name(output.name + end) for end in (PLAN_END, STATS_END))
         files = cls(plan, stats, output)
         files.check(model)

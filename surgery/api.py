@@ -1,4 +1,4 @@
-"""The library's functions: open a model, plan a cut, apply it, verify it."""
+"""The library's functions: open a model, make a plan, apply it, verify the output."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,28 +29,28 @@ from surgery.vocabulary.order import VocabularyOptions
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint whose every tensor has been recognized; no weights are read."""
+    """A checkpoint whose tensors are all recognized; no weights are read."""
 
     layout: Layout
     name: str
-    """As it was asked for."""
+    """The argument of ``open_model``."""
 
     @property
     def path(self) -> Path:
-        """Its directory."""
+        """Directory of the checkpoint."""
         return self.layout.checkpoint.path
 
     @property
     def source(self) -> str:
-        """What finds it again: an absolute path, or ``org/name@commit``."""
+        """Absolute path, or ``org/name@commit``: what a plan names as its source."""
         return self.layout.checkpoint.source
 
     def census(self) -> Census:
-        """Count where its parameters are (paper eq. 1–3, figure 1)."""
+        """Count parameters by group of tensors (paper eq. 1–3, figure 1)."""
         return Census.of(self.layout, self.name)
 
     def vocabulary(self) -> VocabCensus:
-        """Count what the rows of its vocabulary are spent on."""
+        """Count the rows of the vocabulary by script and by kind of token."""
         return vocabulary_census(self.layout)
 
 
@@ -69,8 +69,8 @@ def open_model(model: str | Path, *, family: str | None = None) -> Model:
         The model, which plans are made from.
 
     Raises:
-        CheckpointError: it is not there, or damaged, or quantized in a way that cannot be cut.
-        UnknownTypeError: its model type is not supported.
+        CheckpointError: the checkpoint is missing or damaged, or its quantization is not supported.
+        UnknownTypeError: the model type is not supported.
     """
     return Model(open_layout(model, family), str(model))
 
@@ -86,12 +86,12 @@ def open_layout(model: str | Path, family: str | None = None) -> Layout:
 
 
 def as_layout(model: Model | str | Path, family: str | None = None) -> Layout:
-    """The layout of an open model, or of one that is opened."""
+    """Return the layout of an open model, or open the model first."""
     return model.layout if isinstance(model, Model) else open_layout(model, family)
 
 
 def probe_model(model: str | Path) -> Proposal:
-    """Say what a checkpoint may be, whatever its model type."""
+    """Return the families that fit a checkpoint of any model type, or a proposed entry."""
     return propose(Checkpoint.open(resolve_model(str(model))[0]))
 
 
@@ -121,8 +121,8 @@ def make_plan(  # noqa: PLR0913
 ) -> Plan:
     """Choose what to remove and predict the result; no weights are read.
 
-    What is not named stays whole. Without ``stats`` the plan shows sizes; where channels go, it
-    cannot be applied.
+    A size that is not named does not change. Without ``stats`` the plan predicts sizes. Such a plan
+    cannot be applied if it removes channels.
 
     Example:
         >>> plan = surgery.make_plan(model, stats="stats.safetensors", ratio=0.2)
@@ -132,30 +132,30 @@ def make_plan(  # noqa: PLR0913
         model: From ``open_model``, or what ``open_model`` takes.
         stats: Channel statistics, or their file.
         ratio: Share of all parameters to remove; V' and I' follow by the rule of thumb.
-        vocab_size: V', rows of the embedding that stay.
-        intermediate_size: I', channels of each layer that stay.
-        widths: Key of config.json → channels that stay, for models with several widths.
-        layers: Layers that stay or become one, such as "0-20,21+22+23,24-29".
-        num_hidden_layers: Layers that stay, those of the largest block influence.
+        vocab_size: V', rows of the embedding to keep.
+        intermediate_size: I', channels of each layer to keep.
+        widths: Key of config.json → channels to keep, for models with several widths.
+        layers: Layers to keep or to merge, such as "0-20,21+22+23,24-29".
+        num_hidden_layers: How many layers to keep, those of the largest block influence.
         multiple_of: What V' and I' must be multiples of; 128 with ``ratio``.
         target: What an engine divides the sizes by, such as "tp=4,group=128".
-        dequantize: Whether FP8 weights become bf16, which can be cut anywhere.
+        dequantize: Whether FP8 weights become bf16, which can be pruned anywhere.
         vocab_by: "merge-order", or "frequency" over ``data``.
-        drop_reserved: Whether tokens go that are reserved for later use.
-        keep_tokens: Tokens that must stay, or a file of them.
-        keep_scripts: Unicode scripts whose tokens must stay.
+        drop_reserved: Whether to remove tokens that are reserved for later use.
+        keep_tokens: Tokens to keep, or a file of them.
+        keep_scripts: Unicode scripts whose tokens to keep.
         criterion: Importance of a channel: common-act2, act2, abs-act, wanda, l2 or random.
         min_expert_tokens: Fewest tokens that an expert must have seen to be ranked.
-        data: Text: a path, ``hub:name``, or documents. It shows what the cut of the vocabulary
-            costs, and is what "frequency" counts.
+        data: Text: a path, ``hub:name``, or documents. It shows what a smaller vocabulary costs,
+            and "frequency" counts its tokens.
         seed: Shuffles the documents.
-        output: Directory that ``apply_plan`` writes, unless told otherwise.
+        output: Directory that ``apply_plan`` writes, unless it is given another.
         family: As for ``open_model``.
 
     Raises:
-        BudgetError: sizes or a ratio that are out of reach.
-        StatsError: statistics that belong to another model.
-        TokenizerError: a vocabulary that cannot be cut.
+        BudgetError: the sizes or the ratio are out of reach.
+        StatsError: the statistics belong to another model.
+        TokenizerError: the vocabulary cannot be pruned.
     """
     sizes = SizeRequest(
         ratio=ratio,
@@ -180,7 +180,7 @@ def make_plan(  # noqa: PLR0913
 
 
 Documents = Callable[[], Iterable[str]]
-"""Reads a text, anew at each call."""
+"""Returns the documents of a text, read anew at each call."""
 
 
 def plan_model(
@@ -191,7 +191,7 @@ def plan_model(
     documents: Documents | None = None,
     output: Path | None = None,
 ) -> Plan:
-    """Choose the sizes and plan the cut, as ``make_plan``."""
+    """Choose the sizes and make the plan, as ``make_plan`` does."""
     influence = stats.block_influence if stats is not None else None
     choice = choose_sizes(layout, request, documents() if documents else None, influence)
     shown = documents() if documents else ()
@@ -206,13 +206,13 @@ def plan_choice(
     documents: Iterable[str] = (),
     output: Path | None = None,
 ) -> Plan:
-    """Plan a cut whose sizes are chosen; ``documents`` show what that of the vocabulary costs."""
+    """Make a plan with chosen sizes; ``documents`` show what the smaller vocabulary costs."""
     ids, cost = choice.rarity.id_map(choice.sizes.vocab_size), None
     if choice.tokenizer is not None and not ids.identity:
         order = choice.request.vocabulary.vocab_by
         cost = vocabulary_cost(choice.tokenizer, ids, order, documents)
     plan = plan_cut(layout, choice, stats, cost=cost, output=output)
-    # What apply would refuse in the files beside the weights is refused now.
+    # Refuse now what apply would refuse in the files beside the weights.
     check_companions(plan, layout.checkpoint, choice.tokenizer)
     return plan
 
@@ -240,24 +240,24 @@ def apply_plan(  # noqa: PLR0913
     Args:
         plan: A plan, or its file.
         output: Directory to write; None is the plan's own. It must not exist.
-        source: The model's directory; None is where the plan found it.
-        resume: Whether to go on with an interrupted run of the same plan.
-        jobs: Shards that are written at the same time.
+        source: The model's directory or hub id; None is the plan's own.
+        resume: Whether to continue an interrupted run of the same plan.
+        jobs: Shards to write at the same time.
         engine: "local", or "ray": each shard a task on a cluster that shares the file system.
         io: "mmap", or "read" for network file systems.
         checksum: Whether to compare each shard with its known SHA-256 before any of it is used.
-        progress: Called with "apply", bytes written, and bytes in all.
+        progress: Called with "apply", the bytes written so far, and all bytes to write.
 
     Returns:
-        Where it lies, and what it took.
+        The checkpoint's directory, and what the run took.
 
     Raises:
-        PlanError: it names no output, or belongs to another source.
+        PlanError: the plan names no output, or was made for another source.
         OutputError: the output exists, or cannot be written.
     """
     loaded = plan if isinstance(plan, Plan) else Plan.load(plan)
-    place = Path(output) if output is not None else None
-    options = ApplyOptions(place, resume, jobs, engine, io, checksum)
+    directory = Path(output) if output is not None else None
+    options = ApplyOptions(directory, resume, jobs, engine, io, checksum)
     return apply_to(loaded, resolve_model(str(source or loaded.source))[0], options, progress)
 
 
@@ -276,10 +276,10 @@ def verify_checkpoint(
         >>> assert report.ok, report.table()
 
     Args:
-        output: The directory.
-        plan: The plan, or its file; None is the one in the directory, if any.
-        source: The source's directory; None is where the plan found it, if it is still there.
-        download: Whether weights of a source on the hub are downloaded to be compared.
+        output: The checkpoint's directory.
+        plan: The plan, or its file; None is the plan in the directory, if any.
+        source: The source's directory; None is the plan's own, if it still exists.
+        download: Whether to download weights of a source on the hub to compare them.
         io: As for ``apply_plan``.
 
     Raises:

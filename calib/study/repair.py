@@ -19,7 +19,7 @@ from surgery.families.schema import renumbered
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
 from surgery.planning.replacement import Entry, ReplacementWriter
-from surgery.planning.shapes import axis_lengths, cut_shape, output_dtype
+from surgery.planning.shapes import axis_lengths, output_dtype, output_shape
 from surgery.planning.sizes import Sizes
 from surgery.process import Advance, Progress, no_advance, peak_rss_bytes, stage
 
@@ -111,7 +111,7 @@ def _entries(plan: Plan, layout: Layout) -> list[Entry]:
                     "stays in FP8, which refitted weights do not fit into",
                     fix="plan with `dequantize`, or without `repair`",
                 )
-            found.append((renumbered(name, number), dtype, cut_shape(layout, ref, sizes)))
+            found.append((renumbered(name, number), dtype, output_shape(layout, ref, sizes)))
     return found
 
 

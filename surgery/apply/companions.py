@@ -1,4 +1,4 @@
-"""The files beside the weights: carried, rewritten through the id map, or left behind."""
+"""The files beside the weights: copied, rewritten through the id map, or left out."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from surgery.families.schema import Family, renumbered
 from surgery.families.table import family_of
 from surgery.files.model_files import INDEX_NAME, TOKENIZER_NAME
 from surgery.files.strict_json import dump_json, dump_table, read_file, read_json, table_pieces
-from surgery.planning.layers import layer_keys, spelled_layers
+from surgery.planning.layers import format_layers, layer_keys
 from surgery.planning.plan import Plan
 from surgery.tokenizer.id_map import IdMap, KeptTokens
 from surgery.tokenizer.legacy import is_legacy
@@ -26,7 +26,7 @@ LICENSE = re.compile(r"^license: *(\S+) *$", re.MULTILINE)
 
 
 def model_card(plan: Plan, checkpoint: Checkpoint) -> bytes:
-    """Return README.md; the license is the one that the source's card names."""
+    """Return README.md of the output; its license is the one that the source's card names."""
     base = _base_model(plan, checkpoint)
     before, after = plan.before, plan.after
     removed = 1 - after.parameters / before.parameters
@@ -70,13 +70,13 @@ def _layers(plan: Plan) -> str:
     if not plan.layers:
         return ""
     return (
-        f"Of its layers {spelled_layers(plan.layers)} stay; those joined by + became one, as in\n"
+        f"Of its layers {format_layers(plan.layers)} stay; those joined by + became one, as in\n"
         "LaCo (arXiv 2402.11187). "
     )
 
 
 def _base_model(plan: Plan, checkpoint: Checkpoint) -> str:
-    """The hub id where it is known, else the directory's name: never a local path."""
+    """Return the hub id where it is known, else the directory's name, but never a local path."""
     for name in (checkpoint.config.get("_name_or_path"), plan.source.partition("@")[0]):
         if isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
             return name
@@ -87,50 +87,50 @@ CARRIED = re.compile(
     r".+\.(json|jinja)|merges\.txt|tokenizer\.model|(LICENSE|NOTICE|USE_POLICY|COPYRIGHT).*",
     re.IGNORECASE,
 )
-"""Files an output may have; all others are left behind, and said to be."""
+"""Files that an output may have; all others are left out (``files_left_out``)."""
 
 SENTENCEPIECE_NAME = "tokenizer.model"
 
 SHADOWING = ("tekken.json", "params.json", SENTENCEPIECE_NAME)
-"""Vocabulary files that other loaders prefer silently: never left stale beside a cut one."""
+"""Vocabulary files that other loaders prefer silently; none may stay stale beside a pruned one."""
 
 CODE = "auto_map"
-"""Key that points at Python files of a checkpoint, which are never run and left behind."""
+"""Key that points at Python files of a checkpoint, which are never run and are left out."""
 
 UNQUANTIZED = ("modules_to_not_convert", "ignored_layers")
-"""Keys of lists of modules in a quantization_config."""
+"""Keys of a quantization_config whose lists name the modules that are not quantized."""
 
 LAYER_OF = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.([0-9]+)(?:\.|$)")
 
 TABLES = ("vocab.json", "added_tokens.json")
-"""Files of token → id."""
+"""Files that map token → id."""
 
 Content = bytes | Iterator[bytes]
-"""Of a file, whole or in pieces."""
+"""Content of a file, whole or in pieces."""
 
 OWN = ("config.json", INDEX_NAME, "README.md", "compact_surgery.json")
 """Files that apply writes itself."""
 
 
-def left_behind(directory: Path, ids: IdMap) -> list[str]:
-    """Names in ``directory`` that the output will not have."""
-    stays = {*OWN, *_carried(directory, ids)}
+def files_left_out(directory: Path, ids: IdMap) -> list[str]:
+    """Return the names in ``directory`` that the output will not have."""
+    included = {*OWN, *_carried(directory, ids)}
     return [
         path.name
         for path in sorted(directory.iterdir())
-        if path.name not in stays
+        if path.name not in included
         and path.suffix != ".safetensors"
         and not path.name.startswith(".")
     ]
 
 
 def companion_files(plan: Plan, checkpoint: Checkpoint) -> dict[str, Content]:
-    """Return name → content of every file beside the weights but those in ``OWN``.
+    """Return name → content of every file beside the weights except those in ``OWN``.
 
-    tokenizer.json, which may be large, is made piece by piece as it is written.
+    tokenizer.json may be large, so it is made piece by piece as it is written.
 
     Raises:
-        TokenizerError: an id that does not stay is needed, or two files contradict each other.
+        TokenizerError: a removed id is needed, or two files contradict each other.
     """
     directory, ids = checkpoint.path, plan.ids()
     names = _carried(directory, ids)
@@ -138,22 +138,26 @@ def companion_files(plan: Plan, checkpoint: Checkpoint) -> dict[str, Content]:
         return {name: _copy(directory / name) for name in names}
     source = TokenizerFile.reopen(directory)
     tokens = ChainMap(source.added, source.vocab)
-    names.sort(key=SENTENCEPIECE_NAME.__eq__)  # last: what it takes is then not added to
-    files = {name: _rewrite(directory / name, tokens, ids) for name in names if name not in CUT}
-    cut = source.rewrite(ids)
-    return files | {name: CUT[name](cut) for name in names if name in CUT}
+    names.sort(key=SENTENCEPIECE_NAME.__eq__)  # last: it takes much memory
+    files = {
+        name: _rewrite(directory / name, tokens, ids)
+        for name in names
+        if name not in FROM_TOKENIZER
+    }
+    pruned = source.rewrite(ids)
+    return files | {name: FROM_TOKENIZER[name](pruned) for name in names if name in FROM_TOKENIZER}
 
 
 def check_companions(plan: Plan, checkpoint: Checkpoint, source: TokenizerFile | None) -> None:
-    """Refuse, while planning, what ``companion_files`` would refuse later.
+    """Refuse during planning what ``companion_files`` would refuse later.
 
     Args:
-        plan: What is to be made.
-        checkpoint: Of the plan's source.
-        source: Its tokenizer; None where the vocabulary stays whole.
+        plan: The plan.
+        checkpoint: The plan's source.
+        source: Its tokenizer; None where the whole vocabulary is kept.
 
     Raises:
-        TokenizerError: as there.
+        TokenizerError: as ``companion_files``.
     """
     directory, ids = checkpoint.path, plan.ids()
     pruned_config(plan, checkpoint)
@@ -166,16 +170,16 @@ def check_companions(plan: Plan, checkpoint: Checkpoint, source: TokenizerFile |
 
 
 def rewrite_document(path: Path, tokens: Mapping[str, int], ids: IdMap) -> dict[str, Any]:
-    """Return a JSON file that refers to ``tokens`` of the source, with new ids, and to no code.
+    """Return a JSON file of the source with new ids of ``tokens``, and without pointers to code.
 
     Raises:
-        TokenizerError: an id or a token that does not stay is needed.
+        TokenizerError: a removed id or token is needed.
     """
 
-    def is_gone(token: str) -> bool:
+    def is_removed(token: str) -> bool:
         return token in tokens and ids.new(tokens[token]) is None
 
-    data = visit_ids(remove_tokens(read_json(path), is_gone, path), ids.new, path)
+    data = visit_ids(remove_tokens(read_json(path), is_removed, path), ids.new, path)
     if path.name == "tokenizer_config.json" and type(data.get("vocab_size")) is int:
         sizes = {ids.old_size: ids.new_size, len(tokens): len(KeptTokens(tokens, ids))}
         data["vocab_size"] = sizes.get(data["vocab_size"], data["vocab_size"])
@@ -183,7 +187,7 @@ def rewrite_document(path: Path, tokens: Mapping[str, int], ids: IdMap) -> dict[
 
 
 def pruned_config(plan: Plan, checkpoint: Checkpoint) -> bytes:
-    """config.json of the output; the source's own bytes when nothing changes."""
+    """Return config.json of the output; the source's own bytes when nothing changes."""
     path = checkpoint.path / "config.json"
     family = family_of(checkpoint.config, path, checkpoint.family)
     changes = config_changes(plan, family)
@@ -196,7 +200,7 @@ def pruned_config(plan: Plan, checkpoint: Checkpoint) -> bytes:
 
 
 def config_changes(plan: Plan, family: Family) -> dict[str, int]:
-    """Key of config.json → new number: widths that change, and no layers that guess ahead."""
+    """Return key of config.json → new number: changed widths, and 0 layers that predict ahead."""
     changes = {k: n for k, n in plan.after.widths.items() if n != plan.before.widths.get(k)}
     drafts = plan.dropped and family.draft_layers
     return changes | ({family.draft_layers: 0} if drafts else {})
@@ -205,7 +209,7 @@ def config_changes(plan: Plan, family: Family) -> dict[str, int]:
 def relayered_config(
     config: dict[str, Any], family: Family, plan: Plan, where: object
 ) -> dict[str, Any]:
-    """Return config.json with the number of layers and all that it says of each, key order kept."""
+    """Return config.json with the new number of layers and their entries; its key order is kept."""
     text = dict(family.text_config(config))
     text |= layer_keys(text, family, plan.layers, plan.before.num_hidden_layers, where)
     config = {**config, family.section: text} if family.section else text
@@ -214,7 +218,7 @@ def relayered_config(
 
 
 def _renumbered_modules(data: dict[str, Any], numbers: Mapping[int, int]) -> dict[str, Any]:
-    """Return a copy whose lists of modules that stay unquantized name layers by new numbers."""
+    """Return a copy whose lists of unquantized modules name layers by their new numbers."""
     result = dict(data)
     for key, value in data.items():
         if isinstance(value, dict):
@@ -232,20 +236,20 @@ def _renumbered_modules(data: dict[str, Any], numbers: Mapping[int, int]) -> dic
 def _carried(directory: Path, ids: IdMap) -> list[str]:
     names = sorted(path.name for path in directory.iterdir() if path.is_file())
     if not ids.identity and is_legacy(directory):
-        names.append(TOKENIZER_NAME)  # a cut vocabulary has one in any case
+        names.append(TOKENIZER_NAME)  # a pruned vocabulary always has one
     return [
         name
         for name in names
         if CARRIED.fullmatch(name)
         and name not in OWN
         and not name.endswith(".safetensors")
-        and not _leads_away(directory / name)
-        and (ids.identity or name not in SHADOWING or _can_be_cut(directory / name))
+        and not _leaves_model(directory / name)
+        and (ids.identity or name not in SHADOWING or _can_be_pruned(directory / name))
     ]
 
 
-def _leads_away(path: Path) -> bool:
-    """Whether a file that is no JSON is a link out of its model: it would be published unread.
+def _leaves_model(path: Path) -> bool:
+    """Whether a file other than JSON is a link out of its model: it would be published unread.
 
     The hub's cache keeps a model's files in a folder of blobs beside its snapshots.
     """
@@ -255,30 +259,30 @@ def _leads_away(path: Path) -> bool:
     return not (target.is_relative_to(model) or target.parent == model.parent.parent / "blobs")
 
 
-def _can_be_cut(path: Path) -> bool:
-    """Whether ``path`` is the SentencePiece model that its name says; others go by that name."""
+def _can_be_pruned(path: Path) -> bool:
+    """Whether ``path`` is a SentencePiece model; other kinds of file have the same name."""
     return path.name == SENTENCEPIECE_NAME and is_sentencepiece(read_file(path))
 
 
 def _copy(path: Path) -> bytes:
-    """The file as it is, but for a pointer to code, which the output does not have."""
+    """Return the file unchanged, except that a pointer to code is removed."""
     raw = read_file(path)
     if path.suffix != ".json" or CODE.encode() not in raw:
         return raw
     return dump_json({key: value for key, value in read_json(path).items() if key != CODE})
 
 
-def _merge_lines(cut: dict[str, Any]) -> Iterator[bytes]:
+def _merge_lines(tokenizer: dict[str, Any]) -> Iterator[bytes]:
     yield b"#version: 0.2\n"
-    for merge in cut["model"]["merges"]:
+    for merge in tokenizer["model"]["merges"]:
         yield f"{merge if isinstance(merge, str) else ' '.join(merge)}\n".encode()
 
 
-CUT: dict[str, Callable[[dict[str, Any]], Iterator[bytes]]] = {
+FROM_TOKENIZER: dict[str, Callable[[dict[str, Any]], Iterator[bytes]]] = {
     TOKENIZER_NAME: table_pieces,
     "merges.txt": _merge_lines,
 }
-"""Files that are made of the cut tokenizer.json."""
+"""File → how it is made of the pruned tokenizer.json."""
 
 
 def _rewrite(path: Path, tokens: Mapping[str, int], ids: IdMap) -> bytes:
@@ -292,7 +296,7 @@ def _rewrite(path: Path, tokens: Mapping[str, int], ids: IdMap) -> bytes:
 
 
 def _rewrite_table(path: Path, tokens: Mapping[str, int], ids: IdMap) -> dict[str, int]:
-    """Map a file of token → id, which must agree with tokenizer.json."""
+    """Map the ids in a file of token → id, which must agree with tokenizer.json."""
     table = read_json(path)
     for token, old in table.items():
         if tokens.get(token) != old:

@@ -1,4 +1,4 @@
-"""What an apply reads, writes and needs, predicted from its edits."""
+"""Bytes, disk and memory that applying a plan takes, predicted from its edits."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,33 +13,34 @@ from surgery.planning.plan import Plan
 from surgery.tokenizer.legacy import is_legacy
 
 PROGRAM_BYTES = 44_000_000
-"""Peak of the program on a model of some kilobytes."""
+"""Peak memory of the program on a model of some kilobytes."""
 
-TOKENIZER_BYTES, CUT_BYTES, LEGACY_BYTES, WHOLE_BYTES = 21_000_000, 1.5, 26, 1.2
-"""Beside that, for a vocabulary that is cut, and for each byte of a tokenizer that is cut, has to
-be built from vocab.json and merges.txt and is cut, or stays whole. Measured: SmolLM2 75 MB
-(predicted 70), without tokenizer.json 97 (98); Llama 3.1's tokenizer 77 (79); Qwen 3's 76 (82),
-without tokenizer.json 191 (189); Gemma 3's 110 to 122 (115), the most where nearly all tokens stay
-or there is a tokenizer.model."""
+TOKENIZER_BYTES, PRUNED_BYTES, LEGACY_BYTES, WHOLE_BYTES = 21_000_000, 1.5, 26, 1.2
+"""Further memory: a constant where the vocabulary is pruned; then bytes for each byte of a
+tokenizer that is pruned, is built from vocab.json and merges.txt and pruned, or is kept whole.
+
+Measured: SmolLM2 75 MB (predicted 70), without tokenizer.json 97 (98); Llama 3.1's tokenizer 77
+(79); Qwen 3's 76 (82), without tokenizer.json 191 (189); Gemma 3's 110 to 122 (115), the most where
+nearly all tokens are kept or there is a tokenizer.model."""
 
 WINDOWS, DEQUANTIZING, COLLAPSING = 2, 5, 8
-"""Windows a job holds; more where FP8 becomes bf16, or layers become one."""
+"""Windows that a job holds: usually, where FP8 becomes bf16, and where layers are merged."""
 
 
 @dataclass(frozen=True)
 class ApplyCost:
-    """Predicted from headers; bytes are those of tensors."""
+    """What an apply takes, predicted from headers; bytes are those of tensors."""
 
     read_bytes: int
-    """Of the source's shards."""
+    """Bytes read from the source's shards."""
     written_bytes: int
     disk_bytes: int
-    """That have to be free: everything is written before it gets its name."""
+    """Bytes that have to be free on the disk."""
     memory_bytes: int
-    """Peak, resident."""
+    """Peak resident memory."""
 
     def line(self) -> str:
-        """One line for people."""
+        """Return the figures as one line for people."""
         read, written, disk = (
             f"{n / 1e6:,.1f} MB" for n in (self.read_bytes, self.written_bytes, self.disk_bytes)
         )
@@ -64,18 +65,18 @@ def apply_cost(plan: Plan, layout: Layout, jobs: int) -> ApplyCost:
 
 
 def _scales(tensors: Iterable[OutputTensor]) -> int:
-    """Bytes of the scales that are multiplied into their weights."""
+    """Return the bytes of the scales that are multiplied into their weights."""
     scalings = (edit.scaling for tensor in tensors for edit in tensor.edits)
     refs: list[TensorRef] = [scaling.scales for scaling in scalings if scaling is not None]
     return sum(ref.nbytes for ref in refs)
 
 
 def _memory(plan: Plan, checkpoint: Checkpoint, jobs: int) -> int:
-    """The files beside the weights are made first; their memory is free again for the windows."""
+    """Return the peak: the files beside the weights are done before the first window is read."""
     nbytes = sum(path.stat().st_size for path in tokenizer_files(checkpoint.path))
-    cut = not plan.ids().identity
-    per_byte = LEGACY_BYTES if is_legacy(checkpoint.path) else CUT_BYTES
-    tokenizer = TOKENIZER_BYTES + per_byte * nbytes if cut else WHOLE_BYTES * nbytes
+    pruned = not plan.ids().identity
+    per_byte = LEGACY_BYTES if is_legacy(checkpoint.path) else PRUNED_BYTES
+    tokenizer = TOKENIZER_BYTES + per_byte * nbytes if pruned else WHOLE_BYTES * nbytes
     held = DEQUANTIZING if plan.dequantize else WINDOWS
     if any(len(group) > 1 for group in plan.layers):
         held = COLLAPSING

@@ -20,8 +20,8 @@ from surgery.planning.replacement import check_replaced
 from surgery.planning.shapes import (
     axis_lengths,
     check_blocks,
-    cut_shape,
     output_dtype,
+    output_shape,
     shape_of,
     whole_blocks,
 )
@@ -30,29 +30,29 @@ from surgery.planning.sizes import Sizes, whole
 
 @dataclass(frozen=True)
 class Scaling:
-    """What makes numbers of an FP8 weight."""
+    """The scales that turn an FP8 weight into numbers."""
 
     scales: TensorRef
-    """One a block, perhaps in another shard than the weight."""
+    """One scale per block; they may be in another shard than the weight."""
     block_shape: tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """A run of bytes of an output tensor."""
+    """A contiguous run of an output tensor's bytes, and what it is made of."""
 
     source: TensorRef
-    """A tensor of the source, or the matrix of one expert in it."""
+    """A tensor of the source, or one expert's matrix in it."""
     dim: int = 0
     """The dimension that ``indices`` select on."""
     indices: np.ndarray | None = None
-    """Ascending positions that stay; None keeps the tensor whole."""
+    """Ascending positions to keep; None keeps the whole tensor."""
     terms: tuple[TensorRef, ...] = ()
-    """The same tensor of other layers, which become one with this one (``collapse``)."""
+    """The same tensor of other layers, which are merged into this one (``collapse``)."""
     replaces: bool = False
-    """Whether ``source`` lies in a file of the plan's, not in a shard of the source."""
+    """Whether ``source`` is in the plan's file of replacements, not in a shard of the source."""
     scaling: Scaling | None = None
-    """Given, the elements are dequantized to bf16; else they are moved as they are."""
+    """Where given, the elements are dequantized to bf16; else they are copied as they are."""
 
     @property
     def itemsize(self) -> int:
@@ -61,7 +61,7 @@ class Edit:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that this adds to the output."""
+        """Bytes of the run."""
         elements = self.source.parameters
         if self.indices is not None:
             elements = elements // self.source.shape[self.dim] * len(self.indices)
@@ -70,7 +70,7 @@ class Edit:
 
 @dataclass(frozen=True, eq=False)
 class OutputTensor:
-    """One tensor of the output: its edits, one behind the other."""
+    """One tensor of the output: the edits that make its bytes, in order."""
 
     name: str
     dtype: str
@@ -84,11 +84,11 @@ class OutputTensor:
 
 
 def edits(plan: Plan, layout: Layout) -> dict[str, list[OutputTensor]]:
-    """Return what ``plan`` makes of ``layout``: shard → tensors in the source's order.
+    """Return what ``plan`` makes of ``layout``: shard → output tensors in the source's order.
 
-    Every tensor of the source is in exactly one output tensor, or among those that are dropped,
-    or lies in a layer that goes, or holds scales that are multiplied into their weight. A layer
-    that several become lies where the first of them lay.
+    Every tensor of the source is part of exactly one output tensor, or the plan removes it, or it
+    belongs to a removed layer, or it holds scales that are multiplied into their weight. Where
+    several layers are merged, the result is in the shards of the first one.
 
     Raises:
         PlanError: the plan was made for another source, or its channels are not chosen yet.
@@ -103,7 +103,7 @@ def edits(plan: Plan, layout: Layout) -> dict[str, list[OutputTensor]]:
     def outputs(tensor: TensorRef) -> Iterator[OutputTensor]:
         dtype = output_dtype(layout, tensor, sizes)
         if dtype is not None:
-            shape, layer = cut_shape(layout, tensor, sizes), layout.roles[tensor.name].layer
+            shape, layer = output_shape(layout, tensor, sizes), layout.roles[tensor.name].layer
             name, group = tensor.name, [layer or 0]
             if layer is not None:
                 name, group = renumbered(name, numbers[layer]), groups[numbers[layer]]
@@ -113,33 +113,33 @@ def edits(plan: Plan, layout: Layout) -> dict[str, list[OutputTensor]]:
                 yield OutputTensor(name, dtype, shape, (edit,))
                 return
             chosen = kept[numbers[layer]] if layer is not None else {}
-            made = _edits_of(layout, tensor, shape, kept_tokens, chosen)
+            parts = _edits_of(layout, tensor, shape, kept_tokens, chosen)
             if len(group) > 1:
-                made = _collapsed(layout, tensor, made, group[1:])
+                parts = _collapsed(layout, tensor, parts, group[1:])
             if dtype != tensor.dtype:
                 scaling = _scaling(layout.checkpoint, tensor)
-                made = tuple(replace(edit, scaling=scaling) for edit in made)
-            yield OutputTensor(name, dtype, shape, made)
+                parts = tuple(replace(edit, scaling=scaling) for edit in parts)
+            yield OutputTensor(name, dtype, shape, parts)
 
-    made = {
-        name: [made for tensor in header.tensors for made in outputs(tensor)]
+    by_shard = {
+        name: [output for tensor in header.tensors for output in outputs(tensor)]
         for name, header in layout.checkpoint.shards.items()
     }
     for ref in replaced.values():
         check_replaced(ref, None, None)
-    return made
+    return by_shard
 
 
 def sources(shard: Sequence[OutputTensor]) -> frozenset[str]:
-    """Names of the source's shards that these tensors are made of."""
-    made = [edit for tensor in shard for edit in tensor.edits if not edit.replaces]
-    scaled = {edit.scaling.scales.path.name for edit in made if edit.scaling is not None}
-    terms = {term.path.name for edit in made for term in edit.terms}
-    return frozenset({edit.source.path.name for edit in made} | scaled | terms)
+    """Return the names of the source's shards that these tensors are made of."""
+    used = [edit for tensor in shard for edit in tensor.edits if not edit.replaces]
+    scaled = {edit.scaling.scales.path.name for edit in used if edit.scaling is not None}
+    terms = {term.path.name for edit in used for term in edit.terms}
+    return frozenset({edit.source.path.name for edit in used} | scaled | terms)
 
 
 def check_plan(plan: Plan, layout: Layout) -> Sizes:
-    """Return the sizes of a plan that fits ``layout``.
+    """Check that a plan fits ``layout``, and return its sizes.
 
     Raises:
         PlanError: as ``edits``.
@@ -173,7 +173,7 @@ def check_plan(plan: Plan, layout: Layout) -> Sizes:
 
 
 def layer_groups(plan: Plan, layout: Layout) -> list[list[int]]:
-    """Per layer of the output the source's layers that it is made of."""
+    """Return, for each layer of the output, the source's layers that it is made of."""
     return plan.layers or [[layer] for layer in range(layout.num_hidden_layers)]
 
 
@@ -181,10 +181,10 @@ KeptChannels = list[dict[str, list[np.ndarray]]]
 
 
 def kept_channels(plan: Plan, layout: Layout) -> KeptChannels:
-    """Per layer of the output: channel axis → per expert the ascending channels that stay.
+    """Return, for each layer of the output, channel axis → per expert the channels to keep.
 
     Raises:
-        PlanError: the plan has other layers, experts or numbers of channels.
+        PlanError: layers, experts or channels are not as many as the source or the sizes say.
     """
     full, new = (axis_lengths(layout, w) for w in (layout.widths, plan.after.widths))
     result: KeptChannels = []
@@ -208,25 +208,25 @@ def _edits_of(
     kept_tokens: np.ndarray,
     kept: Mapping[str, list[np.ndarray]],
 ) -> tuple[Edit, ...]:
-    """The edits that make ``tensor`` one of ``shape``; ``kept`` are its layer's channels."""
-    place = layout.roles[tensor.name]
-    cut = [number for number, size in enumerate(tensor.shape) if shape[number] != size]
-    if not cut:
+    """Return the edits that give ``tensor`` the ``shape``; ``kept`` are its layer's channels."""
+    role = layout.roles[tensor.name]
+    changed = [number for number, size in enumerate(tensor.shape) if shape[number] != size]
+    if not changed:
         return (Edit(tensor),)
-    number, dim = cut[0], place.slot.dims[cut[0]]
-    assert dim is not None  # cut_shape changes named axes only
-    if dim.axis == VOCAB or place.layer is None:
+    number, dim = changed[0], role.slot.dims[changed[0]]
+    assert dim is not None  # output_shape changes named axes only
+    if dim.axis == VOCAB or role.layer is None:
         return (Edit(tensor, number, kept_tokens),)
     chosen = kept[dim.axis]
-    if Dim(STACK) in place.slot.dims:
+    if Dim(STACK) in role.slot.dims:
         channels = layout.channels_of(dim.axis)
         return tuple(
             Edit(part, number - 1, positions(indices, dim, channels))
             for part, indices in zip(matrices(tensor), chosen, strict=True)
         )
-    indices = positions(chosen[place.expert or 0], dim, layout.channels_of(dim.axis))
+    indices = positions(chosen[role.expert or 0], dim, layout.channels_of(dim.axis))
     fp8 = layout.checkpoint.quantization
-    if place.scales and fp8 is not None:
+    if role.scales and fp8 is not None:
         where = f"plan: {tensor.name}"
         indices = whole_blocks(indices, fp8.block_shape[number], where)
     return (Edit(tensor, number, indices),)
@@ -235,11 +235,11 @@ def _edits_of(
 def _collapsed(
     layout: Layout, tensor: TensorRef, made: tuple[Edit, ...], others: Sequence[int]
 ) -> tuple[Edit, ...]:
-    """The edits ``made`` of a layer's tensor, with the same of ``others`` added to them."""
-    place = layout.roles[tensor.name]
-    if not adds_up(place.slot):
+    """Return the edits ``made`` of a layer's tensor with the same tensor of ``others`` added."""
+    role = layout.roles[tensor.name]
+    if not adds_up(role.slot):
         return made
-    terms = [layout.of_layer[other][renumbered(place.name, other)] for other in others]
+    terms = [layout.of_layer[other][renumbered(role.name, other)] for other in others]
     if len(made) == 1 and made[0].indices is None:
         flat = (replace(ref, shape=(ref.parameters,)) for ref in (tensor, *terms))
         return (Edit(next(flat), terms=tuple(flat)),)
@@ -254,7 +254,7 @@ def _scaling(checkpoint: Checkpoint, weight: TensorRef) -> Scaling | None:
 
 
 def positions(channels: np.ndarray, dim: Dim, length: int) -> np.ndarray:
-    """Ascending positions of ``channels`` on a dimension that holds ``dim.copies`` of an axis."""
+    """Return the positions of ``channels`` on a dimension that holds ``dim.copies`` of an axis."""
     copies = np.arange(dim.copies)
     if dim.interleaved:
         return (channels[:, None] * dim.copies + copies).reshape(-1)
@@ -262,7 +262,7 @@ def positions(channels: np.ndarray, dim: Dim, length: int) -> np.ndarray:
 
 
 def matrices(tensor: TensorRef) -> list[TensorRef]:
-    """The parts of a tensor along its first dimension, as tensors of their own."""
+    """Return the parts of a tensor along its first dimension, as tensors of their own."""
     shape = tensor.shape[1:]
     step = math.prod(shape) * tensor.itemsize
     return [
@@ -280,7 +280,7 @@ def _check(where: str, found: object, expected: object) -> None:
     if found != expected:
         raise PlanError(
             where,
-            "is not what the source has or comes to",
+            "does not match the source or the rest of the plan",
             expected=expected,
             found=found,
             fix=MAKE_AGAIN,

@@ -1,4 +1,4 @@
-"""The output directory: a journal beside it, built shard by shard, renamed as a whole."""
+"""The output directory: written shard by shard beside a journal, then renamed as a whole."""
 
 import errno
 import os
@@ -15,37 +15,38 @@ from surgery.files.atomic import lock_output, new_file, sync_directory, write_at
 
 
 class Begun(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The first line."""
+    """The first line of a journal."""
 
     plan_digest: str
 
 
 class Finished(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Every other line: a shard that is complete and synced."""
+    """Every other line of a journal: a shard that is complete and synced."""
 
     shard: str
     nbytes: int
-    """Of the file."""
+    """Bytes of the file."""
 
 
 class Journal:
-    """One JSON object a line, each synced when it is written; the lock ends with the process.
+    """The journal: one JSON object per line, each synced when it is written.
 
-    It lies beside the directory it tells of, so that it is there until that one has its name. A
-    power cut may leave the start of a line at the end, which does not count.
+    The process holds a lock on it, which ends with the process. The journal is beside its
+    directory, so that it exists until that directory has its final name. After a power failure the
+    last line may be incomplete; such a line does not count.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open and lock ``path``, and read what an earlier run had written.
+        """Open and lock ``path``, and read what an earlier run wrote.
 
         Raises:
-            OutputError: another run holds it, it cannot be made, or it is no journal.
+            OutputError: another run holds the lock, or the file cannot be made or is no journal.
         """
         self.path = path
         self.plan_digest: str | None = None
-        """None where nothing was begun."""
+        """None where no run has begun."""
         self.finished: dict[str, int] = {}
-        """Shard → bytes."""
+        """Finished shard → its bytes."""
         self._threads = Lock()
         try:
             self._lock = lock_output(path.with_suffix(""), path)
@@ -61,31 +62,31 @@ class Journal:
             raise
 
     def begin(self, plan_digest: str) -> None:
-        """Forget whatever was there: a run of this plan begins."""
+        """Erase the journal: a run of this plan begins."""
         os.ftruncate(self._file, 0)
         self.plan_digest, self.finished = None, {}
         self._append(Begun(plan_digest))
         self.plan_digest = plan_digest
 
     def finish(self, shard: str, nbytes: int) -> None:
-        """Note that ``shard`` is complete and synced; threads may call this at the same time."""
+        """Record that ``shard`` is complete and synced; threads may call this at the same time."""
         with self._threads:
             self._append(Finished(shard, nbytes))
             self.finished[shard] = nbytes
 
     def close(self) -> None:
-        """Let the lock go; a journal that tells nothing goes as well."""
+        """Release the lock; delete the file if it is empty."""
         if self.plan_digest is None and not os.fstat(self._file).st_size:
             self._lock.remove()
         else:
             self._lock.close()
 
     def remove(self) -> None:
-        """Delete the file and let the lock go."""
+        """Delete the file and release the lock."""
         self._lock.remove()
 
     def _append(self, line: Begun | Finished) -> None:
-        """Write a line whole or not at all, for others may follow."""
+        """Write a line whole or not at all, as other lines may follow."""
         size, raw = os.fstat(self._file).st_size, msgspec.json.encode(line) + b"\n"
         try:
             if os.write(self._file, raw) < len(raw):
@@ -115,7 +116,7 @@ class Journal:
                 self.path,
                 "cannot be resumed",
                 found=error,
-                fix="delete it and the directory it tells of, and start anew",
+                fix="delete it and its directory, and start anew",
             ) from error
         self.finished = {line.shard: line.nbytes for line in finished}
         if torn:
@@ -123,30 +124,31 @@ class Journal:
 
 
 PARTIAL, JOURNAL = ".partial", ".partial.journal"
-"""What the names of the directory under construction and of its journal end with."""
+"""Suffixes of the unfinished directory and of its journal."""
 
 
 class OutputDirectory:
-    """``DIR.partial`` until ``commit`` renames it to ``DIR``; a shard is in it whole or not.
+    """``DIR.partial`` until ``commit`` renames it to ``DIR``; it holds whole shards only.
 
-    Beside it lies its journal, which is made before it and deleted after the rename.
+    Its journal is beside it. The journal is made before the directory and deleted after the rename.
     """
 
     def __init__(self, path: Path, plan_digest: str, *, source: Path, resume: bool) -> None:
-        """Create the partial directory, or with ``resume`` go on with an interrupted one.
+        """Create the partial directory, or continue an interrupted one with ``resume``.
 
         Raises:
-            OutputError: the output exists, lies inside the source or around it, another run
-                writes it, an interrupted one is in the way, or the run to resume had another plan.
+            OutputError: the output exists, or contains the source, or is inside it; another run
+                writes it; an interrupted run left it and ``resume`` is false; or the run to resume
+                had another plan.
         """
-        check_place(path, source)
+        check_output_path(path, source)
         self.path = path
         self.partial = path.with_name(path.name + PARTIAL)
         self._journal = _open_journal(path)
         try:
-            check_place(path, source)  # the run that held the lock until now may have made it
+            check_output_path(path, source)  # the run that held the lock until now may have made it
             if resume and self.partial.is_dir() and not self.partial.is_symlink():
-                self._go_on(plan_digest)
+                self._resume(plan_digest)
             else:
                 self._begin(plan_digest)
         except BaseException:
@@ -155,14 +157,14 @@ class OutputDirectory:
 
     @property
     def finished(self) -> frozenset[str]:
-        """Shards that need not be written again."""
+        """Shards that are complete."""
         return frozenset(self._journal.finished)
 
     def __enter__(self) -> "OutputDirectory":
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        """Leave nothing behind after an error, unless there are finished shards to resume."""
+        """Clean up: after an error, keep the directory only if it has finished shards to resume."""
         if error_type is None or not self._journal.finished:
             shutil.rmtree(self.partial, ignore_errors=True)
             self._journal.remove()
@@ -170,10 +172,10 @@ class OutputDirectory:
             self._journal.close()
 
     def check_space(self, nbytes: int) -> None:
-        """Refuse to start when ``nbytes`` do not fit on the disk.
+        """Check that ``nbytes`` fit on the disk.
 
         Raises:
-            OutputError: naming what is needed and what is free.
+            OutputError: they do not; it names what is needed and what is free.
         """
         free = shutil.disk_usage(self.partial).free
         if free < nbytes:
@@ -186,15 +188,15 @@ class OutputDirectory:
             )
 
     def finish(self, name: str) -> None:
-        """Note that the shard ``name`` is complete and synced; threads may call this."""
+        """Record that the shard ``name`` is complete and synced; threads may call this."""
         self._journal.finish(name, (self.partial / name).stat().st_size)
 
     @contextmanager
     def writing(self, name: str) -> Iterator[None]:
-        """Say which file it was that could not be written.
+        """Name the file in errors of the file system.
 
         Raises:
-            OutputError: whatever the file system refuses inside.
+            OutputError: the file system refuses a call within the block.
         """
         try:
             yield
@@ -207,16 +209,16 @@ class OutputDirectory:
             ) from error
 
     def write(self, name: str, data: bytes | Iterable[bytes]) -> None:
-        """Write a file that is no shard, given whole or in pieces.
+        """Write a file other than a shard; ``data`` is whole or in pieces.
 
         Raises:
-            OutputError: it cannot be written.
+            OutputError: the file cannot be written.
         """
         with self.writing(name):
             write_atomic(self.partial / name, data)
 
     def commit(self) -> None:
-        """Let the output appear under its name, without what processes left that were lost."""
+        """Rename the output to its final name, without temporary files of lost processes."""
         for path in self.partial.glob("*.tmp"):
             path.unlink()
         sync_directory(self.partial)
@@ -234,18 +236,18 @@ class OutputDirectory:
         if self.partial.exists():
             raise OutputError(
                 self.partial,
-                "is there from a run that was interrupted",
+                "exists from an interrupted run",
                 fix="continue it with `resume`, or delete it",
             )
         self._journal.begin(plan_digest)
         self.partial.mkdir()
 
-    def _go_on(self, plan_digest: str) -> None:
+    def _resume(self, plan_digest: str) -> None:
         found = self._journal.plan_digest
         if found is None:
             raise OutputError(
                 self.partial,
-                "cannot be resumed: it has no journal, so it may be anything",
+                "cannot be resumed: it has no journal, so its content is unknown",
                 expected=self._journal.path,
                 fix="delete it and start anew",
             )
@@ -260,7 +262,7 @@ class OutputDirectory:
         self._sweep()
 
     def _sweep(self) -> None:
-        """Delete half a file, and whatever else the journal does not vouch for."""
+        """Delete every file that is not a complete shard by the journal."""
         whole = {
             path.name
             for path in self.partial.iterdir()
@@ -274,11 +276,11 @@ class OutputDirectory:
         }
 
 
-def forget(path: Path) -> None:
-    """Delete the journal of an output that is complete: its run was killed behind the rename.
+def remove_journal(path: Path) -> None:
+    """Delete the journal of a complete output, whose run may have been killed after the rename.
 
     Raises:
-        OutputError: that run still goes on.
+        OutputError: that run has not ended yet.
     """
     _open_journal(path).remove()
 
@@ -295,46 +297,47 @@ def _open_journal(path: Path) -> Journal:
 
 @contextmanager
 def new_shard(partial: Path, name: str, attempt: str = "") -> Iterator[int]:
-    """Open the shard ``name`` of a partial directory for appending; on a clean exit it is there.
+    """Open the shard ``name`` of a partial directory for appending; on a clean exit it exists.
 
     Args:
         partial: The directory.
         name: The shard.
-        attempt: Sets its temporary file apart from that of another process.
+        attempt: Suffix that tells its temporary file from that of another process.
     """
     with new_file(partial / name, attempt=attempt) as made:
         yield made.file.fileno()
 
 
-def check_place(path: Path, source: Path) -> None:
-    """Refuse an output that exists, lies below a file, or inside the source or around it.
+def check_output_path(path: Path, source: Path) -> None:
+    """Refuse an output that exists, is below a file, contains the source, or is inside it.
 
     Raises:
-        OutputError: naming both.
+        OutputError: naming the paths.
     """
     try:
         output, source = path.resolve(), source.resolve()
     except (RuntimeError, ValueError) as error:  # a loop of links, a null character
-        raise OutputError(path, "is no place", found=error, fix="choose another output") from error
+        raise OutputError(path, "is no path", found=error, fix="choose another output") from error
     if output == source or source in output.parents or output in source.parents:
         raise OutputError(
             path,
-            "output and source lie inside each other",
+            "output and source are inside each other",
             found=f"source {source}",
             fix="choose a directory beside the source",
         )
     above = next(parent for parent in output.parents if parent.exists())
     if not above.is_dir():
-        raise OutputError(path, "lies below a file", found=above, fix="choose another output")
+        raise OutputError(path, "is below a file", found=above, fix="choose another output")
     if path.exists() or path.is_symlink():
         raise OutputError(path, "exists already", fix="choose another output, or move it away")
 
 
 def check_file(path: Path, source: Path | None = None) -> None:
-    """Refuse, before the work, a file that could not be written after it, or that harms the model.
+    """Refuse, before the work, a file that could not be written after it, or is inside the model.
 
     Raises:
-        OutputError: its directory is not there, takes no file or is ``source``; or ``path`` is one.
+        OutputError: ``path`` is a directory; or its directory is missing, not writable, or inside
+            ``source``.
     """
     parent = path.absolute().parent
     if not parent.is_dir():
@@ -343,7 +346,7 @@ def check_file(path: Path, source: Path | None = None) -> None:
         raise OutputError(path, "is a directory", fix="name a file")
     if source is not None and parent.resolve().is_relative_to(source.resolve()):
         raise OutputError(
-            path, "lies inside the model, which stays as it is", fix="name a place outside of it"
+            path, "is inside the model, which is only read", fix="name a file outside of it"
         )
     if not os.access(parent, os.W_OK):
-        raise OutputError(path, "its directory takes no file", fix="name another place")
+        raise OutputError(path, "its directory is not writable", fix="name another directory")

@@ -14,7 +14,7 @@ import msgspec
 
 from surgery.apply.companions import companion_files, model_card, pruned_config
 from surgery.apply.edits import OutputTensor, edits, sources
-from surgery.apply.output_directory import OutputDirectory, forget
+from surgery.apply.output_directory import OutputDirectory, remove_journal
 from surgery.apply.shard import ShardTask, write_shard
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.checksums import check_digest, known_digests
@@ -41,9 +41,9 @@ from surgery.version import __version__
 def write_shards_on_ray(
     directory: OutputDirectory, tasks: Mapping[str, ShardTask], progress: Advance
 ) -> None:
-    """Write shards by name, one for each CPU of the cluster at a time.
+    """Write the shards of ``tasks``, as many at a time as the cluster has CPUs.
 
-    A shard whose node is lost begins anew on another. Only this process writes the journal.
+    If a node is lost, its shards begin anew on other nodes. Only this process writes the journal.
 
     Raises:
         SurgeryError: as ``results``.
@@ -61,51 +61,51 @@ def write_shards_on_ray(
 
 
 def shard_task(task: ShardTask) -> None:
-    """Write one shard; in a file of its own, as a lost node may still be writing its own."""
+    """Write one shard to a temporary file of its own: a lost node may still write to its file."""
     write_shard(replace(task, attempt=f".{uuid4().hex}"))
 
 
 JOBS = 4
-"""Shards at a time: while one is synced to the disk another is copied (8B shape: 2.4 s for 3.2)."""
+"""Shards at a time: one is copied while another is synced (8B shape: 2.4 s, not 3.2)."""
 
 
 @dataclass(frozen=True)
 class ApplyOptions:
-    """Where a plan is applied to, and how."""
+    """Where and how a plan is applied."""
 
     output: Path | None = None
-    """Must not exist, and lie outside of the source; None is the plan's own."""
+    """Directory to write, outside of the source; it must not exist. None is the plan's own."""
     resume: bool = False
-    """Whether to go on with an interrupted run of the same plan; a finished one stays as it is."""
+    """Whether to continue an interrupted run of the same plan; a finished output is not changed."""
     jobs: int = JOBS
-    """Shards written at the same time in this process; those of the hub one by one."""
+    """Shards written at the same time in this process; shards of the hub are written one by one."""
     engine: str = "local"
     """"local", or "ray": each shard a task on a cluster that shares the file system."""
     io: IO = "mmap"
-    """How shards are reached: mapped, or read by position, as network file systems want it."""
+    """How shards are read: "mmap", or "read" by position for network file systems."""
     checksum: bool = False
-    """Whether to compare each shard with its known SHA-256, which reads all of it, before any of
-    it is used; those of the hub are compared in any case."""
+    """Whether to compare each shard with its known SHA-256 before use, which reads all of it.
+    Shards of the hub are always compared."""
 
 
 @dataclass(frozen=True)
 class Applied:
-    """A checkpoint that a plan has made, and what that took."""
+    """The checkpoint that was written, and what that took."""
 
     output: Path
     parameters: int
     nbytes: int
-    """Of its tensors."""
+    """Bytes of its tensors."""
     seconds: float
     stage_seconds: Mapping[str, float]
-    """prepare, shards, files; empty where it was finished already."""
+    """Seconds of "prepare", "shards" and "files"; empty where the output was complete already."""
     moved: Mapping[str, int]
-    """``read_bytes`` and ``written_bytes`` by the kernel's count; empty where it has none."""
+    """``read_bytes`` and ``written_bytes`` as the kernel counts them; empty where it does not."""
     peak_rss_bytes: int | None
     """Largest resident memory of the process so far."""
 
     def facts(self) -> dict[str, Any]:
-        """Everything, for JSON."""
+        """Return everything, for JSON."""
         facts = {key: value for key, value in asdict(self).items() if key != "moved"}
         facts |= {"output": str(self.output), **self.moved}
         if self.moved and self.seconds:
@@ -116,10 +116,10 @@ class Applied:
 def apply_to(
     plan: Plan, source: Path, options: ApplyOptions, progress: Progress | None = None
 ) -> Applied:
-    """Write the checkpoint that ``plan`` makes of the directory ``source``; it is only read.
+    """Write the checkpoint that ``plan`` makes of the directory ``source``, which is only read.
 
     Raises:
-        SurgeryError: see the modules this calls; nothing appears under the output.
+        SurgeryError: as the modules that this calls; then no output appears.
     """
     output = options.output or (Path(plan.output) if plan.output else None)
     if output is None:
@@ -138,16 +138,16 @@ def apply_to(
 def _write_checkpoint(
     plan: Plan, source: Path, options: ApplyOptions, progress: Advance
 ) -> dict[str, float]:
-    """Write it; return the seconds of each stage.
+    """Write the checkpoint; return the seconds of each stage.
 
-    The files beside the weights are written first, for the tokenizer takes the most memory; then
-    shards, config.json and the index, all in ``output.partial``, which is renamed at the end.
-    Shards take two windows per job, five where FP8 becomes bf16.
+    The files beside the weights come first, as the tokenizer takes the most memory. Then come the
+    shards, config.json and the index. All are written to ``output.partial``, which is renamed at
+    the end. Shards take two windows per job, five where FP8 becomes bf16.
     """
     output, resume, engine = options.output, options.resume, options.engine
     assert output is not None
     if resume and _is_written(output, plan):
-        forget(output)
+        remove_journal(output)
         return {}
     times = [time.perf_counter()]
     checkpoint = Checkpoint.open(source.absolute() if engine == "ray" else source, plan.family)
@@ -195,7 +195,7 @@ def _write_checkpoint(
 
 
 def _digests(checkpoint: Checkpoint, names: list[str], options: ApplyOptions) -> dict[str, str]:
-    """Shard → SHA-256 to compare it with; those of the hub are compared as they arrive."""
+    """Return shard → SHA-256 to compare it with; shards of the hub are compared as they arrive."""
     remote = Shards.of(checkpoint.path).remote
     if remote and options.engine == "ray":
         raise EngineError(
@@ -213,7 +213,7 @@ def _write_shards(
     jobs: int,
     progress: Advance,
 ) -> None:
-    """Write shards, ``jobs`` at a time; after an error no further one is begun."""
+    """Write shards, ``jobs`` at a time; after an error, begin no other one."""
     stop = Event()
     shards = Shards.of(next(iter(tasks.values())).source.parent) if tasks else Shards()
 
@@ -246,32 +246,31 @@ def _check_digest(source: Path, digests: Mapping[str, str]) -> None:
 
 
 def _index(index: dict[str, Any], by_shard: dict[str, list[OutputTensor]], plan: Plan) -> bytes:
-    lies = {tensor.name: name for name, shard in by_shard.items() for tensor in shard}
-    names = dict.fromkeys([*index["weight_map"], *lies])
-    weight_map = {name: lies[name] for name in names if name in lies}
+    shard_of = {tensor.name: name for name, shard in by_shard.items() for tensor in shard}
+    names = dict.fromkeys([*index["weight_map"], *shard_of])
+    weight_map = {name: shard_of[name] for name in names if name in shard_of}
     old = index.get("metadata")
     metadata = dict(old) if isinstance(old, dict) else {}
     metadata["total_size"] = plan.after.nbytes
     if "total_parameters" in metadata:
-        # transformers does not count buffers, the plan does: only the difference is sure
-        gone = plan.before.parameters - plan.after.parameters
+        # The plan counts buffers, transformers does not: only the difference is certain.
+        removed = plan.before.parameters - plan.after.parameters
         known = type(metadata["total_parameters"]) is int and not plan.dropped
         metadata["total_parameters"] = (
-            metadata["total_parameters"] - gone if known else plan.after.parameters
+            metadata["total_parameters"] - removed if known else plan.after.parameters
         )
     return dump_json({**index, "metadata": metadata, "weight_map": weight_map})
 
 
 def _is_written(output: Path, plan: Plan) -> bool:
-    """Whether ``output`` is what ``plan`` makes: it appears whole, so its name is proof enough."""
+    """Whether ``output`` was made by ``plan``; an output that exists is always whole."""
     try:
-        made = msgspec.json.decode(read_file(output / PROVENANCE_NAME), type=ProvenanceFile)
+        found = msgspec.json.decode(read_file(output / PROVENANCE_NAME), type=ProvenanceFile)
     except (OSError, ValueError, SurgeryError):
         return False
-    return made.plan_digest == plan.digest
+    return found.plan_digest == plan.digest
 
 
 def _provenance(plan: Plan) -> bytes:
-    place_free = msgspec.structs.replace(plan, output=None)
-    file = ProvenanceFile(__version__, plan.digest, place_free)
-    return dump_table(file)
+    without_output = msgspec.structs.replace(plan, output=None)
+    return dump_table(ProvenanceFile(__version__, plan.digest, without_output))

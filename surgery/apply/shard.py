@@ -1,4 +1,4 @@
-"""One output shard: its edits streamed through small windows, whole or not at all."""
+"""One output shard: edits streamed through small windows; it appears whole or not at all."""
 
 import math
 import os
@@ -21,13 +21,13 @@ from surgery.process import Advance, no_advance
 Bits = NDArray[np.unsignedinteger]
 
 STRIP = 1 << 15
-"""Elements at a time: beside the sum, what is calculated stays in the cache."""
+"""Elements at a time, so that intermediate results fit in the processor's cache."""
 
 
 def collapse(first: Bits, others: Iterable[Bits], dtype: str) -> None:
-    """Put ``first`` + Σ (other − first) in place of ``first``; added in order in float32.
+    """Replace ``first`` by ``first`` + Σ (other − first), added in order in float32.
 
-    It is rounded once, to nearest even, to the dtype of the file.
+    The sum is rounded once, to nearest even, to the dtype of the file.
 
     Args:
         first: Elements as plain bits, contiguous.
@@ -39,7 +39,7 @@ def collapse(first: Bits, others: Iterable[Bits], dtype: str) -> None:
     strips = [slice(start, start + STRIP) for start in range(0, len(own), STRIP)]
     for strip in strips:
         total[strip] = _decode(own[strip], dtype)
-    with np.errstate(over="ignore", invalid="ignore"):  # the result says it: inf or NaN
+    with np.errstate(over="ignore", invalid="ignore"):  # the result shows it as inf or NaN
         for other in others:
             terms = other.reshape(-1)
             for strip in strips:
@@ -64,24 +64,24 @@ def _encode(values: Float32, dtype: str) -> Bits:
 
 
 WINDOW_BYTES = 1 << 20
-"""Most bytes read, mapped or written at a time; two such windows, five where FP8 becomes bf16,
-bound the memory of an edit.
+"""Most bytes read, mapped or written at a time. An edit takes two such windows of memory, five
+where FP8 becomes bf16.
 
-They stay in the processor's cache: at 16 MiB the columns of the 8B shape took 0.9 s, not 0.37.
-Runs of a window's mean length are copied inside the kernel, shorter ones gathered here: at 20 KB a
-run, rows took 0.84 s by kernel copies and 0.49 s gathered. Long runs written from a mapping took
-0.13 s of CPU for half a gigabyte, kernel copies 0.12.
+Windows fit in the processor's cache: at 16 MiB, the columns of the 8B shape took 0.9 s, not 0.37.
+Runs whose mean length is a window or more are copied inside the kernel. Shorter ones are gathered
+here: at 20 KB a run, rows took 0.84 s by kernel copies and 0.49 s gathered. For half a gigabyte of
+long runs, writing from a mapping took 0.13 s of CPU, kernel copies 0.12.
 """
 
 DTYPE = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-"""Elements are moved as plain bits."""
+"""Item size → dtype: elements are moved as plain bits."""
 
 
 def stream_edit(edit: Edit, source: ShardFile, output: int) -> None:
     """Append the bytes of ``edit`` to file descriptor ``output``, reading from ``source``.
 
-    Scales of FP8 are read whole, from their own shard; so are other layers that are added to this
-    one, a window at a time.
+    Scales of FP8 are read whole from their own shard. Other layers to add are read a window at a
+    time, from theirs.
 
     Raises:
         CheckpointError: the source shard ends early.
@@ -96,7 +96,7 @@ def stream_edit(edit: Edit, source: ShardFile, output: int) -> None:
 
 
 def bytes_read(edit: Edit) -> int:
-    """Bytes of the source that ``stream_edit`` reads: short pieces with what lies between them."""
+    """Return the bytes that ``stream_edit`` reads; gaps between short pieces count as well."""
     ranges = _long_ranges(edit)
     own = edit.source.nbytes if ranges is None else sum(length for _, length in ranges)
     return own + sum(term.nbytes for term in edit.terms)
@@ -119,7 +119,7 @@ def write_all(output: int, data: memoryview) -> None:
 
 
 def _long_ranges(edit: Edit) -> list[tuple[int, int]] | None:
-    """(offset, length) of the bytes that stay as they are, or None where that is short pieces."""
+    """Return (offset, length) of the bytes to copy, or None if they are short or must change."""
     tensor = edit.source
     if edit.scaling is not None or edit.terms:
         return None
@@ -134,7 +134,7 @@ def _long_ranges(edit: Edit) -> list[tuple[int, int]] | None:
 
 
 def _gather(edit: Edit, indices: np.ndarray, source: ShardFile) -> Iterator[memoryview]:
-    """Take the kept positions of blocks ``[rows, positions, columns]``."""
+    """Yield the kept positions of blocks ``[rows, positions, columns]``."""
     taken = Buffer()
     with _SourceBlocks(edit, source) as blocks:
         for row, rows, start, stop in _blocks(edit):
@@ -150,9 +150,9 @@ def _gather(edit: Edit, indices: np.ndarray, source: ShardFile) -> Iterator[memo
 
 
 class _SourceBlocks:
-    """Blocks ``[rows, positions, columns]`` of an edit's source.
+    """Reads blocks ``[rows, positions, columns]`` of an edit's source.
 
-    Other layers are added to them, and FP8 is dequantized.
+    It adds other layers to them, and dequantizes FP8.
     """
 
     def __init__(self, edit: Edit, source: ShardFile) -> None:
@@ -176,7 +176,7 @@ class _SourceBlocks:
 
     @contextmanager
     def read(self, row: int, rows: int, start: int, stop: int) -> Iterator[np.ndarray]:
-        """Have ``rows`` from ``row`` on at positions ``start`` to ``stop`` until the block ends."""
+        """Yield ``rows`` from ``row`` on, at positions ``start`` to ``stop``."""
         edit, tensor = self._edit, self._edit.source
         columns = math.prod(tensor.shape[edit.dim + 1 :])
         shape = (rows, stop - start, columns)
@@ -198,7 +198,7 @@ class _SourceBlocks:
         return block
 
     def _others(self, offset: int, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-        """Yield the same block of each other layer, good until the next one."""
+        """Yield the same block of each other layer, valid until the next one."""
         for term, shard in self._terms:
             with self._window(term, shard, offset, shape, self._other) as block:
                 yield block
@@ -214,14 +214,14 @@ class _SourceBlocks:
 
 
 def _elements(data: Bytes, itemsize: int, shape: tuple[int, ...]) -> np.ndarray:
-    """``data`` as elements of plain bits."""
+    """Return ``data`` as elements of plain bits."""
     return data.view(DTYPE[itemsize]).reshape(shape)
 
 
 def _dequantized(
     edit: Edit, scaling: Scaling, scales: Float32, block: np.ndarray, at: tuple[int, int]
 ) -> np.ndarray:
-    """The bits in bf16 of a window ``[rows, positions, columns]`` that begins ``at`` a position."""
+    """Return a window ``[rows, positions, columns]`` as bf16; it begins ``at`` (row, position)."""
     row, start = at
     codes = block[0] if edit.dim == 0 else block[:, :, 0]
     first_row, first_col = (start, 0) if edit.dim == 0 else (row, start)
@@ -231,7 +231,7 @@ def _dequantized(
 
 
 def _blocks(edit: Edit) -> Iterator[tuple[int, int, int, int]]:
-    """Cut ``[rows, positions, columns]`` into (first row, rows, start, stop) of a window each."""
+    """Split ``[rows, positions, columns]`` into (first row, rows, start, stop), a window each."""
     shape = edit.source.shape
     rows, positions = math.prod(shape[: edit.dim]), shape[edit.dim]
     position_bytes = max(1, math.prod(shape[edit.dim + 1 :]) * edit.itemsize)
@@ -249,7 +249,7 @@ def _blocks(edit: Edit) -> Iterator[tuple[int, int, int, int]]:
 def _copy_range(source: ShardFile, output: int, offset: int, length: int) -> None:
     """Append ``length`` bytes, inside the kernel as long as that works.
 
-    What fails there is tried again by reading and writing, which tells whose fault it is.
+    After a failure, read and write instead: then the error shows which side failed.
     """
     with suppress(OSError):
         while length and hasattr(os, "copy_file_range"):
@@ -263,18 +263,18 @@ def _copy_range(source: ShardFile, output: int, offset: int, length: int) -> Non
 
 @dataclass(frozen=True)
 class ShardTask:
-    """What it takes to write a shard; it can be sent to another machine."""
+    """All that is needed to write a shard; it can be sent to another machine."""
 
     partial: Path
-    """The directory it appears in, under the source shard's name."""
+    """Directory that the shard appears in, under the source shard's name."""
     source: Path
     """The source shard."""
     tensors: Sequence[OutputTensor]
-    """In the source's order."""
+    """Its tensors, in the source's order."""
     metadata: Mapping[str, str]
-    """Of its header."""
+    """Metadata of its header."""
     io: IO = "mmap"
-    """How the source's shards are reached."""
+    """How the source's shards are read."""
     attempt: str = ""
     """As for ``new_shard``."""
 

@@ -32,7 +32,7 @@ from surgery.cli.options import (
     spilling_options,
 )
 from surgery.cli.studies import compare, search
-from surgery.cli.terminal import bars, running, say, show_logs, show_plan, with_flags
+from surgery.cli.terminal import bars, print_text, running, show_logs, show_plan, with_flags
 from surgery.errors import SurgeryError, is_panic, printable, shortened
 from surgery.files.shard_file import IO
 from surgery.planning.request import CutRequest
@@ -40,28 +40,28 @@ from surgery.text.documents import TextOptions
 from surgery.version import __version__
 
 FIXES = {
-    errno.ENOSPC: "; free space, or name another place",
-    errno.EDQUOT: "; free space, or name another place",
-    errno.EROFS: "; name another place",
-    errno.EACCES: "; change its permissions, or name another place",
-    errno.ENOENT: "; check the name, and make its directory",
+    errno.ENOSPC: "; free space, or name another path",
+    errno.EDQUOT: "; free space, or name another path",
+    errno.EROFS: "; name another path",
+    errno.EACCES: "; change its permissions, or name another path",
+    errno.ENOENT: "; check the name, and create its directory",
 }
 """What to do about an error of the file system."""
 
 
 class Commands(click.Group):
-    """Turns errors of ours and of the file system into one line and exit status 2."""
+    """Turns library errors and errors of the file system into one line and exit status 2."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run as a program."""
+        """Run the command line as a program."""
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
-                # A console of Windows may lack a character: then it shows the number.
+                # A Windows console may lack a character; then it shows the number.
                 stream.reconfigure(errors="backslashreplace")
         return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command."""
+        """Run a command, and report its errors."""
         try:
             return super().invoke(ctx)
         except SurgeryError as error:
@@ -72,12 +72,14 @@ class Commands(click.Group):
             fix = FIXES.get(error.errno or 0, "")
             raise Refusal(printable(reason + fix)) from error
         except UnicodeEncodeError as error:
-            reason = f"{shortened(ascii(error.object))}: is no UTF-8, so no file can tell of it"
+            reason = (
+                f"{shortened(ascii(error.object))}: is no UTF-8, so it cannot be written to a file"
+            )
             raise Refusal(f"{reason}; rename it") from error
         except BaseException as error:
             if not is_panic(error):
                 raise
-            reason = f"tokenizer.json: the tokenizers library gave up on it: {error}"
+            reason = f"tokenizer.json: the tokenizers library failed on it: {error}"
             raise Refusal(printable(f"{reason}; download the file again")) from error
 
 
@@ -104,7 +106,7 @@ def inspect(model: ModelOptions, vocab: bool, probe: bool, show: ShowOptions) ->
 
     if probe:
         proposal = probe_model(model.model)
-        say(json.dumps(asdict(proposal)) if show.as_json else proposal.table())
+        print_text(json.dumps(asdict(proposal)) if show.as_json else proposal.table())
         return
     opened = Model(model.layout(), model.model)
     if vocab:
@@ -121,7 +123,7 @@ def inspect(model: ModelOptions, vocab: bool, probe: bool, show: ShowOptions) ->
 
 @dataclass(frozen=True)
 class PlanSources:
-    """What a plan is made from beside the model, and where it goes."""
+    """The statistics that a plan is made from, and the paths it names and is written to."""
 
     stats: Path | None
     output: Path | None
@@ -137,7 +139,9 @@ class PlanSources:
     "given",
     PlanSources,
     click.option("--stats", type=path_type, help="From calibrate."),
-    click.option("--output", type=path_type, metavar="DIR", help="Where apply is to write."),
+    click.option(
+        "--output", type=path_type, metavar="DIR", help="Directory that apply is to write."
+    ),
     click.option(
         "-o",
         "plan",
@@ -154,10 +158,10 @@ def plan(
     compute: ComputeOptions,
     given: PlanSources,
 ) -> None:
-    """Choose what to cut and predict the result; no weights are read, but with --repair.
+    """Choose what to remove and predict the result; only --repair reads weights.
 
-    --repair runs the model on --data, in windows as those of the statistics; --seed, --device,
-    --dtype and --spill are for it.
+    --repair runs the model on --data, in windows like those of the statistics. --seed, --device,
+    --dtype and --spill are its options.
     """
     from calib.text.chat import documents_of
     from surgery.api import plan_choice
@@ -176,13 +180,15 @@ def plan(
     made = plan_choice(layout, choice, stats, documents=shown, output=given.output)
     if cut.channels.repair != "none":
         if stats is None or documents is None:
-            raise Refusal("--repair needs --stats and --data: the channels that stay, and a text")
+            raise Refusal(
+                "--repair needs --stats and --data, to choose the channels and to refit on"
+            )
         from calib.study.repair import repair_plan
         from calib.study.study import open_study
 
-        seen = replace(text, samples=stats.info.samples, seq_len=stats.info.seq_len)
+        repair_text = replace(text, samples=stats.info.samples, seq_len=stats.info.seq_len)
         with running() as progress:
-            study = open_study(layout, choice, seen, compute)
+            study = open_study(layout, choice, repair_text, compute)
             made = repair_plan(made, study, given.plan, progress)
     made.save(given.plan)
     show_plan(made, layout)
@@ -195,18 +201,27 @@ def plan(
 @gathered(
     "options",
     ApplyOptions,
-    click.option("-o", "output", type=path_type, metavar="DIR", help="Instead of the plan's."),
-    click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same plan."),
     click.option(
-        "--jobs", default=JOBS, show_default=True, type=click.IntRange(1), help="Shards at a time."
+        "-o",
+        "output",
+        type=path_type,
+        metavar="DIR",
+        help="Directory to write instead of the plan's.",
+    ),
+    click.option("--resume", is_flag=True, help="Continue an interrupted run of the same plan."),
+    click.option(
+        "--jobs",
+        default=JOBS,
+        show_default=True,
+        type=click.IntRange(1),
+        help="Shards to write at a time.",
     ),
     engine_option,
     io_option,
     click.option(
         "--checksum",
         is_flag=True,
-        help="Compare each shard with its SHA-256, from SHA256SUMS beside it or from the hub, "
-        "first.",
+        help="First compare each shard with its SHA-256, from SHA256SUMS or from the hub.",
     ),
 )
 @push_option
@@ -233,7 +248,7 @@ def apply(plan_path: Path, options: ApplyOptions, push_to: str | None, as_json: 
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """What an output is checked against, and how."""
+    """What an output is checked against, and on which device."""
 
     plan: Path | None
     source: Path | None
@@ -247,12 +262,17 @@ class VerifyOptions:
 @gathered(
     "options",
     VerifyOptions,
-    click.option("--plan", type=path_type, help="Instead of the one in DIR/compact_surgery.json."),
     click.option(
-        "--source", type=path_type, metavar="DIR", help="The model, where the plan's own is gone."
+        "--plan", type=path_type, help="Plan to use instead of the one in DIR/compact_surgery.json."
     ),
     click.option(
-        "--forward", is_flag=True, help="Compare logits with the masked dense model, too."
+        "--source",
+        type=path_type,
+        metavar="DIR",
+        help="The source model, if it has moved since the plan was made.",
+    ),
+    click.option(
+        "--forward", is_flag=True, help="Also compare logits with the masked dense model."
     ),
     device_option,
     io_option,
@@ -266,7 +286,7 @@ def verify(directory: Path, options: VerifyOptions) -> None:
     plan = Plan.load(options.plan) if options.plan else embedded_plan(directory)
     source = options.source or (source_at_hand(plan.source) if plan else None)
     if options.forward and (plan is None or source is None):
-        raise Refusal(f"{directory}: --forward needs the plan and its source; neither may be gone")
+        raise Refusal(f"{directory}: --forward needs the plan and its source")
     report = verify_files(directory, plan, source, io=options.io)
     if options.forward and report.ok and plan and source:
         from calib.scoring.logits import compare_logits
@@ -274,7 +294,7 @@ def verify(directory: Path, options: VerifyOptions) -> None:
         with running():
             found = compare_logits(plan, source, directory, options.device)
         report.checks["logits equal the masked dense model's"] = found.faults()
-    say(report.table())
+    print_text(report.table())
     sys.exit(0 if report.ok else 1)
 
 

@@ -1,4 +1,4 @@
-"""The commands that run a model, and those on its statistics."""
+"""The commands that run a model, and those that work on its statistics."""
 
 import json
 import sys
@@ -26,7 +26,7 @@ from surgery.cli.options import (
     text_options,
     vocabulary_options,
 )
-from surgery.cli.terminal import bars, running, say, show_plan
+from surgery.cli.terminal import bars, print_text, running, show_plan
 from surgery.planning.request import CutRequest
 from surgery.text.documents import TextOptions
 
@@ -41,24 +41,24 @@ from surgery.text.documents import TextOptions
     click.option(
         "--vocab-size",
         type=int,
-        help="Cut the text as the tokenizer pruned to V' rows will: what the result will see.",
+        help="Tokenize the text with the tokenizer pruned to V' rows, as the result will.",
     ),
     click.option(
         "--vocab-sizes",
         metavar="V,V,…",
-        help="Sizes V' for which the statistics are to be exact; "
-        "else --vocab-size, or those of --ratio 0.1, 0.2, 0.35 and 0.5.",
+        help="Sizes V' that the statistics are exact for.  "
+        "[default: --vocab-size, else those of --ratio 0.1, 0.2, 0.35 and 0.5]",
     ),
     click.option(
         "--part",
         metavar="K/N",
-        help="Use every N-th window from the K-th on; stats merge adds the parts.",
+        help="Use every N-th window from the K-th on; stats merge adds up the parts.",
     ),
     engine_option,
     click.option(
         "--parts",
         type=click.IntRange(1),
-        help="Tasks of --engine ray.  [default: one for each node, or for each GPU]",
+        help="Tasks of --engine ray.  [default: one per node, or per GPU]",
     ),
     vocabulary_options,
     click.option(
@@ -69,9 +69,9 @@ from surgery.text.documents import TextOptions
         show_default=True,
         help="File that the statistics are written to.",
     ),
-    click.option("--resume", is_flag=True, help="Go on with a run that was interrupted, if any."),
+    click.option("--resume", is_flag=True, help="Continue an interrupted run, if there is one."),
 )
-@click.option("--dry-run", is_flag=True, help="Show what the run would take, and end.")
+@click.option("--dry-run", is_flag=True, help="Predict memory, disk and bytes read, then stop.")
 @json_option
 def calibrate(
     model: ModelOptions,
@@ -83,8 +83,8 @@ def calibrate(
 ) -> None:
     """Sum squared FFN activations over text, one layer in memory at a time.
 
-    What each finished layer leaves lies in OUTPUT.partial until OUTPUT is written. The statistics
-    are exact for a plan with the same options of the vocabulary.
+    OUTPUT.partial holds the results of finished layers until OUTPUT is written. The statistics are
+    exact for a plan with the same options of the vocabulary.
     """
     from calib.statistics.prepare import open_calibration, run_calibration
 
@@ -145,7 +145,7 @@ def score(
     )
     click.echo(json.dumps(facts) if as_json else table.format(**facts))
     if result.lossy_windows:
-        click.echo(f"note: the tokenizer drops text in {result.lossy_windows} windows", err=True)
+        click.echo(f"note: the tokenizer loses text in {result.lossy_windows} windows", err=True)
     sys.exit(0 if result.finite else 1)
 
 
@@ -173,7 +173,7 @@ def prune(
 ) -> None:
     """Calibrate, plan, apply and verify in one command.
 
-    The statistics and the plan stay beside DIR as DIR.stats.safetensors and DIR.plan.json.
+    The statistics and the plan are kept beside DIR as DIR.stats.safetensors and DIR.plan.json.
     """
     from calib.pipeline import PlanFiles, apply_and_verify, calibrated_plan
     from calib.text.chat import documents_of
@@ -191,7 +191,7 @@ def prune(
     show_plan(plan, layout)
     with bars() as progress:
         report = apply_and_verify(plan, layout, options, progress)
-    say(report.table())
+    print_text(report.table())
     if push_to and report.ok:
         click.echo(push(output, push_to))
     sys.exit(0 if report.ok else 1)
@@ -206,7 +206,7 @@ def stats() -> None:
 @click.argument("paths", metavar="STATS…", nargs=-1, required=True, type=path_type)
 @click.option("-o", "output", type=path_type, required=True, metavar="FILE", help="File to write.")
 def merge(paths: tuple[Path, ...], output: Path) -> None:
-    """Add the statistics of separate runs over parts of a text, or over several texts."""
+    """Add up the statistics of separate runs over parts of a text, or over several texts."""
     from surgery.apply.output_directory import check_file
     from surgery.stats.channel_stats import merge_stats
 

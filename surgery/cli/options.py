@@ -41,7 +41,7 @@ def combined(*options: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def gathered(name: str, kind: type[Any], *options: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a decorator that adds ``options`` and hands them over as one argument ``name``."""
+    """Return a decorator that adds ``options`` and passes them as one argument ``name``."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(command)
@@ -91,7 +91,7 @@ class Width(click.ParamType):
 
 
 class Numbers(click.ParamType):
-    """Numbers with commas between them."""
+    """Numbers separated by commas."""
 
     name = "numbers"
 
@@ -107,7 +107,7 @@ class Numbers(click.ParamType):
         except ValueError:
             self.fail(f"{value!r} is no list of numbers such as 4,16", param, ctx)
         if not all(0 < number < 1e6 for number in found):
-            self.fail(f"{value!r} has a number that is not above 0", param, ctx)
+            self.fail(f"{value!r} has a number that is not between 0 and 1,000,000", param, ctx)
         return found
 
 
@@ -117,15 +117,15 @@ directory_type = click.Path(path_type=Path, exists=True, file_okay=False, writab
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The model of a command."""
+    """The model that a command works on."""
 
     model: str
     """A local directory, or a hub id."""
     family: str | None = None
-    """Model type as which it is treated; None is config.json's own."""
+    """Model type to treat it as; None is that of config.json."""
 
     def layout(self) -> "Layout":
-        """Open it."""
+        """Open the model."""
         from surgery.api import open_layout
 
         return open_layout(self.model, self.family)
@@ -133,7 +133,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class ShowOptions:
-    """What becomes of the rows of a table."""
+    """How a command shows its table: as a picture, as JSON, or as text."""
 
     plot: Path | None = None
     as_json: bool = False
@@ -155,7 +155,7 @@ plot_option = click.option(
 )
 show_options = gathered("show", ShowOptions, plot_option, json_option)
 push_option = click.option(
-    "--push-to", metavar="ORG/NAME", help="Upload the result to this model on the hub, too."
+    "--push-to", metavar="ORG/NAME", help="Also upload the result to this model on the hub."
 )
 
 
@@ -168,13 +168,13 @@ def data_options(*, required: bool, use: str = "") -> Callable[..., Any]:
             multiple=True,
             metavar="TEXT[=WEIGHT]",
             callback=lambda _, __, given: tuple(map(Source.parse, given)),
-            help=f"{use}A .txt, .jsonl or .parquet file (.gz or .zst, too), a directory of them, "
-            "or hub:name[:config][:split][:field]. Several take turns by weight, 1 each.",
+            help=f"{use}A .txt, .jsonl or .parquet file (also .gz or .zst), a directory of them, "
+            "or hub:name[:config][:split][:field]. Several sources take turns by weight, 1 each.",
         ),
         click.option(
             "--field",
             metavar="NAME",
-            help="Field of a row with its text or messages.  [default: text, else messages]",
+            help="Field of a row that has its text or messages.  [default: text, else messages]",
         ),
         click.option("--strict", is_flag=True, help="Refuse bad rows instead of skipping them."),
     )
@@ -185,7 +185,7 @@ samples_option = click.option(
     default=256,
     show_default=True,
     type=click.IntRange(1),
-    help="Windows of text, at most.",
+    help="Most windows of text to use.",
 )
 seq_len_option = click.option(
     "--seq-len",
@@ -200,7 +200,7 @@ windows_option = click.option(
     default=64,
     show_default=True,
     type=click.IntRange(1),
-    help="Windows of 2,048 bytes that are held out, at most.",
+    help="Most windows of 2,048 bytes to hold out.",
 )
 data_option = data_options(required=True)
 text_options = gathered(
@@ -214,7 +214,8 @@ plan_text_options = gathered(
     "text",
     TextOptions,
     data_options(
-        required=False, use="To show what the cut of the vocabulary costs, and to count tokens in. "
+        required=False,
+        use="Text that shows what a smaller vocabulary costs, and whose tokens are counted. ",
     ),
     seed_option,
 )
@@ -224,14 +225,14 @@ engine_option = click.option(
     default="local",
     show_default=True,
     type=click.Choice(["local", "ray"]),
-    help="ray: tasks on a cluster whose nodes share the file system (extra 'ray').",
+    help="ray: run tasks on a cluster whose nodes share the file system (extra 'ray').",
 )
 io_option = click.option(
     "--io",
     default="mmap",
     show_default=True,
     type=click.Choice(["mmap", "read"]),
-    help="How shards are reached. mmap: mapped into memory; read: for network file systems.",
+    help="How shards are read. mmap: mapped into memory; read: for network file systems.",
 )
 device_option = click.option(
     "--device",
@@ -251,17 +252,20 @@ spill_option = click.option(
     "--spill",
     type=directory_type,
     metavar="DIR",
-    help="Keep hidden states in files in DIR, not in memory.",
+    help="Keep hidden states in files in DIR instead of memory.",
 )
 cap_options = combined(
     click.option(
         "--max-memory",
         type=Size(),
         metavar="SIZE",
-        help="Cap on the memory of this process, such as 8GB; refused where it cannot be kept.",
+        help="Cap on the memory of this process, such as 8GB; refused if it cannot be kept.",
     ),
     click.option(
-        "--max-gpu-memory", type=Size(), metavar="SIZE", help="Cap on what is held on the device."
+        "--max-gpu-memory",
+        type=Size(),
+        metavar="SIZE",
+        help="Cap on the memory used on the device.",
     ),
 )
 compute_options = gathered("compute", ComputeOptions, device_option, dtype_option)
@@ -285,14 +289,14 @@ channel_options = gathered(
         default=LEAST_TOKENS,
         show_default=True,
         type=click.IntRange(0),
-        help="Refuse to rank the channels of an expert that saw fewer tokens.",
+        help="Fewest tokens an expert must have seen for its channels to be ranked.",
     ),
     click.option(
         "--repair",
         default="none",
         show_default=True,
         type=click.Choice(["none", "least-squares"]),
-        help="Refit down_proj to the channels that stay, on --data, where held-out text agrees.",
+        help="Refit down_proj to the kept channels on --data, if it helps on held-out text.",
     ),
 )
 vocabulary_options = gathered(
@@ -308,13 +312,13 @@ vocabulary_options = gathered(
     click.option(
         "--drop-reserved",
         is_flag=True,
-        help="Let tokens go that are reserved for later use and that nothing refers to.",
+        help="Remove tokens that are reserved for later use and that nothing refers to.",
     ),
     click.option(
         "--keep-tokens",
         type=path_type,
         metavar="FILE",
-        help="Tokens that must stay, one a line, as spelled in the vocabulary or as plain text.",
+        help="Tokens to keep, one per line, as spelled in the vocabulary or as plain text.",
     ),
     click.option(
         "--keep-script",
@@ -329,17 +333,17 @@ step_options = combined(
     click.option(
         "--multiple-of",
         type=click.IntRange(1),
-        help="What V' and I' are to be multiples of.  [default: 128 with --ratio]",
+        help="Make V' and I' multiples of this.  [default: 128 with --ratio]",
     ),
     click.option(
         "--target",
         metavar="tp=N,group=N",
-        help="Tensor parallelism and quantization groups that V' and I' must divide for.",
+        help="Make V' and I' divide for tensor parallelism and quantization groups.",
     ),
     click.option(
         "--dequantize",
         is_flag=True,
-        help="Write FP8 weights as bf16, which can be cut anywhere; alone it cuts nothing.",
+        help="Write FP8 weights as bf16, which can be pruned anywhere; alone it removes nothing.",
     ),
 )
 size_options = gathered(
@@ -365,12 +369,12 @@ size_options = gathered(
     click.option(
         "--layers",
         metavar="SPEC",
-        help="Layers to keep, such as 0-20,21+22+23,24-29; + makes one of several (LaCo).",
+        help="Layers to keep, such as 0-20,21+22+23,24-29; + merges several into one (LaCo).",
     ),
     click.option(
         "--num-hidden-layers",
         type=int,
-        help="Layers to keep: those of largest block influence in --stats (ShortGPT).",
+        help="How many layers to keep: those of largest block influence in --stats (ShortGPT).",
     ),
 )
 ratio_options = gathered(

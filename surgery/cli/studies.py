@@ -1,4 +1,4 @@
-"""The commands that try several cuts: search, compare."""
+"""The commands that try several sizes or methods: search and compare."""
 
 import json
 from dataclasses import dataclass, replace
@@ -20,14 +20,14 @@ from surgery.cli.options import (
     step_cut_options,
     study_text_options,
 )
-from surgery.cli.terminal import running, say
+from surgery.cli.terminal import print_text, running
 from surgery.planning.request import CutRequest
 from surgery.text.documents import TextOptions
 
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """Which pairs are tried, and what becomes of the best one."""
+    """The pairs to try, and the file that the best one is planned to."""
 
     candidates: str | None
     plan: Path | None
@@ -44,9 +44,11 @@ class SearchOptions:
     click.option(
         "--candidates",
         metavar="V:I,V:I,…",
-        help="Pairs to try in one pass, instead of those that meet the ratio, coarse to fine.",
+        help="Pairs to try in one pass instead of those that meet the ratio, coarse to fine.",
     ),
-    click.option("--plan", type=path_type, metavar="FILE", help="Plan the best pair."),
+    click.option(
+        "--plan", type=path_type, metavar="FILE", help="File to write a plan of the best pair to."
+    ),
 )
 @show_options
 def search(
@@ -59,8 +61,8 @@ def search(
 ) -> None:
     """Find the split between V' and I' that loses least, by trying several.
 
-    All are tried together, each layer's weights read once, on every fourth block of TEXT; the
-    rest of TEXT chooses their channels.
+    All pairs are tried together, so that each layer's weights are read once. Every fourth block of
+    TEXT scores the pairs; the rest of TEXT chooses their channels.
     """
     from calib.pipeline import PlanFiles, calibrated_plan
     from calib.study.search import search_pairs
@@ -87,12 +89,12 @@ def search(
         best = replace(choice, sizes=found.best)
         with running() as progress:
             made = calibrated_plan(layout, best, text, compute, files, progress)
-        say(made.table(), err=show.as_json)
+        print_text(made.table(), err=show.as_json)
 
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """What is compared."""
+    """The ratios, and the methods or amounts of text to compare."""
 
     ratios: list[float]
     methods: str | None
@@ -126,7 +128,7 @@ class CompareOptions:
         "counts",
         type=Numbers(int),
         metavar="N,N,…",
-        help="Instead, try the paper's method with so many windows of calibration text.",
+        help="Instead try the paper's method with these numbers of calibration windows.",
     ),
 )
 @show_options

@@ -1,4 +1,4 @@
-"""What the command line shows: the library's words with flags in them, bars, and logs."""
+"""What the command line shows: the library's text with flags, progress bars, and logs."""
 
 import logging
 import re
@@ -9,18 +9,17 @@ from typing import Any
 
 import click
 
-from surgery.apply.companions import left_behind
+from surgery.apply.companions import files_left_out
 from surgery.errors import printable
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
 from surgery.process import Progress, reuse_freed_memory
 
 RULE = "V' and I' follow a rule of thumb; compact-surgery search finds the split for your model"
-"""What to know of sizes that a ratio has given."""
+"""Note on sizes that follow from a ratio."""
 
-OF_WEIGHTS = ("calibrate", "score", "apply")
+BYTE_STAGES = ("calibrate", "score", "apply")
 """Stages that count bytes of weights; the others count windows times layers."""
-
 
 PARAMETER = re.compile(r"`([a-z_]+)`")
 """How the library writes the name of a parameter in errors, notes and tables."""
@@ -32,8 +31,8 @@ def with_flags(text: str, command: click.Command | None = None) -> str:
     A name in backticks that is no parameter of any command stays as it is.
 
     Args:
-        text: What the library says.
-        command: Whose flags come first; None is the command that runs.
+        text: Text from the library.
+        command: The command whose flags come first; None is the running one.
     """
     context = click.get_current_context()
     flags = all_flags(context.find_root().command) | all_flags(command or context.command)
@@ -41,10 +40,10 @@ def with_flags(text: str, command: click.Command | None = None) -> str:
 
 
 def all_flags(command: click.Command) -> dict[str, str]:
-    """Parameter → flag of ``command`` and of the commands below it.
+    """Return parameter → flag of ``command`` and of the commands below it.
 
-    A parameter is known by the name of its flag and by the name under which click hands it over:
-    ``width`` and ``widths`` are both --width.
+    A parameter has the name of its flag and the name by which click passes it: ``width`` and
+    ``widths`` are both --width.
     """
     flags: dict[str, str] = {}
     if isinstance(command, click.Group):
@@ -57,29 +56,29 @@ def all_flags(command: click.Command) -> dict[str, str]:
     return flags
 
 
-def say(text: str, *, err: bool = False) -> None:
-    """Print what the library says, options spelled as flags."""
+def print_text(text: str, *, err: bool = False) -> None:
+    """Print text from the library, with its parameters spelled as flags."""
     click.echo(with_flags(text), err=err)
 
 
 LOG_LINES = "compact_surgery.log_lines"
-"""Where a command's context keeps what has been said."""
+"""Key of a command's context for the log lines that have been printed."""
 
 
 class Bars:
-    """A bar on stderr for each stage, one at a time; none where stderr is no terminal."""
+    """A progress bar on stderr, one stage at a time; none if stderr is no terminal."""
 
     def __init__(self) -> None:
         self._bar: Any = None
         self._stage, self._done = "", 0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Show how far a stage is."""
+        """Show the progress of a stage."""
         from tqdm import tqdm
 
         if self._bar is None or stage != self._stage or done < self._done:
             self.close()
-            unit = "B" if stage in OF_WEIGHTS else "window"
+            unit = "B" if stage in BYTE_STAGES else "window"
             quiet = not sys.stderr.isatty()
             self._bar = tqdm(total=total, desc=stage, unit=unit, unit_scale=True, disable=quiet)
             self._stage, self._done = stage, 0
@@ -87,7 +86,7 @@ class Bars:
         self._done = done
 
     def close(self) -> None:
-        """End the bar that is shown."""
+        """Close the current bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -95,7 +94,7 @@ class Bars:
 
 @contextmanager
 def bars() -> Iterator[Progress]:
-    """Yield what draws the progress of a command."""
+    """Yield a function that shows the progress of a command."""
     drawn = Bars()
     try:
         yield drawn
@@ -105,10 +104,10 @@ def bars() -> Iterator[Progress]:
 
 @contextmanager
 def running() -> Iterator[Progress]:
-    """Yield what draws the progress of a command that runs a model, in a process that is its own.
+    """Yield a function that shows the progress of a command that runs a model.
 
-    Here the heap may be told to serve one activation after another; in somebody else's program
-    that is not ours to change.
+    This also changes a setting of the heap, so that it reuses freed memory. The command line owns
+    its process; the library must not do so in the program of a user.
     """
     reuse_freed_memory()
     with bars() as progress:
@@ -117,18 +116,18 @@ def running() -> Iterator[Progress]:
 
 class _Echo(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        """Print a line of the library's on stderr, once in a command."""
+        """Print a log line of the library on stderr, once per command."""
         context = click.get_current_context(silent=True)
-        if context is None:  # the command that asked for it has ended
+        if context is None:  # the command has ended
             return
-        line, said = self.format(record), context.meta.setdefault(LOG_LINES, [])
-        if line not in said:
-            say(line, err=True)
-            said.append(line)
+        line, printed = self.format(record), context.meta.setdefault(LOG_LINES, [])
+        if line not in printed:
+            print_text(line, err=True)
+            printed.append(line)
 
 
 def show_logs() -> None:
-    """Print what the library logs, which stays quiet in a program of somebody else's."""
+    """Print what the library logs; without this call, the library is silent."""
     for name in ("surgery", "calib"):
         logger = logging.getLogger(name)
         if not any(isinstance(handler, _Echo) for handler in logger.handlers):
@@ -137,9 +136,9 @@ def show_logs() -> None:
 
 
 def show_plan(plan: Plan, layout: Layout) -> None:
-    """Print what a plan cuts and what to know about it."""
-    say(plan.table())
-    if names := left_behind(layout.checkpoint.path, plan.ids()):
-        click.echo(f"note: left behind: {printable(', '.join(names))}")
+    """Print a plan: its table, the files that the output will not have, and a note on its ratio."""
+    print_text(plan.table())
+    if names := files_left_out(layout.checkpoint.path, plan.ids()):
+        click.echo(f"note: left out of the output: {printable(', '.join(names))}")
     if plan.provenance.ratio is not None:
         click.echo(f"note: {RULE}")

@@ -1,1 +1,1 @@
-"""From sizes and statistics to a plan."""
+"""Make a plan from sizes and statistics."""

@@ -1,4 +1,4 @@
-"""Which layers an output is made of: read from text, chosen by influence, checked, written out."""
+"""The layers of an output: parsed from text, chosen by block influence, checked, formatted."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,18 +14,18 @@ from surgery.families.schema import Family
 from surgery.layout.layout import FLOATS, Layout
 
 GroupedLayers = Sequence[Sequence[int]]
-"""Per layer of the output the source's layers that it is made of; empty: all as they are."""
+"""For each layer of the output, the source's layers that it is made of; empty keeps all layers."""
 
 _SPEC = re.compile(r"\d{1,6}(-\d{1,6}|(\+\d{1,6})+)?(,\d{1,6}(-\d{1,6}|(\+\d{1,6})+)?)*")
 _NO_LAYERS = re.compile(r"_token_ids?$|^architectures$|^suppress_tokens$|^keys_to_ignore")
-"""Keys whose lists have no entry for each layer, however long they are."""
+"""Keys whose lists have no entry for each layer, whatever their length."""
 
 
 def parse_layers(text: str) -> list[list[int]]:
-    """Read "0-20,21+22+23,24-29": ranges stay, what "+" joins becomes one layer.
+    """Parse "0-20,21+22+23,24-29": keep the ranges, and make one layer of those joined by "+".
 
     Raises:
-        BudgetError: it is written otherwise.
+        BudgetError: ``text`` has another form.
     """
     groups: list[list[int]] = []
     for part in text.split(",") if _SPEC.fullmatch(text) else ():
@@ -37,7 +37,7 @@ def parse_layers(text: str) -> list[list[int]]:
     if not groups or not all(groups):
         raise BudgetError(
             "`layers`",
-            "does not say which layers stay",
+            "does not name the layers to keep",
             expected="such as 0-20,21+22+23,24-29",
             found=text[:80],
             fix="correct it",
@@ -45,7 +45,7 @@ def parse_layers(text: str) -> list[list[int]]:
     return groups
 
 
-def spelled_layers(groups: GroupedLayers) -> str:
+def format_layers(groups: GroupedLayers) -> str:
     """The text that ``parse_layers`` reads as ``groups``."""
     parts = []
     runs = groupby(enumerate(groups), lambda item: (len(item[1]), item[1][0] - item[0]))
@@ -61,14 +61,14 @@ def spelled_layers(groups: GroupedLayers) -> str:
 def layers_by_influence(influence: np.ndarray, count: int) -> list[list[int]]:
     """Keep the ``count`` layers of largest block influence (ShortGPT, arXiv 2403.03853).
 
-    Of equal ones the first stay.
+    Of equal ones, keep the first.
 
     Args:
-        influence: float64 ``[L]``, 1 − mean cosine of what goes into a layer and comes out.
-        count: Layers of the output.
+        influence: float64 ``[L]``, 1 − the mean cosine between a layer's input and output.
+        count: Layers to keep.
 
     Raises:
-        BudgetError: not between 1 and L.
+        BudgetError: ``count`` is not between 1 and L.
     """
     if not 1 <= count <= len(influence):
         raise BudgetError(
@@ -83,11 +83,11 @@ def layers_by_influence(influence: np.ndarray, count: int) -> list[list[int]]:
 
 
 def check_layers(layout: Layout, groups: GroupedLayers) -> None:
-    """Refuse layers that are not there, in another order, or that cannot become one.
+    """Refuse layers that do not exist, are out of order, or cannot be merged into one.
 
     Raises:
         BudgetError: naming the layer or tensor.
-        FamilyError: layers of this model type differ by number.
+        FamilyError: layers of this model type cannot be removed.
     """
     if not groups:
         return
@@ -99,7 +99,7 @@ def check_layers(layout: Layout, groups: GroupedLayers) -> None:
             "layers",
             "are not ascending numbers of the source's layers, each at most once",
             expected=f"0 to {depth - 1}",
-            found=spelled_layers([group for group in groups if group]),
+            found=format_layers([group for group in groups if group]),
             fix="correct them",
         )
     layer_keys(layout.config, layout.family, groups, depth, layout.where)
@@ -107,7 +107,7 @@ def check_layers(layout: Layout, groups: GroupedLayers) -> None:
     for axes in layout.ffn_outputs:
         for axis in axes.keys() - left:
             raise BudgetError(
-                "layers", f"none that stays has the {axis} channels", fix="keep one that has them"
+                "layers", f"no kept layer has the {axis} channels", fix="keep one that has them"
             )
     for group in groups:
         for other in group[1:]:
@@ -115,39 +115,39 @@ def check_layers(layout: Layout, groups: GroupedLayers) -> None:
 
 
 def _check_alike(layout: Layout, first: int, other: int) -> None:
-    """Two layers can be added up: the same tensors in the same shape and dtype, none in FP8."""
+    """Refuse to add two layers unless their tensors are alike in shape and dtype, none in FP8."""
     found = [_shapes(layout, layer) for layer in (first, other)]
     for key in found[0].keys() | found[1].keys():
         one, two = (shapes.get(key) for shapes in found)
         if one != two:
             raise BudgetError(
                 f"layers {first} and {other}",
-                f"cannot become one, for they differ in {key[0]}",
+                f"cannot be merged into one: they differ in {key[0]}",
                 expected=one or "none",
                 found=two or "none",
-                fix="drop one of them instead",
+                fix="remove one of them instead",
             )
         if one is not None and one[0] not in FLOATS:
             raise BudgetError(
                 f"layers {first} and {other}",
-                f"cannot become one, for {key[0]} is {one[0]}",
+                f"cannot be merged into one: {key[0]} is {one[0]}",
                 expected=" or ".join(FLOATS),
-                fix="drop one of them instead, or use a checkpoint in bf16",
+                fix="remove one of them instead, or use a checkpoint in bf16",
             )
 
 
 def _shapes(layout: Layout, layer: int) -> dict[tuple[str, int | None], tuple[str, Any]]:
-    """(slot, expert) → dtype and shape of what a layer computes with."""
-    places = ((ref, layout.roles[ref.name]) for ref in layout.of_layer[layer].values())
+    """(slot, expert) → dtype and shape of each tensor that a layer computes with."""
+    roles = ((ref, layout.roles[ref.name]) for ref in layout.of_layer[layer].values())
     return {
-        (place.slot.name, place.expert): (ref.dtype, ref.shape)
-        for ref, place in places
-        if place.slot.block != BUFFER
+        (role.slot.name, role.expert): (ref.dtype, ref.shape)
+        for ref, role in roles
+        if role.slot.block != BUFFER
     }
 
 
 def kind_notes(layout: Layout, groups: GroupedLayers) -> list[str]:
-    """What to know of layers that config.json says are of several kinds."""
+    """Return notes on layers that are of several kinds according to config.json."""
     notes = []
     for kind in layout.family.layer_rules or ():
         value = layout.config.get(kind.key)
@@ -155,7 +155,7 @@ def kind_notes(layout: Layout, groups: GroupedLayers) -> list[str]:
             continue
         mixed = [group for group in groups if len({str(value[n]) for n in group}) > 1]
         if mixed:
-            notes.append(f"{spelled_layers(mixed)} differ in {kind.key}; each becomes as its first")
+            notes.append(f"{format_layers(mixed)} differ in {kind.key}; each becomes as its first")
         if len(set(map(str, value))) > 1:
             notes.append(
                 f"{kind.key} says which kind each layer is; an engine that counts layers instead "
@@ -167,19 +167,19 @@ def kind_notes(layout: Layout, groups: GroupedLayers) -> list[str]:
 def layer_keys(
     config: Mapping[str, Any], family: Family, groups: GroupedLayers, depth: int, where: object
 ) -> dict[str, Any]:
-    """Return what the language model's ``config`` says otherwise when its layers are ``groups``.
+    """Return the keys of the language model's ``config`` that change with its layers ``groups``.
 
-    A layer made of several is of its first one's kind.
+    A layer made of several has the kind of its first one.
 
     Raises:
-        FamilyError: the model type is not known to allow it, or a list with an entry for each
-            layer is under a key that is not known.
+        FamilyError: the model type has no rules for its layers, or an unknown key holds a list
+            as long as the model has layers.
     """
     if family.layer_rules is None:
         raise FamilyError(
             where,
-            f"layers of model type {family.text_type or family.model_type} cannot go: their "
-            "number says, in ways that config.json does not, what they are",
+            f"layers of model type {family.text_type or family.model_type} cannot be removed: "
+            "what a layer is depends on its number, in ways that config.json does not state",
             fix="keep all layers",
         )
     firsts = [group[0] for group in groups]
@@ -196,7 +196,7 @@ def layer_keys(
         if lists and key not in known and not _NO_LAYERS.search(key):
             raise FamilyError(
                 f"{where}: {key}",
-                "may have an entry for each layer, but is not known to",
+                "may have an entry for each layer; the table of families does not tell",
                 fix=f"keep all layers, or add the key; {ADD_FAMILY}",
             )
     return changes

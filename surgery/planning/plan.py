@@ -1,4 +1,4 @@
-"""The plan: everything apply needs but the source, as one readable JSON file."""
+"""The plan: all that apply needs besides the source, as one readable JSON file."""
 
 import hashlib
 from pathlib import Path
@@ -11,7 +11,7 @@ from surgery.files import index_sets
 from surgery.files.atomic import write_atomic
 from surgery.files.index_sets import MAKE_AGAIN
 from surgery.files.strict_json import dump_table, read_file
-from surgery.planning.layers import spelled_layers
+from surgery.planning.layers import format_layers
 from surgery.planning.replacement import Replacement
 from surgery.tokenizer.id_map import IdMap
 from surgery.vocabulary.cost import ScriptCost, VocabularyCost
@@ -19,12 +19,13 @@ from surgery.vocabulary.cost import ScriptCost, VocabularyCost
 FORMAT = 3
 
 SHOWN_SCRIPTS = 12
-"""Scripts that lose most tokens, in the table; plan.json has them all."""
+"""How many scripts the table lists, those that lose most tokens; plan.json has all."""
+
 PROVENANCE_NAME = "compact_surgery.json"
 """Name of ``ProvenanceFile`` in an output."""
 
 MOST_ROWLESS = 1 << 16
-"""Most tokens behind the last row; Gemma 3 has one."""
+"""Most tokens with ids after the last row; Gemma 3 has one."""
 
 
 class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -36,7 +37,7 @@ class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Key of config.json → channels of every FFN, or expert, of this kind."""
     num_hidden_layers: int
     parameters: int
-    """Tied embeddings once."""
+    """Tied embeddings count once."""
     nbytes: int
     """Bytes of all tensors."""
 
@@ -47,51 +48,51 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     criterion: str
     """Channel importance, a key of ``channels.CRITERIA``."""
     ratio: float | None
-    """The target, or None where the sizes were given."""
+    """The ratio that was asked for, or None where the sizes were given."""
     text_digest: str | None
-    """Of the calibration windows; None for a plan without statistics."""
+    """Digest of the calibration windows; None for a plan without statistics."""
     calibration_tokens: int
     notes: list[str]
-    """What the user should know: approximations made, files left behind."""
+    """What the user should know, such as approximations that were made."""
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A pure function from the source's headers to the output's."""
+    """A pure function from the source's headers to those of the output."""
 
     source: str
     """Directory, or hub id ``org/name@revision``."""
     fingerprint: str
-    """Of the source: config, tokenizer and headers."""
+    """Digest of the source's config, tokenizer and headers."""
     output: str | None
     """Directory to write, unless ``apply -o`` names another."""
     before: Shape
     after: Shape
     kept_tokens: str
-    """Old ids of the embedding rows that stay (``selection.encode``)."""
+    """Old ids of the embedding rows to keep (``index_sets.encode``)."""
     rowless_tokens: int
-    """Added tokens behind the last row, kept behind the last row."""
+    """Added tokens with ids after the last row; they are kept after the last row."""
     kept_channels: list[dict[str, list[str]]]
-    """Per layer of the output: channel axis → per expert the channels that stay
-    (``selection.encode``), one entry for an FFN that is no expert. Empty: none chosen yet."""
+    """For each layer of the output: channel axis → the channels to keep (``index_sets.encode``), an
+    entry for each expert. A dense FFN counts as one expert. Empty: none are chosen yet."""
     dropped: list[str]
-    """Tensors that go, with ``{expert}`` for numbers: layers that only guess ahead."""
+    """Tensors to remove, with ``{expert}`` for numbers: layers for multi-token prediction."""
     dequantize: bool
     """Whether FP8 weights become bf16."""
     vocabulary: VocabularyCost | None
-    """What the cut of the vocabulary costs; None where it stays whole."""
+    """What the smaller vocabulary costs; None where all of it is kept."""
     provenance: Provenance
     layers: list[list[int]] = []
-    """Per layer of the output the source's layers that it is made of: one that stays, or several
-    that become one, W of the first + Σ (W of another − W of the first) (LaCo, arXiv 2402.11187).
-    Empty: all layers stay as they are."""
+    """For each layer of the output, the source's layers that it is made of: one, or several merged
+    into W of the first + Σ (W of another − W of the first) (LaCo, arXiv 2402.11187).
+    Empty: all layers are kept."""
     replaced: Replacement | None = None
-    """Tensors that come from a file of their own."""
+    """Tensors that are read from another file than the source's."""
     family: str | None = None
-    """Model type as which the source is treated; None is its own."""
+    """Model type that the source is treated as; None is its own."""
     format: int = FORMAT
 
     def __post_init__(self) -> None:
-        """Check that the kept rows are as many as the sizes say; ``edits`` checks the channels."""
+        """Check that kept rows and layers match the sizes; ``edits`` checks the channels."""
         counts = {
             "format": (self.format, FORMAT),
             "rowless_tokens": (self.rowless_tokens, min(max(self.rowless_tokens, 0), MOST_ROWLESS)),
@@ -122,16 +123,16 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return IdMap(kept, self.before.vocab_size, self.rowless_tokens)
 
     def channels(self, layer: int, axis: str, channels: int, experts: int = 1) -> list[np.ndarray]:
-        """Channels of ``layer`` that stay, ascending, one array per expert.
+        """Return the channels of ``layer`` to keep, ascending, one array per expert.
 
         Args:
             layer: Number of the layer in the output.
             axis: One of ``family.WIDTHS``.
             channels: Length of the axis in the source.
-            experts: Of the layer on this axis.
+            experts: How many experts the layer has on this axis.
 
         Raises:
-            PlanError: the plan has no such layer, or other experts.
+            PlanError: the plan lacks the layer, or has another number of experts.
         """
         if not self.kept_channels:
             return [np.arange(channels)] * experts
@@ -148,7 +149,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return [index_sets.decode(text, channels, f"{where}: {axis}") for text in texts]
 
     def table(self) -> str:
-        """Before, after and removed share of each size, then the notes, as text for people."""
+        """Return each size before and after with its removed share, then the notes, as text."""
         before, after = self.before, self.after
         sizes = [("vocab_size", before.vocab_size, after.vocab_size)]
         sizes += [(key, before.widths[key], after.widths[key]) for key in before.widths]
@@ -163,7 +164,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.vocabulary is not None:
             rows += ["", *_vocabulary_rows(self.vocabulary)]
         if self.layers:
-            rows.append(f"layers: {spelled_layers(self.layers)}")
+            rows.append(f"layers: {format_layers(self.layers)}")
         rows += [f"note: {note}" for note in self.provenance.notes]
         if self.dropped:
             rows.append(f"note: left out, for they only guess ahead: {', '.join(self.dropped)}")
@@ -177,7 +178,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what the plan does: ``encode`` without the places of its files."""
+        """SHA-256 of ``encode`` without the paths of its files."""
         replaced = self.replaced and msgspec.structs.replace(self.replaced, file="")
         bare = msgspec.structs.replace(self, output=None, replaced=replaced)
         return hashlib.sha256(bare.encode()).hexdigest()
@@ -191,7 +192,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Read and validate a plan.
 
         Raises:
-            PlanError: not a plan, or its parts contradict each other.
+            PlanError: the file is not a plan, or its parts contradict each other.
         """
         path = Path(path)
         try:
@@ -207,7 +208,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def _vocabulary_rows(cost: VocabularyCost) -> list[str]:
-    """Tokens that each script loses, and tokens per byte of its text where there is some."""
+    """Return rows on the tokens that each script loses, and on tokens per byte of a text."""
     lost = [script for script in cost.scripts if script.tokens_before > script.tokens_after]
     lost.sort(key=lambda script: script.tokens_after - script.tokens_before)
     heads = f"{'tokens of':<20}{'before':>18}{'after':>18}{'removed':>10}"
@@ -235,7 +236,7 @@ def _growth(script: ScriptCost) -> str:
 
 
 class ProvenanceFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """compact_surgery.json: what made this checkpoint."""
+    """compact_surgery.json: how this checkpoint was made."""
 
     version: str
     """Of compact-surgery."""

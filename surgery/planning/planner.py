@@ -1,4 +1,4 @@
-"""From headers, sizes and statistics to a plan; no weights are read."""
+"""Make a plan from headers, sizes and statistics; no weights are read."""
 
 from itertools import zip_longest
 from pathlib import Path
@@ -9,7 +9,7 @@ from surgery.errors import StatsError
 from surgery.families.schema import EXPERT
 from surgery.files import index_sets
 from surgery.layout.layout import Layout
-from surgery.planning.layers import check_layers, kind_notes, spelled_layers
+from surgery.planning.layers import check_layers, format_layers, kind_notes
 from surgery.planning.plan import Plan, Provenance
 from surgery.planning.request import SizeChoice
 from surgery.planning.shapes import axis_lengths, blocks, check_blocks, shape_of
@@ -28,19 +28,19 @@ def plan_cut(
     cost: VocabularyCost | None = None,
     output: Path | None = None,
 ) -> Plan:
-    """Plan the cut of ``layout`` to the sizes of ``choice``; no weights are read.
+    """Plan how ``layout`` shrinks to the sizes of ``choice``; no weights are read.
 
-    Without ``stats`` the plan predicts sizes but, where channels go, cannot be applied.
+    Without ``stats`` the plan predicts sizes. It cannot be applied if it removes channels.
 
     Args:
         layout: The model.
         choice: The sizes, the order of the vocabulary, and how channels are chosen.
-        stats: What the channels are chosen by.
-        cost: What the cut of the vocabulary costs, where that is known.
-        output: Directory that the plan names.
+        stats: The statistics that choose the channels.
+        cost: What the smaller vocabulary costs, where that is known.
+        output: Directory that apply is to write.
 
     Raises:
-        BudgetError: a size out of reach, or not in whole blocks of FP8 weights.
+        BudgetError: a size is out of reach, or is not in whole blocks of FP8 weights.
         StatsError: the statistics belong to another model, or an expert saw too few tokens.
     """
     sizes, channels = choice.sizes, choice.request.channels
@@ -58,7 +58,7 @@ def plan_cut(
         notes += _approximations(stats, ids, channels.criterion)
         if sizes.widths != layout.widths:
             notes += _other_text(stats, ids) + _other_layers(sizes)
-        kept_channels = _encoded(layout, stats, ids, sizes, channels.criterion)
+        kept_channels = _encoded_channels(layout, stats, ids, sizes, channels.criterion)
     return Plan(
         source=layout.checkpoint.source,
         fingerprint=layout.checkpoint.fingerprint,
@@ -83,10 +83,10 @@ def plan_cut(
     )
 
 
-def _encoded(
+def _encoded_channels(
     layout: Layout, stats: ChannelStats, ids: IdMap, sizes: Sizes, criterion: str
 ) -> list[dict[str, list[str]]]:
-    """The channels that stay, as the plan holds them."""
+    """Return the channels to keep, as the plan holds them."""
     full = axis_lengths(layout, layout.widths)
     lengths = axis_lengths(layout, sizes.widths)
     by_key = {} if sizes.dequantize else blocks(layout)
@@ -107,12 +107,12 @@ def check_stats(layout: Layout, stats: ChannelStats) -> None:
     """Refuse statistics of another model.
 
     Raises:
-        StatsError: its fingerprint or a size is another.
+        StatsError: the fingerprint or a size differs.
     """
     if stats.info.fingerprint != layout.checkpoint.fingerprint:
         raise StatsError(
             stats.where,
-            "were taken from another model",
+            "belong to another model",
             expected=f"fingerprint {layout.checkpoint.fingerprint[:12]}",
             found=stats.info.fingerprint[:12],
             fix=f"calibrate {layout.checkpoint.path}",
@@ -136,10 +136,10 @@ def check_stats(layout: Layout, stats: ChannelStats) -> None:
 
 
 def check_experts(stats: ChannelStats, least: int) -> None:
-    """Refuse to rank the channels of experts that hardly saw a token.
+    """Refuse to rank the channels of experts that saw too few tokens.
 
     Raises:
-        StatsError: one saw fewer than ``least``.
+        StatsError: an expert saw fewer than ``least``.
     """
     few = unseen_experts(stats, least)
     if few:
@@ -155,7 +155,7 @@ def check_experts(stats: ChannelStats, least: int) -> None:
 
 
 def _notes(layout: Layout, choice: SizeChoice, vocabulary: VocabularyCost | None) -> list[str]:
-    """What follows from the sizes alone."""
+    """Return the notes that follow from the sizes alone."""
     sizes, ratio = choice.sizes, choice.request.sizes.ratio
     notes = vocabulary.warnings() if vocabulary else []
     misread = layout.family.misread_vocab_sizes.get(sizes.vocab_size)
@@ -184,16 +184,16 @@ def _other_layers(sizes: Sizes) -> list[str]:
         return []
     notes = ["the statistics were taken with all layers in place"]
     if collapsed:
-        notes.append(f"channels of {spelled_layers(collapsed)} are chosen by the first layer's")
+        notes.append(f"channels of {format_layers(collapsed)} are chosen by the first layer's")
     return notes
 
 
 def _other_text(stats: ChannelStats, ids: IdMap) -> list[str]:
-    seen = stats.info.vocab_size or ids.old_size
-    if seen == ids.new_size:
+    text_rows = stats.info.vocab_size or ids.old_size
+    if text_rows == ids.new_size:
         return []
     return [
-        f"the statistics are of text as {seen} rows cut it; calibrating with `vocab_size` "
+        f"the statistics are of text as {text_rows} rows cut it; calibrating with `vocab_size` "
         f"{ids.new_size} takes them on what the pruned model will see"
     ]
 

@@ -1,4 +1,4 @@
-"""Tensors of an output that come from a file of their own: written, checked, described."""
+"""Tensors that replace the source's, in a file of their own: written, checked, described."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,23 +13,23 @@ from surgery.files.safetensors_header import TensorRef, encode_header, read_head
 
 
 class Replacement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A safetensors file whose tensors take the place of the source's."""
+    """A safetensors file whose tensors replace those of the source."""
 
     what: str
-    """How they were made."""
+    """How the tensors were made."""
     file: str
-    """Its absolute path."""
+    """Absolute path of the file."""
     digest: str
     """SHA-256 of the file."""
     tensors: list[str]
     """Names in the output."""
 
     def refs(self) -> dict[str, TensorRef]:
-        """Name in the output → where it lies.
+        """Return name in the output → the tensor in the file.
 
         Raises:
             PlanError: the file has other tensors.
-            CheckpointError: it is gone or no safetensors file.
+            CheckpointError: the file is missing, or is no safetensors file.
         """
         found = {ref.name: ref for ref in read_header(Path(self.file)).tensors}
         if sorted(found) != sorted(self.tensors):
@@ -45,7 +45,7 @@ class Replacement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def check_replaced(ref: TensorRef, dtype: str | None, shape: tuple[int, ...] | None) -> None:
-    """Refuse a tensor that the output has in another ``dtype`` or ``shape``, or not at all (None).
+    """Refuse a tensor unless it has the output's ``dtype`` and ``shape`` (None: no such tensor).
 
     Raises:
         PlanError: naming the tensor.
@@ -64,23 +64,23 @@ Entry = tuple[str, str, tuple[int, ...]]
 """Name in the output, safetensors dtype, shape."""
 
 OFFSET_DIGITS = 16
-"""Room in the header for offsets that become longer in another order."""
+"""Bytes to spare in the header for each tensor: another order may have longer offsets."""
 
 
 def check_file(replacement: Replacement) -> None:
-    """Read the file whole and compare its digest.
+    """Read all of the file and compare its digest.
 
     Raises:
-        CheckpointError: it has changed.
+        CheckpointError: the file has changed.
     """
     check_digest(Path(replacement.file), replacement.digest, MAKE_AGAIN)
 
 
 class ReplacementWriter:
-    """Writes such a file, a tensor at a time; it appears whole at the end or not at all.
+    """Writes a file of replacements, a tensor at a time; it appears whole at the end or not at all.
 
-    Which of ``entries`` come need not be known before: there is room for a header with all of
-    them, and it is filled with spaces, which a header may end in.
+    A caller need not know beforehand which of ``entries`` it will add. The file begins with room
+    for a header of all of them. Spaces fill what is left of it, as a header may end in spaces.
     """
 
     def __init__(self, path: Path, entries: Sequence[Entry]) -> None:
@@ -96,13 +96,13 @@ class ReplacementWriter:
         return self
 
     def add(self, name: str, data: memoryview) -> None:
-        """Append one of the entries."""
+        """Append the tensor ``name``, one of the entries."""
         dtype, shape = self._entries[name]
         self._new.file.write(data)
         self._written.append((name, dtype, shape))
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        """Write the header and give the file its name; after an error, leave nothing."""
+        """Write the header and give the file its name; after an error, leave no file."""
         if error_type is not None or not self._written:
             self._new.discard()
             return
@@ -116,6 +116,6 @@ class ReplacementWriter:
         self._written = []
 
     def replacement(self, what: str) -> Replacement | None:
-        """What a plan says of the finished file; None where nothing was written."""
+        """Return the plan's entry for the finished file; None where nothing was written."""
         names = [name for name, _, _ in self._written]
         return Replacement(what, str(self._path), self._digest, names) if names else None

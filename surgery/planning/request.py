@@ -1,4 +1,4 @@
-"""What is asked of a cut → the order of rarity and the sizes of the cut."""
+"""What the user asks for, and the sizes and order of rarity that follow from it."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,32 +37,32 @@ from surgery.vocabulary.scripts import check_script
 
 @dataclass(frozen=True)
 class SizeRequest:
-    """How much goes: a share of the parameters, or the sizes that stay; and in which dtype."""
+    """How much to remove: a share of the parameters, or the sizes to keep."""
 
     ratio: float | None = None
     """Share of all parameters to remove."""
     vocab_size: int | None = None
-    """V': rows of the embedding that stay."""
+    """V': rows of the embedding to keep."""
     intermediate_size: int | None = None
-    """I': channels of each FFN that stay, where the model has one width."""
+    """I': channels of each FFN to keep, where the model has one width."""
     widths: Mapping[str, int] = field(default_factory=dict)
-    """Key of config.json → channels that stay, for models with several widths."""
+    """Key of config.json → channels to keep, for models with several widths."""
     multiple_of: int | None = None
-    """What V' and I' must be multiples of; None is the usual step, which given sizes need not
-    keep."""
+    """What V' and I' must be multiples of. None is the usual step; sizes that the user gives need
+    not be multiples of it."""
     target: str | None = None
-    """What an engine needs to divide the sizes, such as "tp=4,group=128"."""
+    """What an engine divides the sizes by, such as "tp=4,group=128"."""
     dequantize: bool = False
     """Whether weights in FP8 become bf16."""
     layers: str | None = None
-    """Layers that stay or become one, such as "0-20,21+22+23,24-29"."""
+    """Layers to keep or to merge, such as "0-20,21+22+23,24-29"."""
     num_hidden_layers: int | None = None
-    """Layers that stay, those of the largest block influence."""
+    """How many layers to keep, those of the largest block influence."""
 
 
 @dataclass(frozen=True)
 class CutRequest:
-    """All that is asked of a cut."""
+    """All that the user asks for: sizes, vocabulary and channels."""
 
     sizes: SizeRequest = field(default_factory=SizeRequest)
     vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
@@ -71,14 +71,14 @@ class CutRequest:
 
 @dataclass(frozen=True, eq=False)
 class SizeChoice:
-    """The sizes of a cut, and the order in which the vocabulary goes."""
+    """The chosen sizes, and the order in which tokens are removed."""
 
     rarity: Rarity
     sizes: Sizes
     tokenizer: TokenizerFile | None = None
-    """None where the vocabulary stays whole, which needs no tokenizer that can be cut."""
+    """None where the whole vocabulary is kept; then the tokenizer may be of any kind."""
     request: CutRequest = field(default_factory=CutRequest)
-    """What was asked for."""
+    """The request that led to them."""
 
 
 def choose_sizes(
@@ -87,18 +87,18 @@ def choose_sizes(
     documents: Iterable[str] | None = None,
     influence: np.ndarray | None = None,
 ) -> SizeChoice:
-    """Return the order of rarity and the sizes, from the ratio or as they are given.
+    """Return the order of rarity and the sizes, as given or as the ratio demands.
 
     Args:
         layout: The model.
-        request: How much goes, and what of the vocabulary stays.
-        documents: To count tokens in, where the order is by frequency.
-        influence: Of each layer, float64 ``[L]``, by which some can be kept.
+        request: How much to remove, and which tokens to keep.
+        documents: Text to count tokens in, where the order is by frequency.
+        influence: Block influence of each layer, float64 ``[L]``, for ``num_hidden_layers``.
 
     Raises:
-        BudgetError: neither a ratio nor sizes, or both; sizes that do not divide as asked.
+        BudgetError: neither a ratio nor sizes are given, or both; or sizes do not divide as asked.
         DataError: the order is by frequency and there is no text.
-        TokenizerError: the vocabulary cannot be cut, or lacks what is to be kept.
+        TokenizerError: the vocabulary cannot be pruned, or lacks a token to keep.
     """
     target = request.sizes
     layers = _chosen_layers(target, layout, influence)
@@ -119,7 +119,7 @@ def choose_sizes(
 def _chosen_layers(
     target: SizeRequest, layout: Layout, influence: np.ndarray | None
 ) -> list[list[int]]:
-    """The layers that are asked for, as in a plan; none where all stay as they are."""
+    """Return the layers that are asked for, as in a plan; empty where all are kept."""
     if target.layers is None and target.num_hidden_layers is None:
         return []
     if target.layers is not None and target.num_hidden_layers is not None:
@@ -133,7 +133,7 @@ def _chosen_layers(
     else:
         raise BudgetError(
             "`num_hidden_layers`",
-            "needs statistics that say which layers matter",
+            "needs statistics to rank the layers by",
             fix="calibrate, then plan with `stats`; or name the layers with `layers`",
         )
     check_layers(layout, groups)
@@ -141,7 +141,7 @@ def _chosen_layers(
 
 
 def _split(layout: Layout, target: SizeRequest, smallest: int, layers: list[list[int]]) -> Sizes:
-    """Sizes that remove, with the layers that go, the ratio asked for of all parameters."""
+    """Return sizes that remove, together with the removed layers, the ratio that is asked for."""
     steps, ratio, left = allowed_steps(layout, target), target.ratio or 0.0, layout
     if layers:
         left = layout.with_layers(layers)
@@ -151,7 +151,7 @@ def _split(layout: Layout, target: SizeRequest, smallest: int, layers: list[list
         if rest < (1 - ratio) * full:
             raise BudgetError(
                 "`ratio`",
-                "is less than what goes with the layers alone",
+                "is less than the removed layers take alone",
                 expected=f"at least {1 - rest / full:.4f}",
                 found=ratio,
                 fix="keep more layers, or choose a higher ratio",
@@ -161,7 +161,7 @@ def _split(layout: Layout, target: SizeRequest, smallest: int, layers: list[list
 
 
 def allowed_steps(layout: Layout, target: SizeRequest) -> Steps:
-    """What the sizes must be multiples of, whole blocks of FP8 weights among it."""
+    """Return what the sizes must be multiples of, FP8 blocks included."""
     wanted = _steps(target)
     if target.dequantize:
         return wanted
@@ -173,7 +173,7 @@ def allowed_steps(layout: Layout, target: SizeRequest) -> Steps:
 def rarity_or_whole(
     layout: Layout, vocabulary: VocabularyOptions, documents: Iterable[str]
 ) -> Rarity:
-    """The order of rarity; a vocabulary that cannot be cut stays whole."""
+    """Return the order of rarity; a vocabulary that cannot be pruned is kept whole."""
     try:
         tokenizer = open_vocabulary(layout)
     except TokenizerError:
@@ -186,7 +186,7 @@ def parse_vocab_sizes(sizes: str | Sequence[int], layout: Layout) -> list[int]:
     """Return the sizes in "V,V,…", or in a sequence.
 
     Raises:
-        BudgetError: not numbers between 1 and V.
+        BudgetError: a size is no number between 1 and V.
     """
     try:
         found = [int(part) for part in (sizes.split(",") if isinstance(sizes, str) else sizes)]
@@ -204,13 +204,13 @@ def parse_vocab_sizes(sizes: str | Sequence[int], layout: Layout) -> list[int]:
 
 
 def _steps(target: SizeRequest) -> Steps:
-    """What the sizes must be multiples of."""
+    """Return what the sizes must be multiples of by ``multiple_of`` and ``target``."""
     multiple_of = target.multiple_of or MULTIPLE_OF
     return parse_target(target.target, multiple_of) if target.target else steps(multiple_of)
 
 
 def _given_sizes(target: SizeRequest, layout: Layout) -> Sizes | None:
-    """The sizes, or None where they follow from the ratio; what is not named stays whole."""
+    """Return the sizes, or None where they follow from the ratio; others keep their full size."""
     widths = _given_widths(target, layout)
     by_size = target.vocab_size is not None or bool(widths)
     if target.ratio is not None:
@@ -227,7 +227,7 @@ def _given_sizes(target: SizeRequest, layout: Layout) -> Sizes | None:
             "sizes",
             "are not given",
             expected="`ratio`, or `vocab_size` and `intermediate_size`",
-            fix="give one or the other; what is not named stays whole",
+            fix="give one or the other; a size that is not named does not change",
         )
     vocab_size = layout.vocab_size if target.vocab_size is None else target.vocab_size
     sizes = Sizes(vocab_size, {**layout.widths, **widths}, target.dequantize)
@@ -237,7 +237,7 @@ def _given_sizes(target: SizeRequest, layout: Layout) -> Sizes | None:
 
 
 def _given_widths(target: SizeRequest, layout: Layout) -> dict[str, int]:
-    """Key of config.json → channels that are asked for."""
+    """Return key of config.json → channels that are asked for."""
     for key, size in target.widths.items():
         if key not in layout.widths:
             raise BudgetError(
@@ -254,7 +254,7 @@ def _given_widths(target: SizeRequest, layout: Layout) -> dict[str, int]:
 
 
 def main_width(layout: Layout) -> str:
-    """What ``intermediate_size`` means: the key of that name, or the only one there is."""
+    """Return the key that ``intermediate_size`` stands for: that of this name, or the only one."""
     if "intermediate_size" in layout.widths:
         return "intermediate_size"
     if len(layout.widths) == 1:
@@ -266,19 +266,19 @@ def main_width(layout: Layout) -> str:
         if names
         else "cannot change: config.json has no key for the width of this model's FFN",
         expected=f"`widths` with one of {names}" if names else None,
-        fix="use `widths`" if names else "cut the vocabulary alone, with `vocab_size`",
+        fix="use `widths`" if names else "prune the vocabulary alone, with `vocab_size`",
     )
 
 
 def _near(size: int, step: int, full: int) -> str:
-    """The multiple of ``step`` next to ``size``, or all of ``full`` where there is none below."""
+    """Name the multiple of ``step`` nearest to ``size``, or ``full`` where there is none below."""
     if step > full:
         return f"or all {full}"
     return f"such as {max(step, min(round(size / step), full // step) * step)}"
 
 
 def _check_steps(layout: Layout, sizes: Sizes, wanted: Steps) -> None:
-    """Refuse given sizes that are no multiples of what was asked for; whole ones stay."""
+    """Refuse given sizes that are no multiples of what was asked for; full sizes are allowed."""
     given = {"vocab_size": (sizes.vocab_size, layout.vocab_size, wanted.vocab)}
     for key, size in sizes.widths.items():
         given[key] = (size, layout.widths[key], wanted.width)
@@ -299,7 +299,7 @@ def _vocabulary_choice(
     vocabulary: VocabularyOptions,
     documents: Iterable[str] | None,
 ) -> VocabularyChoice:
-    """Read what the options name, and count tokens if they ask for it."""
+    """Read the tokens and scripts that the options name, and count tokens if they ask for it."""
     scripts = tuple(check_script(name) for name in vocabulary.keep_scripts)
     keep = kept_tokens(vocabulary.keep_tokens, tokenizer)
     counts = None

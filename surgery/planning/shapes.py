@@ -1,4 +1,4 @@
-"""Shapes of an output from headers alone: its parameters, bytes and whole FP8 blocks."""
+"""Shapes, parameters and bytes of an output, from headers alone; FP8 blocks are kept whole."""
 
 import math
 from collections.abc import Mapping
@@ -15,13 +15,13 @@ from surgery.layout.layout import Layout
 from surgery.planning.plan import Shape
 from surgery.planning.sizes import Sizes
 
-DEQUANTIZE = "`dequantize` writes bf16, which can be cut anywhere"
+DEQUANTIZE = "`dequantize` writes bf16, which can be pruned anywhere"
 
 
 def blocks(layout: Layout) -> dict[str, int]:
-    """Key of config.json, or VOCAB → positions that an FP8 weight has under one scale.
+    """Return key of config.json, or VOCAB → how many positions share one scale of an FP8 weight.
 
-    Axes that no FP8 weight has are not in it.
+    Axes that no FP8 weight has are left out.
     """
     found: dict[str, int] = {}
     fp8 = layout.checkpoint.quantization
@@ -38,17 +38,17 @@ def blocks(layout: Layout) -> dict[str, int]:
 
 
 def check_blocks(layout: Layout, sizes: Sizes) -> None:
-    """Refuse a cut that FP8 weights cannot follow.
+    """Refuse sizes that FP8 weights cannot have.
 
     Raises:
-        BudgetError: a size that is not whole blocks, rows of a vocabulary in FP8, or bf16 asked of
-            a checkpoint that has no FP8.
+        BudgetError: a size is not in whole blocks, a vocabulary in FP8 would lose rows, or
+            ``dequantize`` is asked of a checkpoint without FP8.
     """
     if sizes.dequantize:
         if layout.checkpoint.quantization is None:
             raise BudgetError(
                 "`dequantize`",
-                "has nothing to do: the checkpoint is not quantized",
+                "has no effect: the checkpoint is not quantized",
                 fix="leave it out",
             )
         return
@@ -74,7 +74,7 @@ def check_blocks(layout: Layout, sizes: Sizes) -> None:
 
 
 def whole_blocks(indices: np.ndarray, block: int, where: str) -> np.ndarray:
-    """Ascending numbers of the blocks that the ascending ``indices`` are made of.
+    """Return the ascending numbers of the blocks that the ascending ``indices`` are made of.
 
     Raises:
         PlanError: a block is not whole.
@@ -90,15 +90,15 @@ def whole_blocks(indices: np.ndarray, block: int, where: str) -> np.ndarray:
     return numbers
 
 
-def cut_shape(layout: Layout, tensor: TensorRef, sizes: Sizes) -> tuple[int, ...]:
-    """Shape of ``tensor`` once its named axes have ``sizes``; scales follow their weight's."""
-    place, fp8 = layout.roles[tensor.name], layout.checkpoint.quantization
-    if place.scales and fp8 is not None:
+def output_shape(layout: Layout, tensor: TensorRef, sizes: Sizes) -> tuple[int, ...]:
+    """Return the shape of ``tensor`` under ``sizes``; scales follow their weight."""
+    role, fp8 = layout.roles[tensor.name], layout.checkpoint.quantization
+    if role.scales and fp8 is not None:
         weight = layout.checkpoint.tensors[fp8.weight_of(tensor.name)]
-        rows, columns = cut_shape(layout, weight, sizes)
+        rows, columns = output_shape(layout, weight, sizes)
         return scale_grid((rows, columns), fp8.block_shape)
     shape = list(tensor.shape)
-    for number, dim in enumerate(place.slot.dims):
+    for number, dim in enumerate(role.slot.dims):
         key = layout.key_of(dim)
         if dim is not None and key is not None:
             length = sizes.vocab_size if key == VOCAB else sizes.widths[key]
@@ -107,24 +107,24 @@ def cut_shape(layout: Layout, tensor: TensorRef, sizes: Sizes) -> tuple[int, ...
 
 
 def output_dtype(layout: Layout, tensor: TensorRef, sizes: Sizes) -> str | None:
-    """Safetensors dtype that ``tensor`` has in the output; None where the output lacks it."""
-    place = layout.roles[tensor.name]
-    if place.dropped or (place.scales and sizes.dequantize):
+    """Return the safetensors dtype of ``tensor`` in the output; None where it is removed."""
+    role = layout.roles[tensor.name]
+    if role.dropped or (role.scales and sizes.dequantize):
         return None
-    goes = sizes.layers and all(place.layer != group[0] for group in sizes.layers)
-    if goes and place.layer is not None:
+    is_removed = sizes.layers and all(role.layer != group[0] for group in sizes.layers)
+    if is_removed and role.layer is not None:
         return None
     is_fp8 = layout.checkpoint.scales_of(tensor) is not None
     return "BF16" if is_fp8 and sizes.dequantize else tensor.dtype
 
 
 def shape_of(layout: Layout, sizes: Sizes) -> Shape:
-    """Predict sizes, parameters and bytes of ``layout`` cut to ``sizes``."""
+    """Predict sizes, parameters and bytes of ``layout`` once it has ``sizes``."""
     nbytes = 0
     for tensor in layout.checkpoint.tensors.values():
         dtype = output_dtype(layout, tensor, sizes)
         if dtype is not None:
-            nbytes += math.prod(cut_shape(layout, tensor, sizes)) * ITEMSIZE[dtype]
+            nbytes += math.prod(output_shape(layout, tensor, sizes)) * ITEMSIZE[dtype]
     return Shape(
         sizes.vocab_size,
         dict(sizes.widths),
@@ -135,7 +135,7 @@ def shape_of(layout: Layout, sizes: Sizes) -> Shape:
 
 
 def axis_lengths(layout: Layout, widths: Mapping[str, int]) -> dict[str, int]:
-    """Channel axis → its length where the widths are ``widths``; axes that the model has."""
+    """Return channel axis → its length under ``widths``, for the axes that the model has."""
     return {
         axis: widths[width.key] * layout.times(axis)
         for axis, width in layout.family.widths.items()

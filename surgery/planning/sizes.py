@@ -1,4 +1,4 @@
-"""From a target ratio to the two sizes (V', I'), in steps that engines can split."""
+"""The two sizes (V', I') that meet a ratio, in steps that engines can split."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ class Steps:
 
 
 def steps(multiple_of: int, *, tp: int = 1, group: int = 1) -> Steps:
-    """Return steps of which every multiple serves ``tp`` ranks and groups of ``group``.
+    """Return steps whose every multiple serves ``tp`` ranks and groups of ``group``.
 
     - Width: gate_proj and up_proj are split over the ranks by output, down_proj by input, and
       groups run along the input. A rank's part of down_proj has to hold whole groups, so I' is a
@@ -43,16 +43,17 @@ def steps(multiple_of: int, *, tp: int = 1, group: int = 1) -> Steps:
       ``python/sglang/srt/layers/quantization/fp8_utils.py``). A part in multiples of 128 is also
       whole tiles of Marlin (``marlin_utils.py`` beside it: 64 outputs by 128 inputs).
     - Vocabulary: embeddings and lm_head are split by rows. Groups run along the hidden size, so
-      ``group`` asks nothing of V'. vLLM pads V' to 64 and then needs ``tp`` to divide it: a ``tp``
-      that does not divide 64 has V' a multiple of 64 too, for the padding to add nothing.
+      ``group`` asks nothing of V'. vLLM pads V' to a multiple of 64, which ``tp`` then has to
+      divide. For a ``tp`` that does not divide 64, V' is a multiple of 64 too, so that the padding
+      adds nothing.
 
     Raises:
-        BudgetError: ``multiple_of`` below 1.
+        BudgetError: ``multiple_of`` is below 1.
     """
     if multiple_of < 1:
         raise BudgetError(
             "`multiple_of`",
-            "is no step",
+            "is no valid step",
             expected="1 or more",
             found=multiple_of,
             fix="give a whole number, such as 128",
@@ -65,7 +66,7 @@ def parse_target(text: str, multiple_of: int) -> Steps:
     """Return the steps that ``target``, such as ``"tp=4,group=128"``, asks for.
 
     Raises:
-        BudgetError: an unknown or repeated key, or a value that is no number from 1 to 999999.
+        BudgetError: a key is unknown or repeated, or a value is no number from 1 to 999999.
     """
     given: dict[str, int] = {}
     for part in text.split(","):
@@ -94,46 +95,46 @@ TOLERANCE = 0.005
 """How far, in parts of all parameters, the reached ratio may lie from the target."""
 
 CANDIDATE_RATIOS = (0.1, 0.2, 0.35, 0.5)
-"""Targets for which a calibration that was told no sizes is exact."""
+"""Ratios for which a calibration is exact when it is given no sizes."""
 
-BEYOND = 2
-"""How much worse it is to cut the vocabulary beyond the rule than to stay below it.
+EXCESS_WEIGHT = 2
+"""How much more it counts to remove more rows than the rule asks for than to remove fewer.
 
-In coarse steps of I', the nearest pair cut 95 % of SmolLM2-135M's vocabulary at a ratio of 0.2, and
-its text took 47 % more tokens.
+In coarse steps of I', the nearest pair removed 95 % of SmolLM2-135M's vocabulary at a ratio of 0.2,
+and its text took 47 % more tokens.
 """
 
 VOCAB_CAP = 2 / 3
 CAP_PER_SHARE = 3.75
-ROWS_AT_NOTHING = 40 << 10
-"""The rule, fitted to the sweep-found pairs of the paper's Table 8 and to searches of our own (see
-``vocabulary_first``)."""
+ROWS_AT_RATIO_ZERO = 40 << 10
+"""The constants of the rule in ``vocabulary_first``. They are fitted to the best pairs of the
+sweeps in the paper's Table 8 and to searches of our own."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The knobs."""
+    """The sizes of a model that can be chosen."""
 
     vocab_size: int
     """V': rows of the embedding."""
     widths: Mapping[str, int]
     """Key of config.json → I': channels of every FFN, or expert, of this kind."""
     dequantize: bool = False
-    """Whether weights in FP8 become bf16, with twice the bytes and no blocks to keep whole."""
+    """Whether FP8 weights become bf16, with twice the bytes and no blocks to keep whole."""
     layers: Sequence[Sequence[int]] = ()
-    """As in a plan; empty: all layers stay as they are."""
+    """As in a plan; empty keeps all layers."""
 
 
 def whole(layout: Layout) -> Sizes:
-    """The sizes of the source."""
+    """Return the sizes of the source."""
     return Sizes(layout.vocab_size, layout.widths)
 
 
 def check_sizes(layout: Layout, sizes: Sizes) -> None:
-    """Refuse a width that the model does not have; V' is the vocabulary's to check.
+    """Refuse a width that the model cannot have; the vocabulary's code checks V'.
 
     Raises:
-        BudgetError: I' above I or below 1.
+        BudgetError: I' is above I or below 1.
     """
     for key, size in sizes.widths.items():
         if not 1 <= size <= layout.widths.get(key, 0):
@@ -147,21 +148,21 @@ def check_sizes(layout: Layout, sizes: Sizes) -> None:
 
 
 def vocabulary_first(layout: Layout, removed: float) -> float:
-    """How many of ``removed`` parameters to take from the vocabulary.
+    """Return how many of ``removed`` parameters to take from the vocabulary.
 
-    Table 8's sweeps cut the vocabulary first, up to a share of it that grows with what the
-    vocabulary weighs in the model: about two thirds where it holds a fifth or more of the
-    parameters (0.5B and 1B), 47 % at 13 % (8B), 13 % at 3 % (70B). So the cap is
+    Table 8's sweeps prune the vocabulary first, up to a share of it. That share grows with the
+    vocabulary's share of the parameters: about two thirds where it holds a fifth or more of them
+    (0.5B and 1B), 47 % at 13 % (8B), 13 % at 3 % (70B). So the cap is
     ``min(2/3, 3.75 · vocabulary's share)`` of the vocabulary; the rest comes from the channels.
-    No sweep went below 33,792 rows. In searches of SmolLM2-135M (V 49,152) the best rows were some
-    35,000 at a ratio of 0.1, 28,000 at 0.2 and 21,000 at 0.35, with ``repair`` 37,000 and 30,000
-    at the last two: ``40,960 · (1 − ratio)`` stay. In those of Gemma 3 270M (V 262,144) it was the
-    vocabulary alone that went.
+    No sweep went below 33,792 rows. In searches of SmolLM2-135M (V 49,152) it was best to keep some
+    35,000 rows at a ratio of 0.1, 28,000 at 0.2 and 21,000 at 0.35; with ``repair``, 37,000 and
+    30,000 at the last two. So ``40,960 · (1 − ratio)`` rows are kept. In searches of Gemma 3 270M
+    (V 262,144) it was best to remove rows alone.
     """
     total = layout.parameters(layout.vocab_size, layout.widths)
     vocabulary = layout.vocab_size * layout.axis_cost(VOCAB)
     cap = min(VOCAB_CAP, CAP_PER_SHARE * vocabulary / total) * vocabulary
-    rows = ROWS_AT_NOTHING * (1 - removed / total)
+    rows = ROWS_AT_RATIO_ZERO * (1 - removed / total)
     spare = max(0.0, layout.vocab_size - rows) * layout.axis_cost(VOCAB)
     return min(removed, cap, spare)
 
@@ -171,14 +172,14 @@ def split(layout: Layout, ratio: float, smallest_vocab: int, steps: Steps = STEP
 
     Every I' of the costliest width (a multiple of its step, or I itself) is paired with the V'
     that meets the target; other widths shrink by the same share. Of the pairs within
-    ``TOLERANCE`` the one nearest to ``vocabulary_first`` wins. Where a step of I' is so large a
-    part of the model that there is none, as in mixtures of experts, the pair nearest to the target
-    is taken if it lies within half a step.
+    ``TOLERANCE`` the one nearest to ``vocabulary_first`` wins. There may be none where a step of I'
+    is a large part of the model, as in mixtures of experts. Then the pair nearest to the target is
+    taken if it lies within half a step.
 
     Args:
         layout: The source.
         ratio: Removed parameters over all parameters, tied embeddings counted once.
-        smallest_vocab: Rows that have to stay.
+        smallest_vocab: Fewest rows to keep.
         steps: What the sizes must be multiples of.
 
     Raises:
@@ -190,13 +191,13 @@ def split(layout: Layout, ratio: float, smallest_vocab: int, steps: Steps = STEP
     found: list[tuple[float, float, Sizes]] = []
     for error, sizes in _pairs(layout, ratio, smallest_vocab, steps):
         removed = (layout.vocab_size - sizes.vocab_size) * row
-        found.append((error, max(target - removed, (removed - target) * BEYOND), sizes))
+        found.append((error, max(target - removed, (removed - target) * EXCESS_WEIGHT), sizes))
     exact = [(distance, error, sizes) for error, distance, sizes in found if error <= TOLERANCE]
     if exact:
         return min(exact, key=lambda pair: pair[0])[2]
     error, _, sizes = min(found, key=lambda pair: pair[:2])
-    gone = [_removed(layout, widths) / total for widths in _width_choices(layout, steps.width)]
-    if error > TOLERANCE + max((a - b for a, b in pairwise(gone)), default=0) / 2:
+    shares = [_removed(layout, widths) / total for widths in _width_choices(layout, steps.width)]
+    if error > TOLERANCE + max((a - b for a, b in pairwise(shares)), default=0) / 2:
         raise _unreachable(layout, ratio, smallest_vocab, steps)
     return sizes
 
@@ -206,8 +207,8 @@ def pairs_at(
 ) -> list[Sizes]:
     """Return every pair within ``TOLERANCE`` of the target, the smallest vocabulary first.
 
-    A vocabulary that need not be cut stays whole. Where a step of I' is so large that there is
-    none, the pair that ``split`` takes is all.
+    A vocabulary that need not shrink is kept whole. Where a step of I' is so large that there is no
+    such pair, the only one is that of ``split``.
 
     Raises:
         BudgetError: as ``split``.
@@ -217,19 +218,19 @@ def pairs_at(
     ]
     found = found or [split(layout, ratio, smallest_vocab, steps)]
     total = layout.parameters(layout.vocab_size, layout.widths)
-    for place, sizes in enumerate(found):
+    for index, sizes in enumerate(found):
         if abs(_removed(layout, sizes.widths) / total - ratio) <= TOLERANCE:
-            found[place] = Sizes(layout.vocab_size, sizes.widths)
+            found[index] = Sizes(layout.vocab_size, sizes.widths)
     return sorted(found, key=lambda sizes: sizes.vocab_size)
 
 
 def _pairs(
     layout: Layout, ratio: float, smallest_vocab: int, steps: Steps
 ) -> list[tuple[float, Sizes]]:
-    """Each I' with the V' nearest to the target, and how far from it they end, in parts of all.
+    """Return for each I' the error, in parts of all parameters, and the sizes with the best V'.
 
     Raises:
-        BudgetError: the target is no share.
+        BudgetError: the ratio is no share.
     """
     total = layout.parameters(layout.vocab_size, layout.widths)
     if not 0 < ratio < 1:
@@ -252,7 +253,7 @@ def _pairs(
 
 
 def candidate_vocab_sizes(layout: Layout, smallest_vocab: int) -> list[int]:
-    """V' of the usual ratios, ascending, V included: the statistics' default bucket edges."""
+    """Return V' of the usual ratios, and V, ascending: the default bucket edges of statistics."""
     sizes = {layout.vocab_size}
     for ratio in CANDIDATE_RATIOS:
         try:
@@ -263,7 +264,7 @@ def candidate_vocab_sizes(layout: Layout, smallest_vocab: int) -> list[int]:
 
 
 def _width_choices(layout: Layout, step: int) -> list[dict[str, int]]:
-    """Every I' of the costliest width with the others at the nearest same share."""
+    """Return every I' of the costliest width, with the other widths at the same share."""
     if not layout.widths:
         return [{}]
     first, full = next(iter(layout.widths.items()))
@@ -275,7 +276,7 @@ def _width_choices(layout: Layout, step: int) -> list[dict[str, int]]:
 
 
 def _removed(layout: Layout, widths: Mapping[str, int]) -> int:
-    """Parameters that go with the channels beyond ``widths``."""
+    """Return the parameters of the channels beyond ``widths``."""
     return sum((layout.widths[key] - size) * layout.axis_cost(key) for key, size in widths.items())
 
 
@@ -296,7 +297,7 @@ def _unreachable(layout: Layout, ratio: float, smallest_vocab: int, steps: Steps
     nearest = removed.flat[np.argmin(np.abs(removed - ratio))]
     return BudgetError(
         "`ratio`",
-        f"no sizes in steps of {steps.vocab} and {steps.width} meet it",
+        f"cannot be met by sizes in steps of {steps.vocab} and {steps.width}",
         expected=f"at most {removed.max():.4f}; nearest is {nearest:.4f}",
         found=ratio,
         fix="choose another ratio, or give `vocab_size` and `intermediate_size`",

@@ -1,4 +1,4 @@
-"""What engines are known to ask of a checkpoint's sizes, and what an output breaks of it."""
+"""Constraints that engines are known to put on a checkpoint's sizes, and those it breaks."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ GROUP = 128
 """Usual group of AWQ and GPTQ, and side of DeepSeek's FP8 blocks."""
 
 TP = (2, 4, 8)
-"""Degrees of tensor parallelism that are looked at."""
+"""Degrees of tensor parallelism to check."""
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What engines look at in a checkpoint. What is None, or 0 heads, is not judged."""
+    """What engines look at in a checkpoint. A value that is None or 0 is not checked."""
 
     vocab_size: int
     """V': rows of the embedding."""
@@ -28,23 +28,23 @@ class ModelFacts:
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
     expert_keys: tuple[str, ...] = ()
-    """Those of ``widths`` that routed experts have."""
+    """Keys of ``widths`` that belong to routed experts."""
     tokens: int | None = None
     """Highest id of the tokenizer, plus one."""
     source_vocab_size: int | None = None
-    """V before the cut."""
+    """V of the source."""
     misread_vocab_sizes: Collection[int] = ()
-    """The family's: sizes V' by which llama.cpp's converter tells models apart."""
+    """Sizes V' by which llama.cpp's converter tells models of the family apart."""
     byte_level: bool = False
     """Whether the tokenizer is a byte-level BPE."""
 
     @property
-    def vocab_cut(self) -> bool:
+    def vocab_pruned(self) -> bool:
         """Whether the vocabulary is known to be smaller than the source's."""
         return self.source_vocab_size not in (None, self.vocab_size)
 
     def sizes(self, of: str) -> dict[str, int]:
-        """Name → size: a field of that name, all ``widths``, or those of ``experts``."""
+        """Return name → size of the field ``of``, of all ``widths``, or of those of ``experts``."""
         if of == "widths":
             return dict(self.widths)
         if of == "experts":
@@ -63,47 +63,47 @@ class Effect(Enum):
 
 
 Serves = Callable[[int, int], bool]
-"""Whether a size can be served, given the degree of tensor parallelism."""
+"""Takes a size and a degree of tensor parallelism; returns whether the size can be served."""
 
 
 def multiple(step: int) -> Serves:
-    """Every rank's part is a multiple of ``step``."""
+    """Return whether every rank's part is a multiple of ``step``."""
     return lambda size, tp: size % (tp * step) == 0
 
 
 def shared(size: int, tp: int) -> bool:
-    """Key-value heads: split over the ranks, or each on a whole number of ranks."""
+    """Whether key-value heads split over the ranks, or each is on a whole number of ranks."""
     return size % tp == 0 if size >= tp else tp % size == 0
 
 
 def never(size: int, tp: int) -> bool:
-    """Decided by the facts alone."""
+    """No size is served: ``applies`` alone decides."""
     return False
 
 
 def always(facts: ModelFacts) -> bool:
-    """Concerns every checkpoint."""
+    """Apply to every checkpoint."""
     return True
 
 
 @dataclass(frozen=True)
 class Constraint:
-    """What an engine is known to ask of a size."""
+    """A constraint that an engine is known to put on a size."""
 
     engine: str
     effect: Effect
     of: str
-    """What ``ModelFacts.sizes`` takes; each size is judged."""
+    """Argument of ``ModelFacts.sizes``; each size is checked."""
     serves: Serves
     problem: str
-    """Goes on from "intermediate_size 1408"."""
+    """Continues a line that begins with "intermediate_size 1408"."""
     fix: str
     source: str
-    """Where it was read: repository and files."""
+    """Repository and files where it was read."""
     degrees: tuple[int, ...] = (1,)
-    """Degrees of tensor parallelism to judge at."""
+    """Degrees of tensor parallelism to check."""
     applies: Callable[[ModelFacts], bool] = always
-    """Checkpoints it is about."""
+    """Whether it concerns a checkpoint."""
 
 
 GPU_ENGINES = "vLLM, SGLang"
@@ -169,10 +169,10 @@ CONSTRAINTS = (
         Effect.CANNOT,
         "vocab_size",
         never,
-        "is a cut byte-level BPE: the converter knows pre-tokenizers by a hash of ids and stops",
+        "is a pruned byte-level BPE: the converter knows pre-tokenizers by a hash of ids and stops",
         "add the hash it prints to its table, with the pre-tokenizer of the source",
         "ggml-org/llama.cpp conversion/base.py (get_vocab_base_pre)",
-        applies=lambda facts: facts.vocab_cut and facts.byte_level,
+        applies=lambda facts: facts.vocab_pruned and facts.byte_level,
     ),
     Constraint(
         "llama.cpp",
@@ -183,7 +183,7 @@ CONSTRAINTS = (
         "49152 for Granite and switches the bos token off",
         "choose another V'",
         "ggml-org/llama.cpp conversion/llama.py (set_vocab)",
-        applies=lambda facts: facts.vocab_cut and facts.vocab_size in facts.misread_vocab_sizes,
+        applies=lambda facts: facts.vocab_pruned and facts.vocab_size in facts.misread_vocab_sizes,
     ),
     Constraint(
         "llama.cpp",
@@ -265,7 +265,7 @@ CONSTRAINTS = (
         for of in ("vocab_size", "widths")
     ),
 )
-"""All that is known. Of one engine: what the facts alone decide, then per size the worst first."""
+"""All known constraints. Within an engine, those without a size come first, then the worst."""
 
 HEADS = "heads"
 
@@ -273,11 +273,12 @@ HEADS = "heads"
 def engine_faults(facts: ModelFacts) -> list[str]:
     """Return one line per constraint that ``facts`` break: engine, effect, size, what to do.
 
-    Of the entries on one size, the first that breaks at a degree of tensor parallelism speaks for
-    its engine; heads speak for all sizes. What the facts alone decide is always told.
+    For each engine, size and degree of tensor parallelism, only the first broken constraint is
+    reported. Broken heads hide the other sizes. Constraints that ``applies`` alone decides are
+    always reported.
     """
     lines: list[str] = []
-    told: set[tuple[str, str, int]] = set()
+    reported: set[tuple[str, str, int]] = set()
     for constraint in CONSTRAINTS:
         sizes = facts.sizes(constraint.of) if constraint.applies(facts) else {}
         for name, size in sizes.items():
@@ -286,12 +287,12 @@ def engine_faults(facts: ModelFacts) -> list[str]:
                 tp
                 for tp in constraint.degrees
                 if not constraint.serves(size, tp)
-                and not told & {(constraint.engine, name, tp), (constraint.engine, HEADS, tp)}
+                and not reported & {(constraint.engine, name, tp), (constraint.engine, HEADS, tp)}
             ]
             if broken:
                 lines.append(_line(constraint, f"{name} {size}", broken))
             if constraint.serves is not never:
-                told |= {(constraint.engine, subject, tp) for tp in broken}
+                reported |= {(constraint.engine, subject, tp) for tp in broken}
     return lines
 
 
@@ -304,12 +305,12 @@ def _line(constraint: Constraint, what: str, broken: list[int]) -> str:
 def facts_of(
     layout: Layout, tokenizer: TokenizerFile | None, source_vocab_size: int | None
 ) -> ModelFacts:
-    """What engines look at in a checkpoint.
+    """Return what engines look at in a checkpoint.
 
     Args:
         layout: The checkpoint.
-        tokenizer: Its tokenizer, where it is of a kind that can be cut.
-        source_vocab_size: V before the cut, where it is known.
+        tokenizer: Its tokenizer, where it is of a kind that can be pruned.
+        source_vocab_size: V of the source, where it is known.
     """
     experts = layout.family.widths.get(EXPERT)
     config = layout.config

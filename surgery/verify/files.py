@@ -1,4 +1,4 @@
-"""What files alone can show about an output: tensors, sizes, ids, bytes, and the tokenizer."""
+"""Checks of an output by its files alone: tensors, sizes, ids, bytes and the tokenizer."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,22 +27,22 @@ SAMPLES = (
     "def area(radius):\n    return 3.14159 * radius ** 2  # πr²\n",
     "Ünïcödé, 中文, العربية, हिन्दी, 한국어, 🙂👩‍👩‍👧, e\u0301 \u200b\u202e.",
 )
-"""Texts that every tokenizer has to give back as its source does."""
+"""Texts that the output's tokenizer must decode to the same text as its source's."""
 
 MOST_FAULTS = 20
-"""Faults that one check lists."""
+"""Most faults that one check lists."""
 
 
 @dataclass
 class VerifyReport:
-    """Checks made, in order, with the faults they found."""
+    """The checks that were made, in order, and the faults they found."""
 
     checks: dict[str, list[str]] = field(default_factory=dict)
-    """Check → its faults; an empty list passed."""
+    """Check → its faults; none where it passed."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Check → why it could not be made."""
     notes: list[str] = field(default_factory=list)
-    """Known constraints of engines that the checkpoint breaks; they are no faults of its."""
+    """Known constraints of engines that the checkpoint breaks; these are no faults."""
 
     @property
     def ok(self) -> bool:
@@ -50,7 +50,7 @@ class VerifyReport:
         return not any(self.checks.values())
 
     def table(self) -> str:
-        """The report as text for people."""
+        """Return the report as text for people."""
         rows = [f"ok       {name}" for name, faults in self.checks.items() if not faults]
         rows += [f"skipped  {name}: {why}" for name, why in self.skipped.items()]
         rows += [f"FAULT    {n}: {fault}" for n, faults in self.checks.items() for fault in faults]
@@ -83,7 +83,7 @@ def verify_files(
     download: bool = True,
     io: IO = "mmap",
 ) -> VerifyReport:
-    """Check the checkpoint in ``directory`` against ``plan`` and, where it is at hand, its source.
+    """Check the checkpoint in ``directory`` against ``plan`` and, where given, its source.
 
     Weights of a source on the hub are downloaded shard by shard, unless ``download`` is false.
 
@@ -105,12 +105,12 @@ def verify_files(
     else:
         report.checks["sizes are the plan's"] = _check_sizes(layout, plan)
     if origin is None or wanted is None:
-        reason = "no plan" if plan is None else "the source is not at hand"
+        reason = "no plan" if plan is None else "the source is not available"
         report.skipped |= {SAME_BYTES: reason, SAME_TEXT: reason}
         return report
     shards = Shards.of(origin.path)
     if shards.remote and not download:
-        report.skipped[SAME_BYTES] = "the verify command downloads the weights for it once more"
+        report.skipped[SAME_BYTES] = "the verify command downloads the weights for it again"
     else:
         report.checks[SAME_BYTES] = compare_bytes(wanted, checkpoint, shards, io)
     report.checks[SAME_TEXT] = _check_tokenizer(directory, origin.path, origin.plan)
@@ -120,7 +120,7 @@ def verify_files(
 def _engine_notes(layout: Layout, plan: Plan | None) -> list[str]:
     try:
         tokenizer = TokenizerFile.open(layout.checkpoint.path)
-    except TokenizerError:  # of a kind that is not cut
+    except TokenizerError:  # of a kind that cannot be pruned
         tokenizer = None
     before = plan.before.vocab_size if plan is not None else None
     return engine_faults(facts_of(layout, tokenizer, before))
@@ -129,10 +129,10 @@ def _engine_notes(layout: Layout, plan: Plan | None) -> list[str]:
 def compare_bytes(
     by_shard: dict[str, list[OutputTensor]], output: Checkpoint, shards: Shards, io: IO
 ) -> list[str]:
-    """Stream every edit again and compare it with what lies in ``output``; return the faults."""
+    """Stream every edit again and compare its bytes with ``output``; return the faults."""
     wanted = {tensor.name for shard in by_shard.values() for tensor in shard}
-    gone = sorted(output.tensors.keys() - wanted)
-    faults = [f"tensor {name} is not in the plan" for name in gone]
+    unplanned = sorted(output.tensors.keys() - wanted)
+    faults = [f"tensor {name} is not in the plan" for name in unplanned]
     steps = {name: sources(shard) for name, shard in by_shard.items() if shard}
     with shards:
         shards.expect(list(steps.values()))
@@ -147,7 +147,7 @@ def compare_bytes(
 
 
 def _difference(tensor: OutputTensor, found: TensorRef | None, io: IO) -> str | None:
-    """What is wrong with the output's tensor; None where nothing is."""
+    """Return the fault of the output's tensor, or None."""
     if found is None:
         return f"tensor {tensor.name} is missing"
     if (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
@@ -179,7 +179,7 @@ def _check_sizes(layout: Layout, plan: Plan) -> list[str]:
 
 
 def _check_tokenizer(directory: Path, source: Path, plan: Plan) -> list[str]:
-    """Encode and decode samples with both tokenizers, through the library that others use."""
+    """Encode and decode samples with both tokenizers, through the tokenizers library."""
     if not tokenizer_data(source):
         return []
     old, new = load_tokenizer(source), load_tokenizer(directory)

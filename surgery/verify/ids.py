@@ -1,4 +1,4 @@
-"""Every id in every JSON file of an output: a token's, and the same token's as in the source."""
+"""Checks that every id in an output's JSON files belongs to the same token as in the source."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,32 +28,32 @@ class Origin:
 
     @cached_property
     def ids(self) -> IdMap:
-        """The map from its ids to the output's."""
+        """Map from the source's ids to those of the output."""
         return self.plan.ids()
 
     @cached_property
     def tokenizer(self) -> dict[str, Any]:
-        """Its tokenizer.json, or an empty object."""
+        """The source's tokenizer.json, or an empty object."""
         return tokenizer_data(self.path)
 
     @cached_property
     def tokens(self) -> dict[str, int]:
-        """Its token → id."""
+        """Token → id in the source."""
         return token_ids(self.tokenizer)
 
     @cached_property
-    def gone(self) -> set[str]:
-        """Tokens that do not stay."""
+    def removed(self) -> set[str]:
+        """Tokens of the source that the output does not have."""
         return {token for token, old in self.tokens.items() if self.new(old) is None}
 
     def new(self, old: Any) -> int | None:
-        """The output's id of ``old``, or None; what is no id becomes none."""
+        """Return the output's id for ``old``; None where it is removed or is no id."""
         if type(old) is not int:
             return None
         return old if self.ids.identity else self.ids.new(old)
 
-    def places(self, name: str) -> dict[JsonPath, int]:
-        """Place → id that the output's file ``name`` has to have, by the source's."""
+    def expected_ids(self, name: str) -> dict[JsonPath, int]:
+        """Return JSON path → id that the output's file ``name`` must have, by the source's file."""
         path = self.path / name
         if not path.exists():
             return {}
@@ -68,9 +68,9 @@ class Origin:
 
 
 def id_faults(layout: Layout, origin: Origin | None) -> list[str]:
-    """One line for each id that is out of range, no token's, or another token's than before.
+    """Return a line for each id that is out of range, or belongs to no token or to another one.
 
-    Without ``origin`` an id of another token cannot be told from the right one.
+    Without ``origin``, ids that belong to another token are not found.
     """
     directory, rows = layout.checkpoint.path, layout.vocab_size
     data = tokenizer_data(directory)
@@ -87,10 +87,10 @@ def id_faults(layout: Layout, origin: Origin | None) -> list[str]:
 
 
 def token_ids(data: dict[str, Any]) -> dict[str, int]:
-    """Token → id of a tokenizer.json, whose vocabulary is a table or a list of pieces.
+    """Return token → id of a tokenizer.json, whose vocabulary is a table or a list of pieces.
 
     Raises:
-        TokenizerError: it has none.
+        TokenizerError: the file has no vocabulary.
     """
     try:
         vocab = data["model"]["vocab"] if data else {}
@@ -107,7 +107,7 @@ def token_ids(data: dict[str, Any]) -> dict[str, int]:
 
 
 def _row_faults(data: dict[str, Any], tokens: dict[str, int], rows: int) -> list[str]:
-    """Ids lie below the rows; only added tokens may follow right behind the last row."""
+    """Return faults of ids beyond the rows; only added tokens may have ids right after the last."""
     added = {token["content"] for token in data.get("added_tokens") or []}
     limit = rows + sum(tokens[token] >= rows for token in added)
     return [
@@ -120,15 +120,15 @@ def _row_faults(data: dict[str, Any], tokens: dict[str, int], rows: int) -> list
 def _processor_faults(
     data: dict[str, Any], owner: dict[int, str], origin: Origin | None
 ) -> list[str]:
-    """Ids that padding and the post-processor put into every text."""
-    found = _put_ids(data)
+    """Return faults of the ids that padding and the post-processor insert into every text."""
+    found = _inserted_ids(data)
     if origin is None:
         return [
             f"{TOKENIZER_NAME}: {key}: expected ids of tokens, found {ids}"
             for key, ids in found.items()
             if any(id_ not in owner for id_ in ids)
         ]
-    source = _put_ids(origin.tokenizer)
+    source = _inserted_ids(origin.tokenizer)
     expected = {key: [origin.new(old) for old in ids] for key, ids in source.items()}
     return [
         f"{TOKENIZER_NAME}: {key}: expected ids {expected[key]}, found {ids}"
@@ -137,7 +137,7 @@ def _processor_faults(
     ]
 
 
-def _put_ids(data: dict[str, Any]) -> dict[str, list[Any]]:
+def _inserted_ids(data: dict[str, Any]) -> dict[str, list[Any]]:
     padding, found = data.get("padding"), list[Any]()
     walk_processor(data.get("post_processor"), found.append)
     pads = [padding.get("pad_id")] if isinstance(padding, dict) else []
@@ -153,27 +153,27 @@ def _table_faults(path: Path, tokens: dict[str, int]) -> list[str]:
 
 
 def _document_faults(path: Path, owner: dict[int, str], origin: Origin | None) -> list[str]:
-    """Faults of a file that refers to tokens, of which ``owner`` has those there are."""
+    """Return faults of a file that refers to tokens; ``owner`` maps id → token."""
     data = read_json(path)
     try:
         found = id_paths(data, path.name)
-        gone = origin.gone if origin else set[str]()
-        kept = remove_tokens(data, gone.__contains__, path.name)
+        removed = origin.removed if origin else set[str]()
+        kept = remove_tokens(data, removed.__contains__, path.name)
     except TokenizerError as error:
         return [str(error)]
-    expected = origin.places(path.name) if origin else {}
+    expected = origin.expected_ids(path.name) if origin else {}
     faults = [
-        f"{_name(place)}: expected id {id_}, found {found.get(place, 'none')}"
-        for place, id_ in expected.items()
-        if found.get(place) != id_
+        f"{_joined(key_path)}: expected id {id_}, found {found.get(key_path, 'none')}"
+        for key_path, id_ in expected.items()
+        if found.get(key_path) != id_
     ]
     faults += [
-        f"{_name(place)}: expected the id of a token, found {id_}"
-        for place, id_ in found.items()
-        if place not in expected and id_ not in owner
+        f"{_joined(key_path)}: expected the id of a token, found {id_}"
+        for key_path, id_ in found.items()
+        if key_path not in expected and id_ not in owner
     ]
     faults += [
-        f"{path.name}: {key}: names a token that is gone, and would be added again"
+        f"{path.name}: {key}: names a removed token, which a loader would add again"
         for key in data
         if kept[key] != data[key]
     ]
@@ -181,7 +181,7 @@ def _document_faults(path: Path, owner: dict[int, str], origin: Origin | None) -
 
 
 def _decoder_faults(name: str, decoder: Any, owner: dict[int, str]) -> list[str]:
-    """Entries of added_tokens_decoder with another text than the token has."""
+    """Return faults of entries of added_tokens_decoder whose text is not that of the token."""
     entries = decoder.items() if isinstance(decoder, dict) else ()
     faults = []
     for id_, token in entries:
@@ -194,5 +194,5 @@ def _decoder_faults(name: str, decoder: Any, owner: dict[int, str]) -> list[str]
     return faults
 
 
-def _name(place: JsonPath) -> str:
-    return ": ".join(map(str, place))
+def _joined(key_path: JsonPath) -> str:
+    return ": ".join(map(str, key_path))

@@ -53,7 +53,7 @@ CASES = [
             ("output is a file", write("out", ""), "out",
              ("out", "exists already", "choose another")),
             ("output below a file", nothing, "text.txt/out",
-             ("text.txt/out", "lies below a file", "choose another")),
+             ("text.txt/out", "is below a file", "choose another")),
         )
         for command in (f"apply plan.json -o {name}", f"{PRUNE} {name}")
     ),
@@ -121,7 +121,9 @@ def test_a_directory_that_takes_no_file_is_found_before_the_work(
 ) -> None:
     before = digests(bench)
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
-    assert_refused(run(*command.split()), "new", "its directory takes no file", "another place")
+    assert_refused(
+        run(*command.split()), "new", "its directory is not writable", "another directory"
+    )
     assert digests(bench) == before
 
 

@@ -337,4 +337,4 @@ def test_a_ratio_between_two_steps_of_the_experts_takes_the_nearer(
         assert ("note: the steps" in result.output) == bool(note)
     beyond = run("plan", source, "--ratio", 0.99, "-o", tmp_path / "plan.json")
     assert beyond.exit_code == 2
-    assert "no sizes in steps of 128 and 128 meet it" in beyond.output
+    assert "cannot be met by sizes in steps of 128 and 128" in beyond.output

@@ -76,13 +76,13 @@ def taken(layout: Layout, plan: Plan, tensors: fp8.Tensors) -> fp8.Tensors:
     kept = kept_channels(plan, layout)
     found = {}
     for name, tensor in tensors.items():
-        place = layout.roles[name]
-        for number, dim in enumerate(place.slot.dims):
+        role = layout.roles[name]
+        for number, dim in enumerate(role.slot.dims):
             if dim == Dim("vocab"):
                 tensor = tensor[torch.from_numpy(plan.ids().kept)]
-            elif dim is not None and place.layer is not None:
-                chosen = torch.from_numpy(kept[place.layer][dim.axis][place.expert or 0])
-                if place.scales:
+            elif dim is not None and role.layer is not None:
+                chosen = torch.from_numpy(kept[role.layer][dim.axis][role.expert or 0])
+                if role.scales:
                     chosen = chosen[:: fp8.BLOCK] // fp8.BLOCK
                 tensor = tensor.view(_plain_dtype(tensor)).index_select(number, chosen)
         found[name] = tensor

@@ -1,4 +1,4 @@
-"""Layers that go or become one: equal to the dense model without them, or with the sum."""
+"""Layers that are removed or merged: equal to the dense model without them, or with the sum."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from surgery.api import apply_plan
 from surgery.apply.shard import collapse
 from surgery.checkpoint.fp8 import from_bf16, to_bf16
 from surgery.errors import BudgetError, FamilyError
-from surgery.planning.layers import layers_by_influence, parse_layers, spelled_layers
+from surgery.planning.layers import format_layers, layers_by_influence, parse_layers
 from surgery.planning.plan import Plan
 from surgery.verify.files import verify_files
 from tests.support import tiny
@@ -71,7 +71,7 @@ def whole_plan(source: Path, layers: Sequence[Sequence[int]]) -> Plan:
 def test_dropped_equals_bypassed_or_is_refused(tmp_path: Path, key: str) -> None:
     source = tiny.save(tmp_path / "source", key, sharded=True)
     if layout_of(source).family.layer_rules is None:
-        with pytest.raises(FamilyError, match="cannot go: their number says"):
+        with pytest.raises(FamilyError, match="cannot be removed: what a layer is"):
             whole_plan(source, [[0], [2]])
         return
     stays = [0, 1] if key == "qwen3_next" else [0, 2]
@@ -194,12 +194,12 @@ def test_sums_that_overflow_say_so() -> None:
 )
 def test_layers_are_spelled_as_they_are_read(text: str, groups: list[list[int]]) -> None:
     assert parse_layers(text) == groups
-    assert spelled_layers(groups) == text
+    assert format_layers(groups) == text
 
 
 @pytest.mark.parametrize("text", ["", "a", "1-", "1--2", "1+", "1-2+3", "1,,2", "1;2", "-1", "1 2"])
 def test_what_names_no_layers_is_refused(text: str) -> None:
-    with pytest.raises(BudgetError, match="does not say which layers stay"):
+    with pytest.raises(BudgetError, match="does not name the layers to keep"):
         parse_layers(text)
 
 
@@ -229,7 +229,9 @@ def test_layers_out_of_order_are_refused(
 
 def test_layers_of_other_shapes_do_not_become_one(tmp_path: Path) -> None:
     source = tiny.save(tmp_path / "source", "qwen3_moe")
-    with pytest.raises(BudgetError, match=r"layers 0 and 1: cannot become one, for they differ in"):
+    with pytest.raises(
+        BudgetError, match=r"layers 0 and 1: cannot be merged into one: they differ in"
+    ):
         whole_plan(source, [[0, 1], [2]])
-    with pytest.raises(BudgetError, match="none that stays has the ffn channels"):
+    with pytest.raises(BudgetError, match="no kept layer has the ffn channels"):
         whole_plan(source, [[1], [2]])

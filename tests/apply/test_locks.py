@@ -120,7 +120,7 @@ def test_without_locks_of_the_file_system_nothing_keeps_runs_apart(
     def none(*_: object, **__: object) -> bool:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr("surgery.files.atomic.lock_descriptor", none)
+    monkeypatch.setattr("filelock.lock_descriptor", none)
     if code == errno.EIO:
         with pytest.raises(OSError, match=os.strerror(code)):
             lock_output(tmp_path / "out", tmp_path / "lock")

@@ -16,7 +16,7 @@ from threading import Event
 import pytest
 
 from surgery.api import apply_plan
-from surgery.apply.companions import left_behind
+from surgery.apply.companions import files_left_out
 from surgery.apply.edits import Edit
 from surgery.apply.shard import stream_edit
 from surgery.errors import CheckpointError
@@ -294,7 +294,7 @@ def test_links_out_of_the_model_are_not_copied(source: Path, tmp_path: Path) -> 
     apply_plan(made, source=source, output=tmp_path / "out")
     assert not (tmp_path / "out" / "LICENSE").exists()
     assert (tmp_path / "out" / "NOTICE").read_text() == "be kind"
-    assert left_behind(source, made.ids()) == ["LICENSE"]
+    assert files_left_out(source, made.ids()) == ["LICENSE"]
 
 
 def test_links_into_the_hub_s_cache_are_followed(source: Path, tmp_path: Path) -> None:

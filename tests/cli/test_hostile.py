@@ -154,12 +154,12 @@ CASES = [
     Case("source of a revision that climbs", plan_key(None, source="a/b@../../x"), APPLY,
          ("a/b@../../x", "neither a directory")),
     Case("output with a null character", plan_key(None, output="a\0b"), "apply plan.json",
-         ("a\\u0000b", "is no place", "choose")),
+         ("a\\u0000b", "is no path", "choose")),
     *(
         Case(f"output {how}: {command.split()[0]}", damage, f"{command} {name}", words)
         for how, damage, name, words in (
-            ("is a loop", link("loop", "loop"), "loop", ("loop", "is no place")),
-            ("below a loop", link("loop", "loop"), "loop/x", ("loop/x", "is no place")),
+            ("is a loop", link("loop", "loop"), "loop", ("loop", "is no path")),
+            ("below a loop", link("loop", "loop"), "loop/x", ("loop/x", "is no path")),
             ("is a link to nothing", link("out", "nowhere"), "out", ("out", "exists already")),
         )
         for command in ("apply plan.json -o", PRUNE)
@@ -257,7 +257,7 @@ def test_file_names_of_any_bytes(bench: Path, run: Run) -> None:
         Path(os.fsdecode(os.fsencode(bench / "model") + b"/" + name)).write_text("{}")
     planned = run(*PLAN.split())
     assert planned.exit_code == 0, planned.output
-    assert "left behind: \\u001b[2J .bin, bad\\udcff.bin" in planned.output
+    assert "left out of the output: \\u001b[2J .bin, bad\\udcff.bin" in planned.output
     assert run(*["apply", "new.json", "-o", "out"]).exit_code == 0
 
 

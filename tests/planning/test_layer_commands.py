@@ -1,4 +1,4 @@
-"""Layers that go, through the commands: options, config.json, costs, kills, refusals."""
+"""Layers that are removed, through the commands: options, config.json, costs, kills, refusals."""
 
 import json
 import signal
@@ -117,7 +117,7 @@ def test_a_ratio_counts_all_parameters_of_the_source(deep: Path, tmp_path: Path,
     assert Plan.load(plan).after.vocab_size == tiny.VOCAB_SIZE
     less = run("plan", deep, "--layers", "0-1,5", "--ratio", gone - 0.05, *options)
     assert less.exit_code == 2
-    assert "--ratio: is less than what goes with the layers alone" in less.output
+    assert "--ratio: is less than the removed layers take alone" in less.output
 
 
 def test_prune_takes_layers(deep: Path, tmp_path: Path, text: Path, run: Run) -> None:
@@ -133,8 +133,8 @@ def test_prune_takes_layers(deep: Path, tmp_path: Path, text: Path, run: Run) ->
     ("options", "message"),
     [
         (("--layers", "0-9"), "ascending numbers of the source's layers"),
-        (("--layers", "3-1"), "does not say which layers stay"),
-        (("--layers", "x"), "does not say which layers stay"),
+        (("--layers", "3-1"), "does not name the layers to keep"),
+        (("--layers", "x"), "does not name the layers to keep"),
         (("--layers", "0", "--num-hidden-layers", 1), "exclude each other"),
         (("--num-hidden-layers", 3), "needs statistics"),
         (("--layers", "0-4", "--ratio", 0.2, "--vocab-size", 512), "exclude each other"),
@@ -153,9 +153,9 @@ def test_options_that_do_not_fit_are_refused(
 @pytest.mark.parametrize(
     ("key", "changes", "message"),
     [
-        ("diffllama", {}, "layers of model type diffllama cannot go"),
-        ("gpt_neo", {}, "layers of model type gpt_neo cannot go"),
-        ("qwen3_vl", {}, "layers of model type qwen3 cannot go"),
+        ("diffllama", {}, "layers of model type diffllama cannot be removed"),
+        ("gpt_neo", {}, "layers of model type gpt_neo cannot be removed"),
+        ("qwen3_vl", {}, "layers of model type qwen3 cannot be removed"),
         ("gemma3_text", {"layer_types": None}, "layer_types: is missing"),
         ("qwen3", {"layer_types": None}, "layer_types: is missing"),
         ("qwen3", {"layer_types": ["full_attention"]}, "has not an entry for every layer"),
@@ -235,7 +235,7 @@ def test_what_is_taken_for_all_layers_alike_is_so_in_the_library(tmp_path: Path)
 def test_fp8_layers_go_but_do_not_become_one(tmp_path: Path) -> None:
     source = fp8.save(tmp_path / "source", "llama")
     layout = layout_of(source)
-    with pytest.raises(BudgetError, match=r"layers 0 and 1: cannot become one, for .* is F8_E4M3"):
+    with pytest.raises(BudgetError, match=r"layers 0 and 1: cannot be merged .* is F8_E4M3"):
         check_layers(layout, [[0, 1], [2]])
     check_layers(layout, [[0], [2]])
 

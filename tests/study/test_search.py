@@ -162,7 +162,7 @@ def test_compare_by_amount_of_text(model: Path, prose: Path, tmp_path: Path, run
     ("arguments", "message"),
     [
         (("search", "--ratio", 0), "--ratio: is no share of the parameters"),
-        (("search", "--ratio", 0.97), "--ratio: no sizes in steps of"),
+        (("search", "--ratio", 0.97), "--ratio: cannot be met by sizes in steps of"),
         (("search", "--ratio", 0.2, "--candidates", "1"), "--candidates: are no pairs of sizes"),
         (("search", "--ratio", 0.2, "--candidates", "9:9"), "--vocab-size: is out of reach"),
         (("search", "--ratio", 0.2, "--candidates", "1536:9999"), "is out of reach"),

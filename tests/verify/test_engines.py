@@ -46,7 +46,7 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("vLLM", "whole number of channels", width(1026), width(8192)),
     ("vLLM", "no whole groups", width(11008), width(11264)),
     ("llama.cpp", "more than the embedding", {"tokens": 32001}, {"tokens": 31999}),
-    ("llama.cpp", "a cut byte-level BPE", {"byte_level": True}, {"byte_level": False}),
+    ("llama.cpp", "a pruned byte-level BPE", {"byte_level": True}, {"byte_level": False}),
     ("llama.cpp", "sets special tokens", {"vocab_size": 49152}, {"vocab_size": 49280}),
     ("llama.cpp", "no multiple of 32,", width(1040), width(1056)),
     ("llama.cpp", "no multiple of 256, so down_proj", width(1408), width(1536)),
@@ -146,7 +146,7 @@ def test_any_text_is_a_target_or_one_line(text: str) -> None:
 
 @pytest.mark.parametrize("multiple_of", [0, -128])
 def test_bad_multiple_of(multiple_of: int) -> None:
-    message = f"`multiple_of`: is no step: expected 1 or more, found {multiple_of}; give a whole"
+    message = f"`multiple_of`: is no valid step: expected 1 or more, found {multiple_of}; give a"
     with pytest.raises(BudgetError, match=re.escape(message)):
         parse_target("tp=2", multiple_of)
 
