@@ -65,46 +65,46 @@ def calibrate(  # noqa: PLR0913
         >>> stats = calib.calibrate(model, data="tools/text/calibration.txt", samples=32)
 
     Args:
-        model: From ``surgery.open_model``, or what that takes.
-        data: Text: a path, ``hub:name``, documents, or several ``Source`` with weights.
-        samples: Windows of text, at most.
+        model: From ``surgery.open_model``, or anything that it takes.
+        data: The text: a path, ``hub:name``, documents, or several ``Source`` with weights.
+        samples: Most windows of text.
         seq_len: Tokens of a window.
-        seed: Shuffles the documents.
-        field: Of a row that holds its document; None is ``text``, or ``messages``.
-        strict: Refuse the first bad row instead of skipping all of them.
-        vocab_size: Tokenize the text as the tokenizer pruned to V' rows will.
+        seed: Seed to shuffle the documents; None keeps their order.
+        field: Field of a row that holds the document; None is ``text``, or ``messages``.
+        strict: Whether the first bad row is an error; else bad rows are skipped.
+        vocab_size: V' of the pruned tokenizer that tokenizes the text; None is the model's own.
         vocab_sizes: Sizes V' for which the statistics are to be exact.
-        vocab_by: As for ``surgery.make_plan``; so are the next three.
-        drop_reserved: See there.
-        keep_tokens: See there.
-        keep_scripts: See there.
+        vocab_by: As for ``surgery.make_plan``.
+        drop_reserved: As for ``surgery.make_plan``.
+        keep_tokens: As for ``surgery.make_plan``.
+        keep_scripts: As for ``surgery.make_plan``.
         device: auto, cpu, cuda or mps.
         dtype: auto, float32, bfloat16 or float16.
         max_memory: Cap on the memory of this process, in bytes.
-        max_gpu_memory: Cap on what is held on the device, in bytes.
+        max_gpu_memory: Cap on the memory used on the device, in bytes.
         spill: Directory for files of hidden states.
-        part: The windows that are used, such as "2/4"; ``surgery.merge_stats`` adds the parts.
+        part: Use only some windows, such as "2/4"; ``surgery.merge_stats`` adds the parts.
         engine: "local", or "ray": tasks on a cluster whose nodes share the file system.
-        parts: Tasks of ``ray``.
-        output: File that the statistics are written to; what a killed run needs lies beside it.
-        resume: Whether to go on with a run that was interrupted, if there is one.
+        parts: Number of Ray tasks; None is one for each node or GPU.
+        output: File for the statistics. The directory to resume a killed run from is beside it.
+        resume: Whether to continue an interrupted run, if there is one.
         family: As for ``surgery.open_model``.
-        progress: Called with "calibrate", bytes of weights passed, and bytes in all.
+        progress: Called with "calibrate", bytes of finished weights, and bytes of all weights.
 
     Raises:
         BudgetError: a cap on memory cannot be kept.
         DataError: there is no text.
-        OutputError: there is an interrupted run, or the one to resume was another.
+        OutputError: there is an interrupted run, or the run to resume had other options.
     """
     layout = as_layout(model, family)
     text = TextOptions(sources_of(data), samples, seq_len, seed=seed, field=field, strict=strict)
     compute = _compute(device, dtype, max_memory, max_gpu_memory, spill)
-    place = Path(output) if output is not None else None
+    path = Path(output) if output is not None else None
     sizes = vocab_sizes
     if sizes is not None and not isinstance(sizes, str):
         sizes = ",".join(map(str, sizes))
     order = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts)
-    options = CalibrationOptions(vocab_size, sizes, part, engine, parts, place, resume, order)
+    options = CalibrationOptions(vocab_size, sizes, part, engine, parts, path, resume, order)
     made = open_calibration(layout, text, compute, options)
     return run_calibration(made, compute, options, progress)
 
@@ -125,23 +125,23 @@ def score(  # noqa: PLR0913
 ) -> Score:
     """Measure bits per byte on text, one layer in memory at a time.
 
-    Windows are cut by bytes, so that models with different vocabularies can be compared.
+    Windows are measured in bytes, so that models with different vocabularies can be compared.
 
     Example:
         >>> calib.score(model, data="tools/text/heldout.txt", samples=8).bits_per_byte
 
     Args:
-        model: From ``surgery.open_model``, or what that takes.
-        data: Text: a path, ``hub:name``, documents, or several ``Source`` with weights.
-        samples: Windows of text, at most.
+        model: From ``surgery.open_model``, or anything that it takes.
+        data: The text: a path, ``hub:name``, documents, or several ``Source`` with weights.
+        samples: Most windows of text.
         window_bytes: Bytes of a window.
-        seed: Shuffles the documents.
-        field: Of a row that holds its document; None is ``text``, or ``messages``.
-        strict: Refuse the first bad row instead of skipping all of them.
+        seed: Seed to shuffle the documents; None keeps their order.
+        field: Field of a row that holds the document; None is ``text``, or ``messages``.
+        strict: Whether the first bad row is an error; else bad rows are skipped.
         device: auto, cpu, cuda or mps.
         dtype: auto, float32, bfloat16 or float16.
         family: As for ``surgery.open_model``.
-        progress: Called with "score", bytes of weights passed, and bytes in all.
+        progress: Called with "score", bytes of finished weights, and bytes of all weights.
 
     Raises:
         DataError: there is no text.
@@ -178,42 +178,42 @@ def search(  # noqa: PLR0913
     family: str | None = None,
     progress: Progress | None = None,
 ) -> SearchResult:
-    """Find the split between V' and I' that loses least, by trying several.
+    """Try several splits between V' and I', and find the one that loses least.
 
-    Every fourth block of the text is held out to judge by; the rest chooses the channels.
+    Every fourth block of the text is held out to judge by. Channels are chosen by the rest.
 
     Example:
         >>> found = calib.search(model, data="tools/text/calibration.txt", ratio=0.2)
         >>> print(found.table())
 
     Args:
-        model: From ``surgery.open_model``, or what that takes.
-        data: Text: a path, ``hub:name``, documents, or several ``Source`` with weights.
+        model: From ``surgery.open_model``, or anything that it takes.
+        data: The text: a path, ``hub:name``, documents, or several ``Source`` with weights.
         ratio: Share of all parameters to remove.
         candidates: Pairs to try, such as "32768:864,24576:928", instead of those of the ratio.
-        multiple_of: As for ``surgery.make_plan``; so are the next two.
-        target: See there.
-        dequantize: See there.
-        repair: "none", or "least-squares": down_proj is refitted in every pair.
-        samples: Windows of text to choose channels by, at most.
+        multiple_of: As for ``surgery.make_plan``.
+        target: As for ``surgery.make_plan``.
+        dequantize: As for ``surgery.make_plan``.
+        repair: "none", or "least-squares" to refit down_proj for every pair.
+        samples: Most windows of text to choose channels by.
         seq_len: Tokens of such a window.
-        windows: Windows of 2,048 bytes that are held out, at most.
-        seed: Shuffles the documents.
-        field: Of a row that holds its document; None is ``text``, or ``messages``.
-        strict: Refuse the first bad row instead of skipping all of them.
-        vocab_by: As for ``surgery.make_plan``; so are the next three.
-        drop_reserved: See there.
-        keep_tokens: See there.
-        keep_scripts: See there.
+        windows: Most held-out windows, of 2,048 bytes each.
+        seed: Seed to shuffle the documents; None keeps their order.
+        field: Field of a row that holds the document; None is ``text``, or ``messages``.
+        strict: Whether the first bad row is an error; else bad rows are skipped.
+        vocab_by: As for ``surgery.make_plan``.
+        drop_reserved: As for ``surgery.make_plan``.
+        keep_tokens: As for ``surgery.make_plan``.
+        keep_scripts: As for ``surgery.make_plan``.
         criterion: Importance of a channel.
         device: auto, cpu, cuda or mps.
         dtype: auto, float32, bfloat16 or float16.
         spill: Directory for files of hidden states.
         family: As for ``surgery.open_model``.
-        progress: Called with "search", windows × layers passed, and all of a pass.
+        progress: Called with "search", finished windows × layers, and the total of a pass.
 
     Raises:
-        BudgetError: the ratio is out of reach.
+        BudgetError: no sizes meet the ratio.
         DataError: there is not enough text.
     """
     layout = as_layout(model, family)
@@ -258,35 +258,35 @@ def compare(  # noqa: PLR0913
         ...                      methods=["act2", "search"])
 
     Args:
-        model: From ``surgery.open_model``, or what that takes.
-        data: Text: a path, ``hub:name``, documents, or several ``Source`` with weights.
+        model: From ``surgery.open_model``, or anything that it takes.
+        data: The text: a path, ``hub:name``, documents, or several ``Source`` with weights.
         ratio: Share of all parameters to remove, or several.
         methods: Some of random, abs-act, act2, wanda, l2, shortgpt, laco, vocabulary, compact and
             search; None is all that the model allows.
-        multiple_of: As for ``surgery.make_plan``; so are the next two.
-        target: See there.
-        dequantize: See there.
-        samples: Windows of text to choose by, at most.
+        multiple_of: As for ``surgery.make_plan``.
+        target: As for ``surgery.make_plan``.
+        dequantize: As for ``surgery.make_plan``.
+        samples: Most windows of text to choose channels by.
         seq_len: Tokens of such a window.
-        windows: Windows of 2,048 bytes that are held out, at most.
-        seed: Shuffles the documents.
-        field: Of a row that holds its document; None is ``text``, or ``messages``.
-        strict: Refuse the first bad row instead of skipping all of them.
-        vocab_by: As for ``surgery.make_plan``; so are the next three.
-        drop_reserved: See there.
-        keep_tokens: See there.
-        keep_scripts: See there.
+        windows: Most held-out windows, of 2,048 bytes each.
+        seed: Seed to shuffle the documents; None keeps their order.
+        field: Field of a row that holds the document; None is ``text``, or ``messages``.
+        strict: Whether the first bad row is an error; else bad rows are skipped.
+        vocab_by: As for ``surgery.make_plan``.
+        drop_reserved: As for ``surgery.make_plan``.
+        keep_tokens: As for ``surgery.make_plan``.
+        keep_scripts: As for ``surgery.make_plan``.
         device: auto, cpu, cuda or mps.
         dtype: auto, float32, bfloat16 or float16.
         spill: Directory for files of hidden states.
         family: As for ``surgery.open_model``.
-        progress: Called with "compare", windows × layers passed, and all of a pass.
+        progress: Called with "compare", finished windows × layers, and the total of a pass.
 
     Returns:
         Ratio → one row for each method.
 
     Raises:
-        DataError: an unknown method, or not enough text.
+        DataError: a method is unknown, or there is not enough text.
     """
     layout = as_layout(model, family)
     ratios = list(ratio) if isinstance(ratio, Sequence) else [ratio]
@@ -302,7 +302,7 @@ def compare(  # noqa: PLR0913
 
 @dataclass(frozen=True)
 class Pruned:
-    """A checkpoint that ``prune`` has made."""
+    """The result of ``prune``: a checkpoint, its plan, and the report of its checks."""
 
     output: Path
     plan: Plan
@@ -347,7 +347,7 @@ def prune(  # noqa: PLR0913
 ) -> Pruned:
     """Calibrate, plan, apply and verify in one call.
 
-    The statistics and the plan stay beside the output, as ``OUTPUT.stats.safetensors`` and
+    The statistics and the plan are kept beside the output, as ``OUTPUT.stats.safetensors`` and
     ``OUTPUT.plan.json``.
 
     Example:
@@ -356,37 +356,37 @@ def prune(  # noqa: PLR0913
         >>> assert made.ok, made.report.table()
 
     Args:
-        model: From ``surgery.open_model``, or what that takes.
-        data: Text: a path, ``hub:name``, documents, or several ``Source`` with weights.
+        model: From ``surgery.open_model``, or anything that it takes.
+        data: The text: a path, ``hub:name``, documents, or several ``Source`` with weights.
         output: Directory to write; it must not exist.
-        ratio: As for ``surgery.make_plan``; so are the sizes that follow.
-        vocab_size: See there.
-        intermediate_size: See there.
-        widths: See there.
-        layers: See there.
-        multiple_of: See there.
-        target: See there.
-        dequantize: See there.
-        samples: Windows of text, at most.
+        ratio: As for ``surgery.make_plan``.
+        vocab_size: As for ``surgery.make_plan``.
+        intermediate_size: As for ``surgery.make_plan``.
+        widths: As for ``surgery.make_plan``.
+        layers: As for ``surgery.make_plan``.
+        multiple_of: As for ``surgery.make_plan``.
+        target: As for ``surgery.make_plan``.
+        dequantize: As for ``surgery.make_plan``.
+        samples: Most windows of text.
         seq_len: Tokens of a window.
-        seed: Shuffles the documents.
-        field: Of a row that holds its document; None is ``text``, or ``messages``.
-        strict: Refuse the first bad row instead of skipping all of them.
-        vocab_by: As for ``surgery.make_plan``; so are the next five.
-        drop_reserved: See there.
-        keep_tokens: See there.
-        keep_scripts: See there.
-        criterion: See there.
-        min_expert_tokens: See there.
-        repair: "none", or "least-squares": refit down_proj where held-out text agrees.
+        seed: Seed to shuffle the documents; None keeps their order.
+        field: Field of a row that holds the document; None is ``text``, or ``messages``.
+        strict: Whether the first bad row is an error; else bad rows are skipped.
+        vocab_by: As for ``surgery.make_plan``.
+        drop_reserved: As for ``surgery.make_plan``.
+        keep_tokens: As for ``surgery.make_plan``.
+        keep_scripts: As for ``surgery.make_plan``.
+        criterion: As for ``surgery.make_plan``.
+        min_expert_tokens: As for ``surgery.make_plan``.
+        repair: "none", or "least-squares" to refit down_proj if held-out text confirms it.
         device: auto, cpu, cuda or mps.
         dtype: auto, float32, bfloat16 or float16.
         io: "mmap", or "read" for network file systems.
         family: As for ``surgery.open_model``.
-        progress: Called with a stage ("calibrate", "repair", "apply"), what is done, and all of it.
+        progress: Called with a stage ("calibrate", "repair", "apply"), what is done, and the total.
 
     Raises:
-        SurgeryError: as the functions that it calls; nothing appears under ``output``.
+        SurgeryError: any of the steps fails; then ``output`` does not exist.
     """
     layout = as_layout(model, family)
     text = TextOptions(sources_of(data), samples, seq_len, seed=seed, field=field, strict=strict)
@@ -417,19 +417,19 @@ def compare_logits(
     source: Path | str | None = None,
     device: str = "auto",
 ) -> Equality:
-    """Compare a pruned model's logits with the dense model's, the same channels masked.
+    """Compare a pruned model's logits with those of the dense model with the same channels masked.
 
     Example:
         >>> assert calib.compare_logits("smaller").ok
 
     Args:
         output: The pruned model's directory.
-        plan: The plan, or its file; None is the one in the directory.
-        source: The source's directory; None is where the plan found it.
+        plan: The plan, or its file; None is the plan in the directory.
+        source: The source's directory; None is the path in the plan.
         device: auto, cpu, cuda or mps.
 
     Raises:
-        PlanError: there is no plan, or its source is gone.
+        PlanError: there is no plan, or its source does not exist any more.
     """
     directory = Path(output)
     loaded = Plan.load(plan) if isinstance(plan, str | Path) else plan
@@ -438,7 +438,12 @@ def compare_logits(
         raise PlanError(directory, "has no plan to compare by", fix="give `plan`")
     found = Path(source) if source is not None else source_at_hand(loaded.source)
     if found is None:
-        raise PlanError(directory, "its source is gone", found=loaded.source, fix="give `source`")
+        raise PlanError(
+            directory,
+            "its source does not exist any more",
+            found=loaded.source,
+            fix="give `source`",
+        )
     return compare_logits_of(loaded, found, directory, device)
 
 
@@ -449,5 +454,5 @@ def _compute(
     max_gpu_memory: int | None = None,
     spill: Path | str | None = None,
 ) -> ComputeOptions:
-    place = Path(spill) if spill is not None else None
-    return ComputeOptions(device, dtype, max_memory, max_gpu_memory, place)
+    directory = Path(spill) if spill is not None else None
+    return ComputeOptions(device, dtype, max_memory, max_gpu_memory, directory)

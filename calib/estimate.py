@@ -1,4 +1,4 @@
-"""What a run will take, from headers and windows, and how to keep it within caps."""
+"""Predict the memory, disk and reads of a run from headers and windows; keep it within caps."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,29 +17,29 @@ MB = 10**6
 BASE_BYTES = 345 * MB
 """Interpreter, torch, transformers and the library's empty model; measured on tiny models."""
 ROW_BYTES = 750
-"""What the tokenizer and the order of the vocabulary leave behind for each row; measured."""
+"""Per row of the vocabulary, for the tokenizer and the vocabulary's order; measured."""
 DEVICE_BASE_BYTES = 500 * MB
 """A CUDA context and cuBLAS; not measured here."""
 PIECE_BYTES = 1 << 25
-"""One FFN activation at a time (``calib.streaming.ffn.PIECE_VALUES`` in fp32)."""
+"""One piece of an FFN activation (``calib.streaming.ffn.PIECE_VALUES`` in fp32)."""
 CHUNK_BYTES = 3 << 23
-"""Activations in float64, and whose they are (``calib.statistics.sums.CHUNK_VALUES``)."""
+"""Activations in float64 and their buckets (``calib.statistics.sums.CHUNK_VALUES``)."""
 HEAP_BYTES = 32 * MB
 """Freed memory that the heap keeps; measured, below ``surgery.process.HELD_BYTES``."""
 
 
 SOLVED_ROWS = 1024
-"""Rows of down_proj that are solved for at a time (``calib.refit.ROWS``)."""
+"""Rows of down_proj that a refit solves for at a time (``calib.refit.ROWS``)."""
 
 
 @dataclass(frozen=True)
 class WindowLengths:
-    """The windows of a text, as far as memory depends on them."""
+    """The lengths of a text's windows, on which memory depends."""
 
     lengths: Mapping[int, int]
-    """Tokens of a window → number of such windows."""
+    """Tokens of a window → number of windows of this length."""
     rows: int
-    """Rows of the embedding that occur in them."""
+    """Rows of the embedding that occur in the windows."""
 
     @property
     def tokens(self) -> int:
@@ -48,48 +48,48 @@ class WindowLengths:
 
     @classmethod
     def of(cls, windows: Sequence[np.ndarray]) -> "WindowLengths":
-        """Those of ``windows`` of token ids."""
+        """Return the lengths of ``windows`` of token ids."""
         rows = len(np.unique(np.concatenate(windows))) if len(windows) else 0
         return cls(Counter(map(len, windows)), rows)
 
     @classmethod
     def full(cls, samples: int, seq_len: int, vocab_size: int) -> "WindowLengths":
-        """Windows of one length in which as many tokens occur as can."""
+        """Return windows of one length in which as many different tokens occur as possible."""
         return cls({seq_len: samples}, min(vocab_size, samples * seq_len))
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes, all of them."""
+    """The predicted bytes of a run."""
 
     memory: Mapping[str, int]
-    """What the peak of the process's memory is made of."""
+    """Parts of the process's peak memory."""
     device: Mapping[str, int]
-    """The same of the device's memory; empty on the CPU."""
+    """Parts of the device's peak memory; empty on the CPU."""
     disk: int
     """Hidden states in files, and sums."""
     read: int
-    """From the checkpoint."""
+    """Read from the checkpoint."""
     to_device: int
-    """Weights that go to the device."""
+    """Weights that are copied to the device."""
 
     @property
     def peak_memory(self) -> int:
-        """Of the process."""
+        """Of the process, in bytes."""
         return sum(self.memory.values())
 
     @property
     def peak_device(self) -> int:
-        """Of the device."""
+        """Of the device, in bytes."""
         return sum(self.device.values())
 
     def facts(self) -> dict[str, Any]:
-        """Everything, for JSON."""
+        """Return all fields for JSON."""
         both = {"peak_memory": self.peak_memory, "peak_device": self.peak_device}
         return both | asdict(self)
 
     def table(self) -> str:
-        """The facts as rows of text."""
+        """Return the facts as lines of text."""
         rows = [
             ("peak memory", self.peak_memory),
             *((f"  {name}", size) for name, size in self.memory.items()),
@@ -105,39 +105,39 @@ class Prediction:
 def predict(
     layout: Layout, text: WindowLengths, settings: PassSettings, *, buckets: int, journal: bool
 ) -> Prediction:
-    """Predict what a pass of ``text`` through the layers takes.
+    """Predict the bytes that a pass of ``text`` through the layers takes.
 
     Args:
         layout: The model.
         text: Its windows.
         settings: How the layers compute.
-        buckets: Of the statistics; 0 takes none.
+        buckets: Buckets of the statistics; 0 takes no statistics.
         journal: Whether hidden states are written after each layer.
     """
     width = layout.by_name[layout.family.embedding].shape[1]
     states = text.tokens * width * settings.dtype.itemsize
-    sums = list(_sums(layout, buckets))
-    # Those of a layer are written while the next one computes.
+    sums = list(_sum_bytes(layout, buckets))
+    # The sums of one layer are written while the next layer computes.
     kept = 2 * max(sums, default=0) if journal else sum(sums)
-    computing = _activations(layout, text, settings, width) + kept
-    work = _weights(layout, settings, computing, text.rows * width * settings.dtype.itemsize)
+    computing = _activation_bytes(layout, text, settings, width) + kept
+    work = _weight_bytes(layout, settings, computing, text.rows * width * settings.dtype.itemsize)
     memory = {"base": BASE_BYTES + ROW_BYTES * layout.vocab_size}
     device: dict[str, int] = {}
     if settings.device.type == "cpu":
         memory |= work
     else:
-        memory["weights"] = max(_stored(layout))  # pinned
+        memory["weights"] = max(_stored_bytes(layout))  # pinned
         device = {"base": DEVICE_BASE_BYTES, **work}
     if settings.hidden != "file":
         (device if settings.hidden == "device" else memory)["hidden states"] = states
     copies = 2 if journal or settings.hidden == "file" else 0
-    weights = sum(_stored(layout))
+    weights = sum(_stored_bytes(layout))
     itemsize = layout.by_name[layout.family.embedding].itemsize
     return Prediction(
         memory,
         device,
         disk=copies * states + (2 * sum(sums) if journal else 0),
-        read=weights + _ends(layout) + text.rows * width * itemsize,
+        read=weights + _outer_bytes(layout) + text.rows * width * itemsize,
         to_device=weights if device else 0,
     )
 
@@ -153,27 +153,27 @@ def within_caps(
 ) -> PassSettings:
     """Return the fastest settings whose prediction keeps the caps of ``compute``.
 
-    Hidden states go to a file first, then the windows that run together become fewer, and last
-    the next layer waits on the disk until this one is done.
+    To save memory, hidden states are moved to a file first. Then micro-batches become smaller. At
+    last, the next layer is read only when the current one is finished.
 
     Raises:
-        BudgetError: no settings do, naming what would be needed.
+        BudgetError: no settings keep them; it names the least memory needed.
     """
     least: dict[str, int] = {}
     for choice in _choices(settings, journal=journal):
         made = predict(layout, text, choice, buckets=buckets, journal=journal)
-        asked = {
+        needs = {
             "max_memory": (made.peak_memory, compute.max_memory),
             "max_gpu_memory": (made.peak_device, compute.max_gpu_memory),
         }
-        over = [name for name, (need, cap) in asked.items() if cap is not None and need > cap]
+        over = [name for name, (need, cap) in needs.items() if cap is not None and need > cap]
         if not over:
             return choice
-        for name in asked:
-            least[name] = min(least.get(name, asked[name][0]), asked[name][0])
+        for name in needs:
+            least[name] = min(least.get(name, needs[name][0]), needs[name][0])
     name = over[0]
     raise BudgetError(
-        f"`{name}` {(asked[name][1] or 0) / MB:,.0f}MB",
+        f"`{name}` {(needs[name][1] or 0) / MB:,.0f}MB",
         "cannot be kept",
         expected=f"at least {least[name] / MB + 1:,.0f}MB",
         fix="give more, fewer or shorter windows, or a smaller `dtype`",
@@ -181,16 +181,16 @@ def within_caps(
 
 
 def _choices(settings: PassSettings, *, journal: bool) -> Iterator[PassSettings]:
-    """Settings from the fastest to the smallest."""
-    places = ["memory", "file"] if settings.spill is None else ["file"]
+    """Yield settings from the fastest to the smallest."""
+    stores = ["memory", "file"] if settings.spill is None else ["file"]
     if settings.device.type != "cpu" and settings.spill is None:
-        places.insert(0, "device")
+        stores.insert(0, "device")
     if not journal and settings.spill is None:
-        places.remove("file")
+        stores.remove("file")
     for prefetch in (True, False):
         for values in (settings.micro_batch_values, 1):
-            for place in places:
-                yield replace(settings, hidden=place, micro_batch_values=values, prefetch=prefetch)
+            for store in stores:
+                yield replace(settings, hidden=store, micro_batch_values=values, prefetch=prefetch)
 
 
 def predict_repair(
@@ -201,8 +201,8 @@ def predict_repair(
     Args:
         layout: The model.
         widths: Key of config.json → I'.
-        text: All windows: those that fit, through the dense model and through the pruned one,
-            and the held-out ones, without and with the repair.
+        text: All windows: calibration text in the dense model and in the pruned one, and held-out
+            text without and with the repair.
         settings: How the layers compute.
     """
     pass_alone = predict(layout, text, settings, buckets=1, journal=False)
@@ -214,10 +214,10 @@ def predict_repair(
             continue
         full, kept = layout.channels_of(axis), widths[width.key] * layout.times(axis)
         experts = layout.experts if axis == EXPERT else 1
-        matrix, cut = depth * full, depth * kept
+        matrix, pruned = depth * full, depth * kept
         sums = 4 * (full**2 + matrix) if experts == 1 else 8 * experts * full**2
-        equations = sums + 8 * kept**2 + 4 * kept * (full - kept) + 4 * cut
-        solving = 16 * kept**2 + 8 * cut + 16 * SOLVED_ROWS * kept
+        equations = sums + 8 * kept**2 + 4 * kept * (full - kept) + 4 * pruned
+        solving = 16 * kept**2 + 8 * pruned + 16 * SOLVED_ROWS * kept
         weights = 2 * experts * matrix * settings.dtype.itemsize
         activations = 2 * longest * full * settings.dtype.itemsize
         beside = max(beside, max(equations, solving) + weights + activations)
@@ -226,24 +226,24 @@ def predict_repair(
     return replace(pass_alone, memory={**pass_alone.memory, "refitting": beside})
 
 
-def _weights(
+def _weight_bytes(
     layout: Layout, settings: PassSettings, computing: int, embedding: int
 ) -> dict[str, int]:
-    """What is there at the worst time: a layer is loaded or computes, and the next one is read.
+    """Return the parts of the peak: a layer is loaded or computes while the next one is read.
 
     Args:
         layout: The model.
         settings: How it computes.
-        computing: Bytes of activations and sums, which come once a layer is loaded.
-        embedding: Bytes of its rows that occur, which go before the first layer comes.
+        computing: Bytes of activations and sums, which are allocated once a layer is loaded.
+        embedding: Bytes of its rows that occur, which are freed before the first layer is loaded.
     """
-    layers = [_Layer.of(layout, index, settings) for index in range(len(layout.of_layer))]
+    layers = [_LayerBytes.of(layout, index, settings) for index in range(len(layout.of_layer))]
     pairs = zip(layers, [*layers[1:], None], strict=True)
     peaks = []
     for layer, following in pairs:
         ahead = following.stored if following and settings.prefetch else 0
         peaks.append((layer.ready + ahead + computing, layer.ready, ahead, computing))
-        # The next layer waits until experts are merged.
+        # The next layer is not read before experts are merged.
         peaks.append((layer.loading, layer.ready, 0, layer.loading - layer.ready))
     peak, ready, ahead, beside = max(peaks)
     parts = {"weights": ready, "next layer": ahead, "loading or computing": beside}
@@ -251,53 +251,54 @@ def _weights(
 
 
 @dataclass(frozen=True)
-class _Layer:
+class _LayerBytes:
     stored: int
-    """As it waits: in the dtype that computes, or the file's for experts and with a device."""
+    """As read: in the compute dtype, or in the file's for experts and with a device."""
     ready: int
-    """In the dtype that computes."""
+    """In the compute dtype."""
     loading: int
-    """The most while the one becomes the other."""
+    """Peak during the conversion."""
 
     @classmethod
-    def of(cls, layout: Layout, index: int, settings: PassSettings) -> "_Layer":
+    def of(cls, layout: Layout, index: int, settings: PassSettings) -> "_LayerBytes":
         itemsize, converts = settings.dtype.itemsize, settings.device.type == "cpu"
         merged: Counter[str] = Counter()
         alone, ready, copied = 0, 0, False
         for ref in layout.of_layer[index].values():
-            place = layout.roles[ref.name]
-            if place.slot.block == BUFFER:
+            role = layout.roles[ref.name]
+            if role.slot.block == BUFFER:
                 continue
-            size = _item(ref.dtype, ref.itemsize, itemsize)
-            if place.slot.width == EXPERT and place.expert is not None:
-                merged["down" if place.slot.ffn_output else "up"] += ref.parameters * size
+            size = _waiting_itemsize(ref.dtype, ref.itemsize, itemsize)
+            if role.slot.width == EXPERT and role.expert is not None:
+                merged["down" if role.slot.ffn_output else "up"] += ref.parameters * size
             else:
                 size = itemsize if converts else size
                 alone += ref.parameters * size
             ready += ref.parameters * itemsize
             copied |= size != itemsize
         stored = alone + merged.total()
-        # A tensor at a time goes from one dtype to the other; small ones do not count.
+        # Tensors are converted one at a time; small ones do not count.
         loading = ready + max(merged.values(), default=0) * copied
-        merging = stored + merged["up"]  # gates and ups are there twice while they are joined
+        merging = stored + merged["up"]  # gates and ups are in memory twice while they are joined
         return cls(stored, ready, max(loading, merging))
 
 
-def _item(dtype: str, itemsize: int, computed: int) -> int:
+def _waiting_itemsize(dtype: str, itemsize: int, computed: int) -> int:
+    """Return the bytes of a value as read; FP8 is dequantized to the compute dtype."""
     return computed if dtype.startswith("F8") else itemsize
 
 
-def _stored(layout: Layout) -> list[int]:
-    """Bytes of each layer in the file."""
-    places = layout.roles
+def _stored_bytes(layout: Layout) -> list[int]:
+    """Return the bytes of each layer in the file."""
+    roles = layout.roles
     return [
-        sum(ref.nbytes for ref in layer.values() if places[ref.name].slot.block != BUFFER)
+        sum(ref.nbytes for ref in layer.values() if roles[ref.name].slot.block != BUFFER)
         for layer in layout.of_layer
     ]
 
 
-def _ends(layout: Layout) -> int:
-    """Bytes in the file of what lies before and behind the layers, but embedding and head."""
+def _outer_bytes(layout: Layout) -> int:
+    """Return the bytes of tensors before and after the layers, without embedding and head."""
     family = layout.family
     apart = (family.embedding, family.head, family.head.removesuffix("weight") + "bias")
     return sum(
@@ -307,15 +308,17 @@ def _ends(layout: Layout) -> int:
     )
 
 
-def _sums(layout: Layout, buckets: int) -> Iterator[int]:
-    """Bytes of the sums of each layer."""
+def _sum_bytes(layout: Layout, buckets: int) -> Iterator[int]:
+    """Yield the bytes of each layer's sums."""
     for axes in layout.ffn_outputs:
         numbers = 2 * buckets + 2 if buckets else 0
         yield sum(8 * numbers * n * layout.channels_of(axis) for axis, n in axes.items())
 
 
-def _activations(layout: Layout, text: WindowLengths, settings: PassSettings, width: int) -> int:
-    """A micro-batch in a layer: attention's copies of it, the FFN's three, the float64 chunk."""
+def _activation_bytes(
+    layout: Layout, text: WindowLengths, settings: PassSettings, width: int
+) -> int:
+    """Return the bytes of a micro-batch: attention's copies, the FFN's, and the float64 chunk."""
     channels = max((layout.channels_of(axis) for axis in layout.family.widths), default=1)
     tokens = max(
         min(count, max(1, settings.micro_batch_values // (length * channels))) * length

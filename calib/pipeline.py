@@ -1,4 +1,4 @@
-"""All of it: calibrate, plan, repair, apply and verify."""
+"""The whole pipeline: calibrate, plan, repair, apply and verify."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,20 +22,20 @@ from surgery.verify.files import VerifyReport, verify_files
 
 @dataclass(frozen=True)
 class PlanFiles:
-    """Where a plan and what belongs to it are written."""
+    """The files that a plan and its statistics are written to."""
 
     plan: Path
     stats: Path | None = None
-    """None keeps no statistics."""
+    """None writes no statistics."""
     output: Path | None = None
-    """Directory that the plan names."""
+    """Output directory that the plan names."""
 
     @classmethod
     def beside(cls, output: Path, model: Path) -> "PlanFiles":
-        """``DIR.plan.json`` and ``DIR.stats.safetensors`` beside the directory ``output``.
+        """Return ``DIR.plan.json`` and ``DIR.stats.safetensors`` beside the directory ``output``.
 
         Raises:
-            OutputError: it is no place for what is made of the directory ``model``.
+            OutputError: ``output`` cannot be written, or is inside the directory ``model``.
         """
         check_output_path(output, model)
         plan, stats = (output.with_name(output.name + end) for end in (PLAN_END, STATS_END))
@@ -44,12 +44,12 @@ class PlanFiles:
         return files
 
     def check(self, model: Path) -> None:
-        """Refuse a plan that cannot be written, or that lies inside the directory ``model``.
+        """Refuse a plan file that cannot be written, or that is inside the directory ``model``.
 
         Raises:
-            OutputError: naming the place.
+            OutputError: it names the path.
         """
-        if self.plan.absolute().parent.is_dir():  # else it is made
+        if self.plan.absolute().parent.is_dir():  # else it is created
             check_file(self.plan, model)
 
 
@@ -64,9 +64,9 @@ def calibrated_plan(
     files: PlanFiles,
     progress: Progress | None = None,
 ) -> Plan:
-    """Calibrate on text as the pruned tokenizer tokenizes it, plan, repair if asked; save it all.
+    """Calibrate on text as the pruned tokenizer tokenizes it, plan, repair if asked; save all.
 
-    What a plan would refuse is refused before the work.
+    Requests that a plan would refuse are refused before the calibration.
     """
     plan_choice(layout, choice, output=files.output)
     files.plan.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def calibrated_plan(
 def apply_and_verify(
     plan: Plan, layout: Layout, options: ApplyOptions, progress: Progress | None = None
 ) -> VerifyReport:
-    """Apply a plan of ``layout`` and check the output by its files."""
+    """Apply a plan to the model of ``layout`` and verify the output's files."""
     path = layout.checkpoint.path
     made = apply_to(plan, path, options, progress)
     return verify_files(made.output, plan, path, download=False, io=options.io)

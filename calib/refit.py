@@ -12,39 +12,43 @@ RIDGE = 1e-3
 """λ in parts of the mean diagonal of G[K, K].
 
 On SmolLM2-135M (V' 32,768, I' 864, 28k tokens) the loss was 18.0 % of the dense model's bits with
-1e-3 and with 1e-5, 33.1 % without refitting.
+1e-3 and with 1e-5, and 33.1 % without refitting.
 """
 
 
 ROWS = 1024
-"""Rows of matrices that go through float64 at a time."""
+"""Rows of a matrix that are converted to float64 at a time."""
 
 
-class Gram:
-    """Sums over tokens, float32, added up a few thousand tokens at a time."""
+class GramSums:
+    """Sums of outer products over tokens, in float32, a few thousand tokens at a time.
+
+    ``a`` are the activations of a token and ``d`` its drift: what the refitted down_proj should add
+    to W a, if anything.
+    """
 
     def __init__(self, channels: int, device: torch.device) -> None:
-        self.inner = torch.zeros((channels, channels), device=device)
+        self.act_act = torch.zeros((channels, channels), device=device)
         """G = Σ aᵀa: ``[I, I]``."""
-        self.drift: torch.Tensor | None = None
-        """Σ dᵀa: ``[D, I]`` of what is wanted beside W a, if anything is."""
+        self.drift_act: torch.Tensor | None = None
+        """Σ dᵀa: ``[D, I]``; None without drift."""
 
-    def add(self, act: torch.Tensor, wanted: torch.Tensor | None = None) -> None:
-        """Add activations ``(tokens, I)`` and what is wanted beside W a ``(tokens, D)``."""
+    def add(self, act: torch.Tensor, drift: torch.Tensor | None = None) -> None:
+        """Add activations ``(tokens, I)`` and their drift ``(tokens, D)``."""
         act = act.float()
-        self.inner.addmm_(act.T, act)
-        if wanted is not None:
-            if self.drift is None:
-                self.drift = act.new_zeros((wanted.shape[1], act.shape[1]))
-            self.drift.addmm_(wanted.float().T, act)
+        self.act_act.addmm_(act.T, act)
+        if drift is not None:
+            if self.drift_act is None:
+                self.drift_act = act.new_zeros((drift.shape[1], act.shape[1]))
+            self.drift_act.addmm_(drift.float().T, act)
 
 
-def equations(
-    weight: torch.Tensor, gram: Gram, kept: torch.Tensor, ridge: float = RIDGE
+def normal_equations(
+    weight: torch.Tensor, gram: GramSums, kept: torch.Tensor, ridge: float = RIDGE
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return G[K, K] + λI, float64 ``[K, K]``, and W_R · G[R, K] + Σ dᵀa_K, ``[D, K]``.
 
-    R are the channels that go. Behind this the sums are not needed any more.
+    R are the removed channels. Afterwards the sums of ``gram`` are not needed any more.
 
     Args:
         weight: W, ``[D, I]``.
@@ -52,15 +56,15 @@ def equations(
         kept: int64 ``(K,)``, ascending.
         ridge: λ over the mean diagonal of G[K, K].
     """
-    goes = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-    goes[kept] = False
-    gone = torch.nonzero(goes).flatten()
-    wanted = weight[:, gone].float() @ gram.inner[gone[:, None], kept]
-    if gram.drift is not None:
-        wanted += gram.drift[:, kept]
+    is_removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    is_removed[kept] = False
+    removed = torch.nonzero(is_removed).flatten()
+    wanted = weight[:, removed].float() @ gram.act_act[removed[:, None], kept]
+    if gram.drift_act is not None:
+        wanted += gram.drift_act[:, kept]
     inner = torch.empty((len(kept), len(kept)), dtype=torch.float64, device=weight.device)
     for into, rows in zip(inner.split(ROWS), kept.split(ROWS), strict=True):
-        into.copy_(gram.inner[rows[:, None], kept])
+        into.copy_(gram.act_act[rows[:, None], kept])
     diagonal = inner.diagonal()
     diagonal += ridge * diagonal.mean() + torch.finfo(torch.float32).tiny
     return inner, wanted
@@ -69,10 +73,10 @@ def equations(
 def solve(
     weight: torch.Tensor, kept: torch.Tensor, inner: torch.Tensor, wanted: torch.Tensor
 ) -> torch.Tensor:
-    """Return the down_proj ``[D, K]`` that does on ``kept`` channels what is wanted of all.
+    """Return the down_proj W′ ``[D, K]`` whose output on ``kept`` channels is nearest to W a + d.
 
     It minimizes Σ ‖W a + d − W′ a_K‖² + λ ‖W′ − W_K‖²: W′ = W_K + ``wanted`` · ``inner``⁻¹, both
-    from ``equations``.
+    from ``normal_equations``.
     """
     factor = torch.linalg.cholesky(inner)
     del inner
@@ -83,32 +87,35 @@ def solve(
 
 
 def refit(
-    weight: torch.Tensor, gram: Gram, kept: torch.Tensor, ridge: float = RIDGE
+    weight: torch.Tensor, gram: GramSums, kept: torch.Tensor, ridge: float = RIDGE
 ) -> torch.Tensor:
-    """``solve`` the ``equations``."""
-    return solve(weight, kept, *equations(weight, gram, kept, ridge))
+    """Build the ``normal_equations`` and ``solve`` them."""
+    return solve(weight, kept, *normal_equations(weight, gram, kept, ridge))
 
 
-def error(weight: torch.Tensor, cut: torch.Tensor, kept: torch.Tensor, gram: Gram) -> float:
-    """Σ ‖W a + d − W′ a_K‖² − ‖d‖² over the tokens of ``gram``; shapes as for ``refit``."""
+def error(weight: torch.Tensor, pruned: torch.Tensor, kept: torch.Tensor, gram: GramSums) -> float:
+    """Return Σ ‖W a + d − W′ a_K‖² − ‖d‖² over the tokens of ``gram``.
+
+    ``weight`` is W ``[D, I]`` and ``pruned`` is W′ ``[D, K]``.
+    """
     missing = weight.float().clone()
-    missing[:, kept] -= cut.float()
-    total = (missing @ gram.inner * missing).sum(dtype=torch.float64)
-    if gram.drift is not None:
-        total += 2 * (gram.drift * missing).sum(dtype=torch.float64)
+    missing[:, kept] -= pruned.float()
+    total = (missing @ gram.act_act * missing).sum(dtype=torch.float64)
+    if gram.drift_act is not None:
+        total += 2 * (gram.drift_act * missing).sum(dtype=torch.float64)
     return float(total)
 
 
 def refit_if_better(
-    weight: torch.Tensor, kept: torch.Tensor, grams: Sequence[Gram], dtype: torch.dtype
+    weight: torch.Tensor, kept: torch.Tensor, grams: Sequence[GramSums], dtype: torch.dtype
 ) -> torch.Tensor | None:
-    """Return ``refit`` by the first of ``grams``, rounded to ``dtype``; None where that is no gain.
+    """Return ``refit`` by the first of ``grams``, rounded to ``dtype``; None if it does not help.
 
     Args:
         weight: ``[D, I]``.
         kept: int64 ``(K,)``.
-        grams: For fitting, and of other windows to judge by; with one alone it judges itself.
-        dtype: What the file can hold.
+        grams: The sums to fit by, then those of other windows to judge by; a single one does both.
+        dtype: The file's dtype.
     """
     fitted = refit(weight, grams[0], kept).to(dtype)
     judge = grams[-1]
@@ -118,21 +125,23 @@ def refit_if_better(
 
 
 PULL = 0.5
-"""How much of the way back to the dense model's residual stream a refitted layer is asked to go.
+"""Share of the residual stream's drift from the dense model that a refitted layer should undo.
 
-On SmolLM2-135M (V' 32,768, I' 864, 28k tokens): 0 gave a loss of 18.0 %, 0.5 15.6 %, 1 16.6 %; at
-V' 49,152, I' 1,024 (41k tokens): 0.3 6.1 %, 0.5 5.9 %, without a pruned prefix 7.7 %.
+On SmolLM2-135M (V' 32,768, I' 864, 28k tokens), 0 gave a loss of 18.0 %, 0.5 gave 15.6 %, and 1
+gave 16.6 %. At V' 49,152, I' 1,024 (41k tokens), 0.3 gave 6.1 %, 0.5 gave 5.9 %, and fitting
+without a pruned prefix gave 7.7 %.
 """
 
 ADDITIVE = 0.25
-"""Largest relative error, for half of the tokens, at which a layer still adds W a to its input."""
+"""A layer counts as adding W a to its input if the relative error is at most this for half of the
+tokens."""
 
 
-class Prefix:
-    """Windows that go through the pruned layers, beside the same ones in the dense model."""
+class PrunedPrefix:
+    """Windows that run through the pruned layers, and the same windows in the dense model."""
 
     def __init__(self, dense: Sequence[Stream]) -> None:
-        """Take the windows of ``dense``: those that fit, then those that judge."""
+        """Take the windows of ``dense``: first those to fit by, then those to judge by."""
         self.streams = [Stream(stream.windows) for stream in dense]
         self._dense = dense
 
@@ -144,40 +153,43 @@ class Prefix:
         kept: torch.Tensor,
         dtype: torch.dtype,
     ) -> torch.Tensor | None:
-        """Return the only FFN's down_proj ``[D, K]``, rounded to ``dtype``, or None for no gain.
+        """Return the layer's down_proj ``[D, K]``, rounded to ``dtype``; None if it does not help.
 
-        The dense model has passed the layer, this has not yet. What is wanted beside W a is
-        ``PULL`` times what the residual stream has drifted from the dense model's, where the layer
-        adds W a to it: not behind a norm, for example.
+        The layer has one FFN. The dense windows have passed it, these have not. The matrix should
+        undo ``PULL`` times the drift of the residual stream from the dense model's, but only where
+        the layer adds W a to the stream: not with a norm after the FFN, for example.
         """
         weight = decoder.layer(index).get_parameter(down_name(ffn_module)).data
         (matrix,) = down_matrices(decoder.layer(index), ffn_module, weight)
         pull = PULL if self._adds(decoder, index, ffn_module, matrix) else 0.0
-        gram = Gram(matrix.shape[1], matrix.device)
+        gram = GramSums(matrix.shape[1], matrix.device)
         for act, drift in self._tokens(decoder, index, 0):
             gram.add(act, pull * drift if pull else None)
-        inner, wanted = equations(matrix, gram, kept)
+        inner, wanted = normal_equations(matrix, gram, kept)
         del gram
         fitted = solve(matrix, kept, inner, wanted).to(dtype)
         errors = [0.0, 0.0]
         for act, drift in self._tokens(decoder, index, -1):
             goal, part = act @ matrix.T + pull * drift, act[:, kept]
-            for place, candidate in enumerate((matrix[:, kept], fitted.to(matrix.dtype))):
-                errors[place] += float((goal - part @ candidate.T).float().square().sum())
+            for number, candidate in enumerate((matrix[:, kept], fitted.to(matrix.dtype))):
+                errors[number] += float((goal - part @ candidate.T).float().square().sum())
         return fitted if errors[1] < errors[0] else None
 
     def advance(
         self, decoder: StreamedDecoder, index: int, weights: dict[str, torch.Tensor]
     ) -> None:
-        """Carry the windows through the layer as the cut leaves it."""
+        """Run the windows through the pruned layer."""
         for stream in self.streams:
             decoder.run(index, stream, weights=weights)
 
     def _tokens(
         self, decoder: StreamedDecoder, index: int, which: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield activations ``(tokens, I)`` and how far the layer's results lie from the dense
-        model's ``(tokens, D)``: of the windows that fit, or of those that judge."""
+        """Yield activations ``(tokens, I)`` and the drift of the output ``(tokens, D)``.
+
+        The drift is the dense model's output minus that of the pruned layers. ``which`` is the
+        stream: 0 to fit by, -1 to judge by.
+        """
         dense = self._dense[which].states
         for rows, act, after in decoder.peek(index, self.streams[which]):
             yield act, dense.before[rows].to(after.device) - after
@@ -186,11 +198,11 @@ class Prefix:
     def _adds(
         self, decoder: StreamedDecoder, index: int, ffn_module: FfnModule, matrix: torch.Tensor
     ) -> bool:
-        """Whether a layer's result changes by W a where W becomes zero, on some windows."""
+        """Whether the layer's output changes by W a if W becomes zero, tested on some windows."""
         weight = decoder.layer(index).get_parameter(down_name(ffn_module)).data
-        nothing = {down_name(ffn_module): torch.zeros_like(weight)}
+        zeros = {down_name(ffn_module): torch.zeros_like(weight)}
         _, act, after = next(decoder.peek(index, self.streams[0]))
-        _, _, without = next(decoder.peek(index, self.streams[0], nothing))
+        _, _, without = next(decoder.peek(index, self.streams[0], zeros))
         expected = act.float() @ matrix.float().T
         missed = (after.float() - without.float() - expected).norm(dim=-1)
         return bool((missed <= ADDITIVE * expected.norm(dim=-1)).float().mean() >= 0.5)

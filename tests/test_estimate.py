@@ -1,4 +1,4 @@
-"""What a run will take, from headers; caps that are kept or refused."""
+"""Predictions from headers, and caps that are kept or refused."""
 
 import json
 from functools import partial
@@ -95,7 +95,7 @@ def test_caps_choose_a_file_then_fewer_windows_then_no_next_layer(tmp_path: Path
     assert chosen[-1] == ("file", False)
 
 
-def test_on_a_device_hidden_states_go_there_while_they_fit(tmp_path: Path) -> None:
+def test_hidden_states_are_on_the_device_while_they_fit(tmp_path: Path) -> None:
     layout = shape(tmp_path, "Llama-3.2-1B", 2)
     settings = PassSettings(torch.device("cuda"), torch.bfloat16)
     text = WindowLengths.full(256, 2048, 128_256)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib.refit import Gram, error, refit, refit_if_better
+from calib.refit import GramSums, error, refit, refit_if_better
 
 CPU = torch.device("cpu")
 
@@ -16,8 +16,8 @@ def activations(seed: int, tokens: int, channels: int) -> torch.Tensor:
     return torch.randn(tokens, channels, generator=rng) @ mixing
 
 
-def gram_of(act: torch.Tensor) -> Gram:
-    gram = Gram(act.shape[1], CPU)
+def gram_of(act: torch.Tensor) -> GramSums:
+    gram = GramSums(act.shape[1], CPU)
     for part in act.split(7):
         gram.add(part)
     return gram
@@ -42,22 +42,22 @@ def test_refit_solves_the_ridge_problem(seed: int, channels: int, ridge: float) 
 
 def test_error_is_that_of_the_outputs() -> None:
     act, weight = activations(1, 40, 6), torch.randn(3, 6)
-    kept, cut = torch.tensor([0, 2, 5]), torch.randn(3, 3)
-    expected = (act @ weight.T - act[:, kept] @ cut.T).double().square().sum()
-    assert np.isclose(error(weight, cut, kept, gram_of(act)), float(expected), rtol=1e-4)
+    kept, pruned = torch.tensor([0, 2, 5]), torch.randn(3, 3)
+    expected = (act @ weight.T - act[:, kept] @ pruned.T).double().square().sum()
+    assert np.isclose(error(weight, pruned, kept, gram_of(act)), float(expected), rtol=1e-4)
 
 
-def test_nothing_goes_nothing_changes() -> None:
+def test_nothing_removed_nothing_changes() -> None:
     act, weight = activations(2, 40, 6), torch.randn(3, 6)
     assert torch.equal(refit(weight, gram_of(act), torch.arange(6)), weight)
 
 
 def test_channels_that_never_fire_do_no_harm() -> None:
     weight, kept = torch.randn(3, 6), torch.tensor([1, 4])
-    assert torch.equal(refit(weight, Gram(6, CPU), kept), weight[:, kept])
+    assert torch.equal(refit(weight, GramSums(6, CPU), kept), weight[:, kept])
 
 
-def test_what_other_windows_do_not_confirm_is_dropped() -> None:
+def test_what_other_windows_do_not_confirm_is_not_used() -> None:
     weight, kept = torch.randn(3, 6), torch.tensor([0, 1, 2])
     fitted, same = gram_of(activations(3, 200, 6)), gram_of(activations(3, 200, 6))
     assert refit_if_better(weight, kept, [fitted, same], torch.float32) is not None

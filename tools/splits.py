@@ -18,7 +18,7 @@ import click
 
 from calib.streaming.settings import ComputeOptions
 from calib.study.search import MOST, try_pairs
-from calib.study.study import Recipe, Study, open_study
+from calib.study.study import Candidate, Study, open_study
 from calib.study.table import Row, table
 from calib.study.text import WINDOW_BYTES
 from calib.study.trial import Trial, Variant
@@ -37,9 +37,9 @@ def forward_seconds(study: Study) -> float:
     layout = study.text.layout
     whole = Variant(study.text.ids(layout.vocab_size), axis_lengths(layout, layout.widths))
     encoded = study.text.encoded(layout.vocab_size)
-    reading = study.text.reading(layout.vocab_size)
+    calibration_pass = study.text.calibration_pass(layout.vocab_size)
     start = time.perf_counter()
-    study.bits([Trial(whole, encoded, reading)])
+    study.bits([Trial(whole, encoded, calibration_pass)])
     return time.perf_counter() - start
 
 
@@ -48,7 +48,7 @@ def on_unseen(
 ) -> list[Row]:
     """Try ``pairs``, made smaller by the study's calibration text, on other windows."""
     other = Study(replace(study.text, heldout=texts), study.settings)
-    return other.rows([Recipe(name, sizes, repair=repair) for name, sizes in pairs.items()])
+    return other.rows([Candidate(name, sizes, repair=repair) for name, sizes in pairs.items()])
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def main(model: str, ratios: str, unseen: str, text: TextOptions, options: Split
         study = open_study(layout, choice, text, ComputeOptions())
         forward = forward_seconds(study)
         start = time.perf_counter()
-        like = Recipe("", choice.sizes, repair=options.repair)
+        like = Candidate("", choice.sizes, repair=options.repair)
         with bars() as progress:
             found = try_pairs(study, pairs, like, options.most, progress)
         rows = found.rows

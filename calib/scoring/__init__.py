@@ -1,1 +1,1 @@
-"""Scores on held-out text, and logits compared."""
+"""Score a model on held-out text, and compare logits."""

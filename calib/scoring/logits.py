@@ -1,4 +1,4 @@
-"""A pruned model's logits against the dense model with the same cuts masked."""
+"""Compare the logits of a pruned model and of the dense model with the same channels masked."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,13 @@ from torch import nn
 
 from calib.streaming.batches import Stream
 from calib.streaming.decoder import StreamedDecoder
-from calib.streaming.ffn import ExpertKey, cut_weight, down_name, down_proj_tensors, file_matrices
+from calib.streaming.ffn import (
+    ExpertKey,
+    down_name,
+    down_proj_tensors,
+    file_matrices,
+    masked_down_proj,
+)
 from calib.streaming.layer_groups import LayerGroups
 from calib.streaming.weights import WeightReader, choose_device
 from surgery.apply.edits import kept_channels, layer_groups
@@ -29,7 +35,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Equality:
-    """How far two models are apart on the same tokens."""
+    """The difference between two models' logits on the same tokens."""
 
     tokens: int
     largest: float
@@ -37,11 +43,11 @@ class Equality:
 
     @property
     def ok(self) -> bool:
-        """Whether the difference is rounding."""
+        """Whether the difference is no more than rounding."""
         return self.largest <= TOLERANCE
 
     def faults(self) -> list[str]:
-        """What is wrong, as a check of ``VerifyReport``; nothing where the two are equal."""
+        """Return the fault as a check of ``VerifyReport`` lists it; empty if the two are equal."""
         if self.ok:
             return []
         return [
@@ -53,18 +59,18 @@ class Equality:
 def compare_forward(plan: Plan, dense: Layout, pruned: Layout, device: torch.device) -> Equality:
     """Run seeded random kept tokens through both models in fp32 and compare their logits.
 
-    The dense model has zeros in down_proj for the removed channels and is asked only for the
-    logits of the kept tokens: what COMPACT's cut means (paper Algorithm 1). Where the plan
-    replaces tensors or makes bf16 of FP8, so does the dense model. Layers that go are passed by;
-    several that become one take three layers' memory.
+    The dense model has zeros in down_proj for the removed channels, and only the logits of kept
+    tokens are computed: this is what COMPACT's pruning means (paper Algorithm 1). Where the plan
+    replaces tensors or converts FP8 to bf16, the dense model does the same. Removed layers are
+    skipped; collapsing takes the memory of three layers.
     """
     ids = plan.ids()
     kept = ids.kept
     chosen = np.random.default_rng(0).integers(0, len(kept), (WINDOWS, TOKENS))
     fp8 = torch.bfloat16 if plan.dequantize else None
-    cuts = LayerGroups(layer_groups(plan, dense), _Cuts(plan, dense).weights)
+    masked = LayerGroups(layer_groups(plan, dense), _MaskedLayers(plan, dense).weights)
     with WeightReader(dense.checkpoint, device, torch.float32, dequantize=fp8) as reader:
-        expected = _logits(StreamedDecoder(dense, reader), kept[chosen], kept, cuts.run)
+        expected = _logits(StreamedDecoder(dense, reader), kept[chosen], kept, masked.run)
     with WeightReader(pruned.checkpoint, device, torch.float32) as reader:
         found = _logits(StreamedDecoder(pruned, reader), chosen, np.arange(len(kept)))
     difference = (expected - found).abs().max() / expected.abs().max()
@@ -78,8 +84,8 @@ def compare_logits(plan: Plan, source: Path, directory: Path, device: str) -> Eq
     return compare_forward(plan, dense, pruned, choose_device(device))
 
 
-class _Cuts:
-    """The dense model's layers as the plan leaves them: zero columns for channels that go."""
+class _MaskedLayers:
+    """The dense model's layers with zero columns in down_proj for removed channels."""
 
     def __init__(self, plan: Plan, dense: Layout) -> None:
         self._layout = dense
@@ -90,7 +96,7 @@ class _Cuts:
     def weights(
         self, decoder: StreamedDecoder, number: int, layer: nn.Module
     ) -> dict[str, torch.Tensor]:
-        """The parameters of ``layer``, the output's ``number``, that channels are cut from."""
+        """Return the masked down_projs of ``layer``, which has index ``number`` in the output."""
         index = self._sources[number]
         replaced: dict[ExpertKey, torch.Tensor] = {}
         for name in down_proj_tensors(self._layout, index):
@@ -100,7 +106,9 @@ class _Cuts:
                     replaced |= file_matrices(self._layout, name, file.get_tensor(ref.name))
         kept = self._kept[number]
         return {
-            down_name(ffn_module): cut_weight(layer, ffn_module, kept[ffn_module.axis], replaced)
+            down_name(ffn_module): masked_down_proj(
+                layer, ffn_module, kept[ffn_module.axis], replaced
+            )
             for ffn_module in decoder.ffn_modules(index)
             if ffn_module.axis in kept
         }
@@ -112,7 +120,7 @@ def _logits(
     rows: np.ndarray,
     run: Callable[[StreamedDecoder, int, Stream], object] = StreamedDecoder.run,
 ) -> torch.Tensor:
-    """Logits ``(windows, tokens, len(rows))`` in fp32, on the CPU."""
+    """Return logits ``(windows, tokens, len(rows))`` in fp32, on the CPU."""
     stream = Stream(list(windows))
     decoder.embed([stream])
     for index in decoder.layers():

@@ -1,4 +1,4 @@
-"""Bits per byte on held-out text: comparable between vocabularies, unlike perplexity."""
+"""Bits per byte on held-out text; unlike perplexity, comparable between vocabularies."""
 
 import math
 from collections.abc import Sequence
@@ -25,17 +25,17 @@ from surgery.tokenizer.tokenizer_file import load_tokenizer
 
 @dataclass(frozen=True)
 class Score:
-    """What a text costs under a model."""
+    """The bits that a model needs for a text."""
 
     bits: float
-    """Σ −log2 p(token | window so far)."""
+    """Σ −log2 p(token | earlier tokens of the window)."""
     bytes: int
-    """Of UTF-8, over all windows."""
+    """UTF-8 bytes of all windows."""
     tokens: int
-    """Predicted ones: the leading bos is not."""
+    """Predicted tokens, without the leading bos."""
     windows: int
     lossy_windows: int
-    """Windows that the tokenizer does not give back: it drops bytes, whose cost is missing."""
+    """Windows that the tokenizer cannot decode to the same text. Their bits are too low."""
 
     @property
     def bits_per_byte(self) -> float:
@@ -44,7 +44,7 @@ class Score:
 
     @property
     def finite(self) -> bool:
-        """Whether the model gave numbers at all."""
+        """Whether the model's logits gave a finite number of bits."""
         return math.isfinite(self.bits)
 
 
@@ -60,7 +60,7 @@ def score_windows(
     Args:
         layout: The model.
         texts: Windows of text.
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         settings: How the layers compute.
         progress: Called with the windows that have passed a layer.
     """
@@ -109,28 +109,30 @@ def score_model(
 def token_bits(
     decoder: StreamedDecoder, streams: Sequence[tuple[Stream, np.ndarray]]
 ) -> list[list[np.ndarray]]:
-    """Return per stream and window −log2 softmax at each next token, float64 ``(tokens - 1,)``.
+    """Return per stream and window −log2 softmax of each next token, float64 ``(tokens - 1,)``.
 
-    The log-sum-exp is taken block by block of the head, which is read once.
+    The head is read once, block by block, and the log-sum-exp is added up over the blocks.
 
     Args:
-        decoder: Its layers are done.
-        streams: Each with the ascending ids that are its vocabulary.
+        decoder: All streams have passed its layers.
+        streams: Each with the ascending ids of its vocabulary.
     """
-    sums = [_Sums(ids, states, rows) for s, rows in streams for _, ids, states in s.hidden()]
-    for place, part, logits in decoder.logits([(each.states, each.rows) for each in sums]):
-        sums[place].add(part, logits[0].float())
-    bits = iter(sums)
+    windows = [
+        _WindowBits(ids, states, rows) for s, rows in streams for _, ids, states in s.hidden()
+    ]
+    for index, part, logits in decoder.logits([(each.states, each.rows) for each in windows]):
+        windows[index].add(part, logits[0].float())
+    bits = iter(windows)
     result = []
     for stream, _ in streams:
-        order = [place for place, _, _ in stream.hidden()]
-        found = {place: next(bits).bits() for place in order}
-        result.append([found[place] for place in sorted(found)])
+        order = [index for index, _, _ in stream.hidden()]
+        found = {index: next(bits).bits() for index in order}
+        result.append([found[index] for index in sorted(found)])
     return result
 
 
-class _Sums:
-    """One window's log-sum-exp and the logits of its next tokens, in the making."""
+class _WindowBits:
+    """Adds up one window's log-sum-exp and collects the logits of its next tokens."""
 
     def __init__(self, ids: torch.Tensor, states: torch.Tensor, rows: np.ndarray) -> None:
         self.states = states[None, :-1]
@@ -140,7 +142,7 @@ class _Sums:
         self._chosen = torch.zeros(self._targets.shape)
 
     def add(self, part: slice, logits: torch.Tensor) -> None:
-        """Count ``logits`` ``(tokens, rows)`` of the ``part`` of the vocabulary."""
+        """Add ``logits`` ``(tokens, rows)`` of the ``part`` of the vocabulary."""
         self._total = torch.logaddexp(self._total, logits.logsumexp(-1).cpu())
         inside = (self._targets >= part.start) & (self._targets < part.stop)
         index = (self._targets[inside] - part.start).to(logits.device)
@@ -149,12 +151,12 @@ class _Sums:
         )
 
     def bits(self) -> np.ndarray:
-        """float64 ``(tokens - 1,)``."""
+        """Return the bits of each next token, float64 ``(tokens - 1,)``."""
         return (self._total - self._chosen).double().numpy() / math.log(2)
 
 
 def first_token(layout: Layout) -> int:
-    """The id of bos, or of eos where there is none, by config.json or generation_config.json."""
+    """Return the id of bos, else of eos, from config.json or generation_config.json."""
     checkpoint = layout.checkpoint
     filled = fill_defaults(checkpoint.config, lambda old: old, checkpoint.family)
     generation = checkpoint.json("generation_config.json")

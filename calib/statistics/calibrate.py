@@ -1,4 +1,4 @@
-"""The calibration run: windows through the streamed decoder, sums of squares out."""
+"""The calibration run: take activation statistics of windows in the streamed decoder."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -28,13 +28,13 @@ from surgery.stats.channel_stats import AxisSums, ChannelStats, StatsInfo
 
 @dataclass(frozen=True)
 class Calibration:
-    """A calibration, ready to be run."""
+    """A calibration that is ready to run."""
 
     layout: Layout
     windows: Sequence[np.ndarray]
     """Token ids, one int64 array per window."""
     seq_len: int
-    """Tokens of a full window, for the record."""
+    """Tokens of a full window; only recorded in the statistics."""
     bucket_of: np.ndarray
     """int64 ``[V]``: bucket of each token."""
     bucket_edges: Sequence[int]
@@ -43,16 +43,16 @@ class Calibration:
     vocab_size: int | None = None
     """Rows of the vocabulary that tokenized the text; None is all."""
     output: Path | None = None
-    """Where the statistics are written; what a killed run needs to go on lies beside it."""
+    """File for the statistics. The directory to resume a killed run from is beside it."""
     resume: bool = False
     asked: Mapping[str, str] = field(default_factory=dict)
-    """Options that ``resume`` compares beside what it sees itself."""
+    """Further options that must be the same when a run is resumed."""
     timings: Timings = field(default_factory=Timings)
     """Filled by the run."""
 
     @property
     def info(self) -> StatsInfo:
-        """Where the statistics come from."""
+        """What the statistics were taken from."""
         return StatsInfo(
             fingerprint=self.layout.checkpoint.fingerprint,
             text_digest=digest(self.windows),
@@ -65,7 +65,7 @@ class Calibration:
         )
 
     def prediction(self) -> Prediction:
-        """What the run will take."""
+        """Predict the memory, disk and reads of the run."""
         return predict(
             self.layout,
             WindowLengths.of(self.windows),
@@ -75,7 +75,7 @@ class Calibration:
         )
 
     def measured(self) -> dict[str, Any]:
-        """What the run has taken of memory and time."""
+        """Return the memory, bytes read and time that the run took."""
         gpu = self.settings.device.type == "cuda"
         return {
             "peak_memory": peak_rss_bytes(),
@@ -89,115 +89,127 @@ def take_statistics(calibration: Calibration, progress: Advance = no_advance) ->
     """Sum the squared input of every down_proj over the windows (paper eq. 4 and 5), by bucket.
 
     Args:
-        calibration: What is run, and where the statistics go; without an output they are only
-            returned.
+        calibration: The run. Without an output, the statistics are only returned.
         progress: Called with the windows that have passed a layer.
 
     Raises:
         DataError: a token without a row in the embedding.
-        CheckpointError: config.json and the tensors do not make a model.
-        OutputError: there is an interrupted run, or the one to resume was another.
+        CheckpointError: config.json and the tensors do not fit together.
+        OutputError: there is an interrupted run, or the run to resume had other options.
     """
-    made = calibration
-    with made.timings.timed("total"):
-        if made.output is None:
-            return _take(made, None, progress)
-        spill = made.settings.spill
+    with calibration.timings.timed("total"):
+        if calibration.output is None:
+            return _take(calibration, None, progress)
+        spill = calibration.settings.spill
         with ResumeDirectory(
-            made.output, identity(made), resume=made.resume, spill=spill
-        ) as partial:
-            stats = None if partial.finished else finished_before(made)
+            calibration.output, identity(calibration), resume=calibration.resume, spill=spill
+        ) as resume_directory:
+            stats = None if resume_directory.finished else finished_before(calibration)
             if stats is None:
-                stats = _take(made, partial, progress)
-                stats.save(made.output)
-            partial.remove()
+                stats = _take(calibration, resume_directory, progress)
+                stats.save(calibration.output)
+            resume_directory.remove()
         return stats
 
 
-def _take(made: Calibration, partial: ResumeDirectory | None, progress: Advance) -> ChannelStats:
-    settings = made.settings
-    with WeightReader(made.layout.checkpoint, settings.device, settings.dtype) as reader:
-        layers, cosines = _Accumulator(made, reader, partial).layers(progress)
-        made.timings.bytes_read = reader.bytes_read
-    counts = np.bincount(np.concatenate(made.windows), minlength=made.layout.vocab_size)
-    return ChannelStats(made.info, layers, counts, made.bucket_of, cosines)
+def _take(
+    calibration: Calibration, resume_directory: ResumeDirectory | None, progress: Advance
+) -> ChannelStats:
+    settings = calibration.settings
+    with WeightReader(calibration.layout.checkpoint, settings.device, settings.dtype) as reader:
+        layers, cosines = _StatsAccumulator(calibration, reader, resume_directory).layers(progress)
+        calibration.timings.bytes_read = reader.bytes_read
+    counts = np.bincount(
+        np.concatenate(calibration.windows), minlength=calibration.layout.vocab_size
+    )
+    return ChannelStats(calibration.info, layers, counts, calibration.bucket_of, cosines)
 
 
-class _Accumulator:
-    """The layers' sums in the making: in memory are those of one, where ``partial`` has them."""
+class _StatsAccumulator:
+    """Adds up the statistics of all layers.
+
+    With a ``resume_directory``, only the sums of one layer are in memory.
+    """
 
     def __init__(
-        self, made: Calibration, reader: WeightReader, partial: ResumeDirectory | None
+        self,
+        calibration: Calibration,
+        reader: WeightReader,
+        resume_directory: ResumeDirectory | None,
     ) -> None:
-        self._made, self._reader, self._partial = made, reader, partial
-        self._buckets = torch.from_numpy(made.bucket_of)
+        self._calibration, self._reader = calibration, reader
+        self._resume = resume_directory
+        self._buckets = torch.from_numpy(calibration.bucket_of)
         self._found: list[tuple[dict[str, AxisSums], float]] = []
         self._current: dict[str, ChannelSums] = {}
         self._cosines = 0.0
 
     def layers(self, progress: Advance) -> tuple[list[dict[str, AxisSums]], np.ndarray]:
-        """Compute the layers that are not finished, and return the sums and cosines of all."""
-        made, done = self._made, self._partial.finished if self._partial else 0
-        progress(done * len(made.windows))
-        if done < made.layout.num_hidden_layers:
-            self._decoder = StreamedDecoder(made.layout, self._reader, made.settings, made.timings)
+        """Run the layers that are not finished; return the sums and cosines of all layers."""
+        calibration = self._calibration
+        done = self._resume.finished if self._resume else 0
+        progress(done * len(calibration.windows))
+        if done < calibration.layout.num_hidden_layers:
+            self._decoder = StreamedDecoder(
+                calibration.layout, self._reader, calibration.settings, calibration.timings
+            )
             self._states = self._new_states()
-            stream = Stream(made.windows, self._states)
+            stream = Stream(calibration.windows, self._states)
             self._decoder.embed([stream], passed=done)
-            hooks = LayerHooks(self._watch, self._compare)
+            hooks = LayerHooks(self._add_channels, self._add_cosines)
             self._decoder.run_layers([stream], hooks, progress=progress, finished=self._finish)
-        if self._partial:
-            self._partial.settle()
-            self._found = [self._partial.sums(layer) for layer in range(self._partial.finished)]
+        if self._resume:
+            self._resume.wait_for_commit()
+            self._found = [self._resume.sums(layer) for layer in range(self._resume.finished)]
         return [axes for axes, _ in self._found], np.array([cosine for _, cosine in self._found])
 
-    def _watch(self, layer: int, axis: str, expert: int, tokens: Tokens, act: torch.Tensor) -> None:
+    def _add_channels(
+        self, layer: int, axis: str, expert: int, tokens: Tokens, act: torch.Tensor
+    ) -> None:
         if not self._current:
             self._current = self._zeros(layer)
         self._current[axis].add(expert, tokens, self._buckets[tokens.ids], act)
 
-    def _compare(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
+    def _add_cosines(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
         self._cosines += cosine_sum(before, after)
 
     def _finish(self, layer: int) -> None:
-        """Keep what the layer has left, in files where there is a directory for them."""
+        """Save the layer's sums, in the resume directory if there is one."""
         sums = self._current or self._zeros(layer)
-        with self._made.timings.timed("compute"):
+        with self._calibration.timings.timed("compute"):
             norms = weight_norms(self._decoder.layer(layer), self._decoder.ffn_modules(layer))
         found = {axis: each.numbers(norms[axis]) for axis, each in sums.items()}
-        if self._partial:
-            self._partial.add(layer, found, self._cosines, self._states.sync)
-            if not self._states.lags:
-                self._partial.settle()
+        if self._resume:
+            self._resume.add(layer, found, self._cosines, self._states.sync)
+            if not self._states.syncs_in_background:
+                self._resume.wait_for_commit()
         else:
             self._found.append((found, self._cosines))
         self._current, self._cosines = {}, 0.0
 
     def _zeros(self, layer: int) -> dict[str, ChannelSums]:
-        layout, device = self._made.layout, self._reader.device
-        count = len(self._made.bucket_edges)
+        layout, device = self._calibration.layout, self._reader.device
+        count = len(self._calibration.bucket_edges)
         return {
             axis: ChannelSums(count, experts, layout.channels_of(axis), device)
             for axis, experts in layout.ffn_outputs[layer].items()
         }
 
     def _new_states(self) -> HiddenStates:
-        place, directory = (
-            self._made.settings.hidden,
-            self._partial.hidden if self._partial else None,
-        )
-        if place == "file" and directory is not None:
+        hidden = self._calibration.settings.hidden
+        directory = self._resume.hidden if self._resume else None
+        if hidden == "file" and directory is not None:
             return SpilledStates(directory)
-        states = HiddenStates(directory, self._reader.device if place == "device" else None)
-        if self._partial:
-            states.settle = self._partial.settle
+        states = HiddenStates(directory, self._reader.device if hidden == "device" else None)
+        if self._resume:
+            states.wait_for_commit = self._resume.wait_for_commit
         return states
 
 
-def identity(made: Calibration) -> dict[str, str]:
-    """What a run and its continuation must have in common, by the name users know."""
-    info, settings = made.info, made.settings
-    order = made.bucket_of.astype("<i8").tobytes()
+def identity(calibration: Calibration) -> dict[str, str]:
+    """Return what a run and its continuation must have in common, by the users' names."""
+    info, settings = calibration.info, calibration.settings
+    order = calibration.bucket_of.astype("<i8").tobytes()
     return {
         "model": info.fingerprint,
         "text": info.text_digest,
@@ -210,15 +222,17 @@ def identity(made: Calibration) -> dict[str, str]:
         "`spill`": str(settings.spill.absolute() if settings.spill else None),
         "size of micro-batches": str(settings.micro_batch_values),
         "version of torch and transformers": f"{torch.__version__} {transformers.__version__}",
-        **made.asked,
+        **calibration.asked,
     }
 
 
-def finished_before(made: Calibration) -> ChannelStats | None:
-    """What a run has written that was killed just after its last step; None if none was."""
-    if made.resume and made.output is not None and made.output.exists():
+def finished_before(calibration: Calibration) -> ChannelStats | None:
+    """Return the statistics if an earlier run wrote them and was killed before it ended."""
+    if calibration.resume and calibration.output is not None and calibration.output.exists():
         with suppress(StatsError):
-            found = ChannelStats.load(made.output)
-            if found.info == made.info and np.array_equal(found.bucket_of, made.bucket_of):
+            found = ChannelStats.load(calibration.output)
+            if found.info == calibration.info and np.array_equal(
+                found.bucket_of, calibration.bucket_of
+            ):
                 return found
     return None

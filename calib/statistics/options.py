@@ -1,4 +1,4 @@
-"""What is asked of a calibration; imports no torch, so that the command line starts at once."""
+"""Options of a calibration. Imports no torch, so that the command line starts at once."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,13 +10,13 @@ from surgery.vocabulary.order import VocabularyOptions
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """What the statistics are for, and on how many machines they are taken."""
+    """For which vocabulary sizes statistics are taken, and where and how they run."""
 
     vocab_size: int | None = None
-    """V' whose pruned tokenizer tokenizes the text; None is the source's own."""
+    """V' of the pruned tokenizer that tokenizes the text; None is the source's tokenizer."""
     vocab_sizes: str | None = None
-    """Sizes V' for which the sums are exact, such as "32768,24576"; else ``vocab_size``, or the
-    usual ratios'."""
+    """Sizes V' for which the sums are exact, such as "32768,24576"; None is ``vocab_size``, or the
+    sizes of the usual ratios."""
     part: str | None = None
     """The windows that are used, such as "2/4"; None is all of them."""
     engine: str = "local"
@@ -24,17 +24,17 @@ class CalibrationOptions:
     parts: int | None = None
     """Tasks of ``ray``; None is one for each node, or each GPU."""
     output: Path | None = None
-    """Where the statistics are written; None only returns them."""
+    """File for the statistics; None only returns them."""
     resume: bool = False
-    """Whether to go on with a run that was interrupted, if there is one."""
+    """Whether to continue an interrupted run, if there is one."""
     vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
-    """The order of the vocabulary that the statistics are exact for."""
+    """The order of the vocabulary, for which the statistics are exact."""
 
     def check(self, compute: ComputeOptions) -> None:
-        """Refuse options that have no effect together.
+        """Refuse options that do not work together.
 
         Raises:
-            EngineError: naming them.
+            EngineError: it names them.
         """
         ray = self.engine == "ray"
         for wrong, problem, fix in (
@@ -46,7 +46,7 @@ class CalibrationOptions:
             (
                 ray and self.resume,
                 "takes no `resume`",
-                "leave it out: the tasks of lost nodes begin anew by themselves",
+                "leave it out: tasks of lost nodes start again by themselves",
             ),
         ):
             if wrong:

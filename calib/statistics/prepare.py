@@ -1,4 +1,4 @@
-"""A calibration, prepared: text tokenized, settings chosen, its cost known before it is run."""
+"""Prepare a calibration: tokenize text and choose settings, so that its cost is known."""
 
 import logging
 from collections.abc import Sequence
@@ -37,10 +37,10 @@ LOG = logging.getLogger(__name__)
 def open_calibration(
     layout: Layout, text: TextOptions, compute: ComputeOptions, options: CalibrationOptions
 ) -> Calibration:
-    """Prepare a calibration of its own, for a plan with the same options of the vocabulary.
+    """Prepare a calibration for a later plan with the same vocabulary options.
 
     Raises:
-        OutputError: the output cannot be written, or lies inside the model.
+        OutputError: the output cannot be written, or is inside the model's directory.
         SurgeryError: as ``prepare_calibration``.
     """
     options.check(compute)
@@ -61,15 +61,15 @@ def prepare_calibration(
 
     Args:
         layout: The model.
-        rarity: The order of its vocabulary, by which tokens are put into buckets.
-        text: What is read.
-        compute: Where it is computed, and in how much memory.
-        options: Everything else.
+        rarity: The order of its vocabulary, which decides the bucket of each token.
+        text: Text to calibrate on.
+        compute: Device, dtype and caps on memory.
+        options: All other options.
 
     Raises:
         BudgetError: a cap on memory cannot be kept, or there are no channels to choose.
         DataError: there is no text.
-        EngineError: options that have no effect together.
+        EngineError: options do not work together.
     """
     options.check(compute)
     check_channels(layout)
@@ -103,15 +103,14 @@ def run_calibration(
     options: CalibrationOptions,
     progress: Progress | None = None,
 ) -> ChannelStats:
-    """Take the statistics of a prepared calibration, here or on the nodes of a cluster."""
-    made = calibration
-    advance = weights_stage(progress, "calibrate", made.layout, len(made.windows))
+    """Take the statistics of a prepared calibration on this machine or on a cluster."""
+    advance = weights_stage(progress, "calibrate", calibration.layout, len(calibration.windows))
     if options.engine == "local":
-        return take_statistics(made, advance)
+        return take_statistics(calibration, advance)
     from calib.statistics.ray import calibrate_on_ray
 
     output = options.output or Path("stats.safetensors")
-    stats = calibrate_on_ray(made, compute, options.parts, output.absolute().parent, advance)
+    stats = calibrate_on_ray(calibration, compute, options.parts, output.absolute().parent, advance)
     if options.output is not None:
         stats.save(options.output)
     return stats
@@ -121,7 +120,7 @@ def check_channels(layout: Layout) -> None:
     """Refuse a model without channels to choose.
 
     Raises:
-        BudgetError: that.
+        BudgetError: it has none.
     """
     if not layout.widths:
         raise BudgetError(
@@ -134,7 +133,7 @@ def check_channels(layout: Layout) -> None:
 def _windows(
     layout: Layout, rarity: Rarity, text: TextOptions, size: int | None
 ) -> Sequence[np.ndarray]:
-    """Windows of ids of the source's vocabulary, as ``size`` rows of it tokenize the text."""
+    """Return windows of source ids, tokenized by the vocabulary pruned to ``size`` rows."""
     tokenizer: Tokenizer
     old_ids = None
     if size is None:
@@ -151,7 +150,7 @@ def _windows(
 def _bucket_edges(
     layout: Layout, rarity: Rarity, size: int | None, vocab_sizes: str | None
 ) -> list[int]:
-    """Ranks of rarity at which buckets of tokens end."""
+    """Return the rarity ranks at which buckets of tokens end."""
     exact = parse_vocab_sizes(vocab_sizes, layout) if vocab_sizes else []
     usual = [size] if size else candidate_vocab_sizes(layout, rarity.must_keep)
     return sorted({*(exact or usual), layout.vocab_size})

@@ -1,4 +1,4 @@
-"""Parts of a calibration as Ray tasks over a file system that all nodes share."""
+"""Run parts of a calibration as Ray tasks over a file system that all nodes share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from surgery.stats.channel_stats import ChannelStats, merge_stats
 
 @dataclass(frozen=True)
 class PartTask:
-    """One task: what a node needs to take the statistics of some windows."""
+    """What a node needs to take the statistics of some windows."""
 
     model: Path
     family: str | None
@@ -29,9 +29,9 @@ class PartTask:
     seq_len: int
     vocab_size: int | None
     compute: ComputeOptions
-    """Every node chooses its own device and dtype by it."""
+    """Each node chooses its device and dtype by these options."""
     folder: Path
-    """What all nodes can write to."""
+    """A directory that all nodes can write to."""
 
 
 def calibrate_on_ray(
@@ -43,21 +43,21 @@ def calibrate_on_ray(
 ) -> ChannelStats:
     """Take the statistics of a calibration in parts, each a task with a whole node or a GPU.
 
-    A part whose node is lost begins anew on another. The result is bit for bit what merging
-    separately taken parts K/N gives, whichever nodes did the work, if they compute alike.
+    If a node is lost, its part starts again on another node. If all nodes compute alike, the result
+    is bit for bit that of merging parts K/N which were taken separately.
 
     Args:
-        calibration: Its settings are not used: each node chooses its own.
-        compute: By which it does so.
-        parts: Tasks, one for each window at most; None is one for each node, or for each GPU.
+        calibration: Its settings are not used; each node chooses its own.
+        compute: The options by which a node chooses.
+        parts: Number of tasks, at most one for each window; None is one for each node or GPU.
         folder: A directory that all nodes can write to.
         progress: Called with windows × layers of each finished part.
 
     Raises:
-        SurgeryError: as ``results``, or nodes that took statistics in different dtypes.
+        SurgeryError: as ``results``, or nodes took statistics in different dtypes.
     """
-    made, windows = calibration, calibration.windows
-    layers = made.layout.num_hidden_layers
+    layout, windows = calibration.layout, calibration.windows
+    layers = layout.num_hidden_layers
     with (
         cluster() as ray,
         TemporaryDirectory(".parts", "stats.", folder, ignore_cleanup_errors=True) as own,
@@ -66,15 +66,15 @@ def calibrate_on_ray(
         count = min(parts or number, len(windows))
         task = ray.remote(max_retries=RETRIES, scheduling_strategy="SPREAD", **resources)(part_task)
         whole = PartTask(
-            made.layout.checkpoint.path.absolute(),
-            made.layout.checkpoint.family,
+            layout.checkpoint.path.absolute(),
+            layout.checkpoint.family,
             windows,
-            made.seq_len,
-            made.vocab_size,
+            calibration.seq_len,
+            calibration.vocab_size,
             compute,
             Path(own),
         )
-        buckets = ray.put((made.bucket_of, list(made.bucket_edges)))
+        buckets = ray.put((calibration.bucket_of, list(calibration.bucket_edges)))
         chosen = {f"part {k}/{count}": Part(k, count).choose(windows) for k in range(1, count + 1)}
         tasks = {
             task.remote(replace(whole, windows=part), buckets): name
@@ -91,9 +91,9 @@ def calibrate_on_ray(
 
 
 def part_task(part: PartTask, buckets: tuple[np.ndarray, list[int]]) -> Path:
-    """Take the statistics of a part and return their file in its folder.
+    """Take the statistics of a part, write them into its folder, and return the file.
 
-    Each attempt writes a file of its own: a lost node may still be at work.
+    Each attempt writes a file of its own, because a lost node may still be running.
     """
     layout = read_layout(Checkpoint.open(part.model, part.family))
     device = choose_device(part.compute.device)

@@ -1,4 +1,4 @@
-"""The partial directory of a calibration: what a run that is killed leaves for the next one."""
+"""The directory from which a killed calibration is resumed."""
 
 import hashlib
 import os
@@ -20,47 +20,47 @@ from surgery.stats.channel_stats import COSINES, DTYPES, PARTS, AxisSums, save_a
 
 STATE = "state.json"
 WRITTEN = "written"
-"""File that names a layer whose files may not have reached the disk, and when the system started:
-as long as that has not ended, it has them in memory, whoever was killed."""
+"""File that names a layer whose files may not be on the disk yet, and the boot id of the system.
+Until the system restarts, it has these files in memory even if the process was killed."""
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-"""Of Linux."""
-MAPPED_FILES_GO = os.name != "nt"
-"""Whether the system deletes a file that is mapped; else a file's sums are read into memory."""
+"""On Linux."""
+CAN_DELETE_MAPPED = os.name != "nt"
+"""Whether the system can delete a mapped file; else the sums of a file are read into memory."""
 NUMPY = {name: dtype for dtype, name in DTYPES.items()}
 
 
-class State(msgspec.Struct, forbid_unknown_fields=True):
-    """Written last: whatever it does not tell of does not count."""
+class RunState(msgspec.Struct, forbid_unknown_fields=True):
+    """What is finished. It is written last: files that it does not count are ignored."""
 
     identity: dict[str, str]
-    """What must not change between a run and its continuation, by the name users know."""
+    """What a run and its continuation must have in common, by the users' names."""
     finished: int = 0
-    """Layers whose sums are complete, and which the hidden states have passed."""
+    """Layers that the hidden states have passed and whose sums are complete."""
     format: int = 2
 
 
 class ResumeDirectory:
-    """``STATS.partial`` beside the file that is being made; removed once that is written.
+    """``STATS.partial`` beside the output file; it is removed once that file is written.
 
-    ``STATS.partial.lock`` is there while a run works in it.
+    ``STATS.partial.lock`` exists while a run uses the directory.
     """
 
     def __init__(
         self, output: Path, identity: Mapping[str, str], *, resume: bool, spill: Path | None = None
     ) -> None:
-        """Create the directory, or with ``resume`` go on with what a killed run left.
+        """Create the directory, or with ``resume`` continue with that of a killed run.
 
         Args:
-            output: The file that is being made.
-            identity: What a killed run must have had, too.
-            resume: Whether there may be one.
-            spill: Where the hidden states lie; None is in the directory itself.
+            output: The file that the run writes.
+            identity: What the killed run must have had in common with this one.
+            resume: Whether the directory may exist already.
+            spill: Directory for the hidden states; None is the resume directory itself.
 
         Raises:
-            OutputError: one is there already, is in use, or belongs to another run.
+            OutputError: the directory exists, is in use, or belongs to another run.
         """
         self.path = output.with_name(output.name + ".partial")
-        self.hidden = _hidden_place(output, spill) if spill else self.path
+        self.hidden = _hidden_directory(output, spill) if spill else self.path
         """Directory of the hidden states."""
         self._background = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
@@ -68,26 +68,26 @@ class ResumeDirectory:
             self.path, self.path.with_name(self.path.name + ".lock")
         )
         try:
-            self._open(State(dict(identity)), resume=resume)
+            self._open(RunState(dict(identity)), resume=resume)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, new: State, *, resume: bool) -> None:
+    def _open(self, new: RunState, *, resume: bool) -> None:
         if self.path.exists() and not resume:
             raise OutputError(
                 self.path,
-                "is there from a run that was interrupted or is still going",
+                "is there from a run that was interrupted or is still running",
                 fix="continue it with `resume`, or delete it",
             )
         self.hidden.mkdir(exist_ok=True)
         self.path.mkdir(exist_ok=True)
         self._state = self._load(new)
-        self._take_up_written()
+        self._recover_written()
 
     @property
     def finished(self) -> int:
-        """Layers that need not be computed again."""
+        """Number of layers that need not be computed again."""
         return self._state.finished
 
     def add(
@@ -97,27 +97,27 @@ class ResumeDirectory:
         cosines: float,
         sync: Callable[[], object] = lambda: None,
     ) -> None:
-        """Keep the sums of the next layer, and begin to bring all that it left to the disk.
+        """Write the sums of the next layer, and start to flush its files to the disk.
 
-        From here on a killed run goes on behind this layer; behind one that the power has left it
-        does once all is on the disk. Until then, at ``settle``, that goes on in the background:
-        waiting for it after each layer made a calibration of a small model 12 % slower. ``sync``
-        brings the layer's hidden states there.
+        After this call, a run that is killed can continue after this layer. After a power failure
+        it can do so once the files are on the disk. They are flushed in the background, until
+        ``wait_for_commit`` returns: waiting after each layer made a calibration of a small model
+        12 % slower. ``sync`` flushes the layer's hidden states.
         """
         arrays = {
             f"{axis}.{part}": getattr(sums, part) for axis, sums in axes.items() for part in PARTS
         }
         arrays[COSINES] = np.array([cosines])
-        self.settle()
+        self.wait_for_commit()
         save_arrays(self._file(layer), arrays, {}, sync=False)
         write_atomic(self.path / WRITTEN, _written(layer, boot_id()), sync=False)
         self._pending = self._background.submit(self._commit, layer, sync)
 
-    def settle(self) -> None:
-        """Wait until what ``add`` began is on the disk; until then nothing may be overwritten.
+    def wait_for_commit(self) -> None:
+        """Wait until the files of the last ``add`` are on the disk. Overwrite nothing before.
 
         Raises:
-            OSError: it could not be written.
+            OSError: they could not be written.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -130,8 +130,8 @@ class ResumeDirectory:
         write_atomic(self.path / STATE, msgspec.json.encode(state))
         self._state = state
 
-    def _take_up_written(self) -> None:
-        """Bring to the disk what a killed run had written, and go on from there."""
+    def _recover_written(self) -> None:
+        """Flush to the disk the layer that a killed run had written, and count it as finished."""
         path, layer, started = self.path / WRITTEN, self._state.finished, boot_id()
         if started and path.exists() and path.read_bytes() == _written(layer, started):
             self._commit(layer, self._sync_hidden)
@@ -141,23 +141,23 @@ class ResumeDirectory:
             sync_file(path)
 
     def sums(self, layer: int) -> tuple[dict[str, AxisSums], float]:
-        """Return the sums of a finished layer, mapped: they take no memory until they are read.
+        """Return the sums of a finished layer by axis, and the sum of its cosines.
 
-        Beside those of its axes it is the sum of the cosines.
+        The arrays are mapped: they take no memory until they are read.
         """
         arrays: dict[str, dict[str, np.ndarray]] = {}
         for ref in read_header(self._file(layer)).tensors:
             axis, _, part = ref.name.partition(".")
             array: np.ndarray
             array = np.memmap(ref.path, NUMPY[ref.dtype], "r", ref.start, ref.shape)
-            if not MAPPED_FILES_GO:
+            if not CAN_DELETE_MAPPED:
                 array = array.copy()
             arrays.setdefault(axis, {})[part] = array
         cosines = float(arrays.pop(COSINES)[""][0])
         return {axis: AxisSums(**parts) for axis, parts in arrays.items()}, cosines
 
     def remove(self) -> None:
-        """Delete the directory; from the first step on, there is nothing to continue."""
+        """Delete the directory. The state goes first, so that half a directory is never resumed."""
         (self.path / STATE).unlink(missing_ok=True)
         for directory in {self.hidden, self.path}:
             shutil.rmtree(directory)
@@ -167,15 +167,15 @@ class ResumeDirectory:
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        """Leave nothing behind after an error, unless there are finished layers to go on from."""
-        with suppress(OSError):  # the first error is the one to tell
-            self.settle()
+        """After an error, remove the directory unless it has finished layers to continue from."""
+        with suppress(OSError):  # report the first error
+            self.wait_for_commit()
         if error_type is not None and not self.finished and self._lock is not None:
             self.remove()
         self.close()
 
     def close(self) -> None:
-        """Let another run use the directory."""
+        """Release the directory for other runs."""
         self._background.shutdown()
         if self._lock is not None:
             self._lock.remove()
@@ -184,15 +184,15 @@ class ResumeDirectory:
     def _file(self, layer: int) -> Path:
         return self.path / f"layer_{layer:04}.safetensors"
 
-    def _load(self, new: State) -> State:
+    def _load(self, new: RunState) -> RunState:
         path = self.path / STATE
         if not path.exists():  # killed before the first layer was finished
             return new
         try:
-            state = msgspec.json.decode(read_file(path), type=State)
+            state = msgspec.json.decode(read_file(path), type=RunState)
         except (OSError, msgspec.MsgspecError) as error:
             raise OutputError(
-                path, "cannot be resumed", found=error, fix=f"delete {self.path} and start anew"
+                path, "cannot be resumed", found=error, fix=f"delete {self.path} and start again"
             ) from error
         names = {**state.identity, **new.identity}
         other = [n for n in names if state.identity.get(n) != new.identity.get(n)]
@@ -202,15 +202,15 @@ class ResumeDirectory:
                 f"belongs to a run with another {' and another '.join(other) or 'format'}",
                 expected=_texts(state.identity, other),
                 found=_texts(new.identity, other),
-                fix=f"run as before, or delete {self.path} and start anew",
+                fix=f"run as before, or delete {self.path} and start again",
             )
         return state
 
 
-def _hidden_place(output: Path, spill: Path) -> Path:
-    """A directory in ``spill`` that is this output's alone, whatever others are called."""
-    whose = hashlib.sha256(os.fsencode(output.absolute())).hexdigest()[:16]
-    return spill / f"{output.name}.{whose}.hidden"
+def _hidden_directory(output: Path, spill: Path) -> Path:
+    """Return a directory in ``spill`` that no other output uses, even one of the same name."""
+    digest = hashlib.sha256(os.fsencode(output.absolute())).hexdigest()[:16]
+    return spill / f"{output.name}.{digest}.hidden"
 
 
 def _written(layer: int, started: str) -> bytes:
@@ -218,7 +218,7 @@ def _written(layer: int, started: str) -> bytes:
 
 
 def boot_id() -> str:
-    """What names the time since the system was started; empty where nothing does."""
+    """Return an id that changes when the system restarts; empty where the system has none."""
     with suppress(OSError):
         return BOOT_ID.read_text(encoding="ascii").strip()
     return ""

@@ -1,4 +1,4 @@
-"""Sums of activations by bucket of token rarity, norms of columns, block influence."""
+"""Sums of activations by bucket of token rarity, column norms of weights, block influence."""
 
 from collections.abc import Sequence
 
@@ -11,14 +11,15 @@ from calib.streaming.weights import pages
 from surgery.stats.channel_stats import AxisSums
 
 CACHED_VALUES = 1 << 16
-"""Of states in float64 at a time on a CPU: in the cache, half the time of a whole micro-batch."""
+"""Values of states in float64 at a time on a CPU. They fit in its cache, which takes half the time
+of a whole micro-batch."""
 
 
 def cosine_sum(before: torch.Tensor, after: torch.Tensor) -> float:
     """Return Σ cos(x_in, x_out) over the tokens of states ``(windows, tokens, D)``.
 
-    Each cosine is computed in float64 where the device has it, some tokens at a time; a state that
-    is zero has no direction and counts 0.
+    Each cosine is computed in float64 where the device has it, some tokens at a time. A zero state
+    has no direction and counts 0.
     """
     wide = torch.float32 if before.device.type == "mps" else torch.float64
     values = CACHED_VALUES if before.device.type == "cpu" else CHUNK_VALUES
@@ -36,7 +37,7 @@ def cosine_sum(before: torch.Tensor, after: torch.Tensor) -> float:
 
 
 def weight_norms(layer: nn.Module, ffn_modules: Sequence[FfnModule]) -> dict[str, torch.Tensor]:
-    """Return channel axis → float64 ``(experts, I)``, on the CPU: ||W[:, k]||₂ of each channel."""
+    """Return channel axis → float64 ``(experts, I)`` on the CPU: ||W[:, k]||₂ of each channel."""
     found = {}
     for ffn_module in ffn_modules:
         weight = layer.get_parameter(down_name(ffn_module)).data
@@ -46,7 +47,7 @@ def weight_norms(layer: nn.Module, ffn_modules: Sequence[FfnModule]) -> dict[str
 
 
 def _column_norms(matrix: torch.Tensor) -> torch.Tensor:
-    """float64 ``(I,)`` of ``[D, I]``, some rows at a time: columns take three times as long."""
+    """Return float64 norms ``(I,)`` of ``[D, I]``, by blocks of rows: three times as fast."""
     wide = torch.device("cpu") if matrix.device.type == "mps" else matrix.device
     total = torch.zeros(matrix.shape[1], dtype=torch.float64, device=wide)
     for part in matrix.split(max(1, CHUNK_VALUES // matrix.shape[1])):
@@ -58,19 +59,19 @@ CHUNK_VALUES = 1 << 20
 """Activations in float64 at a time: 8 MiB."""
 
 FEW_TOKENS = 64
-"""Tokens whose activations are summed in float32 where there is no float64."""
+"""Tokens whose activations are summed in plain float32 at a time, where there is no float64."""
 
 
 class Sum:
-    """Sums in the making; those of float32 are added with Kahan's compensation."""
+    """A running sum; in float32 it uses Kahan's compensation."""
 
     def __init__(self, total: torch.Tensor) -> None:
-        """Begin with zeros, which become the sums."""
+        """Take a tensor of zeros, which becomes the sum."""
         self.total = total
         self._lost = torch.zeros_like(total) if total.dtype == torch.float32 else None
 
     def add(self, part: torch.Tensor, expert: int | None = None) -> None:
-        """Add ``part`` ``(…, I)`` to the sums, or to those of an expert ``(…, experts, I)``."""
+        """Add ``part`` ``(…, I)`` to the sum, or to one expert's row of ``(…, experts, I)``."""
         total = self.total if expert is None else self.total[..., expert, :]
         if self._lost is None:
             total += part
@@ -85,9 +86,9 @@ class Sum:
 class ChannelSums:
     """Sums over one channel axis of one layer, by bucket and expert.
 
-    They are float64, but on a device without it (MPS): there the sum over at most ``FEW_TOKENS``
-    is float32, and such sums are added with Kahan's compensation. All terms are positive, so the
-    relative error is below ``(FEW_TOKENS + 4) * 2**-24``, 4.1e-6, however many tokens there are.
+    They are float64. A device without it (MPS) sums at most ``FEW_TOKENS`` tokens in float32, and
+    adds these sums with Kahan's compensation. All terms are positive, so the relative error is
+    below ``(FEW_TOKENS + 4) * 2**-24``, 4.1e-6, however many tokens there are.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class ChannelSums:
         *,
         compensated: bool | None = None,
     ) -> None:
-        """Begin with zeros; ``compensated`` None is where the device has no float64."""
+        """Start with zeros; ``compensated`` None means yes on a device without float64."""
         self._compensated = device.type == "mps" if compensated is None else compensated
         self._dtype = torch.float32 if self._compensated else torch.float64
         shape = (buckets, experts, channels)
@@ -108,14 +109,14 @@ class ChannelSums:
         )
         self.tokens = torch.zeros((buckets, experts), dtype=torch.int64)
         self._window_sq: Sum | None = None
-        """``(windows, I)``: Σ act² of those whose last token has not come."""
+        """``(windows, I)``: Σ act² of the windows whose last tokens are still to be added."""
 
     def add(self, expert: int, tokens: Tokens, buckets: torch.Tensor, act: torch.Tensor) -> None:
         """Add the activations of some tokens.
 
         Args:
-            expert: Who saw them; 0 in a dense FFN.
-            tokens: Whose they are; between the first and the last of some windows come no others.
+            expert: The expert that computed them; 0 in a dense FFN.
+            tokens: Their tokens. All tokens of a micro-batch are added before those of the next.
             buckets: int64 ``(tokens,)``: the bucket of each, on the CPU.
             act: ``(tokens, I)``, the input of down_proj.
         """
@@ -142,19 +143,19 @@ class ChannelSums:
             self._window_sq = None
 
     def numbers(self, weight_norm: torch.Tensor) -> AxisSums:
-        """The sums as arrays, with the norms ``(experts, I)`` of the weights they go into."""
+        """Return the sums as arrays, with down_proj's column norms ``(experts, I)``."""
         sums = (self.sum_sq, self.sum_abs, self.sum_l2)
         sum_sq, sum_abs, sum_l2 = (each.total.cpu().double().numpy() for each in sums)
         return AxisSums(sum_sq, sum_abs, self.tokens.numpy(), sum_l2, weight_norm.numpy())
 
 
 def membership(groups: torch.Tensor, count: int) -> torch.Tensor:
-    """Return ``(count, tokens)``: whether ``groups[token]`` is the row."""
+    """Return bool ``(count, tokens)``: whether ``groups[token]`` is the row."""
     return torch.arange(count)[:, None] == groups
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return zeros that, on the CPU, do not split the heap's free space."""
+    """Return zeros; on the CPU they have pages of their own and do not fragment the heap."""
     if device.type == "cpu" and 0 not in shape:
         return pages(shape, dtype)
     return torch.zeros(shape, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""Windows of text on their way through the layers, and the tokens shown of them."""
+"""Windows of text between two layers, and the hooks that see their tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,48 +14,48 @@ from surgery.errors import DataError
 
 @dataclass(frozen=True)
 class Tokens:
-    """Some tokens of the windows that run together."""
+    """Some tokens of a micro-batch."""
 
     ids: torch.Tensor
     """int64 ``(n,)``, on the CPU."""
     windows: torch.Tensor
-    """int64 ``(n,)``: the window of each, of those that run together."""
+    """int64 ``(n,)``: the window of each token, counted within the micro-batch."""
     count: int
-    """Windows that run together."""
+    """Windows of the micro-batch."""
     last: bool = True
-    """Whether they are the last tokens of these windows that the module will be given."""
+    """Whether the module gets no more tokens of these windows."""
 
     @classmethod
-    def at(cls, ids: torch.Tensor, places: torch.Tensor, *, last: bool = True) -> "Tokens":
-        """Choose from ``ids`` ``(windows, tokens)``, counted through from the first window on."""
+    def at(cls, ids: torch.Tensor, positions: torch.Tensor, *, last: bool = True) -> "Tokens":
+        """Take ``ids`` ``(windows, tokens)`` at ``positions``, indices into the flattened ids."""
         count, length = ids.shape
-        return cls(ids.flatten()[places], places // length, count, last)
+        return cls(ids.flatten()[positions], positions // length, count, last)
 
     @classmethod
     def of(cls, ids: torch.Tensor, part: slice = slice(None)) -> "Tokens":
-        """Take a ``part`` of every window of ``ids`` ``(windows, tokens)``."""
-        places = torch.arange(ids.numel()).view(ids.shape)[:, part]
-        return cls.at(ids, places.flatten(), last=part.stop in (None, ids.shape[1]))
+        """Take the ``part`` of every window of ``ids`` ``(windows, tokens)``."""
+        positions = torch.arange(ids.numel()).view(ids.shape)[:, part]
+        return cls.at(ids, positions.flatten(), last=part.stop in (None, ids.shape[1]))
 
 
 ChannelHook = Callable[[int, str, int, Tokens, torch.Tensor], torch.Tensor | None]
-"""Called with layer, channel axis, expert (0 in a dense FFN), n tokens and their input of down_proj
-``(n, I)``; what it returns, if anything, goes into down_proj instead."""
+"""Called with layer, channel axis, expert (0 in a dense FFN), n tokens, and the input of down_proj
+``(n, I)``. A tensor that it returns replaces this input."""
 
 StatesHook = Callable[[int, torch.Tensor, torch.Tensor], object]
-"""Called with layer and the hidden states ``(windows, tokens, D)`` before and after it."""
+"""Called with the layer and the hidden states ``(windows, tokens, D)`` before and after it."""
 
 
-def _see_nothing(*_: object) -> None:
-    """Look at nothing, and change nothing."""
+def _no_hook(*_: object) -> None:
+    """Do nothing."""
 
 
 @dataclass(frozen=True)
 class LayerHooks:
-    """What looks on while a layer computes."""
+    """Hooks that run while a layer computes."""
 
-    channels: ChannelHook = _see_nothing
-    states: StatesHook = _see_nothing
+    channels: ChannelHook = _no_hook
+    states: StatesHook = _no_hook
 
 
 NO_HOOKS = LayerHooks()
@@ -68,28 +68,28 @@ class Batch:
     ids: torch.Tensor
     """int64 ``(windows, tokens)``."""
     states: HiddenStates
-    """Of these windows and of others."""
+    """Of all windows of the stream."""
     first: int
-    """The row of ``states`` with which they begin."""
+    """The first row of ``states`` that belongs to these windows."""
     arguments: dict[int, list[Arguments]] = field(default_factory=dict)
-    """Number of windows that run together → the arguments of each layer."""
+    """Windows of a micro-batch → the arguments of each layer."""
 
     @property
     def hidden(self) -> torch.Tensor:
-        """``(windows, tokens, D)``, what goes into the next layer."""
+        """The input of the next layer, ``(windows, tokens, D)``."""
         rows = self.states.before[self.first : self.first + self.ids.numel()]
         return rows.view(*self.ids.shape, -1)
 
 
 @dataclass
 class Stream:
-    """A text on its way through the layers, as one vocabulary cuts it."""
+    """A text that passes through the layers, tokenized by one vocabulary."""
 
     windows: Sequence[np.ndarray]
     """Token ids of the source's vocabulary."""
     states: HiddenStates = field(default_factory=HiddenStates)
     batches: list[Batch] = field(default_factory=list)
-    """One for each length of window."""
+    """One for each window length."""
 
     @property
     def tokens(self) -> int:
@@ -97,17 +97,17 @@ class Stream:
         return sum(map(len, self.windows))
 
     def hidden(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """Yield place in ``windows``, ids ``(tokens,)`` and states ``(tokens, D)`` of each."""
+        """Yield of each window its index, its ids ``(tokens,)`` and states ``(tokens, D)``."""
         of_length: dict[int, list[int]] = {}
-        for place, window in enumerate(self.windows):
-            of_length.setdefault(len(window), []).append(place)
-        for batch, places in zip(self.batches, of_length.values(), strict=True):
-            yield from zip(places, batch.ids, batch.hidden, strict=True)
+        for index, window in enumerate(self.windows):
+            of_length.setdefault(len(window), []).append(index)
+        for batch, indices in zip(self.batches, of_length.values(), strict=True):
+            yield from zip(indices, batch.ids, batch.hidden, strict=True)
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some windows of a batch, by view."""
+    """Windows of a batch that run together; its tensors are views."""
 
     batch: Batch
     windows: slice
@@ -119,23 +119,23 @@ class MicroBatch:
 
     @property
     def rows(self) -> slice:
-        """Their rows of the batch's states."""
+        """The rows of the batch's states that belong to these windows."""
         start = self.batch.first + self.windows.start * self.batch.ids.shape[1]
         return slice(start, start + self.ids.numel())
 
     def read(self) -> torch.Tensor:
-        """Return ``(windows, tokens, D)``, what goes into the next layer."""
+        """Return the input of the next layer, ``(windows, tokens, D)``."""
         return self.batch.states.before[self.rows].view(*self.ids.shape, -1)
 
     def write(self, hidden: torch.Tensor) -> None:
-        """Keep what the layer made of them."""
+        """Store the output of the layer, ``(windows, tokens, D)``."""
         self.batch.states.after[self.rows].view(*self.ids.shape, -1).copy_(hidden)
 
 
 def micro_batches(
     batches: Sequence[Batch], channels: int, values: int = MICRO_BATCH_VALUES
 ) -> Iterator[MicroBatch]:
-    """Take windows together until an FFN activation has ``values``; one at least."""
+    """Group windows so that an FFN activation has at most ``values``; one window at least."""
     for batch in batches:
         windows, tokens = batch.ids.shape
         step = max(1, values // (tokens * channels))
@@ -144,10 +144,10 @@ def micro_batches(
 
 
 def tokens_of(streams: Sequence[Stream], vocab_size: int) -> np.ndarray:
-    """Ascending ids that occur.
+    """Return the ids that occur, ascending.
 
     Raises:
-        DataError: there is no token, or one that is not below ``vocab_size``.
+        DataError: there is no token, or an id is not below ``vocab_size``.
     """
     windows = [window for stream in streams for window in stream.windows]
     used = np.unique(np.concatenate(windows)) if windows else np.zeros(0, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""The streamed decoder: the library's own model, its layers' weights present one at a time."""
+"""The streamed decoder: the library's own model with the weights of one layer at a time."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -35,7 +35,7 @@ NO_WEIGHTS: Mapping[str, torch.Tensor] = {}
 
 
 class StreamedDecoder:
-    """A causal LM whose decoder layers are read, used for all text, and dropped in turn."""
+    """A causal LM that reads each decoder layer, runs all text through it, and frees it."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class StreamedDecoder:
         settings: PassSettings | None = None,
         timings: Timings | None = None,
     ) -> None:
-        """Build the model from config.json without weights; nothing of it is random."""
+        """Build the model from config.json, without weights and without random numbers."""
         self.layout = layout
         self.reader = reader
         self.settings = settings or PassSettings(reader.device, reader.dtype)
@@ -56,28 +56,28 @@ class StreamedDecoder:
         self._layers = Layers(
             layout, reader, self._conversion, modules, self.settings, self.timings
         )
-        self._recorders = [ArgumentCapture(layer) for layer in modules]
-        self._recorders[-1].last = True
+        self._captures = [ArgumentCapture(layer) for layer in modules]
+        self._captures[-1].last = True
         self._channels = max((layout.channels_of(axis) for axis in layout.family.widths), default=1)
         self._returns_tuple = False
-        self._set_layers(self._recorders)
+        self._set_layers(self._captures)
         reader.expect(self._reading_order())
-        self._load_ends()
-        release_freed_memory()  # of planning, tokenizing and building, before the weights come
+        self._load_outer()
+        release_freed_memory()  # that of planning, tokenizing and building, before weights are read
 
     @torch.no_grad()
     def embed(self, streams: Sequence[Stream], passed: int = 0) -> None:
-        """Group each stream's windows by length, in order, and carry them up to the first layer.
+        """Group each stream's windows by length, in order, and run them up to the first layer.
 
         Only the rows of tokens that occur are read, once for all streams.
 
         Args:
             streams: Texts; each must have a token.
-            passed: Layers after which their hidden states have been saved: those are taken up
-                again.
+            passed: Layers that an earlier run has finished. The hidden states that it saved after
+                them are restored.
 
         Raises:
-            DataError: no token at all, or one without a row in the embedding.
+            DataError: there is no token, or one without a row in the embedding.
         """
         used = tokens_of(streams, self.layout.vocab_size)
         embedding = self._model.get_input_embeddings()
@@ -96,11 +96,11 @@ class StreamedDecoder:
         embedding.to("meta")
 
     def _embed(self, embedding: nn.Module, stream: Stream, used: np.ndarray, passed: int) -> None:
-        """Fill the last batch's rows of the hidden states, and learn what the layers are given."""
+        """Fill the last batch's hidden states and capture the arguments of the layers."""
         batch, states = stream.batches[-1], stream.states
-        for part in self._parts([batch]):
-            places = torch.from_numpy(np.searchsorted(used, part.ids.numpy()))
-            hidden, arguments = self._record(embedding(places.to(self.reader.device)))
+        for part in self._micro_batches([batch]):
+            rows = torch.from_numpy(np.searchsorted(used, part.ids.numpy()))
+            hidden, arguments = self._capture_arguments(embedding(rows.to(self.reader.device)))
             if not len(states.before):
                 states.allocate(stream.tokens, hidden.shape[-1], hidden.dtype)
             batch.arguments.setdefault(len(part.ids), arguments)
@@ -116,13 +116,13 @@ class StreamedDecoder:
         progress: Advance = no_advance,
         finished: Callable[[int], object] = lambda layer: None,
     ) -> None:
-        """Carry all streams through the layers that they have not passed.
+        """Run all streams through the layers that they have not passed.
 
         Args:
             streams: From ``embed``; their hidden states are overwritten.
-            hooks: Look on in each layer.
+            hooks: Run in each layer.
             progress: Called with the windows that have passed a layer.
-            finished: Called with each layer that all windows have passed.
+            finished: Called with each layer once all windows have passed it.
         """
         for index in self.layers(streams[0].states.passed):
             for stream in streams:
@@ -130,10 +130,10 @@ class StreamedDecoder:
             finished(index)
 
     def layers(self, first: int = 0) -> Iterator[int]:
-        """Yield the number of each layer from ``first`` on while its weights are in memory.
+        """Yield the index of each layer from ``first`` on while its weights are in memory.
 
-        The next layer is read meanwhile and, on the CPU, converted to the dtype that computes: two
-        layers are in memory. Experts wait in the file's dtype, in which they are merged.
+        Meanwhile the next layer is read, and on the CPU converted to the compute dtype. So two
+        layers are in memory. Experts keep the file's dtype until they are merged.
         """
         yield from self._layers.loaded(first)
 
@@ -148,21 +148,21 @@ class StreamedDecoder:
         layer: nn.Module | None = None,
         progress: Advance = no_advance,
     ) -> None:
-        """Carry ``stream`` through the layer ``index``, one that ``layers`` has yielded.
+        """Run ``stream`` through the layer ``index``, which ``layers`` has just yielded.
 
         Args:
-            index: Number of the layer.
+            index: Index of the layer.
             stream: Its hidden states are overwritten.
-            hooks: Look on.
-            weights: Parameters of the layer that this stream is to see instead of its own.
-            layer: Stands in for it, as a copy with other weights does.
+            hooks: Run in the layer.
+            weights: Parameters that replace the layer's own for this stream.
+            layer: Replaces the layer, for example a copy with other weights.
             progress: Called with the windows that have passed.
         """
         layer, ffn_modules = layer or self.layer(index), self.ffn_modules(index)
         with self.timings.timed("compute"), swapped(layer, weights):
-            for part in self._parts(stream.batches):
-                watched = hooked_ffn(layer, ffn_modules, part.ids, partial(hooks.channels, index))
-                hidden, after = self._run(index, layer, part, watched)
+            for part in self._micro_batches(stream.batches):
+                hooked = hooked_ffn(layer, ffn_modules, part.ids, partial(hooks.channels, index))
+                hidden, after = self._run(index, layer, part, hooked)
                 hooks.states(index, hidden, after)
                 part.write(after)
                 stream.states.give_back(part.rows)
@@ -174,58 +174,63 @@ class StreamedDecoder:
     def peek(
         self, index: int, stream: Stream, weights: Mapping[str, torch.Tensor] = NO_WEIGHTS
     ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        """Yield what a layer with one dense FFN would make of ``stream``, which stays where it is.
+        """Run a layer with one dense FFN on ``stream`` and leave its hidden states as they are.
 
-        Each micro-batch comes as its rows of the hidden states, the input of down_proj
-        ``(tokens, I)`` and the layer's result ``(tokens, D)``.
+        Yields for each micro-batch its rows of the hidden states, the input of down_proj
+        ``(tokens, I)`` and the layer's output ``(tokens, D)``.
         """
         layer, ffn_modules = self.layer(index), self.ffn_modules(index)
-        for part in self._parts(stream.batches):
-            seen: list[torch.Tensor] = []
+        for part in self._micro_batches(stream.batches):
+            pieces: list[torch.Tensor] = []
 
-            def see(axis: str, expert: int, tokens: Tokens, act: torch.Tensor) -> None:
-                seen.append(act.view(tokens.count, -1, act.shape[-1]))  # noqa: B023
+            def collect(axis: str, expert: int, tokens: Tokens, act: torch.Tensor) -> None:
+                pieces.append(act.view(tokens.count, -1, act.shape[-1]))  # noqa: B023
 
             with self.timings.timed("compute"), swapped(layer, weights):
-                watched = hooked_ffn(layer, ffn_modules, part.ids, see)
-                _, after = self._run(index, layer, part, watched)
+                hooked = hooked_ffn(layer, ffn_modules, part.ids, collect)
+                _, after = self._run(index, layer, part, hooked)
             stream.states.give_back(part.rows)
-            yield part.rows, torch.cat(seen, dim=1).flatten(0, 1), after.flatten(0, 1)
+            yield part.rows, torch.cat(pieces, dim=1).flatten(0, 1), after.flatten(0, 1)
 
     def layer(self, index: int) -> nn.Module:
-        """The library's layer; it has weights while ``layers`` is at it."""
+        """Return the library's layer; it has weights only while ``layers`` yields its index."""
         return self._layers.modules[index]
 
     def ffn_modules(self, index: int) -> list[FfnModule]:
-        """What has channels in a layer."""
+        """Return the modules of a layer that have channels."""
         return self._layers.ffn_modules(index)
 
     def dtypes(self, index: int) -> dict[str, str]:
-        """Parameters that add up in a collapse → the safetensors dtype that the file has."""
+        """Return the parameters that a collapse adds up, each with the file's safetensors dtype."""
         return self._layers.dtypes(index)
 
-    def _parts(self, batches: Sequence[Batch]) -> Iterator[MicroBatch]:
+    def _micro_batches(self, batches: Sequence[Batch]) -> Iterator[MicroBatch]:
         return micro_batches(batches, self._channels, self.settings.micro_batch_values)
 
     @torch.no_grad()
     def logits(
         self, hidden: Sequence[tuple[torch.Tensor, np.ndarray]]
     ) -> Iterator[tuple[int, slice, torch.Tensor]]:
-        """Yield (place in ``hidden``, which of its rows, logits) of lm_head, block by block.
+        """Yield the logits of lm_head, a block of its rows at a time.
 
-        Each row of the head is read once, whichever of ``hidden`` want it: states ``(windows,
-        tokens, D)`` as they left the last layer, with the ascending rows of their vocabulary.
-        Logits are ``(windows, tokens, rows of the block)`` as the library computes them, caps
-        included.
+        Each row of the head is read once, however many entries of ``hidden`` need it.
+
+        Args:
+            hidden: States ``(windows, tokens, D)`` after the last layer, each with the ascending
+                rows of its vocabulary.
+
+        Yields:
+            Index in ``hidden``, slice of its rows, and their logits ``(windows, tokens, rows of
+            the slice)``. The library computes them, soft caps included.
         """
         family = self.layout.family
         name = self._tensor(family.embedding if self.layout.tied else family.head)
         bias = self.layout.by_name.get(family.head.removesuffix("weight") + "bias")
         width = self.layout.by_name[family.embedding].shape[1]
-        head, finished = self._model.get_output_embeddings(), ReplayHidden(self._returns_tuple)
+        head, replay = self._model.get_output_embeddings(), ReplayHidden(self._returns_tuple)
         every = np.unique(np.concatenate([rows for _, rows in hidden]))
         self.reader.expect([name] * -(-len(every) // HEAD_ROWS))
-        self._set_layers([finished])
+        self._set_layers([replay])
         try:
             for start in range(0, len(every), HEAD_ROWS):
                 block = every[start : start + HEAD_ROWS]
@@ -234,65 +239,65 @@ class StreamedDecoder:
                     head.bias = nn.Parameter(
                         self.reader.rows(bias.name, block), requires_grad=False
                     )
-                for place, (states, rows) in enumerate(hidden):
+                for index, (states, rows) in enumerate(hidden):
                     first, stop = np.searchsorted(rows, (block[0], block[-1] + 1)).tolist()
                     if first == stop:
                         continue
-                    finished.hidden = states.to(self.reader.device)
-                    begin = finished.hidden.new_zeros((*states.shape[:2], width))
+                    replay.hidden = states.to(self.reader.device)
+                    begin = replay.hidden.new_zeros((*states.shape[:2], width))
                     with library_errors(self.layout):
                         logits = self._model(inputs_embeds=begin, use_cache=False).logits
                     if stop - first < len(block):
                         wanted = torch.from_numpy(np.searchsorted(block, rows[first:stop]))
                         logits = logits[..., wanted.to(logits.device)]
-                    yield place, slice(first, stop), logits
+                    yield index, slice(first, stop), logits
         finally:
-            self._set_layers(self._recorders)
+            self._set_layers(self._captures)
             head.to("meta")
 
     def _tensor(self, name: str) -> str:
-        """The file's name of a tensor of the text model."""
+        """Return the name that a tensor of the text model has in the file."""
         return self.layout.by_name[name].name
 
     def _set_layers(self, layers: Sequence[nn.Module]) -> None:
         setattr(self._parent, self._list_name, nn.ModuleList(layers))
 
     def _reading_order(self) -> list[str]:
-        """The file's names of all tensors up to the last layer, as they are read."""
-        ends = [ref.name for ref in self._ends().values()]
-        return [*ends, self._tensor(self.layout.family.embedding), *self._layers.names()]
+        """Return the file's names of all tensors up to the last layer, in reading order."""
+        outer = [ref.name for ref in self._outer_tensors().values()]
+        return [*outer, self._tensor(self.layout.family.embedding), *self._layers.names()]
 
-    def _ends(self) -> dict[str, TensorRef]:
-        """What lies before and behind the layers, but embedding and head."""
+    def _outer_tensors(self) -> dict[str, TensorRef]:
+        """Return the tensors before and after the layers, without embedding and head."""
         layout, family = self.layout, self.layout.family
         apart = (family.embedding, family.head, family.head.removesuffix("weight") + "bias")
         outside = {n: r for n, r in layout.by_name.items() if layout.roles[r.name].layer is None}
         return {name: ref for name, ref in outside.items() if name not in apart}
 
-    def _load_ends(self) -> None:
-        names = {name: self.reader.read(ref.name) for name, ref in self._ends().items()}
-        weights = {k: self.reader.place(v) for k, v in self._conversion.convert(names).items()}
+    def _load_outer(self) -> None:
+        names = {name: self.reader.read(ref.name) for name, ref in self._outer_tensors().items()}
+        weights = {k: self.reader.to_device(v) for k, v in self._conversion.convert(names).items()}
         self._model.load_state_dict(weights, strict=False, assign=True)
         move_buffers(self._model, self.reader.device)
 
-    def _record(self, embeds: torch.Tensor) -> tuple[torch.Tensor, list[Arguments]]:
-        """Run the model up to its layers and learn what it passes to each of them."""
+    def _capture_arguments(self, embeds: torch.Tensor) -> tuple[torch.Tensor, list[Arguments]]:
+        """Run the model up to its layers; return the hidden states and each layer's arguments."""
         with library_errors(self.layout), suppress(CaptureDone):
             self._model(inputs_embeds=embeds, use_cache=False)
-        first = self._recorders[0]
-        return first.hidden, [recorder.arguments for recorder in self._recorders]
+        first = self._captures[0]
+        return first.hidden, [capture.arguments for capture in self._captures]
 
     def _run(
         self,
         index: int,
         layer: nn.Module,
         part: MicroBatch,
-        watched: AbstractContextManager[None],
+        hooked: AbstractContextManager[None],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What goes into a layer and what comes out, ``(windows, tokens, D)``."""
+        """Return input and output of a layer, ``(windows, tokens, D)`` each."""
         positional, named = part.batch.arguments[len(part.ids)][index]
         hidden = part.read().to(self.reader.device)
-        with library_errors(self.layout), watched:
+        with library_errors(self.layout), hooked:
             result = layer(hidden, *positional, **named)
         self._returns_tuple = isinstance(result, tuple)
         return hidden, result[0] if self._returns_tuple else result

@@ -1,4 +1,4 @@
-"""The library's own model of a config, without weights, and how its parameters are stored."""
+"""The library's own model of a config without weights, and how files store its parameters."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,10 +23,10 @@ from surgery.layout.layout import Layout
 
 
 class Conversion:
-    """What transformers does to names and layouts while it loads: experts become one tensor."""
+    """The renaming and merging of tensors when transformers loads a model, such as of experts."""
 
     def __init__(self, model: Any) -> None:
-        """Learn the mapping of ``model``, the library's model of the text config."""
+        """Take the mapping of ``model``, the library's model of the text config."""
         self._model = model
         self._state = model.state_dict()
         mapping = get_model_conversion_mapping(model)
@@ -35,7 +35,7 @@ class Conversion:
         self._by_pattern = {p: c for c in self._converters for p in c.source_patterns}
 
     def target(self, name: str) -> tuple[str, str | None]:
-        """Return the parameter that tensor ``name`` goes into, and the converter's pattern."""
+        """Return the parameter that tensor ``name`` is loaded into, and the converter's pattern."""
         prefix = self._model.base_model_prefix
         found = rename_source_key(name, self._renamings, self._converters, prefix, self._state)
         if found[0] not in self._state and name in self._state:
@@ -43,10 +43,10 @@ class Conversion:
         return found
 
     def convert(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return parameter → value for ``tensors``; what the model has no place for is left out.
+        """Return parameter → value for ``tensors``, without tensors that the model lacks.
 
-        ``tensors`` is emptied, so that what has been merged need not stay in memory. They may be
-        on the meta device, so that shapes can be checked from headers alone.
+        ``tensors`` is emptied, so that merged tensors can be freed. They may be on the meta device;
+        then headers alone are enough to check shapes.
         """
         result: dict[str, torch.Tensor] = {}
         gathered: dict[str, WeightConverter] = {}
@@ -69,12 +69,12 @@ class Conversion:
 
 
 MESSAGE = 300
-"""Characters of the library's own words that an error quotes: it can list every model type."""
+"""Characters of the library's message that an error quotes; it can list every model type."""
 
 MOST_BUFFER_BYTES = 1 << 30
-"""Of tables such as masks, which grow with the square of a config's number of positions."""
+"""For tables such as masks, which grow with the square of ``max_position_embeddings``."""
 
-NOT_TAKEN = (
+IGNORED_KEYS = (
     "quantization_config",
     "auto_map",
     "attn_implementation",
@@ -82,15 +82,15 @@ NOT_TAKEN = (
     "experts_implementation",
     "_experts_implementation",
 )
-"""Keys of config.json that build no model: quantized weights are read as the numbers they stand
-for, and what names code, such as a kernel on the hub, is never run."""
+"""Keys of config.json that are ignored. Quantized weights are read as the numbers they encode, and
+code that a config names, such as a kernel on the hub, is never run."""
 
 
 def empty_model(layout: Layout, dtype: torch.dtype) -> tuple[Any, Conversion]:
     """Build the library's model of a checkpoint's text config: real buffers, no weights.
 
     Raises:
-        CheckpointError: config.json does not make a model, or not one with these tensors.
+        CheckpointError: config.json makes no model, or one with other tensors.
     """
     with library_errors(layout):
         config = AutoConfig.for_model(**_text_config(layout))
@@ -106,16 +106,16 @@ def empty_model(layout: Layout, dtype: torch.dtype) -> tuple[Any, Conversion]:
 
 
 def _text_config(layout: Layout) -> dict[str, Any]:
-    """What config.json says of the language model, with a model type that has one alone."""
+    """Return config.json's keys of the language model, with the model type of the text model."""
     family, text = layout.family, dict(layout.config)
     text["model_type"] = family.text_type or family.model_type or text.get("model_type")
     if family.section:
         text["tie_word_embeddings"] = layout.tied
-    return {key: value for key, value in text.items() if key not in NOT_TAKEN}
+    return {key: value for key, value in text.items() if key not in IGNORED_KEYS}
 
 
 def _check_shapes(model: nn.Module, conversion: Conversion, layout: Layout) -> None:
-    """Refuse a checkpoint whose tensors are not those that config.json makes the library expect."""
+    """Refuse a checkpoint whose tensors differ from what the library expects by config.json."""
     tensors = layout.by_name
     empty = {n: torch.empty(t.shape, device="meta") for n, t in tensors.items()}
     found = conversion.convert(empty)
@@ -157,7 +157,7 @@ def _check_buffers(sketch: nn.Module, layout: Layout) -> None:
 
 @contextmanager
 def library_errors(layout: Layout) -> Iterator[None]:
-    """Make one line of whatever a wrong value of config.json leads to in the library's code.
+    """Turn any error that a wrong value of config.json causes in the library into one line.
 
     Raises:
         CheckpointError: instead of any other error.

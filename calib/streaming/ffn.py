@@ -19,26 +19,26 @@ IMPLEMENTATION = "compact_surgery"
 """Name under which the library's models call ``routed_experts``."""
 
 ExpertHook = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
-"""Called with the expert, the tokens routed to it (int64 ``(n,)``) and their input of its down_proj
-``(n, I)``; what it returns, if anything, goes into down_proj instead."""
+"""Called with the expert, the tokens routed to it (int64 ``(n,)``), and the input of its down_proj
+``(n, I)``. A tensor that it returns replaces this input."""
 
 
 @contextmanager
 def hooked_experts(experts: nn.Module, hook: ExpertHook) -> Iterator[None]:
-    """Show ``hook`` the input of every expert's down_proj.
+    """Call ``hook`` with the input of every expert's down_proj.
 
-    The library calls ``routed_experts`` for classes that take part in its ExpertsInterface. Llama
-    4's does not: its router scales a copy of all tokens for every expert instead.
+    The library calls ``routed_experts`` for classes that use its ExpertsInterface. Llama 4's class
+    does not use it: its router scales a copy of all tokens for every expert.
     """
     experts.hook = hook  # type: ignore[assignment]
-    takes_part = hasattr(experts, "has_gate")
-    if not takes_part:
+    uses_interface = hasattr(experts, "has_gate")
+    if not uses_interface:
         experts.forward = lambda hidden: _scaled_experts(experts, hidden)
     try:
         yield
     finally:
         del experts.hook
-        if not takes_part:
+        if not uses_interface:
             del experts.forward
 
 
@@ -51,18 +51,18 @@ def routed_experts(
         self: The library's experts module, which holds all experts' weights.
         hidden_states: ``(tokens, D)``.
         top_k_index: int64 ``(tokens, k)``: experts of each token.
-        top_k_weights: ``(tokens, k)``: what their results count.
+        top_k_weights: ``(tokens, k)``: weights of their outputs.
     """
     result = torch.zeros_like(hidden_states)
     chosen = nn.functional.one_hot(top_k_index, num_classes=self.num_experts + 1).permute(2, 1, 0)
     for expert in chosen[: self.num_experts].sum(dim=(-1, -2)).nonzero().flatten().tolist():
-        place, tokens = torch.where(chosen[expert])
+        rank, tokens = torch.where(chosen[expert])
         act = _activation(self, expert, hidden_states[tokens])
         changed = self.hook(expert, tokens, act)
         out = _linear(self, "down_proj", expert, act if changed is None else changed)
         if self.has_post_expert_norm:
             out = self.post_expert_norm(out)
-        out = out * top_k_weights[tokens, place, None]
+        out = out * top_k_weights[tokens, rank, None]
         result.index_add_(0, tokens, out.to(result.dtype))
     return result
 
@@ -81,7 +81,7 @@ def _linear(module: Any, name: str, expert: int, hidden: torch.Tensor) -> torch.
 
 
 def _scaled_experts(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Llama 4: every expert gets all tokens, those of other experts as zeros."""
+    """Llama 4: every expert gets all tokens; tokens of other experts are zeros."""
     hidden = hidden_states.view(module.num_experts, -1, module.hidden_size)
     results = []
     for expert, rows in enumerate(hidden):
@@ -101,12 +101,12 @@ ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, routed_experts)
 PIECE_VALUES = 1 << 23
 """Values of one FFN activation at a time, tokens × I: 32 MiB in fp32.
 
-In pieces of a quarter of this, a window of 2,048 tokens of the 8B shape took 1.3 × the time.
+With a quarter of this, a window of 2,048 tokens of the 8B shape took 1.3 × the time.
 """
 
 ActivationHook = Callable[[str, int, Tokens, torch.Tensor], torch.Tensor | None]
-"""Called with the channel axis, the expert (0 in a dense FFN), n tokens and what of them goes into
-down_proj ``(n, I)``; what it returns, if anything, goes there instead."""
+"""Called with the channel axis, the expert (0 in a dense FFN), n tokens, and the input of down_proj
+``(n, I)``. A tensor that it returns replaces this input."""
 
 
 @dataclass(frozen=True)
@@ -118,20 +118,20 @@ class FfnModule:
     path: str
     """Of the down_proj, or of the experts, inside the layer."""
     routed: bool
-    """Whether it is experts."""
+    """Whether it holds experts."""
 
 
 @contextmanager
 def hooked_ffn(
     layer: nn.Module, ffn_modules: Sequence[FfnModule], ids: torch.Tensor, hook: ActivationHook
 ) -> Iterator[None]:
-    """Show ``hook`` the activations of all ``ffn_modules`` while ``layer`` runs.
+    """Call ``hook`` with the activations of all ``ffn_modules`` while ``layer`` runs.
 
     Args:
         layer: The library's decoder layer.
         ffn_modules: Of this layer.
-        ids: int64 ``(windows, tokens)``: what the layer runs on.
-        hook: Sees, and may change, the activations.
+        ids: int64 ``(windows, tokens)``: the tokens that the layer runs on.
+        hook: May read and replace the activations.
     """
     with ExitStack() as stack:
         for ffn_module in ffn_modules:
@@ -149,10 +149,10 @@ def hooked_ffn(
 def _routed(
     ffn_module: FfnModule, module: nn.Module, ids: torch.Tensor, hook: ActivationHook
 ) -> Iterator[None]:
-    def see_expert(expert: int, places: torch.Tensor, act: torch.Tensor) -> torch.Tensor | None:
-        return hook(ffn_module.axis, expert, Tokens.at(ids, places.cpu()), act)
+    def expert_hook(expert: int, tokens: torch.Tensor, act: torch.Tensor) -> torch.Tensor | None:
+        return hook(ffn_module.axis, expert, Tokens.at(ids, tokens.cpu()), act)
 
-    with hooked_experts(module, see_expert):
+    with hooked_experts(module, expert_hook):
         yield
 
 
@@ -164,10 +164,10 @@ def _dense(
     ids: torch.Tensor,
     hook: ActivationHook,
 ) -> Iterator[None]:
-    """Let ``ffn``, if it is a module of its own, work on pieces of its tokens.
+    """Hook a dense FFN, and let it compute a piece of the tokens at a time if ``ffn`` is given.
 
-    An FFN takes each token by itself, so pieces change nothing but the size of its activations:
-    at I = 14,336 those of a window of 2,048 tokens take 350 MB whole and 90 MB in pieces.
+    An FFN treats each token alone, so pieces change nothing but the size of its activations. At
+    I = 14,336, those of a window of 2,048 tokens take 350 MB whole and 90 MB in pieces.
     """
     part = slice(0, ids.shape[1])
 
@@ -200,33 +200,33 @@ def _dense(
 
 
 def pieces(windows: int, tokens: int, channels: int) -> list[slice]:
-    """Cut ``tokens`` into equal pieces whose activation has at most about ``PIECE_VALUES``."""
+    """Split ``tokens`` into equal pieces whose activation has about ``PIECE_VALUES`` at most."""
     count = min(tokens, -(-windows * tokens * channels // PIECE_VALUES))
     edges = [tokens * piece // count for piece in range(count + 1)]
     return [slice(start, stop) for start, stop in pairwise(edges)]
 
 
 def _channels(down_proj: nn.Module) -> int:
-    """Channels that go into a Linear ``[D, I]`` or a Conv1D ``[I, D]``."""
+    """Return the input channels of a Linear ``[D, I]`` or a Conv1D ``[I, D]``."""
     weight = down_proj.get_parameter("weight")
     return weight.shape[1] if isinstance(down_proj, nn.Linear) else weight.shape[0]
 
 
 ExpertKey = tuple[str, int]
-"""Channel axis and expert, 0 for an FFN that is no expert."""
+"""Channel axis and expert; 0 for a dense FFN."""
 
 
 def down_name(ffn_module: FfnModule) -> str:
-    """The parameter, by its name inside the layer."""
+    """Return the name of the down_proj parameter inside the layer."""
     return f"{ffn_module.path}.down_proj" if ffn_module.routed else f"{ffn_module.path}.weight"
 
 
 def down_matrices(
     layer: nn.Module, ffn_module: FfnModule, weight: torch.Tensor
 ) -> list[torch.Tensor]:
-    """Return ``weight``, shaped as a module's parameter, as views ``[D, I]``: one per expert.
+    """Return views ``[D, I]`` of ``weight``, one per expert; its shape is the parameter's.
 
-    A Conv1D holds ``[I, D]``; experts lie behind one another, and those of classes without
+    A Conv1D holds ``[I, D]``. Experts are stacked on the first axis; those of classes without
     ``is_transposed``, such as Llama 4's, hold ``[I, D]`` each.
     """
     module = layer.get_submodule(ffn_module.path)
@@ -236,42 +236,44 @@ def down_matrices(
     return [weight if isinstance(module, nn.Linear) else weight.T]
 
 
-def cut_weight(
+def masked_down_proj(
     layer: nn.Module,
     ffn_module: FfnModule,
     kept: Sequence[np.ndarray],
     refitted: Mapping[ExpertKey, torch.Tensor],
 ) -> torch.Tensor:
-    """Return a unit's down_proj with zeros for the channels that go: a mask of its input.
+    """Return down_proj with zero columns for removed channels, which masks its input.
 
     Args:
         layer: The library's.
         ffn_module: Of the layer.
-        kept: Per expert the channels that stay.
-        refitted: ``[D, K]`` for those whose columns are others than before.
+        kept: The kept channels of each expert.
+        refitted: ``[D, K]`` for experts whose kept columns are replaced.
     """
     own = layer.get_parameter(down_name(ffn_module)).data
     new = torch.zeros_like(own)
     pairs = zip(*(down_matrices(layer, ffn_module, weight) for weight in (own, new)), strict=True)
     for expert, (before, after) in enumerate(pairs):
-        stays = torch.from_numpy(kept[expert]).to(own.device)
+        columns = torch.from_numpy(kept[expert]).to(own.device)
         better = refitted.get((ffn_module.axis, expert))
-        after[:, stays] = before[:, stays] if better is None else better.to(own.device, own.dtype)
+        after[:, columns] = (
+            before[:, columns] if better is None else better.to(own.device, own.dtype)
+        )
     return new
 
 
 def down_proj_tensors(layout: Layout, index: int) -> list[str]:
-    """The file's names of a layer's down_projs."""
+    """Return the file's names of a layer's down_proj tensors."""
     names = (ref.name for ref in layout.of_layer[index].values())
     return [n for n in names if layout.roles[n].slot.ffn_output and layout.roles[n].slot.width]
 
 
 def file_matrices(layout: Layout, name: str, tensor: torch.Tensor) -> dict[ExpertKey, torch.Tensor]:
-    """Return ``tensor``, laid out as the file's tensor ``name``, as views ``[D, channels]``."""
-    place = layout.roles[name]
-    axis, dims = place.slot.width, list(place.slot.dims)
+    """Return views ``[D, channels]`` of ``tensor``, laid out as the file's tensor ``name``."""
+    role = layout.roles[name]
+    axis, dims = role.slot.width, list(role.slot.dims)
     assert axis is not None
     packed = Dim(STACK) in dims
     transposed = dims.index(Dim(axis)) - packed == 0
-    parts = enumerate(tensor) if packed else [(place.expert or 0, tensor)]
+    parts = enumerate(tensor) if packed else [(role.expert or 0, tensor)]
     return {(axis, expert): part.T if transposed else part for expert, part in parts}

@@ -12,29 +12,29 @@ from surgery.files.atomic import errors_name, sync_file
 from surgery.files.shard_file import open_shard
 
 BLOCK_BYTES = 1 << 24
-"""What is copied between a device and a file at a time."""
+"""Bytes that are copied between a device and a file at a time."""
 
 
 class HiddenStates:
     """Rows ``(tokens, D)`` in memory or on the device; every layer overwrites them.
 
-    ``directory``, if any, holds two files that take turns: ``hidden_0`` after an even number of
-    layers, ``hidden_1`` after an odd one. So a run that is killed within a layer still has what
-    went into it.
+    ``directory``, if given, holds two alternating files: ``hidden_0`` after an even number of
+    layers, ``hidden_1`` after an odd one. So if a run is killed within a layer, the input of this
+    layer is still on the disk.
     """
 
-    lags = True
-    """Whether the next layer may compute while ``sync`` is still at work."""
+    syncs_in_background = True
+    """Whether the next layer may compute while ``sync`` still runs."""
 
     def __init__(self, directory: Path | None = None, device: torch.device | None = None) -> None:
         self.before = torch.empty(0)
-        """What goes into the next layer."""
+        """The input of the next layer."""
         self.after = self.before
-        """Where its results go."""
+        """Where the output of that layer is written."""
         self.passed = 0
-        """Layers that they have passed."""
-        self.settle: Callable[[], object] = lambda: None
-        """Returns when the older of the two files is not needed any more."""
+        """Layers that the rows have passed."""
+        self.wait_for_commit: Callable[[], object] = lambda: None
+        """Returns once the older of the two files may be overwritten."""
         self._directory = directory
         self._device = device or torch.device("cpu")
 
@@ -44,7 +44,7 @@ class HiddenStates:
         return max(1, BLOCK_BYTES // (self.before.shape[1] * self.before.itemsize))
 
     def allocate(self, tokens: int, width: int, dtype: torch.dtype) -> None:
-        """Make room, once it is known how much."""
+        """Allocate the rows."""
         if self._device.type == "cpu":
             self.before = pages((tokens, width), dtype)
         else:
@@ -52,11 +52,11 @@ class HiddenStates:
         self.after = self.before
 
     def give_back(self, rows: slice) -> None:
-        """Say that ``rows`` have passed the layer and are not needed in memory for now."""
+        """Free the memory of ``rows``, which have passed the layer, where they are in a file."""
 
     def advance(self) -> None:
-        """Say that all rows have passed one more layer; ``sync`` brings them to the disk."""
-        self.settle()
+        """Count one more layer that all rows have passed, and write them; ``sync`` flushes them."""
+        self.wait_for_commit()
         self.passed += 1
         if self._directory is not None:
             path = self._file(self.passed)
@@ -65,13 +65,13 @@ class HiddenStates:
                     file.write(raw(rows.cpu()))
 
     def sync(self) -> None:
-        """Bring what ``advance`` wrote to the disk; before it is called again."""
+        """Flush to the disk what ``advance`` wrote. Call it before the next ``advance``."""
         if self._directory is not None:
             with errors_name(self._file(self.passed)):
                 sync_file(self._file(self.passed))
 
     def restore(self, passed: int) -> None:
-        """Take up the rows that an earlier run left after ``passed`` layers."""
+        """Read the rows that an earlier run saved after ``passed`` layers."""
         self.passed = passed
         path = self._file(passed)
         with open_shard(path, "read") as file:
@@ -91,17 +91,17 @@ class SpilledStates(HiddenStates):
     """Rows in two mapped files: a layer reads one and writes the other.
 
     Their pages are given back after every micro-batch, so that they do not count as memory of
-    this process: what is free of the machine's memory serves as a cache.
+    this process. The machine's free memory caches them.
     """
 
-    lags = False
+    syncs_in_background = False
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
         self._maps: list[mmap.mmap] = []
 
     def allocate(self, tokens: int, width: int, dtype: torch.dtype) -> None:
-        """Make both files; a disk that is too small is found here and not within a layer."""
+        """Create both files at full size, so that a full disk fails here and not within a layer."""
         self._nbytes = tokens * width * dtype.itemsize
         for passed in range(2):
             path = self._file(passed)
@@ -109,11 +109,13 @@ class SpilledStates(HiddenStates):
                 reserve(file.fileno(), self._nbytes)
                 self._maps.append(mmap.mmap(file.fileno(), self._nbytes))
         self._views = [torch.frombuffer(m, dtype=dtype).view(tokens, width) for m in self._maps]
-        self._turn()
+        self._swap()
 
     def give_back(self, rows: slice) -> None:
-        """Drop the pages of ``rows`` from this process; written ones go to the disk in time."""
-        if not hasattr(mmap, "MADV_DONTNEED"):  # as on Windows, which takes them when it has to
+        """Drop the pages of ``rows`` from this process; the system writes changed ones later."""
+        if not hasattr(
+            mmap, "MADV_DONTNEED"
+        ):  # as on Windows, which takes pages when memory is short
             return
         row_bytes = self.before.shape[1] * self.before.itemsize
         start = rows.start * row_bytes // mmap.PAGESIZE * mmap.PAGESIZE
@@ -122,29 +124,29 @@ class SpilledStates(HiddenStates):
             pages_of.madvise(mmap.MADV_DONTNEED, start, length)
 
     def advance(self) -> None:
-        """Turn the files round."""
+        """Count one more layer, and swap the files."""
         self.passed += 1
-        self._turn()
+        self._swap()
 
     def sync(self) -> None:
-        """Bring what the layer wrote to the disk."""
+        """Flush to the disk what the layer wrote."""
         self._maps[self.passed % 2].flush()
 
     def restore(self, passed: int) -> None:
-        """Go on with the file that an earlier run left after ``passed`` layers."""
+        """Continue with the file that an earlier run left after ``passed`` layers."""
         self.passed = passed
-        self._turn()
+        self._swap()
 
-    def _turn(self) -> None:
+    def _swap(self) -> None:
         self.before = self._views[self.passed % 2]
         self.after = self._views[(self.passed + 1) % 2]
 
 
 def reserve(descriptor: int, nbytes: int) -> None:
-    """Give a file ``nbytes`` of disk, so that writing to its mapping cannot fail.
+    """Reserve ``nbytes`` of disk for a file, so that writing to its mapping cannot fail.
 
     Raises:
-        OSError: no space.
+        OSError: the disk has no space.
     """
     os.ftruncate(descriptor, min(nbytes, os.fstat(descriptor).st_size))
     if hasattr(os, "posix_fallocate"):

@@ -1,4 +1,4 @@
-"""A text through fewer layers than the model has: some removed, some collapsed into one."""
+"""Run a text through fewer layers: some are removed, some collapsed into one."""
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -11,15 +11,15 @@ from calib.streaming.decoder import StreamedDecoder
 from calib.streaming.weights import TORCH_DTYPE
 
 
-class Collapsed:
+class CollapsedLayer:
     """W + Σ (W_k − W) over the other layers (LaCo, arXiv 2402.11187), in the layers' dtype."""
 
     def __init__(self, first: nn.Module, dtypes: Mapping[str, str]) -> None:
-        """Begin with the first layer.
+        """Start with the first layer.
 
         Args:
             first: The layer that the others are added to; it is copied.
-            dtypes: Parameter → safetensors dtype in the file; those that are not in it stay.
+            dtypes: Parameter → safetensors dtype in the file. Other parameters remain unchanged.
         """
         self.layer = deepcopy(first)
         state = self.layer.state_dict()
@@ -28,48 +28,49 @@ class Collapsed:
 
     @torch.no_grad()
     def add(self, other: nn.Module) -> None:
-        """Add what another layer has more than the first."""
+        """Add the difference between another layer and the first."""
         total, terms = self.layer.state_dict(), other.state_dict()
         for name, first in self._first.items():
             total[name] += terms[name] - first
 
     @torch.no_grad()
     def round(self) -> None:
-        """Round once to what the file can hold, to nearest even."""
+        """Round once to the file's dtype, to nearest even."""
         total = self.layer.state_dict()
         for name, dtype in self._dtypes.items():
             total[name].copy_(total[name].to(TORCH_DTYPE[dtype]))
 
 
 Weights = Callable[[StreamedDecoder, int, nn.Module], Mapping[str, torch.Tensor]]
-"""Given a layer's number in the output and the layer, the parameters that are others than its."""
+"""Called with the decoder, a layer's index in the output, and the layer; returns the parameters to
+replace."""
 
 
-def as_they_are(*_: object) -> dict[str, torch.Tensor]:
-    """Change no weights."""
+def unchanged(*_: object) -> dict[str, torch.Tensor]:
+    """Replace no weights."""
     return {}
 
 
 class LayerGroups:
-    """The layers that a text goes through, and the one that is being collapsed.
+    """Runs a text through the kept layers of a model, and collapses the groups among them.
 
-    Layers that go are passed by; several that become one take three layers' memory.
+    Removed layers are skipped. Collapsing takes the memory of three layers.
     """
 
-    def __init__(self, groups: Sequence[Sequence[int]], weights: Weights = as_they_are) -> None:
-        """Take for each layer of the output the source's layers that it is made of."""
-        self._of = {n: (number, group) for number, group in enumerate(groups) for n in group}
+    def __init__(self, groups: Sequence[Sequence[int]], weights: Weights = unchanged) -> None:
+        """Take, for each layer of the output, the source's layers that it is made of."""
+        self._group_of = {n: (number, group) for number, group in enumerate(groups) for n in group}
         self._weights = weights
-        self._collapsed: Collapsed | None = None
+        self._collapsed: CollapsedLayer | None = None
 
     def run(self, decoder: StreamedDecoder, index: int, stream: Stream) -> None:
-        """Carry ``stream`` through what layer ``index`` completes, if anything."""
-        if index not in self._of:
+        """Run ``stream`` through the output layer that source layer ``index`` completes, if any."""
+        if index not in self._group_of:
             return
-        number, group = self._of[index]
+        number, group = self._group_of[index]
         layer = decoder.layer(index)
         if len(group) > 1 and index == group[0]:
-            self._collapsed = Collapsed(layer, decoder.dtypes(index))
+            self._collapsed = CollapsedLayer(layer, decoder.dtypes(index))
         elif self._collapsed is not None:
             self._collapsed.add(layer)
         if index == group[-1]:

@@ -1,4 +1,4 @@
-"""The decoder layers of the library's model, one loaded at a time, the next one underway."""
+"""The decoder layers of the library's model: one is loaded while the next is read."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +17,7 @@ from surgery.process import Advance, Progress, stage
 
 
 class Layers:
-    """Modules without weights, and the tensors of the file that belong to each."""
+    """Modules without weights, and the file's tensors of each."""
 
     def __init__(
         self,
@@ -28,21 +28,21 @@ class Layers:
         settings: PassSettings,
         timings: Timings,
     ) -> None:
-        """Take the library's ``modules``, and what its names and layouts follow by."""
+        """Take the library's ``modules``; ``conversion`` maps the file's tensors to them."""
         self.modules = modules
         self._layout, self._reader, self._conversion = layout, reader, conversion
         self._settings, self._timings = settings, timings
         self._transfer = Transfer(reader.device)
 
     def names(self) -> list[str]:
-        """The file's names of all their tensors, as they are read."""
+        """Return the file's names of all their tensors, in reading order."""
         layers = range(len(self.modules))
         return [ref.name for index in layers for ref in self._stored(index).values()]
 
     def loaded(self, first: int) -> Iterator[int]:
-        """Yield each layer from ``first`` on, loaded, the next one underway.
+        """Yield the index of each layer from ``first`` on once it is loaded, and read the next one.
 
-        Merging experts takes a layer's memory twice over; the next layer does not come on top.
+        Merging experts takes twice a layer's memory, so the next layer is read only after it.
         """
         count, prefetch = len(self.modules), self._settings.prefetch
         with ThreadPoolExecutor(1) as background:
@@ -63,52 +63,52 @@ class Layers:
                     following = background.submit(self._read, index + 1)
 
     def _merges(self, index: int) -> bool:
-        """Whether the library keeps as one what the file has expert by expert."""
-        places = self._layout.roles
-        return any(places[r.name].expert is not None for r in self._layout.of_layer[index].values())
+        """Whether the library merges tensors that the file has expert by expert."""
+        roles = self._layout.roles
+        return any(roles[r.name].expert is not None for r in self._layout.of_layer[index].values())
 
     def _stored(self, index: int) -> dict[str, TensorRef]:
-        """The tensors of a layer by their names in the text model."""
-        places = self._layout.roles
+        """Return the tensors of a layer by their names in the text model."""
+        roles = self._layout.roles
         tensors = self._layout.of_layer[index].items()
-        return {n: ref for n, ref in tensors if places[ref.name].slot.block != BUFFER}
+        return {n: ref for n, ref in tensors if roles[ref.name].slot.block != BUFFER}
 
     def _read(self, index: int) -> dict[str, torch.Tensor]:
-        """The same, read; with a device they are on it when this returns.
+        """Read the tensors of a layer; with a device, they are on it when this returns.
 
-        The CPU converts here, while another layer computes; what is to be merged, and a device,
-        do with half the memory if it is done later.
+        On the CPU they are converted here, while another layer computes. Experts, and tensors for
+        a device, are converted later: that takes half the memory.
         """
-        places = self._layout.roles
+        roles = self._layout.roles
         with self._timings.timed("read"):
             stored = {
-                name: self._reader.read(ref.name, convert=places[ref.name].expert is None)
+                name: self._reader.read(ref.name, convert=roles[ref.name].expert is None)
                 for name, ref in self._stored(index).items()
             }
             return self._transfer(stored)
 
     def _load(self, index: int, stored: dict[str, torch.Tensor]) -> None:
-        """Give a layer its weights; each stored one is freed as soon as it is placed."""
+        """Give a layer its weights; each stored tensor is freed as soon as it is converted."""
         prefix = f"{self._layout.family.layers}.{index}."
         converted = self._conversion.convert(stored)
         weights: dict[str, torch.Tensor] = {}
         while converted:
             name, value = converted.popitem()
-            weights[name.removeprefix(prefix)] = self._reader.place(value)
+            weights[name.removeprefix(prefix)] = self._reader.to_device(value)
         self.modules[index].load_state_dict(weights, assign=True)
         move_buffers(self.modules[index], self._reader.device)
 
     def dtypes(self, index: int) -> dict[str, str]:
-        """Parameters that add up in a collapse → the safetensors dtype that the file has."""
-        prefix, places = f"{self._layout.family.layers}.{index}.", self._layout.roles
+        """Return the parameters that a collapse adds up, each with the file's safetensors dtype."""
+        prefix, roles = f"{self._layout.family.layers}.{index}.", self._layout.roles
         return {
             self._conversion.target(name)[0].removeprefix(prefix): ref.dtype
             for name, ref in self._stored(index).items()
-            if adds_up(places[ref.name].slot)
+            if adds_up(roles[ref.name].slot)
         }
 
     def ffn_modules(self, index: int) -> list[FfnModule]:
-        """What has channels in a layer."""
+        """Return the modules of a layer that have channels."""
         prefix = f"{self._layout.family.layers}.{index}."
         ffn_modules: dict[str, FfnModule] = {}
         for name, ref in self._layout.of_layer[index].items():
@@ -121,9 +121,9 @@ class Layers:
 
 
 def weights_stage(progress: Progress | None, name: str, layout: Layout, windows: int) -> Advance:
-    """Return what counts windows that have passed a layer, and reports bytes of weights.
+    """Return a callable that counts windows which passed a layer and reports bytes of weights.
 
-    A layer counts by the share of the ``windows`` that have passed it.
+    The bytes of a layer count by the share of the ``windows`` that have passed it.
     """
     sizes = [sum(ref.nbytes for ref in layer.values()) for layer in layout.of_layer]
     advance, passed, shown = stage(progress, name, sum(sizes)), 0, 0
@@ -140,7 +140,7 @@ def weights_stage(progress: Progress | None, name: str, layout: Layout, windows:
 
 
 def move_buffers(module: nn.Module, device: torch.device) -> None:
-    """Bring what is no weight to ``device``."""
+    """Move all buffers of ``module`` to ``device``."""
     for part in module.modules():
         for name, buffer in part.named_buffers(recurse=False):
             setattr(part, name, buffer.to(device))

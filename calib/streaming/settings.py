@@ -1,4 +1,4 @@
-"""How much of a run is in memory at a time, and where its time goes."""
+"""Where and how a pass computes, how much memory it may take, and its timings."""
 
 import time
 from collections.abc import Iterator
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 MICRO_BATCH_VALUES = 1 << 21
-"""Values of one FFN activation at a time, tokens × I: 8 MiB in fp32 (one window at least)."""
+"""Values of one FFN activation at a time, tokens × I: 8 MiB in fp32; at least one window."""
 
 
 @dataclass(frozen=True)
 class ComputeOptions:
-    """Where a pass computes, and what memory it may take."""
+    """Where a pass computes, and how much memory it may take."""
 
     device: str = "auto"
     """auto, cpu, cuda or mps; auto is CUDA where there is one."""
@@ -26,30 +26,30 @@ class ComputeOptions:
     max_memory: int | None = None
     """Cap on the memory of the process, in bytes."""
     max_gpu_memory: int | None = None
-    """Cap on what is held on the device, in bytes."""
+    """Cap on the memory used on the device, in bytes."""
     spill: Path | None = None
     """Directory for files of hidden states; None keeps them in memory, or beside the output."""
 
     @property
     def capped(self) -> bool:
-        """Whether anything is asked of the memory."""
+        """Whether any option limits memory."""
         return (self.max_memory, self.max_gpu_memory, self.spill) != (None, None, None)
 
 
 @dataclass(frozen=True)
 class PassSettings:
-    """How the layers compute; of it only ``dtype`` changes a result by more than rounding."""
+    """How the layers compute. Only ``dtype`` changes results by more than rounding."""
 
     device: "torch.device"
     dtype: "torch.dtype"
     micro_batch_values: int = MICRO_BATCH_VALUES
-    """Windows run together up to so many values of one FFN activation, tokens × I."""
+    """Most values of one FFN activation, tokens × I, in a micro-batch of several windows."""
     prefetch: bool = True
-    """Whether the next layer is read while one computes."""
+    """Whether the next layer is read while the current one computes."""
     hidden: str = "memory"
-    """Where hidden states live: "memory", "device" or "file"."""
+    """Where hidden states are stored: "memory", "device" or "file"."""
     spill: Path | None = None
-    """Directory of their files; None is beside the output."""
+    """Directory for files of hidden states; None is beside the output."""
 
     def facts(self) -> dict[str, str | int | bool]:
         """The settings for JSON."""
@@ -64,26 +64,26 @@ class PassSettings:
 
 @dataclass
 class Timings:
-    """Seconds of each stage; those of ``read`` pass in the background where there is prefetch."""
+    """Seconds of each stage; with prefetch, ``read`` runs in the background."""
 
     read: float = 0.0
     """From the checkpoint into memory."""
     wait: float = 0.0
-    """For weights that are not there yet: with ``read`` far above it, the disk does not wait."""
+    """For weights that are not read yet. Far below ``read``, the disk is fast enough."""
     convert: float = 0.0
-    """To the dtype and the device that compute, experts merged."""
+    """To the compute dtype and device, with the merging of experts."""
     compute: float = 0.0
-    """The layers themselves, sums of their activations among it."""
+    """The layers themselves, with the sums of their activations."""
     write: float = 0.0
     """Hidden states and sums, so that a killed run can be continued."""
     total: float = 0.0
-    """From the model without weights to the sums on the disk: not the start of the program."""
+    """From building the model to the sums on the disk, without the start of the program."""
     bytes_read: int = 0
     """From the checkpoint."""
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Add what the body takes to ``stage``."""
+        """Add the time of the body to ``stage``."""
         start = time.perf_counter()
         try:
             yield

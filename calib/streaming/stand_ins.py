@@ -1,4 +1,4 @@
-"""What stands in for decoder layers, or for their weights, for a while."""
+"""Temporary replacements for decoder layers, or for their weights."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,27 +8,30 @@ import torch
 from torch import nn
 
 Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
-"""What the model passes to a layer beside the hidden states: masks, rotary tables."""
+"""Arguments of a layer besides the hidden states: masks, rotary tables."""
 
 
 class CaptureDone(Exception):
-    """Ends a forward once the last layer's arguments are known."""
+    """Ends a forward pass once the last layer's arguments are known."""
 
 
 class ArgumentCapture(nn.Module):
-    """Stands in for a layer and keeps what the model passes to it; else it is that layer."""
+    """Replaces a layer and keeps the arguments that the model passes to it.
+
+    All other attributes are the layer's.
+    """
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.__dict__["_layer"] = layer  # not a submodule: the recorder has no weights
+        self.__dict__["_layer"] = layer  # not a submodule, so that it has no weights
         self.last = False
 
     def __getattr__(self, name: str) -> Any:
-        # Models ask their layers for things such as attention_type.
+        # Models read attributes of their layers, such as attention_type.
         return getattr(self.__dict__["_layer"], name)
 
     def forward(self, *positional: Any, **named: Any) -> tuple[torch.Tensor]:
-        """Keep hidden states and arguments; a tuple serves models that expect one, too."""
+        """Keep hidden states and arguments. A tuple also works in models that expect a tensor."""
         hidden = positional[0] if positional else named.pop("hidden_states")
         self.hidden: torch.Tensor = hidden[0] if isinstance(hidden, tuple) else hidden
         self.arguments: Arguments = (positional[1:], named)
@@ -38,7 +41,7 @@ class ArgumentCapture(nn.Module):
 
 
 class ReplayHidden(nn.Module):
-    """Stands in for all layers when what leaves the last one is known."""
+    """Replaces all layers when the output of the last one is known."""
 
     def __init__(self, returns_tuple: bool) -> None:
         super().__init__()
@@ -52,7 +55,7 @@ class ReplayHidden(nn.Module):
 
 @contextmanager
 def swapped(layer: nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Give ``layer`` these parameters, by name and of its own shapes, until the block ends."""
+    """Replace parameters of ``layer``, by name and with equal shapes, until the block ends."""
     own = {name: layer.get_parameter(name).data for name in weights}
     for name, value in weights.items():
         layer.get_parameter(name).data = value

@@ -1,4 +1,4 @@
-"""Weights from a checkpoint into torch tensors: which dtype, which device, and the way there."""
+"""Read weights of a checkpoint into torch tensors; choose dtype and device."""
 
 import math
 import mmap
@@ -23,24 +23,24 @@ TORCH_DTYPE = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float3
 FP8_DTYPE = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 BLOCK_BYTES = 1 << 20
-"""Bytes of a tensor that are read before they are converted; they stay in the cache."""
+"""Bytes of a tensor that are read before they are converted; they fit in the CPU's cache."""
 
 
 CONVERTED_VALUES = 1 << 15
-"""Values that are converted as they are read: so few that torch takes no more threads for them,
-which would wait for those that compute."""
+"""Values that are converted at a time as they are read. For so few, torch starts no threads, which
+would wait for those that compute."""
 
 
 class WeightReader:
-    """Positional reads from the shards of a checkpoint, in the dtype and on the device asked for.
+    """Reads tensors from the shards of a checkpoint, in a given dtype and on a given device.
 
-    Weights in FP8 are multiplied by their scales in float32 and rounded once, as the library does
-    it: to the dtype asked for, or to what ``dequantize`` says. ``bytes_read`` counts what was read,
-    so that a test can hold it against the file.
+    FP8 weights are multiplied by their scales in float32 and rounded once, as the library does:
+    to ``dtype``, or to ``dequantize`` if that is given. ``bytes_read`` counts the bytes that were
+    read, so that a test can compare it with the file.
 
-    Shards are read, not mapped: a tensor needs memory of its own, which is converted, pinned, and
-    freed with its layer. A mapping would be copied as well, page fault by page fault: 0.09 s a
-    gigabyte, and 0.04 s read.
+    Shards are read, not mapped. A tensor needs memory of its own, which is converted, pinned, and
+    freed with its layer. A mapping would be copied into it page fault by page fault: that takes
+    0.09 s a gigabyte, reading takes 0.04 s.
     """
 
     def __init__(
@@ -70,19 +70,19 @@ class WeightReader:
         self._shards.__exit__(error_type)
 
     def expect(self, names: Sequence[str]) -> None:
-        """Say which tensors will be read, in order: a hub's shards are had in time and once."""
+        """Announce the tensors in reading order, so that each of a hub's shards is fetched once."""
         refs = [self._tensors[name] for name in names]
         self._shards.expect([{ref.path.name} for ref in refs if ref.nbytes > SMALL_BYTES])
 
     def read(self, name: str, *, convert: bool = False) -> torch.Tensor:
-        """Return the tensor ``name`` whole, on the CPU and in the file's dtype; FP8 dequantized.
+        """Return the whole tensor ``name`` on the CPU, in the file's dtype; FP8 is dequantized.
 
-        The numbers that FP8 stands for can be merged with others, as experts are; its codes
-        cannot, so that a layer of FP8 waits in the dtype that it is dequantized to.
+        FP8 codes cannot be merged as experts are, but the numbers that they encode can. So FP8 is
+        dequantized here.
 
         Args:
             name: The tensor.
-            convert: Where the CPU computes, return it in the dtype asked for.
+            convert: Where the CPU computes, return it in the compute dtype.
         """
         with self._at_hand(self._tensors[name]) as ref:
             scales = self._scales(self._tensors[name])
@@ -100,7 +100,7 @@ class WeightReader:
         return stored
 
     def _converted(self, ref: TensorRef) -> torch.Tensor:
-        """Convert what is read while the cache has it: 10 ns a value by tensors, 2 ns like this."""
+        """Convert values while they are in the cache: 2 ns a value; a whole tensor takes 10 ns."""
         result = pages(ref.shape, self.dtype)
         flat, offset = result.view(-1), ref.start
         block = torch.empty(CONVERTED_VALUES, dtype=TORCH_DTYPE[ref.dtype])
@@ -111,14 +111,14 @@ class WeightReader:
             offset += stored.nbytes
         return result
 
-    def place(self, stored: torch.Tensor) -> torch.Tensor:
-        """Return what ``read`` gave in the dtype and on the device asked for."""
+    def to_device(self, stored: torch.Tensor) -> torch.Tensor:
+        """Return a tensor from ``read`` in the compute dtype and on the device."""
         if self.device.type != "cpu" or stored.dtype == self.dtype:
             return stored.to(self.device, self.dtype)
         return pages(stored.shape, self.dtype).copy_(stored)
 
     def rows(self, name: str, rows: np.ndarray) -> torch.Tensor:
-        """Return the ascending ``rows`` of tensor ``name``, placed: ``(len(rows), ...)``.
+        """Return the ascending ``rows`` of tensor ``name`` on the device: ``(len(rows), ...)``.
 
         They are converted a block at a time, so that no tensor is in memory in two dtypes.
         """
@@ -127,7 +127,7 @@ class WeightReader:
             return self._rows_into(result, ref, rows, self._scales(self._tensors[name]))
 
     def _memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Pages of their own; pinned ones, where CUDA copies from them."""
+        """Return an empty tensor on pages of its own, pinned ones if CUDA will copy from them."""
         if self.device.type == "cuda":
             return torch.empty(shape, dtype=dtype, pin_memory=True)
         return pages(shape, dtype)
@@ -146,7 +146,7 @@ class WeightReader:
         return result
 
     def _scales(self, ref: TensorRef) -> torch.Tensor | None:
-        """float32 scales ``[block rows, block columns]`` of an FP8 weight; None for others."""
+        """Return float32 scales ``[block rows, block columns]`` of an FP8 weight, else None."""
         scales = self._checkpoint.scales_of(ref)
         if scales is None:
             return None
@@ -157,14 +157,14 @@ class WeightReader:
     def _dequantized(
         self, codes: torch.Tensor, rows: np.ndarray, scales: torch.Tensor
     ) -> torch.Tensor:
-        """The numbers of ``rows`` of an FP8 weight; a block at the edge may be cut off."""
+        """Return the numbers that ``rows`` of an FP8 weight encode; edge blocks may be partial."""
         block_rows, block_columns = self._block_shape
         per_row = scales[torch.from_numpy(rows // block_rows)]
         columns = torch.arange(codes.shape[1]) // block_columns
         return (codes.float() * per_row[:, columns]).to(self._dequantize)
 
     def _stored(self, ref: TensorRef, rows: np.ndarray) -> torch.Tensor:
-        """Read ``rows`` as the file has them, a positional read for each run of rows."""
+        """Read ``rows`` in the file's dtype, with one positional read for each run of rows."""
         dtype = (TORCH_DTYPE | FP8_DTYPE)[ref.dtype]
         stored = torch.empty((len(rows), *ref.shape[1:]), dtype=dtype)
         row_bytes = ref.nbytes // ref.shape[0]
@@ -178,7 +178,7 @@ class WeightReader:
 
     @contextmanager
     def _at_hand(self, ref: TensorRef) -> Iterator[TensorRef]:
-        """Have the bytes of a tensor on this disk; a deleted shard must not stay open."""
+        """Fetch the bytes of a tensor to this disk; a remote shard is closed, as it is deleted."""
         with self._shards.tensor(ref) as here:
             yield here
             if self._shards.remote:
@@ -197,9 +197,9 @@ class WeightReader:
 
 
 def pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Return memory on pages of its own, which go back to the system when it is freed.
+    """Return a tensor on pages of its own, which return to the system when it is freed.
 
-    On the heap, layers leave holes among the activations: on the 8B shape, with 8 windows of 256
+    On the heap, layers leave holes among the activations. On the 8B shape, with 8 windows of 256
     tokens, the peak then grew by 10 MB with every layer.
     """
     nbytes = math.prod(shape) * dtype.itemsize
@@ -211,22 +211,22 @@ def pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def raw(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, writable."""
+    """Return the bytes of a contiguous CPU tensor, writable."""
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 class Transfer:
-    """Copies from pinned memory on a stream of its own; on the CPU nothing is to be done."""
+    """Copies from pinned memory on a CUDA stream of its own; does nothing on the CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return ``stored`` on the device; it is emptied. Called on the background thread.
+        """Return ``stored`` on the device, and empty it. Called on the background thread.
 
-        The copies are complete when this returns. Their memory is used by the stream that
-        computes, so this one must not hand it out again before that has done with it.
+        The copies are complete when this returns. The compute stream uses their memory, so this
+        stream must not reuse the memory before the compute stream has finished with it.
         """
         if self._stream is None:
             return stored
@@ -244,11 +244,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class DeviceError(SurgeryError):
-    """The device asked for is not there."""
+    """The requested device is not available."""
 
 
 def choose_settings(compute: ComputeOptions, checkpoint: Checkpoint) -> PassSettings:
-    """Return the fastest settings with the device and dtype of ``compute``; caps are not asked.
+    """Return the fastest settings with the device and dtype of ``compute``, whatever its caps.
 
     Raises:
         DeviceError: as ``choose_device``.
@@ -263,15 +263,15 @@ def choose_device(name: str) -> torch.device:
     """Return the device ``name``; "auto" is CUDA where there is one, else the CPU.
 
     Raises:
-        DeviceError: it was asked for and is not there.
+        DeviceError: it is not available.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    there: dict[str, Callable[[], bool]] = {
+    available: dict[str, Callable[[], bool]] = {
         "cuda": torch.cuda.is_available,
         "mps": torch.backends.mps.is_available,
     }
-    if name in there and not there[name]():
+    if name in available and not available[name]():
         raise DeviceError(
             f"`device` {name}",
             "is not available",
@@ -281,10 +281,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    """Return the dtype ``name``; "auto" is float32 on the CPU, else that of the checkpoint.
+    """Return the dtype ``name``; "auto" is float32 on the CPU, else the checkpoint's.
 
-    CPUs are slow in 16 bits, and float32 holds every bf16 and fp16 weight exactly. FP8 counts as
-    bf16, which it is dequantized to.
+    CPUs are slow in 16 bits, and float32 holds every bf16 and fp16 weight exactly. For FP8 it is
+    bf16, to which FP8 is dequantized.
     """
     if name != "auto":
         return DTYPES[name]

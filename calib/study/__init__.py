@@ -1,1 +1,1 @@
-"""Several variants of one model, tried on one text."""
+"""Try several variants of one model on one text."""

@@ -1,4 +1,4 @@
-"""Methods side by side at the same targets: the same text, the same windows, the same passes."""
+"""Compare methods at the same ratios, on the same text and windows, in the same passes."""
 
 import logging
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from calib.study.laco import collapse_layers
 from calib.study.search import coarse
-from calib.study.study import Recipe, Study
+from calib.study.study import Candidate, Study
 from calib.study.table import FFN_CRITERIA, LAYER_METHODS, METHODS, Row
 from surgery.errors import DataError, SurgeryError
 from surgery.layout.layout import Layout
@@ -17,20 +17,20 @@ from surgery.process import Progress, stage
 LOG = logging.getLogger(__name__)
 
 LACO_WINDOWS, LACO_TOKENS = 8, 64
-"""Of calibration text, by which LaCo judges a collapse; the paper takes ten sentences."""
+"""Calibration text by which LaCo judges a collapse; the paper takes ten sentences."""
 
 
 @dataclass(frozen=True)
 class RatioTarget:
-    """One ratio and the sizes that meet it."""
+    """A ratio, and the sizes that meet it."""
 
     ratio: float
     pairs: Sequence[Sizes]
-    """By V'; the last has the largest vocabulary, whole where that is within reach."""
+    """In order of V'. The last has the largest V', which is V if the ratio allows that."""
 
 
 def usable_methods(layout: Layout) -> list[str]:
-    """All methods that there are for this model; the log says which are left out, and why."""
+    """Return the methods that this model allows; log which are left out, and why."""
     try:
         check_layers(layout, [[layer] for layer in range(1, layout.num_hidden_layers)])
     except SurgeryError as error:
@@ -40,11 +40,11 @@ def usable_methods(layout: Layout) -> list[str]:
 
 
 def check_methods(layout: Layout, methods: Sequence[str]) -> None:
-    """Refuse methods that are not known, or that this model does not allow.
+    """Refuse unknown methods, and methods that this model does not allow.
 
     Raises:
-        DataError: naming the first unknown one.
-        BudgetError, FamilyError: its layers cannot go.
+        DataError: a method is unknown.
+        BudgetError, FamilyError: layers of this model cannot be removed.
     """
     for method in methods:
         if method not in METHODS:
@@ -65,20 +65,20 @@ def compare_methods(
     methods: Sequence[str],
     progress: Progress | None = None,
 ) -> dict[float, list[Row]]:
-    """Try ``methods`` at each ratio, in two passes each; LaCo takes as many as it collapses.
+    """Try ``methods`` at each ratio, in two passes each; LaCo takes one more for each collapse.
 
-    ``compact`` is the paper's method at the best of the pairs, its text tokenized by the source's
-    own tokenizer; ``search`` is this tool's: text as the pruned tokenizer tokenizes it, down_proj
-    refitted.
+    ``compact`` is the paper's method at the best of the pairs: the source's own tokenizer tokenizes
+    the text. ``search`` is this tool's method: the pruned tokenizer tokenizes the text, and
+    down_proj is refitted.
 
     Returns:
-        Ratio → rows, one for each method, in their order.
+        Ratio → one row for each method, in their order.
     """
     found = {}
     layout, smallest = study.text.layout, study.text.rarity.must_keep
     for ratio in ratios:
         target = RatioTarget(ratio, pairs_at(layout, ratio, smallest, steps))
-        first = [recipe for method in methods for recipe in _recipes(method, target)]
+        first = [candidate for method in methods for candidate in _candidates(method, target)]
         best = _try(study, first, progress)
         fewer = [_fewer_layers(study, m, target) for m in methods if m in LAYER_METHODS]
         best |= _try(study, fewer, progress) if fewer else {}
@@ -93,52 +93,54 @@ def compare_samples(
     counts: Sequence[int],
     progress: Progress | None = None,
 ) -> dict[int, Row]:
-    """Try the paper's method at the rule of thumb's pair, on so many windows each (figure 3)."""
+    """Try the paper's method at the rule of thumb's pair, for each number of windows (figure 3)."""
     layout, smallest = study.text.layout, study.text.rarity.must_keep
-    recipe = Recipe("compact", split(layout, ratio, smallest, steps), retokenize=False)
-    recipes = [replace(recipe, name=str(count), samples=count) for count in counts]
-    advance = stage(progress, "compare", study.windows(len(recipes)))
-    return dict(zip(counts, study.rows(recipes, advance), strict=True))
+    candidate = Candidate("compact", split(layout, ratio, smallest, steps), retokenize=False)
+    candidates = [replace(candidate, name=str(count), samples=count) for count in counts]
+    advance = stage(progress, "compare", study.windows(len(candidates)))
+    return dict(zip(counts, study.rows(candidates, advance), strict=True))
 
 
-def _try(study: Study, recipes: Sequence[Recipe], progress: Progress | None) -> dict[str, Row]:
-    """The row with the best score of each name."""
+def _try(
+    study: Study, candidates: Sequence[Candidate], progress: Progress | None
+) -> dict[str, Row]:
+    """Return the row with the best score for each name."""
     found: dict[str, Row] = {}
-    advance = stage(progress, "compare", study.windows(len(recipes)))
-    for row in study.rows(recipes, advance):
+    advance = stage(progress, "compare", study.windows(len(candidates)))
+    for row in study.rows(candidates, advance):
         found[row.name] = min(found.get(row.name, row), row, key=lambda each: each.score)
     return found
 
 
-def _recipes(method: str, target: RatioTarget) -> list[Recipe]:
-    """What of a method is tried in the first pass: several of one name, of which one counts."""
+def _candidates(method: str, target: RatioTarget) -> list[Candidate]:
+    """Return the first pass's candidates of a method; of several, the best one counts."""
     pairs = coarse(target.pairs, target.pairs[0])
     if method in FFN_CRITERIA:
-        return [Recipe(method, pairs[-1], method, retokenize=False)]
+        return [Candidate(method, pairs[-1], method, retokenize=False)]
     if method == "vocabulary":
-        return [Recipe(method, pairs[0])]
+        return [Candidate(method, pairs[0])]
     if method == "compact":
-        return [Recipe(method, sizes, retokenize=False) for sizes in pairs]
+        return [Candidate(method, sizes, retokenize=False) for sizes in pairs]
     if method == "search":
-        return [Recipe(method, sizes, repair=True) for sizes in pairs]
-    return [Recipe("act2", pairs[-1], "act2", retokenize=False)]  # block influence comes with it
+        return [Candidate(method, sizes, repair=True) for sizes in pairs]
+    return [Candidate("act2", pairs[-1], "act2", retokenize=False)]  # it also gives block influence
 
 
-def _fewer_layers(study: Study, method: str, target: RatioTarget) -> Recipe:
-    """What a method makes of the layers, once the first pass has shown their influence."""
+def _fewer_layers(study: Study, method: str, target: RatioTarget) -> Candidate:
+    """Return a layer method's candidate; the first pass has measured the layers' influence."""
     layout, depth = study.text.layout, _depth(study, target)
     if method == "shortgpt":
         assert study.block_influence is not None
         groups = layers_by_influence(study.block_influence, depth)
     else:
-        reading = study.text.reading(layout.vocab_size, LACO_WINDOWS)
-        windows = [window[:LACO_TOKENS] for window in reading.streams[0].windows]
+        calibration_pass = study.text.calibration_pass(layout.vocab_size, LACO_WINDOWS)
+        windows = [window[:LACO_TOKENS] for window in calibration_pass.streams[0].windows]
         groups = collapse_layers(layout, windows, depth, study.settings)
-    return Recipe(method, replace(whole(layout), layers=groups))
+    return Candidate(method, replace(whole(layout), layers=groups))
 
 
 def _depth(study: Study, target: RatioTarget) -> int:
-    """Layers that are left when whole ones are to meet the ratio, as nearly as they can."""
+    """Return the number of whole layers to keep, so that the ratio is met as nearly as possible."""
     layout = study.text.layout
     count = layout.num_hidden_layers
     full, one = (

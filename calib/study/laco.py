@@ -1,4 +1,4 @@
-"""LaCo (arXiv 2402.11187): layers collapsed into one where the model's output turns little."""
+"""LaCo (arXiv 2402.11187): collapse layers where that changes the model's output little."""
 
 from collections.abc import Sequence
 
@@ -15,13 +15,13 @@ from surgery.errors import BudgetError
 from surgery.layout.layout import Layout
 
 COLLAPSED = 4
-"""Layers that become one at a time, at most (the paper's C)."""
+"""Most layers that are collapsed into one (the paper's C)."""
 
 INTERVAL = 2
-"""How far below the last collapse the next one begins, at least (the paper's I)."""
+"""Least distance in layers from a collapse down to the next one (the paper's I)."""
 
 THRESHOLDS = np.append(np.arange(0.95, -1.0, -0.05), -np.inf)
-"""Cosines that a collapse must keep, tried in turn until the target is met (the paper's T)."""
+"""Least cosines after a collapse, tried in turn until the target is met (the paper's T)."""
 
 GroupList = list[list[int]]
 
@@ -34,18 +34,18 @@ def collapse_layers(
 ) -> GroupList:
     """Return ``count`` groups of layers, each to be collapsed into its first.
 
-    From the top down, the first run of layers is collapsed after which the model's last hidden
-    states keep a cosine above the threshold with those of the dense model. All runs that could be
-    next are tried in one pass. A layer is collapsed once: one that has been is left as it is.
+    Runs of layers are tried from the top down. The first run is collapsed for which the cosine of
+    the model's last hidden states with those of the dense model stays above the threshold. All runs
+    that could be next are tried in one pass. A collapsed layer is not collapsed again.
 
     Args:
-        layout: The model, of layers that are alike.
-        windows: A few short ones; the paper takes ten sentences.
-        count: Layers to end with.
+        layout: The model; all its layers are alike.
+        windows: A few short windows; the paper takes ten sentences.
+        count: Layers to keep.
         settings: How the layers compute.
 
     Raises:
-        BudgetError: so many layers cannot go.
+        BudgetError: so many layers cannot be collapsed.
     """
     groups: GroupList = [[layer] for layer in range(layout.num_hidden_layers)]
     thresholds, highest = iter(THRESHOLDS), len(groups)
@@ -66,9 +66,9 @@ def collapse_layers(
         above: list[int] = []
         while not above:
             above = [
-                place
-                for place, start in enumerate(starts)
-                if start <= highest and cosines[place] > threshold
+                number
+                for number, start in enumerate(starts)
+                if start <= highest and cosines[number] > threshold
             ]
             if not above:
                 threshold, highest = next(thresholds), len(groups)
@@ -77,7 +77,7 @@ def collapse_layers(
 
 
 def _starts(groups: GroupList, size: int) -> list[int]:
-    """Where ``size`` layers stand together that have not been collapsed."""
+    """Return the starts of all runs of ``size`` layers that are not collapsed yet."""
     return [
         start
         for start in range(len(groups) - size + 1)
@@ -97,7 +97,7 @@ def _cosines(
     tried: Sequence[GroupList],
     settings: PassSettings,
 ) -> list[float]:
-    """Mean cosine of the last hidden states with the dense model's, for each of ``tried``."""
+    """Return, for each of ``tried``, the mean cosine of last hidden states with the dense ones."""
     dense, streams = Stream(windows), [Stream(windows) for _ in tried]
     layers = [LayerGroups(groups) for groups in tried]
     with WeightReader(layout.checkpoint, settings.device, settings.dtype) as reader:

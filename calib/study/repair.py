@@ -1,4 +1,4 @@
-"""A plan repaired: down_projs refitted to the channels that stay, where held-out text agrees."""
+"""Repair a plan: refit down_proj to the kept channels, if held-out text confirms it."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from calib.estimate import Prediction, WindowLengths, predict_repair
 from calib.streaming.ffn import ExpertKey, down_proj_tensors, file_matrices
 from calib.streaming.weights import TORCH_DTYPE, raw
 from calib.study.study import Study
-from calib.study.trial import Trial, Variant
+from calib.study.trial import RefitHook, Trial, Variant
 from surgery.apply.edits import kept_channels, layer_groups
 from surgery.errors import BudgetError, PlanError
 from surgery.families.schema import renumbered
@@ -31,17 +31,17 @@ WHAT = "least squares"
 def repair_plan(
     plan: Plan, study: Study, plan_path: Path, progress: Progress | None = None
 ) -> Plan:
-    """Refit what ``plan`` leaves of each down_proj into a file beside ``plan_path``.
+    """Refit the kept columns of each down_proj; write them to a file beside ``plan_path``.
 
     Raises:
-        BudgetError: it collapses layers.
+        BudgetError: the plan collapses layers.
         PlanError: as ``repair``.
     """
     if any(len(group) > 1 for group in plan.layers):
         raise BudgetError(
             "`repair`",
-            "does not go with collapsed layers: no text has passed them",
-            fix="leave it out, or let layers go instead",
+            "does not work with collapsed layers: no text has passed them",
+            fix="leave it out, or remove layers instead of collapsing them",
         )
     if plan.after.widths == plan.before.widths:
         return plan
@@ -57,38 +57,39 @@ def repair_plan(
 def repair(plan: Plan, study: Study, path: Path, progress: Advance = no_advance) -> Plan:
     """Refit the down_projs of ``plan`` in one pass; return the plan that uses them.
 
-    A matrix is used if it lowers the error of its output on windows that did not fit it, all of
-    them if they lower the bits of held-out text; else the plan says that they did not.
+    A matrix is used if it lowers the error of its output on windows that it was not fitted by. The
+    plan uses these matrices if together they lower the bits of held-out text. Otherwise it notes
+    that they do not help.
 
     Args:
-        plan: A complete plan for the model of ``study``, of which no layers are collapsed.
-        study: Text to fit by and to judge by, and where to compute.
-        path: File that the matrices are written to.
+        plan: A complete plan for the model of ``study``, without collapsed layers.
+        study: Text to fit by and to judge by, and compute settings.
+        path: File to write the matrices to.
         progress: Called with windows that have passed a layer.
 
     Raises:
-        PlanError: its weights stay in FP8, which refitted ones do not fit into.
+        PlanError: the plan keeps weights in FP8, which cannot hold refitted ones.
     """
-    material = study.text
-    layout, sizes = material.layout, plan.after.vocab_size
+    text = study.text
+    layout, vocab_size = text.layout, plan.after.vocab_size
     lengths = axis_lengths(layout, plan.after.widths)
     sources = [group[0] for group in layer_groups(plan, layout)]
     kept = dict(zip(sources, kept_channels(plan, layout), strict=True))
     plain = Variant(plan.ids(), lengths, kept=kept, layers=plan.layers)
-    reading = material.reading(sizes, refits=True)
-    encoded = material.encoded(sizes)
+    calibration_pass = text.calibration_pass(vocab_size, refits=True)
+    encoded = text.encoded(vocab_size)
     entries = _entries(plan, layout)
     with ReplacementWriter(path, entries) as writer:
-        sink = _Sink(layout, sources, entries, writer)
+        write = refit_hook(layout, sources, entries, writer)
         trials = [
-            Trial(plain, encoded, reading),
-            Trial(replace(plain, repair=True), encoded, reading, sink.write),
+            Trial(plain, encoded, calibration_pass),
+            Trial(replace(plain, repair=True), encoded, calibration_pass, write),
         ]
         bits = study.bits(trials, progress)
         before, after = (float(sum(window.sum() for window in each)) for each in bits)
         if after >= before:
             writer.discard()
-    nbytes = sum(len(text.encode("utf-8")) for text in material.heldout)
+    nbytes = sum(len(window.encode("utf-8")) for window in text.heldout)
     change = f"{before / nbytes:.4f} bits per byte of held-out text, {after / nbytes:.4f} repaired"
     made = writer.replacement(f"{WHAT}: {change}")
     refitted = f"{trials[1].refitted} matrices refitted by {WHAT}"
@@ -98,7 +99,7 @@ def repair(plan: Plan, study: Study, path: Path, progress: Advance = no_advance)
 
 
 def _entries(plan: Plan, layout: Layout) -> list[Entry]:
-    """Every down_proj of the output."""
+    """Return name, dtype and shape of every down_proj of the output."""
     sizes = Sizes(plan.after.vocab_size, plan.after.widths, plan.dequantize)
     found = []
     for number, group in enumerate(layer_groups(plan, layout)):
@@ -108,7 +109,7 @@ def _entries(plan: Plan, layout: Layout) -> list[Entry]:
             if dtype not in TORCH_DTYPE:
                 raise PlanError(
                     f"`repair`: {name}",
-                    "stays in FP8, which refitted weights do not fit into",
+                    "is kept in FP8, which cannot hold refitted weights",
                     fix="plan with `dequantize`, or without `repair`",
                 )
             found.append((renumbered(name, number), dtype, output_shape(layout, ref, sizes)))
@@ -116,37 +117,37 @@ def _entries(plan: Plan, layout: Layout) -> list[Entry]:
 
 
 def repair_cost(plan: Plan, study: Study) -> Prediction:
-    """Predict what ``repair`` takes."""
-    material, size = study.text, plan.after.vocab_size
-    windows = material.reading(size).streams[0].windows
-    every = [*windows, *windows, *material.encoded(size).windows, *material.encoded(size).windows]
-    lengths = WindowLengths.of(every)
-    return predict_repair(material.layout, plan.after.widths, lengths, study.settings)
+    """Predict the memory that ``repair`` takes."""
+    text, size = study.text, plan.after.vocab_size
+    windows = text.calibration_pass(size).streams[0].windows
+    heldout = text.encoded(size).windows
+    lengths = WindowLengths.of([*windows, *windows, *heldout, *heldout])
+    return predict_repair(text.layout, plan.after.widths, lengths, study.settings)
 
 
-class _Sink:
-    """Writes refitted matrices as the file lays them out."""
+def refit_hook(
+    layout: Layout, sources: Sequence[int], entries: Sequence[Entry], writer: ReplacementWriter
+) -> RefitHook:
+    """Return a hook that writes refitted matrices in the file's layout.
 
-    def __init__(
-        self,
-        layout: Layout,
-        sources: Sequence[int],
-        entries: Sequence[Entry],
-        writer: ReplacementWriter,
-    ) -> None:
-        self._layout = layout
-        self._numbers = {source: number for number, source in enumerate(sources)}
-        self._entries = {name: (dtype, shape) for name, dtype, shape in entries}
-        self._writer = writer
+    Args:
+        layout: The source.
+        sources: The source's layer that each output layer comes from.
+        entries: Name, dtype and shape of the tensors that ``writer`` can write.
+        writer: Writes the file.
+    """
+    numbers = {source: number for number, source in enumerate(sources)}
+    shapes = {name: (dtype, shape) for name, dtype, shape in entries}
 
-    def write(self, index: int, refitted: Mapping[ExpertKey, torch.Tensor]) -> None:
-        """Write the tensors of a layer that have been refitted."""
-        for name in down_proj_tensors(self._layout, index):
-            written = renumbered(name, self._numbers[index])
-            dtype, shape = self._entries[written]
+    def write(index: int, refitted: Mapping[ExpertKey, torch.Tensor]) -> None:
+        for name in down_proj_tensors(layout, index):
+            written = renumbered(name, numbers[index])
+            dtype, shape = shapes[written]
             tensor = torch.zeros(shape, dtype=TORCH_DTYPE[dtype])
-            views = file_matrices(self._layout, name, tensor)
+            views = file_matrices(layout, name, tensor)
             if views.keys() <= refitted.keys():
-                for place, view in views.items():
-                    view.copy_(refitted[place])
-                self._writer.add(written, raw(tensor))
+                for key, view in views.items():
+                    view.copy_(refitted[key])
+                writer.add(written, raw(tensor))
+
+    return write

@@ -1,4 +1,4 @@
-"""The best split of a target between vocabulary and FFN, by trying it, coarse to fine."""
+"""Find the best split of a ratio between vocabulary and FFN by trying pairs, coarse to fine."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from calib.study.study import Recipe, Study
+from calib.study.study import Candidate, Study
 from calib.study.table import Row, plot_pairs, table
 from surgery.errors import BudgetError
 from surgery.layout.layout import Layout
@@ -15,34 +15,34 @@ from surgery.planning.sizes import Sizes, check_sizes, pairs_at
 from surgery.process import Progress, stage
 
 MOST = 8
-"""Pairs tried at a time; each costs a forward."""
+"""Pairs that are tried in one pass; each costs a forward pass."""
 
 
 def coarse(pairs: Sequence[Sizes], also: Sizes, most: int = MOST) -> list[Sizes]:
-    """Return ``most`` of ``pairs`` at equal distances, both ends and ``also`` among them."""
-    places = np.linspace(0, len(pairs) - 1, min(most, len(pairs))).round().astype(int)
-    chosen = {int(place) for place in places}
+    """Return ``most`` of ``pairs`` at equal distances, with both ends, and ``also``."""
+    indices = np.linspace(0, len(pairs) - 1, min(most, len(pairs))).round().astype(int)
+    chosen = {int(index) for index in indices}
     if also in pairs:
         chosen.add(pairs.index(also))
-    return [pairs[place] for place in sorted(chosen)]
+    return [pairs[index] for index in sorted(chosen)]
 
 
 def fine(
     pairs: Sequence[Sizes], tried: Sequence[Sizes], best: Sizes, most: int = MOST
 ) -> list[Sizes]:
-    """Return up to ``most`` pairs that were not tried, between the neighbours of ``best``."""
-    place = tried.index(best)
-    low = pairs.index(tried[place - 1]) if place else 0
-    high = pairs.index(tried[place + 1]) if place + 1 < len(tried) else len(pairs) - 1
+    """Return up to ``most`` untried pairs between the neighbours of ``best``."""
+    index = tried.index(best)
+    low = pairs.index(tried[index - 1]) if index else 0
+    high = pairs.index(tried[index + 1]) if index + 1 < len(tried) else len(pairs) - 1
     between = [pair for pair in pairs[low : high + 1] if pair not in tried]
     return coarse(between, best, most) if between else []
 
 
 def parse_candidates(text: str, layout: Layout, main_width: str) -> list[Sizes]:
-    """Return the pairs in "V:I,V:I,…"; I' is that of ``main_width``, others shrink alike.
+    """Return the pairs in "V:I,V:I,…". I is the size of ``main_width``; other widths shrink alike.
 
     Raises:
-        BudgetError: not pairs of sizes that the model has.
+        BudgetError: they are no pairs of sizes, or not within the model's sizes.
     """
     found: list[Sizes] = []
     full = layout.widths[main_width]
@@ -67,15 +67,15 @@ def parse_candidates(text: str, layout: Layout, main_width: str) -> list[Sizes]:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The pairs that a search has tried."""
+    """The pairs that a search tried."""
 
     rows: Sequence[Row]
-    """One for each pair, by V'."""
+    """One for each pair, in order of V'."""
     best: Sizes
-    """Of the best score."""
+    """The pair with the best score."""
 
     def table(self) -> str:
-        """The rows as text for people; the best score is marked."""
+        """Return the rows as text for people; the best score is marked."""
         return table(self.rows)
 
     def plot(self, path: Path) -> None:
@@ -89,10 +89,10 @@ def search_pairs(
     candidates: str | None = None,
     progress: Progress | None = None,
 ) -> SearchResult:
-    """Try the pairs that meet the ratio asked for, or ``candidates`` such as "32768:864,…".
+    """Try the pairs that meet the requested ratio, or ``candidates`` such as "32768:864,…".
 
     Raises:
-        BudgetError: the ratio is out of reach, or the candidates are no sizes of the model.
+        BudgetError: the ratio is out of reach, or the candidates are not within the model's sizes.
     """
     layout, asked = study.text.layout, choice.request
     if candidates is None:
@@ -101,7 +101,7 @@ def search_pairs(
     else:
         pairs = parse_candidates(candidates, layout, main_width(layout))
     repair = asked.channels.repair != "none"
-    like = Recipe("", choice.sizes, asked.channels.criterion, repair=repair)
+    like = Candidate("", choice.sizes, asked.channels.criterion, repair=repair)
     found = try_pairs(study, pairs, like, MOST if candidates is None else len(pairs), progress)
     return replace(found, best=replace(found.best, dequantize=asked.sizes.dequantize))
 
@@ -109,24 +109,24 @@ def search_pairs(
 def try_pairs(
     study: Study,
     pairs: Sequence[Sizes],
-    like: Recipe,
+    like: Candidate,
     most: int = MOST,
     progress: Progress | None = None,
 ) -> SearchResult:
     """Try ``pairs`` coarse to fine, in two passes at most.
 
     Args:
-        study: The text, and what was tried on it.
-        pairs: All that meet the target, by V'.
-        like: How each is made; its own sizes are tried in any case if they are among the pairs.
+        study: The text, and compute settings.
+        pairs: All pairs that meet the target, in order of V'.
+        like: How the channels are chosen. Its own sizes are tried too if they are among the pairs.
         most: Pairs in a pass.
-        progress: Called with "search", windows × layers of a pass, and all of it.
+        progress: Called with "search", finished windows × layers of a pass, and their total.
     """
 
     def attempt(chosen: Sequence[Sizes]) -> list[tuple[Row, Sizes]]:
-        recipes = [replace(like, name=_name(sizes), sizes=sizes) for sizes in chosen]
-        advance = stage(progress, "search", study.windows(len(recipes)))
-        return list(zip(study.rows(recipes, advance), chosen, strict=True))
+        candidates = [replace(like, name=_name(sizes), sizes=sizes) for sizes in chosen]
+        advance = stage(progress, "search", study.windows(len(candidates)))
+        return list(zip(study.rows(candidates, advance), chosen, strict=True))
 
     first = coarse(pairs, like.sizes, most)
     tried = attempt(first)

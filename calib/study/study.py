@@ -1,4 +1,4 @@
-"""Cuts of one model tried on one text, all of a pass together, on identical held-out bytes."""
+"""Try candidates for a smaller model on one text, all in one pass, on the same held-out bytes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,129 +22,134 @@ from surgery.text.documents import TextOptions
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A way to make the model smaller."""
+class Candidate:
+    """Sizes of a smaller model, and how its channels are chosen."""
 
     name: str
     sizes: Sizes
     criterion: str = DEFAULT_CRITERION
     retokenize: bool = True
-    """Whether channels are chosen on text as the pruned tokenizer cuts it."""
+    """Whether the pruned tokenizer tokenizes the calibration text, instead of the source's own."""
     repair: bool = False
     """Whether down_proj is refitted."""
     samples: int | None = None
-    """Windows of calibration text; None is all there are."""
+    """Windows of calibration text; None is all of them."""
 
     def text(self, full: int) -> tuple[int, int | None]:
-        """Vocabulary that cuts the calibration text, of ``full`` if not its own, and windows."""
+        """Return V of the vocabulary that tokenizes the calibration text, and ``samples``.
+
+        ``full`` is the source's V.
+        """
         return self.sizes.vocab_size if self.retokenize else full, self.samples
 
 
 def open_study(
     layout: Layout, choice: SizeChoice, text: TextOptions, compute: ComputeOptions
 ) -> "Study":
-    """Divide a text and choose where to compute.
+    """Hold out a part of a text, and choose device and dtype.
 
     Raises:
         BudgetError: the model has no channels to choose.
         DataError: the text is too short.
     """
     check_channels(layout)
-    material = StudyText.split(layout, choice, text)
-    return Study(material, choose_settings(compute, layout.checkpoint))
+    study_text = StudyText.split(layout, choice, text)
+    return Study(study_text, choose_settings(compute, layout.checkpoint))
 
 
 @dataclass(eq=False)
 class Study:
-    """Recipes on their way to rows of a table."""
+    """Tries candidates on one text and returns rows of a table."""
 
     text: StudyText
     settings: PassSettings
     _dense: tuple[Encoded, list[np.ndarray]] | None = field(default=None, init=False)
     block_influence: np.ndarray | None = field(default=None, init=False)
-    """float64 ``[L]``, known once a recipe has been tried on text that the source's own tokenizer
-    cut."""
+    """float64 ``[L]``, known once a candidate was tried on text that the source's own tokenizer
+    tokenized."""
 
     def rows(
         self,
-        recipes: Sequence[Recipe],
+        candidates: Sequence[Candidate],
         progress: Advance = no_advance,
     ) -> list[Row]:
-        """Try ``recipes`` in one pass and compare each with the dense model."""
+        """Try ``candidates`` in one pass and compare each with the dense model."""
         layout = self.text.layout
-        dense = Recipe("dense", whole(layout))
-        everything = [*recipes] if self._dense else [*recipes, dense]
-        readings = self._readings(everything)
+        dense = Candidate("dense", whole(layout))
+        everything = [*candidates] if self._dense else [*candidates, dense]
+        passes = self._passes(everything)
         trials = [
-            self._trial(recipe, readings.get(recipe.text(layout.vocab_size)))
-            for recipe in everything
+            self._trial(candidate, passes.get(candidate.text(layout.vocab_size)))
+            for candidate in everything
         ]
         bits = self.bits(trials, progress)
         if self._dense is None:
             self._dense = trials[-1].heldout, bits[-1]
-        if (layout.vocab_size, None) in readings:
-            self.block_influence = readings[layout.vocab_size, None].block_influence
+        if (layout.vocab_size, None) in passes:
+            self.block_influence = passes[layout.vocab_size, None].block_influence
         return [
-            self._row(recipe, trial, found)
-            for recipe, trial, found in zip(recipes, trials, bits, strict=False)
+            self._row(candidate, trial, found)
+            for candidate, trial, found in zip(candidates, trials, bits, strict=False)
         ]
 
     def bits(
         self, trials: Sequence[Trial], progress: Advance = no_advance
     ) -> list[list[np.ndarray]]:
-        """Carry ``trials`` through the model, as ``try_all``."""
+        """Run ``trials`` as ``try_all`` does."""
         return try_all(self.text.layout, trials, self.settings, progress)
 
-    def windows(self, recipes: int) -> int:
-        """Windows × layers that ``rows`` reports for so many recipes."""
+    def windows(self, candidates: int) -> int:
+        """Return the windows × layers that ``rows`` reports for a number of candidates."""
         count = len(self.text.heldout) * self.text.layout.num_hidden_layers
-        return count * (recipes + (self._dense is None))
+        return count * (candidates + (self._dense is None))
 
-    def _readings(self, recipes: Sequence[Recipe]) -> dict[tuple[int, int | None], CalibrationPass]:
-        """One for each text that channels are chosen by."""
+    def _passes(
+        self, candidates: Sequence[Candidate]
+    ) -> dict[tuple[int, int | None], CalibrationPass]:
+        """Return one pass for each text that channels are chosen by."""
         layout, found = self.text.layout, {}
-        by_text: dict[tuple[int, int | None], list[Recipe]] = {}
-        for recipe in recipes:
-            if dict(recipe.sizes.widths) != dict(layout.widths):
-                by_text.setdefault(recipe.text(layout.vocab_size), []).append(recipe)
+        by_text: dict[tuple[int, int | None], list[Candidate]] = {}
+        for candidate in candidates:
+            if dict(candidate.sizes.widths) != dict(layout.widths):
+                by_text.setdefault(candidate.text(layout.vocab_size), []).append(candidate)
         for text, users in by_text.items():
             edges = [r.sizes.vocab_size for r in users if not r.retokenize]
             refits = any(r.repair for r in users)
-            found[text] = self.text.reading(*text, edges=edges, refits=refits)
+            found[text] = self.text.calibration_pass(*text, edges=edges, refits=refits)
         return found
 
-    def _trial(self, recipe: Recipe, reading: CalibrationPass | None) -> Trial:
-        layout, sizes = self.text.layout, recipe.sizes
+    def _trial(self, candidate: Candidate, calibration_pass: CalibrationPass | None) -> Trial:
+        layout, sizes = self.text.layout, candidate.sizes
         by_key = blocks(layout)
-        cut = Variant(
+        variant = Variant(
             self.text.ids(sizes.vocab_size),
             axis_lengths(layout, sizes.widths),
-            recipe.criterion,
+            candidate.criterion,
             {axis: by_key.get(width.key, 1) for axis, width in layout.family.widths.items()},
-            recipe.repair,
+            candidate.repair,
             sizes.layers,
         )
         if dict(sizes.widths) == dict(layout.widths):
-            reading = None
-        return Trial(cut, self.text.encoded(sizes.vocab_size), reading)
+            calibration_pass = None
+        return Trial(variant, self.text.encoded(sizes.vocab_size), calibration_pass)
 
-    def _row(self, recipe: Recipe, trial: Trial, found: Sequence[np.ndarray]) -> Row:
+    def _row(self, candidate: Candidate, trial: Trial, token_bits: Sequence[np.ndarray]) -> Row:
         assert self._dense is not None
-        layout, sizes = self.text.layout, recipe.sizes
+        layout, sizes = self.text.layout, candidate.sizes
         encoded, dense = self._dense
         alike, alike_dense, alike_bytes = 0.0, 0.0, 0
-        pairs = zip(trial.heldout.words, found, encoded.words, dense, strict=True)
+        pairs = zip(trial.heldout.words, token_bits, encoded.words, dense, strict=True)
         for words, bits, words_before, bits_before in pairs:
             same = words.alike(words_before)
             alike += float(words.bits(bits)[same].sum())
             alike_dense += float(words_before.bits(bits_before)[same].sum())
             alike_bytes += int(words.nbytes[same].sum())
         nbytes = sum(len(text.encode("utf-8")) for text in self.text.heldout)
-        total, total_dense = (float(sum(map(np.sum, each))) for each in (found, dense))
-        left = layout.with_layers(sizes.layers)
-        parameters = left.parameters(sizes.vocab_size, sizes.widths)
+        total, total_dense = (float(sum(map(np.sum, each))) for each in (token_bits, dense))
+        smaller = layout.with_layers(sizes.layers)
+        parameters = smaller.parameters(sizes.vocab_size, sizes.widths)
         return Row(
-            name=recipe.name,
+            name=candidate.name,
             vocab_size=sizes.vocab_size,
             widths=dict(sizes.widths),
             num_hidden_layers=len(sizes.layers) or layout.num_hidden_layers,

@@ -1,4 +1,4 @@
-"""Cuts side by side: rows of a table, and its pictures."""
+"""Rows that compare pruned models, as a table and as pictures."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -8,25 +8,26 @@ from typing import Any
 from surgery.plot import saved_figure
 
 FFN_CRITERIA = ("random", "abs-act", "act2", "wanda", "l2")
-"""Criteria that are compared with the vocabulary whole."""
+"""Criteria that are compared with the whole vocabulary kept."""
 
 LAYER_METHODS = ("shortgpt", "laco")
 
 METHODS = (*FFN_CRITERIA, *LAYER_METHODS, "vocabulary", "compact", "search")
-"""What can be compared."""
+"""All methods that can be compared."""
 
 BLEND = 2 / 3
-"""What the loss over all bytes counts in a score, that on words cut alike counting the rest.
+"""Weight of the loss over all bytes in a score; the loss on words tokenized alike has the rest.
 
-On the task files of this project (``tools/tasks``) SmolLM2-135M lost 2.4 points of accuracy for
-each per cent of bits lost by channels alone, where both losses are the same, and 1.6 for each that
-its vocabulary alone cost, where words cut alike cost nothing.
+On the task files of this project (``tools/tasks``), SmolLM2-135M lost 2.4 points of accuracy for
+each per cent of bits that pruning channels alone cost; there both losses are the same. It lost 1.6
+points for each per cent that pruning the vocabulary alone cost; there words tokenized alike cost
+nothing.
 """
 
 
 @dataclass(frozen=True)
 class Row:
-    """One cut and what it does to held-out text."""
+    """A pruned model, and how many bits held-out text takes."""
 
     name: str
     vocab_size: int
@@ -35,23 +36,23 @@ class Row:
     num_hidden_layers: int
     parameters: int
     removed: float
-    """Parts of all parameters."""
+    """Removed share of all parameters."""
     bits_per_byte: float
     """Over all bytes."""
     loss: float
-    """Bits over those of the dense model, less 1."""
+    """Bits divided by those of the dense model, minus 1."""
     alike_loss: float
-    """The same on the words that both vocabularies cut alike."""
+    """The same on words that both vocabularies tokenize alike."""
     alike_share: float
-    """Their bytes, of all."""
+    """Share of these words in all bytes."""
 
     @property
     def score(self) -> float:
-        """What a search minimizes."""
+        """The number that a search minimizes."""
         return BLEND * self.loss + (1 - BLEND) * self.alike_loss
 
     def facts(self) -> dict[str, Any]:
-        """Everything, for JSON."""
+        """Return all fields and the score, for JSON."""
         return asdict(self) | {"score": self.score}
 
 
@@ -75,7 +76,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def plot_pairs(rows: Sequence[Row], path: Path) -> None:
-    """Draw the loss of each pair over its V', for all bytes and for words cut alike.
+    """Draw the loss of each pair over its V', for all bytes and for words tokenized alike.
 
     Raises:
         OutputError: as ``saved_figure``.
@@ -87,7 +88,7 @@ def plot_pairs(rows: Sequence[Row], path: Path) -> None:
         axes = figure.subplots()
         for label, values in (
             ("all bytes", [row.loss for row in ordered]),
-            ("words cut alike", [row.alike_loss for row in ordered]),
+            ("words tokenized alike", [row.alike_loss for row in ordered]),
             ("score", [row.score for row in ordered]),
         ):
             axes.plot(sizes, [100 * value for value in values], marker="o", label=label)
@@ -102,7 +103,7 @@ def plot_pairs(rows: Sequence[Row], path: Path) -> None:
 
 
 def plot_methods(found: Mapping[float, Sequence[Row]], path: Path) -> None:
-    """Draw the loss of each method, a group of bars for each ratio.
+    """Draw the loss of each method, with one bar for each ratio.
 
     Raises:
         OutputError: as ``saved_figure``.
@@ -112,12 +113,14 @@ def plot_methods(found: Mapping[float, Sequence[Row]], path: Path) -> None:
         axes = figure.subplots()
         height = 0.8 / len(found)
         for group, (ratio, rows) in enumerate(found.items()):
-            places = [names.index(row.name) + group * height for row in rows]
+            positions = [names.index(row.name) + group * height for row in rows]
             losses = [100 * row.loss for row in rows]
-            bars = axes.barh(places, losses, height, label=f"{ratio:.0%} of the parameters gone")
+            bars = axes.barh(
+                positions, losses, height, label=f"{ratio:.0%} of the parameters removed"
+            )
             axes.bar_label(bars, fmt="%+.1f", padding=3, fontsize=8)
         middle = height * (len(found) - 1) / 2
-        axes.set_yticks([place + middle for place in range(len(names))], names)
+        axes.set_yticks([position + middle for position in range(len(names))], names)
         axes.invert_yaxis()
         worst = max(100 * row.loss for rows in found.values() for row in rows)
         axes.set(xlabel="bits per byte of held-out text, over the dense model's (%)")
@@ -126,7 +129,7 @@ def plot_methods(found: Mapping[float, Sequence[Row]], path: Path) -> None:
 
 
 def plot_samples(rows: Mapping[int, Row], path: Path) -> None:
-    """Draw the loss over the windows of calibration text (paper figure 3).
+    """Draw the loss over the number of calibration windows (paper figure 3).
 
     Raises:
         OutputError: as ``saved_figure``.

@@ -1,4 +1,4 @@
-"""The text that all cuts of a study share: what they are chosen by, and scored on."""
+"""The text of a study: one part to choose channels by, one held-out part to score on."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from calib.refit import Gram
+from calib.refit import GramSums
 from calib.scoring.score import first_token
 from calib.statistics.sums import ChannelSums, cosine_sum, weight_norms
 from calib.streaming.batches import ChannelHook, LayerHooks, Stream, Tokens
@@ -26,20 +26,20 @@ from surgery.tokenizer.tokenizer_file import TokenizerFile, load_tokenizer, prun
 from surgery.vocabulary.order import Rarity
 
 GATE_EVERY = 8
-"""One window in so many decides whether a refitted down_proj is used; the others fit it."""
+"""One of so many windows judges whether a refitted down_proj is used; the others fit it."""
 
 
 def has_one_ffn(ffn_modules: Sequence[FfnModule]) -> bool:
-    """Whether a layer has one FFN that all tokens see.
+    """Whether a layer has a single FFN, through which all tokens pass.
 
-    Such a layer is refitted on what the layers before it have become; experts, and FFNs beside one
-    another, on what the dense model gives them.
+    Such an FFN is refitted on the hidden states of the pruned layers before it. Experts, and
+    several FFNs in one layer, are refitted on those of the dense model.
     """
     return len(ffn_modules) == 1 and not ffn_modules[0].routed
 
 
 class CalibrationPass:
-    """Windows as one vocabulary cuts them; what they show is kept for one layer at a time."""
+    """Windows that run through the dense model, and their statistics of one layer at a time."""
 
     def __init__(
         self,
@@ -50,15 +50,15 @@ class CalibrationPass:
         *,
         refits: bool = False,
     ) -> None:
-        """Take ``windows`` of ids of the source.
+        """Take ``windows`` of the source's ids.
 
         Args:
             layout: The model.
             windows: Token ids.
             bucket_of: int64 ``[V]``, the bucket of each token.
             edges: Ranks of rarity at which buckets end, ascending; the last is V.
-            refits: Whether some windows are to judge refitted matrices, and Gram matrices are
-                taken in layers that do not have one FFN.
+            refits: Whether down_proj will be refitted. Then some windows only judge the result, and
+                Gram matrices are taken in layers that do not have a single FFN.
         """
         self._layout = layout
         self._buckets = torch.from_numpy(bucket_of)
@@ -70,17 +70,17 @@ class CalibrationPass:
         self.sums: dict[str, AxisSums] = {}
         self.cosines: list[float] = []
         """Per layer passed, Σ cos(x_in, x_out) over the tokens."""
-        self.grams: list[dict[ExpertKey, Gram]] = []
-        """For fitting, and for the gate where the text is long enough to have one."""
+        self.grams: list[dict[ExpertKey, GramSums]] = []
+        """Those to fit by, then those to judge by if the text has enough windows."""
 
     def weights(self, vocab_size: int) -> np.ndarray:
-        """float64 ``[buckets]``: 1 for tokens that stay at V' (paper eq. 5), one of the edges."""
-        if len(self._edges) == 1:  # all tokens that there are stay
+        """Return float64 ``[buckets]``: 1 for tokens kept at V' (paper eq. 5), which is an edge."""
+        if len(self._edges) == 1:  # all tokens that occur are kept
             return np.ones(1)
         return (self._edges <= vocab_size).astype(np.float64)
 
     def measure(self, decoder: StreamedDecoder, index: int) -> None:
-        """Carry the windows through a layer and take ``sums`` and ``grams`` of it."""
+        """Run the windows through a layer and take its ``sums`` and ``grams``."""
         layout, device = self._layout, decoder.reader.device
         norms = weight_norms(decoder.layer(index), decoder.ffn_modules(index))
         sums = {
@@ -91,12 +91,12 @@ class CalibrationPass:
         self.grams = [{} for _ in self.streams if needed]
         self.cosines.append(0.0)
         for stream, grams in zip_longest(self.streams, self.grams):
-            hooks = LayerHooks(self._hook(sums, grams), self._compare)
+            hooks = LayerHooks(self._hook(sums, grams), self._add_cosines)
             decoder.run(index, stream, hooks)
         self.sums = {axis: each.numbers(norms[axis]) for axis, each in sums.items()}
 
     def forget(self) -> None:
-        """Free what the layer has shown."""
+        """Free the statistics of the layer."""
         self.sums, self.grams = {}, []
 
     @property
@@ -104,45 +104,45 @@ class CalibrationPass:
         """float64 ``[L]``: 1 − mean cosine (ShortGPT, arXiv 2403.03853)."""
         return 1 - np.array(self.cosines) / sum(stream.tokens for stream in self.streams)
 
-    def _compare(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
+    def _add_cosines(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
         self.cosines[-1] += cosine_sum(before, after)
 
     def _hook(
-        self, sums: dict[str, ChannelSums], grams: dict[ExpertKey, Gram] | None
+        self, sums: dict[str, ChannelSums], grams: dict[ExpertKey, GramSums] | None
     ) -> ChannelHook:
-        """What adds up activations to ``sums``, and to ``grams`` where there are some."""
+        """Return a hook that adds activations to ``sums``, and to ``grams`` if given."""
 
-        def see(layer: int, axis: str, expert: int, tokens: Tokens, act: torch.Tensor) -> None:
+        def add(layer: int, axis: str, expert: int, tokens: Tokens, act: torch.Tensor) -> None:
             sums[axis].add(expert, tokens, self._buckets[tokens.ids], act)
             if grams is None:
                 return
             if (axis, expert) not in grams:
-                grams[axis, expert] = Gram(act.shape[1], act.device)
+                grams[axis, expert] = GramSums(act.shape[1], act.device)
             grams[axis, expert].add(act)
 
-        return see
+        return add
 
 
 WINDOW_BYTES = 2048
-"""Of a window of held-out text."""
+"""Bytes of a window of held-out text."""
 
 
 @dataclass(frozen=True, eq=False)
 class StudyText:
-    """Text in two parts, cut by whichever vocabulary is asked for."""
+    """Calibration text and held-out text, which any size of the vocabulary can tokenize."""
 
     layout: Layout
     rarity: Rarity
     tokenizer: TokenizerFile | None
-    """None where the vocabulary stays whole."""
+    """None if the whole vocabulary is kept."""
     calibration: Iterable[str]
-    """Documents."""
+    """Documents to choose channels by."""
     heldout: Sequence[str]
-    """Windows of text."""
+    """Windows of text to score on."""
     samples: int
-    """Windows of calibration text, at most."""
+    """Most windows of calibration text."""
     seq_len: int
-    _cut: dict[int, tuple[Any, np.ndarray]] = field(default_factory=dict, init=False)
+    _tokenizers: dict[int, tuple[Any, np.ndarray]] = field(default_factory=dict, init=False)
     _heldout: dict[int, Encoded] = field(default_factory=dict, init=False)
 
     @classmethod
@@ -152,29 +152,29 @@ class StudyText:
         choice: SizeChoice,
         text: TextOptions,
     ) -> "StudyText":
-        """Hold out every fourth block of ``text``, at most ``text.windows`` windows of it.
+        """Hold out every fourth block of ``text``, and use at most ``text.windows`` windows of it.
 
         Raises:
-            DataError: the text is too short for that.
+            DataError: the text is too short.
         """
-        kept, held = split_documents(documents_of(layout, text))
-        texts = byte_windows(held, text.windows, WINDOW_BYTES)
+        calibration, heldout = split_documents(documents_of(layout, text))
+        windows = byte_windows(heldout, text.windows, WINDOW_BYTES)
         rarity, tokenizer = choice.rarity, choice.tokenizer
-        return cls(layout, rarity, tokenizer, kept, texts, text.samples, text.seq_len)
+        return cls(layout, rarity, tokenizer, calibration, windows, text.samples, text.seq_len)
 
     def ids(self, vocab_size: int) -> IdMap:
-        """The map to the ``vocab_size`` most common tokens."""
+        """Return the map to the ``vocab_size`` most common tokens."""
         return self.rarity.id_map(vocab_size)
 
     def encoded(self, vocab_size: int) -> Encoded:
-        """The held-out text as a vocabulary of this size cuts it."""
+        """Return the held-out text, tokenized by the vocabulary of this size."""
         if vocab_size not in self._heldout:
             tokenizer, old_ids = self._tokenizer(vocab_size)
             first = first_token(self.layout)
             self._heldout[vocab_size] = Encoded.of(self.heldout, tokenizer, old_ids, first)
         return self._heldout[vocab_size]
 
-    def reading(
+    def calibration_pass(
         self,
         vocab_size: int,
         samples: int | None = None,
@@ -182,9 +182,13 @@ class StudyText:
         edges: Sequence[int] = (),
         refits: bool = False,
     ) -> CalibrationPass:
-        """The calibration text as a vocabulary of this size cuts it, at most ``samples`` windows.
+        """Return a pass over the calibration text, tokenized by the vocabulary of this size.
 
-        ``edges`` are sizes V' for which the source's own tokens are counted apart (paper eq. 5).
+        Args:
+            vocab_size: Rows of the vocabulary.
+            samples: Most windows; None is ``self.samples``.
+            edges: Sizes V' for which the statistics are to be exact (paper eq. 5).
+            refits: Whether down_proj will be refitted.
         """
         tokenizer, old_ids = self._tokenizer(vocab_size)
         count = min(samples or self.samples, self.samples)
@@ -196,12 +200,12 @@ class StudyText:
         )
 
     def _tokenizer(self, vocab_size: int) -> tuple[Any, np.ndarray]:
-        """The library's tokenizer and the source's id of each of its ids."""
-        if vocab_size not in self._cut:
+        """Return the library's tokenizer, and the source's id for each of its ids."""
+        if vocab_size not in self._tokenizers:
             ids = self.ids(vocab_size)
             if self.tokenizer is None or ids.identity:
                 every = np.arange(self.layout.vocab_size + self.rarity.rowless)
-                self._cut[vocab_size] = load_tokenizer(self.layout.checkpoint.path), every
+                self._tokenizers[vocab_size] = load_tokenizer(self.layout.checkpoint.path), every
             else:
-                self._cut[vocab_size] = prune_tokenizer(self.tokenizer, ids)
-        return self._cut[vocab_size]
+                self._tokenizers[vocab_size] = prune_tokenizer(self.tokenizer, ids)
+        return self._tokenizers[vocab_size]

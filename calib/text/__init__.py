@@ -1,1 +1,1 @@
-"""Text as windows: of tokens for calibration, of bytes for scores."""
+"""Windows of text: of tokens for calibration, of bytes for scores."""

@@ -1,4 +1,4 @@
-"""Chats as text, by the model's own chat template."""
+"""Turn chats into text with the model's own chat template."""
 
 from collections.abc import Iterable
 from functools import cached_property
@@ -14,7 +14,7 @@ from surgery.tokenizer.tokenizer_file import load_tokenizer
 
 
 def documents_of(layout: Layout, text: TextOptions) -> Iterable[str]:
-    """The documents of a text, chats as the model's own template writes them.
+    """Return the documents of a text, with chats rendered by the model's own template.
 
     Raises:
         DataError: as ``read_documents``.
@@ -25,15 +25,15 @@ def documents_of(layout: Layout, text: TextOptions) -> Iterable[str]:
 class ChatTemplate:
     """Renders messages as transformers' ``apply_chat_template`` does, without tokenizing.
 
-    The template is data: transformers runs it in jinja2's sandbox. Code of the checkpoint is never
-    run. Nothing is loaded before the first chat comes.
+    transformers runs the template in jinja2's sandbox. Code of the checkpoint is never run. Nothing
+    is loaded before the first chat.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
     def __call__(self, chat: Chat) -> str:
-        """Return ``chat`` as text, without what the post-processor puts around any text.
+        """Return ``chat`` as text, without the special tokens that the post-processor adds.
 
         Raises:
             TokenizerError: the model has no chat template.
@@ -62,14 +62,14 @@ class ChatTemplate:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        """The library's tokenizer, which has a template."""
+        """The library's tokenizer, with a chat template."""
         from transformers import AutoTokenizer
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 self._directory, trust_remote_code=False, local_files_only=True
             )
-        except Exception as error:  # whatever a foreign tokenizer's files make the library raise
+        except Exception as error:  # a tokenizer's files can make the library raise anything
             raise TokenizerError(
                 self._directory,
                 "transformers cannot load this tokenizer, whose chat template the text needs",
@@ -89,7 +89,7 @@ class ChatTemplate:
 
     @cached_property
     def _around(self) -> tuple[str, str]:
-        """Text of the special tokens that every window gets."""
+        """Text of the special tokens before and after every window."""
         tokenizer = load_tokenizer(self._directory)
         before, after = (
             "".join(tokenizer.id_to_token(token) or "" for token in ids)

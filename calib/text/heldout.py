@@ -1,4 +1,4 @@
-"""One text in two parts, what is calibrated on and what is scored, and its words."""
+"""Split a text into a calibration part and a held-out part, and tokens into words."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from surgery.text.documents import mixture, parts_of
 
 WORD = re.compile(r"\s*\S+|\s+")
-"""A word with the white space before it."""
+"""A word and the white space before it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,15 +18,15 @@ class Words:
     """The tokens of a text, word by word."""
 
     ids: list[tuple[int, ...]]
-    """Per word its tokens, as ids of the source's vocabulary."""
+    """The tokens of each word, as ids of the source's vocabulary."""
     of_token: np.ndarray
-    """int64 ``(tokens,)``: the word in which each token begins."""
+    """int64 ``(tokens,)``: index of the word in which each token begins."""
     nbytes: np.ndarray
-    """int64 ``(words,)``: bytes of UTF-8."""
+    """int64 ``(words,)``: UTF-8 bytes of each word."""
 
     @classmethod
     def of(cls, text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> "Words":
-        """Sort the tokens of ``text`` into words; ``offsets`` are in characters."""
+        """Assign the tokens of ``text`` to words; ``offsets`` are in characters."""
         spans = [match.span() for match in WORD.finditer(text)]
         starts = np.array([start for start, _ in spans], dtype=np.int64)
         begins = np.array([begin for begin, _ in offsets], dtype=np.int64)
@@ -38,29 +38,29 @@ class Words:
         return cls([tuple(word) for word in found], of_token, np.array(nbytes, dtype=np.int64))
 
     def alike(self, other: "Words") -> np.ndarray:
-        """bool ``(words,)``: which ones ``other``, of the same text, cuts into the same tokens."""
+        """Return bool ``(words,)``: whether ``other``, of the same text, has the same tokens."""
         return np.array([a == b for a, b in zip(self.ids, other.ids, strict=True)], dtype=bool)
 
     def bits(self, of_tokens: np.ndarray) -> np.ndarray:
-        """float64 ``(words,)``: the bits of each word's tokens together."""
+        """Return float64 ``(words,)``: the sum of the bits of each word's tokens."""
         return np.bincount(self.of_token, weights=of_tokens, minlength=len(self.ids))
 
 
 BLOCK_CHARACTERS = 1 << 14
-"""Of a document that stay together, so that calibration still finds long windows."""
+"""Characters of a block. Blocks are long, so that calibration still finds long windows."""
 
 EVERY = 4
-"""One block in so many is held out."""
+"""One of so many blocks is held out."""
 
 LEAST_BLOCKS = 8
-"""Into which a text is divided; those of a short one are shorter."""
+"""A text has at least so many blocks; a short text has shorter blocks."""
 
 
 def split_documents(documents: Iterable[str]) -> tuple[Iterable[str], Iterable[str]]:
-    """Return documents to calibrate on and documents held out, every fourth block of the text.
+    """Return documents to calibrate on, and held-out documents: every fourth block of the text.
 
-    What of a document lies between two held-out blocks stays together. Of several sources each
-    is divided, and both results have their weights.
+    The blocks of a document between two held-out ones stay one document. Each of several sources is
+    divided, and both results keep the sources' weights.
     """
     parts = [(list(part), weight) for part, weight in parts_of(documents)]
     total = sum(len(document) for whole, _ in parts for document in whole)
@@ -94,17 +94,24 @@ def _split(whole: Sequence[str], length: int) -> tuple[list[str], list[str]]:
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """Texts as one vocabulary cuts them."""
+    """Texts tokenized by one vocabulary."""
 
     windows: list[np.ndarray]
-    """int64, ids of the source's vocabulary, a first token before each text."""
+    """int64 ids of the source's vocabulary; each window begins with the first token."""
     words: list[Words]
 
     @classmethod
     def of(
         cls, texts: Sequence[str], tokenizer: Tokenizer, old_ids: np.ndarray, first: int
     ) -> "Encoded":
-        """Cut ``texts``; ``old_ids`` say what the tokenizer's ids are in the source."""
+        """Tokenize ``texts``.
+
+        Args:
+            texts: One for each window.
+            tokenizer: Of the vocabulary.
+            old_ids: int64, the tokenizer's id → the source's id.
+            first: Id that begins each window, such as bos.
+        """
         windows, words = [], []
         for text in texts:
             encoding = tokenizer.encode(text, add_special_tokens=False)

@@ -1,4 +1,4 @@
-"""Documents → windows: of tokens for calibration, of bytes for scores."""
+"""Split documents into windows: of tokens for calibration, of bytes for scores."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,22 +14,22 @@ from surgery.files.model_files import TOKENIZER_NAME
 from surgery.text.documents import interleave, parts_of
 
 PIECE_CHARACTERS = 1 << 18
-"""Encoded at a time: their tokens take some 30 MB."""
+"""Characters that are encoded at a time; their tokens take some 30 MB."""
 OVERLAPS = (1 << 12, 1 << 15)
-"""Characters of a piece that the next one begins with; the second where the first do not do."""
+"""Characters that two pieces share. The second number is used where the first is too small."""
 AGREEING = 16
-"""Tokens on which two pieces must agree where one takes over from the other."""
+"""Consecutive tokens on which two pieces must agree where one takes over from the other."""
 
-Token = tuple[int, tuple[int, int]]
-"""Id, and place in the document in characters."""
+TokenSpan = tuple[int, tuple[int, int]]
+"""Id, and start and end in the document, in characters."""
 
 
 def token_ids(tokenizer: Tokenizer, text: str) -> Iterator[list[int]]:
-    """Yield the ids of ``text`` in order, in parts, without what the post-processor adds.
+    """Yield the ids of ``text`` in order, in parts, without the post-processor's special tokens.
 
     A text of several pieces is encoded with overlaps. The next piece takes over in the middle of
-    tokens on which both agree, so that no border of a piece shows. Only where they never agree,
-    such as in one letter repeated for pages, the piece's border stays.
+    tokens on which both agree, so that the ids are those of the whole text. Where they never agree,
+    such as in one letter repeated for pages, a token ends at the piece's border.
     """
     tokens = _encode(tokenizer, text, 0)
     stop = PIECE_CHARACTERS
@@ -37,19 +37,19 @@ def token_ids(tokenizer: Tokenizer, text: str) -> Iterator[list[int]]:
         for overlap in OVERLAPS:
             start = stop - overlap
             following = _encode(tokenizer, text, start)
-            meeting = _meeting(tokens, following, start)
-            if meeting is not None:
+            handover = _handover(tokens, following, start)
+            if handover is not None:
                 break
         else:
-            start, meeting = stop, (len(tokens), 0)
+            start, handover = stop, (len(tokens), 0)
             following = _encode(tokenizer, text, start)
-        yield [token for token, _ in tokens[: meeting[0]]]
-        tokens = following[meeting[1] :]
+        yield [token for token, _ in tokens[: handover[0]]]
+        tokens = following[handover[1] :]
         stop = start + PIECE_CHARACTERS
     yield [token for token, _ in tokens]
 
 
-def _encode(tokenizer: Tokenizer, text: str, start: int) -> list[Token]:
+def _encode(tokenizer: Tokenizer, text: str, start: int) -> list[TokenSpan]:
     encoding = tokenizer.encode(text[start : start + PIECE_CHARACTERS], add_special_tokens=False)
     return [
         (token, (start + begin, start + end))
@@ -57,32 +57,35 @@ def _encode(tokenizer: Tokenizer, text: str, start: int) -> list[Token]:
     ]
 
 
-def _meeting(tokens: list[Token], following: list[Token], start: int) -> tuple[int, int] | None:
-    """How many of ``tokens`` come first, and how many of ``following`` they replace."""
+def _handover(
+    tokens: list[TokenSpan], following: list[TokenSpan], start: int
+) -> tuple[int, int] | None:
+    """Return how many of ``tokens`` to use, and how many of ``following`` to skip; None if the two
+    do not agree."""
     first = len(tokens)
     while first and tokens[first - 1][1][0] >= start:
         first -= 1
-    places = {token: place for place, token in enumerate(tokens[first:], first)}
+    index_of = {token: index for index, token in enumerate(tokens[first:], first)}
     run, before = 0, -2
-    for place, token in enumerate(following):
-        at = places.get(token)
+    for index, token in enumerate(following):
+        at = index_of.get(token)
         run = 0 if at is None else run + 1 if at == before + 1 else 1
         before = -2 if at is None else at
         if run == AGREEING:
-            return before + 1 - run // 2, place + 1 - run // 2
+            return before + 1 - run // 2, index + 1 - run // 2
     return None
 
 
 Item = TypeVar("Item")
 
 MOST_SHORT = 64
-"""For each window asked for, so many short documents are read in search of longer ones."""
+"""Short documents that are read per requested window, in search of longer ones."""
 
 
 class _Window(NamedTuple):
     source: int
-    place: int
-    """Among the windows of its source, in the order of the text."""
+    position: int
+    """Its position among the windows of its source, in the order of the text."""
     ids: list[int]
 
 
@@ -91,18 +94,20 @@ def token_windows(
 ) -> list[np.ndarray]:
     """Return at most ``samples`` windows, int64 ``[at most seq_len]`` each, in the text's order.
 
-    A document is cut into full windows and a rest, which is a window of its own length. What the
-    tokenizer's post-processor puts around a text goes around every window, within ``seq_len``.
+    A document is split into full windows and a rest, which is a shorter window. The special tokens
+    that the tokenizer's post-processor adds to a text are added to every window, within
+    ``seq_len``.
 
-    The windows of documents that fill at least one come first, in order. Only the places that they
-    leave go to documents shorter than a window, in order, too. So a short document is used where
-    the text has no longer one for its place. Reading ends when there are ``samples`` windows of
-    longer documents, with the text, or after ``MOST_SHORT · samples`` short documents.
+    Documents that fill at least one window are used first, in order. Shorter documents are used, in
+    order, only if the longer ones give fewer than ``samples`` windows. Reading ends after
+    ``samples`` windows of longer documents, after ``MOST_SHORT · samples`` short documents, or with
+    the text.
 
-    Several sources take turns by weight, each by this rule. What one cannot give, the others do.
+    Several sources take turns by weight, each by this rule. If one has too little text, the others
+    give more.
 
     Raises:
-        DataError: there is no room for text in a window.
+        DataError: a window has no room for text.
     """
     before, after = special_ids(tokenizer)
     room = seq_len - len(before) - len(after)
@@ -122,7 +127,7 @@ def token_windows(
     for window in islice(interleave(sources, _one), samples):
         chosen[window.source].append(window)
     in_order = [
-        (sorted(windows, key=lambda window: window.place), weight)
+        (sorted(windows, key=lambda window: window.position), weight)
         for windows, (_, weight) in zip(chosen, sources, strict=True)
     ]
     return [np.array([*before, *window.ids, *after]) for window in interleave(in_order, _one)]
@@ -131,31 +136,31 @@ def token_windows(
 def _ranked(
     source: int, documents: Iterable[str], tokenizer: Tokenizer, samples: int, room: int
 ) -> Iterator[_Window]:
-    """Yield the windows of documents that fill one, then those of at most ``samples`` others."""
-    place, passed = 0, 0
+    """Yield the windows of documents that fill one, then at most ``samples`` short documents."""
+    position, passed = 0, 0
     short: list[_Window] = []
     for document in documents:
-        windows = _cut(token_ids(tokenizer, document), room)
+        windows = _split_tokens(token_ids(tokenizer, document), room)
         first = next(windows, None)
         if first is None:
             continue
-        place += 1
+        position += 1
         if len(first) == room:
-            yield _Window(source, place, first)
+            yield _Window(source, position, first)
             for ids in windows:
-                place += 1
-                yield _Window(source, place, ids)
+                position += 1
+                yield _Window(source, position, ids)
             continue
         passed += 1
         if passed <= samples:
-            short.append(_Window(source, place, first))
+            short.append(_Window(source, position, first))
         if passed == MOST_SHORT * samples:
             break
     yield from short
 
 
-def _cut(parts: Iterable[list[int]], room: int) -> Iterator[list[int]]:
-    """Cut one document's ids into windows of ``room``, and a rest."""
+def _split_tokens(parts: Iterable[list[int]], room: int) -> Iterator[list[int]]:
+    """Split one document's ids into windows of ``room`` tokens and a rest."""
     rest: list[int] = []
     for part in parts:
         rest += part
@@ -175,14 +180,14 @@ def check_windows(windows: Sequence[np.ndarray]) -> None:
     """Refuse a text without a token.
 
     Raises:
-        DataError: that.
+        DataError: there is no window.
     """
     if not windows:
         raise DataError("`data`", "has no text", expected="at least one token", fix="give a text")
 
 
 def shortfall(windows: Sequence[np.ndarray], samples: int, seq_len: int) -> str | None:
-    """Say that the windows have fewer tokens than were asked for, if so."""
+    """Return a note if the windows have fewer tokens than ``samples`` × ``seq_len``."""
     tokens, asked = sum(map(len, windows)), samples * seq_len
     if tokens >= asked:
         return None
@@ -195,11 +200,11 @@ def shortfall(windows: Sequence[np.ndarray], samples: int, seq_len: int) -> str 
 def byte_windows(documents: Iterable[str], samples: int, window_bytes: int) -> list[str]:
     """Return the first ``samples`` windows of at most ``window_bytes`` bytes of UTF-8.
 
-    Windows end at a character's boundary, never cross a document, and leave nothing out. Several
-    sources take turns by weight.
+    Windows end between characters, never cross a document, and leave nothing out. Several sources
+    take turns by weight.
 
     Raises:
-        DataError: no text, or windows shorter than a character can be.
+        DataError: there is no text, or a window is too short for one character.
     """
     if window_bytes < 4:
         raise DataError(
@@ -210,7 +215,7 @@ def byte_windows(documents: Iterable[str], samples: int, window_bytes: int) -> l
             fix="choose a longer window",
         )
     sources = [
-        ((text for document in part for text in _cut_bytes(document, window_bytes)), weight)
+        ((text for document in part for text in _split_bytes(document, window_bytes)), weight)
         for part, weight in parts_of(documents)
     ]
     windows = list(islice(interleave(sources, _one), samples))
@@ -219,7 +224,7 @@ def byte_windows(documents: Iterable[str], samples: int, window_bytes: int) -> l
     return windows
 
 
-def _cut_bytes(document: str, window_bytes: int) -> Iterator[str]:
+def _split_bytes(document: str, window_bytes: int) -> Iterator[str]:
     raw, start = document.encode("utf-8"), 0
     while start < len(raw):
         stop = min(start + window_bytes, len(raw))
@@ -230,7 +235,7 @@ def _cut_bytes(document: str, window_bytes: int) -> Iterator[str]:
 
 
 def digest(windows: Iterable[np.ndarray]) -> str:
-    """SHA-256 over the windows' token ids and lengths."""
+    """Return the SHA-256 of the windows' token ids and lengths."""
     result = hashlib.sha256()
     for window in windows:
         result.update(len(window).to_bytes(8, "little"))
@@ -240,7 +245,7 @@ def digest(windows: Iterable[np.ndarray]) -> str:
 
 @dataclass(frozen=True)
 class Part:
-    """Every ``of``-th window, from the ``number``-th on."""
+    """Every ``of``-th window, starting with the ``number``-th."""
 
     number: int
     """1 to ``of``."""
@@ -251,7 +256,7 @@ class Part:
         """Read "2/4".
 
         Raises:
-            DataError: no such part.
+            DataError: ``text`` is no part.
         """
         words = text.split("/")
         if len(words) == 2 and all(word.isascii() and word.isdigit() for word in words):
@@ -263,10 +268,10 @@ class Part:
         )
 
     def choose(self, windows: Sequence[Item]) -> Sequence[Item]:
-        """The windows of this part.
+        """Return the windows of this part.
 
         Raises:
-            DataError: there are none.
+            DataError: it has no windows.
         """
         chosen = windows[self.number - 1 :: self.of]
         if not chosen:
@@ -281,13 +286,13 @@ class Part:
 
 
 def special_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Ids that the post-processor puts before and after any text."""
+    """Return the ids that the post-processor adds before and after any text."""
     plain = tokenizer.encode("a", add_special_tokens=False).ids
     full = tokenizer.encode("a").ids
     extra = len(full) - len(plain)
-    for place in range(extra + 1):
-        if full[place : place + len(plain)] == plain:
-            return full[:place], full[place + len(plain) :]
+    for start in range(extra + 1):
+        if full[start : start + len(plain)] == plain:
+            return full[:start], full[start + len(plain) :]
     raise TokenizerError(
         TOKENIZER_NAME,
         "post-processor changes the text's own tokens",

@@ -272,7 +272,7 @@ def test_calibration_reads_the_numbers_that_codes_stand_for(
         patch.setattr("calib.streaming.weights.BLOCK_BYTES", 100)
         for name, tensor in expected.items():
             with WeightReader(checkpoint, CPU, dtype) as reader:
-                found = reader.place(reader.read(name))
+                found = reader.to_device(reader.read(name))
                 scales = checkpoint.scales_of(checkpoint.tensors[name])
                 read = checkpoint.tensors[name].nbytes + (scales.nbytes if scales else 0)
                 assert reader.bytes_read == read
@@ -284,7 +284,7 @@ def test_verify_reads_what_a_dequantized_output_holds(qwen3: Path, tmp_path: Pat
     with WeightReader(
         layout_of(qwen3).checkpoint, CPU, torch.float32, dequantize=torch.bfloat16
     ) as reader:
-        assert torch.equal(reader.place(reader.read(GATE)), expected)
+        assert torch.equal(reader.to_device(reader.read(GATE)), expected)
 
 
 @pytest.mark.parametrize("model", ["qwen3", "deepseek"])

@@ -78,7 +78,7 @@ for name in ("unlink", "remove", "rename", "replace"):
 import surgery.process
 surgery.process.IO_COUNTERS = pathlib.Path("no such file")
 import calib.statistics.resume
-calib.statistics.resume.MAPPED_FILES_GO = False
+calib.statistics.resume.CAN_DELETE_MAPPED = False
 """
 """Code that makes this process one of another system."""
 

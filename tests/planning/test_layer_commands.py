@@ -330,4 +330,4 @@ def test_repair_goes_with_layers_that_go(tmp_path: Path, llama: Path, text: Path
     result = run("verify", out, "--forward")
     assert result.exit_code == 0, result.output
     result = run("plan", llama, *repair, "--layers", "0,1+2")
-    assert (result.exit_code, "does not go with collapsed layers" in result.output) == (2, True)
+    assert (result.exit_code, "does not work with collapsed layers" in result.output) == (2, True)

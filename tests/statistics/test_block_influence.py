@@ -1,4 +1,4 @@
-"""Cosines of hidden states, and which tokens are shown together."""
+"""Cosines of hidden states, and the tokens that hooks see together."""
 
 from itertools import pairwise
 
@@ -22,7 +22,7 @@ from calib.streaming.batches import Tokens
 def test_cosines_are_those_of_the_library(
     windows: int, tokens: int, width: int, values: int, seed: int
 ) -> None:
-    """However many tokens are taken at a time, and of bf16, too."""
+    """Whatever the number of tokens at a time, and for bf16 too."""
     generator = torch.Generator().manual_seed(seed)
     before, after = torch.randn(2, windows, tokens, width, generator=generator).bfloat16()
     expected = torch.cosine_similarity(before.double(), after.double(), dim=-1).sum()
@@ -42,8 +42,8 @@ def test_a_state_without_direction_counts_nothing() -> None:
 def test_parts_of_windows_hold_every_token_once(data: st.DataObject) -> None:
     windows, length = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 12))
     ids = torch.randperm(windows * length).view(windows, length)
-    cuts = sorted({0, length, *data.draw(st.lists(st.integers(0, length), max_size=3))})
-    parts = [Tokens.of(ids, slice(start, stop)) for start, stop in pairwise(cuts)]
+    edges = sorted({0, length, *data.draw(st.lists(st.integers(0, length), max_size=3))})
+    parts = [Tokens.of(ids, slice(start, stop)) for start, stop in pairwise(edges)]
     assert [part.last for part in parts] == [False] * (len(parts) - 1) + [True]
     for window, expected in enumerate(ids):
         found = [part.ids[part.windows == window] for part in parts]
@@ -52,6 +52,6 @@ def test_parts_of_windows_hold_every_token_once(data: st.DataObject) -> None:
     assert torch.equal(whole.ids, ids.flatten())
     assert whole.last
     assert whole.count == windows
-    places = torch.randperm(ids.numel())[:4]
-    some = Tokens.at(ids, places)
-    assert torch.equal(ids[some.windows, places % length], some.ids)
+    positions = torch.randperm(ids.numel())[:4]
+    some = Tokens.at(ids, positions)
+    assert torch.equal(ids[some.windows, positions % length], some.ids)

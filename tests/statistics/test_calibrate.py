@@ -108,14 +108,14 @@ def test_wanda_and_l2_are_what_their_papers_say(tmp_path: Path) -> None:
     path = tiny.save(tmp_path / "model")
     stats, ids = take_stats(path), rarity_of(layout_of(path)).id_map(512)
     windows, kept = sample_windows(path), torch.from_numpy(ids.keep_mask())
-    seen = hooked(path, "llama", windows).activations[1]["ffn"]
-    inputs = torch.cat([act[kept[tokens.ids]] for _, tokens, act in seen]).double()
+    activations = hooked(path, "llama", windows).activations[1]["ffn"]
+    inputs = torch.cat([act[kept[tokens.ids]] for _, tokens, act in activations]).double()
     assert len(inputs) < sum(map(len, windows))  # some tokens are in S, some are not
     weight = tiny.load(path).model.layers[1].mlp.down_proj.weight.detach().double()
     scores = weight.abs() * inputs.norm(dim=0)  # Wanda's, of each weight
     norms = [
         act[tokens.windows == window].double().norm(dim=0)
-        for _, tokens, act in seen
+        for _, tokens, act in activations
         for window in range(tokens.count)
     ]
     assert len(norms) == len(windows)
@@ -143,7 +143,7 @@ def test_rare_tokens_change_act2_but_not_common_act2(tmp_path: Path) -> None:
     assert not np.array_equal(plain, before[0])
 
 
-def test_size_inside_a_bucket_counts_by_the_share_that_stays(tmp_path: Path, run: Run) -> None:
+def test_size_inside_a_bucket_counts_by_the_share_that_is_kept(tmp_path: Path, run: Run) -> None:
     path = tiny.save(tmp_path / "model")
     stats = take_stats(path)
     rarity = rarity_of(layout_of(path))

@@ -1,4 +1,4 @@
-"""A calibration that is killed anywhere goes on, and ends in the same bytes."""
+"""A calibration that is killed anywhere can be resumed, and ends in the same bytes."""
 
 import json
 import os
@@ -121,7 +121,7 @@ def finished(out: Path) -> int:
 
 
 def interrupted(path: Path, text: Path, out: Path, *extra: str) -> None:
-    """Leave what a run leaves that fails at its third layer."""
+    """Leave the directory of a run that fails at its third layer."""
     from click.testing import CliRunner
 
     from calib.streaming.layers import Layers
@@ -206,8 +206,8 @@ def test_another_model_or_text_is_named(tmp_path: Path, llama: Path, text: Path,
 
 
 def test_outputs_of_one_name_do_not_share_hidden_states(tmp_path: Path) -> None:
-    for place in ("a", "b", "spill"):
-        (tmp_path / place).mkdir()
+    for name in ("a", "b", "spill"):
+        (tmp_path / name).mkdir()
     with (
         ResumeDirectory(
             tmp_path / "a" / "stats", {}, resume=False, spill=tmp_path / "spill"
@@ -222,16 +222,16 @@ def test_outputs_of_one_name_do_not_share_hidden_states(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("restarted", [False, True], ids=["killed", "power lost"])
-def test_a_kill_before_the_disk_has_a_layer_loses_only_the_one_in_work(
+def test_a_kill_before_the_disk_has_a_layer_loses_only_the_current_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restarted: bool
 ) -> None:
     """What a process had written outlives it; the machine's memory does not outlive a restart."""
     out, left = tmp_path / "stats.safetensors", tmp_path / "left"
     reached = threading.Event()
-    with ResumeDirectory(out, {"model": "a"}, resume=False) as partial:
-        partial.add(0, {}, 1.0)
-        partial.add(1, {}, 2.0, reached.wait)  # a disk that takes its time
-        shutil.copytree(partial.path, left / partial.path.name)
+    with ResumeDirectory(out, {"model": "a"}, resume=False) as directory:
+        directory.add(0, {}, 1.0)
+        directory.add(1, {}, 2.0, reached.wait)  # a slow disk
+        shutil.copytree(directory.path, left / directory.path.name)
         reached.set()
     if restarted:
         monkeypatch.setattr("calib.statistics.resume.boot_id", lambda: "another")
@@ -265,7 +265,7 @@ def test_a_run_in_progress_is_left_alone(tmp_path: Path, llama: Path, text: Path
 
 
 def test_a_finished_run_is_finished(tmp_path: Path, llama: Path, text: Path, run: Run) -> None:
-    """Killed behind its last step, a run with --resume does not begin anew."""
+    """A run that was killed after its last step does not start again with --resume."""
     out = tmp_path / "stats.safetensors"
     options = ("calibrate", llama, "--data", text, *ARGUMENTS, "-o", out, "--resume")
     assert run(*options).exit_code == 0

@@ -1,4 +1,4 @@
-"""Calibration on text as the pruned tokenizer cuts it, shown to the whole model."""
+"""Calibration of the whole model on text as the pruned tokenizer tokenizes it."""
 
 import json
 from pathlib import Path
@@ -26,8 +26,8 @@ def calibrated(run: Run, model: Path, text: Path, output: Path, *more: object) -
     return ChannelStats.load(output)
 
 
-def vocabulary_cut(run: Run, model: Path, output: Path) -> Path:
-    """Cut the vocabulary to ``V`` and nothing else."""
+def prune_vocabulary(run: Run, model: Path, output: Path) -> Path:
+    """Prune the vocabulary to ``V`` and nothing else."""
     plan = output.with_suffix(".json")
     sizes = ("--vocab-size", V, "--intermediate-size", tiny.INTERMEDIATE_SIZE)
     assert run("plan", model, *sizes, "-o", plan).exit_code == 0
@@ -47,10 +47,10 @@ def notes(run: Run, model: Path, stats: Path, vocab_size: int, width: int = 48) 
 def test_the_dense_model_sees_what_the_pruned_one_will(
     tmp_path: Path, text: Path, run: Run, key: str
 ) -> None:
-    """With the vocabulary cut alone, both have the same activations."""
+    """If only the vocabulary is pruned, both have the same activations."""
     model = tiny.save(tmp_path / "model", key)
     before = calibrated(run, model, text, tmp_path / "before", "--vocab-size", V)
-    pruned = vocabulary_cut(run, model, tmp_path / "pruned")
+    pruned = prune_vocabulary(run, model, tmp_path / "pruned")
     after = calibrated(run, pruned, text, tmp_path / "after", "--vocab-sizes", V)
     kept = rarity_of(layout_of(model)).id_map(V).kept
     cut = load_tokenizer(pruned)
@@ -68,7 +68,7 @@ def test_the_dense_model_sees_what_the_pruned_one_will(
     assert np.allclose(before.block_influence, after.block_influence, rtol=1e-5)
 
 
-def test_text_cut_by_fewer_tokens_is_other_text(
+def test_text_of_fewer_tokens_is_other_text(
     tmp_path: Path, llama: Path, text: Path, run: Run
 ) -> None:
     plain = calibrated(run, llama, text, tmp_path / "plain", "--vocab-sizes", V)
@@ -98,7 +98,9 @@ def test_sizes_to_be_exact_for_are_apart(tmp_path: Path, llama: Path, text: Path
     assert stats.info.bucket_edges == [450, 512, tiny.VOCAB_SIZE]
 
 
-def test_a_plan_for_another_size_says_so(tmp_path: Path, llama: Path, text: Path, run: Run) -> None:
+def test_a_plan_for_another_size_has_a_note(
+    tmp_path: Path, llama: Path, text: Path, run: Run
+) -> None:
     plain, cut = tmp_path / "plain", tmp_path / "cut"
     calibrated(run, llama, text, plain, "--vocab-sizes", V)
     calibrated(run, llama, text, cut, "--vocab-size", V)
@@ -107,7 +109,7 @@ def test_a_plan_for_another_size_says_so(tmp_path: Path, llama: Path, text: Path
     assert notes(run, llama, plain, tiny.VOCAB_SIZE) == []
     assert [note for note in notes(run, llama, plain, V) if said.format(640, V) in note]
     assert [note for note in notes(run, llama, cut, 512) if said.format(V, 512) in note]
-    assert notes(run, llama, plain, V, tiny.INTERMEDIATE_SIZE) == []  # no channel goes
+    assert notes(run, llama, plain, V, tiny.INTERMEDIATE_SIZE) == []  # no channel is removed
 
 
 def test_prune_calibrates_on_what_its_result_will_see(
@@ -150,7 +152,7 @@ def test_a_tokenizer_that_cannot_be_cut_is_named(tmp_path: Path, text: Path, run
     assert not out.exists()
 
 
-def test_parts_of_cut_text_merge(tmp_path: Path, llama: Path, text: Path, run: Run) -> None:
+def test_parts_of_pruned_text_merge(tmp_path: Path, llama: Path, text: Path, run: Run) -> None:
     whole = calibrated(run, llama, text, tmp_path / "whole", "--vocab-size", V)
     names = [tmp_path / f"part {number}" for number in (1, 2)]
     for number, name in enumerate(names, 1):

@@ -1,4 +1,4 @@
-"""The few lines that differ between devices, as far as a machine without them can show."""
+"""The few lines that differ between devices, as far as a machine without them can test."""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,8 +38,8 @@ def test_compensated_sums_keep_the_error_they_state(
     exact, found = (ChannelSums(2, 1, 3, CPU, compensated=c) for c in (False, True))
     for sums in (exact, found):
         for part in torch.arange(tokens).chunk(pieces):
-            shown = Tokens(part, part % 3, 3, last=int(part[-1]) == tokens - 1)
-            sums.add(0, shown, buckets[part], act[part])
+            group = Tokens(part, part % 3, 3, last=int(part[-1]) == tokens - 1)
+            sums.add(0, group, buckets[part], act[part])
     bound = (FEW_TOKENS + 4) * 2.0**-24
     for name in ("sum_sq", "sum_abs", "sum_l2"):
         expected, close = (getattr(sums.numbers(NORMS), name) for sums in (exact, found))
@@ -60,7 +60,7 @@ def test_many_tokens_are_added_without_losing_the_late_ones() -> None:
 
 
 class Stream:
-    """Stands for a CUDA stream and writes down what is asked of it."""
+    """Replaces a CUDA stream and logs its calls."""
 
     def __init__(self, log: list[str]) -> None:
         self._log = log
@@ -69,12 +69,12 @@ class Stream:
         self._log.append("synchronize")
 
 
-def test_weights_go_over_on_a_stream_of_their_own(
+def test_weights_are_copied_on_a_stream_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The order of steps, not CUDA itself: copy on the stream, wait for it, tell the allocator."""
+    """The order of steps, not CUDA itself: copy on the stream, wait for it, record its use."""
     path = tiny.save(tmp_path / "model", "qwen3_moe")
-    expected = take_stats_of(path)
+    expected = take_stats(path).layers
     log: list[str] = []
 
     @contextmanager
@@ -92,7 +92,7 @@ def test_weights_go_over_on_a_stream_of_their_own(
     monkeypatch.setattr(
         torch.Tensor, "record_stream", lambda tensor, stream: log.append(stream), raising=False
     )
-    found = take_stats_of(path)
+    found = take_stats(path).layers
     steps = [step for step in log if step != "computing"]
     assert steps == ["enter", "leave", "synchronize"] * tiny.LAYERS
     assert log.count("computing") > len(steps)
@@ -101,25 +101,21 @@ def test_weights_go_over_on_a_stream_of_their_own(
             assert np.array_equal(old[axis].sum_sq, new[axis].sum_sq)
 
 
-def take_stats_of(path: Path) -> Any:
-    return take_stats(path).layers
-
-
 @pytest.mark.parametrize("device", ["cuda", "mps"])
-def test_a_device_that_is_not_there_is_refused(
+def test_an_unavailable_device_is_refused(
     llama: Path, text: Path, run: Run, device: str, tmp_path: Path
 ) -> None:
-    if getattr(torch, device).is_available() if device == "cuda" else device_is_there():
-        pytest.skip("it is there")
+    if getattr(torch, device).is_available() if device == "cuda" else mps_is_available():
+        pytest.skip("it is available")
     result = run("calibrate", llama, "--data", text, "--device", device, "-o", tmp_path / "s")
     assert result.exit_code == 2
     assert f"--device {device}: is not available" in result.output
 
 
-def device_is_there() -> bool:
+def mps_is_available() -> bool:
     return torch.backends.mps.is_available()
 
 
-def test_sums_are_float64_but_where_there_is_none() -> None:
+def test_sums_are_float64_unless_there_is_none() -> None:
     assert ChannelSums(1, 1, 2, CPU).sum_sq.total.dtype == torch.float64
     assert ChannelSums(1, 1, 2, CPU, compensated=True).sum_sq.total.dtype == torch.float32

@@ -32,9 +32,9 @@ def test_coarse_has_both_ends_and_fine_lies_around_the_best(
     assert first == sorted(first, key=PAIRS.index)
     winner = first[best % len(first)]
     second = fine(PAIRS, first, winner, most)
-    places = [PAIRS.index(pair) for pair in first]
+    indices = [PAIRS.index(pair) for pair in first]
     here = first.index(winner)
-    low, high = places[max(0, here - 1)], places[min(len(places) - 1, here + 1)]
+    low, high = indices[max(0, here - 1)], indices[min(len(indices) - 1, here + 1)]
     assert all(pair not in first and low < PAIRS.index(pair) < high for pair in second)
     assert second or high - low <= 2 or len(first) == len(PAIRS)
 
@@ -51,7 +51,7 @@ def test_pairs_meet_the_target_and_hold_the_rule_s(layout: Layout, ratio: float)
     assert len({pair.vocab_size for pair in pairs}) == len(pairs)
 
 
-def test_a_vocabulary_that_need_not_be_cut_stays_whole(layout: Layout) -> None:
+def test_a_vocabulary_that_need_not_be_pruned_is_kept_whole(layout: Layout) -> None:
     whole = [pair for pair in pairs_at(layout, 0.2, 300, Steps(32, 8)) if pair.vocab_size == 1536]
     assert whole
 

@@ -1,4 +1,4 @@
-"""LaCo: which layers are collapsed, and that as many are left as were asked for."""
+"""LaCo: which layers are collapsed, and how many are kept."""
 
 import numpy as np
 import pytest
@@ -26,14 +26,14 @@ def windows() -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("count", [9, 8, 6, 4, 3])
-def test_as_many_layers_are_left_as_asked_for(layout: Layout, count: int) -> None:
+def test_as_many_layers_are_kept_as_asked_for(layout: Layout, count: int) -> None:
     groups = collapse_layers(layout, windows(), count, SETTINGS)
     assert len(groups) == count
     assert [layer for group in groups for layer in group] == list(range(9))
     assert max(map(len, groups)) <= COLLAPSED
 
 
-def test_the_topmost_run_above_the_threshold_goes_first(
+def test_the_topmost_run_above_the_threshold_is_collapsed_first(
     layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def cosines(_: object, __: object, tried: list[list[list[int]]], *___: object) -> list[float]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from calib.scoring.score import score_windows
 from calib.streaming.settings import PassSettings
-from calib.study.repair import _entries, _Sink
+from calib.study.repair import _entries, refit_hook
 from calib.study.text import StudyText
 from calib.study.trial import Trial, Variant, try_all
 from calib.text.heldout import BLOCK_CHARACTERS, EVERY, LEAST_BLOCKS, Words, split_documents
@@ -32,33 +32,35 @@ SETTINGS = PassSettings(torch.device("cpu"), torch.float32)
 FAMILIES = ("llama", "gemma3_text", "gpt2", "phi3", "qwen2_moe", "gpt_oss", "llama4_text")
 
 
-def material_of(path: Path) -> StudyText:
+def study_text_of(path: Path) -> StudyText:
     layout = layout_of(path)
     tokenizer = open_vocabulary(layout)
     documents = [tiny.prose(4_000), tiny.prose(3_000)]
     return StudyText(layout, rarity_of(layout), tokenizer, documents, [tiny.prose(300)], 6, 64)
 
 
-def bits_of(path: Path, material: StudyText) -> float:
+def bits_of(path: Path, study_text: StudyText) -> float:
     tokenizer = load_tokenizer(path)
-    return score_windows(layout_of(path), material.heldout, tokenizer, SETTINGS).bits
+    return score_windows(layout_of(path), study_text.heldout, tokenizer, SETTINGS).bits
 
 
-def try_plan(plan: Plan, material: StudyText, output: Path, *, repair: bool) -> tuple[float, Plan]:
+def try_plan(
+    plan: Plan, study_text: StudyText, output: Path, *, repair: bool
+) -> tuple[float, Plan]:
     """Bits of a trial of ``plan``, and the plan with what the trial has refitted."""
-    layout = material.layout
-    cut = Variant(
+    layout = study_text.layout
+    variant = Variant(
         plan.ids(),
         axis_lengths(layout, plan.after.widths),
         repair=repair,
         kept=dict(enumerate(kept_channels(plan, layout))),
     )
     size = plan.after.vocab_size
-    reading = material.reading(size, refits=repair)
+    calibration_pass = study_text.calibration_pass(size, refits=repair)
     entries = _entries(plan, layout)
     with ReplacementWriter(output, entries) as writer:
-        sink = _Sink(layout, range(layout.num_hidden_layers), entries, writer)
-        trial = Trial(cut, material.encoded(size), reading, sink.write)
+        write = refit_hook(layout, range(layout.num_hidden_layers), entries, writer)
+        trial = Trial(variant, study_text.encoded(size), calibration_pass, write)
         (bits,) = try_all(layout, [trial], SETTINGS)
     made = msgspec.structs.replace(plan, replaced=writer.replacement("test"))
     return float(sum(map(np.sum, bits))), made
@@ -68,33 +70,37 @@ def try_plan(plan: Plan, material: StudyText, output: Path, *, repair: bool) -> 
 @pytest.mark.parametrize("key", FAMILIES)
 def test_a_trial_is_what_apply_writes(tmp_path: Path, key: str, repair: bool) -> None:
     path = tiny.save(tmp_path / "model", key)
-    material = material_of(path)
+    study_text = study_text_of(path)
     plan = random_plan(path, 420, 0.5)
-    bits, made = try_plan(plan, material, tmp_path / "new.safetensors", repair=repair)
+    bits, made = try_plan(plan, study_text, tmp_path / "new.safetensors", repair=repair)
     assert (made.replaced is not None) == repair
     apply_plan(made, source=path, output=tmp_path / "out")
-    assert bits == pytest.approx(bits_of(tmp_path / "out", material), rel=1e-5)
+    assert bits == pytest.approx(bits_of(tmp_path / "out", study_text), rel=1e-5)
     assert verify_files(tmp_path / "out", made, path).ok
     if repair:
         apply_plan(plan, source=path, output=tmp_path / "plain")
-        assert bits != pytest.approx(bits_of(tmp_path / "plain", material), rel=1e-6)
+        assert bits != pytest.approx(bits_of(tmp_path / "plain", study_text), rel=1e-6)
 
 
 def test_several_trials_do_not_disturb_each_other(tmp_path: Path) -> None:
     path = tiny.save(tmp_path / "model", "llama")
-    material = material_of(path)
-    layout = material.layout
+    study_text = study_text_of(path)
+    layout = study_text.layout
     full = axis_lengths(layout, layout.widths)
     half = {axis: length // 2 for axis, length in full.items()}
 
     def trials() -> list[Trial]:
         made = []
         for size, lengths in ((layout.vocab_size, half), (400, half), (400, full)):
-            reading = material.reading(size, refits=True)
-            cut = Variant(material.ids(size), lengths, repair=True)
-            made.append(Trial(cut, material.encoded(size), reading if lengths is half else None))
-        dropped = Variant(material.ids(layout.vocab_size), full, layers=[[0], [2]])
-        made.append(Trial(dropped, material.encoded(layout.vocab_size), None))
+            calibration_pass = study_text.calibration_pass(size, refits=True)
+            variant = Variant(study_text.ids(size), lengths, repair=True)
+            made.append(
+                Trial(
+                    variant, study_text.encoded(size), calibration_pass if lengths is half else None
+                )
+            )
+        fewer = Variant(study_text.ids(layout.vocab_size), full, layers=[[0], [2]])
+        made.append(Trial(fewer, study_text.encoded(layout.vocab_size), None))
         return made
 
     together = try_all(layout, trials(), SETTINGS)
@@ -120,8 +126,8 @@ def test_splitting_loses_nothing(texts: list[str], length: int) -> None:
 
 @given(st.text(max_size=80), st.data())
 def test_words_count_every_byte_and_every_bit(text: str, data: st.DataObject) -> None:
-    cuts = data.draw(st.sets(st.integers(1, max(1, len(text) - 1)), max_size=10))
-    edges = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
+    inner = data.draw(st.sets(st.integers(1, max(1, len(text) - 1)), max_size=10))
+    edges = sorted({0, len(text), *(edge for edge in inner if edge < len(text))})
     offsets = list(itertools.pairwise(edges))
     words = Words.of(text, list(range(len(offsets))), offsets)
     assert words.nbytes.sum() == len(text.encode("utf-8"))
@@ -130,7 +136,7 @@ def test_words_count_every_byte_and_every_bit(text: str, data: st.DataObject) ->
     assert words.alike(words).all()
 
 
-def test_words_cut_otherwise_are_found() -> None:
+def test_words_tokenized_otherwise_are_found() -> None:
     text = "the international  sea"
     one = Words.of(text, [1, 2, 3], [(0, 3), (3, 17), (17, 22)])
     other = Words.of(text, [1, 7, 8, 3], [(0, 3), (3, 9), (9, 17), (17, 22)])

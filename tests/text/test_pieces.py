@@ -77,7 +77,7 @@ def test_no_more_pieces_are_encoded_than_asked_for() -> None:
 
 
 def test_a_piece_that_never_agrees_keeps_its_border(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(windows, "_meeting", lambda *_: None)
+    monkeypatch.setattr(windows, "_handover", lambda *_: None)
     tokenizer, text = TOKENIZERS["byte-level"], tiny.prose(3 * PIECE)
     expected = [
         tokenizer.encode(text[start : start + PIECE], add_special_tokens=False).ids
