@@ -81,7 +81,7 @@ class Family:
 
     slots: tuple[Slot, ...]
     tied: bool
-    """Whether the config class ties embeddings when config.json does not say."""
+    """Whether the config class ties embeddings where config.json has no such key."""
     widths: Mapping[str, Width] = field(default_factory=lambda: {FFN: Width("intermediate_size")})
     """Channel axis → its key in config.json; an axis without a key cannot be pruned."""
     depth: str = "num_hidden_layers"
@@ -142,7 +142,7 @@ class Wrapper:
     prefixes: tuple[tuple[str, str], ...]
     """(prefix in the file, prefix in the language model's slots)."""
     tied: bool
-    """Whether the config class ties embeddings when config.json does not say."""
+    """Whether the config class ties embeddings where config.json has no such key."""
     text_types: Mapping[str, str] = field(default_factory=dict)
     """Model type of the section → an equal one, for text, that stands alone."""
     section: str = "text_config"

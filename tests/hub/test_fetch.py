@@ -263,11 +263,11 @@ CONFIG = {"rfilename": "config.json", "size": 2, "blobId": "0" * 40}
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        ([1], ("org/odd", "no description")),
+        ([1], ("org/odd", "does not describe")),
         ({"id": "org/odd"}, ("org/odd", "commit")),
         ({"id": "org/odd", "sha": "../.."}, ("org/odd", "commit")),
-        ({"id": "org/odd", "sha": COMMIT, "siblings": [{}]}, ("org/odd", "no description")),
-        ({"id": "org/odd", "sha": COMMIT, "siblings": [{"rfilename": "config.json"}]}, ("large",)),
+        ({"id": "org/odd", "sha": COMMIT, "siblings": [{}]}, ("org/odd", "does not describe")),
+        ({"id": "org/odd", "sha": COMMIT, "siblings": [{"rfilename": "config.json"}]}, ("no size",)),
         ({"id": "org/odd", "sha": COMMIT, "siblings": [OUTSIDE]}, ("org/odd", "no weights")),
         (
             {
@@ -278,7 +278,7 @@ CONFIG = {"rfilename": "config.json", "size": 2, "blobId": "0" * 40}
                     CONFIG | {"rfilename": "model.safetensors", "size": 1 << 62},
                 ],
             },
-            ("config.json", "larger"),
+            ("config.json", "too large"),
         ),
     ],
 )
