@@ -267,7 +267,10 @@ CONFIG = {"rfilename": "config.json", "size": 2, "blobId": "0" * 40}
         ({"id": "org/odd"}, ("org/odd", "commit")),
         ({"id": "org/odd", "sha": "../.."}, ("org/odd", "commit")),
         ({"id": "org/odd", "sha": COMMIT, "siblings": [{}]}, ("org/odd", "does not describe")),
-        ({"id": "org/odd", "sha": COMMIT, "siblings": [{"rfilename": "config.json"}]}, ("no size",)),
+        (
+            {"id": "org/odd", "sha": COMMIT, "siblings": [{"rfilename": "config.json"}]},
+            ("no size",),
+        ),
         ({"id": "org/odd", "sha": COMMIT, "siblings": [OUTSIDE]}, ("org/odd", "no weights")),
         (
             {
