@@ -1,4 +1,4 @@
-"""A Ray cluster as tasks need it: joined or started, waited for, its errors ours."""
+"""A Ray cluster: joined or started, its tasks awaited, its errors turned into ours."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -8,25 +8,25 @@ from typing import Any
 from surgery.errors import EngineError, SurgeryError
 
 SECONDS = 10
-"""In which a cluster must answer."""
+"""A cluster must answer within this time."""
 
 HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
-"""How every gRPC connection begins: HTTP/2's preface and no settings (RFC 9113, section 3.4)."""
+"""The first bytes of every gRPC connection: HTTP/2's preface, no settings (RFC 9113, 3.4)."""
 SETTINGS = 4
-"""Type of the frame that answers it, its fourth byte."""
+"""Type of the frame that answers it; the type is the fourth byte."""
 
 RETRIES = 5
-"""How often a task begins anew whose node or process was lost."""
+"""How often Ray restarts a task that lost its node or process."""
 
 
 @contextmanager
 def cluster() -> Iterator[Any]:
-    """Yield the library ``ray``, connected to the cluster around us, else to one started here.
+    """Yield the library ``ray``, connected to a running cluster, else to one started here.
 
     Raises:
-        EngineError: the library is not there, or no cluster answers.
+        EngineError: the library is not installed, or no cluster answers.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else it reports to its makers
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports it by default
     try:
         import ray
     except ImportError as error:
@@ -52,7 +52,7 @@ def cluster() -> Iterator[Any]:
 
 
 def _knock(address: str) -> None:
-    """Greet ``host:port`` of RAY_ADDRESS once: ray itself would try for minutes.
+    """Connect to ``host:port`` of RAY_ADDRESS once; Ray itself would try for minutes.
 
     Raises:
         OSError: nothing that speaks gRPC answers there within ``SECONDS``.
@@ -63,19 +63,19 @@ def _knock(address: str) -> None:
     import socket
 
     with socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS) as connection:
-        if os.environ.get("RAY_USE_TLS", "0") == "1":  # which begins in another way
+        if os.environ.get("RAY_USE_TLS", "0") == "1":  # TLS begins with a handshake
             return
         connection.sendall(HELLO)
         answer = connection.recv(len(HELLO))
     if answer[3:4] != bytes([SETTINGS]):
-        raise OSError(f"{address} is no part of a Ray cluster")
+        raise OSError(f"{address} is not a Ray cluster")
 
 
-def places(ray: Any, gpus: bool) -> tuple[int, dict[str, int]]:
-    """How many tasks the cluster runs at a time that take a whole node or, with ``gpus``, a GPU.
+def task_slots(ray: Any, gpus: bool) -> tuple[int, dict[str, int]]:
+    """Number of tasks that run at a time, each on a whole node or, with ``gpus``, on one GPU.
 
     Returns:
-        Their number, and the resources that each asks for.
+        The number, and the resources that each task requests.
 
     Raises:
         EngineError: no node has a CPU.
@@ -85,19 +85,19 @@ def places(ray: Any, gpus: bool) -> tuple[int, dict[str, int]]:
         return found, {"num_gpus": 1, "num_cpus": 1}
     cpus = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
     if not cpus:
-        raise EngineError("`engine` ray", "finds no CPU in the cluster", fix="add a node to it")
+        raise EngineError("`engine` ray", "the cluster has no CPU", fix="add a node to it")
     return len(cpus), {"num_cpus": min(cpus)}
 
 
 def results(ray: Any, tasks: Mapping[Any, str], done: Callable[[str, Any], object]) -> None:
-    """Call ``done`` with name and result of each of ``tasks`` as it ends.
+    """Call ``done`` with the name and the result of each of ``tasks`` as it ends.
 
-    After an error the others go on until this process ends. They are not cancelled: ray 2.60 then
-    aborts the whole process where one of them ends at that moment.
+    After an error, the other tasks run until this process ends. They are not cancelled: ray 2.60
+    aborts the whole process if a task ends while it is cancelled.
 
     Raises:
-        SurgeryError: what a task raised, or an EngineError where its nodes were lost too often.
-        OSError: what a task raised.
+        SurgeryError: a task raised it; EngineError: a task lost its node too often.
+        OSError: a task raised it.
     """
     pending = dict(tasks)
     try:

@@ -1,4 +1,4 @@
-"""Errors a user can act on: each is one line that says where, what, and what to do."""
+"""Errors a user can act on: each is one line with where, what, and what to do."""
 
 from collections.abc import Callable
 from copy import copy
@@ -8,7 +8,7 @@ MOST_CHARACTERS = 1200
 """Of a name or a value in an error; a tensor's name may be a megabyte long."""
 
 ADD_FAMILY = "see 'Add a model family' in CONTRIBUTING.md"
-"""What to do about a model that the tables do not know."""
+"""The fix for a model that the tables of families do not have."""
 
 
 def shortened(value: object) -> str:
@@ -26,16 +26,16 @@ def printable(text: str) -> str:
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether a library in Rust gave up, which Python does not count among the ``Exception``."""
+    """Whether a Rust library panicked. Python does not derive that error from ``Exception``."""
     return type(error).__name__ == "PanicException"
 
 
 class SurgeryError(Exception):
     """Base of every error that bad input can cause.
 
-    The message reads ``where: problem: expected X, found Y; fix``, and each part of it is an
-    attribute. Options have the names of Python's parameters and stand between backticks, of which
-    the command line makes flags.
+    The message reads ``where: problem: expected X, found Y; fix``. Each part is an attribute.
+    Options have the names of Python's parameters, in backticks. The command line prints them as
+    flags.
     """
 
     where: str
@@ -43,9 +43,9 @@ class SurgeryError(Exception):
     problem: str
     """What is wrong with it."""
     expected: str | None
-    """What it should be; None where the problem says so."""
+    """What it should be; None where the problem makes that clear."""
     found: str | None
-    """What it is instead; None where the problem says so."""
+    """What it is instead; None where the problem makes that clear."""
     fix: str
     """What to do."""
 
@@ -63,23 +63,23 @@ class SurgeryError(Exception):
         self.found = None if found is None else str(found)
         super().__init__(self.message())
 
-    def message(self, say: Callable[[str], str] = str) -> str:
-        """The error in one line; ``say`` rewrites the parts that speak of options."""
+    def message(self, rewrite: Callable[[str], str] = str) -> str:
+        """The error in one line; ``rewrite`` changes the parts that may name options."""
         facts = []
         if self.expected is not None:
-            facts.append(f"expected {say(shortened(self.expected))}")
+            facts.append(f"expected {rewrite(shortened(self.expected))}")
         if self.found is not None:
             facts.append(f"found {shortened(self.found)}")
         details = f": {', '.join(facts)}" if facts else ""
-        head = f"{say(shortened(self.where))}: {say(self.problem)}"
-        return printable(f"{head}{details}; {say(self.fix)}")
+        head = f"{rewrite(shortened(self.where))}: {rewrite(self.problem)}"
+        return printable(f"{head}{details}; {rewrite(self.fix)}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Carry message and attributes as they are between processes, without the constructor."""
+        """Pickle message and attributes; unpickling does not call the constructor."""
         return _same_error, (type(self), str(self)), self.__dict__
 
     def inside(self, where: object) -> "SurgeryError":
-        """The same error, with the file in front that it was found in."""
+        """The same error; ``where`` now begins with the file that contains the fault."""
         error = copy(self)
         error.where = f"{where}: {self.where}"
         error.args = (error.message(),)
@@ -111,16 +111,18 @@ class UnknownTypeError(FamilyError):
         code: bool,
         fix: str = f"add an entry to the table of families; {ADD_FAMILY}",
     ) -> None:
-        also = ", and its own code is never run" if code else ""
-        super().__init__(where, f"model type is not supported{also}", found=model_type, fix=fix)
+        never_run = ", and its own code is never run" if code else ""
+        super().__init__(
+            where, f"model type is not supported{never_run}", found=model_type, fix=fix
+        )
         self.model_type = model_type
-        """As config.json has it, which need not be text."""
+        """The value in config.json, which may be no text."""
         self.code = code
-        """Whether the checkpoint brings code."""
+        """Whether the checkpoint brings Python code of its own (``auto_map``)."""
 
 
 class TokenizerError(SurgeryError):
-    """The tokenizer cannot be cut, or its files contradict each other."""
+    """The tokenizer cannot be pruned, or its files contradict each other."""
 
 
 class BudgetError(SurgeryError):
@@ -140,8 +142,8 @@ class DataError(SurgeryError):
 
 
 class EngineError(SurgeryError):
-    """There is no cluster, or it lost the work."""
+    """There is no Ray cluster, or it lost a task."""
 
 
 class OutputError(SurgeryError):
-    """The output cannot be written where it was asked for."""
+    """The output cannot be written to the given path."""

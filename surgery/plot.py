@@ -1,4 +1,4 @@
-"""Pictures: a figure to draw on, saved to a file, with matplotlib as an extra."""
+"""Figures, drawn with matplotlib (extra ``plot``) and saved to a file."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def saved_figure(path: Path, width: float, height: float) -> Iterator["Figure"]:
-    """Yield a figure of ``width`` × ``height`` inches, which is saved to ``path`` afterwards.
+    """Yield a figure of ``width`` × ``height`` inches, then save it to ``path``.
 
     Raises:
-        OutputError: matplotlib (extra ``plot``) is not there or does not know the file's suffix.
+        OutputError: matplotlib (extra ``plot``) is not installed, or does not know the suffix.
     """
     try:
         from matplotlib.figure import Figure

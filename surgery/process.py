@@ -1,4 +1,4 @@
-"""What a run takes and how far it is: memory, bytes moved, progress as a callable."""
+"""Memory and bytes read and written by this process, and progress as a callable."""
 
 import ctypes
 import os
@@ -9,33 +9,33 @@ from threading import Lock
 from typing import Any
 
 IO_COUNTERS = Path("/proc/self/io")
-"""Of Linux."""
+"""Linux's counters of this process."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Of malloc.h."""
+"""Options of ``mallopt``, from malloc.h."""
 
 HELD_BYTES = 1 << 26
-"""Free memory at the heap's end up to which none is given back."""
+"""glibc keeps up to this much free memory at the end of the heap."""
 
 HEAP_BYTES = 1 << 25
-"""Blocks up to this size come from the heap, larger ones from pages of their own."""
+"""glibc takes blocks up to this size from the heap, larger ones from ``mmap``."""
 
 
 def peak_rss_bytes() -> int | None:
-    """Largest resident memory of this process so far; None where the system does not tell."""
+    """Largest resident memory of this process so far; None where the system does not report it."""
     try:
         import resource
     except ImportError:
         import psutil
 
-        peak: int | None = getattr(psutil.Process().memory_info(), "peak_wset", None)  # of Windows
+        peak: int | None = getattr(psutil.Process().memory_info(), "peak_wset", None)  # on Windows
         return peak
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def moved_bytes() -> dict[str, int] | None:
-    """Bytes that this process has read and written so far; None where the system does not tell."""
+    """Bytes that this process has read and written; None where the system does not report it."""
     if IO_COUNTERS.exists():
         lines = IO_COUNTERS.read_text(encoding="ascii").splitlines()
         fields = dict(line.split(": ") for line in lines)
@@ -50,12 +50,13 @@ def moved_bytes() -> dict[str, int] | None:
 
 
 def reuse_freed_memory() -> None:
-    """Let the heap serve one activation after another, where the C library can be told to.
+    """Let the heap reuse the memory of one activation for the next, where the C library can.
 
-    Else glibc gives memory back and takes it again within every layer: on SmolLM2-135M with 64
-    windows of 256 tokens the pass took 26.3 s, 22.7 s with this, at 399 MB instead of 411.
+    By default glibc returns memory to the system and takes it again within every layer. On
+    SmolLM2-135M with 64 windows of 256 tokens, the pass took 26.3 s without this and 22.7 s with
+    it, at 399 MB instead of 411.
     """
-    mallopt = _of_the_c_library("mallopt")
+    mallopt = _libc_function("mallopt")
     if mallopt is not None:
         mallopt(M_TRIM_THRESHOLD, HELD_BYTES)
         mallopt(M_MMAP_THRESHOLD, HEAP_BYTES)
@@ -64,33 +65,34 @@ def reuse_freed_memory() -> None:
 def release_freed_memory() -> None:
     """Return freed heap to the system, where the C library can.
 
-    glibc keeps what planning, tokenizing and building a model leave behind: 11 MB of Qwen 2.5's
-    tokenizer, which would count beside the pages of mapped shards. It takes a millisecond.
+    glibc keeps memory that planning, tokenizing and building a model have freed: 11 MB after
+    Qwen 2.5's tokenizer. It would count beside the pages of mapped shards. The call takes a
+    millisecond.
     """
-    trim = _of_the_c_library("malloc_trim")
+    trim = _libc_function("malloc_trim")
     if trim is not None:
         trim(0)
 
 
-def _of_the_c_library(name: str) -> Any:
-    """A function of it; None where it has none of that name, and on Windows."""
+def _libc_function(name: str) -> Any:
+    """A function of the C library; None where it has no such function, and on Windows."""
     return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
 
 
 Progress = Callable[[str, int, int], object]
-"""Called with the name of a stage, how much of it is done and how much it is in all. Stages of
-weights count bytes, stages of text count windows times layers. Threads may call it."""
+"""Called with a stage's name, how much of it is done, and its total. Stages that read weights count
+bytes; stages that read text count windows times layers. Several threads may call it."""
 
 Advance = Callable[[int], object]
-"""Called with what more of a stage is done."""
+"""Called with the amount of a stage that was done since the last call."""
 
 
 def no_advance(more: int) -> None:
-    """Report to nobody."""
+    """Report nothing."""
 
 
 def stage(progress: Progress | None, name: str, total: int) -> Advance:
-    """Return what adds up the parts of one stage and reports them to ``progress``."""
+    """Return a callable that adds up one stage's amounts and reports the sum to ``progress``."""
     if progress is None:
         return no_advance
     done, lock = 0, Lock()

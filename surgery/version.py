@@ -1,3 +1,3 @@
-"""The version, in one place below everything that names it."""
+"""The version, in the lowest module, so that every other one can import it."""
 
 __version__ = "0.1.0"

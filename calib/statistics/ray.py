@@ -13,7 +13,7 @@ from calib.streaming.settings import ComputeOptions, PassSettings
 from calib.streaming.weights import choose_device, choose_dtype
 from calib.text.windows import Part
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.cluster import RETRIES, cluster, places, results
+from surgery.cluster import RETRIES, cluster, results, task_slots
 from surgery.layout.build import read_layout
 from surgery.process import Advance, no_advance, reuse_freed_memory
 from surgery.stats.channel_stats import ChannelStats, merge_stats
@@ -62,7 +62,7 @@ def calibrate_on_ray(
         cluster() as ray,
         TemporaryDirectory(".parts", "stats.", folder, ignore_cleanup_errors=True) as own,
     ):
-        number, resources = places(ray, gpus=compute.device != "cpu")
+        number, resources = task_slots(ray, gpus=compute.device != "cpu")
         count = min(parts or number, len(windows))
         task = ray.remote(max_retries=RETRIES, scheduling_strategy="SPREAD", **resources)(part_task)
         whole = PartTask(

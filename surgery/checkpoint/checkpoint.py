@@ -23,13 +23,13 @@ class Checkpoint:
     path: Path
     config: dict[str, Any]
     shards: dict[str, Header]
-    """File name → header, in the order in which the tensors' names first point at the files."""
+    """File name → header, in the order of the files' first mention in the index."""
     index: dict[str, Any] | None
     """model.safetensors.index.json, or None for a single file."""
     family: str | None = None
-    """The model type as which it is treated; None is config.json's own."""
+    """The model type that it is treated as; None is config.json's own."""
     quantization: Fp8 | None = None
-    """How weights in FP8 are scaled; None where none is quantized."""
+    """How FP8 weights are scaled; None where none is quantized."""
     origin: str | None = None
     """Finds the checkpoint again where its path does not: a hub id ``org/name@commit``."""
 
@@ -41,12 +41,12 @@ class Checkpoint:
 
         Args:
             path: The directory.
-            family: Model type as which it is treated; None is config.json's own.
+            family: Model type that it is treated as; None is config.json's own.
             origin: As the field.
 
         Raises:
-            CheckpointError: anything that is missing, damaged, pickled, or quantized in another
-                way than FP8 with block scales.
+            CheckpointError: a file is missing, damaged or pickled, or the weights are quantized,
+                but not in FP8 with block scales.
         """
         if not path.is_dir():
             raise CheckpointError(
@@ -77,7 +77,7 @@ class Checkpoint:
 
     @property
     def source(self) -> str:
-        """What finds the checkpoint again: its hub id, or its absolute path."""
+        """The name that finds the checkpoint again: its hub id, or its absolute path."""
         return self.origin or str(self.path.resolve())
 
     @cached_property
@@ -98,7 +98,7 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over config.json, tokenizer and headers: what plans and statistics fit."""
+        """SHA-256 over config.json, tokenizer and headers; plans and statistics record it."""
         digest = hashlib.sha256(read_file(self.path / "config.json"))
         for path in tokenizer_files(self.path):
             for piece in file_pieces(path):
@@ -132,7 +132,7 @@ def _refuse_missing_weights(path: Path) -> None:
 
 
 def _has_shard(path: Path, name: str, remote: Skeleton | None) -> bool:
-    """Whether the model has the shard, here or on the hub."""
+    """Whether the model has the shard, on the disk or on the hub."""
     return name in remote.shards if remote is not None else (path / name).exists()
 
 
@@ -141,7 +141,7 @@ def _header(path: Path, name: str, remote: Skeleton | None) -> Header:
 
 
 def _check_index(path: Path, weight_map: dict[str, str], shards: dict[str, Header]) -> None:
-    """Every tensor lies in exactly the one shard that the index names."""
+    """Check that every tensor is in the one shard that the index names."""
     found: dict[str, str] = {}
     for name, shard in shards.items():
         for tensor in (ref.name for ref in shard.tensors):

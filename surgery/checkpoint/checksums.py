@@ -1,4 +1,4 @@
-"""SHA-256 of source shards: what is known of them, and whether it is so."""
+"""SHA-256 of source shards: find the known digests, and compare."""
 
 import hashlib
 import re
@@ -13,20 +13,20 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 DOWNLOAD_AGAIN = "download it again, then run again with `resume`"
 
 WINDOW_BYTES = 1 << 20
-"""Most bytes that are read at a time."""
+"""Bytes that are read at a time, at most."""
 
 HUB_METADATA = ".cache/huggingface/download"
-"""Where huggingface_hub keeps what it knows of files that were downloaded to a directory."""
+"""Where huggingface_hub notes the digests of files that it downloaded to a directory."""
 
 
 def known_digests(directory: Path, names: list[str]) -> dict[str, str]:
-    """File name → SHA-256 as it is known for each of ``names``.
+    """Return file name → known SHA-256 for each of ``names``.
 
-    It comes from SHA256SUMS in ``directory``, as sha256sum writes it; else from huggingface_hub,
-    which names a file in its cache by its digest, or notes it beside a directory's files.
+    It is read from SHA256SUMS in ``directory``, as sha256sum writes it. Otherwise it is
+    huggingface_hub's: the name of a file in its cache, or a note in the directory.
 
     Raises:
-        CheckpointError: none is known for a file.
+        CheckpointError: the digest of a file is not known.
     """
     listed = _listed(directory / SUMS_NAME)
     digests = {name: listed.get(name) or _of_hub(directory, name) for name in names}
@@ -42,10 +42,10 @@ def known_digests(directory: Path, names: list[str]) -> dict[str, str]:
 
 
 def check_digest(path: Path, expected: str, fix: str = DOWNLOAD_AGAIN) -> None:
-    """Read the whole file ``path`` and compare.
+    """Read the whole file ``path`` and compare its SHA-256 with ``expected``.
 
     Raises:
-        CheckpointError: its bytes are others.
+        CheckpointError: they differ.
     """
     found = file_digest(path)
     if found != expected:
@@ -59,7 +59,7 @@ def check_digest(path: Path, expected: str, fix: str = DOWNLOAD_AGAIN) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, read through a small window: a copy costs nothing beside the sum."""
+    """SHA-256 of a file, read in small windows; the copy costs nothing beside the hash."""
     digest, size = hashlib.sha256(), path.stat().st_size
     with open_shard(path, "read") as shard:
         for window in shard.windows(0, size, WINDOW_BYTES):
@@ -68,7 +68,7 @@ def file_digest(path: Path) -> str:
 
 
 def _listed(path: Path) -> dict[str, str]:
-    """What sha256sum wrote: a digest, a space, a space or an asterisk, a name."""
+    """Parse sha256sum's lines: a digest, a space, a space or an asterisk, a name."""
     if not path.exists():
         return {}
     try:
@@ -82,14 +82,14 @@ def _listed(path: Path) -> dict[str, str]:
 
 
 def _of_hub(directory: Path, name: str) -> str | None:
-    """The digest by which the hub names a large file; small ones are named by a shorter one."""
+    """The hub's SHA-256 of a large file; small files have a shorter digest (None here)."""
     path = directory / name
     if path.is_symlink():
         return _digest(path.readlink().name)
     metadata = directory / HUB_METADATA / f"{name}.metadata"
     if not metadata.is_file():
         return None
-    # the commit, the file's name on the hub (its etag), the time of the download
+    # three lines: the commit, the etag (the digest), the time of the download
     lines = read_file(metadata).decode("utf-8", "replace").splitlines()
     return _digest(lines[1]) if len(lines) > 1 else None
 

@@ -1,4 +1,4 @@
-"""FP8 weights: their block scales found and read, exact decoding, dequantization to bf16."""
+"""FP8 weights: find and read block scales, decode exactly, dequantize to bf16."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +14,13 @@ Float32 = NDArray[np.float32]
 Bf16Bits = NDArray[np.uint16]
 
 STRIP_ROWS = 16
-"""Rows looked up at once: an index takes eight bytes, so those of a strip stay in the cache."""
+"""Rows looked up at once. An index takes eight bytes; the indices of a strip fit the cache."""
 
 _CODES = np.arange(256, dtype=np.uint16)
 
 
 def _e4m3() -> Float32:
-    # Moved into a half's fields, a code reads 2**8 too small, the two exponent biases' distance.
+    # In the fields of a half, a code is 2**8 too small: the exponent biases differ by 8.
     halves = ((_CODES & 0x80) << 8 | (_CODES & 0x7F) << 7).view(np.float16)
     values = halves.astype(np.float32) * np.float32(256)
     values[[0x7F, 0xFF]] = np.nan
@@ -28,7 +28,7 @@ def _e4m3() -> Float32:
 
 
 def _e8m0() -> Float32:
-    # A code is a float32's exponent; its two ends mean something else there.
+    # A code is the exponent of a float32, except for the lowest and the highest code.
     values = (_CODES.astype(np.uint32) << np.uint32(23)).view(np.float32)
     values[[0x00, 0xFF]] = 2.0**-127, np.nan
     return values
@@ -39,7 +39,7 @@ E4M3 = _e4m3()
 E5M2 = (_CODES << 8).view(np.float16).astype(np.float32)
 """The 256 values of F8_E5M2: a half without its low byte, infinities and NaN included."""
 E8M0 = _e8m0()
-"""The 256 values of F8_E8M0, which only scales have: powers of two, NaN at 0xFF."""
+"""The 256 values of F8_E8M0, used only for scales: powers of two, NaN at 0xFF."""
 
 
 def to_bf16(values: Float32) -> Bf16Bits:
@@ -60,11 +60,11 @@ VALUES = {"F8_E4M3": E4M3, "F8_E5M2": E5M2}
 """Safetensors dtype of an FP8 weight → the values of its codes."""
 
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
-"""What published checkpoints store their scales in: DeepSeek F32, Qwen also BF16 or F16."""
+"""dtypes of scales in published checkpoints: DeepSeek F32, Qwen also BF16 or F16."""
 
 
 def decode_scales(raw: Codes, dtype: str) -> Float32:
-    """The scales in the bytes ``raw`` of safetensors dtype ``dtype`` of ``SCALE_DTYPES``."""
+    """Decode the bytes ``raw`` of scales whose dtype is one of ``SCALE_DTYPES``."""
     if dtype == "F8_E8M0":
         return E8M0[raw]
     if dtype == "BF16":
@@ -73,7 +73,7 @@ def decode_scales(raw: Codes, dtype: str) -> Float32:
 
 
 def scale_grid(shape: tuple[int, int], block_shape: tuple[int, int]) -> tuple[int, int]:
-    """Shape of the scales of a weight of ``shape``: one a block, cut-off ones included."""
+    """Shape of the scales of a weight of ``shape``: one per block, partial blocks included."""
     return -(-shape[0] // block_shape[0]), -(-shape[1] // block_shape[1])
 
 
@@ -85,20 +85,20 @@ def dequantize(
     block_shape: tuple[int, int],
     values: Float32 = E4M3,
 ) -> Bf16Bits:
-    """Bits of the bfloat16 weights in a window of an FP8 weight.
+    """Return the bits of a window of an FP8 weight as bfloat16.
 
-    Each is its code's value times its block's scale, multiplied in float32 and rounded once, as
-    transformers does it. A block has only 256 different results, so these are calculated and the
-    elements looked up: three times as fast as arithmetic on each of them.
+    Each element is its code's value times its block's scale, multiplied in float32 and rounded
+    once, as in transformers. A block has only 256 different results. So these are computed and the
+    elements looked up: three times as fast as arithmetic on every element.
 
     Args:
         codes: ``(rows, cols)``, the window that starts at ``first_row``, ``first_col``.
-        scales: ``scale_grid`` of the whole weight; ``(1, 1)`` with a block as large as the weight
-            is one scale for all.
+        scales: Of the whole weight, with the shape ``scale_grid``; ``(1, 1)`` with a block as large
+            as the weight is one scale for all.
         first_row: Row of the weight that the window starts at.
         first_col: Its column.
         block_shape: Rows and columns that share a scale.
-        values: What the 256 codes mean, ``E4M3`` or ``E5M2``.
+        values: The values of the 256 codes, ``E4M3`` or ``E5M2``.
     """
     rows, cols = codes.shape
     result = np.empty((rows, cols), np.uint16)
@@ -108,11 +108,11 @@ def dequantize(
     block_rows = np.arange(first_row, first_row + rows) // block_shape[0]
     for block_row in np.unique(block_rows):
         start, stop = np.searchsorted(block_rows, (block_row, block_row + 1))
-        with np.errstate(over="ignore", invalid="ignore"):  # the result says it: inf or NaN
+        with np.errstate(over="ignore", invalid="ignore"):  # the result shows it: inf or NaN
             table = to_bf16(scales[block_row, columns, None] * values)
         for row in range(start, stop, STRIP_ROWS):
             strip = slice(row, min(row + STRIP_ROWS, stop))
-            # No index is out of range, and clipping spares numpy a copy of the result.
+            # No index is out of range; with "clip", numpy does not copy the result.
             np.take(table, codes[strip] + offsets, out=result[strip], mode="clip")
     return result
 
@@ -122,19 +122,19 @@ UNQUANTIZED = "use the unquantized checkpoint"
 
 
 def read_scales(tensor: TensorRef) -> Float32:
-    """The scales of an FP8 weight, from their own shard: one for 16,384 weights, usually.
+    """Read the scales of an FP8 weight from their shard: usually one for 16,384 weights.
 
     Raises:
         CheckpointError: the shard ends early.
     """
     raw = np.empty(tensor.nbytes, np.uint8)
-    with open_shard(tensor.path, "read") as shard:  # they are decoded into memory of their own
+    with open_shard(tensor.path, "read") as shard:  # decoding copies them anyway
         shard.read_into(raw.data, tensor.start)
     return decode_scales(raw, tensor.dtype).reshape(tensor.shape)
 
 
 def weight_of(checkpoint: Checkpoint, scales: TensorRef) -> TensorRef | None:
-    """Return the weight that ``scales`` belong to, or None if it has another name than scales.
+    """Return the weight of the tensor ``scales``; None if its name is not that of scales.
 
     Raises:
         CheckpointError: scales without an FP8 weight, or without a quantization_config.
@@ -144,7 +144,7 @@ def weight_of(checkpoint: Checkpoint, scales: TensorRef) -> TensorRef | None:
     if checkpoint.quantization is None:
         raise CheckpointError(
             _where(scales),
-            "holds scales of FP8 weights, and config.json has no quantization_config",
+            "holds scales of FP8 weights, but config.json has no quantization_config",
             fix="download config.json again",
         )
     name = checkpoint.quantization.weight_of(scales.name)
@@ -161,17 +161,17 @@ def weight_of(checkpoint: Checkpoint, scales: TensorRef) -> TensorRef | None:
 
 
 def check_weight(checkpoint: Checkpoint, weight: TensorRef) -> None:
-    """Refuse an FP8 tensor that its scales and config.json do not explain.
+    """Check an FP8 tensor against its scales and config.json.
 
     Raises:
-        CheckpointError: FP8 of another kind than config.json says, or no matrix, or scales that
-            are missing or have another shape than there are blocks.
+        CheckpointError: another FP8 dtype than in config.json, or not a matrix, or scales that are
+            missing or not one per block.
     """
     fp8, where = checkpoint.quantization, _where(weight)
     if fp8 is None or weight.dtype != fp8.dtype:
         raise CheckpointError(
             where,
-            "is FP8 of a kind that config.json's quantization_config does not announce",
+            "is FP8 of a kind that config.json's quantization_config does not name",
             expected="BF16 or F16 or F32" + (f" or {fp8.dtype}" if fp8 else ""),
             found=weight.dtype,
             fix=f"download config.json again, or {UNQUANTIZED}",
@@ -179,7 +179,7 @@ def check_weight(checkpoint: Checkpoint, weight: TensorRef) -> None:
     if len(weight.shape) != 2:
         raise CheckpointError(
             where,
-            "is FP8 and no matrix: experts packed into one tensor are not supported in FP8",
+            "is FP8 but no matrix: experts packed into one tensor are not supported in FP8",
             expected="two dimensions",
             found=list(weight.shape),
             fix=UNQUANTIZED,

@@ -1,4 +1,4 @@
-"""Quantized checkpoints: FP8 with block scales is read, everything else is refused by name."""
+"""Quantized checkpoints: FP8 with block scales is read, other methods are refused by name."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,20 +7,20 @@ from typing import Any, NoReturn
 from surgery.errors import CheckpointError
 
 SCALE_SUFFIX = "_scale_inv"
-"""A weight's name and this is the name of its scales, which multiply in spite of the ``inv``."""
+"""Suffix of the name of a weight's scales. In spite of ``inv``, they multiply."""
 
 FORMATS = {"e4m3": "F8_E4M3", "e5m2": "F8_E5M2"}
 """``fmt`` of a quantization_config → the safetensors dtype of the weights."""
 
 MOST_BLOCK = 1 << 16
-"""Far above the usual side of a block, 128; positions in a block are enumerated."""
+"""Far above the usual side of a block, 128; code may loop over a block's positions."""
 
 ORIGINAL = "prune the unquantized checkpoint that it was made from, then quantize the result"
 
 
 def _dequantize(load: str) -> str:
-    # save_original_format: transformers 5.23 would otherwise save a dequantized model under the
-    # names of its quantized tensors, or quantize it again, and not say so in its config.json.
+    # save_original_format: by default transformers 5.23 saves a dequantized model under the names
+    # of its quantized tensors, or quantizes it again, and does not record that in config.json.
     return (
         f"dequantize it once with transformers: AutoModelForCausalLM.from_pretrained({load}"
         ".save_pretrained(new_dir, save_original_format=False), and copy the tokenizer's files"
@@ -35,19 +35,20 @@ ADVICE = {
     "compressed-tensors": f"{ORIGINAL}, or {_UNPACK}",
     "bitsandbytes": f"{ORIGINAL}, or {_dequantize('dir).dequantize()')}",
 }
-"""quant_method → what to do, where there is more to do than ``ORIGINAL``."""
+"""quant_method → the fix, for methods that have more than ``ORIGINAL``."""
 
 PLAIN = {
     "activation_scheme": ("dynamic", DEQUANTIZE_FP8),
     "expert_dtype": ("fp8", DEQUANTIZE_FP8),
     "modules_to_convert": (None, ORIGINAL),
 }
-"""Key of an FP8 section → the only value that adds no other scales, and what to do about others."""
+"""Key of quantization_config → the only supported value, and the fix for any other. Another value
+means further scales."""
 
 
 @dataclass(frozen=True)
 class Fp8:
-    """Weights in FP8 that have one scale a block, as DeepSeek-V3 publishes them."""
+    """FP8 weights with one scale per block, as DeepSeek-V3 publishes them."""
 
     block_shape: tuple[int, int]
     """Rows and columns that share a scale; a weight may end inside a block."""
@@ -66,15 +67,15 @@ class Fp8:
 
 
 def quantization_of(config: dict[str, Any], where: Path) -> Fp8 | None:
-    """How the weights of a checkpoint are quantized: not at all, or in FP8 with block scales.
+    """Return how a checkpoint's weights are quantized: None, or FP8 with block scales.
 
     Args:
-        config: Content of config.json. As in transformers, a quantization_config at its top
-            precedes the one of text_config.
+        config: Content of config.json. As in transformers, a quantization_config at the top level
+            has precedence over that of text_config.
         where: Path of config.json, for errors.
 
     Raises:
-        CheckpointError: quantized in another way; it names the method and what to do.
+        CheckpointError: quantized by another method, which the error names.
     """
     text_config = config.get("text_config")
     inner = text_config.get("quantization_config") if isinstance(text_config, dict) else None
@@ -86,7 +87,7 @@ def quantization_of(config: dict[str, Any], where: Path) -> Fp8 | None:
     method = _method(section)
     if method != "fp8":
         _refuse(where, f"quant_method {method}", ADVICE.get(method, ORIGINAL))
-    # DeepSeek-V4 has the key at the top of its config.
+    # DeepSeek-V4 has this key at the top level of its config.
     return _block_fp8({"expert_dtype": config.get("expert_dtype"), **section}, where)
 
 
@@ -99,7 +100,7 @@ def _method(section: dict[str, Any]) -> str:
 
 
 def _block_fp8(section: dict[str, Any], where: Path) -> Fp8:
-    """Refuse what is called fp8 and has no block scales, or has others besides them."""
+    """Read the block shape; refuse FP8 without block scales, or with further scales."""
     if "weight_block_size" not in section:  # as AutoFP8 writes it: weight_scale, one a tensor
         _refuse(where, "quant_method fp8 without a weight_block_size", ORIGINAL)
     if section["weight_block_size"] is None:

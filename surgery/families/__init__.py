@@ -1,1 +1,1 @@
-"""What each model type is made of, as a table."""
+"""The tensors and axes of each model type, as a table."""

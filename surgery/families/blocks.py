@@ -1,4 +1,4 @@
-"""Building blocks of the table of families: the tensors that many model types share."""
+"""Building blocks of the table of families: tensors that many model types share."""
 
 from dataclasses import replace
 
@@ -10,16 +10,17 @@ BUFFER = "buffer"
 
 
 def adds_up(slot: Slot) -> bool:
-    """Whether layers that become one add up this tensor; norms and buffers stay the first one's.
+    """Whether merging layers adds up this tensor; norms and buffers are the first layer's.
 
-    So does LaCo's code. That takes each difference to the sum so far, which leaves the last layer's
-    weights; its paper's formula, to the first layer, is what is computed here.
+    LaCo's code also leaves norms out. But it takes each difference to the running sum, and so ends
+    with the last layer's weights. This project computes the formula of the paper, with differences
+    to the first layer.
     """
     return slot.block != BUFFER and slot.group != "norms"
 
 
 def per_layer(group: str, *names: str, required: bool = True, at: str = LAYER) -> tuple[Slot, ...]:
-    """Tensors that every layer has and that are never cut."""
+    """Tensors that every layer has and that are never pruned."""
     return tuple(Slot(at + name, group, (), required) for name in names)
 
 
@@ -29,24 +30,24 @@ def one(name: str, *, required: bool = True) -> tuple[Slot, ...]:
 
 
 def optional(group: str, slots: tuple[Slot, ...]) -> tuple[Slot, ...]:
-    """The same slots, those of ``group`` not required."""
+    """Return ``slots`` with those of ``group`` not required."""
     return tuple(replace(s, required=s.required and s.group != group) for s in slots)
 
 
 def attention(*names: str, at: str = LAYER) -> tuple[Slot, ...]:
-    """Linear maps of the attention, each with a weight and perhaps a bias."""
+    """Linear maps of the attention, each with a weight and an optional bias."""
     weights = per_layer("attention", *(f"{name}.weight" for name in names), at=at)
     return weights + per_layer("attention", *(f"{n}.bias" for n in names), required=False, at=at)
 
 
 def norms(*names: str, at: str = LAYER) -> tuple[Slot, ...]:
-    """Norms of every layer, each with a weight and perhaps a bias."""
+    """Norms of every layer, each with a weight and an optional bias."""
     weights = per_layer("norms", *(f"{name}.weight" for name in names), at=at)
     return weights + per_layer("norms", *(f"{n}.bias" for n in names), required=False, at=at)
 
 
 def into(path: str, axis: str = FFN, *, block: str = "", at: str = LAYER) -> tuple[Slot, ...]:
-    """A linear map into the channels: its rows and its bias, if any, are cut."""
+    """A linear map into the channels: its rows, and its bias if any, are pruned."""
     return (
         Slot(f"{at}{path}.weight", "ffn", (axis, None), block=block),
         Slot(f"{at}{path}.bias", "ffn", (axis,), required=False, block=block),
@@ -54,7 +55,7 @@ def into(path: str, axis: str = FFN, *, block: str = "", at: str = LAYER) -> tup
 
 
 def fused(path: str, axis: str = FFN, *, block: str = "", at: str = LAYER) -> tuple[Slot, ...]:
-    """Gate and up projection in one: the rows of a channel lie in both halves."""
+    """Gate and up projection in one tensor: each half has one row per channel."""
     both = Dim(axis, copies=2)
     return (
         Slot(f"{at}{path}.weight", "ffn", (both, None), block=block),
@@ -63,7 +64,7 @@ def fused(path: str, axis: str = FFN, *, block: str = "", at: str = LAYER) -> tu
 
 
 def out_of(path: str, axis: str = FFN, *, block: str = "", at: str = LAYER) -> tuple[Slot, ...]:
-    """A linear map out of the channels: its columns are cut, its bias stays."""
+    """A linear map out of the channels: its columns are pruned, its bias is kept."""
     return (
         Slot(f"{at}{path}.weight", "ffn", (None, axis), block=block, ffn_output=True),
         Slot(f"{at}{path}.bias", "ffn", (), required=False, block=block),
@@ -95,7 +96,7 @@ def experts(
     up: str = "up_proj",
     down: str = "down_proj",
 ) -> tuple[Slot, ...]:
-    """Routed experts, one tensor for each, or packed into one as transformers 5 holds them."""
+    """Routed experts: tensors per expert, or packed into one as in transformers 5."""
     return (
         *into(f"{path}.{{expert}}.{gate}", EXPERT, block="experts"),
         *into(f"{path}.{{expert}}.{up}", EXPERT, block="experts"),
@@ -121,13 +122,13 @@ def shared(path: str = "mlp.shared_experts") -> tuple[Slot, ...]:
 
 
 def router(*names: str, required: bool = True) -> tuple[Slot, ...]:
-    """What chooses the experts: counted with the FFN, never cut."""
+    """The router of the experts: counted with the FFN, never pruned."""
     beside = ("experts", "packed")
     return tuple(Slot(LAYER + name, "ffn", (), required, beside=beside) for name in names)
 
 
 def buffers(*names: str, at: str = LAYER) -> tuple[Slot, ...]:
-    """Constants that older checkpoints store; transformers makes them itself."""
+    """Constants that older checkpoints store; transformers computes them itself."""
     return tuple(Slot(at + name, "attention", (), False, BUFFER) for name in names)
 
 
@@ -154,10 +155,10 @@ FFN_NORMS = norms("pre_feedforward_layernorm", "post_feedforward_layernorm")
 INV_FREQ = buffers("self_attn.rotary_emb.inv_freq")
 
 BASE = ends() + QKVO
-"""What nearly all have: ends, and four projections of the attention."""
+"""Common to nearly all: embedding, final norm, head, and four projections of the attention."""
 
 LLAMA = BASE + PRE_NORM + gated()
-"""The layout that Llama made common: gated FFN, norms before attention and FFN."""
+"""Llama's layout: gated FFN, norms before attention and FFN."""
 
 LATENT = (
     ends()
@@ -171,7 +172,7 @@ LATENT = (
         required=False,
     )
 )
-"""DeepSeek's multi-head latent attention; small models have q_proj whole."""
+"""DeepSeek's multi-head latent attention; small models have one q_proj."""
 
 MOE = gated(block="dense") + experts() + router("mlp.gate.weight")
-"""Layers of experts, some of them dense instead."""
+"""Layers of experts; some layers may be dense instead."""

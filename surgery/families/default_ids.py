@@ -1,20 +1,20 @@
-"""Token ids that config classes fill in where config.json names none: written out, with new ids.
+"""Token ids that config classes fill in where config.json names none; the output names them.
 
-An absent key means the *old* id to whoever loads the pruned model. The table is transformers' own;
-tests/families/test_default_ids.py compares it with the installed classes.
+If a key were absent from the output, the class would fill in the *old* id. The table has the
+defaults of transformers; tests/families/test_default_ids.py compares it with the installed classes.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 Change = Callable[[int], int | None]
-"""Old id → new id, or None where it points at nothing that stays."""
+"""Old id → new id, or None where no kept token has the old id."""
 
 SECTIONS = ("text_config", "llm_config", "thinker_config", "encoder", "decoder")
 """Parts of a config whose ids belong to the text vocabulary."""
 
 OFFSET_SECTIONS = ("vision_config", "audio_config")
-"""Parts with vocabularies of their own, of which only vocab_offset counts in text ids."""
+"""Parts with their own vocabularies; only their vocab_offset counts text ids."""
 
 _ONE_TWO = {"bos_token_id": 1, "eos_token_id": 2}
 _GEMMA = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
@@ -144,7 +144,7 @@ DEFAULT_IDS: Mapping[str, Mapping[str, Default]] = {
     "vaultgemma": _GEMMA,
     "youtu": _LLAMA3,
 }
-"""model_type → key → id; vocab_offset and vocab_size_per_layer_input count ids."""
+"""model_type → key → id; vocab_offset and vocab_size_per_layer_input are numbers of ids."""
 
 SECTION_TYPES: Mapping[str, Mapping[str, str]] = {
     "gemma3": {"text_config": "gemma3_text"},
@@ -163,29 +163,29 @@ SECTION_TYPES: Mapping[str, Mapping[str, str]] = {
     "qwen2_vl": {"text_config": "qwen2_vl_text"},
     "qwen3_vl": {"text_config": "qwen3_vl_text"},
 }
-"""model_type → section → its model_type, for a section that does not say."""
+"""model_type → section → its model_type, for a section that does not name one."""
 
 NULLABLE = ("bos_token_id", "eos_token_id", "pad_token_id")
-"""Keys for which "no such token" is null; for the others classes accept only a number, so -1.
+"""Keys where null means "no such token". For other keys the classes accept only a number: -1.
 
-Where several ids are the default, null stands for those: -1 again."""
+Where the default is a list of ids, null would mean that list: -1 again."""
 
 COUNTS = ("vocab_offset", "vocab_size_per_layer_input")
-"""Entries of the table that are no ids themselves."""
+"""Keys of the table whose values are not ids."""
 
 
 def fill_defaults(
     config: Mapping[str, Any], change: Change, model_type: str | None = None
 ) -> dict[str, Any]:
-    """Return ``config`` with the absent default ids written out, still as *old* ids.
+    """Return ``config`` with absent default ids filled in, still as *old* ids.
 
-    A default that points at nothing which stays (``change`` gives None) must not become another
-    token's id: it is written as "no such token".
+    A default whose token is removed (``change`` returns None) must not become another token's id:
+    it is written as "no such token".
 
     Args:
         config: config.json, or a section of it.
-        change: Says which ids stay.
-        model_type: As which to treat it; None is the config's own.
+        change: Returns None for the ids of removed tokens.
+        model_type: Model type to treat it as; None is the config's own.
     """
     kind = str(model_type or config.get("model_type"))
     inner = SECTION_TYPES.get(kind, {})
@@ -197,20 +197,20 @@ def fill_defaults(
     flat = {} if "text_config" in config else DEFAULT_IDS.get(inner.get("text_config", ""), {})
     for key, old in {**DEFAULT_IDS.get(kind, {}), **flat}.items():
         if key not in config and _other_name(key) not in config:
-            stays = key in COUNTS or _stays(old, change)
+            kept = key in COUNTS or _is_kept(old, change)
             nullable = key in NULLABLE and isinstance(old, int)
-            result[key] = old if stays else None if nullable else -1
+            result[key] = old if kept else None if nullable else -1
     return result
 
 
-def _stays(default: Default, change: Change) -> bool:
-    """Whether a default, or one of several, is the id of a token that stays."""
+def _is_kept(default: Default, change: Change) -> bool:
+    """Whether a default, or one id of several, belongs to a kept token."""
     ids = [default] if isinstance(default, int) else default
     return any(change(old) is not None for old in ids)
 
 
 def _other_name(key: str) -> str:
-    """Config classes read image_token_id and image_token_index as one."""
+    """The alias of a key: config classes read image_token_id and image_token_index alike."""
     if key.endswith("_token_index"):
         return key.removesuffix("index") + "id"
     return key.removesuffix("id") + "index"

@@ -1,7 +1,7 @@
-"""How config.json says which layers are of which kind, by model type, and how that is kept in step.
+"""Keys of config.json by which layers differ, per model type, and their values for fewer layers.
 
-A rule gives the new values of its key where layers go. Types that have no entry in ``LAYER_RULES``
-are refused: their layers may differ by number in ways that no key can say.
+A rule computes the new value of its key when layers are removed. Types without an entry in
+``LAYER_RULES`` are refused: their layers may differ by number in ways that no key can express.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,70 +18,70 @@ class LayerRule(Protocol):
 
     @property
     def key(self) -> str:
-        """Its name."""
+        """Its name in config.json."""
 
     def renumbered(
         self, config: Mapping[str, Any], firsts: Sequence[int], where: object
     ) -> dict[str, Any]:
-        """Return what to write into ``config`` where of all layers ``firsts`` stay.
+        """Return the entries to change in ``config`` when only the layers ``firsts`` are kept.
 
         Raises:
-            FamilyError: the key cannot say it.
+            FamilyError: the key cannot express it.
         """
 
 
 @dataclass(frozen=True)
-class Each:
-    """A list with an entry for each layer; anything else holds for all of them."""
+class PerLayer:
+    """A list with an entry per layer; any other value applies to all layers."""
 
     key: str
     needed: bool = True
-    """Whether the class makes up a list that depends on the layers' numbers where there is none."""
+    """Whether the config class derives a missing list from the layers' numbers."""
     unless: tuple[str, object] = ("", True)
-    """(key, what it is where it is missing): while it is false or null, all layers are alike."""
+    """(key, its default): while that key is false or null, all layers are alike."""
     keeps: str = ""
-    """An entry that must not go altogether: the library runs no model without one."""
+    """An entry that at least one kept layer must have: transformers runs no model without one."""
 
     def renumbered(
         self, config: Mapping[str, Any], firsts: Sequence[int], where: object
     ) -> dict[str, Any]:
-        """Entries of the layers that stay."""
+        """The entries of the kept layers."""
         value, (key, default) = config.get(self.key), self.unless
         if not isinstance(value, list) or not value:
             if self.needed and config.get(key, default):
                 raise FamilyError(
                     f"{where}: {self.key}",
-                    "is missing, and which kind a layer is would follow from its new number",
+                    "is missing, and a layer's kind would follow from its new number",
                     fix=WRITE_OUT,
                 )
             return {}
         if firsts[-1] >= len(value):
             raise FamilyError(
                 f"{where}: {self.key}",
-                "has not an entry for every layer",
+                "does not have an entry for every layer",
                 expected=f"more than {firsts[-1]}",
                 found=len(value),
                 fix="check config.json",
             )
-        stay = [value[first] for first in firsts]
-        if self.keeps and self.keeps not in stay:
+        kept = [value[first] for first in firsts]
+        if self.keeps and self.keeps not in kept:
             raise FamilyError(
                 f"{where}: {self.key}", f"no {self.keeps} would be left", fix="keep such a layer"
             )
-        return {self.key: stay}
+        return {self.key: kept}
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """A list of layers' numbers; missing, it means what ``Constant`` keys beside it say."""
+class LayerNumbers:
+    """A list of layers' numbers; where it is missing, the keys ``otherwise`` apply."""
 
     key: str
-    otherwise: tuple["Constant", ...] = ()
+    otherwise: tuple["RequiredValue", ...] = ()
 
     def renumbered(
         self, config: Mapping[str, Any], firsts: Sequence[int], where: object
     ) -> dict[str, Any]:
-        """New numbers of those that stay."""
+        """The new numbers of the kept layers in the list."""
         value = config.get(self.key)
         if value is None:
             for constant in self.otherwise:
@@ -91,24 +91,24 @@ class Numbers:
 
 
 @dataclass(frozen=True)
-class Leading:
-    """How many layers, from the first on, are of a kind."""
+class LeadingCount:
+    """The number of layers, from the first on, that are of one kind."""
 
     key: str
     default: int
-    """Of the config class."""
+    """The config class's default."""
 
     def renumbered(
         self, config: Mapping[str, Any], firsts: Sequence[int], where: object
     ) -> dict[str, Any]:
-        """How many of them stay."""
+        """The number of them that are kept."""
         count = config.get(self.key, self.default) or 0
         return {self.key: sum(first < count for first in firsts)}
 
 
 @dataclass(frozen=True)
-class Last:
-    """The number of the last layer of a kind; -1, or missing, is the last of all."""
+class LastNumber:
+    """The number of the last layer of one kind; -1 or a missing key is the last of all."""
 
     key: str
 
@@ -119,31 +119,31 @@ class Last:
         value = config.get(self.key)
         if value is None or value == -1:
             return {}
-        stay = sum(first <= value for first in firsts)
-        if not stay:
+        kept = sum(first <= value for first in firsts)
+        if not kept:
             raise FamilyError(
                 f"{where}: {self.key}", "no layer up to it would be left", fix="keep one of them"
             )
-        return {self.key: stay - 1}
+        return {self.key: kept - 1}
 
 
 @dataclass(frozen=True)
-class Constant:
-    """A period, or a switch, by which a layer's number matters unless it has one value."""
+class RequiredValue:
+    """A period or a switch; a layer's number matters unless it has the given value."""
 
     key: str
     value: object
-    """Also that of the config class."""
+    """The required value; also the config class's default."""
 
     def renumbered(
         self, config: Mapping[str, Any], firsts: Sequence[int], where: object
     ) -> dict[str, Any]:
-        """Nothing."""
+        """Return no entries; raise for any other value."""
         found = config.get(self.key, self.value)
         if found != self.value:
             raise FamilyError(
                 f"{where}: {self.key}",
-                "makes layers differ by number, so that none can go",
+                "makes layers differ by number, so that none can be removed",
                 expected=self.value,
                 found=found,
                 fix="keep all layers",
@@ -151,9 +151,9 @@ class Constant:
         return {}
 
 
-_TYPES = (Each("layer_types"),)
-_WINDOWS = (Each("layer_types", unless=("use_sliding_window", False)),)
-_MLP_ONLY = (Numbers("mlp_only_layers"), Constant("decoder_sparse_step", 1))
+_TYPES = (PerLayer("layer_types"),)
+_WINDOWS = (PerLayer("layer_types", unless=("use_sliding_window", False)),)
+_MLP_ONLY = (LayerNumbers("mlp_only_layers"), RequiredValue("decoder_sparse_step", 1))
 
 _ALIKE = """
     llama mistral ministral3 gemma phi3 granite olmo olmo2 stablelm cohere glm glm4 gpt_neox opt
@@ -165,47 +165,49 @@ _ALIKE = """
 
 LAYER_RULES: dict[str, tuple[LayerRule, ...]] = {
     **dict.fromkeys(_ALIKE, ()),
-    "gpt2": (Constant("scale_attn_by_inverse_layer_idx", False),),
-    "ministral": (Each("layer_types", needed=False),),
+    "gpt2": (RequiredValue("scale_attn_by_inverse_layer_idx", False),),
+    "ministral": (PerLayer("layer_types", needed=False),),
     "qwen2": _WINDOWS,
     "qwen3": _WINDOWS,
     "gemma2": _TYPES,
     "gemma3_text": _TYPES,
     "vaultgemma": _TYPES,
-    "granite_swa": (*_TYPES, Each("layer_rope_theta", needed=False)),
+    "granite_swa": (*_TYPES, PerLayer("layer_rope_theta", needed=False)),
     "olmo3": _TYPES,
-    "smollm3": (Each("no_rope_layers"), Each("layer_types", needed=False)),
+    "smollm3": (PerLayer("no_rope_layers"), PerLayer("layer_types", needed=False)),
     "cohere2": _TYPES,
     "exaone4": _TYPES,
     "qwen2_moe": (*_WINDOWS, *_MLP_ONLY),
     "qwen3_moe": _MLP_ONLY,
-    "qwen3_next": (Each("layer_types", keeps="full_attention"), *_MLP_ONLY),
-    "deepseek_v2": (Leading("first_k_dense_replace", 0),),
-    "deepseek_v3": (Leading("first_k_dense_replace", 3),),
-    "glm4_moe": (Leading("first_k_dense_replace", 1),),
+    "qwen3_next": (PerLayer("layer_types", keeps="full_attention"), *_MLP_ONLY),
+    "deepseek_v2": (LeadingCount("first_k_dense_replace", 0),),
+    "deepseek_v3": (LeadingCount("first_k_dense_replace", 3),),
+    "glm4_moe": (LeadingCount("first_k_dense_replace", 1),),
     "dots1": (
-        Each("layer_types", unless=("sliding_window", True)),
-        Leading("first_k_dense_replace", 0),
+        PerLayer("layer_types", unless=("sliding_window", True)),
+        LeadingCount("first_k_dense_replace", 0),
     ),
     "exaone_moe": (
         *_TYPES,
-        Each("mlp_layer_types", needed=False),
-        Leading("first_k_dense_replace", 1),
+        PerLayer("mlp_layer_types", needed=False),
+        LeadingCount("first_k_dense_replace", 1),
     ),
-    "afmoe": (*_TYPES, Leading("num_dense_layers", 1)),
+    "afmoe": (*_TYPES, LeadingCount("num_dense_layers", 1)),
     "ernie4_5_moe": (
-        Leading("moe_layer_start_index", 1),
-        Last("moe_layer_end_index"),
-        Constant("moe_layer_interval", 1),
+        LeadingCount("moe_layer_start_index", 1),
+        LastNumber("moe_layer_end_index"),
+        RequiredValue("moe_layer_interval", 1),
     ),
-    "hunyuan_v1_moe": (Each("num_experts", needed=False), Each("moe_topk", needed=False)),
-    "cohere2_moe": (*_TYPES, Each("mlp_layer_types")),
+    "hunyuan_v1_moe": (PerLayer("num_experts", needed=False), PerLayer("moe_topk", needed=False)),
+    "cohere2_moe": (*_TYPES, PerLayer("mlp_layer_types")),
     "gpt_oss": _TYPES,
     "llama4_text": (
-        Numbers("moe_layers", (Constant("interleave_moe_layer_step", 1),)),
-        Each("no_rope_layers"),
-        Each("layer_types", needed=False),
+        LayerNumbers("moe_layers", (RequiredValue("interleave_moe_layer_step", 1),)),
+        PerLayer("no_rope_layers"),
+        PerLayer("layer_types", needed=False),
     ),
 }
-"""Model type → the keys by which its layers differ. Not in it, and so refused: diffllama, whose
-attention depends on the layer's number; gpt_neo, whose kinds of attention are nested patterns."""
+"""Model type → the keys by which its layers differ.
+
+Two types are missing, and so refused: diffllama, whose attention depends on the layer's number, and
+gpt_neo, whose kinds of attention are nested patterns."""

@@ -1,4 +1,4 @@
-"""What surgery must know of a model type: its tensors, and which dimension carries which axis."""
+"""Description of a model type: its tensors, and the axis on each of their dimensions."""
 
 import re
 from collections.abc import Mapping
@@ -13,15 +13,15 @@ FFN = "ffn"
 EXPERT = "expert"
 SHARED = "shared"
 WIDTHS = (FFN, EXPERT, SHARED)
-"""Axes of channels: of the dense FFN, of each routed expert, of the expert that sees all tokens."""
+"""Channel axes: of the dense FFN, of each routed expert, of the expert that every token passes."""
 
 STACK = "stack"
-"""The axis along which a packed tensor holds one matrix per expert; it is never cut."""
+"""The axis along which a packed tensor holds one matrix per expert; it is never pruned."""
 
 GROUPS = ("vocabulary", "attention", "ffn", "norms", "other")
 
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
-_PLACES = ("{layer}", "{expert}")
+_PLACEHOLDERS = ("{layer}", "{expert}")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Dim:
     copies: int = 1
     """How often the axis lies on this dimension: twice in a fused gate and up projection."""
     interleaved: bool = False
-    """Whether the copies of one channel are neighbours; else all of one copy come first."""
+    """Whether a channel's copies are neighbours; else each copy has all channels in a row."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,15 @@ class Slot:
     group: str
     """One of GROUPS: whose parameters these are in the census."""
     axes: tuple[Dim | str | None, ...] = ()
-    """By dimension; a name stands for ``Dim(name)``; None or missing where nothing is ever cut."""
+    """By dimension; a name stands for ``Dim(name)``; None or missing: never pruned."""
     required: bool = True
     """Whether every layer that has another tensor of the same block must have it."""
     block: str = ""
-    """Tensors of a block come together; a layer needs all required ones without a block."""
+    """A layer has all tensors of a block or none; it must have required ones without a block."""
     beside: tuple[str, ...] = ()
-    """Blocks one of which must be there for this tensor to be needed."""
+    """The tensor is needed only in a layer that has one of these blocks."""
     ffn_output: bool = False
-    """Whether the *input* of this weight is the channel axis: its square is the statistic."""
+    """Whether the *input* of this weight is the channels; the statistics sum its squares."""
 
     @cached_property
     def dims(self) -> tuple[Dim | None, ...]:
@@ -68,11 +68,11 @@ class Slot:
 
 @dataclass(frozen=True)
 class Width:
-    """Where config.json holds the length of a channel axis."""
+    """The key of config.json for the length of a channel axis."""
 
     key: str
     times: str = ""
-    """A key by whose number the axis is longer: DeepSeek's shared experts lie in one matrix."""
+    """Key of a factor for the length: DeepSeek's shared experts are one matrix."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ class Family:
 
     slots: tuple[Slot, ...]
     tied: bool
-    """Whether the config class ties embeddings when config.json does not say."""
+    """Whether the config class ties embeddings where config.json has no such key."""
     widths: Mapping[str, Width] = field(default_factory=lambda: {FFN: Width("intermediate_size")})
-    """Channel axis → its place in config.json; an axis without one cannot change its length."""
+    """Channel axis → its key in config.json; an axis without a key cannot be pruned."""
     depth: str = "num_hidden_layers"
     """Key of config.json for the number of layers."""
     embedding: str = "model.embed_tokens.weight"
@@ -95,18 +95,18 @@ class Family:
     text_type: str = ""
     """Model type to run the language model as, where ``section`` names another or none."""
     model_type: str = ""
-    """Key of the table under which this entry was found; ``family_of`` writes it."""
+    """The entry's key in the table; ``family_of`` sets it."""
     left_out: tuple[str, ...] = ()
-    """Prefixes of tensors that only guess ahead (MTP), outside the layers."""
+    """Prefixes of tensors for multi-token prediction (MTP), outside the layers; not copied."""
     carried: tuple[str, ...] = ()
     """Prefixes of tensors that belong to no language model and are copied as they are."""
     draft_layers: str = ""
-    """Key for the number of layers behind the last that only guess ahead (MTP): left out."""
+    """Key for the number of layers for multi-token prediction (MTP) after the last; not copied."""
     layer_rules: tuple[LayerRule, ...] | None = None
-    """Keys by which layers differ; ``family_of`` takes them from its table. None: layers cannot go,
-    for their number may say what they are."""
+    """Keys by which layers differ; ``family_of`` sets them. None: layers cannot be removed, for a
+    layer's kind may follow from its number."""
     misread_vocab_sizes: Mapping[int, str] = field(default_factory=dict)
-    """Sizes V' by which another program tells models apart → what it would take this one for."""
+    """Sizes V' by which another program identifies other models → what it then does wrong."""
 
     @cached_property
     def by_name(self) -> dict[str, Slot]:
@@ -116,7 +116,9 @@ class Family:
     @cached_property
     def layers(self) -> str:
         """Module that holds the decoder layers."""
-        return next(s.name for s in self.slots if _PLACES[0] in s.name).partition(".{layer}")[0]
+        return next(s.name for s in self.slots if _PLACEHOLDERS[0] in s.name).partition(".{layer}")[
+            0
+        ]
 
     def text_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """The part of config.json that describes the language model."""
@@ -136,19 +138,19 @@ class Wrapper:
     """A model type that has a language model of another type in it."""
 
     carried: tuple[str, ...]
-    """Prefixes of the tensors beside the language model, which are copied as they are."""
+    """Prefixes of tensors outside the language model, which are copied as they are."""
     prefixes: tuple[tuple[str, str], ...]
     """(prefix in the file, prefix in the language model's slots)."""
     tied: bool
-    """Whether the config class ties embeddings when config.json does not say."""
+    """Whether the config class ties embeddings where config.json has no such key."""
     text_types: Mapping[str, str] = field(default_factory=dict)
     """Model type of the section → an equal one, for text, that stands alone."""
     section: str = "text_config"
     by_number: bool = False
-    """Whether something beside the language model enters it at layers of certain numbers."""
+    """Whether other parts of the model feed into the language model's layers by their number."""
 
     def around(self, family: Family, text_type: str) -> Family:
-        """Return ``family`` as it lies in a checkpoint of this type."""
+        """Return ``family`` adapted to a checkpoint of this type."""
         return replace(
             family,
             tied=self.tied,
@@ -163,9 +165,9 @@ class Wrapper:
 def template(name: str) -> tuple[str, list[int]]:
     """Return ``name`` with ``{layer}`` and ``{expert}`` for its numbers, and the numbers."""
     parts, numbers = name.split("."), list[int]()
-    for place, part in enumerate(parts):
-        if _NUMBER.fullmatch(part) and len(numbers) < len(_PLACES):
-            parts[place] = _PLACES[len(numbers)]
+    for index, part in enumerate(parts):
+        if _NUMBER.fullmatch(part) and len(numbers) < len(_PLACEHOLDERS):
+            parts[index] = _PLACEHOLDERS[len(numbers)]
             numbers.append(int(part))
     return ".".join(parts), numbers
 
@@ -173,5 +175,5 @@ def template(name: str) -> tuple[str, list[int]]:
 def renumbered(name: str, layer: int) -> str:
     """Return the name of a layer's tensor with ``layer`` for its first number."""
     parts = name.split(".")
-    place = next(place for place, part in enumerate(parts) if _NUMBER.fullmatch(part))
-    return ".".join([*parts[:place], str(layer), *parts[place + 1 :]])
+    index = next(index for index, part in enumerate(parts) if _NUMBER.fullmatch(part))
+    return ".".join([*parts[:index], str(layer), *parts[index + 1 :]])

@@ -1,6 +1,6 @@
-"""The table of named axes: per model type, which tensor carries which axis on which dimension.
+"""The table of model families: per model type its tensors, and the axis on each dimension.
 
-Every other module asks this table; a new family is one entry in ``FAMILIES``.
+Every other module reads this table. A new family is one entry in ``FAMILIES``.
 """
 
 from collections.abc import Mapping
@@ -56,7 +56,7 @@ _GPTJ = _GPT + norms("ln_1", at=_H) + into("mlp.fc_in", at=_H) + out_of("mlp.fc_
 _GPTJ_MASKS = buffers("attn.bias", "attn.masked_bias", "attn.causal_mask", at=_H)
 _FAIRSEQ_NORMS = ("self_attn_layer_norm", "final_layer_norm")
 _BASE_ONLY = (("", "transformer."),)
-"""Checkpoints saved from the model without its head lack the first word of every name."""
+"""A checkpoint of the model without its head lacks the first part of every name."""
 
 _N_INNER = {FFN: Width("n_inner")}
 _FFN_DIM = {FFN: Width("ffn_dim")}
@@ -330,7 +330,7 @@ FAMILIES: dict[str, Family | Wrapper] = {
         widths={FFN: Width("ffn_hidden_size")},
         embedding="transformer.word_embeddings.weight",
     ),
-    # FFN whose width no key of config.json holds: only the vocabulary can be cut
+    # FFN whose width no key of config.json holds: only the vocabulary can be pruned
     "bloom": Family(
         _FALCON
         + norms("word_embeddings_layernorm", at="transformer.")
@@ -523,16 +523,16 @@ FAMILIES: dict[str, Family | Wrapper] = {
         ("visual.",), _UNDER_PREFIX, False, {"qwen3_vl_text": "qwen3"}, by_number=True
     ),
 }
-"""model_type → family, or what to do with a model that has a language model in it."""
+"""model_type → family, or ``Wrapper`` for a model with a language model in it."""
 
 
 def family_of(config: Mapping[str, Any], where: object, name: str | None = None) -> Family:
     """Return the table's entry for a config.json.
 
     Args:
-        config: What config.json says.
-        where: Names the file in errors.
-        name: Of the entry, whatever the config's model type: what the user gave as ``family``.
+        config: Content of config.json.
+        where: Name of the file, for errors.
+        name: Key of the entry to use instead of the config's model type: the user's ``family``.
 
     Raises:
         UnknownTypeError: the table has no such model type.
@@ -559,10 +559,10 @@ def family_of(config: Mapping[str, Any], where: object, name: str | None = None)
     inner = section.get("model_type") if isinstance(section, dict) else None
     inner = inner or SECTION_TYPES.get(kind, {}).get(entry.section)
     text_type = entry.text_types.get(str(inner), inner)
-    place = f"{where}: {entry.section}"
-    family = _entry(text_type, place, code)
+    where = f"{where}: {entry.section}"
+    family = _entry(text_type, where, code)
     if isinstance(family, Wrapper):
-        raise UnknownTypeError(place, text_type, code=code)
+        raise UnknownTypeError(where, text_type, code=code)
     return replace(entry.around(family, str(text_type)), model_type=kind)
 
 

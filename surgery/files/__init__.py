@@ -1,1 +1,1 @@
-"""Files as they lie on the disk: headers, JSON, atomic writes."""
+"""Files on the disk: headers, JSON, shards, atomic writes."""

@@ -9,21 +9,21 @@ from pathlib import Path
 from surgery.errors import OutputError
 
 NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
-"""What file systems answer that cannot sync a directory."""
+"""Errors of file systems that cannot sync a directory."""
 
 
 class NewFile:
-    """A file under a temporary name, until ``commit`` gives it its own."""
+    """A file under a temporary name, until ``commit`` renames it."""
 
     def __init__(self, path: Path, attempt: str = "") -> None:
-        """Open it to read and write.
+        """Open it for reading and writing.
 
         Args:
-            path: Its name in the end; a file of that name is replaced.
-            attempt: Sets its temporary name apart from that of another process.
+            path: Its final name; ``commit`` replaces a file of that name.
+            attempt: Distinguishes its temporary name from that of another process.
 
         Raises:
-            OSError: it cannot be made.
+            OSError: the file cannot be created.
         """
         self._path = path
         self._temporary = path.with_name(f"{path.name}{attempt}.tmp")
@@ -31,12 +31,12 @@ class NewFile:
             self.file = open(self._temporary, "w+b")  # noqa: SIM115
 
     def commit(self, *, sync: bool = True) -> None:
-        """Let it appear under its name; with ``sync``, after it is on the disk.
+        """Rename it to its final name; with ``sync``, after its bytes are on the disk.
 
-        Without ``sync`` it is whole after a process was killed, not after the power was lost.
+        Without ``sync``, the file is whole after a kill, but perhaps not after a power failure.
 
         Raises:
-            OSError: it could not be written; then it is gone.
+            OSError: it could not be written; it is deleted then.
         """
         try:
             with errors_name(self._path):
@@ -52,18 +52,18 @@ class NewFile:
             raise
 
     def discard(self) -> None:
-        """Delete it; no file appears."""
-        with suppress(OSError):  # a full disk takes what is buffered no more now than before
+        """Delete the temporary file."""
+        with suppress(OSError):  # on a full disk, flushing the buffer fails again
             self.file.close()
         self._temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def new_file(path: Path, *, attempt: str = "", sync: bool = True) -> Iterator[NewFile]:
-    """Yield a ``NewFile`` that gets its name on a clean exit; after an error, nothing is left.
+    """Yield a ``NewFile``: committed on a clean exit, discarded after an error.
 
     Raises:
-        OSError: it cannot be made or written.
+        OSError: it cannot be created or written.
     """
     made = NewFile(path, attempt)
     try:
@@ -75,7 +75,7 @@ def new_file(path: Path, *, attempt: str = "", sync: bool = True) -> Iterator[Ne
 
 
 def write_atomic(path: Path, data: bytes | Iterable[bytes], *, sync: bool = True) -> None:
-    """Write ``data``, whole or in pieces, so that ``path`` holds its old content or all of it.
+    """Write ``data``, whole or in pieces; ``path`` has its old content or all of the new.
 
     ``sync`` is as in ``NewFile.commit``.
     """
@@ -84,7 +84,7 @@ def write_atomic(path: Path, data: bytes | Iterable[bytes], *, sync: bool = True
 
 
 def move_into_place(temporary: Path, path: Path) -> None:
-    """Give the complete file ``temporary`` the name ``path``, once it is on the disk."""
+    """Sync the complete file ``temporary``, then rename it to ``path``."""
     sync_file(temporary)
     temporary.replace(path)
     sync_directory(path.parent)
@@ -92,7 +92,7 @@ def move_into_place(temporary: Path, path: Path) -> None:
 
 @contextmanager
 def errors_name(path: Path) -> Iterator[None]:
-    """Let an OSError inside tell of ``path``: that of a full disk names no file."""
+    """Let an OSError inside name ``path``: the error of a full disk names no file."""
     try:
         yield
     except OSError as error:
@@ -101,15 +101,15 @@ def errors_name(path: Path) -> Iterator[None]:
 
 
 def sync_file(path: Path) -> None:
-    """Bring what was written to ``path`` to the disk."""
-    with open(path, "r+b") as file:  # Windows syncs no file that is open to read only
+    """Sync the content of ``path`` to the disk."""
+    with open(path, "r+b") as file:  # Windows cannot sync a file that is open for reading only
         os.fsync(file.fileno())
 
 
 def sync_directory(path: Path) -> None:
-    """Bring the names in ``path`` to the disk, where the system can.
+    """Sync the names in directory ``path`` to the disk, where the system can.
 
-    Windows opens no directory, and some file systems sync none.
+    Windows cannot open a directory, and some file systems cannot sync one.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -125,16 +125,16 @@ def sync_directory(path: Path) -> None:
 
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-"""What file systems answer that cannot lock."""
+"""Errors of file systems that cannot lock."""
 
 
 class FileLock:
-    """Not held at first; given back with ``close`` or ``remove``.
+    """A lock between processes; ``close`` and ``remove`` release it.
 
-    Its file stays behind, unless ``remove`` deletes it.
+    The constructor does not acquire it. ``close`` keeps the file, ``remove`` deletes it.
 
     Raises:
-        OSError: the file cannot be made; ``acquire`` and ``try_acquire``: or cannot be locked.
+        OSError: the file cannot be created; ``acquire`` and ``try_acquire``: or not locked.
     """
 
     def __init__(self, path: Path) -> None:
@@ -149,33 +149,33 @@ class FileLock:
         self.close()
 
     def acquire(self) -> None:
-        """Hold it as soon as nobody else holds it."""
-        from filelock import lock_descriptor  # with its sockets, 10 ms of every start
+        """Wait until no other process holds it, then hold it."""
+        from filelock import lock_descriptor  # importing it loads sockets: 10 ms of every start
 
         lock_descriptor(self.fileno())
 
     def try_acquire(self) -> bool:
-        """Hold it if nobody else holds it, and say whether."""
+        """Hold it if no other process does; return whether it is held."""
         from filelock import lock_descriptor
 
         return lock_descriptor(self.fileno(), blocking=False)
 
     def fileno(self) -> int:
-        """Descriptor of the file, open to read and to append."""
+        """Descriptor of the file, open for reading and appending."""
         return self._file.fileno()
 
     def close(self) -> None:
-        """Let it go."""
+        """Release it."""
         self._file.close()
 
     def remove(self) -> None:
-        """Delete the file and let the lock go.
+        """Delete the file, then release the lock.
 
-        The file goes first, so that whoever gets the lock then can see that its file is gone.
+        In this order, the next holder of the lock can see that its file was deleted.
         """
         try:
             self.path.unlink(missing_ok=True)
-        except PermissionError:  # Windows deletes no open file, and none that another has open
+        except PermissionError:  # Windows cannot delete an open file
             self.close()
             try:
                 self.path.unlink(missing_ok=True)
@@ -185,11 +185,11 @@ class FileLock:
 
 
 def lock_output(output: Path, path: Path) -> FileLock:
-    """Lock ``path`` for the run that makes ``output``; where no locks are, only open it.
+    """Lock ``path`` for the run that writes ``output``; where nothing can be locked, only open it.
 
     Raises:
-        OutputError: another run holds it.
-        OSError: the file cannot be made.
+        OutputError: another run holds the lock.
+        OSError: the file cannot be created.
     """
     while True:
         lock = FileLock(path)
@@ -199,7 +199,7 @@ def lock_output(output: Path, path: Path) -> FileLock:
             if error.errno not in NO_LOCKS:
                 lock.close()
                 raise
-            held = True  # nothing keeps two runs apart there
+            held = True  # there, nothing keeps two runs apart
         if not held:
             lock.close()
             raise OutputError(
@@ -207,7 +207,7 @@ def lock_output(output: Path, path: Path) -> FileLock:
                 "is being written by another run",
                 fix="wait for it, or stop it and continue with `resume`, or name another output",
             )
-        # Whoever held it may have deleted it meanwhile; then it is no longer what others lock.
+        # The last holder may have deleted the file since it was opened: others then lock a new one.
         if _is(path, lock.fileno()):
             return lock
         lock.close()

@@ -11,7 +11,7 @@ from surgery.errors import PlanError
 BITMAP = "bitmap:"
 RANGE = re.compile(r"([0-9]{1,15})(?:-([0-9]{1,15}))?")
 MAX_SIZE = 1 << 26
-"""Far above any vocabulary; a size beyond it would only fill the memory."""
+"""Far above any vocabulary; a larger size would only fill the memory."""
 
 MAKE_AGAIN = "make the plan again"
 
@@ -66,7 +66,7 @@ def _ranges(text: str, size: int) -> np.ndarray:
             raise ValueError(f"the range {part[:40]!r}")
         last_stop, start, stop = stop, int(match[1]), int(match[2] or match[1]) + 1
         if not last_stop <= start < stop <= size:
-            raise ValueError(f"the range {part} of {size} indices, behind {last_stop}")
+            raise ValueError(f"the range {part} of {size} indices, after {last_stop}")
         spans.append(np.arange(start, stop))
     return np.concatenate(spans) if spans else np.zeros(0, dtype=np.int64)
 

@@ -16,14 +16,14 @@ LEGACY_NAMES = (
     "added_tokens.json",
     "special_tokens_map.json",
 )
-"""What a tokenizer is built from where tokenizer.json is absent; the first two must be there."""
+"""A tokenizer without tokenizer.json is built from these; the first two are required."""
 
 
 def weight_map_of(path: Path, index: dict[str, Any]) -> dict[str, str]:
-    """Return tensor → shard by the index of directory ``path``, which names no file elsewhere.
+    """Return the ``weight_map`` (tensor → shard) of the index of directory ``path``.
 
     Raises:
-        CheckpointError: there is none, or it points outside the directory.
+        CheckpointError: there is none, or it names a file outside the directory.
     """
     where = path / INDEX_NAME
     weight_map = index.get("weight_map")
@@ -45,7 +45,7 @@ def weight_map_of(path: Path, index: dict[str, Any]) -> dict[str, str]:
 
 
 def tokenizer_files(directory: Path) -> list[Path]:
-    """Files that the tokenizer is read from: tokenizer.json, or those of ``LEGACY_NAMES``."""
+    """The files of the tokenizer: tokenizer.json, or those of ``LEGACY_NAMES``."""
     if (directory / TOKENIZER_NAME).exists():
         return [directory / TOKENIZER_NAME]
     found = [directory / name for name in LEGACY_NAMES if (directory / name).exists()]

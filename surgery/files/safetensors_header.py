@@ -1,4 +1,4 @@
-"""safetensors headers: where each tensor's bytes lie in a shard."""
+"""safetensors headers: the dtype, shape and byte offset of each tensor in a shard."""
 
 import json
 import math
@@ -24,13 +24,13 @@ MAX_HEADER_BYTES = 100_000_000
 """The limit of the reference parser."""
 
 MAX_DIMENSIONS = 64
-"""What numpy and torch take; a million of large sizes would be multiplied for hours."""
+"""The limit of numpy and torch. Without one, a million large sizes would multiply for hours."""
 
 MIN_BYTES = 10
-"""The length of the header and an empty JSON object."""
+"""The eight bytes of the header's length, and an empty JSON object."""
 
 LFS_PREFIX = b"version "
-"""How a git-lfs pointer begins, which a clone without git-lfs leaves in a shard's place."""
+"""The first bytes of a git-lfs pointer. A clone without git-lfs has pointers instead of shards."""
 
 METADATA_KEY = "__metadata__"
 AGAIN = "download the file again"
@@ -38,7 +38,7 @@ AGAIN = "download the file again"
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """One tensor of a shard, by position."""
+    """One tensor of a shard: dtype, shape and position."""
 
     name: str
     path: Path
@@ -71,17 +71,17 @@ class Header:
     """In the order of their bytes."""
     metadata: dict[str, str]
     raw: bytes
-    """The header's JSON as it is in the file; it goes into the source's fingerprint."""
+    """The header's JSON as it is in the file; the source's fingerprint covers it."""
 
 
 def read_header(path: Path) -> Header:
     """Read and validate the header of the safetensors file ``path``; no weights are read.
 
-    The tensors must lie one behind the other and end where the file ends, so that a shard which
-    is shorter than its header says is found here and not while it is mapped.
+    Each tensor must start at the end of the one before it, and the last must end with the file.
+    So a truncated shard is found here, and not while it is mapped.
 
     Raises:
-        CheckpointError: truncated, or offsets that lie, overlap or leave holes.
+        CheckpointError: truncated, or offsets that contradict the shapes, overlap or leave holes.
     """
     try:
         with open_regular(path) as file:
@@ -98,7 +98,7 @@ def read_header(path: Path) -> Header:
 
 
 def parse_header(path: Path, raw: bytes, size: int) -> Header:
-    """Validate ``raw``, the header's JSON of a shard of ``size`` bytes that belongs at ``path``.
+    """Validate ``raw``, the header's JSON of the shard ``path`` of ``size`` bytes.
 
     Raises:
         CheckpointError: as ``read_header``.
@@ -122,7 +122,7 @@ def encode_header(
 ) -> bytes:
     """Return the length and JSON that precede the data of ``(name, dtype, shape)`` in order.
 
-    Spaces fill it up to ``room`` bytes, as the format allows.
+    Spaces pad it to ``room`` bytes, as the format allows.
     """
     entries: dict[str, Any] = {METADATA_KEY: dict(metadata)} if metadata else {}
     offset = 0
@@ -197,7 +197,7 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorRef:
     if end - begin != tensor.nbytes:
         raise CheckpointError(
             where,
-            "header lies about the offsets",
+            "data_offsets contradict the shape",
             expected=f"{tensor.nbytes} bytes for {dtype} {list(shape)}",
             found=f"data_offsets [{begin}, {end}]",
             fix=AGAIN,
@@ -221,7 +221,7 @@ def _check_cover(path: Path, tensors: Sequence[TensorRef], data_start: int, size
         last = f": tensor {tensors[-1].name}" if tensors else ""
         raise CheckpointError(
             f"{path}{last}",
-            "shard is truncated" if size < position else "shard has bytes behind its last tensor",
+            "shard is truncated" if size < position else "shard has bytes after its last tensor",
             expected=f"{position} bytes",
             found=size,
             fix=AGAIN,
@@ -229,14 +229,14 @@ def _check_cover(path: Path, tensors: Sequence[TensorRef], data_start: int, size
 
 
 def check_reference(path: Path) -> None:
-    """Let the reference parser, which is fuzzed, have the last word.
+    """Check the file with the reference parser as well, which is fuzzed.
 
     Raises:
-        CheckpointError: it refuses the file.
+        CheckpointError: the reference parser refuses the file.
     """
     from safetensors import SafetensorError, safe_open
 
-    # Opening takes the file as a mapping and reads only the header.
+    # Opening maps the file and reads only the header.
     try:
         with safe_open(os.fspath(path), framework="numpy"):
             pass

@@ -1,4 +1,4 @@
-"""One open shard: mapped, or read into memory of ours, behind the same few calls."""
+"""One open shard, memory-mapped or read by position, with the same methods."""
 
 import mmap
 import os
@@ -15,35 +15,35 @@ from numpy.typing import NDArray
 from surgery.errors import CheckpointError
 
 IO = Literal["mmap", "read"]
-"""How the bytes of a shard are reached.
+"""How the bytes of a shard are read.
 
-``mmap`` takes them from the page cache without a copy, but a file that shrinks, or a disk that
-fails, in the middle of a window kills the process with SIGBUS. ``read`` gets an error there, which
-is better on network file systems, where other machines may change a file.
+``mmap`` uses the page cache without a copy. But if the file shrinks or the disk fails in the middle
+of a window, SIGBUS kills the process. ``read`` raises an error instead. That is better on network
+file systems, where other machines may change a file.
 """
 
-GIVEN_BACK_BYTES = 1 << 21
-"""Pages are given back in aligned pieces of this: the system may map a huge page around one that
-was touched."""
+RELEASE_BYTES = 1 << 21
+"""Pages are released in aligned pieces of this size: the system may map a whole huge page where
+only one small page was touched."""
 
 Bytes = NDArray[np.uint8]
 
 
 class Buffer:
-    """Memory for one window after the other."""
+    """Memory that is reused for one window after another."""
 
     def __init__(self) -> None:
         self._memory: Bytes = np.empty(0, np.uint8)
 
     def take(self, nbytes: int) -> Bytes:
-        """Return ``nbytes`` of any content; they are the next call's as well."""
+        """Return ``nbytes`` of any content; the next call returns the same memory."""
         if nbytes > len(self._memory):
             self._memory = np.empty(nbytes, np.uint8)
         return self._memory[:nbytes]
 
 
 class ShardFile:
-    """A shard that is read by position. Threads may share ``read_into``."""
+    """A shard that is read by position. Several threads may call ``read_into``."""
 
     io: ClassVar[IO] = "read"
 
@@ -76,9 +76,9 @@ class ShardFile:
 
     @contextmanager
     def window(self, offset: int, nbytes: int, buffer: Buffer) -> Iterator[Bytes]:
-        """Have ``nbytes`` from ``offset`` until the block ends, for reading only.
+        """Yield ``nbytes`` from ``offset``, read-only and valid until the block ends.
 
-        They may lie in ``buffer``, which must not be in use for anything else until then.
+        They may lie in ``buffer``; nothing else may use it until then.
 
         Raises:
             CheckpointError: the shard ends early, or cannot be read.
@@ -117,7 +117,7 @@ class ShardFile:
             return self._file.readinto(target)
 
     def ended_early(self, offset: int) -> CheckpointError:
-        """What to say of a shard that has become shorter than its header says."""
+        """The error of a shard that has become shorter than its header describes."""
         return CheckpointError(
             self.path,
             "shard ended early: it changed while it was read",
@@ -126,7 +126,7 @@ class ShardFile:
         )
 
     def _unreadable(self, error: OSError) -> CheckpointError:
-        """What to say of a shard that was there when its header was read."""
+        """The error of a shard that could be read when its header was read."""
         return CheckpointError(
             self.path,
             "shard cannot be read any more",
@@ -136,29 +136,29 @@ class ShardFile:
 
 
 class MappedShardFile(ShardFile):
-    """A shard that is mapped whole; the pages of a window are given back when it has been used.
+    """A shard that is mapped whole; the pages of a window are released after its use.
 
-    So no more of it counts as memory of this process than a window. What cannot be mapped is read.
-    One thread uses it.
+    So only one window of it counts as memory of this process. A file that cannot be mapped is
+    read. Only one thread may use it.
     """
 
     io: ClassVar[IO] = "mmap"
 
     def __init__(self, path: Path) -> None:
-        """Open it; it is mapped with its first window."""
+        """Open it; the first window maps it."""
         super().__init__(path)
         self._mapping: mmap.mmap | None = None
 
     def close(self) -> None:
         """Close the file and its mapping."""
-        self._mapping = None  # with nothing left that refers to it, it is closed
+        self._mapping = None  # the last reference: this closes the mapping
         super().close()
 
     @contextmanager
     def window(self, offset: int, nbytes: int, buffer: Buffer) -> Iterator[Bytes]:
-        """As for any shard; ``buffer`` is not used where the mapping has the bytes."""
+        """As in ``ShardFile``; ``buffer`` is not used where the file can be mapped."""
         mapping = self._mapped(offset + nbytes) if nbytes else None
-        if mapping is None:  # reading says what is wrong, if anything is
+        if mapping is None:  # reading raises the right error, if there is one
             with super().window(offset, nbytes, buffer) as data:
                 yield data
             return
@@ -166,10 +166,10 @@ class MappedShardFile(ShardFile):
         try:
             yield np.frombuffer(mapping, np.uint8, nbytes, offset)
         finally:
-            self._give_back(mapping, offset, offset + nbytes)
+            self._release_pages(mapping, offset, offset + nbytes)
 
     def _mapped(self, end: int) -> mmap.mmap | None:
-        """The mapping, where the file still reaches to ``end`` and can be mapped."""
+        """The mapping; None if the file ends before ``end`` or cannot be mapped."""
         try:
             if os.fstat(self.fileno()).st_size < end:
                 return None
@@ -179,16 +179,16 @@ class MappedShardFile(ShardFile):
             return None
         return self._mapping
 
-    def _give_back(self, mapping: mmap.mmap, start: int, end: int) -> None:
+    def _release_pages(self, mapping: mmap.mmap, start: int, end: int) -> None:
         if not hasattr(mmap, "MADV_DONTNEED"):
             self._mapping = None  # the next window maps the file anew
             return
-        start -= start % GIVEN_BACK_BYTES
-        end = min(end + -end % GIVEN_BACK_BYTES, len(mapping))
+        start -= start % RELEASE_BYTES
+        end = min(end + -end % RELEASE_BYTES, len(mapping))
         mapping.madvise(mmap.MADV_DONTNEED, start, end - start)
 
 
-KINDS: dict[IO, type[ShardFile]] = {"mmap": MappedShardFile, "read": ShardFile}
+_SHARD_FILES: dict[IO, type[ShardFile]] = {"mmap": MappedShardFile, "read": ShardFile}
 
 
 def open_shard(path: Path, io: IO) -> ShardFile:
@@ -197,19 +197,19 @@ def open_shard(path: Path, io: IO) -> ShardFile:
     Raises:
         CheckpointError: it cannot be opened.
     """
-    return KINDS[io](path)
+    return _SHARD_FILES[io](path)
 
 
 _mapped_bytes = 0
-_counting = Lock()
+_count_lock = Lock()
 
 
 def mapped_bytes() -> int:
-    """Bytes that this process has used by mappings so far: its kernel counts only those read."""
+    """Bytes that this process has used through mappings: the kernel counts only bytes read."""
     return _mapped_bytes
 
 
 def _count_mapped(nbytes: int) -> None:
     global _mapped_bytes
-    with _counting:
+    with _count_lock:
         _mapped_bytes += nbytes

@@ -17,22 +17,22 @@ import msgspec
 from surgery.errors import CheckpointError
 
 MAX_DEPTH = 100
-"""Far above what any file nests; what recurses over a document later may rely on it."""
+"""Far above the nesting of any real file. Later recursion over a document may rely on it."""
 
 MAX_BYTES = 1 << 27
-"""Four times Gemma 3's tokenizer.json, the largest of the files that are read whole."""
+"""Four times Gemma 3's tokenizer.json, the largest file that is read whole."""
 
 MAX_MARKS = 1 << 23
-"""Brackets, colons and commas, about one a value: a parsed value may take 100 bytes. Gemma 3's
+"""Brackets, colons and commas: about one per value. A parsed value may take 100 bytes. Gemma 3's
 tokenizer.json has a quarter of this."""
 
 PIECE_BYTES = 1 << 20
 
 BATCH = 4096
-"""Entries of a table or an array that are written at a time."""
+"""Entries of an object or an array that are written at a time."""
 
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0)
-"""Windows has no FIFO among its files, and no such flag."""
+"""Do not wait for the writer of a FIFO. Windows has neither FIFOs nor this flag."""
 
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -41,8 +41,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in ``path``, key order kept.
 
     Raises:
-        CheckpointError: missing, not UTF-8, not JSON, too deep, a key given twice, NaN or
-            infinity, or not an object.
+        CheckpointError: missing, not UTF-8, not JSON, too deep, a key twice, NaN or infinity, or
+            not an object.
     """
     try:
         return parse_json(read_file(path), path)
@@ -54,10 +54,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[BinaryIO]:
-    """Open ``path`` to read.
+    """Open ``path`` for reading.
 
     Raises:
-        OSError: not a regular file: a FIFO would wait for ever, a device never end.
+        OSError: not a regular file: a FIFO could block for ever, a device could never end.
     """
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NO_WAIT)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -78,10 +78,10 @@ def read_file(path: Path) -> bytes:
 
 
 def file_pieces(path: Path) -> Iterator[bytes]:
-    """The content of a file as ``read_file`` returns it, some of it at a time.
+    """Yield the content of a file in pieces.
 
     Raises:
-        OSError: as there.
+        OSError: as ``read_file``.
     """
     marks = 0
     with _open_bounded(path) as (file, _):
@@ -116,7 +116,7 @@ def parse_json(raw: bytes, where: Path) -> dict[str, Any]:
             parse_constant=_refuse_constant,
             parse_float=_finite,
         )
-        if SURROGATE.search(raw):  # a pair of them is a character, a single one is not
+        if SURROGATE.search(raw):  # a pair of surrogates is a character, a single one is not
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         check_depth(value)
     except RecursionError as error:
@@ -139,26 +139,26 @@ def parse_json(raw: bytes, where: Path) -> dict[str, Any]:
 
 
 def dump_json(value: object) -> bytes:
-    """Return ``value`` as the hub writes its JSON: two spaces, UTF-8, a final newline."""
+    """Return ``value`` in the hub's JSON layout: two spaces, UTF-8, a final newline."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
 
 
 def dump_table(value: object) -> bytes:
-    """The same layout through msgspec: a vocabulary in a fraction of the time and memory.
+    """Return the same layout by msgspec, in a fraction of the time and memory.
 
-    Its numbers must fit 64 bits, and it writes 1e-05 as 1e-5, so configs go through ``dump_json``.
+    Its numbers must fit 64 bits, and it writes 1e-05 as 1e-5. So configs use ``dump_json``.
     """
     return b"".join(table_pieces(value))
 
 
 def table_pieces(value: object) -> Iterator[bytes]:
-    """``dump_table`` in pieces; of mappings and iterables of any kind."""
+    """``dump_table`` in pieces; it takes mappings and iterables of any kind."""
     yield from _pieces(value, b"\n")
     yield b"\n"
 
 
 def _pieces(value: object, margin: bytes) -> Iterator[bytes]:
-    """``margin`` is the line break and the spaces in front of what closes ``value``."""
+    """``margin`` is the line break and the indentation before ``value``'s closing bracket."""
     if isinstance(value, dict) and 0 < len(value) <= BATCH:
         for number, (key, child) in enumerate(value.items()):
             yield (b"," if number else b"{") + margin + b"  " + msgspec.json.encode(key) + b": "
@@ -173,7 +173,7 @@ def _pieces(value: object, margin: bytes) -> Iterator[bytes]:
 
 
 def _joined(batches: Iterable[object], brackets: bytes, margin: bytes) -> Iterator[bytes]:
-    """One object or array of several, none of them empty."""
+    """Join the batches, none of them empty, into one object or array."""
     opening, closing = brackets[:1], brackets
     for batch in batches:
         yield opening + _formatted(batch, margin)[1 : -1 - len(margin)]

@@ -1,1 +1,1 @@
-"""Models of the hub: fetched file by file, read by ranges, uploaded."""
+"""Models on the hub: fetched file by file, read by ranges, uploaded."""

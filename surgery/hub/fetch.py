@@ -1,4 +1,4 @@
-"""MODEL, a directory or a model id of the hub: the directory to work on."""
+"""Resolve MODEL, a directory or a model id on the hub, to a local directory."""
 
 import re
 import sys
@@ -10,14 +10,14 @@ from surgery.errors import CheckpointError
 from surgery.files.atomic import write_atomic
 from surgery.files.model_files import INDEX_NAME, SINGLE_NAME, weight_map_of
 from surgery.files.strict_json import read_json
-from surgery.hub.remote_file import TRIES, RemoteFile, client_errors, refused, retried
+from surgery.hub.remote_file import TRIES, RemoteFile, client_errors, hub_error, retried
 from surgery.hub.skeleton import LIBRARY, Skeleton, download_small
 
 PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "LICENSE*", "NOTICE*", "*.md"]
-"""Files that pruning reads or carries over."""
+"""Files that pruning reads or copies."""
 
 IGNORED = ["*/*", ".*", "consolidated*"]
-"""Folders, and weights a second time in another layout; "*" alone matches across folders."""
+"""Folders, and second copies of the weights in another layout. "*" also matches "/"."""
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -25,12 +25,12 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 def fetch_model(repo: str, revision: str | None) -> tuple[Path, str]:
     """Return the directory of a model on the hub and its commit.
 
-    It is the user's own copy in the cache of huggingface_hub where that has all shards; else a
-    skeleton among its assets, filled by what inspecting and planning need. Without the hub, what
-    was had before is used.
+    The directory is the snapshot in huggingface_hub's cache if that has all shards. Otherwise it
+    is a skeleton among huggingface_hub's assets, with what inspecting and planning need. If the hub
+    does not answer, an earlier directory of the same commit is used.
 
     Raises:
-        CheckpointError: not a checkpoint that the hub gives out.
+        CheckpointError: the hub has no such checkpoint, or refuses it.
     """
     from huggingface_hub.utils import validate_repo_id
 
@@ -38,33 +38,33 @@ def fetch_model(repo: str, revision: str | None) -> tuple[Path, str]:
     try:
         validate_repo_id(repo)
     except ValueError as error:
-        raise refused(where, error) from error
+        raise hub_error(where, error) from error
     pinned = revision if revision and COMMIT.fullmatch(revision) else None
     known = pinned or _known_commit(repo, revision or "main")
-    before = _had_before(repo, known) if known else None
-    if pinned and before:
-        return before, pinned
-    try:  # as huggingface_hub, do not wait long for a hub that can be done without
-        commit, files = retried(lambda: _listing(repo, revision), 1 if before else TRIES)
+    earlier = _earlier_copy(repo, known) if known else None
+    if pinned and earlier:
+        return earlier, pinned
+    try:  # as huggingface_hub does: do not wait long where a copy exists
+        commit, files = retried(lambda: _listing(repo, revision), 1 if earlier else TRIES)
     except (OSError, ValueError, client_errors()) as error:
-        if known and before:
-            return before, known
-        raise refused(where, error) from error
-    _remember(repo, revision or "main", commit)
+        if known and earlier:
+            return earlier, known
+        raise hub_error(where, error) from error
+    _record_commit(repo, revision or "main", commit)
     if snapshot := _complete_snapshot(repo, commit):
         download_snapshot(repo, commit)
         return snapshot, commit
-    path = _place(repo, commit)
+    path = _assets(repo, commit)
     if Skeleton.at(path) is None:
-        _build(path, where, files)
+        _build_skeleton(path, where, files)
     return path, commit
 
 
 def download_snapshot(repo: str, commit: str) -> Path:
-    """Bring what is missing of a whole model into the user's cache.
+    """Download the missing files of a model into huggingface_hub's cache.
 
     Raises:
-        CheckpointError: the hub does not give it out.
+        CheckpointError: the hub refuses the download.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
@@ -76,12 +76,12 @@ def download_snapshot(repo: str, commit: str) -> Path:
             repo, revision=commit, allow_patterns=PATTERNS, ignore_patterns=IGNORED
         )
     except (OSError, ValueError) as error:
-        raise refused(f"{repo}@{commit}", error) from error
+        raise hub_error(f"{repo}@{commit}", error) from error
     return Path(path)
 
 
 def _listing(repo: str, revision: str | None) -> tuple[str, list[RemoteFile]]:
-    """The commit of a revision, and its files that pruning has a use for."""
+    """Return the commit of a revision, and those of its files that pruning needs."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.utils import filter_repo_objects
 
@@ -89,7 +89,7 @@ def _listing(repo: str, revision: str | None) -> tuple[str, list[RemoteFile]]:
     try:
         info = api.model_info(repo, revision=revision, files_metadata=True, timeout=timeout)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError("the answer is no description of a model") from error
+        raise ValueError("the answer does not describe a model") from error
     if not COMMIT.fullmatch(info.sha or ""):
         raise ValueError(f"the hub names no commit: {info.sha!r}")
     names = {sibling.rfilename: sibling for sibling in info.siblings or []}
@@ -102,11 +102,11 @@ def _remote_file(repo: str, commit: str, sibling: Any) -> RemoteFile:
     if sibling.lfs is not None:
         size, digest = sibling.lfs.size, sibling.lfs.sha256
     if type(size) is not int or size < 0 or not isinstance(digest, str | None):
-        raise ValueError(f"the hub does not say how large {sibling.rfilename} is")
+        raise ValueError(f"the hub gives no size of {sibling.rfilename}")
     return RemoteFile(repo, commit, sibling.rfilename, size, digest)
 
 
-def _build(path: Path, where: str, files: Sequence[RemoteFile]) -> None:
+def _build_skeleton(path: Path, where: str, files: Sequence[RemoteFile]) -> None:
     weights = {file.name: file for file in files if file.name.endswith(".safetensors")}
     small = {file.name: file for file in files if file.name not in weights}
     if SINGLE_NAME in weights:
@@ -127,16 +127,16 @@ def _build(path: Path, where: str, files: Sequence[RemoteFile]) -> None:
     Skeleton.build(path, list(small.values()), shards)
 
 
-def _had_before(repo: str, commit: str) -> Path | None:
-    """The directory of a model that needs nothing of the hub to be planned."""
+def _earlier_copy(repo: str, commit: str) -> Path | None:
+    """A directory of this commit from an earlier run or download; planning needs no hub for it."""
     if snapshot := _complete_snapshot(repo, commit):
         return snapshot
-    path = _place(repo, commit)
+    path = _assets(repo, commit)
     return path if Skeleton.at(path) else None
 
 
 def _complete_snapshot(repo: str, commit: str) -> Path | None:
-    """The user's own copy, if it has config.json and every shard."""
+    """The snapshot in huggingface_hub's cache, if it has config.json and every shard."""
     from huggingface_hub import try_to_load_from_cache
 
     config = try_to_load_from_cache(repo, "config.json", revision=commit)
@@ -151,25 +151,25 @@ def _complete_snapshot(repo: str, commit: str) -> Path | None:
     return path if all((path / name).exists() for name in names) else None
 
 
-def _place(repo: str, commit: str) -> Path:
+def _assets(repo: str, commit: str) -> Path:
     from huggingface_hub import cached_assets_path
 
     return cached_assets_path(LIBRARY, repo, commit)
 
 
-def _remember(repo: str, revision: str, commit: str) -> None:
-    write_atomic(_place(repo, "refs") / revision.replace("/", "--"), commit.encode())
+def _record_commit(repo: str, revision: str, commit: str) -> None:
+    write_atomic(_assets(repo, "refs") / revision.replace("/", "--"), commit.encode())
 
 
 def _known_commit(repo: str, revision: str) -> str | None:
-    """The commit that ``revision`` was when the hub was last asked, by us or huggingface_hub."""
+    """The commit of ``revision`` when we or huggingface_hub last asked the hub."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
     cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
-    places = (_place(repo, "refs") / revision.replace("/", "--"), cache / "refs" / revision)
-    for place in places:
-        found = place.read_text(encoding="utf-8").strip() if place.is_file() else ""
+    paths = (_assets(repo, "refs") / revision.replace("/", "--"), cache / "refs" / revision)
+    for path in paths:
+        found = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
         if COMMIT.fullmatch(found):
             return found
     return None
@@ -179,13 +179,13 @@ HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>(?!/|.*\.\.)[\
 
 
 def resolve_model(model: str) -> tuple[Path, str]:
-    """Return the directory of ``model`` and the name that finds it again.
+    """Return the directory of ``model``, and a name that finds the same model again.
 
-    Of a hub id everything but the weights is downloaded, with the user's token, mirror and offline
-    settings; its name is then ``org/name@commit``.
+    For a hub id, everything but the weights is downloaded, with the user's token, mirror and
+    offline settings. Its name is ``org/name@commit``.
 
     Raises:
-        CheckpointError: neither a directory nor a checkpoint that the hub gives out.
+        CheckpointError: neither a directory nor a checkpoint on the hub.
     """
     path = Path(model)
     if path.is_dir():
@@ -204,7 +204,7 @@ def resolve_model(model: str) -> tuple[Path, str]:
 
 
 def source_at_hand(source: str) -> Path | None:
-    """Return the directory of a plan's source, or None where it is gone."""
+    """Return the directory of a plan's source, or None where it no longer exists."""
     try:
         return resolve_model(source)[0]
     except CheckpointError:

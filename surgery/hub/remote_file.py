@@ -1,4 +1,4 @@
-"""One file of a model on the hub, by ranges or whole; requests are tried again."""
+"""One file of a model on the hub, read by ranges or whole; failed requests are repeated."""
 
 import hashlib
 import re
@@ -15,17 +15,17 @@ from surgery.files.atomic import move_into_place
 Result = TypeVar("Result")
 
 TRIES = 5
-"""Attempts without any progress."""
+"""Attempts in a row without any progress."""
 FIRST_WAIT_SECONDS = 1.0
-"""Doubled after each failure in a row, unless the hub says how long."""
+"""Doubled after each failure in a row, unless the hub names a time."""
 MOST_WAIT_SECONDS = 300.0
 """The hub counts requests in windows of five minutes."""
-PASSING = (408, 429, 500, 502, 503, 504)
-"""Statuses that a later attempt may not meet."""
+TEMPORARY = (408, 429, 500, 502, 503, 504)
+"""HTTP statuses that may be temporary."""
 
 
-class Garbled(Exception):
-    """An answer that HTTP does not allow, or that ended early."""
+class BadResponse(Exception):
+    """A response that does not match the request, or that ended early."""
 
 
 class Attempts:
@@ -36,21 +36,21 @@ class Attempts:
         self._tries = tries
 
     def wait(self, error: Exception) -> None:
-        """Sleep after a failure that may pass; raise ``error`` where it will not, or often did."""
+        """Sleep after a temporary failure; raise ``error`` if it is permanent or the last try."""
         response = getattr(error, "response", None)
-        if response is not None and response.status_code not in PASSING:
+        if response is not None and response.status_code not in TEMPORARY:
             raise error
         self.failures += 1
         if self.failures >= self._tries:
             raise error
-        told = _told_seconds(response.headers) if response is not None else None
-        wait = FIRST_WAIT_SECONDS * 2 ** (self.failures - 1) if told is None else told
+        asked = _seconds_asked_for(response.headers) if response is not None else None
+        wait = FIRST_WAIT_SECONDS * 2 ** (self.failures - 1) if asked is None else asked
         time.sleep(min(wait, MOST_WAIT_SECONDS))
 
 
 def retried(call: Callable[[], Result], tries: int = TRIES) -> Result:
-    """Return what ``call`` returns, tried again after failures that may pass."""
-    attempts, errors = Attempts(tries), (Garbled, client_errors())
+    """Return what ``call`` returns; call it again after temporary failures."""
+    attempts, errors = Attempts(tries), (BadResponse, client_errors())
     while True:
         try:
             return call()
@@ -59,7 +59,7 @@ def retried(call: Callable[[], Result], tries: int = TRIES) -> Result:
 
 
 def client_errors() -> type[Exception]:
-    """The base of the HTTP client's errors, whichever client huggingface_hub uses."""
+    """The base class of errors of the HTTP client that huggingface_hub uses."""
     from huggingface_hub.utils import get_session
 
     client = import_module(type(get_session()).__module__.partition(".")[0])
@@ -67,36 +67,36 @@ def client_errors() -> type[Exception]:
     return base
 
 
-def refused(where: object, error: Exception) -> CheckpointError:
-    """What the hub's ``error`` means for the user, in one line."""
+def hub_error(where: object, error: Exception) -> CheckpointError:
+    """Turn an ``error`` of the hub into a CheckpointError of one line."""
     return CheckpointError(
         where,
-        "cannot be had from the hub",
+        "cannot be read from the hub",
         found=reason_of(error),
         fix="check the name, your token and the connection, or name a local directory",
     )
 
 
 def reason_of(error: Exception) -> str:
-    """The part of the hub's message that says what is wrong."""
-    # "404 Client Error. (Request ID: …)", an empty line, then what it means
+    """The part of the hub's message that explains the error."""
+    # "404 Client Error. (Request ID: …)", an empty line, then the explanation
     lines = [line for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2]) or type(error).__name__
 
 
-def _told_seconds(headers: Any) -> float | None:
-    """Seconds to wait by Retry-After, or by the hub's own RateLimit where nothing remains."""
-    told = headers.get("Retry-After", "")
-    if re.fullmatch(r"\d+", told):
-        return float(told)
+def _seconds_asked_for(headers: Any) -> float | None:
+    """Seconds to wait: Retry-After, or the hub's RateLimit header where no requests remain."""
+    seconds = headers.get("Retry-After", "")
+    if re.fullmatch(r"\d+", seconds):
+        return float(seconds)
     limit = re.search(r";\s*r=0\s*;\s*t=(\d+)", headers.get("RateLimit", ""))
     return float(limit[1]) if limit else None
 
 
 BLOCK_BYTES = 1 << 20
-"""Bytes of a file that are read at a time."""
+"""Bytes that are read from a file at a time."""
 INCOMPLETE = ".incomplete"
-"""Behind the name of a file whose download goes on where it was cut."""
+"""Suffix of an unfinished download, which the next attempt continues."""
 
 
 @dataclass(frozen=True)
@@ -108,29 +108,28 @@ class RemoteFile:
     name: str
     size: int
     digest: str | None
-    """SHA-256 of a large file, SHA-1 as git takes it of a small one; None where the hub has none.
-    """
+    """SHA-256 of a large file, git's SHA-1 of a small one; None where the hub has neither."""
 
     @property
     def where(self) -> str:
-        """What errors call it."""
+        """Its name in errors."""
         return f"{self.repo}@{self.commit}: {self.name}"
 
     def read(self, start: int, stop: int) -> bytes:
         """Return the bytes from ``start`` to ``stop``.
 
         Raises:
-            CheckpointError: the hub does not give them out.
+            CheckpointError: the hub refuses, or does not answer.
         """
         return b"".join(self.blocks(start, stop))
 
     def blocks(self, start: int, stop: int) -> Iterator[bytes]:
-        """Yield the bytes from ``start`` to ``stop``; a connection that is cut is made again.
+        """Yield the bytes from ``start`` to ``stop``; reconnect when the connection breaks.
 
         Raises:
             CheckpointError: as ``read``.
         """
-        attempts, errors = Attempts(), (Garbled, client_errors())
+        attempts, errors = Attempts(), (BadResponse, client_errors())
         while start < stop:
             try:
                 for block in self._body(start, stop):
@@ -141,21 +140,21 @@ class RemoteFile:
                 try:
                     attempts.wait(error)
                 except errors as last:
-                    raise refused(self.where, last) from last
-            except OSError as error:  # offline by the user's settings
-                raise refused(self.where, error) from error
+                    raise hub_error(self.where, last) from last
+            except OSError as error:  # the user's settings are offline
+                raise hub_error(self.where, error) from error
 
     def download(self, path: Path, progress: Callable[[int], object] = lambda n: None) -> None:
-        """Bring the whole file to ``path``, which appears when its digest is right.
+        """Download the whole file to ``path``, which appears after its digest was checked.
 
-        What an earlier attempt left beside it is continued.
+        An unfinished download of an earlier attempt is continued.
 
         Args:
             path: Must not exist.
-            progress: Called with the bytes of every block; what it raises ends the download.
+            progress: Called with the size of every block; its errors end the download.
 
         Raises:
-            CheckpointError: as ``read``, or twice with another digest than the hub names.
+            CheckpointError: as ``read``, or the digest was wrong twice.
         """
         partial = path.with_name(path.name + INCOMPLETE)
         for last in (False, True):
@@ -167,14 +166,14 @@ class RemoteFile:
             if last:
                 raise CheckpointError(
                     self.where,
-                    "arrived damaged, twice",
+                    "arrived damaged twice",
                     expected=f"digest {self.digest}",
                     found=digest,
                     fix="run again; if that does not help, the hub or your mirror is at fault",
                 )
 
     def _continue(self, partial: Path, progress: Callable[[int], object]) -> str:
-        """Append what is missing to ``partial``; return the digest of the whole."""
+        """Append the missing bytes to ``partial``; return the digest of the whole file."""
         digest = self._hash()
         with open(partial, "a+b", buffering=0) as file:
             if file.tell() > self.size:
@@ -194,10 +193,10 @@ class RemoteFile:
         return hashlib.sha256()
 
     def _body(self, start: int, stop: int) -> Iterator[bytes]:
-        """Yield the bytes of one answer, at most to ``stop``.
+        """Yield the bytes of one response, up to ``stop``.
 
         Raises:
-            Garbled: the answer holds other bytes, or ended early.
+            BadResponse: the response has other bytes, or ended early.
         """
         from huggingface_hub import constants, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
@@ -211,23 +210,23 @@ class RemoteFile:
         stream = get_session().stream("GET", url, headers=headers, timeout=timeout)
         with stream as response:
             hf_raise_for_status(response)
-            skip, left = self._skipped(response, start), stop - start
+            skip, missing = self._bytes_before(start, response), stop - start
             for block in response.iter_bytes():
-                useful = block[skip : skip + left]
+                useful = block[skip : skip + missing]
                 skip -= min(skip, len(block))
-                left -= len(useful)
+                missing -= len(useful)
                 if useful:
                     yield useful
-                if not left:
+                if not missing:
                     return
-        raise Garbled(f"the answer ended {left:,} bytes early")
+        raise BadResponse(f"the response ended {missing:,} bytes early")
 
-    def _skipped(self, response: Any, start: int) -> int:
-        """Bytes of the body in front of ``start``: all of them where ranges are not served."""
+    def _bytes_before(self, start: int, response: Any) -> int:
+        """Bytes of the body before ``start``: all that precede it if the server ignores ranges."""
         if response.status_code != 206:
             return start
-        told = response.headers.get("Content-Range", "")
-        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", told)
+        content_range = response.headers.get("Content-Range", "")
+        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", content_range)
         if not found or int(found[1]) != start or found[2] not in ("*", str(self.size)):
-            raise Garbled(f"asked for bytes from {start} of {self.size}, was given {told!r}")
+            raise BadResponse(f"asked for bytes from {start} of {self.size}, got {content_range!r}")
         return 0

@@ -1,4 +1,4 @@
-"""A directory that stands for a model on the hub: all its files, of the shards only the headers."""
+"""A directory that stands for a model on the hub: all its files, but only the shards' headers."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,29 +13,29 @@ from surgery.files.safetensors_header import Header, check_reference, header_len
 from surgery.files.strict_json import MAX_BYTES, read_file
 from surgery.hub.remote_file import RemoteFile
 
-OWN = ".hub"
-"""Folder of what the model itself does not have."""
+HUB_FOLDER = ".hub"
+"""Folder in a skeleton for files that are not the model's: manifest, headers, locks."""
 MANIFEST = "manifest.json"
 LIBRARY = "compact-surgery"
-"""Folder of all skeletons among the assets of huggingface_hub's cache."""
+"""Folder of all skeletons, in the assets folder of huggingface_hub's cache."""
 WORKERS = 8
 """Requests at a time."""
 GUESSED_BYTES = 1 << 14
-"""Read of a shard at first: the whole header, where it has some hundred tensors."""
+"""The first read of a shard: the whole header if it has up to some hundred tensors."""
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """What the hub said of the shards."""
+    """Size and digest of each shard, as the hub lists them."""
 
     repo: str
     commit: str
     shards: dict[str, tuple[int, str | None]]
-    """Name → bytes, digest."""
+    """Name → size in bytes, digest."""
 
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A complete one; shards are in it only while they are used."""
+    """A complete skeleton; shards are in it only while they are used."""
 
     path: Path
     shards: dict[str, RemoteFile]
@@ -44,17 +44,17 @@ class Skeleton:
     def at(cls, path: Path) -> "Skeleton | None":
         """Return the skeleton in directory ``path``, or None where its files are the model's own.
 
-        One is only where ``build`` puts them: shards of a skeleton are deleted when they are used,
-        and a manifest in any other place came with a checkpoint.
+        A skeleton's shards are deleted after their use. So only a directory where ``build`` puts
+        skeletons counts as one: a manifest anywhere else came with a checkpoint.
 
         Raises:
-            CheckpointError: damaged.
+            CheckpointError: the manifest is damaged.
         """
-        place = path / OWN / MANIFEST
-        if not place.exists() or not _is_ours(path):
+        manifest_path = path / HUB_FOLDER / MANIFEST
+        if not manifest_path.exists() or not _is_ours(path):
             return None
         try:
-            manifest = msgspec.json.decode(read_file(place), type=Manifest)
+            manifest = msgspec.json.decode(read_file(manifest_path), type=Manifest)
         except (OSError, msgspec.MsgspecError) as error:
             raise _damaged(path, error) from error
         shards = {
@@ -82,19 +82,21 @@ class Skeleton:
     def build(
         cls, path: Path, files: Sequence[RemoteFile], shards: Sequence[RemoteFile]
     ) -> "Skeleton":
-        """Fill directory ``path`` with ``files`` and the headers of ``shards``; resumes itself.
+        """Download ``files`` and the headers of ``shards`` into directory ``path``.
+
+        Files that an interrupted call has downloaded are kept.
 
         Raises:
-            CheckpointError: the hub does not give them out, or a header is damaged.
+            CheckpointError: the hub refuses one, or a header is damaged.
         """
-        (path / OWN).mkdir(parents=True, exist_ok=True)
-        with FileLock(path / OWN / "lock"):
+        (path / HUB_FOLDER).mkdir(parents=True, exist_ok=True)
+        with FileLock(path / HUB_FOLDER / "lock"):
             download_small(path, files)
             with ThreadPoolExecutor(WORKERS) as pool:
                 list(pool.map(lambda shard: _fetch_header(path, shard), shards))
             facts = {shard.name: (shard.size, shard.digest) for shard in shards}
             manifest = Manifest(shards[0].repo, shards[0].commit, facts)
-            write_atomic(path / OWN / MANIFEST, msgspec.json.encode(manifest))
+            write_atomic(path / HUB_FOLDER / MANIFEST, msgspec.json.encode(manifest))
         return cls(path, {shard.name: shard for shard in shards})
 
 
@@ -102,13 +104,13 @@ def download_small(path: Path, files: Sequence[RemoteFile]) -> None:
     """Download those of ``files`` that are not in ``path`` yet.
 
     Raises:
-        CheckpointError: one is larger than any file that is read whole.
+        CheckpointError: one is larger than ``MAX_BYTES``.
     """
     for file in files:
         if file.size > MAX_BYTES:
             raise CheckpointError(
                 file.where,
-                "is larger than a file beside the weights can be",
+                "is too large for a file beside the weights",
                 expected=f"at most {MAX_BYTES:,} bytes",
                 found=f"{file.size:,}",
                 fix="download the model without it and name that directory",
@@ -119,23 +121,23 @@ def download_small(path: Path, files: Sequence[RemoteFile]) -> None:
 
 
 def _fetch_header(path: Path, shard: RemoteFile) -> None:
-    """Keep the header of ``shard``, read by ranges and checked."""
-    place = _header_path(path, shard.name)
-    if place.exists():
+    """Read the header of ``shard`` by ranges, check it and write it to the skeleton."""
+    header_path = _header_path(path, shard.name)
+    if header_path.exists():
         return
     start = shard.read(0, min(shard.size, GUESSED_BYTES))
     stop = 8 + header_length(path / shard.name, start[:8], shard.size)
     raw = (start + (shard.read(len(start), stop) if stop > len(start) else b""))[:stop]
     parse_header(path / shard.name, raw[8:], shard.size)
-    stand_in = place.with_name(place.name + ".sparse")
+    sparse = header_path.with_name(header_path.name + ".sparse")
     try:
-        with open(stand_in, "wb") as file:  # takes up the disk space of the header alone
+        with open(sparse, "wb") as file:  # only the header takes disk space
             file.write(raw)
             file.truncate(shard.size)
-        check_reference(stand_in)
+        check_reference(sparse)
     finally:
-        stand_in.unlink(missing_ok=True)
-    write_atomic(place, raw[8:])
+        sparse.unlink(missing_ok=True)
+    write_atomic(header_path, raw[8:])
 
 
 def _is_ours(path: Path) -> bool:
@@ -145,7 +147,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def _header_path(path: Path, name: str) -> Path:
-    return path / OWN / f"{name}.header"
+    return path / HUB_FOLDER / f"{name}.header"
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:

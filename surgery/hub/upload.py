@@ -1,4 +1,4 @@
-"""A finished output to the hub."""
+"""Upload a finished output to the hub."""
 
 import re
 import sys
@@ -10,22 +10,22 @@ from surgery.hub.remote_file import client_errors, reason_of, retried
 
 NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 STALE = ["*.safetensors", INDEX_NAME]
-"""Weights that an earlier push left and this one does not have: loaders would take them."""
+"""Weights of an earlier push that this one lacks are deleted: loaders would read them."""
 
 SILENCE_SECONDS = 120
-"""Of a hub that takes a result in; a commit of many large files takes it some time."""
+"""Timeout of an upload; the hub needs time for a commit of many large files."""
 
 
 def check_push(repo: str) -> None:
-    """Refuse, before the work, what could not be uploaded after it.
+    """Check before the work that an upload is possible.
 
     Raises:
-        OutputError: no name, no token, or offline.
+        OutputError: not a repository name, no token, or offline.
     """
     from huggingface_hub import constants, get_token
 
     if not NAME.fullmatch(repo):
-        raise OutputError(repo, "is no place on the hub", expected="org/name", fix="name one")
+        raise OutputError(repo, "is not a repository name", expected="org/name", fix="correct it")
     if constants.HF_HUB_OFFLINE:
         raise OutputError(repo, "cannot be uploaded offline", fix="unset HF_HUB_OFFLINE")
     if not get_token():
@@ -35,18 +35,18 @@ def check_push(repo: str) -> None:
 def push(directory: Path, repo: str) -> str:
     """Upload the checkpoint in ``directory`` as one commit and return its address.
 
-    The repository is made where there is none. Large files that are there already are not sent
+    The repository is created if there is none. Large files that it has already are not sent
     again.
 
     Raises:
-        OutputError: the hub does not take it; the output itself is whole.
+        OutputError: the upload failed; the output in ``directory`` is whole.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars, get_session
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    get_session().timeout = SILENCE_SECONDS  # the library itself would wait for ever
+    get_session().timeout = SILENCE_SECONDS  # by default the library waits for ever
     api = HfApi(library_name="compact-surgery")
     try:
         retried(lambda: api.create_repo(repo, exist_ok=True))

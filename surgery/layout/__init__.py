@@ -1,1 +1,1 @@
-"""A checkpoint seen through its family."""
+"""The layout of a checkpoint: its tensors matched with its family."""

@@ -1,4 +1,4 @@
-"""Read the layout of a checkpoint: match its tensors with its family, then check every one."""
+"""Read the layout of a checkpoint: match its tensors with its family, then check each one."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ def read_layout(checkpoint: Checkpoint, family: Family | None = None) -> Layout:
     """Match every tensor of ``checkpoint`` with its family and check the named axes.
 
     Args:
-        checkpoint: What to describe.
-        family: An entry that is not in the table; else the table's is taken.
+        checkpoint: The checkpoint; its headers are enough.
+        family: An entry that is not in the table; None takes the table's entry.
 
     Raises:
         UnknownTypeError: the table has no entry for the model type.
-        FamilyError: a tensor the family does not have.
+        FamilyError: the family does not have a tensor.
         CheckpointError: a tensor is missing or its shape contradicts config.json.
     """
     where = checkpoint.path / "config.json"
@@ -37,48 +37,49 @@ def read_layout(checkpoint: Checkpoint, family: Family | None = None) -> Layout:
     if depth > len(checkpoint.tensors):
         raise CheckpointError(
             where,
-            f"{family.depth} is more than there are tensors",
+            f"{family.depth} is larger than the number of tensors",
             expected=f"at most {len(checkpoint.tensors)}",
             found=depth,
             fix="check config.json",
         )
-    bare = Layout(checkpoint, family, 0, {}, depth, bool(tied))
-    lengths = _lengths(bare, config, where)
+    unsized = Layout(checkpoint, family, 0, {}, depth, bool(tied))
+    lengths = _lengths(unsized, config, where)
     vocab_size = lengths.pop(VOCAB, 0)
-    widths = {key: lengths[key] for key in sorted(lengths, key=lambda k: -bare.weights[k])}
+    widths = {key: lengths[key] for key in sorted(lengths, key=lambda k: -unsized.weights[k])}
     layout = Layout(checkpoint, family, vocab_size, widths, depth, bool(tied))
     _check(layout)
     return layout
 
 
 def _lengths(layout: Layout, config: Mapping[str, Any], where: object) -> dict[str, int]:
-    """VOCAB and every width that a tensor has → its length by config.json, or by the tensor."""
+    """VOCAB and each width that some tensor has → its length in config.json, else in the tensor."""
     found: dict[str, int] = {}
-    for name, place in layout.roles.items():
-        for number, dim in enumerate(place.slot.dims):
+    for name, role in layout.roles.items():
+        for number, dim in enumerate(role.slot.dims):
             key = layout.key_of(dim)
-            if dim is None or key is None or key in found or place.scales:
+            if dim is None or key is None or key in found or role.scales:
                 continue
-            said = size_in(config, "vocab_size" if key == VOCAB else key, where)
+            configured = size_in(config, "vocab_size" if key == VOCAB else key, where)
             shape = layout.checkpoint.tensors[name].shape
-            found[key] = said or (shape[number] if number < len(shape) else 0) // layout.unit(dim)
+            in_tensor = (shape[number] if number < len(shape) else 0) // layout.unit(dim)
+            found[key] = configured or in_tensor
     return found
 
 
 def _check(layout: Layout) -> None:
-    """Check every tensor, and that none is missing."""
+    """Check each tensor, and that none is missing."""
     for name, tensor in layout.checkpoint.tensors.items():
-        if not layout.roles[name].scales:  # their weight's check is theirs, too
+        if not layout.roles[name].scales:  # checked with their weight
             _check_tensor(layout, tensor)
     _check_complete(layout)
 
 
 def _check_tensor(layout: Layout, tensor: TensorRef) -> None:
-    place = layout.roles[tensor.name]
+    role = layout.roles[tensor.name]
     where = f"{tensor.path}: tensor {tensor.name}"
     if tensor.dtype.startswith("F8_"):
         check_weight(layout.checkpoint, tensor)
-    elif tensor.dtype not in FLOATS and (place.slot.required and place.slot is not CARRIED):
+    elif tensor.dtype not in FLOATS and (role.slot.required and role.slot is not CARRIED):
         raise CheckpointError(
             where,
             "dtype is not one that can be pruned",
@@ -86,36 +87,36 @@ def _check_tensor(layout: Layout, tensor: TensorRef) -> None:
             found=tensor.dtype,
             fix="use the unquantized checkpoint",
         )
-    if place.layer is not None and place.layer >= layout.num_hidden_layers:
+    if role.layer is not None and role.layer >= layout.num_hidden_layers:
         raise CheckpointError(
             where,
-            f"layer is beyond config.json's {layout.family.depth}",
+            f"layer number is beyond config.json's {layout.family.depth}",
             expected=f"less than {layout.num_hidden_layers}",
-            found=place.layer,
+            found=role.layer,
             fix="check config.json",
         )
-    for number, dim in enumerate(place.slot.dims):
+    for number, dim in enumerate(role.slot.dims):
         key = layout.key_of(dim)
         if dim is None or key is None:
             continue
-        wanted = (layout.vocab_size if key == VOCAB else layout.widths[key]) * layout.unit(dim)
-        fits = len(tensor.shape) == len(place.slot.dims)
-        if not fits or tensor.shape[number] != wanted:
+        expected = (layout.vocab_size if key == VOCAB else layout.widths[key]) * layout.unit(dim)
+        fits = len(tensor.shape) == len(role.slot.dims)
+        if not fits or tensor.shape[number] != expected:
             raise CheckpointError(
                 where,
                 f"shape contradicts config.json's {'vocab_size' if key == VOCAB else key}",
-                expected=f"{wanted} on dimension {number}",
+                expected=f"{expected} on dimension {number}",
                 found=list(tensor.shape),
                 fix="check config.json",
             )
 
 
 def _check_complete(layout: Layout) -> None:
-    """Every layer has what all layers need, one FFN, and its blocks whole."""
+    """Check that every layer has all required tensors, an FFN, and its blocks whole."""
     present = {(p.slot.name, p.layer, p.expert) for p in layout.roles.values()}
     blocks: dict[int | None, set[str]] = defaultdict(set)
-    for place in layout.roles.values():
-        blocks[place.layer].add(place.slot.block)
+    for role in layout.roles.values():
+        blocks[role.layer].add(role.slot.block)
     for slot in layout.family.slots:
         for layer in range(layout.num_hidden_layers) if "{layer}" in slot.name else [None]:
             if not _needs(layout, slot, blocks[layer]):
@@ -123,10 +124,10 @@ def _check_complete(layout: Layout) -> None:
             for expert in range(layout.experts) if "{expert}" in slot.name else [None]:
                 if (slot.name, layer, expert) not in present:
                     raise _missing(layout, slot.name.format(layer=layer, expert=expert))
-    watched = [slot.name for slot in layout.family.slots if slot.ffn_output]
+    outputs = [slot.name for slot in layout.family.slots if slot.ffn_output]
     for layer, axes in enumerate(layout.ffn_outputs):
-        if watched and not axes:
-            raise _missing(layout, watched[0].format(layer=layer, expert=0))
+        if outputs and not axes:
+            raise _missing(layout, outputs[0].format(layer=layer, expert=0))
 
 
 def _needs(layout: Layout, slot: Slot, blocks: set[str]) -> bool:

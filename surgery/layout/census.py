@@ -1,4 +1,4 @@
-"""Where the parameters are (paper section 3.1, eq. 1 to 3, figure 1)."""
+"""Parameters by group: vocabulary, FFN and the rest (paper section 3.1, eq. 1 to 3, figure 1)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +17,18 @@ class Census:
     model_type: str
     vocab_size: int
     widths: dict[str, int]
-    """Key of config.json → channels of every FFN, or expert, of this kind."""
+    """Key of config.json → channels of each FFN, or expert, of this kind."""
     experts: int
-    """Routed experts of a layer."""
+    """Routed experts per layer."""
     num_hidden_layers: int
     tied: bool
     parameters: int
-    """All of them, tied embeddings once."""
+    """Of the whole model; tied embeddings count once."""
     nbytes: int
     """Bytes of all tensors on disk."""
     shards: int
     groups: dict[str, int]
-    """Parameters by group: vocabulary, attention, ffn, norms, and what is no language model."""
+    """Parameters by group: vocabulary, attention, ffn, norms, and "other" if there are any."""
 
     @classmethod
     def of(cls, layout: Layout, model: str) -> "Census":
@@ -67,7 +67,7 @@ class Census:
 
 
 def plot_census(census: Census, path: Path) -> None:
-    """Write a bar of the census's shares to the image file ``path``.
+    """Draw the groups' shares as a bar and save it to the image file ``path``.
 
     Raises:
         OutputError: as ``saved_figure``.

@@ -1,4 +1,4 @@
-"""A checkpoint seen through its family: the role of every tensor, named axes, lengths."""
+"""The layout of a checkpoint: the role of each tensor, named axes and their lengths."""
 
 import re
 from collections import Counter
@@ -14,47 +14,47 @@ from surgery.families.schema import EXPERT, STACK, VOCAB, Dim, Family, Slot, tem
 from surgery.files.safetensors_header import TensorRef
 
 CARRIED = Slot("carried", "other")
-"""Stands for tensors that belong to no language model."""
+"""The slot of all tensors outside the language model."""
 
 DRAFT = Slot("draft", "other")
-"""Stands for tensors of layers that only guess ahead."""
+"""The slot of all tensors for multi-token prediction, which no output has."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorRole:
-    """Where a tensor belongs."""
+    """The slot of a tensor, with its layer and expert."""
 
     slot: Slot
     name: str
-    """As transformers' text model spells it."""
+    """The tensor's name in transformers' text model."""
     layer: int | None = None
     expert: int | None = None
     scales: bool = False
-    """Whether the tensor holds the scales of the FP8 weight that is here: no parameters."""
+    """Whether the tensor holds the scales of this FP8 weight; scales are not parameters."""
 
     @property
     def dropped(self) -> bool:
-        """Whether the output does not have it."""
+        """Whether the output lacks the tensor."""
         return self.slot is DRAFT
 
 
 @dataclass(frozen=True)
 class TensorRoles:
-    """Finds the places of a checkpoint's tensors."""
+    """Finds the role of each tensor of a checkpoint."""
 
     checkpoint: Checkpoint
     family: Family
     depth: int
-    """Layers that transformers runs."""
+    """Number of layers that transformers runs."""
     drafts: int
-    """Layers behind them that only guess ahead."""
+    """Number of layers after them, for multi-token prediction."""
 
     def of(self, tensor: TensorRef) -> TensorRole:
-        """Return the place of ``tensor``.
+        """Return the role of ``tensor``.
 
         Raises:
             FamilyError: the family has no such tensor.
-            CheckpointError: it holds scales of no FP8 weight.
+            CheckpointError: it holds scales, but there is no FP8 weight for them.
         """
         weight = weight_of(self.checkpoint, tensor)
         if weight is not None:
@@ -62,7 +62,7 @@ class TensorRoles:
         for name in self.family.spellings(tensor.name):
             pattern, numbers = template(name)
             slot = self.family.by_name.get(pattern)
-            if numbers and self._guesses_ahead(name, numbers[0]):
+            if numbers and self._is_draft(name, numbers[0]):
                 return TensorRole(DRAFT, name)
             if slot is not None and len(numbers) == slot.name.count("{"):
                 layer, expert = (*numbers, None, None)[:2]
@@ -77,21 +77,21 @@ class TensorRoles:
             fix=f"remove it, or add it to the family's slots if it belongs; {ADD_FAMILY}",
         )
 
-    def _guesses_ahead(self, name: str, layer: int) -> bool:
+    def _is_draft(self, name: str, layer: int) -> bool:
         inside = name.startswith(f"{self.family.layers}.{layer}.")
         return inside and 0 <= layer - self.depth < self.drafts
 
 
 def without_numbers(names: list[str]) -> list[str]:
-    """Return ``names`` with those of several experts as one."""
+    """Return ``names`` without duplicates, with ``{expert}`` for the experts' numbers."""
     return list(dict.fromkeys(re.sub(r"experts\.\d+\.", "experts.{expert}.", n) for n in names))
 
 
 def size_in(config: Mapping[str, Any], key: str, where: object, *, least: int = 1) -> int | None:
-    """The size in config.json, one for all layers; None where it says none.
+    """Return the size that config.json has under ``key``; None where it is missing or null.
 
     Raises:
-        CheckpointError: not a number, or below ``least``, or not the same for all layers.
+        CheckpointError: not a number, below ``least``, or not the same for all layers.
     """
     value = config.get(key)
     if isinstance(value, list) and value and len(set(map(str, value))) == 1:
@@ -104,7 +104,7 @@ def size_in(config: Mapping[str, Any], key: str, where: object, *, least: int = 
 
 
 def no_size(where: object, key: str, value: object) -> CheckpointError:
-    """The error of a key that holds no size."""
+    """The error of a key without a valid size."""
     return CheckpointError(
         where,
         f"{key} is missing or not a size",
@@ -115,7 +115,7 @@ def no_size(where: object, key: str, value: object) -> CheckpointError:
 
 
 FLOATS = ("BF16", "F16", "F32")
-"""dtypes of weights that can be pruned as they are."""
+"""dtypes of weights that can be pruned without conversion."""
 
 
 @dataclass(frozen=True)
@@ -127,17 +127,18 @@ class Layout:
     vocab_size: int
     """Rows of the embedding."""
     widths: Mapping[str, int]
-    """Key of config.json → channels; those that some tensor has, the costliest first."""
+    """Key of config.json → channels, for widths that some tensor has; the costliest first."""
     num_hidden_layers: int
     tied: bool
-    """Whether lm_head is the embedding."""
+    """Whether lm_head and the embedding are one tensor."""
     layers: tuple[int, ...] | None = None
-    """Numbers of the layers whose parameters count; None is all of them."""
+    """Numbers of the layers whose parameters count; None means all layers."""
 
     def with_layers(self, groups: Sequence[Sequence[int]]) -> "Layout":
-        """The same, of which only the first layer of each group counts; all, where there is none.
+        """Return a layout where only the first layer of each group counts.
 
-        ``groups`` are as in a plan; other layers go, or become one with the first.
+        ``groups`` are as in a plan. Other layers are removed, or merged into the first of their
+        group. Without groups, all layers count.
         """
         return replace(self, layers=tuple(group[0] for group in groups)) if groups else self
 
@@ -148,30 +149,30 @@ class Layout:
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """What config.json says of the language model."""
+        """The part of config.json that describes the language model."""
         return self.family.text_config(self.checkpoint.config)
 
     @cached_property
     def roles(self) -> dict[str, TensorRole]:
-        """Tensor name of the file → its place."""
+        """Tensor name in the file → its role."""
         key = self.family.draft_layers
         drafts = (size_in(self.config, key, self.where, least=0) if key else None) or 0
-        places = TensorRoles(self.checkpoint, self.family, self.num_hidden_layers, drafts)
-        return {name: places.of(ref) for name, ref in self.checkpoint.tensors.items()}
+        roles = TensorRoles(self.checkpoint, self.family, self.num_hidden_layers, drafts)
+        return {name: roles.of(ref) for name, ref in self.checkpoint.tensors.items()}
 
     @cached_property
     def by_name(self) -> dict[str, TensorRef]:
-        """Tensors of the language model as transformers' text model spells them."""
+        """Tensors of the language model, by their names in transformers' text model."""
         tensors = self.checkpoint.tensors
         return {
-            place.name: tensors[name]
-            for name, place in self.roles.items()
-            if place.slot not in (CARRIED, DRAFT) and not place.scales
+            role.name: tensors[name]
+            for name, role in self.roles.items()
+            if role.slot not in (CARRIED, DRAFT) and not role.scales
         }
 
     @cached_property
     def of_layer(self) -> list[dict[str, TensorRef]]:
-        """Per layer the part of ``by_name`` that lies in it."""
+        """Per layer, its part of ``by_name``."""
         found: list[dict[str, TensorRef]] = [{} for _ in range(self.num_hidden_layers)]
         for name, ref in self.by_name.items():
             layer = self.roles[ref.name].layer
@@ -181,53 +182,53 @@ class Layout:
 
     @cached_property
     def counted(self) -> tuple[TensorRef, ...]:
-        """Tensors whose parameters count: all, but a tied lm_head that is stored again."""
-        twice = self.family.head if self.tied else ""
-        places = self.roles
+        """Tensors whose parameters count. A stored copy of a tied lm_head does not."""
+        tied_head = self.family.head if self.tied else ""
+        roles = self.roles
         return tuple(
             t
             for n, t in self.checkpoint.tensors.items()
-            if places[n].name != twice and not places[n].dropped and not places[n].scales
-            if self.layers is None or places[n].layer in (None, *self.layers)
+            if roles[n].name != tied_head and not roles[n].dropped and not roles[n].scales
+            if self.layers is None or roles[n].layer in (None, *self.layers)
         )
 
     @cached_property
     def experts(self) -> int:
-        """Routed experts of a layer; 0 without any."""
+        """Routed experts per layer; 0 where there are none."""
         counts = [0]
-        for name, place in self.roles.items():
-            if place.slot.width == EXPERT:
-                packed = Dim(STACK) in place.slot.dims
+        for name, role in self.roles.items():
+            if role.slot.width == EXPERT:
+                packed = Dim(STACK) in role.slot.dims
                 shape = self.checkpoint.tensors[name].shape
-                counts.append(shape[0] if packed and shape else (place.expert or 0) + 1)
+                counts.append(shape[0] if packed and shape else (role.expert or 0) + 1)
         return max(counts)
 
     def channels_of(self, axis: str) -> int:
-        """Length of one of the channel axes; 0 where the model has no such axis."""
+        """Length of a channel axis; 0 where the model has no such axis."""
         width = self.family.widths.get(axis)
         if width is None or width.key not in self.widths:
             return 0
         return self.widths[width.key] * self.times(axis)
 
     def times(self, axis: str) -> int:
-        """How many times its width a channel axis is long."""
+        """Factor between a channel axis's width in config.json and its length."""
         key = self.family.widths[axis].times
         return (size_in(self.config, key, self.where, least=0) if key else None) or 1
 
     @cached_property
     def ffn_outputs(self) -> tuple[dict[str, int], ...]:
-        """Per layer: channel axis → number of experts (1 for an FFN that is no expert)."""
+        """Per layer: channel axis → number of experts; 1 for an FFN without experts."""
         found: list[dict[str, int]] = [{} for _ in range(self.num_hidden_layers)]
-        for place in self.roles.values():
-            if place.slot.ffn_output and place.layer is not None and place.slot.width:
-                routed = place.expert is not None or Dim(STACK) in place.slot.dims
-                found[place.layer][place.slot.width] = self.experts if routed else 1
+        for role in self.roles.values():
+            if role.slot.ffn_output and role.layer is not None and role.slot.width:
+                routed = role.expert is not None or Dim(STACK) in role.slot.dims
+                found[role.layer][role.slot.width] = self.experts if routed else 1
         return tuple(found)
 
     @cached_property
     def dropped(self) -> list[str]:
-        """Tensors that no output has, those of several experts as one name."""
-        return without_numbers([n for n, place in self.roles.items() if place.dropped])
+        """Names of the tensors that no output has, with ``{expert}`` for the experts' numbers."""
+        return without_numbers([n for n, role in self.roles.items() if role.dropped])
 
     def axis_cost(self, key: str) -> int:
         """Parameters that one row (VOCAB) or one channel of the width ``key`` costs."""
@@ -237,8 +238,8 @@ class Layout:
     def parameters(self, vocab_size: int, widths: Mapping[str, int]) -> int:
         """Parameters of the model with these sizes, tied embeddings counted once.
 
-        The paper's eq. 1 and 2 are two of the terms: one row of the vocabulary costs D (2D when
-        untied), one channel 3·L·D.
+        The paper's eq. 1 and 2 are two of the terms: one row of the vocabulary costs D parameters
+        (2D if untied), one channel 3·L·D.
         """
         return (
             self.groups.total()
@@ -248,14 +249,14 @@ class Layout:
 
     @cached_property
     def groups(self) -> Counter[str]:
-        """Parameters per group of the census, summing to ``parameters`` of the full sizes."""
+        """Parameters per group of the census; their sum is ``parameters`` at the full sizes."""
         counts: Counter[str] = Counter()
         for tensor in self.counted:
             counts[self.roles[tensor.name].slot.group] += tensor.parameters
         return counts
 
     def key_of(self, dim: Dim | None) -> str | None:
-        """VOCAB or the key of config.json that ``dim`` follows; None where it is never cut."""
+        """VOCAB, or config.json's key for the length of ``dim``; None where it is never pruned."""
         if dim is None or dim.axis == STACK:
             return None
         if dim.axis == VOCAB:
@@ -264,12 +265,12 @@ class Layout:
         return width.key if width else None
 
     def unit(self, dim: Dim) -> int:
-        """Positions on a dimension that one step of its width takes."""
+        """Positions on the dimension per row (VOCAB) or per unit of its width in config.json."""
         return dim.copies * (1 if dim.axis == VOCAB else self.times(dim.axis))
 
     @cached_property
     def weights(self) -> Counter[str]:
-        """VOCAB or key of a width → parameters of all tensors that have it."""
+        """VOCAB, or key of a width → parameters of all tensors on that axis."""
         found: Counter[str] = Counter()
         for tensor in self.counted:
             for key in {self.key_of(dim) for dim in self.roles[tensor.name].slot.dims} - {None}:

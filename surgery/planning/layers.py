@@ -9,7 +9,7 @@ import numpy as np
 
 from surgery.errors import ADD_FAMILY, BudgetError, FamilyError
 from surgery.families.blocks import BUFFER
-from surgery.families.layer_rules import Each
+from surgery.families.layer_rules import PerLayer
 from surgery.families.schema import Family
 from surgery.layout.layout import FLOATS, Layout
 
@@ -151,7 +151,7 @@ def kind_notes(layout: Layout, groups: GroupedLayers) -> list[str]:
     notes = []
     for kind in layout.family.layer_rules or ():
         value = layout.config.get(kind.key)
-        if not isinstance(kind, Each) or not isinstance(value, list):
+        if not isinstance(kind, PerLayer) or not isinstance(value, list):
             continue
         mixed = [group for group in groups if len({str(value[n]) for n in group}) > 1]
         if mixed:

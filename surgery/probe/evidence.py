@@ -1,4 +1,4 @@
-"""What names, shapes and config.json show of an unknown decoder: its ends, layers and axes."""
+"""Structure of an unknown decoder, from names, shapes and config.json: ends, layers, axes."""
 
 import re
 from collections import defaultdict
@@ -22,38 +22,38 @@ _FINAL = re.compile(r"final|ln_f|norm_f|(^|\.)norm$")
 
 
 def group_of(name: str) -> str:
-    """The group of the census that a name speaks of."""
+    """The group of the census that a name suggests."""
     patterns = {"norms": _NORM, "attention": _ATTENTION, "ffn": _FFN}
     return next((group for group, words in patterns.items() if words.search(name)), "other")
 
 
 @dataclass(frozen=True)
-class Tensors:
-    """Those that differ in the numbers of layer and expert alone."""
+class TensorGroup:
+    """Tensors whose names differ only in the numbers of layer and expert."""
 
     name: str
-    """As in ``Slot``."""
+    """Their common name, as in ``Slot``."""
     local: str
-    """The part behind the layer's number."""
+    """The part after the layer's number."""
     shape: tuple[int, ...]
-    """-1 where they differ; empty where not even the number of dimensions is one."""
+    """-1 where sizes differ; empty where the numbers of dimensions differ."""
     everywhere: bool
-    """Whether every layer has one."""
+    """Whether every layer has such a tensor."""
 
     @property
     def path(self) -> str:
-        """The module."""
+        """Path of the module."""
         return self.local.rpartition(".")[0] if self.part else self.local
 
     @property
     def part(self) -> str:
-        """Which of a module's two usual parameters it is, if one of them."""
+        """ "weight" or "bias"; "" for any other parameter."""
         last = self.local.rpartition(".")[2]
         return last if last in ("weight", "bias") else ""
 
     @property
     def group(self) -> str:
-        """Its group of the census, by name, and by shape where the name says nothing."""
+        """Its group of the census by name, else by shape."""
         group = group_of(self.path)
         return group if group != "other" else "ffn" if len(self.shape) > 2 else "attention"
 
@@ -65,7 +65,7 @@ class Tensors:
 
     @property
     def axis(self) -> str:
-        """The axis of channels that it has, if any."""
+        """The channel axis that it has, if it has any."""
         if "shared" in self.path:
             return SHARED
         return EXPERT if "{expert}" in self.name or self.stacked else FFN
@@ -73,28 +73,28 @@ class Tensors:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is seen of a checkpoint."""
+    """The structure that a checkpoint shows."""
 
     config: Mapping[str, Any]
     layers: str
-    """Module that holds the layers."""
+    """Path of the module that holds the layers."""
     depth: str
-    """Key of config.json for their number."""
+    """Key of config.json for the number of layers."""
     draft_layers: str
-    """Key for the number of layers behind them, or ""."""
-    inside: tuple[Tensors, ...]
-    """In the layers."""
+    """Key for the number of MTP layers after them, or ""."""
+    inside: tuple[TensorGroup, ...]
+    """Tensors in the layers."""
     outside: Mapping[str, tuple[int, ...]]
-    """Shapes by name of what has no number."""
+    """Name → shape of tensors without numbers in their names."""
     elsewhere: tuple[str, ...]
-    """Modules that hold numbered modules of another kind."""
+    """Other modules that hold numbered modules, such as a vision tower."""
 
     @classmethod
     def read(cls, config: Mapping[str, Any], tensors: Iterable[TensorRef]) -> "Evidence":
-        """Sort ``tensors`` by the numbers in their names.
+        """Group ``tensors`` by their names without numbers.
 
         Raises:
-            FamilyError: nothing is numbered, or as config.json counts the layers.
+            FamilyError: no name has a number, or config.json has no such number of layers.
         """
         found: dict[str, dict[str, list[tuple[int, TensorRef]]]] = defaultdict(dict)
         outside = {}
@@ -104,11 +104,11 @@ class Evidence:
             if numbers and dot and not re.search(r"[{}]", ref.name):
                 found[module].setdefault(pattern, []).append((numbers[0], ref))
             elif numbers or re.search(r"[{}]", ref.name):
-                raise _unseen(ref.name[:80], "is no name that an entry could spell")
+                raise _unknown(ref.name[:80], "is a name that no entry can match")
             else:
                 outside[ref.name] = ref.shape
         if not found:
-            raise _unseen("names of tensors", "number no layers")
+            raise _unknown("names of tensors", "have no layer numbers")
         layers = max(found, key=lambda module: _parameters(found[module].values()))
         count = 1 + max(number for refs in found[layers].values() for number, _ in refs)
         depth, drafts = _depth(config, count)
@@ -125,7 +125,7 @@ class Evidence:
         """Names of the embedding and of the head; the latter "" where it is tied.
 
         Raises:
-            FamilyError: no tensor has a row for each token.
+            FamilyError: no tensor has one row per token.
         """
         rows = self.config.get("vocab_size")
         found = [
@@ -134,14 +134,14 @@ class Evidence:
             if len(shape) == 2 and shape[0] == rows and name.endswith(".weight")
         ]
         if not found:
-            raise _unseen("vocab_size", "is the number of no tensor's rows", found=rows)
+            raise _unknown("vocab_size", "no tensor has this number of rows", found=rows)
         heads = [name for name in found if _HEAD.search(name)]
         embeddings = [name for name in found if name not in heads] or heads[:1]
         return embeddings[0], next((name for name in heads if name != embeddings[0]), "")
 
     @cached_property
     def final_norm(self) -> str:
-        """Module of the norm in front of the head, or ""."""
+        """Path of the norm before the head, or ""."""
         found = [
             name.removesuffix(".weight")
             for name, shape in self.outside.items()
@@ -152,28 +152,30 @@ class Evidence:
 
     @cached_property
     def hidden_size(self) -> int:
-        """By config.json, or by the embedding."""
-        said = [self.config[key] for key in _HIDDEN if is_size(self.config.get(key))]
-        return int(said[0]) if said else self.outside[self.tables[0]][1]
+        """The hidden size in config.json, else the embedding's."""
+        found = [self.config[key] for key in _HIDDEN if is_size(self.config.get(key))]
+        return int(found[0]) if found else self.outside[self.tables[0]][1]
 
 
 def _parameters(patterns: Iterable[list[tuple[int, TensorRef]]]) -> int:
     return sum(ref.parameters for refs in patterns for _, ref in refs)
 
 
-def _tensors(pattern: str, layers: str, refs: list[tuple[int, TensorRef]], depth: int) -> Tensors:
+def _tensors(
+    pattern: str, layers: str, refs: list[tuple[int, TensorRef]], depth: int
+) -> TensorGroup:
     shapes = {ref.shape for _, ref in refs}
     same_rank = len({len(shape) for shape in shapes}) == 1
     sizes = zip(*shapes, strict=True) if same_rank else ()
     shape = tuple(size[0] if len(set(size)) == 1 else -1 for size in sizes)
     local = pattern.removeprefix(f"{layers}.{{layer}}").removeprefix(".")
-    return Tensors(
+    return TensorGroup(
         pattern, local, shape, len({number for number, _ in refs if number < depth}) == depth
     )
 
 
 def _depth(config: Mapping[str, Any], count: int) -> tuple[str, str]:
-    """Keys for the number of layers and, where there are more, of those behind them."""
+    """Keys for the number of layers and, if there are any, of MTP layers after them."""
     keys = [key for key in config if key in _DEPTH or re.search("layer|depth|block", key)]
     sizes = {
         k: config[k] for k in sorted(keys, key=lambda k: k not in _DEPTH) if is_size(config[k])
@@ -185,15 +187,15 @@ def _depth(config: Mapping[str, Any], count: int) -> tuple[str, str]:
         for other, more in config.items():
             if _DRAFTS.search(other) and is_size(more) and size + more == count:
                 return key, other
-    raise _unseen("config.json", "no key says the number of layers", expected=count)
+    raise _unknown("config.json", "no key gives the number of layers", expected=count)
 
 
 def is_size(value: object) -> bool:
-    """Whether config.json gives a number of something."""
+    """Whether a value of config.json is a positive number."""
     return type(value) is int and value > 0
 
 
-def _unseen(where: str, problem: str, **facts: object) -> FamilyError:
+def _unknown(where: str, problem: str, **facts: object) -> FamilyError:
     return FamilyError(where, problem, **facts, fix="write the entry by hand")
 
 
@@ -207,60 +209,60 @@ _DOWN = re.compile(r"down|(^|[._])(w2|wo|fc2|fc_out|c_proj|out\w*)([._]|$)|4h_to
 
 @dataclass(frozen=True)
 class AxisLength:
-    """A length that config.json gives an axis."""
+    """A possible length of a channel axis, with its key of config.json."""
 
     key: str
     times: str
-    """A key by whose number the axis is longer, or ""."""
+    """Key of a factor that multiplies the length, or ""."""
     channels: int
 
 
 @dataclass(frozen=True)
-class AxisCut:
-    """How tensors carry an axis."""
+class AxisUse:
+    """The dimension on which tensors have a channel axis."""
 
-    tensors: Tensors
+    tensors: TensorGroup
     dim: int
     copies: int
     out: bool
-    """Whether they lead out of the channels, not into them."""
+    """Whether they map out of the channels, not into them."""
 
 
-def lengths(seen: Evidence) -> dict[str, AxisLength]:
-    """Axis → the length that accounts for most of its tensors; axes without one are absent."""
+def lengths(evidence: Evidence) -> dict[str, AxisLength]:
+    """Axis → the length that fits most of its tensors; axes without a length are absent."""
     found = {}
     for axis in WIDTHS:
-        ranked = [(_rank(seen, axis, length), length) for length in _candidates(seen, axis)]
+        ranked = [(_rank(evidence, axis, length), length) for length in _candidates(evidence, axis)]
         fit = [pair for pair in ranked if pair[0][0]]
         if fit:
             found[axis] = max(fit, key=lambda pair: pair[0])[1]
     return found
 
 
-def cuts(seen: Evidence, axis: str, length: AxisLength) -> list[AxisCut]:
-    """How the weights of ``axis`` carry ``length``; none unless some lead in and some out."""
-    members = [t for t in seen.inside if t.group == "ffn" and t.axis == axis]
-    found = [cut for t in members if (cut := _cut(seen, t, length.channels))]
-    return found if {cut.out for cut in found} == {True, False} else []
+def axis_uses(evidence: Evidence, axis: str, length: AxisLength) -> list[AxisUse]:
+    """The weights of ``axis`` that have ``length``; none unless some map in and some out."""
+    members = [t for t in evidence.inside if t.group == "ffn" and t.axis == axis]
+    found = [use for t in members if (use := _use(evidence, t, length.channels))]
+    return found if {use.out for use in found} == {True, False} else []
 
 
-def _rank(seen: Evidence, axis: str, length: AxisLength) -> tuple[int, bool, bool, bool]:
-    """How well a length fits; the first number is 0 where it does not."""
+def _rank(evidence: Evidence, axis: str, length: AxisLength) -> tuple[int, bool, bool, bool]:
+    """Sort key: how well a length fits; the first number is 0 where it does not fit."""
     words = _OF_AXIS.get(axis)
     named = words.search(length.key) if words else None
     others = any(w.search(length.key) for a, w in _OF_AXIS.items() if a != axis)
     likely = bool(WIDTH_KEY.search(length.key))
-    fit = len(cuts(seen, axis, length))
+    fit = len(axis_uses(evidence, axis, length))
     return fit, likely, bool(named) or (not words and not others), not length.times
 
 
-def _candidates(seen: Evidence, axis: str) -> list[AxisLength]:
-    """Lengths that keys of config.json give; a key that is null stands for what is there."""
-    sizes = {k: v for k, v in seen.config.items() if is_size(v) and not _NO_WIDTH.search(k)}
+def _candidates(evidence: Evidence, axis: str) -> list[AxisLength]:
+    """Possible lengths from config.json; a null key stands for the lengths in the shapes."""
+    sizes = {k: v for k, v in evidence.config.items() if is_size(v) and not _NO_WIDTH.search(k)}
     found = [
         AxisLength(key, "", size)
         for key, size in sizes.items()
-        if size != seen.hidden_size or WIDTH_KEY.search(key)
+        if size != evidence.hidden_size or WIDTH_KEY.search(key)
     ]
     if axis == SHARED:
         found += [
@@ -269,14 +271,16 @@ def _candidates(seen: Evidence, axis: str) -> list[AxisLength]:
             for times in sizes
             if WIDTH_KEY.search(key) and "shared" in times and times != key
         ]
-    null = [k for k, v in seen.config.items() if v is None and WIDTH_KEY.search(k)]
-    if axis == FFN and null and not any(cuts(seen, axis, length) for length in found):
-        there = {n for t in seen.inside if t.group == "ffn" for n in t.shape}
-        found += [AxisLength(null[0], "", n) for n in sorted(there - {seen.hidden_size, 1, -1})]
+    null = [k for k, v in evidence.config.items() if v is None and WIDTH_KEY.search(k)]
+    if axis == FFN and null and not any(axis_uses(evidence, axis, length) for length in found):
+        sizes_there = {n for t in evidence.inside if t.group == "ffn" for n in t.shape}
+        found += [
+            AxisLength(null[0], "", n) for n in sorted(sizes_there - {evidence.hidden_size, 1, -1})
+        ]
     return found
 
 
-def _cut(seen: Evidence, tensors: Tensors, channels: int) -> AxisCut | None:
+def _use(evidence: Evidence, tensors: TensorGroup, channels: int) -> AxisUse | None:
     shape, first = tensors.shape, int(tensors.stacked)
     dims = range(first, len(shape))
     down = bool(_DOWN.search(tensors.path))
@@ -286,18 +290,18 @@ def _cut(seen: Evidence, tensors: Tensors, channels: int) -> AxisCut | None:
     exact = [dim for dim in dims if shape[dim] == channels]
     if exact:
         dim = exact[-1] if down else exact[0]
-        return AxisCut(tensors, dim, 1, _leads_out(seen, tensors, dim, channels))
+        return AxisUse(tensors, dim, 1, _leads_out(evidence, tensors, dim, channels))
     twice = [dim for dim in dims if shape[dim] == 2 * channels]
     if not twice or down or (not tensors.stacked and twice[0] != 0):
         return None
-    return AxisCut(tensors, twice[0], 2, False)
+    return AxisUse(tensors, twice[0], 2, False)
 
 
-def _leads_out(seen: Evidence, tensors: Tensors, dim: int, channels: int) -> bool:
-    """By the length of the bias; else by name where orders differ; else as ``nn.Linear``."""
+def _leads_out(evidence: Evidence, tensors: TensorGroup, dim: int, channels: int) -> bool:
+    """Whether tensors map out of the channels: by name if stacked, by bias, else as Linear."""
     if tensors.stacked:
         return len(tensors.shape) > 2 and bool(_DOWN.search(tensors.path))
-    biases = (t.shape for t in seen.inside if t.local == f"{tensors.path}.bias")
+    biases = (t.shape for t in evidence.inside if t.local == f"{tensors.path}.bias")
     other = tensors.shape[1 - dim]
     for bias in biases:
         if other != channels and bias in ((channels,), (other,)):

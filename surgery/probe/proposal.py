@@ -1,4 +1,4 @@
-"""An entry of the table of families, proposed as Python text from what a checkpoint shows."""
+"""A new entry of the table of families, as Python text, from the evidence of a checkpoint."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,7 +21,15 @@ from surgery.families.blocks import (
     transposed,
 )
 from surgery.families.schema import EXPERT, FFN, SHARED, STACK, Dim, Family, Slot, Width
-from surgery.probe.evidence import AxisCut, AxisLength, Evidence, Tensors, cuts, group_of, lengths
+from surgery.probe.evidence import (
+    AxisLength,
+    AxisUse,
+    Evidence,
+    TensorGroup,
+    axis_uses,
+    group_of,
+    lengths,
+)
 
 _BLOCKS = {FFN: "dense", EXPERT: "experts", SHARED: "shared"}
 _GATED = ("gate_proj", "up_proj", "down_proj")
@@ -29,7 +37,7 @@ _GATED = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Piece:
-    """Slots and the Python text that makes them."""
+    """Slots, and the Python text that creates them."""
 
     text: str
     slots: tuple[Slot, ...]
@@ -43,20 +51,20 @@ class Entry:
     family: Family
 
     @classmethod
-    def of(cls, seen: Evidence) -> "Entry":
-        """Put an entry together from building blocks.
+    def of(cls, evidence: Evidence) -> "Entry":
+        """Build an entry from the blocks of the table.
 
         Raises:
-            FamilyError: what is seen shows no embedding.
+            FamilyError: the evidence shows no embedding.
         """
-        embedding, head = seen.tables
-        found = lengths(seen)
-        pieces = _pieces(seen, found)
+        embedding, head = evidence.tables
+        found = lengths(evidence)
+        pieces = _pieces(evidence, found)
         widths = {axis: Width(length.key, length.times) for axis, length in found.items()}
-        options: dict[str, Any] = {"tied": not head, "widths": widths, "depth": seen.depth}
+        options: dict[str, Any] = {"tied": not head, "widths": widths, "depth": evidence.depth}
         options |= {"embedding": embedding, "head": head or "lm_head.weight"}
-        options |= {"carried": tuple(f"{module}." for module in seen.elsewhere)}
-        options |= {"draft_layers": seen.draft_layers}
+        options |= {"carried": tuple(f"{module}." for module in evidence.elsewhere)}
+        options |= {"draft_layers": evidence.draft_layers}
         family = Family(tuple(s for piece in pieces for s in piece.slots), **options)
         plain = Family((), tied=False)
         words = [
@@ -69,91 +77,90 @@ class Entry:
         return cls(f"Family(\n    {lines},\n)", family)
 
 
-def _pieces(seen: Evidence, lengths: Mapping[str, AxisLength]) -> list[Piece]:
-    """Building blocks for every tensor, the tensors that no block has one by one."""
-    at = f"{seen.layers}.{{layer}}."
-    pieces = [_ends(seen)]
+def _pieces(evidence: Evidence, lengths: Mapping[str, AxisLength]) -> list[Piece]:
+    """Building blocks for every tensor; tensors of no block get slots of their own."""
+    at = f"{evidence.layers}.{{layer}}."
+    pieces = [_ends(evidence)]
     for group, block in (("attention", attention), ("norms", norms)):
-        found = [t for t in seen.inside if t.group == group and t.everywhere]
+        found = [t for t in evidence.inside if t.group == group and t.everywhere]
         weights = [t.path for t in found if t.part == "weight"]
         if weights:
             pieces.append(_call(block, *weights, at=at))
     for axis, length in lengths.items():
-        pieces += _channels(seen, axis, length, at)
+        pieces += _channels(evidence, axis, length, at)
     known = {slot.name for piece in pieces for slot in piece.slots}
-    rest = [tensors for tensors in seen.inside if tensors.name not in known]
+    rest = [tensors for tensors in evidence.inside if tensors.name not in known]
     pieces += _leftover(rest, at, EXPERT in lengths)
-    elsewhere = tuple(f"{module}." for module in seen.elsewhere)
-    alone = [n for n in seen.outside if n not in known and not n.startswith(elsewhere)]
+    elsewhere = tuple(f"{module}." for module in evidence.elsewhere)
+    alone = [n for n in evidence.outside if n not in known and not n.startswith(elsewhere)]
     return pieces + [_call(per_layer, group_of(name), name, at="") for name in alone]
 
 
-def _ends(seen: Evidence) -> Piece:
-    embedding, head = (name.removesuffix(".weight") for name in seen.tables)
-    norm = seen.final_norm
+def _ends(evidence: Evidence) -> Piece:
+    embedding, head = (name.removesuffix(".weight") for name in evidence.tables)
+    norm = evidence.final_norm
     piece = _call(ends, embedding=embedding, norm=norm or "model.norm", head=head or "lm_head")
     if norm:
         return piece
     return Piece(f"optional('norms', {piece.text})", optional("norms", piece.slots))
 
 
-def _channels(seen: Evidence, axis: str, length: AxisLength, at: str) -> list[Piece]:
-    """The linear maps into and out of the channels of ``axis``, and their biases."""
-    found = cuts(seen, axis, length)
-    always = all(cut.tensors.everywhere for cut in found)
+def _channels(evidence: Evidence, axis: str, length: AxisLength, at: str) -> list[Piece]:
+    """Linear maps into and out of the channels of ``axis``, with their biases."""
+    found = axis_uses(evidence, axis, length)
+    always = all(use.tensors.everywhere for use in found)
     block = "" if axis == FFN and always else _BLOCKS[axis]
     common = {"axis": axis, "block": block}
     if at == LAYER and (path := _gated(found)):
         return [_call(gated, path=path, **common)]
-    return _pair(found, axis, at) or [p for c in found for p in _map(seen, c, common, at)]
+    return _pair(found, axis, at) or [p for use in found for p in _map(evidence, use, common, at)]
 
 
-def _gated(cuts: list[AxisCut]) -> str:
-    """Module of the FFN whose three usual projections ``cuts`` are, or ""."""
-    path = cuts[0].tensors.path.rpartition(".")[0]
-    found = {c.tensors.local: c.out for c in cuts if c.copies == 1 and c.dim == int(c.out)}
+def _gated(uses: list[AxisUse]) -> str:
+    """Path of the FFN if ``uses`` are its gate, up and down projection, else ""."""
+    path = uses[0].tensors.path.rpartition(".")[0]
+    found = {u.tensors.local: u.out for u in uses if u.copies == 1 and u.dim == int(u.out)}
     usual = {f"{path}.{name}.weight": name == "down_proj" for name in _GATED}
-    return path if found == usual and len(cuts) == len(usual) else ""
+    return path if found == usual and len(uses) == len(usual) else ""
 
 
-def _pair(cuts: list[AxisCut], axis: str, at: str) -> list[Piece]:
+def _pair(uses: list[AxisUse], axis: str, at: str) -> list[Piece]:
     """One block for two Conv1D, or for packed experts without biases."""
-    if len(cuts) != 2 or cuts[0].out == cuts[1].out:
+    if len(uses) != 2 or uses[0].out == uses[1].out:
         return []
-    first, second = sorted(cuts, key=lambda cut: cut.out)
-    names = [cut.tensors.local for cut in (first, second)]
+    first, second = sorted(uses, key=lambda use: use.out)
+    names = [use.tensors.local for use in (first, second)]
     where = (first.dim, second.dim)
     if first.tensors.stacked and first.copies == 2 and where in ((1, 2), (2, 1)):
         if at == LAYER:
             return [_call(packed, *names, transposed=where == (2, 1))]
     elif axis == FFN and first.copies == 1 and where == (1, 0):
-        return [_call(transposed, *(cut.tensors.path for cut in (first, second)), at=at)]
+        return [_call(transposed, *(use.tensors.path for use in (first, second)), at=at)]
     return []
 
 
-def _map(seen: Evidence, cut: AxisCut, common: Mapping[str, Any], at: str) -> list[Piece]:
-    """A linear map by itself."""
-    found = cut.tensors
+def _map(evidence: Evidence, use: AxisUse, common: Mapping[str, Any], at: str) -> list[Piece]:
+    """A single linear map, with its bias."""
+    found = use.tensors
     linear = not found.stacked and len(found.shape) == 2 and found.part == "weight"
-    if linear and cut.dim == int(cut.out):
-        function = out_of if cut.out else fused if cut.copies == 2 else into
+    if linear and use.dim == int(use.out):
+        function = out_of if use.out else fused if use.copies == 2 else into
         return [_call(function, found.path, **common, at=at)]
-    carried = Dim(common["axis"], cut.copies)
+    channels = Dim(common["axis"], use.copies)
     axes: list[Dim | str | None] = [None] * len(found.shape)
-    axes[cut.dim] = carried if cut.copies > 1 else common["axis"]
+    axes[use.dim] = channels if use.copies > 1 else common["axis"]
     if found.stacked:
         axes[0] = STACK
     block = "packed" if found.stacked else common["block"]
-    watched = cut.out
-    piece = [_single(Slot(found.name, "ffn", tuple(axes), block=block, ffn_output=watched))]
-    if not found.stacked and not cut.out:
-        bias = [t.name for t in seen.inside if t.local == f"{found.path}.bias"]
-        piece += [_single(Slot(n, "ffn", (axes[cut.dim],), False, block)) for n in bias]
+    piece = [_single(Slot(found.name, "ffn", tuple(axes), block=block, ffn_output=use.out))]
+    if not found.stacked and not use.out:
+        bias = [t.name for t in evidence.inside if t.local == f"{found.path}.bias"]
+        piece += [_single(Slot(n, "ffn", (axes[use.dim],), False, block)) for n in bias]
     return piece
 
 
-def _leftover(rest: Iterable[Tensors], at: str, routed: bool) -> list[Piece]:
-    """Tensors that are never cut and that no block names."""
+def _leftover(rest: Iterable[TensorGroup], at: str, routed: bool) -> list[Piece]:
+    """Pieces for the tensors that no other block has; they are never pruned."""
     found: dict[tuple[str, bool], list[str]] = {}
     for tensors in rest:
         group = "router" if tensors.group == "ffn" and routed else tensors.group
@@ -169,7 +176,7 @@ def _leftover(rest: Iterable[Tensors], at: str, routed: bool) -> list[Piece]:
 
 
 def _call(make: Callable[..., tuple[Slot, ...]], *names: str, **options: Any) -> Piece:
-    """A building block with the options that are not its defaults."""
+    """A call of the building block ``make``; options with default values are left out."""
     known = signature(make).parameters
     given = {k: v for k, v in options.items() if k in known and v != known[k].default}
     words = [repr(name) for name in names]
@@ -192,7 +199,7 @@ def _axis(axis: Dim | str | None) -> str:
 
 
 def _value(value: Any) -> str:
-    """Python text of an argument; widths by the names of their axes."""
+    """Python text of an argument; widths are written with the names of their axes."""
     if not isinstance(value, dict):
         return repr(value)
     pairs = (f"{axis.upper()}: {_width(width)}" for axis, width in value.items())

@@ -33,11 +33,11 @@ def by_cache(source: Path) -> None:
 
 def by_metadata(source: Path) -> None:
     """As hf download --local-dir."""
-    place = source / ".cache" / "huggingface" / "download"
-    place.mkdir(parents=True)
+    directory = source / ".cache" / "huggingface" / "download"
+    directory.mkdir(parents=True)
     for path in source.glob("*.safetensors"):
         text = f"{'0' * 40}\n{sha256(path)}\n1700000000.5\n"
-        (place / f"{path.name}.metadata").write_text(text)
+        (directory / f"{path.name}.metadata").write_text(text)
 
 
 def flip(path: Path, offset: int) -> None:

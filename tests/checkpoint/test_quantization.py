@@ -20,7 +20,7 @@ DEEPSEEK_V3 = {
     "quant_method": "fp8",
     "weight_block_size": [128, 128],
 }
-"""As published; Qwen3's FP8 checkpoints say the same."""
+"""As published; Qwen3's FP8 checkpoints have the same."""
 PRUNE = "prune the unquantized checkpoint that it was made from, then quantize the result"
 
 

@@ -25,7 +25,7 @@ STRICT_BOS = ("mllama_text_model", "bos_token_id")
 
 
 def even(old: int) -> int | None:
-    """Only even ids stay."""
+    """Only even ids are kept."""
     return None if old % 2 else old // 2
 
 
@@ -56,7 +56,7 @@ def test_the_table_is_what_the_config_class_fills_in(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_the_config_class_accepts_what_is_written_where_no_token_stays(model_type: str) -> None:
+def test_the_config_class_accepts_what_is_written_for_removed_tokens(model_type: str) -> None:
     written = fill_defaults({"model_type": model_type, "text_config": {}}, lambda old: None)
     del written["text_config"]
     for key in DEFAULT_IDS.get(model_type, {}):
@@ -75,7 +75,7 @@ def test_every_family_is_in_the_table(model_type: str) -> None:
         assert family.section in SECTION_TYPES[model_type]
 
 
-def test_of_several_default_ids_those_that_stay_are_written() -> None:
+def test_of_several_default_ids_the_kept_ones_are_written() -> None:
     """As GLM's eos has them."""
     config = {"model_type": "glm"}
     defaults = [151329, 151336, 151338]
@@ -88,7 +88,7 @@ def test_of_several_default_ids_those_that_stay_are_written() -> None:
     assert fill_defaults(config, lambda old: None)["eos_token_id"] == -1
 
 
-def test_absent_keys_are_filled_in_behind_the_others() -> None:
+def test_absent_keys_are_filled_in_after_the_others() -> None:
     config = {"model_type": "llama", "eos_token_id": [5], "hidden_size": 8}
     assert list(fill_defaults(config, lambda old: old).items()) == [
         *config.items(), ("bos_token_id", 1)

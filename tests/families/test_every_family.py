@@ -1,4 +1,4 @@
-"""Every family: streamed statistics and scores, the cut, and the whole command line."""
+"""Every family: streamed statistics and scores, pruning, and the whole command line."""
 
 from pathlib import Path
 
@@ -45,15 +45,15 @@ def test_streamed_statistics_equal_hooks(tmp_path: Path, key: str) -> None:
     buckets = rarity_of(layout).buckets(EDGES)
     stats = take_statistics(Calibration(layout, windows, SEQ_LEN, buckets, EDGES, SETTINGS))
     full = hooked(path, key, windows)
-    seen = full.activations
+    activations = full.activations
     for layer, axes in enumerate(layout.ffn_outputs):
-        assert set(axes) == set(seen[layer])
+        assert set(axes) == set(activations[layer])
         for axis, experts in axes.items():
             sums = ChannelSums(len(EDGES), experts, layout.channels_of(axis), CPU)
-            for expert, tokens, act in seen[layer][axis]:
+            for expert, tokens, act in activations[layer][axis]:
                 sums.add(expert, tokens, torch.from_numpy(buckets)[tokens.ids], act)
             found = stats.layers[layer][axis]
-            norms = window_norms(seen[layer][axis], experts, layout.channels_of(axis))
+            norms = window_norms(activations[layer][axis], experts, layout.channels_of(axis))
             assert np.allclose(found.sum_l2, norms, rtol=1e-4, atol=1e-9)
             assert np.allclose(found.weight_norm, full.norms[layer][axis], rtol=1e-12)
             assert np.array_equal(found.tokens, sums.tokens.numpy())

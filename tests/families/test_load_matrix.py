@@ -127,7 +127,7 @@ def loaded_by_4(
     return {job.directory: found for job, found in zip(jobs, loaded, strict=True)}
 
 
-def said(loaded: Loaded, job: Job) -> set[str]:
+def warnings_of(loaded: Loaded, job: Job) -> set[str]:
     return {text.replace(job.directory, "") for text in loaded.warnings}
 
 
@@ -135,7 +135,7 @@ def assert_loads(case: Case, source: Loaded, output: Loaded, tolerance: float) -
     for loaded in (source, output):
         assert loaded.error is None
         assert loaded.faults == {}
-    assert said(output, case.output) <= said(source, case.source)
+    assert warnings_of(output, case.output) <= warnings_of(source, case.source)
     tokenizer = Tokenizer.from_file(str(Path(case.output.directory) / "tokenizer.json"))
     assert output.tokens == tokenizer.get_vocab_size()
     assert output.encoded == tokenizer.encode(SENTENCE).ids
@@ -173,7 +173,7 @@ def test_not_in_transformers_4(loaded_by_4: dict[str, Loaded], model_type: str) 
     assert model_type in CONFIG_MAPPING
 
 
-def assert_damage_is_seen(loaded: Loaded) -> None:
+def assert_damage_is_reported(loaded: Loaded) -> None:
     assert loaded.error is None
     assert loaded.faults == {
         "missing_keys": ["model.norm.weight"],
@@ -182,12 +182,12 @@ def assert_damage_is_seen(loaded: Loaded) -> None:
     assert any("model.norm.weight" in text for text in loaded.warnings)
 
 
-def test_damage_is_seen_by_transformers_5(damaged: Job) -> None:
-    assert_damage_is_seen(load_here(damaged))
+def test_damage_is_reported_by_transformers_5(damaged: Job) -> None:
+    assert_damage_is_reported(load_here(damaged))
 
 
-def test_damage_is_seen_by_transformers_4(damaged: Job, loaded_by_4: dict[str, Loaded]) -> None:
-    assert_damage_is_seen(loaded_by_4[damaged.directory])
+def test_damage_is_reported_by_transformers_4(damaged: Job, loaded_by_4: dict[str, Loaded]) -> None:
+    assert_damage_is_reported(loaded_by_4[damaged.directory])
 
 
 def test_no_transformers_4_is_a_reason_to_skip(

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md's ten lines add a family: taken from there, they go the whole path."""
+"""CONTRIBUTING.md's ten lines add a family, which then works from inspect to verify."""
 
 import re
 from collections.abc import Iterator
@@ -25,11 +25,11 @@ from tests.support.tiny_configs import TINY
 NAME = "newmodel"
 BRANCH = re.compile(r"(?<!trainer_spec\.)model_type\b\W*(==|!=|\bin\b)|\bmatch\b.*model_type")
 """SentencePiece calls its kind of vocabulary so, too."""
-PLACE = re.compile(r"# ([\w/]+)\.py, in (\w+):.*")
+LOCATION = re.compile(r"# ([\w/]+)\.py, in (\w+):.*")
 
 
 class NewLayer(LlamaDecoderLayer):
-    """Llama's, with one more norm behind it."""
+    """Llama's, with one more norm after it."""
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -64,13 +64,13 @@ def documented() -> dict[tuple[str, str], dict[str, Any]]:
     assert len(lines) <= 10
     found: dict[tuple[str, str], list[str]] = {}
     for line in lines:
-        if match := PLACE.fullmatch(line):
+        if match := LOCATION.fullmatch(line):
             found[match[1].replace("/", "."), match[2]] = []
         else:
             list(found.values())[-1].append(line)
     return {
-        place: eval("{" + "\n".join(code) + "}", dict(vars(import_module(place[0]))))
-        for place, code in found.items()
+        table: eval("{" + "\n".join(code) + "}", dict(vars(import_module(table[0]))))
+        for table, code in found.items()
     }
 
 
@@ -98,7 +98,9 @@ def test_the_lines_name_the_tables() -> None:
 
 
 @pytest.mark.usefixtures("added")
-def test_an_invented_family_goes_the_whole_path(tmp_path: Path, text: Path, run: Run) -> None:
+def test_an_invented_family_works_from_inspect_to_verify(
+    tmp_path: Path, text: Path, run: Run
+) -> None:
     assert DEFAULT_IDS[NAME] == {"bos_token_id": NewConfig().bos_token_id,
                                  "eos_token_id": NewConfig().eos_token_id}  # fmt: skip
     source = tiny.save(tmp_path / "source", NAME, sharded=True)
@@ -123,7 +125,7 @@ def test_an_invented_family_goes_the_whole_path(tmp_path: Path, text: Path, run:
     assert layout_of(out).family == layout_of(source).family
 
 
-def test_it_is_gone_again() -> None:
+def test_it_is_removed_again() -> None:
     assert NAME not in FAMILIES
     assert NAME not in CONFIG_MAPPING
 

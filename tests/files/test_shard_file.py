@@ -50,7 +50,7 @@ def take_away(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("io", KINDS)
 @pytest.mark.parametrize("poor", [False, True])
-def test_a_model_comes_out_the_same_with_and_without_what_linux_has(
+def test_the_output_is_the_same_with_and_without_the_calls_of_linux(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, io: IO, poor: bool
 ) -> None:
     plan = random_plan(llama, 512, 64)
@@ -68,7 +68,7 @@ def test_mapped_windows_do_not_stay_in_memory(
     big: Path, monkeypatch: pytest.MonkeyPatch, poor: bool
 ) -> None:
     if not Path("/proc/self/status").exists():
-        pytest.skip("only Linux says which pages of a file are resident")
+        pytest.skip("only Linux reports which pages of a file are resident")
     if poor:
         take_away(monkeypatch)
     most, found, before = 0, [], resident_bytes("RssFile")
@@ -82,7 +82,7 @@ def test_mapped_windows_do_not_stay_in_memory(
 
 @pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"),
-    reason="only glibc holds it, and lets it go",
+    reason="only glibc keeps freed memory, and releases it on request",
 )
 def test_freed_memory_is_released() -> None:
     blocks = [bytes([number % 255 + 1]) * 2048 for number in range(20_000)]
@@ -93,7 +93,7 @@ def test_freed_memory_is_released() -> None:
 
 
 def resident_bytes(kind: str) -> int:
-    """Pages that this process holds: ``RssFile`` of mapped files, ``RssAnon`` of its own."""
+    """Resident bytes of this process: ``RssFile`` of mapped files, ``RssAnon`` of its own."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (kilobytes,) = (line.split()[1] for line in lines if line.startswith(f"{kind}:"))
     return int(kilobytes) * 1024
@@ -154,9 +154,9 @@ def test_nothing_is_mapped_after_closing(big: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [ShardFile, MappedShardFile])
-def test_a_shard_that_is_gone(tmp_path: Path, kind: type[ShardFile]) -> None:
+def test_a_missing_shard(tmp_path: Path, kind: type[ShardFile]) -> None:
     with pytest.raises(CheckpointError, match="cannot be read any more: found No such file"):
-        kind(tmp_path / "gone")
+        kind(tmp_path / "missing")
 
 
 def test_memory_for_weights_without_flags(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,14 +183,14 @@ def shrink(*arguments, **options):
 shard.stream_edit, stream.np.take = note, shrink
 main(["apply", {plan!r}, "-o", {out!r}, "--jobs", "1"])
 """
-"""A shard shrinks within a window, behind the check of its size."""
+"""A shard shrinks within a window, after the check of its size."""
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a mapped file cannot shrink there")
 def test_a_shard_that_shrinks_within_a_window_and_comes_back_is_resumed(
     tmp_path: Path, run: Run
 ) -> None:
-    """That kills the process; nothing of it is in the output that a second run makes."""
+    """SIGBUS kills the process; the output of a second run has the right bytes."""
     source = tiny.save(tmp_path / "model", sharded=True, hidden_size=64, intermediate_size=512)
     plan, out = tmp_path / "plan.json", tmp_path / "out"
     random_plan(source, 512, 256).save(plan)

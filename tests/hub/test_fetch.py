@@ -1,4 +1,4 @@
-"""Models and data sets of the hub: planned from headers, recorded with their commit, refused."""
+"""Models and data sets on the hub: planned from headers, recorded with their commit."""
 
 import json
 import shutil
@@ -118,7 +118,7 @@ def test_a_second_command_downloads_nothing_again(quiet: Hub, home: Path, skelet
     assert quiet.requests == ["GET /api/models/org/tiny"]
 
 
-def test_what_was_had_before_works_offline(hub: Hub, home: Path, skeleton: Path) -> None:
+def test_an_earlier_copy_works_offline(hub: Hub, home: Path, skeleton: Path) -> None:
     for model in ("org/tiny", "org/tiny@main", f"org/tiny@{COMMIT}"):
         result = command(hub.url, home, "inspect", model, HF_HUB_OFFLINE="1")
         assert result.returncode == 0, result.stderr
@@ -164,8 +164,8 @@ def test_what_the_hub_refuses_is_one_line(
 
 
 def test_no_hub_at_all_is_one_line(home: Path) -> None:
-    with serve({}) as gone:
-        url = gone.url
+    with serve({}) as stopped:
+        url = stopped.url
     words = ("org/new", "hub", "connection", "local directory")
     assert_refused(command(url, home, "inspect", "org/new"), *words)
 
@@ -202,11 +202,11 @@ def test_planning_a_large_model_downloads_kilobytes(tmp_path: Path) -> None:
 
 BAD_DAYS = {
     "rate limit": [Fault("", status=429, headers={"Retry-After": "0"}, times=3)],
-    "rate limit as the hub says it": [
+    "rate limit in the hub's own header": [
         Fault("", status=429, headers={"RateLimit": '"api";r=0;t=0'}, times=2)
     ],
     "server errors": [Fault("/api/", status=503, times=2), Fault("resolve", status=500, times=4)],
-    "cut connections": [
+    "broken connections": [
         Fault(r"\.safetensors", cut=5, times=2),
         Fault("tokenizer.json", cut=1000, times=3),
         Fault("config.json", cut=0, times=1),
@@ -249,7 +249,7 @@ def test_a_hub_that_never_answers_is_one_line(quiet: Hub, tmp_path: Path) -> Non
         (Fault(r"/config\.json", damage=True, times=99), ("config.json", "damaged", "digest")),
     ],
 )
-def test_a_fault_that_stays_is_one_line(
+def test_a_permanent_fault_is_one_line(
     quiet: Hub, tmp_path: Path, fault: Fault, words: tuple[str, ...]
 ) -> None:
     quiet.faults.append(fault)
@@ -263,11 +263,14 @@ CONFIG = {"rfilename": "config.json", "size": 2, "blobId": "0" * 40}
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        ([1], ("org/odd", "no description")),
+        ([1], ("org/odd", "does not describe")),
         ({"id": "org/odd"}, ("org/odd", "commit")),
         ({"id": "org/odd", "sha": "../.."}, ("org/odd", "commit")),
-        ({"id": "org/odd", "sha": COMMIT, "siblings": [{}]}, ("org/odd", "no description")),
-        ({"id": "org/odd", "sha": COMMIT, "siblings": [{"rfilename": "config.json"}]}, ("large",)),
+        ({"id": "org/odd", "sha": COMMIT, "siblings": [{}]}, ("org/odd", "does not describe")),
+        (
+            {"id": "org/odd", "sha": COMMIT, "siblings": [{"rfilename": "config.json"}]},
+            ("no size",),
+        ),
         ({"id": "org/odd", "sha": COMMIT, "siblings": [OUTSIDE]}, ("org/odd", "no weights")),
         (
             {
@@ -278,7 +281,7 @@ CONFIG = {"rfilename": "config.json", "size": 2, "blobId": "0" * 40}
                     CONFIG | {"rfilename": "model.safetensors", "size": 1 << 62},
                 ],
             },
-            ("config.json", "larger"),
+            ("config.json", "too large"),
         ),
     ],
 )
@@ -304,9 +307,7 @@ def test_a_token_is_sent_to_the_hub_but_not_on_to_where_it_points(
         assert cdn.authorized == []
 
 
-def test_an_interrupted_download_goes_on_where_it_was(
-    quiet: Hub, tmp_path: Path, llama: Path
-) -> None:
+def test_an_interrupted_download_is_continued(quiet: Hub, tmp_path: Path, llama: Path) -> None:
     quiet.faults += [Fault(r"/tokenizer\.json", cut=20_000), Fault(r"/tokenizer\.json", status=404)]
     assert command(quiet.url, tmp_path, "inspect", "org/tiny").returncode == 2
     before = quiet.sent[f"/org/tiny/resolve/{COMMIT}/tokenizer.json"]

@@ -1,4 +1,4 @@
-"""Shards of the hub on this disk: all there when used, never more than two, none afterwards."""
+"""Shards of the hub on the disk: there when used, never more than two, none afterwards."""
 
 import hashlib
 import random
@@ -16,7 +16,7 @@ from surgery.errors import CheckpointError, OutputError
 from surgery.files.safetensors_header import TensorRef, encode_header
 from surgery.hub.remote_file import RemoteFile
 from surgery.hub.shards import CAPACITY, USE, HubShards, Shards
-from surgery.hub.skeleton import LIBRARY, OWN, Manifest, Skeleton
+from surgery.hub.skeleton import HUB_FOLDER, LIBRARY, Manifest, Skeleton
 
 NAMES = [f"{letter}.safetensors" for letter in "abcde"]
 CONTENT = {
@@ -34,18 +34,20 @@ def made(assets: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A skeleton whose hub is a table in memory."""
     monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(assets))
     path = assets / LIBRARY / "a--b"
-    (path / OWN).mkdir(parents=True)
+    (path / HUB_FOLDER).mkdir(parents=True)
     shards: dict[str, tuple[int, str | None]] = {}
     for name, content in CONTENT.items():
         shards[name] = len(content), hashlib.sha256(content).hexdigest()
         length = int.from_bytes(content[:8], "little")
-        (path / OWN / f"{name}.header").write_bytes(content[8 : 8 + length])
-    (path / OWN / "manifest.json").write_bytes(msgspec.json.encode(Manifest("a/b", "c", shards)))
+        (path / HUB_FOLDER / f"{name}.header").write_bytes(content[8 : 8 + length])
+    (path / HUB_FOLDER / "manifest.json").write_bytes(
+        msgspec.json.encode(Manifest("a/b", "c", shards))
+    )
 
     def blocks(self: RemoteFile, start: int, stop: int) -> Any:
-        for place in range(start, stop, 4096):
+        for position in range(start, stop, 4096):
             assert on_disk(path) <= CAPACITY
-            yield CONTENT[self.name][place : min(stop, place + 4096)]
+            yield CONTENT[self.name][position : min(stop, position + 4096)]
 
     monkeypatch.setattr(RemoteFile, "blocks", blocks)
     return path
@@ -54,23 +56,25 @@ def made(assets: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def on_disk(path: Path) -> int:
     """Shards that are there, in whole or in part."""
     whole = {p.name for p in path.glob("*.safetensors")}
-    return len(whole | {p.name.removesuffix(".incomplete") for p in (path / OWN).glob("*.incom*")})
+    return len(
+        whole | {p.name.removesuffix(".incomplete") for p in (path / HUB_FOLDER).glob("*.incom*")}
+    )
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     steps=st.lists(st.sets(st.sampled_from(NAMES), min_size=1, max_size=2), max_size=12),
-    told=st.booleans(),
+    announced=st.booleans(),
     seed=st.integers(0, 9),
 )
 def test_every_step_has_its_shards_and_the_disk_at_most_two(
-    tmp_path_factory: pytest.TempPathFactory, steps: list[set[str]], told: bool, seed: int
+    tmp_path_factory: pytest.TempPathFactory, steps: list[set[str]], announced: bool, seed: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         path = made(tmp_path_factory.mktemp("s") / "s", patch)
         waits = random.Random(seed)
         with Shards.of(path) as shards:
-            if told:
+            if announced:
                 shards.expect(steps)
             for step in steps:
                 with shards.lease(step):
@@ -116,13 +120,13 @@ def test_what_an_interrupted_run_left_is_used_or_deleted(skeleton: Path) -> None
     a, b, c, d, _ = NAMES
     (skeleton / a).write_bytes(CONTENT[a])
     (skeleton / d).write_bytes(CONTENT[d])
-    (skeleton / OWN / f"{b}.incomplete").write_bytes(CONTENT[b][:4096])
-    (skeleton / OWN / f"{c}.incomplete").write_bytes(CONTENT[c][:4096])
+    (skeleton / HUB_FOLDER / f"{b}.incomplete").write_bytes(CONTENT[b][:4096])
+    (skeleton / HUB_FOLDER / f"{c}.incomplete").write_bytes(CONTENT[c][:4096])
     inode = (skeleton / a).stat().st_ino
     with Shards.of(skeleton) as shards:
         shards.expect([{a}, {b}])
         assert not (skeleton / d).exists()
-        assert not (skeleton / OWN / f"{c}.incomplete").exists()
+        assert not (skeleton / HUB_FOLDER / f"{c}.incomplete").exists()
         with shards.lease({a}):
             assert (skeleton / a).stat().st_ino == inode
         with shards.lease({b}):
@@ -130,7 +134,7 @@ def test_what_an_interrupted_run_left_is_used_or_deleted(skeleton: Path) -> None
     assert on_disk(skeleton) == 0
 
 
-def test_after_an_error_shards_stay_for_the_run_that_goes_on(skeleton: Path) -> None:
+def test_after_an_error_shards_are_kept_for_the_resumed_run(skeleton: Path) -> None:
     shards = Shards.of(skeleton)
     with pytest.raises(RuntimeError), shards, shards.lease({NAMES[0]}):
         raise RuntimeError
@@ -148,25 +152,25 @@ def test_another_process_keeps_what_it_uses(skeleton: Path) -> None:
     assert on_disk(skeleton) == 0
 
 
-def test_the_last_one_to_leave_deletes_whoever_came_first(skeleton: Path) -> None:
+def test_the_last_user_deletes_the_shard_whoever_came_first(skeleton: Path) -> None:
     a = NAMES[0]
     with Shards.of(skeleton) as second:
         with Shards.of(skeleton) as first, first.lease({a}), second.lease({a}):
-            assert len(list((skeleton / OWN).glob(f"{a}.*{USE}"))) == 2
+            assert len(list((skeleton / HUB_FOLDER).glob(f"{a}.*{USE}"))) == 2
         with second.lease({a}):
             assert (skeleton / a).exists()
     assert on_disk(skeleton) == 0
-    assert not list((skeleton / OWN).glob(f"*{USE}"))
+    assert not list((skeleton / HUB_FOLDER).glob(f"*{USE}"))
 
 
 def test_a_killed_user_keeps_nothing(skeleton: Path) -> None:
     a = NAMES[0]
     (skeleton / a).write_bytes(CONTENT[a])
-    (skeleton / OWN / f"{a}.killed{USE}").touch()
+    (skeleton / HUB_FOLDER / f"{a}.killed{USE}").touch()
     with Shards.of(skeleton) as shards, shards.lease({a}):
         pass
     assert on_disk(skeleton) == 0
-    assert not list((skeleton / OWN).glob(f"*{USE}"))
+    assert not list((skeleton / HUB_FOLDER).glob(f"*{USE}"))
 
 
 def test_a_small_tensor_does_not_wait_for_its_shard(skeleton: Path) -> None:
@@ -178,17 +182,17 @@ def test_a_small_tensor_does_not_wait_for_its_shard(skeleton: Path) -> None:
             assert not (skeleton / a).exists()
         with shards.lease({a}), shards.tensor(ref) as here:
             assert here == ref
-    assert list((skeleton / OWN).glob("tensor*")) == []
+    assert list((skeleton / HUB_FOLDER).glob("tensor*")) == []
 
 
 def test_a_shard_with_another_header_is_refused(skeleton: Path) -> None:
-    (skeleton / OWN / f"{NAMES[0]}.header").write_bytes(b"{}")
+    (skeleton / HUB_FOLDER / f"{NAMES[0]}.header").write_bytes(b"{}")
     with pytest.raises(CheckpointError, match="is not the shard whose header was read"):  # noqa: SIM117
         with Shards.of(skeleton) as shards, shards.lease({NAMES[0]}):
             pass
 
 
-def test_no_space_for_two_shards_is_said_before_the_work(
+def test_no_space_for_two_shards_is_reported_before_the_work(
     skeleton: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Usage:
@@ -220,7 +224,7 @@ def test_a_checkpoint_that_brings_a_manifest_keeps_its_shards(
 
 
 def test_a_damaged_skeleton_is_refused(skeleton: Path) -> None:
-    (skeleton / OWN / "manifest.json").write_text("{")
+    (skeleton / HUB_FOLDER / "manifest.json").write_text("{")
     with pytest.raises(CheckpointError, match="is a damaged copy of a model on the hub"):
         Skeleton.at(skeleton)
 

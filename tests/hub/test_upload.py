@@ -1,4 +1,4 @@
-"""--push-to: the result on the hub, whole, or one line that says why not."""
+"""--push-to: the whole result is on the hub, or one line gives the reason."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,10 +26,12 @@ def quiet(hub: Hub) -> None:
 
 @pytest.fixture(scope="module")
 def plan(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("plan")
-    made = command("http://127.0.0.1:9", place, "plan", llama, *SIZES, "-o", place / "plan.json")
+    directory = tmp_path_factory.mktemp("plan")
+    made = command(
+        "http://127.0.0.1:9", directory, "plan", llama, *SIZES, "-o", directory / "plan.json"
+    )
     assert made.returncode == 0, made.stderr
-    return place / "plan.json"
+    return directory / "plan.json"
 
 
 def apply(hub: Hub, plan: Path, home: Path, *more: object, **settings: str) -> Result:
@@ -79,7 +81,7 @@ def test_without_a_token_nothing_is_begun(hub: Hub, plan: Path, tmp_path: Path) 
     assert hub.requests == []
 
 
-def test_a_place_that_is_none_is_refused_at_once(hub: Hub, plan: Path, tmp_path: Path) -> None:
+def test_a_bad_repository_name_is_refused_at_once(hub: Hub, plan: Path, tmp_path: Path) -> None:
     result = apply(hub, plan, tmp_path, "--push-to", "smaller", **TOKEN)
     assert_refused(result, "smaller", "org/name")
     offline = apply(hub, plan, tmp_path, **TOKEN, HF_HUB_OFFLINE="1")

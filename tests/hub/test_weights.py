@@ -1,4 +1,4 @@
-"""Weights of a model on the hub: shard by shard, whatever the hub's day, and gone afterwards."""
+"""Weights on the hub: downloaded shard by shard in spite of faults, and deleted afterwards."""
 
 import json
 import os
@@ -42,13 +42,13 @@ def plan(hub: Hub, home: Home, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def expected(llama: Path, tmp_path_factory: pytest.TempPathFactory, plan: Path) -> dict[str, bytes]:
-    """What the plan makes of the same model in a local directory."""
-    place = tmp_path_factory.mktemp("local")
-    local = place / "plan.json"
+    """The output of the same plan for the same model in a local directory."""
+    directory = tmp_path_factory.mktemp("local")
+    local = directory / "plan.json"
     local.write_text(plan.read_text().replace(f"org/tiny@{COMMIT}", str(llama)))
-    made = command("http://127.0.0.1:9", place, "apply", local, "-o", place / "out")
+    made = command("http://127.0.0.1:9", directory, "apply", local, "-o", directory / "out")
     assert made.returncode == 0, made.stderr
-    return weights(place / "out")
+    return weights(directory / "out")
 
 
 @pytest.fixture(autouse=True)
@@ -121,22 +121,22 @@ def test_verify_compares_with_the_hub(hub: Hub, home: Home, plan: Path, tmp_path
     assert found.returncode == 1
     assert "differs from the source" in found.stdout
     hub.faults.append(Fault("", status=404, times=99))
-    gone = command(hub.url, tmp_path / "elsewhere", "verify", out)
-    assert "skipped  kept rows and channels are bit-identical" in gone.stdout
+    without_source = command(hub.url, tmp_path / "elsewhere", "verify", out)
+    assert "skipped  kept rows and channels are bit-identical" in without_source.stdout
 
 
 BAD_DAYS = {
     "rate limit": [Fault("safetensors", status=429, headers={"Retry-After": "0"}, times=3)],
     "server errors": [Fault("safetensors", status=503, times=4)],
-    "cut connections": [
+    "broken connections": [
         Fault("/cdn/.*00002", cut=1000, times=3),
         Fault("/cdn/.*00003", cut=0, times=2),
     ],
-    "cut, and then no ranges": [
+    "broken, and then no ranges": [
         Fault("/cdn/.*00002", cut=1000),
         Fault("/cdn/.*00002", whole=True, times=9),
     ],
-    "cut, and then another range": [
+    "broken, and then another range": [
         Fault("/cdn/.*00002", cut=1000),
         Fault("/cdn/.*00002", shifted=True, times=2),
     ],
@@ -195,9 +195,9 @@ def test_what_does_not_pass_is_one_line_and_can_be_resumed(
 
 
 def test_a_plan_whose_source_left_the_hub_is_refused(hub: Hub, plan: Path, tmp_path: Path) -> None:
-    gone = tmp_path / "plan.json"
-    gone.write_text(plan.read_text().replace("org/tiny@", "org/gone@"))
-    applied = command(hub.url, tmp_path / "home", "apply", gone, "-o", tmp_path / "out")
+    no_source = tmp_path / "plan.json"
+    no_source.write_text(plan.read_text().replace("org/tiny@", "org/gone@"))
+    applied = command(hub.url, tmp_path / "home", "apply", no_source, "-o", tmp_path / "out")
     assert_refused(applied, "org/gone", "404")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "plan.json"]
 

@@ -45,7 +45,7 @@ CASES = [
           "prune the unquantized")),
     Case("config missing", remove("model/config.json"), INSPECT,
          ("config.json", "cannot be read", "No such file", "check the model directory")),
-    Case("config cut", cut("model/config.json", 90), INSPECT,
+    Case("truncated config", cut("model/config.json", 90), INSPECT,
          ("config.json", "not valid JSON", "found", "line", "download")),
     Case("config with a key twice", replace("model/config.json", "{", '{"vocab_size": 1,'),
          INSPECT, ("config.json", "not valid JSON", "'vocab_size' twice", "download")),

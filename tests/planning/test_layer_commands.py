@@ -158,7 +158,7 @@ def test_options_that_do_not_fit_are_refused(
         ("qwen3_vl", {}, "layers of model type qwen3 cannot be removed"),
         ("gemma3_text", {"layer_types": None}, "layer_types: is missing"),
         ("qwen3", {"layer_types": None}, "layer_types: is missing"),
-        ("qwen3", {"layer_types": ["full_attention"]}, "has not an entry for every layer"),
+        ("qwen3", {"layer_types": ["full_attention"]}, "does not have an entry for every layer"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step: makes layers differ"),
         ("llama4_text", {"moe_layers": None, "interleave_moe_layer_step": 2}, "interleave_moe"),
         ("llama4_text", {"no_rope_layers": []}, "no_rope_layers: is missing"),

@@ -56,16 +56,16 @@ def evaluated(proposal: Proposal) -> Any:
 
 
 def axes(layout: Layout) -> dict[str, Any]:
-    """Tensor → what its dimensions carry, whether its input is watched; halves equal pairs."""
+    """Tensor → what its dimensions carry, whether its input is recorded; halves equal pairs."""
 
     def follows(dim: Dim | None) -> Any:
         key = layout.key_of(dim)
         return (key, layout.unit(dim)) if dim and key else None
 
     found = {}
-    for name, place in layout.roles.items():
-        carried = {n: c for n, dim in enumerate(place.slot.dims) if (c := follows(dim))}
-        found[name] = carried, place.slot.ffn_output
+    for name, role in layout.roles.items():
+        carried = {n: c for n, dim in enumerate(role.slot.dims) if (c := follows(dim))}
+        found[name] = carried, role.slot.ffn_output
     return found
 
 
@@ -120,7 +120,7 @@ def test_a_wrapper_of_a_known_language_model(unknown: Any, key: str) -> None:
 
 
 def test_names_that_nobody_uses() -> None:
-    """Shapes decide where names say nothing: twice the width is fused, biases tell directions."""
+    """Shapes decide where names do not help: twice the width is fused, biases show the way."""
     tensors = {"tok.weight": (50, 8), "out.weight": (50, 8), "final_norm.weight": (8,)}
     for number in range(2):
         at = f"stack.{number}."
@@ -139,7 +139,7 @@ def test_names_that_nobody_uses() -> None:
     assert slots["stack.{layer}.a.weight"].group == "attention"
 
 
-def test_layers_that_only_guess_ahead_are_seen(unknown: Any) -> None:
+def test_layers_for_multi_token_prediction_are_recognized(unknown: Any) -> None:
     _, checkpoint = unknown("mixtral")
     config = {**checkpoint.config, "num_hidden_layers": 2, "num_nextn_predict_layers": 1}
     family = evaluated(propose(replace(checkpoint, config=config)))
@@ -182,7 +182,7 @@ def test_where_nothing_fits_the_line_names_the_probe(renamed: Path, run: Run) ->
     probed = run("inspect", renamed, "--probe")
     assert probed.exit_code == 0
     assert "families that fit: none" in probed.output
-    assert "note: no entry: config.json: no key says the number of layers: expected 3" in (
+    assert "note: no entry: config.json: no key gives the number of layers: expected 3" in (
         probed.output
     )
 
@@ -215,7 +215,7 @@ def test_probe_prints_families_and_entry(renamed: Path, run: Run) -> None:
     assert as_json["entry"] in shown.output
 
 
-def test_a_named_family_goes_the_whole_path(
+def test_a_named_family_works_from_plan_to_verify(
     renamed: Path, tmp_path: Path, text: Path, run: Run
 ) -> None:
     stats, plan, out = (tmp_path / name for name in ("stats.safetensors", "plan.json", "out"))
@@ -245,7 +245,7 @@ def test_a_named_family_goes_the_whole_path(
 
 
 def test_ids_are_filled_in_as_the_named_family_does(renamed: Path) -> None:
-    """Llama's class says 2 where config.json does not; the cut must not give 2 to another."""
+    """Llama's class says 2 where config.json does not; pruning must not give 2 to another token."""
     config = json.loads((renamed / "config.json").read_text("utf-8"))
     del config["eos_token_id"]
     (renamed / "config.json").write_text(json.dumps(config), "utf-8")
