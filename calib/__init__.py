@@ -4,7 +4,16 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from calib.api import Pruned, calibrate, compare, compare_logits, prune, score, search
+    from calib.api import (
+        Pruned,
+        calibrate,
+        compare,
+        compare_logits,
+        prune,
+        read_documents,
+        score,
+        search,
+    )
     from calib.scoring.logits import Equality
     from calib.scoring.score import Score
     from calib.study.search import SearchResult
@@ -19,6 +28,7 @@ __all__ = [
     "compare",
     "compare_logits",
     "prune",
+    "read_documents",
     "score",
     "search",
 ]

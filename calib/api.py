@@ -1,10 +1,15 @@
 """The library's functions that run a model: calibrate, score, search, compare, prune."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from calib.pipeline import PlanFiles, apply_and_verify, calibrated_plan
+from calib.pipeline import (
+    PlanFiles,
+    apply_and_verify,
+    calibrated_plan,
+    choose_before_calibration,
+)
 from calib.scoring.logits import Equality
 from calib.scoring.logits import compare_logits as compare_logits_of
 from calib.scoring.score import Score, score_model
@@ -44,7 +49,7 @@ def calibrate(  # noqa: PLR0913
     vocab_sizes: Sequence[int] | str | None = None,
     vocab_by: str = "merge-order",
     drop_reserved: bool = False,
-    keep_tokens: Path | Sequence[str] | None = None,
+    keep_tokens: Path | str | Sequence[str] | None = None,
     keep_scripts: Sequence[str] = (),
     device: str = "auto",
     dtype: str = "auto",
@@ -169,7 +174,7 @@ def search(  # noqa: PLR0913
     strict: bool = False,
     vocab_by: str = "merge-order",
     drop_reserved: bool = False,
-    keep_tokens: Path | Sequence[str] | None = None,
+    keep_tokens: Path | str | Sequence[str] | None = None,
     keep_scripts: Sequence[str] = (),
     criterion: str = DEFAULT_CRITERION,
     device: str = "auto",
@@ -243,7 +248,7 @@ def compare(  # noqa: PLR0913
     strict: bool = False,
     vocab_by: str = "merge-order",
     drop_reserved: bool = False,
-    keep_tokens: Path | Sequence[str] | None = None,
+    keep_tokens: Path | str | Sequence[str] | None = None,
     keep_scripts: Sequence[str] = (),
     device: str = "auto",
     dtype: str = "auto",
@@ -324,6 +329,7 @@ def prune(  # noqa: PLR0913
     intermediate_size: int | None = None,
     widths: Mapping[str, int] | None = None,
     layers: str | None = None,
+    num_hidden_layers: int | None = None,
     multiple_of: int | None = None,
     target: str | None = None,
     dequantize: bool = False,
@@ -334,7 +340,7 @@ def prune(  # noqa: PLR0913
     strict: bool = False,
     vocab_by: str = "merge-order",
     drop_reserved: bool = False,
-    keep_tokens: Path | Sequence[str] | None = None,
+    keep_tokens: Path | str | Sequence[str] | None = None,
     keep_scripts: Sequence[str] = (),
     criterion: str = DEFAULT_CRITERION,
     min_expert_tokens: int = LEAST_TOKENS,
@@ -364,6 +370,7 @@ def prune(  # noqa: PLR0913
         intermediate_size: As for ``surgery.make_plan``.
         widths: As for ``surgery.make_plan``.
         layers: As for ``surgery.make_plan``.
+        num_hidden_layers: As for ``surgery.make_plan``.
         multiple_of: As for ``surgery.make_plan``.
         target: As for ``surgery.make_plan``.
         dequantize: As for ``surgery.make_plan``.
@@ -396,6 +403,7 @@ def prune(  # noqa: PLR0913
         intermediate_size=intermediate_size,
         widths=widths or {},
         layers=layers,
+        num_hidden_layers=num_hidden_layers,
         multiple_of=multiple_of,
         target=target,
         dequantize=dequantize,
@@ -403,11 +411,39 @@ def prune(  # noqa: PLR0913
     order = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts)
     asked = CutRequest(sizes, order, ChannelOptions(criterion, min_expert_tokens, repair))
     files = PlanFiles.beside(Path(output), layout.checkpoint.path)
-    choice = choose_sizes(layout, asked, documents_of(layout, text))
+    choice = choose_before_calibration(layout, asked, text)
     compute = _compute(device, dtype)
     plan = calibrated_plan(layout, choice, text, compute, files, progress)
     report = apply_and_verify(plan, layout, ApplyOptions(Path(output), io=io), progress)
     return Pruned(Path(output), plan, report)
+
+
+def read_documents(
+    model: Model | str | Path,
+    data: Text,
+    *,
+    seed: int | None = None,
+    field: str | None = None,
+    strict: bool = False,
+) -> Iterable[str]:
+    """Read a text as the commands do: chats become text by the model's own chat template.
+
+    Example:
+        >>> documents = calib.read_documents(model, "chats.jsonl")
+        >>> plan = surgery.make_plan(model, stats=stats, ratio=0.2, data=documents)
+
+    Args:
+        model: From ``surgery.open_model``, or what that takes.
+        data: A path, ``hub:name``, documents, or several ``surgery.Source`` with weights.
+        seed: Shuffles the documents.
+        field: Field of a row that holds its document; None means ``text``, or else ``messages``.
+        strict: Refuse the first bad row instead of skipping all of them.
+
+    Raises:
+        DataError: there is no text, or the model has no chat template and the text needs one.
+    """
+    text = TextOptions(sources_of(data), seed=seed, field=field, strict=strict)
+    return documents_of(as_layout(model), text)
 
 
 def compare_logits(

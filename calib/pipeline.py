@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from calib.statistics.options import CalibrationOptions
 from calib.statistics.prepare import prepare_calibration, run_calibration
 from calib.streaming.settings import ComputeOptions
@@ -14,7 +16,7 @@ from surgery.apply.output_directory import check_file, check_output_path
 from surgery.apply.run import ApplyOptions, apply_to
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
-from surgery.planning.request import SizeChoice
+from surgery.planning.request import CutRequest, SizeChoice, choose_sizes
 from surgery.process import Progress
 from surgery.text.documents import TextOptions
 from surgery.verify.files import VerifyReport, verify_files
@@ -56,6 +58,19 @@ class PlanFiles:
 PLAN_END, STATS_END = ".plan.json", ".stats.safetensors"
 
 
+def choose_before_calibration(layout: Layout, request: CutRequest, text: TextOptions) -> SizeChoice:
+    """Choose the sizes of a model that will be calibrated for them.
+
+    The layers of largest block influence are not known yet. As many evenly spread ones stand for
+    them, for the sizes depend on their number. ``calibrated_plan`` chooses them by the statistics.
+    """
+    depth = layout.num_hidden_layers
+    count = min(max(request.sizes.num_hidden_layers or depth, 1), depth)
+    spread = np.zeros(depth)
+    spread[np.linspace(0, depth - 1, count).round().astype(int)] = 1.0
+    return choose_sizes(layout, request, documents_of(layout, text), spread)
+
+
 def calibrated_plan(
     layout: Layout,
     choice: SizeChoice,
@@ -78,6 +93,9 @@ def calibrated_plan(
         stats = run_calibration(made, plain, options, progress)
         if files.stats is not None:
             stats.save(files.stats)
+    if stats is not None and choice.request.sizes.num_hidden_layers is not None:
+        documents = documents_of(layout, text)
+        choice = choose_sizes(layout, choice.request, documents, stats.block_influence)
     documents = documents_of(layout, text)
     plan = plan_choice(layout, choice, stats, documents=documents, output=files.output)
     if choice.request.channels.repair != "none":

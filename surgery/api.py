@@ -72,7 +72,8 @@ def open_model(model: str | Path, *, family: str | None = None) -> Model:
         CheckpointError: the checkpoint is missing or damaged, or its quantization is not supported.
         UnknownTypeError: the model type is not supported.
     """
-    return Model(open_layout(model, family), str(model))
+    here = Path(model).absolute() if Path(model).is_dir() else model
+    return Model(open_layout(here, family), str(model))
 
 
 def open_layout(model: str | Path, family: str | None = None) -> Layout:
@@ -110,12 +111,14 @@ def make_plan(  # noqa: PLR0913
     dequantize: bool = False,
     vocab_by: str = "merge-order",
     drop_reserved: bool = False,
-    keep_tokens: Path | Sequence[str] | None = None,
+    keep_tokens: Path | str | Sequence[str] | None = None,
     keep_scripts: Sequence[str] = (),
     criterion: str = DEFAULT_CRITERION,
     min_expert_tokens: int = LEAST_TOKENS,
     data: Text | None = None,
     seed: int | None = None,
+    field: str | None = None,
+    strict: bool = False,
     output: Path | str | None = None,
     family: str | None = None,
 ) -> Plan:
@@ -149,6 +152,8 @@ def make_plan(  # noqa: PLR0913
         data: Text: a path, ``hub:name``, or documents. It shows what a smaller vocabulary costs,
             and "frequency" counts its tokens.
         seed: Shuffles the documents.
+        field: Field of a row that holds its document; None means ``text``.
+        strict: Refuse the first bad row instead of skipping all of them.
         output: Directory that ``apply_plan`` writes, unless it is given another.
         family: As for ``open_model``.
 
@@ -174,7 +179,9 @@ def make_plan(  # noqa: PLR0913
         as_layout(model, family),
         CutRequest(sizes, vocabulary, channels),
         ChannelStats.load(stats) if isinstance(stats, str | Path) else stats,
-        documents=None if data is None else TextOptions(sources_of(data), seed=seed).documents,
+        documents=None
+        if data is None
+        else TextOptions(sources_of(data), seed=seed, field=field, strict=strict).documents,
         output=None if output is None else Path(output),
     )
 

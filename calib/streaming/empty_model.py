@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from threading import Lock, get_ident
 from typing import Any
 
 import torch
@@ -73,6 +74,9 @@ MESSAGE = 300
 
 MOST_BUFFER_BYTES = 1 << 30
 """For tables such as masks, which grow with the square of ``max_position_embeddings``."""
+
+BUILDING = Lock()
+"""Held while modules are built with parameters on the meta device."""
 
 IGNORED_KEYS = (
     "quantization_config",
@@ -177,16 +181,22 @@ def library_errors(layout: Layout) -> Iterator[None]:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Create modules with real buffers (rotary tables, scales) but parameters without storage."""
-    original = nn.Module.register_parameter
+    """Create modules with real buffers (rotary tables, scales) but parameters without storage.
+
+    torch has one ``register_parameter`` for the whole process. So one thread at a time replaces it,
+    and the modules of all other threads keep their parameters.
+    """
+    builder = get_ident()
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         original(module, name, parameter)
-        if parameter is not None:
+        if parameter is not None and get_ident() == builder:
             module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    nn.Module.register_parameter = register  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
+    with BUILDING:
+        original = nn.Module.register_parameter
+        nn.Module.register_parameter = register  # type: ignore[assignment, method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = original  # type: ignore[method-assign]

@@ -48,7 +48,12 @@ def repair_plan(
     path = plan_path.with_name(plan_path.name.removesuffix(".json") + ".repair.safetensors")
     predicted = repair_cost(plan, study).peak_memory
     LOG.info("repair: about %s MB of memory", f"{predicted / 1e6:,.0f}")
-    made = repair(plan, study, path, stage(progress, "repair", study.windows(2)))
+    made = repair(
+        plan,
+        study,
+        path,
+        stage(progress, "repair", 2 * len(study.text.heldout) * plan.before.num_hidden_layers),
+    )
     if (peak := peak_rss_bytes()) is not None:
         LOG.info("repair: %s MB at its peak", f"{peak / 1e6:,.0f}")
     return made

@@ -336,14 +336,18 @@ def check_file(path: Path, source: Path | None = None) -> None:
     """Refuse, before the work, a file that could not be written after it, or is inside the model.
 
     Raises:
-        OutputError: ``path`` is a directory; or its directory is missing, not writable, or inside
-            ``source``.
+        OutputError: ``path`` is a directory, a device or a pipe; or its directory is missing, not
+            writable, or inside ``source``.
     """
     parent = path.absolute().parent
     if not parent.is_dir():
         raise OutputError(path, "its directory does not exist", fix="create it, or name another")
     if path.is_dir():
         raise OutputError(path, "is a directory", fix="name a file")
+    if path.exists() and not path.is_file():
+        raise OutputError(
+            path, "is not a regular file, and a new file would replace it", fix="name a file"
+        )
     if source is not None and parent.resolve().is_relative_to(source.resolve()):
         raise OutputError(
             path, "is inside the model, which is only read", fix="name a file outside of it"

@@ -68,6 +68,8 @@ class Commands(click.Group):
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
             raise Refusal(error.message(partial(with_flags, command=command))) from error
         except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader of a pipe has ended: click ends quietly
+                raise
             reason = f"{error.filename or 'input or output'}: {error.strerror or error}"
             fix = FIXES.get(error.errno or 0, "")
             raise Refusal(printable(reason + fix)) from error

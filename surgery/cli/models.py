@@ -175,17 +175,20 @@ def prune(
 
     The statistics and the plan are kept beside DIR as DIR.stats.safetensors and DIR.plan.json.
     """
-    from calib.pipeline import PlanFiles, apply_and_verify, calibrated_plan
-    from calib.text.chat import documents_of
+    from calib.pipeline import (
+        PlanFiles,
+        apply_and_verify,
+        calibrated_plan,
+        choose_before_calibration,
+    )
     from surgery.hub.upload import check_push, push
-    from surgery.planning.request import choose_sizes
 
     if push_to:
         check_push(push_to)
     output = Path(options.output or "")  # click asks for it
     layout = model.layout()
     files = PlanFiles.beside(output, layout.checkpoint.path)
-    choice = choose_sizes(layout, cut, documents_of(layout, text))
+    choice = choose_before_calibration(layout, cut, text)
     with running() as progress:
         plan = calibrated_plan(layout, choice, text, compute, files, progress)
     show_plan(plan, layout)

@@ -374,7 +374,8 @@ size_options = gathered(
     click.option(
         "--num-hidden-layers",
         type=int,
-        help="How many layers to keep: those of largest block influence in --stats (ShortGPT).",
+        help="How many layers to keep: those of largest block influence (ShortGPT), by the "
+        "statistics.",
     ),
 )
 ratio_options = gathered(

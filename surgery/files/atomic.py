@@ -23,8 +23,11 @@ class NewFile:
             attempt: Distinguishes its temporary name from that of another process.
 
         Raises:
-            OSError: the file cannot be created.
+            OSError: the file cannot be created, or ``path`` is a device, a pipe or a directory,
+                which a rename would replace.
         """
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EEXIST, "is not a regular file", str(path))
         self._path = path
         self._temporary = path.with_name(f"{path.name}{attempt}.tmp")
         with errors_name(path):

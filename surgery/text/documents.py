@@ -1,15 +1,16 @@
 """Text as documents: files, directories, hub data sets and iterables, one or several."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
 from math import inf
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar, Union, cast
 
 from surgery.errors import DataError
-from surgery.text.rows import HUB, Chat, Row, document_of, hub_rows, local_rows
+from surgery.text.rows import HUB, Chat, Row, given_document, hub_rows, local_rows
 
 LOG = logging.getLogger(__name__)
 
@@ -28,17 +29,28 @@ class Replayed:
     def __init__(self, items: Iterator[Any]) -> None:
         self._rest = items
         self._items: list[Any] = []
+        self._end: BaseException | None = None
+        self._lock = Lock()
 
     def __iter__(self) -> Iterator[Any]:
         position = 0
-        while True:
-            if position == len(self._items):
-                try:
-                    self._items.append(next(self._rest))
-                except StopIteration:
-                    return
+        while self._has(position):
             yield self._items[position]
             position += 1
+
+    def _has(self, position: int) -> bool:
+        """Read on up to ``position``. An iterator that failed once fails at each reading."""
+        with self._lock:
+            if position == len(self._items) and self._end is None:
+                try:
+                    self._items.append(next(self._rest))
+                except BaseException as error:
+                    self._end = error
+            if position < len(self._items):
+                return True
+            if isinstance(self._end, StopIteration) or self._end is None:
+                return False
+            raise self._end
 
 
 @dataclass(frozen=True)
@@ -112,15 +124,35 @@ class TextOptions:
 
 
 def sources_of(text: "Text") -> tuple[Source, ...]:
-    """The sources in anything that can be read as text."""
+    """The sources in anything that can be read as text.
+
+    Raises:
+        DataError: sources and documents in one list, or what cannot be read as text.
+    """
     if isinstance(text, Source):
         return (text,)
-    if isinstance(text, list | tuple) and text and isinstance(text[0], Source):
-        return tuple(text)
+    if isinstance(text, list | tuple) and any(isinstance(each, Source | Path) for each in text):
+        for number, each in enumerate(text, 1):
+            if not isinstance(each, Source | Path):
+                raise DataError(
+                    f"`data`: item {number}",
+                    "is a document among sources",
+                    found=type(each).__name__,
+                    fix="give Source([document]) for it, or Source(path) for a file",
+                )
+        return tuple(each if isinstance(each, Source) else Source(each) for each in text)
+    if not isinstance(text, str | Path | Iterable) or isinstance(text, Mapping | bytes):
+        raise DataError(
+            "`data`",
+            "cannot be read as text",
+            expected="a path, a hub: name, documents, or several Source",
+            found=type(text).__name__,
+            fix="give one of these",
+        )
     return (Source(cast("str | Path | Iterable[str]", text)),)
 
 
-Text = Union[str, Path, Source, Iterable[str], Sequence[Source]]  # noqa: UP007
+Text = Union[str, Path, Source, Iterable[str], Sequence[Source | Path]]  # noqa: UP007
 """Anything that can be read as text: a path, a ``hub:`` name, documents, or several sources."""
 
 
@@ -248,7 +280,7 @@ def _rows(source: Source, field: str | None) -> Iterator[Row]:
         return hub_rows(text, field)
     if isinstance(text, str | Path):
         return local_rows(Path(text), field)
-    return (document_of(value, f"document {number}") for number, value in enumerate(text, 1))
+    return (given_document(value, number) for number, value in enumerate(text, 1))
 
 
 def _text(row: Row, render: Render | None, source: Source) -> str | DataError:
@@ -258,7 +290,7 @@ def _text(row: Row, render: Render | None, source: Source) -> str | DataError:
         raise DataError(
             source.name,
             "holds chats, and there is no model whose chat template turns them into text",
-            fix="give a field of text",
+            fix="give a field of text, or the documents that calib.read_documents returns",
         )
     try:
         return render(row)

@@ -21,6 +21,8 @@ INSIDE = (*PLAIN, ".json")
 """Kinds of file that may be compressed; compressed data sets name JSON lines .json."""
 BATCH_ROWS = 64
 """Rows of a .parquet file that are read at a time."""
+LONGEST_NAME = 1024
+"""Characters of what may be the name of a file."""
 SHOWN = 60
 """Characters of a bad line that its error shows."""
 
@@ -173,14 +175,15 @@ def _parquet_rows(file: Path, field: str | None) -> Iterator[Row]:
     try:
         with ParquetFile(file) as table:
             names = table.schema_arrow.names
-            name = _field(names, field)
-            if name is None:
+            wanted = [name for name in _wanted(field) if name in names]
+            if not wanted:
                 raise _no_field(file, field, names)
             number = 0
-            for batch in table.iter_batches(BATCH_ROWS, columns=[name]):
-                for value in batch.column(0).to_pylist():
+            for batch in table.iter_batches(BATCH_ROWS, columns=wanted):
+                for row in batch.to_pylist():
                     number += 1
-                    yield document_of(value, f"{file}: row {number}", name)
+                    name = _field(row, field) or wanted[0]
+                    yield document_of(row[name], f"{file}: row {number}", name)
     except (ArrowException, OSError) as error:
         raise DataError(
             file, "is damaged, or not a .parquet file", fix="check its name, or get it again"
@@ -221,6 +224,28 @@ def hub_rows(spec: str, field: str | None) -> Iterator[Row]:
         ) from error
 
 
+def given_document(value: object, number: int) -> Row:
+    """Return the ``number``-th document of an iterable, or the error that explains why not.
+
+    Raises:
+        DataError: it is the name of a file or of a data set, and would count as a text.
+    """
+    if isinstance(value, Path) or (isinstance(value, str) and _names_a_text(value)):
+        raise DataError(
+            f"document {number}",
+            "is the name of a text, not a text",
+            found=value,
+            fix="give Source(name) for each file or data set",
+        )
+    return document_of(value, f"document {number}")
+
+
+def _names_a_text(value: str) -> bool:
+    if len(value) > LONGEST_NAME or "\n" in value:
+        return False
+    return value.startswith(HUB) or (_kind(Path(value)) != "" and Path(value).is_file())
+
+
 def document_of(value: object, where: str, field: str | None = None) -> Row:
     """Return ``value`` as a document, or the error that explains why it is not one."""
     subject = f"field {field!r} " if field else ""
@@ -231,7 +256,7 @@ def document_of(value: object, where: str, field: str | None = None) -> Row:
             )
         return value
     if isinstance(value, list) and value and all(map(_is_message, value)):
-        return Chat([dict(message) for message in value], where)
+        return Chat([_plain_message(message) for message in value], where)
     return DataError(
         where,
         f"{subject}is not a string or a list of messages",
@@ -239,6 +264,17 @@ def document_of(value: object, where: str, field: str | None = None) -> Row:
         found=type(value).__name__,
         fix="correct the row, or name another field",
     )
+
+
+def _plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message whose content is text, where it was a list of parts of text."""
+    content = message.get("content")
+    if not isinstance(content, list) or not content:
+        return dict(message)
+    texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
+    if not all(isinstance(text, str) for text in texts):
+        return dict(message)
+    return {**message, "content": "".join(map(str, texts))}
 
 
 def _is_message(value: object) -> bool:
@@ -249,13 +285,19 @@ def _has_lone_surrogate(text: str) -> bool:
     return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _field(names: Collection[str], field: str | None) -> str | None:
-    wanted = FIELDS if field is None else (field,)
-    return next((name for name in wanted if name in names), None)
+def _field(row: Mapping[str, Any], field: str | None) -> str | None:
+    """Return the field to read: of those that may hold a document, the first with a value."""
+    there = [name for name in _wanted(field) if name in row]
+    filled = (name for name in there if row[name] is not None)
+    return next(filled, there[0] if there else None)
+
+
+def _wanted(field: str | None) -> tuple[str, ...]:
+    return FIELDS if field is None else (field,)
 
 
 def _no_field(where: object, field: str | None, names: Collection[str]) -> DataError:
-    wanted = " or ".join(map(repr, FIELDS if field is None else (field,)))
+    wanted = " or ".join(map(repr, _wanted(field)))
     return DataError(
         where,
         f"has no field {wanted}",

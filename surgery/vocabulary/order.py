@@ -137,9 +137,9 @@ class VocabularyOptions:
     """What makes a token rare: "merge-order" (late in the merge list) or "frequency" in a text."""
     drop_reserved: bool = False
     """Whether to remove tokens that are reserved for later use and that nothing refers to."""
-    keep_tokens: Path | Sequence[str] | None = None
-    """Tokens to keep, as the vocabulary spells them or as plain text; or a file of them, one a
-    line."""
+    keep_tokens: Path | str | Sequence[str] | None = None
+    """Tokens to keep, as the vocabulary spells them or as plain text; or the path of a file of
+    them, one a line."""
     keep_scripts: Sequence[str] = ()
     """Unicode scripts whose tokens to keep, such as Cyrillic."""
 
@@ -293,7 +293,9 @@ def merge_ranks(tokenizer: TokenizerFile, tree: MergeTree) -> np.ndarray:
     return rank
 
 
-def kept_tokens(tokens: Path | Sequence[str] | None, tokenizer: TokenizerFile) -> frozenset[int]:
+def kept_tokens(
+    tokens: Path | str | Sequence[str] | None, tokenizer: TokenizerFile
+) -> frozenset[int]:
     """Ids of ``tokens``, as the vocabulary spells them or as plain text; or of a file of them.
 
     Raises:
@@ -301,8 +303,9 @@ def kept_tokens(tokens: Path | Sequence[str] | None, tokenizer: TokenizerFile) -
     """
     if tokens is None:
         return frozenset()
-    lines = _lines(tokens) if isinstance(tokens, Path) else tokens
-    where = f"{tokens}: line" if isinstance(tokens, Path) else "`keep_tokens`: item"
+    is_file = isinstance(tokens, str | Path)
+    lines = _lines(Path(tokens)) if isinstance(tokens, str | Path) else tokens
+    where = f"{tokens}: line" if is_file else "`keep_tokens`: item"
     spelled: dict[str, int] = {}
     for token, id_ in tokenizer.vocab.items():
         text = tokenizer.kind.text(token)

@@ -104,3 +104,10 @@ def test_a_picture_that_cannot_be_drawn_leaves_no_file(tmp_path: Path) -> None:
         figure.add_subplot()
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert list(tmp_path.iterdir()) == [tmp_path / "a.png"]
+
+
+def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path) -> None:
+    for path in (Path(os.devnull), tmp_path):
+        with pytest.raises(OSError, match="not a regular file"):
+            write_atomic(path, b"x")
+    assert not Path(os.devnull).is_file()

@@ -105,6 +105,21 @@ def test_the_layers_of_largest_influence_by_statistics(
     assert "--num-hidden-layers: needs statistics" in refused.output
 
 
+def test_prune_measures_the_influence_itself(
+    deep: Path, tmp_path: Path, text: Path, run: Run
+) -> None:
+    out = tmp_path / "out"
+    take = ("--data", text, "--seq-len", 64, "--samples", 4, "--multiple-of", 4)
+    result = run("prune", deep, *take, "--num-hidden-layers", 4, "--ratio", 0.4, "-o", out)
+    assert result.exit_code == 0, result.output
+    influence = ChannelStats.load(tmp_path / "out.stats.safetensors").block_influence
+    kept = sorted(influence.argsort()[::-1][:4].tolist())
+    plan = Plan.load(tmp_path / "out.plan.json")
+    assert [group for (group,) in plan.layers] == kept
+    assert 1 - plan.after.parameters / plan.before.parameters == pytest.approx(0.4, abs=0.01)
+    assert run("verify", out, "--forward").exit_code == 0
+
+
 def test_a_ratio_counts_all_parameters_of_the_source(deep: Path, tmp_path: Path, run: Run) -> None:
     plan, options = tmp_path / "plan.json", ("--multiple-of", 4, "-o", tmp_path / "plan.json")
     assert run("plan", deep, "--layers", "0-3,5", "--ratio", 0.3, *options).exit_code == 0
