@@ -348,6 +348,7 @@ def prune(  # noqa: PLR0913
     device: str = "auto",
     dtype: str = "auto",
     io: IO = "mmap",
+    resume: bool = False,
     family: str | None = None,
     progress: Progress | None = None,
 ) -> Pruned:
@@ -388,6 +389,7 @@ def prune(  # noqa: PLR0913
         repair: "none", or "least-squares" to refit down_proj if held-out text confirms it.
         device: auto, cpu, cuda or mps.
         dtype: auto, float32, bfloat16 or float16.
+        resume: Whether to continue what a killed run of the same call left, if anything.
         io: "mmap", or "read" for network file systems.
         family: As for ``surgery.open_model``.
         progress: Called with a stage ("calibrate", "repair", "apply"), what is done, and the total.
@@ -410,11 +412,11 @@ def prune(  # noqa: PLR0913
     )
     order = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts)
     asked = CutRequest(sizes, order, ChannelOptions(criterion, min_expert_tokens, repair))
-    files = PlanFiles.beside(Path(output), layout.checkpoint.path)
+    files = PlanFiles.beside(Path(output), layout.checkpoint.path, resume=resume)
     choice = choose_before_calibration(layout, asked, text)
     compute = _compute(device, dtype)
     plan = calibrated_plan(layout, choice, text, compute, files, progress)
-    report = apply_and_verify(plan, layout, ApplyOptions(Path(output), io=io), progress)
+    report = apply_and_verify(plan, layout, ApplyOptions(Path(output), resume, io=io), progress)
     return Pruned(Path(output), plan, report)
 
 

@@ -12,8 +12,9 @@ from calib.study.repair import repair_plan
 from calib.study.study import open_study
 from calib.text.chat import documents_of
 from surgery.api import plan_choice
-from surgery.apply.output_directory import check_file, check_output_path
+from surgery.apply.output_directory import PARTIAL, check_file, check_output_path
 from surgery.apply.run import ApplyOptions, apply_to
+from surgery.errors import OutputError
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
 from surgery.planning.request import CutRequest, SizeChoice, choose_sizes
@@ -31,17 +32,29 @@ class PlanFiles:
     """None writes no statistics."""
     output: Path | None = None
     """Output directory that the plan names."""
+    resume: bool = False
+    """Whether to continue what a killed run left, if it left anything."""
 
     @classmethod
-    def beside(cls, output: Path, model: Path) -> "PlanFiles":
+    def beside(cls, output: Path, model: Path, *, resume: bool = False) -> "PlanFiles":
         """Return ``DIR.plan.json`` and ``DIR.stats.safetensors`` beside the directory ``output``.
 
         Raises:
-            OutputError: ``output`` cannot be written, or is inside the directory ``model``.
+            OutputError: ``output`` cannot be written, or is inside the directory ``model``; or it
+                was interrupted, and ``resume`` is not given.
         """
-        check_output_path(output, model)
+        if not (resume and output.is_dir()):
+            check_output_path(output, model)
         plan, stats = (output.with_name(output.name + end) for end in (PLAN_END, STATS_END))
-        files = cls(plan, stats, output)
+        for interrupted in (output, stats):
+            partial = interrupted.with_name(interrupted.name + PARTIAL)
+            if partial.exists() and not resume:
+                raise OutputError(
+                    partial,
+                    "is there from a run that was interrupted or is still running",
+                    fix="continue it with `resume`, or delete it",
+                )
+        files = cls(plan, stats, output, resume)
         files.check(model)
         return files
 
@@ -87,12 +100,12 @@ def calibrated_plan(
     files.plan.absolute().parent.mkdir(parents=True, exist_ok=True)
     stats = None
     if layout.widths:
-        options = CalibrationOptions(vocab_size=choice.sizes.vocab_size)
+        options = CalibrationOptions(
+            vocab_size=choice.sizes.vocab_size, output=files.stats, resume=files.resume
+        )
         plain = replace(compute, spill=None)
         made = prepare_calibration(layout, choice.rarity, text, plain, options)
         stats = run_calibration(made, plain, options, progress)
-        if files.stats is not None:
-            stats.save(files.stats)
     if stats is not None and choice.request.sizes.num_hidden_layers is not None:
         documents = documents_of(layout, text)
         choice = choose_sizes(layout, choice.request, documents, stats.block_influence)

@@ -160,6 +160,9 @@ def score(
     click.option(
         "-o", "output", type=path_type, metavar="DIR", required=True, help="Directory to write."
     ),
+    click.option(
+        "--resume", is_flag=True, help="Continue what a killed run of the same command left."
+    ),
     io_option,
 )
 @push_option
@@ -174,6 +177,7 @@ def prune(
     """Calibrate, plan, apply and verify in one command.
 
     The statistics and the plan are kept beside DIR as DIR.stats.safetensors and DIR.plan.json.
+    A run that was killed continues with --resume, at the layer or shard that it had reached.
     """
     from calib.pipeline import (
         PlanFiles,
@@ -187,7 +191,7 @@ def prune(
         check_push(push_to)
     output = Path(options.output or "")  # click asks for it
     layout = model.layout()
-    files = PlanFiles.beside(output, layout.checkpoint.path)
+    files = PlanFiles.beside(output, layout.checkpoint.path, resume=options.resume)
     choice = choose_before_calibration(layout, cut, text)
     with running() as progress:
         plan = calibrated_plan(layout, choice, text, compute, files, progress)
