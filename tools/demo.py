@@ -78,7 +78,8 @@ class Finished:
     """What a stage took and printed."""
 
     seconds: float
-    peak_rss_bytes: int
+    peak_rss_bytes: int | None
+    """None where the system does not tell it of a child."""
     output: str
 
 
@@ -138,14 +139,18 @@ def run_stage(name: str, command: Sequence[str]) -> Finished:
     for line in child.stdout:
         lines.append(line)
         click.echo(INDENT + line, nl=False)
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = code = os.waitstatus_to_exitcode(status)
+    peak = None
+    if hasattr(os, "wait4"):
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        peak = usage.ru_maxrss * MAXRSS_UNIT
+    code = child.wait()
     if code:
         how = f"was ended by signal {-code}" if code < 0 else f"failed with exit status {code}"
         click.echo(f"demo: stage '{name}' {how}", err=True)
         raise click.exceptions.Exit(128 - code if code < 0 else code)
     seconds = time.perf_counter() - start
-    return Finished(seconds, usage.ru_maxrss * MAXRSS_UNIT, "".join(lines))
+    return Finished(seconds, peak, "".join(lines))
 
 
 def first_sentence(text: str) -> str:
@@ -206,7 +211,8 @@ def stage_table(finished: dict[str, Finished]) -> str:
     """Seconds and peak memory of each stage."""
     lines = [f"{'stage':<30}{'seconds':>14}{'peak RSS':>14}"]
     for name, stage in finished.items():
-        lines.append(f"{name:<30}{stage.seconds:>14.1f}{stage.peak_rss_bytes / 1e6:>11,.0f} MB")
+        peak = "-" if stage.peak_rss_bytes is None else f"{stage.peak_rss_bytes / 1e6:,.0f} MB"
+        lines.append(f"{name:<30}{stage.seconds:>14.1f}{peak:>14}")
     total = sum(stage.seconds for stage in finished.values())
     return "\n".join([*lines, f"{'together':<30}{total:>14.1f}"])
 

@@ -30,7 +30,7 @@ def plan_cut(
 ) -> Plan:
     """Plan how ``layout`` shrinks to the sizes of ``choice``; no weights are read.
 
-    Without ``stats`` the plan predicts sizes. It cannot be applied if it removes channels.
+    Without ``stats`` the plan predicts sizes; where channels are removed, it cannot be applied.
 
     Args:
         layout: The model.

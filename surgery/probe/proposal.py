@@ -1,6 +1,6 @@
 """A new entry of the table of families, as Python text, from the evidence of a checkpoint."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -85,7 +85,7 @@ def _pieces(evidence: Evidence, lengths: Mapping[str, AxisLength]) -> list[Piece
         found = [t for t in evidence.inside if t.group == group and t.everywhere]
         weights = [t.path for t in found if t.part == "weight"]
         if weights:
-            pieces.append(_call(block, *weights, at=at))
+            pieces.append(_call(block, weights, {"at": at}))
     for axis, length in lengths.items():
         pieces += _channels(evidence, axis, length, at)
     known = {slot.name for piece in pieces for slot in piece.slots}
@@ -93,13 +93,14 @@ def _pieces(evidence: Evidence, lengths: Mapping[str, AxisLength]) -> list[Piece
     pieces += _leftover(rest, at, EXPERT in lengths)
     elsewhere = tuple(f"{module}." for module in evidence.elsewhere)
     alone = [n for n in evidence.outside if n not in known and not n.startswith(elsewhere)]
-    return pieces + [_call(per_layer, group_of(name), name, at="") for name in alone]
+    return pieces + [_call(per_layer, (group_of(name), name), {"at": ""}) for name in alone]
 
 
 def _ends(evidence: Evidence) -> Piece:
     embedding, head = (name.removesuffix(".weight") for name in evidence.tables)
     norm = evidence.final_norm
-    piece = _call(ends, embedding=embedding, norm=norm or "model.norm", head=head or "lm_head")
+    given = {"embedding": embedding, "norm": norm or "model.norm", "head": head or "lm_head"}
+    piece = _call(ends, (), given)
     if norm:
         return piece
     return Piece(f"optional('norms', {piece.text})", optional("norms", piece.slots))
@@ -112,7 +113,7 @@ def _channels(evidence: Evidence, axis: str, length: AxisLength, at: str) -> lis
     block = "" if axis == FFN and always else _BLOCKS[axis]
     common = {"axis": axis, "block": block}
     if at == LAYER and (path := _gated(found)):
-        return [_call(gated, path=path, **common)]
+        return [_call(gated, (), {"path": path, **common})]
     return _pair(found, axis, at) or [p for use in found for p in _map(evidence, use, common, at)]
 
 
@@ -133,9 +134,9 @@ def _pair(uses: list[AxisUse], axis: str, at: str) -> list[Piece]:
     where = (first.dim, second.dim)
     if first.tensors.stacked and first.copies == 2 and where in ((1, 2), (2, 1)):
         if at == LAYER:
-            return [_call(packed, *names, transposed=where == (2, 1))]
+            return [_call(packed, names, {"transposed": where == (2, 1)})]
     elif axis == FFN and first.copies == 1 and where == (1, 0):
-        return [_call(transposed, *(use.tensors.path for use in (first, second)), at=at)]
+        return [_call(transposed, (first.tensors.path, second.tensors.path), {"at": at})]
     return []
 
 
@@ -145,7 +146,7 @@ def _map(evidence: Evidence, use: AxisUse, common: Mapping[str, Any], at: str) -
     linear = not found.stacked and len(found.shape) == 2 and found.part == "weight"
     if linear and use.dim == int(use.out):
         function = out_of if use.out else fused if use.copies == 2 else into
-        return [_call(function, found.path, **common, at=at)]
+        return [_call(function, (found.path,), {**common, "at": at})]
     channels = Dim(common["axis"], use.copies)
     axes: list[Dim | str | None] = [None] * len(found.shape)
     axes[use.dim] = channels if use.copies > 1 else common["axis"]
@@ -168,14 +169,16 @@ def _leftover(rest: Iterable[TensorGroup], at: str, routed: bool) -> list[Piece]
     pieces = []
     for (group, everywhere), names in found.items():
         if group == "router" and at == LAYER:
-            pieces.append(_call(router, *names, required=everywhere))
+            pieces.append(_call(router, names, {"required": everywhere}))
         else:
             group = "ffn" if group == "router" else group
-            pieces.append(_call(per_layer, group, *names, required=everywhere, at=at))
+            pieces.append(_call(per_layer, (group, *names), {"required": everywhere, "at": at}))
     return pieces
 
 
-def _call(make: Callable[..., tuple[Slot, ...]], *names: str, **options: Any) -> Piece:
+def _call(
+    make: Callable[..., tuple[Slot, ...]], names: Sequence[str], options: Mapping[str, Any]
+) -> Piece:
     """A call of the building block ``make``; options with default values are left out."""
     known = signature(make).parameters
     given = {k: v for k, v in options.items() if k in known and v != known[k].default}

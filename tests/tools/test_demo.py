@@ -75,6 +75,7 @@ def test_a_stage_is_measured_and_its_output_shown(capsys: pytest.CaptureFixture[
     program = Path(sys.executable).name
     finished = demo.run_stage("hello", [program, "-c", "print('hello')"])
     assert finished.output == "hello\n"
+    assert finished.peak_rss_bytes
     assert finished.peak_rss_bytes > 1_000_000
     assert "    hello\n" in capsys.readouterr().out
 
