@@ -54,6 +54,8 @@ class Slot:
     """Blocks one of which must be there for this tensor to be needed."""
     ffn_output: bool = False
     """Whether the *input* of this weight is the channel axis: its square is the statistic."""
+    is_parameter: bool = True
+    """Whether transformers holds it as a parameter; it does not count its buffers."""
 
     @cached_property
     def dims(self) -> tuple[Dim | None, ...]:

@@ -16,6 +16,11 @@ from surgery.files.safetensors_header import TensorRef
 CARRIED = Slot("carried", "other")
 """Stands for tensors that belong to no language model."""
 
+BUFFERS_BESIDE = re.compile(
+    r"(^|\.)(position_ids|inv_freq|running_mean|running_var|num_batches_tracked)$"
+)
+"""Names of buffers that files store of modules beside the language model, such as encoders."""
+
 DRAFT = Slot("draft", "other")
 """Stands for tensors of layers that only guess ahead."""
 
@@ -36,6 +41,13 @@ class TensorRole:
     def dropped(self) -> bool:
         """Whether the output does not have it."""
         return self.slot is DRAFT
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether transformers holds it as a parameter, not as a buffer."""
+        if self.slot is CARRIED:
+            return not BUFFERS_BESIDE.search(self.name)
+        return self.slot.is_parameter and not self.scales
 
 
 @dataclass(frozen=True)
@@ -181,13 +193,16 @@ class Layout:
 
     @cached_property
     def counted(self) -> tuple[TensorRef, ...]:
-        """Tensors whose parameters count: all, but a tied lm_head that is stored again."""
+        """Tensors whose values are parameters, as transformers counts them.
+
+        Buffers are none, and a tied lm_head that is stored again is the embedding.
+        """
         twice = self.family.head if self.tied else ""
         places = self.roles
         return tuple(
             t
             for n, t in self.checkpoint.tensors.items()
-            if places[n].name != twice and not places[n].dropped and not places[n].scales
+            if places[n].name != twice and not places[n].dropped and places[n].is_parameter
             if self.layers is None or places[n].layer in (None, *self.layers)
         )
 
