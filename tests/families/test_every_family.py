@@ -1,6 +1,7 @@
 """Every family: streamed statistics and scores, the cut, and the whole command line."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def test_score_equals_a_full_load(
         "calib.streaming.decoder.HEAD_ROWS", 250
     )  # several blocks, the last one partial
     # transformers zeroes Youtu's padding row as it loads it, which a tied head shows.
-    no_padding = {"pad_token_id": None} if key == "youtu" else {}
+    no_padding: dict[str, Any] = {"pad_token_id": None} if key == "youtu" else {}
     path = tiny.save(tmp_path / "model", key, tied=tied, **no_padding)
     texts = byte_windows([tiny.prose(400)], 10, 120)
     found = score_windows(layout_of(path), texts, load_tokenizer(path), SETTINGS)
