@@ -124,9 +124,10 @@ def _check_shapes(model: nn.Module, conversion: Conversion, layout: Layout) -> N
     empty = {n: torch.empty(t.shape, device="meta") for n, t in tensors.items()}
     found = conversion.convert(empty)
     parameters = model.state_dict()
+    head = conversion.target(layout.family.head)[0]
     for name, parameter in parameters.items():
         value = found.get(name)
-        if value is None and layout.tied and name == layout.family.head:
+        if value is None and layout.tied and name == head:
             continue
         if value is None or value.shape != parameter.shape:
             ref = tensors.get(name)

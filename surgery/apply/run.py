@@ -253,7 +253,7 @@ def _index(index: dict[str, Any], by_shard: dict[str, list[OutputTensor]], plan:
     metadata = dict(old) if isinstance(old, dict) else {}
     metadata["total_size"] = plan.after.nbytes
     if "total_parameters" in metadata:
-        # The plan counts buffers, transformers does not: only the difference is certain.
+        # Others may count in another way, such as tied weights twice: keep what they left out.
         removed = plan.before.parameters - plan.after.parameters
         known = type(metadata["total_parameters"]) is int and not plan.dropped
         metadata["total_parameters"] = (

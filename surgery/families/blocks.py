@@ -1,5 +1,6 @@
 """Building blocks of the table of families: tensors that many model types share."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from surgery.families.schema import EXPERT, FFN, SHARED, STACK, VOCAB, Dim, Slot
@@ -127,9 +128,14 @@ def router(*names: str, required: bool = True) -> tuple[Slot, ...]:
     return tuple(Slot(LAYER + name, "ffn", (), required, beside=beside) for name in names)
 
 
+def as_buffers(slots: Iterable[Slot]) -> tuple[Slot, ...]:
+    """The same slots, whose tensors transformers holds as buffers, not as parameters."""
+    return tuple(replace(slot, is_parameter=False) for slot in slots)
+
+
 def buffers(*names: str, at: str = LAYER) -> tuple[Slot, ...]:
     """Constants that older checkpoints store; transformers computes them itself."""
-    return tuple(Slot(at + name, "attention", (), False, BUFFER) for name in names)
+    return as_buffers(Slot(at + name, "attention", (), False, BUFFER) for name in names)
 
 
 def ends(

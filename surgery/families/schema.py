@@ -54,6 +54,8 @@ class Slot:
     """The tensor is needed only in a layer that has one of these blocks."""
     ffn_output: bool = False
     """Whether the *input* of this weight is the channels; the statistics sum its squares."""
+    is_parameter: bool = True
+    """Whether transformers holds it as a parameter; it does not count its buffers."""
 
     @cached_property
     def dims(self) -> tuple[Dim | None, ...]:

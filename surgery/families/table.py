@@ -19,6 +19,7 @@ from surgery.families.blocks import (
     POST_NORM,
     PRE_NORM,
     QK_NORM,
+    as_buffers,
     attention,
     buffers,
     ends,
@@ -67,7 +68,7 @@ _N_SHARED = _DENSE_AND_EXPERT | {SHARED: Width("moe_intermediate_size", "n_share
 _NUM_SHARED = _DENSE_AND_EXPERT | {SHARED: Width("moe_intermediate_size", "num_shared_experts")}
 _ERNIE = _DENSE_AND_EXPERT | {SHARED: Width("moe_intermediate_size", "moe_num_shared_experts")}
 
-_BIAS_OF_CHOICE = router("mlp.gate.e_score_correction_bias", required=False)
+_BIAS_OF_CHOICE = as_buffers(router("mlp.gate.e_score_correction_bias", required=False))
 _SHARED_GATE = router("mlp.shared_expert_gate.weight")
 _MIXTRAL = experts("block_sparse_moe.experts", "w1", "w3", "w2") + router(
     "block_sparse_moe.gate.weight"
@@ -192,7 +193,8 @@ FAMILIES: dict[str, Family | Wrapper] = {
         + norms("attention_layernorm", "feedforward_layernorm")
         + into("mlp.up_proj")
         + out_of("mlp.down_proj")
-        + per_layer("ffn", *(f"mlp.act_fn.{n}" for n in ("alpha_n", "alpha_p", "beta", "eps"))),
+        + per_layer("ffn", "mlp.act_fn.alpha_n", "mlp.act_fn.alpha_p")
+        + as_buffers(per_layer("ffn", "mlp.act_fn.beta", "mlp.act_fn.eps")),
         tied=False,
     ),
     "starcoder2": Family(BASE + PRE_NORM + into("mlp.c_fc") + out_of("mlp.c_proj"), tied=True),
@@ -364,7 +366,11 @@ FAMILIES: dict[str, Family | Wrapper] = {
     ),
     "phimoe": Family(BASE + PRE_NORM + _MIXTRAL, tied=False, widths=_EXPERT_ONLY),
     "minimax_m2": Family(
-        BASE + PRE_NORM + QK_NORM + _MIXTRAL + router("block_sparse_moe.e_score_correction_bias"),
+        BASE
+        + PRE_NORM
+        + QK_NORM
+        + _MIXTRAL
+        + as_buffers(router("block_sparse_moe.e_score_correction_bias")),
         tied=False,
         widths=_EXPERT_ONLY,
         draft_layers="num_mtp_modules",
@@ -433,7 +439,12 @@ FAMILIES: dict[str, Family | Wrapper] = {
         BASE + PRE_NORM + MOE + shared() + _BIAS_OF_CHOICE, tied=False, widths=_N_SHARED
     ),
     "exaone_moe": Family(
-        BASE + PRE_NORM + QK_NORM + MOE + shared() + router("mlp.e_score_correction_bias"),
+        BASE
+        + PRE_NORM
+        + QK_NORM
+        + MOE
+        + shared()
+        + as_buffers(router("mlp.e_score_correction_bias")),
         tied=False,
         widths=_NUM_SHARED,
         left_out=("mtp.",),

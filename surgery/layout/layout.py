@@ -16,6 +16,11 @@ from surgery.files.safetensors_header import TensorRef
 CARRIED = Slot("carried", "other")
 """The slot of all tensors outside the language model."""
 
+BUFFERS_BESIDE = re.compile(
+    r"(^|\.)(position_ids|inv_freq|running_mean|running_var|num_batches_tracked)$"
+)
+"""Names of buffers that files store of modules beside the language model, such as encoders."""
+
 DRAFT = Slot("draft", "other")
 """The slot of all tensors for multi-token prediction, which no output has."""
 
@@ -36,6 +41,13 @@ class TensorRole:
     def dropped(self) -> bool:
         """Whether the output lacks the tensor."""
         return self.slot is DRAFT
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether transformers holds it as a parameter, not as a buffer."""
+        if self.slot is CARRIED:
+            return not BUFFERS_BESIDE.search(self.name)
+        return self.slot.is_parameter and not self.scales
 
 
 @dataclass(frozen=True)
@@ -182,13 +194,16 @@ class Layout:
 
     @cached_property
     def counted(self) -> tuple[TensorRef, ...]:
-        """Tensors whose parameters count. A stored copy of a tied lm_head does not."""
+        """Tensors whose values are parameters, as transformers counts them.
+
+        Buffers do not count, and neither does a stored copy of a tied lm_head.
+        """
         tied_head = self.family.head if self.tied else ""
         roles = self.roles
         return tuple(
             t
             for n, t in self.checkpoint.tensors.items()
-            if roles[n].name != tied_head and not roles[n].dropped and not roles[n].scales
+            if roles[n].name != tied_head and not roles[n].dropped and roles[n].is_parameter
             if self.layers is None or roles[n].layer in (None, *self.layers)
         )
 

@@ -1,5 +1,6 @@
-"""tokenizer.json of a checkpoint that has vocab.json and merges.txt instead."""
+"""What tokenizer.json lacks and the files beside it say: tokens, or the whole tokenizer."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -286,3 +287,107 @@ def _merges(path: Path) -> list[tuple[str, str]]:
             )
         merges.append((parts[0], parts[1]))
     return merges
+
+
+DECLARED, ROLE, OF_MODEL, LISTED = range(4)
+"""How a file names a token: with its id, by a known role, by another role, in a list."""
+
+
+@dataclass(frozen=True)
+class NamedToken:
+    """A token that a file beside tokenizer.json names."""
+
+    how: int
+    """DECLARED, ROLE, OF_MODEL or LISTED: the order in which transformers 5 adds them."""
+    key: object
+    """The key that names it; its id, where that is declared."""
+    entry: Any
+    """Its text, or an object that describes it."""
+
+    @property
+    def text(self) -> str:
+        """The token, or "" where the file names none."""
+        text = self.entry.get("content") if isinstance(self.entry, dict) else self.entry
+        return text if isinstance(text, str) else ""
+
+    def added(self, id_: int, *, special: bool) -> dict[str, Any]:
+        """The entry of tokenizer.json's added_tokens that transformers makes of it."""
+        given = self.entry if isinstance(self.entry, dict) else {}
+        special = special or bool(given.get("special", self.how != DECLARED))
+        flags = dict.fromkeys(FLAGS, False) | {"normalized": not special}
+        flags |= {flag: bool(given[flag]) for flag in FLAGS if flag in given}
+        return {"id": id_, "content": self.text, **flags, "special": special}
+
+
+def named_tokens(data: Mapping[str, Any], directory: Path) -> list[dict[str, Any]]:
+    """Return entries of added_tokens for the tokens that only the files beside it name.
+
+    transformers adds them as it loads the tokenizer, and gives each the id after the last.
+
+    Args:
+        data: A tokenizer.json that has been checked.
+        directory: Where it lies.
+
+    Raises:
+        TokenizerError: a file gives one of them another id, or transformers 4 and 5 do.
+    """
+    vocab = data["model"]["vocab"]
+    added = {entry["content"] for entry in data.get("added_tokens") or []} - {""}
+    named = _named(directory)
+    candidates: dict[str, NamedToken] = {}
+    for token in named:
+        if token.text and token.text not in added:
+            candidates.setdefault(token.text, token)
+    if not candidates:
+        return []
+    pieces = vocab if isinstance(vocab, dict) else {piece[0] for piece in vocab}
+    missing = [token for text, token in candidates.items() if text not in pieces]
+    first = len(vocab) + sum(token not in pieces for token in added)
+    in_both = {OF_MODEL, LISTED} <= {token.how for token in missing}
+    for id_, token in enumerate(missing, first):
+        if (token.how == DECLARED and token.key != id_) or (token.how == OF_MODEL and in_both):
+            raise TokenizerError(
+                f"{directory / CONFIG_NAME}: token {token.text!r}",
+                "is not in tokenizer.json, and loaders give it different ids",
+                expected=id_,
+                found=token.key,
+                fix=SAVE,
+            )
+    roles = {token.text for token in named if token.how in (ROLE, OF_MODEL)}
+    return [t.added(id_, special=t.text in roles) for id_, t in enumerate(missing, first)]
+
+
+def with_named_tokens(data: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Return tokenizer.json with ``named_tokens``, as transformers loads it.
+
+    Raises:
+        TokenizerError: as ``named_tokens``.
+    """
+    missing = named_tokens(data, directory)
+    return (
+        {**data, "added_tokens": [*(data.get("added_tokens") or []), *missing]} if missing else data
+    )
+
+
+def _named(directory: Path) -> list[NamedToken]:
+    """Every token that a file beside tokenizer.json names; one may occur several times."""
+    settings = optional_json(directory / CONFIG_NAME)
+    declared, shared = settings.get("added_tokens_decoder"), dict[str, Any]()
+    ids = {int(i): entry for i, entry in _items(declared) if re.fullmatch("[0-9]{1,15}", i)}
+    if declared is None:
+        shared = optional_json(directory / SPECIAL_NAME)
+        table = optional_json(directory / ADDED_NAME)
+        ids = {id_: text for text, id_ in table.items() if type(id_) is int}
+    found = [NamedToken(DECLARED, id_, ids[id_]) for id_ in sorted(ids)]
+    roles = {**settings, **shared}
+    found += [NamedToken(ROLE, role, roles.get(role)) for role in ROLES]
+    others = [(k, v) for k, v in roles.items() if k.endswith("_token") and k not in ROLES]
+    lists = [part.get(key) for part in (settings, shared) for key in (EXTRA, EXTRA_BEFORE_5)]
+    others += [pair for part in lists for pair in _items(part)]
+    found += [NamedToken(OF_MODEL, key, entry) for key, entry in others]
+    entries = [entry for part in lists if isinstance(part, list) for entry in part]
+    return found + [NamedToken(LISTED, EXTRA, entry) for entry in entries]
+
+
+def _items(value: Any) -> list[tuple[str, Any]]:
+    return list(value.items()) if isinstance(value, dict) else []

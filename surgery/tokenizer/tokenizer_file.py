@@ -15,7 +15,7 @@ from surgery.files.strict_json import check_depth, dump_table, read_file, read_j
 from surgery.tokenizer.checks import AGAIN, check_numbers, check_tokenizer, walk_processor
 from surgery.tokenizer.id_map import IdMap, KeptTokens
 from surgery.tokenizer.kinds import BYTE_CHARACTERS, BYTE_LEVEL, Kind, alphabet, kind_of
-from surgery.tokenizer.legacy import build_tokenizer, is_legacy
+from surgery.tokenizer.legacy import build_tokenizer, is_legacy, with_named_tokens
 from surgery.tokenizer.merges import MergeRules, merge_entries, rule_ids
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ class TokenizerFile:
     def open(cls, directory: Path) -> "TokenizerFile":
         """Load and validate ``directory/tokenizer.json``, or build what it would be.
 
+        Tokens that only the files beside it name are added, as transformers does.
+
         Raises:
             TokenizerError: the file is absent, its kind cannot be pruned, or its parts contradict
                 each other.
@@ -42,7 +44,7 @@ class TokenizerFile:
             return cls(path, build_tokenizer(directory))
         data = read_json(path)
         check_tokenizer(data, path)
-        return cls(path, data)
+        return cls(path, _as_loaded(data, path))
 
     @classmethod
     def reopen(cls, directory: Path) -> "TokenizerFile":
@@ -59,7 +61,7 @@ class TokenizerFile:
         except (OSError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise TokenizerError(path, "cannot be read", found=error, fix=AGAIN) from error
         check_tokenizer(data, path)
-        return cls(path, data)
+        return cls(path, _as_loaded(data, path))
 
     def library(self) -> "Tokenizer":
         """The tokenizers library's tokenizer of this file."""
@@ -194,6 +196,14 @@ class TokenizerFile:
                 fix="correct the reference in the source",
             )
         return new
+
+
+def _as_loaded(data: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A checked tokenizer.json with the tokens that only the files beside it name."""
+    loaded = with_named_tokens(data, path.parent)
+    if loaded is not data:
+        check_tokenizer(loaded, path)
+    return loaded
 
 
 def tokenizer_data(directory: Path) -> dict[str, Any]:

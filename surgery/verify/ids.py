@@ -16,6 +16,7 @@ from surgery.layout.layout import Layout
 from surgery.planning.plan import PROVENANCE_NAME, Plan
 from surgery.tokenizer.checks import walk_processor
 from surgery.tokenizer.id_map import IdMap
+from surgery.tokenizer.legacy import named_tokens, with_named_tokens
 from surgery.tokenizer.tokenizer_file import tokenizer_data
 
 
@@ -33,8 +34,12 @@ class Origin:
 
     @cached_property
     def tokenizer(self) -> dict[str, Any]:
-        """The source's tokenizer.json, or an empty object."""
-        return tokenizer_data(self.path)
+        """The source's tokenizer.json, or an empty object.
+
+        Where the vocabulary was pruned, it has the tokens that only the files beside it name.
+        """
+        data = tokenizer_data(self.path)
+        return data if self.ids.identity else with_named_tokens(data, self.path)
 
     @cached_property
     def tokens(self) -> dict[str, int]:
@@ -78,6 +83,7 @@ def id_faults(layout: Layout, origin: Origin | None) -> list[str]:
     copied = not tokens or (origin is not None and origin.ids.identity)
     owner = {id_: token for token, id_ in tokens.items()} or dict.fromkeys(range(rows), "")
     faults = _row_faults(data, tokens, rows) + _processor_faults(data, owner, origin)
+    faults += [] if copied else _named_faults(directory, data, rows, origin)
     for path in sorted(directory.glob("*.json")):
         if path.name in TABLES:
             faults += [] if copied else _table_faults(path, tokens)
@@ -115,6 +121,29 @@ def _row_faults(data: dict[str, Any], tokens: dict[str, int], rows: int) -> list
         for token, id_ in tokens.items()
         if not 0 <= id_ < (limit if token in added else rows)
     ]
+
+
+def _named_faults(
+    directory: Path, data: dict[str, Any], rows: int, origin: Origin | None
+) -> list[str]:
+    """Return faults of the tokens that a loader adds because other files name them.
+
+    Tokens that were removed have faults of their own.
+    """
+    try:
+        named = named_tokens(data, directory)
+    except TokenizerError as error:
+        return [str(error)]
+    faults = []
+    for token in named:
+        text, id_ = token["content"], token["id"]
+        if origin and text in origin.removed:
+            continue
+        expected = origin.new(origin.tokens.get(text)) if origin else id_
+        if id_ >= rows or id_ != expected:
+            wanted = f"an id below {rows}" if id_ >= rows else f"id {expected}"
+            faults.append(f"{TOKENIZER_NAME} lacks {text!r}: expected {wanted}, found {id_}")
+    return faults
 
 
 def _processor_faults(

@@ -137,7 +137,7 @@ CASES = [
     Case("added_tokens_decoder names a padding row",
          change("model/tokenizer_config.json",
                 lambda data: data.update(added_tokens_decoder={"639": {"content": "<x>"}})),
-         PLAN, ("tokenizer_config.json", "added_tokens_decoder", "639", "correct")),
+         PLAN, ("tokenizer_config.json", "token '<x>'", "expected 620", "found 639", "save it")),
     Case("added_tokens_decoder without numbers",
          change("model/tokenizer_config.json",
                 lambda data: data.update(added_tokens_decoder={"x": {"content": "<x>"}})),
