@@ -17,6 +17,7 @@ from calib.statistics.sums import ChannelSums, cosine_sum, weight_norms
 from calib.streaming.batches import LayerHooks, Stream, Tokens
 from calib.streaming.decoder import StreamedDecoder
 from calib.streaming.hidden_states import HiddenStates, SpilledStates
+from calib.streaming.layers import not_finite
 from calib.streaming.settings import PassSettings, Timings
 from calib.streaming.weights import WeightReader
 from calib.text.windows import digest
@@ -94,7 +95,8 @@ def take_statistics(calibration: Calibration, progress: Advance = no_advance) ->
 
     Raises:
         DataError: a token without a row in the embedding.
-        CheckpointError: config.json and the tensors do not fit together.
+        CheckpointError: config.json and the tensors do not fit together, or a layer gives NaN or
+            infinity.
         OutputError: there is an interrupted run, or the run to resume had other options.
     """
     with calibration.timings.timed("total"):
@@ -179,6 +181,11 @@ class _StatsAccumulator:
         with self._calibration.timings.timed("compute"):
             norms = weight_norms(self._decoder.layer(layer), self._decoder.ffn_modules(layer))
         found = {axis: each.numbers(norms[axis]) for axis, each in sums.items()}
+        if not all(each.finite for each in found.values()):
+            layer_module = self._decoder.layer(layer)
+            raise not_finite(
+                self._calibration.layout, layer, layer_module, self._calibration.settings.dtype
+            )
         if self._resume:
             self._resume.add(layer, found, self._cosines, self._states.sync)
             if not self._states.syncs_in_background:

@@ -14,6 +14,7 @@ from calib.statistics.sums import ChannelSums, cosine_sum, weight_norms
 from calib.streaming.batches import ChannelHook, LayerHooks, Stream, Tokens
 from calib.streaming.decoder import StreamedDecoder
 from calib.streaming.ffn import ExpertKey, FfnModule
+from calib.streaming.layers import not_finite
 from calib.text.chat import documents_of
 from calib.text.heldout import Encoded, split_documents
 from calib.text.windows import byte_windows, token_windows
@@ -94,6 +95,8 @@ class CalibrationPass:
             hooks = LayerHooks(self._hook(sums, grams), self._add_cosines)
             decoder.run(index, stream, hooks)
         self.sums = {axis: each.numbers(norms[axis]) for axis, each in sums.items()}
+        if not all(each.finite for each in self.sums.values()):
+            raise not_finite(layout, index, decoder.layer(index), decoder.reader.dtype)
 
     def forget(self) -> None:
         """Free the statistics of the layer."""
