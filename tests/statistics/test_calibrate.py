@@ -1,5 +1,6 @@
 """Streamed statistics and scores equal those of a full load."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from calib.streaming.batches import Stream
 from calib.streaming.decoder import StreamedDecoder
 from calib.streaming.ffn import pieces
 from calib.streaming.weights import WeightReader
-from calib.text.windows import byte_windows
-from surgery.stats.channel_stats import PARTS
+from calib.text.windows import byte_windows, scored_windows
+from surgery.stats.channel_stats import PARTS, ChannelStats
 from surgery.stats.channels import CRITERIA, bucket_weights, choose_channels
 from surgery.tokenizer.tokenizer_file import load_tokenizer
 from surgery.vocabulary.order import rarity_of
@@ -223,7 +224,7 @@ def test_a_broken_tensor_is_named_by_every_command_that_computes(
     broken(path, name, value)
     more = {
         "calibrate": ("-o", tmp_path / "s", "--seq-len", 32, "--samples", 4),
-        "score": (),
+        "score": ("--window-bytes", 256),
         "search": ("--ratio", 0.1, "--multiple-of", 8, "--seq-len", 32),
     }
     result = run(command, path, "--data", text, *more[command])
@@ -240,7 +241,8 @@ def test_a_broken_embedding_or_head_is_named(tmp_path: Path, run: Run) -> None:
         tensors = load_file(file)
         tensors[name].fill_(float("nan"))
         save_file(tensors, file, {"format": "pt"})
-        assert_refused(run("score", path, "--data", text), f"tensor {name}", "not finite")
+        result = run("score", path, "--data", text, "--window-bytes", 256)
+        assert_refused(result, f"tensor {name}", "not finite")
 
 
 def test_an_overflow_names_the_first_layer_and_the_dtype(tmp_path: Path, run: Run) -> None:
@@ -275,3 +277,51 @@ def test_weights_that_no_token_meets_are_checked_too(tmp_path: Path, run: Run) -
         "calibrate", path, "--data", text, "--seq-len", 8, "--samples", 1, "-o", tmp_path / "s"
     )
     assert_refused(result, "layers.2.", "not finite")
+
+
+FEW = 40
+"""Positions of the models below; a window of 2,048 bytes takes many more tokens."""
+KEYS = {"gpt2": "n_positions", "codegen": "n_positions", "mpt": "max_seq_len"}
+
+
+@pytest.mark.parametrize(
+    "model_type", ["gpt2", "codegen", "mpt", "opt", "gpt_bigcode", "gpt_neo", "llama"]
+)
+def test_windows_are_within_the_positions_of_the_model(
+    tmp_path: Path, model_type: str, run: Run
+) -> None:
+    """The default of 2,048 tokens and bytes is more than some models have positions for."""
+    key = KEYS.get(model_type, "max_position_embeddings")
+    path = tiny.save(tmp_path / "model", model_type, **{key: FEW})
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(tiny.prose(9000).split()), encoding="utf-8")
+    data = ("--data", text)
+    scored = run("score", path, *data, "--json")
+    assert scored.exit_code == 0, scored.output
+    assert f"than the model has positions ({FEW})" in scored.stderr
+    assert json.loads(scored.stdout)["bytes"] == len(text.read_bytes())
+    shorter = run("score", path, *data, "--json", "--window-bytes", 30)
+    assert "positions" not in shorter.stderr
+    if not layout_of(path).widths:
+        return
+    calibrated = run("calibrate", path, *data, "-o", tmp_path / "s")
+    assert calibrated.exit_code == 0, calibrated.output
+    assert f"the model has {FEW} positions" in calibrated.stderr
+    info = ChannelStats.load(tmp_path / "s").info
+    assert info.seq_len == FEW
+    pair = ("--ratio", 0.1, "--multiple-of", 8, "--candidates", "600:90,500:96")
+    searched = run("search", path, *data, *pair, "--samples", 2)
+    assert searched.exit_code == 0, searched.output
+    sizes = ("--vocab-size", 600, "--intermediate-size", 90)
+    pruned = run("prune", path, *data, *sizes, "-o", tmp_path / "out", "--samples", 2)
+    assert pruned.exit_code == 0, pruned.output
+    assert run("verify", tmp_path / "out", "--forward").exit_code == 0
+
+
+def test_a_text_in_several_windows_gives_each_token_once() -> None:
+    ids = np.arange(10, 33)
+    for most in (None, 2, 5, 23, 24, 25):
+        windows = scored_windows(1, ids, most)
+        assert all(window[0] == 1 and len(window) <= (most or 24) for window in windows)
+        assert np.array_equal(np.concatenate([window[1:] for window in windows]), ids)
+        assert (len(windows) == 1) == (most is None or most >= 24)
