@@ -141,7 +141,13 @@ def compare(
     show: ShowOptions,
 ) -> None:
     """Compare methods at the same ratios, on the same text and the same held-out windows."""
-    from calib.study.compare import check_methods, compare_methods, compare_samples, usable_methods
+    from calib.study.compare import (
+        check_methods,
+        check_ratios,
+        compare_methods,
+        compare_samples,
+        usable_methods,
+    )
     from calib.study.study import open_study
     from calib.study.table import plot_methods, plot_samples, table
     from calib.text.chat import documents_of
@@ -150,6 +156,7 @@ def compare(
 
     if show.plot is not None:
         check_file(show.plot)
+    check_ratios(options.ratios)
     layout, ratios = model.layout(), options.ratios
     names = options.methods.split(",") if options.methods else usable_methods(layout)
     check_methods(layout, names)

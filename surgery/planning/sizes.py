@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import lcm
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -50,7 +51,7 @@ def steps(multiple_of: int, *, tp: int = 1, group: int = 1) -> Steps:
     Raises:
         BudgetError: ``multiple_of`` is below 1.
     """
-    if multiple_of < 1:
+    if not isinstance(multiple_of, Integral) or multiple_of < 1:
         raise BudgetError(
             "`multiple_of`",
             "is no valid step",
@@ -147,6 +148,22 @@ def check_sizes(layout: Layout, sizes: Sizes) -> None:
             )
 
 
+def check_ratio(ratio: float) -> None:
+    """Refuse a ratio that is no share.
+
+    Raises:
+        BudgetError: it is not between 0 and 1.
+    """
+    if not isinstance(ratio, Real) or not 0 < ratio < 1:
+        raise BudgetError(
+            "`ratio`",
+            "is no share of the parameters",
+            expected="above 0, below 1",
+            found=ratio,
+            fix="choose one",
+        )
+
+
 def vocabulary_first(layout: Layout, removed: float) -> float:
     """Return how many of ``removed`` parameters to take from the vocabulary.
 
@@ -233,14 +250,7 @@ def _pairs(
         BudgetError: the ratio is no share.
     """
     total = layout.parameters(layout.vocab_size, layout.widths)
-    if not 0 < ratio < 1:
-        raise BudgetError(
-            "`ratio`",
-            "is no share of the parameters",
-            expected="above 0, below 1",
-            found=ratio,
-            fix="choose one",
-        )
+    check_ratio(ratio)
     row = layout.axis_cost(VOCAB)
     found = []
     for widths in _width_choices(layout, steps.width):

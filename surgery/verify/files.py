@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from surgery.apply.edits import OutputTensor, edits, sources
 from surgery.apply.shard import edit_windows
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.errors import PlanError, TokenizerError
+from surgery.errors import PlanError, TokenizerError, check_choice
 from surgery.files.index_sets import MAKE_AGAIN
 from surgery.files.safetensors_header import TensorRef
 from surgery.files.shard_file import IO, Buffer, open_shard
@@ -90,6 +91,7 @@ def verify_files(
     Raises:
         SurgeryError: ``directory`` is no checkpoint, or ``source`` is not the plan's.
     """
+    check_choice("io", io, get_args(IO))
     family = plan.family if plan is not None else None
     checkpoint = Checkpoint.open(directory, family)
     layout = read_layout(checkpoint)

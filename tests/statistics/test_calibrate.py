@@ -292,7 +292,8 @@ def test_windows_are_within_the_positions_of_the_model(
 ) -> None:
     """The default of 2,048 tokens and bytes is more than some models have positions for."""
     key = KEYS.get(model_type, "max_position_embeddings")
-    path = tiny.save(tmp_path / "model", model_type, **{key: FEW})
+    changes: dict[str, Any] = {key: FEW}
+    path = tiny.save(tmp_path / "model", model_type, **changes)
     text = tmp_path / "text.txt"
     text.write_text(" ".join(tiny.prose(9000).split()), encoding="utf-8")
     data = ("--data", text)

@@ -169,7 +169,7 @@ def test_compare_by_amount_of_text(model: Path, prose: Path, tmp_path: Path, run
         (("search", "--ratio", 0.2, "--plot", "no/p.png"), "no/p.png: its directory"),
         (("compare", "--ratio", 0.2, "--plot", "no/p.png"), "its directory does not exist"),
         (("compare", "--ratio", "x"), "is no list of numbers"),
-        (("compare", "--ratio", "0.2,-1"), "has a number that is not above 0"),
+        (("compare", "--ratio", "0.2,-1"), "is not between 0 and 1,000,000"),
         (("compare", "--ratio", "0.2", "--methods", "magic"), "--methods: no method magic"),
         (
             ("plan", "--ratio", 0.2, "--repair", "least-squares"),
