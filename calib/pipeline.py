@@ -1,6 +1,6 @@
 """The whole pipeline: calibrate, plan, repair, apply and verify."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from calib.statistics.options import CalibrationOptions
@@ -73,9 +73,8 @@ def calibrated_plan(
     stats = None
     if layout.widths:
         options = CalibrationOptions(vocab_size=choice.sizes.vocab_size)
-        plain = replace(compute, spill=None)
-        made = prepare_calibration(layout, choice.rarity, text, plain, options)
-        stats = run_calibration(made, plain, options, progress)
+        made = prepare_calibration(layout, choice.rarity, text, compute, options)
+        stats = run_calibration(made, compute, options, progress)
         if files.stats is not None:
             stats.save(files.stats)
     documents = documents_of(layout, text)

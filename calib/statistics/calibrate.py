@@ -2,9 +2,10 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -99,10 +100,11 @@ def take_statistics(calibration: Calibration, progress: Advance = no_advance) ->
             infinity.
         OutputError: there is an interrupted run, or the run to resume had other options.
     """
+    spill = calibration.settings.spill
     with calibration.timings.timed("total"):
         if calibration.output is None:
-            return _take(calibration, None, progress)
-        spill = calibration.settings.spill
+            with TemporaryDirectory(".hidden", "stats.", spill) if spill else nullcontext() as path:
+                return _take(calibration, None, progress, Path(path) if path else None)
         with ResumeDirectory(
             calibration.output, identity(calibration), resume=calibration.resume, spill=spill
         ) as resume_directory:
@@ -115,11 +117,16 @@ def take_statistics(calibration: Calibration, progress: Advance = no_advance) ->
 
 
 def _take(
-    calibration: Calibration, resume_directory: ResumeDirectory | None, progress: Advance
+    calibration: Calibration,
+    resume_directory: ResumeDirectory | None,
+    progress: Advance,
+    hidden: Path | None = None,
 ) -> ChannelStats:
+    """Take the statistics; ``hidden`` is where hidden states are spilled without the directory."""
     settings = calibration.settings
     with WeightReader(calibration.layout.checkpoint, settings.device, settings.dtype) as reader:
-        layers, cosines = _StatsAccumulator(calibration, reader, resume_directory).layers(progress)
+        accumulator = _StatsAccumulator(calibration, reader, resume_directory, hidden)
+        layers, cosines = accumulator.layers(progress)
         calibration.timings.bytes_read = reader.bytes_read
     counts = np.bincount(
         np.concatenate(calibration.windows), minlength=calibration.layout.vocab_size
@@ -138,9 +145,11 @@ class _StatsAccumulator:
         calibration: Calibration,
         reader: WeightReader,
         resume_directory: ResumeDirectory | None,
+        hidden: Path | None = None,
     ) -> None:
         self._calibration, self._reader = calibration, reader
         self._resume = resume_directory
+        self._hidden = resume_directory.hidden if resume_directory else hidden
         self._buckets = torch.from_numpy(calibration.bucket_of)
         self._found: list[tuple[dict[str, AxisSums], float]] = []
         self._current: dict[str, ChannelSums] = {}
@@ -204,7 +213,7 @@ class _StatsAccumulator:
 
     def _new_states(self) -> HiddenStates:
         hidden = self._calibration.settings.hidden
-        directory = self._resume.hidden if self._resume else None
+        directory = self._hidden
         if hidden == "file" and directory is not None:
             return SpilledStates(directory)
         states = HiddenStates(directory, self._reader.device if hidden == "device" else None)

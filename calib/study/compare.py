@@ -32,7 +32,7 @@ class RatioTarget:
 def usable_methods(layout: Layout) -> list[str]:
     """Return the methods that this model allows; log which are left out, and why."""
     try:
-        check_layers(layout, [[layer] for layer in range(1, layout.num_hidden_layers)])
+        _check_fewer_layers(layout)
     except SurgeryError as error:
         LOG.info("note: without %s: %s", " and ".join(LAYER_METHODS), error)
         return [method for method in METHODS if method not in LAYER_METHODS]
@@ -59,7 +59,18 @@ def check_methods(layout: Layout, methods: Sequence[str]) -> None:
             "`methods`", "are none", expected=f"some of {', '.join(METHODS)}", fix="name one"
         )
     if {*methods} & {*LAYER_METHODS}:
-        check_layers(layout, [[layer] for layer in range(1, layout.num_hidden_layers)])
+        _check_fewer_layers(layout)
+
+
+def _check_fewer_layers(layout: Layout) -> None:
+    """Refuse a model whose layers cannot be removed."""
+    if layout.num_hidden_layers == 1:
+        raise BudgetError(
+            layout.where,
+            "has one layer, which cannot be removed",
+            fix="leave out the `methods` that remove layers",
+        )
+    check_layers(layout, [[layer] for layer in range(1, layout.num_hidden_layers)])
 
 
 def check_ratios(ratios: Sequence[float]) -> None:
@@ -139,7 +150,7 @@ def _candidates(method: str, target: RatioTarget) -> list[Candidate]:
         return [Candidate(method, sizes, retokenize=False) for sizes in pairs]
     if method == "search":
         return [Candidate(method, sizes, repair=True) for sizes in pairs]
-    return [Candidate("act2", pairs[-1], "act2", retokenize=False)]  # it also gives block influence
+    return [Candidate("act2", pairs[-1], "act2", retokenize=False, influence=True)]
 
 
 def _fewer_layers(study: Study, method: str, target: RatioTarget) -> Candidate:

@@ -30,6 +30,20 @@ class LayerRule(Protocol):
         """
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _wrong(key: str, expected: str, found: object, where: object) -> FamilyError:
+    return FamilyError(
+        f"{where}: {key}",
+        "does not say which layers it means",
+        expected=expected,
+        found=repr(found),
+        fix="check config.json, or keep all layers",
+    )
+
+
 @dataclass(frozen=True)
 class Each:
     """A list with an entry for each layer; anything else holds for all of them."""
@@ -87,6 +101,8 @@ class Numbers:
             for constant in self.otherwise:
                 constant.renumbered(config, firsts, where)
             return {}
+        if not isinstance(value, list) or not all(map(_is_number, value)):
+            raise _wrong(self.key, "numbers of layers in a list", value, where)
         return {self.key: [new for new, first in enumerate(firsts) if first in value]}
 
 
@@ -102,7 +118,10 @@ class Leading:
         self, config: Mapping[str, Any], firsts: Sequence[int], where: object
     ) -> dict[str, Any]:
         """How many of them stay."""
-        count = config.get(self.key, self.default) or 0
+        count = config.get(self.key, self.default)
+        count = 0 if count is None else count
+        if not _is_number(count):
+            raise _wrong(self.key, "a number of layers", count, where)
         return {self.key: sum(first < count for first in firsts)}
 
 
@@ -119,6 +138,8 @@ class Last:
         value = config.get(self.key)
         if value is None or value == -1:
             return {}
+        if not _is_number(value):
+            raise _wrong(self.key, "the number of a layer", value, where)
         stay = sum(first <= value for first in firsts)
         if not stay:
             raise FamilyError(

@@ -153,8 +153,8 @@ def _difference(tensor: OutputTensor, found: TensorRef | None, io: IO) -> str | 
     if found is None:
         return f"tensor {tensor.name} is missing"
     if (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
-        expected = f"{tensor.dtype} {list(tensor.shape)}"
-        return f"tensor {tensor.name}: expected {expected}, found {list(found.shape)}"
+        expected, instead = (f"{each.dtype} {list(each.shape)}" for each in (tensor, found))
+        return f"tensor {tensor.name}: expected {expected}, found {instead}"
     if not _same_bytes(tensor, found, io):
         return f"{found.path}: tensor {tensor.name} differs from the source's kept values"
     return None
