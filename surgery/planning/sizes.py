@@ -4,10 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import lcm
+from math import floor, lcm
 from numbers import Integral, Real
-
-import numpy as np
 
 from surgery.errors import BudgetError
 from surgery.families.schema import VOCAB
@@ -281,7 +279,7 @@ def _width_choices(layout: Layout, step: int) -> list[dict[str, int]]:
     return [
         {key: _nearest(size / full * width, 1, width, step) for key, width in layout.widths.items()}
         | {first: size}
-        for size in _steps(1, full, step)
+        for size in _allowed(1, full, step)
     ]
 
 
@@ -290,25 +288,46 @@ def _removed(layout: Layout, widths: Mapping[str, int]) -> int:
     return sum((layout.widths[key] - size) * layout.axis_cost(key) for key, size in widths.items())
 
 
-def _steps(low: int, high: int, step: int) -> list[int]:
+def _allowed(low: int, high: int, step: int) -> list[int]:
+    """Return all multiples of ``step`` from ``low`` to ``high``, and ``high``."""
     first = -(-low // step) * step
     return sorted({*range(first, high + 1, step), high})
 
 
+def _around(wanted: float, low: int, high: int, step: int) -> list[int]:
+    """Return those of ``_allowed`` that may be nearest to ``wanted``, ascending."""
+    first, last = -(-low // step) * step, high // step * step
+    if first > last:
+        return [high]
+    below = floor(wanted / step) * step
+    near = (below + shift * step for shift in (-1, 0, 1, 2))
+    return sorted({high, *(min(max(size, first), last) for size in near)})
+
+
 def _nearest(wanted: float, low: int, high: int, step: int) -> int:
-    return min(_steps(low, high, step), key=lambda size: abs(size - wanted))
+    """Return the size of ``_allowed`` nearest to ``wanted``; of two, the smaller one."""
+    return min(_around(wanted, low, high, step), key=lambda size: abs(size - wanted))
 
 
 def _unreachable(layout: Layout, ratio: float, smallest_vocab: int, steps: Steps) -> BudgetError:
     total = layout.parameters(layout.vocab_size, layout.widths)
-    rows = layout.vocab_size - np.array(_steps(smallest_vocab, layout.vocab_size, steps.vocab))
+    row, full = layout.axis_cost(VOCAB), layout.vocab_size
     channels = [_removed(layout, widths) for widths in _width_choices(layout, steps.width)]
-    removed = np.add.outer(rows * layout.axis_cost(VOCAB), channels) / total
-    nearest = removed.flat[np.argmin(np.abs(removed - ratio))]
+    found = [
+        (abs(share - ratio), size, share)
+        for removed in channels
+        for size in _around(
+            full - (ratio * total - removed) / row, smallest_vocab, full, steps.vocab
+        )
+        for share in [((full - size) * row + removed) / total]
+    ]
+    nearest = min(found, key=lambda pair: pair[:2])[2]
+    fewest = _around(smallest_vocab, smallest_vocab, full, steps.vocab)[0]
+    most = ((full - fewest) * row + max(channels)) / total
     return BudgetError(
         "`ratio`",
         f"cannot be met by sizes in steps of {steps.vocab} and {steps.width}",
-        expected=f"at most {removed.max():.4f}; nearest is {nearest:.4f}",
+        expected=f"at most {most:.4f}; nearest is {nearest:.4f}",
         found=ratio,
         fix="choose another ratio, or give `vocab_size` and `intermediate_size`",
     )

@@ -334,7 +334,21 @@ def test_repair_goes_with_layers_that_go(tmp_path: Path, llama: Path, text: Path
     assert (result.exit_code, "does not work with collapsed layers" in result.output) == (2, True)
 
 
-STRANGE: tuple[Any, ...] = (5, -1, "x", True, 1.5, None, [], ["x"], [None], [[1]], {}, {"1": 2}, 10**30)
+STRANGE: tuple[Any, ...] = (
+    5,
+    -1,
+    "x",
+    True,
+    1.5,
+    None,
+    [],
+    ["x"],
+    [None],
+    [[1]],
+    {},
+    {"1": 2},
+    10**30,
+)
 
 
 @pytest.mark.parametrize("model_type", sorted(LAYER_RULES))
