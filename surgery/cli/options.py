@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
+from click.core import ParameterSource
 
 from calib.streaming.settings import DEVICES, DTYPE_NAMES, ComputeOptions
 from surgery.cluster import ENGINES
@@ -35,6 +36,20 @@ class Refusal(click.ClickException):
     """Bad usage or bad input: one line on stderr."""
 
     exit_code = 2
+
+
+def refuse_idle(why: str, *names: str) -> None:
+    """Refuse options that were given and that the running command would not look at.
+
+    Args:
+        why: When they have no effect, such as "without --data".
+        names: Their parameters.
+    """
+    context = click.get_current_context()
+    for option in context.command.params:
+        given = context.get_parameter_source(option.name or "")
+        if option.name in names and given is ParameterSource.COMMANDLINE:
+            raise Refusal(f"{option.opts[0]}: has no effect {why}; leave it out")
 
 
 def combined(*options: Callable[..., Any]) -> Callable[..., Any]:

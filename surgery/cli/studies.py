@@ -10,11 +10,13 @@ from calib.streaming.settings import ComputeOptions
 from surgery.cli.options import (
     ModelOptions,
     Numbers,
+    Refusal,
     ShowOptions,
     gathered,
     model_options,
     path_type,
     ratio_cut_options,
+    refuse_idle,
     show_options,
     spilling_options,
     step_cut_options,
@@ -156,6 +158,10 @@ def compare(
 
     if show.plot is not None:
         check_file(show.plot)
+    if options.counts:
+        refuse_idle("with --by-samples", "methods")
+        if len(options.ratios) > 1:
+            raise Refusal("--ratio: takes one share with --by-samples; leave out the others")
     check_ratios(options.ratios)
     layout, ratios = model.layout(), options.ratios
     names = options.methods.split(",") if options.methods else usable_methods(layout)

@@ -20,6 +20,7 @@ from surgery.stats.channels import ChannelOptions
 from surgery.text.documents import TextOptions
 from surgery.vocabulary.order import VocabularyOptions
 from tests.support import tiny
+from tests.support.command import Run, assert_refused
 
 KINDS: tuple[type[Any], ...] = (
     ApplyOptions,
@@ -100,3 +101,33 @@ def test_functions_refuse_wrong_values_before_they_work(
 ) -> None:
     with pytest.raises(SurgeryError, match=message):
         function(model, **given)
+
+
+IDLE = [
+    ("inspect MODEL --probe", "--plot a.png"),
+    ("inspect MODEL --probe", "--vocab"),
+    ("inspect MODEL --probe", "--family llama"),
+    ("plan MODEL --vocab-size 500", "--field text"),
+    ("plan MODEL --vocab-size 500", "--strict"),
+    ("plan MODEL --vocab-size 500", "--seed 1"),
+    ("plan MODEL --vocab-size 500", "--device cpu"),
+    ("plan MODEL --vocab-size 500", "--dtype float32"),
+    ("plan MODEL --vocab-size 500", "--spill ."),
+    ("verify MODEL", "--device cpu"),
+    ("apply plan.json --engine ray", "--jobs 2"),
+    ("compare MODEL --data t --ratio 0.2 --by-samples 2", "--methods act2"),
+]
+
+
+@pytest.mark.parametrize(("command", "option"), IDLE)
+def test_an_option_without_effect_is_refused(
+    model: Path, tmp_path: Path, run: Run, command: str, option: str
+) -> None:
+    words = command.replace("MODEL", str(model)).split()
+    result = run(*words, *option.split())
+    assert_refused(result, f"{option.split()[0]}: has no effect", "leave it out")
+
+
+def test_several_ratios_with_amounts_of_text_are_refused(model: Path, run: Run) -> None:
+    result = run("compare", model, "--data", "t", "--ratio", "0.1,0.2", "--by-samples", 2)
+    assert_refused(result, "--ratio: takes one share with --by-samples")
