@@ -16,7 +16,7 @@ from calib.scoring.score import Score, score_model
 from calib.statistics.options import CalibrationOptions
 from calib.statistics.prepare import open_calibration, run_calibration
 from calib.streaming.settings import ComputeOptions
-from calib.study.compare import check_methods, compare_methods, usable_methods
+from calib.study.compare import check_methods, check_ratios, compare_methods, usable_methods
 from calib.study.search import SearchResult, search_pairs
 from calib.study.study import open_study
 from calib.study.table import Row
@@ -226,8 +226,9 @@ def search(  # noqa: PLR0913
     sizes = SizeRequest(ratio, multiple_of=multiple_of, target=target, dequantize=dequantize)
     order = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts)
     asked = CutRequest(sizes, order, ChannelOptions(criterion, repair=repair))
+    compute = _compute(device, dtype, spill=spill)
     choice = choose_sizes(layout, asked, documents_of(layout, text))
-    study = open_study(layout, choice, text, _compute(device, dtype, spill=spill))
+    study = open_study(layout, choice, text, compute)
     return search_pairs(study, choice, candidates, progress)
 
 
@@ -291,17 +292,20 @@ def compare(  # noqa: PLR0913
         Ratio → one row for each method.
 
     Raises:
+        BudgetError: there is no ratio, or one that is no share.
         DataError: a method is unknown, or there is not enough text.
     """
-    layout = as_layout(model, family)
     ratios = list(ratio) if isinstance(ratio, Sequence) else [ratio]
+    check_ratios(ratios)
+    layout = as_layout(model, family)
     names = list(methods) if methods is not None else usable_methods(layout)
     check_methods(layout, names)
     text = TextOptions(sources_of(data), samples, seq_len, windows, seed, field, strict)
     sizes = SizeRequest(ratios[0], multiple_of=multiple_of, target=target, dequantize=dequantize)
     order = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts)
+    compute = _compute(device, dtype, spill=spill)
     choice = choose_sizes(layout, CutRequest(sizes, order), documents_of(layout, text))
-    study = open_study(layout, choice, text, _compute(device, dtype, spill=spill))
+    study = open_study(layout, choice, text, compute)
     return compare_methods(study, allowed_steps(layout, sizes), ratios, names, progress)
 
 
@@ -397,6 +401,7 @@ def prune(  # noqa: PLR0913
     Raises:
         SurgeryError: any of the steps fails; then ``output`` does not exist.
     """
+    compute, applied = _compute(device, dtype), ApplyOptions(Path(output), resume, io=io)
     layout = as_layout(model, family)
     text = TextOptions(sources_of(data), samples, seq_len, seed=seed, field=field, strict=strict)
     sizes = SizeRequest(
@@ -414,9 +419,8 @@ def prune(  # noqa: PLR0913
     asked = CutRequest(sizes, order, ChannelOptions(criterion, min_expert_tokens, repair))
     files = PlanFiles.beside(Path(output), layout.checkpoint.path, resume=resume)
     choice = choose_before_calibration(layout, asked, text)
-    compute = _compute(device, dtype)
     plan = calibrated_plan(layout, choice, text, compute, files, progress)
-    report = apply_and_verify(plan, layout, ApplyOptions(Path(output), resume, io=io), progress)
+    report = apply_and_verify(plan, layout, applied, progress)
     return Pruned(Path(output), plan, report)
 
 

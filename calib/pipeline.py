@@ -1,6 +1,6 @@
 """The whole pipeline: calibrate, plan, repair, apply and verify."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -103,9 +103,8 @@ def calibrated_plan(
         options = CalibrationOptions(
             vocab_size=choice.sizes.vocab_size, output=files.stats, resume=files.resume
         )
-        plain = replace(compute, spill=None)
-        made = prepare_calibration(layout, choice.rarity, text, plain, options)
-        stats = run_calibration(made, plain, options, progress)
+        made = prepare_calibration(layout, choice.rarity, text, compute, options)
+        stats = run_calibration(made, compute, options, progress)
     if stats is not None and choice.request.sizes.num_hidden_layers is not None:
         documents = documents_of(layout, text)
         choice = choose_sizes(layout, choice.request, documents, stats.block_influence)

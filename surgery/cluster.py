@@ -15,6 +15,9 @@ HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 SETTINGS = 4
 """Type of the frame that answers it; the type is the fourth byte."""
 
+ENGINES = ("local", "ray")
+"""Where tasks run: in this process, or on a Ray cluster."""
+
 RETRIES = 5
 """How often Ray restarts a task that lost its node or process."""
 

@@ -1,7 +1,8 @@
 """Errors a user can act on: each is one line with where, what, and what to do."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import copy
+from numbers import Integral
 from typing import Any
 
 MOST_CHARACTERS = 1200
@@ -147,3 +148,40 @@ class EngineError(SurgeryError):
 
 class OutputError(SurgeryError):
     """The output cannot be written to the given path."""
+
+
+class OptionError(SurgeryError):
+    """An option has a value that it does not take."""
+
+
+def check_choice(option: str, value: object, choices: Iterable[str]) -> None:
+    """Refuse a value that is none of ``choices``.
+
+    Raises:
+        OptionError: it names the option.
+    """
+    names = list(choices)
+    if not isinstance(value, str) or value not in names:
+        raise OptionError(
+            f"`{option}`",
+            "does not take this value",
+            expected=", ".join(names),
+            found=repr(value),
+            fix="choose one of them",
+        )
+
+
+def check_least(option: str, value: object, least: int) -> None:
+    """Refuse a value that is no whole number, or that is less than ``least``.
+
+    Raises:
+        OptionError: it names the option.
+    """
+    if not isinstance(value, Integral) or int(value) < least:
+        raise OptionError(
+            f"`{option}`",
+            "does not take this value",
+            expected=f"a whole number from {least} on",
+            found=repr(value),
+            fix="correct it",
+        )

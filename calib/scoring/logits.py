@@ -11,6 +11,7 @@ from torch import nn
 
 from calib.streaming.batches import Stream
 from calib.streaming.decoder import StreamedDecoder
+from calib.streaming.empty_model import positions
 from calib.streaming.ffn import (
     ExpertKey,
     down_name,
@@ -66,7 +67,8 @@ def compare_forward(plan: Plan, dense: Layout, pruned: Layout, device: torch.dev
     """
     ids = plan.ids()
     kept = ids.kept
-    chosen = np.random.default_rng(0).integers(0, len(kept), (WINDOWS, TOKENS))
+    tokens = min(TOKENS, positions(dense) or TOKENS)
+    chosen = np.random.default_rng(0).integers(0, len(kept), (WINDOWS, tokens))
     fp8 = torch.bfloat16 if plan.dequantize else None
     masked = LayerGroups(layer_groups(plan, dense), _MaskedLayers(plan, dense).weights)
     with WeightReader(dense.checkpoint, device, torch.float32, dequantize=fp8) as reader:

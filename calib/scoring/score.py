@@ -1,5 +1,6 @@
 """Bits per byte on held-out text; unlike perplexity, comparable between vocabularies."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,17 +11,20 @@ from tokenizers import Tokenizer
 
 from calib.streaming.batches import Stream
 from calib.streaming.decoder import StreamedDecoder
+from calib.streaming.empty_model import positions
 from calib.streaming.layers import weights_stage
 from calib.streaming.settings import ComputeOptions, PassSettings
 from calib.streaming.weights import WeightReader, choose_settings
 from calib.text.chat import documents_of
-from calib.text.windows import byte_windows
+from calib.text.windows import byte_windows, scored_windows
 from surgery.errors import CheckpointError
 from surgery.families.default_ids import fill_defaults
 from surgery.layout.layout import Layout
-from surgery.process import Advance, Progress, no_advance
+from surgery.process import Progress
 from surgery.text.documents import TextOptions
 from surgery.tokenizer.tokenizer_file import load_tokenizer
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ def score_windows(
     texts: Sequence[str],
     tokenizer: Tokenizer,
     settings: PassSettings,
-    progress: Advance = no_advance,
+    progress: Progress | None = None,
 ) -> Score:
     """Score ``texts``, each preceded by bos (eos where there is none), through streamed layers.
 
@@ -62,11 +66,19 @@ def score_windows(
         texts: Windows of text.
         tokenizer: The model's tokenizer.
         settings: How the layers compute.
-        progress: Called with the windows that have passed a layer.
+        progress: Called with "score", the bytes of weights that are done with, and their total.
     """
-    first = first_token(layout)
+    first, most = first_token(layout), positions(layout)
     encoded = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-    stream = Stream([np.array([first, *ids]) for ids in encoded if ids])
+    split = [scored_windows(first, np.array(ids, dtype=np.int64), most) for ids in encoded]
+    stream = Stream([window for windows in split for window in windows])
+    if long := sum(len(windows) > 1 for windows in split):
+        LOG.info(
+            "note: %d windows have more tokens than the model has positions (%s); "
+            "each is scored in several",
+            long,
+            f"{most:,}",
+        )
     lossy = sum(
         tokenizer.decode(ids, skip_special_tokens=False) != text
         for ids, text in zip(encoded, texts, strict=True)
@@ -75,7 +87,8 @@ def score_windows(
     with WeightReader(layout.checkpoint, settings.device, settings.dtype) as reader:
         decoder = StreamedDecoder(layout, reader, settings)
         decoder.embed([stream])
-        decoder.run_layers([stream], progress=progress)
+        advance = weights_stage(progress, "score", layout, len(stream.windows))
+        decoder.run_layers([stream], progress=advance)
         (bits,) = token_bits(decoder, [(stream, np.arange(layout.vocab_size))])
     return Score(
         bits=sum(float(window.sum()) for window in bits),
@@ -101,8 +114,7 @@ def score_model(
     texts = byte_windows(documents_of(layout, text), text.samples, window_bytes)
     tokenizer = load_tokenizer(layout.checkpoint.path)
     settings = choose_settings(compute, layout.checkpoint)
-    advance = weights_stage(progress, "score", layout, len(texts))
-    return score_windows(layout, texts, tokenizer, settings, advance)
+    return score_windows(layout, texts, tokenizer, settings, progress)
 
 
 @torch.no_grad()

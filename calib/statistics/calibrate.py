@@ -2,9 +2,10 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from calib.statistics.sums import ChannelSums, cosine_sum, weight_norms
 from calib.streaming.batches import LayerHooks, Stream, Tokens
 from calib.streaming.decoder import StreamedDecoder
 from calib.streaming.hidden_states import HiddenStates, SpilledStates
+from calib.streaming.layers import not_finite
 from calib.streaming.settings import PassSettings, Timings
 from calib.streaming.weights import WeightReader
 from calib.text.windows import digest
@@ -94,13 +96,15 @@ def take_statistics(calibration: Calibration, progress: Advance = no_advance) ->
 
     Raises:
         DataError: a token without a row in the embedding.
-        CheckpointError: config.json and the tensors do not fit together.
+        CheckpointError: config.json and the tensors do not fit together, or a layer gives NaN or
+            infinity.
         OutputError: there is an interrupted run, or the run to resume had other options.
     """
+    spill = calibration.settings.spill
     with calibration.timings.timed("total"):
         if calibration.output is None:
-            return _take(calibration, None, progress)
-        spill = calibration.settings.spill
+            with TemporaryDirectory(".hidden", "stats.", spill) if spill else nullcontext() as path:
+                return _take(calibration, None, progress, Path(path) if path else None)
         with ResumeDirectory(
             calibration.output, identity(calibration), resume=calibration.resume, spill=spill
         ) as resume_directory:
@@ -113,11 +117,16 @@ def take_statistics(calibration: Calibration, progress: Advance = no_advance) ->
 
 
 def _take(
-    calibration: Calibration, resume_directory: ResumeDirectory | None, progress: Advance
+    calibration: Calibration,
+    resume_directory: ResumeDirectory | None,
+    progress: Advance,
+    hidden: Path | None = None,
 ) -> ChannelStats:
+    """Take the statistics; ``hidden`` is where hidden states are spilled without the directory."""
     settings = calibration.settings
     with WeightReader(calibration.layout.checkpoint, settings.device, settings.dtype) as reader:
-        layers, cosines = _StatsAccumulator(calibration, reader, resume_directory).layers(progress)
+        accumulator = _StatsAccumulator(calibration, reader, resume_directory, hidden)
+        layers, cosines = accumulator.layers(progress)
         calibration.timings.bytes_read = reader.bytes_read
     counts = np.bincount(
         np.concatenate(calibration.windows), minlength=calibration.layout.vocab_size
@@ -136,9 +145,11 @@ class _StatsAccumulator:
         calibration: Calibration,
         reader: WeightReader,
         resume_directory: ResumeDirectory | None,
+        hidden: Path | None = None,
     ) -> None:
         self._calibration, self._reader = calibration, reader
         self._resume = resume_directory
+        self._hidden = resume_directory.hidden if resume_directory else hidden
         self._buckets = torch.from_numpy(calibration.bucket_of)
         self._found: list[tuple[dict[str, AxisSums], float]] = []
         self._current: dict[str, ChannelSums] = {}
@@ -179,6 +190,11 @@ class _StatsAccumulator:
         with self._calibration.timings.timed("compute"):
             norms = weight_norms(self._decoder.layer(layer), self._decoder.ffn_modules(layer))
         found = {axis: each.numbers(norms[axis]) for axis, each in sums.items()}
+        if not all(each.finite for each in found.values()):
+            layer_module = self._decoder.layer(layer)
+            raise not_finite(
+                self._calibration.layout, layer, layer_module, self._calibration.settings.dtype
+            )
         if self._resume:
             self._resume.add(layer, found, self._cosines, self._states.sync)
             if not self._states.syncs_in_background:
@@ -197,7 +213,7 @@ class _StatsAccumulator:
 
     def _new_states(self) -> HiddenStates:
         hidden = self._calibration.settings.hidden
-        directory = self._resume.hidden if self._resume else None
+        directory = self._hidden
         if hidden == "file" and directory is not None:
             return SpilledStates(directory)
         states = HiddenStates(directory, self._reader.device if hidden == "device" else None)

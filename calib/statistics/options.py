@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from calib.streaming.settings import ComputeOptions
-from surgery.errors import EngineError
+from surgery.cluster import ENGINES
+from surgery.errors import EngineError, check_choice, check_least
 from surgery.vocabulary.order import VocabularyOptions
 
 
@@ -29,6 +30,11 @@ class CalibrationOptions:
     """Whether to continue an interrupted run, if there is one."""
     vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
     """The order of the vocabulary, for which the statistics are exact."""
+
+    def __post_init__(self) -> None:
+        check_choice("engine", self.engine, ENGINES)
+        if self.parts is not None:
+            check_least("parts", self.parts, 1)
 
     def check(self, compute: ComputeOptions) -> None:
         """Refuse options that do not work together.

@@ -11,11 +11,12 @@ import numpy as np
 from calib.estimate import WindowLengths, within_caps
 from calib.statistics.calibrate import Calibration, take_statistics
 from calib.statistics.options import CalibrationOptions
+from calib.streaming.empty_model import positions
 from calib.streaming.layers import weights_stage
 from calib.streaming.settings import ComputeOptions, PassSettings
 from calib.streaming.weights import choose_settings
 from calib.text.chat import documents_of
-from calib.text.windows import Part, check_windows, shortfall, token_windows
+from calib.text.windows import Part, check_windows, shortfall, token_windows, within_positions
 from surgery.apply.output_directory import check_file
 from surgery.errors import BudgetError
 from surgery.layout.layout import Layout
@@ -73,6 +74,7 @@ def prepare_calibration(
     """
     options.check(compute)
     check_channels(layout)
+    text = replace(text, seq_len=within_positions(text.seq_len, positions(layout)))
     size = None if options.vocab_size == layout.vocab_size else options.vocab_size
     windows = _windows(layout, rarity, text, size)
     if options.part is not None:

@@ -20,7 +20,7 @@ from calib.streaming.batches import (
 )
 from calib.streaming.empty_model import empty_model, library_errors
 from calib.streaming.ffn import FfnModule, hooked_ffn
-from calib.streaming.layers import Layers, move_buffers
+from calib.streaming.layers import Layers, broken_tensor, move_buffers, not_finite
 from calib.streaming.settings import PassSettings, Timings
 from calib.streaming.stand_ins import ArgumentCapture, Arguments, CaptureDone, ReplayHidden, swapped
 from calib.streaming.weights import WeightReader
@@ -77,11 +77,14 @@ class StreamedDecoder:
                 them are restored.
 
         Raises:
+            CheckpointError: a row of the embedding has NaN or infinity.
             DataError: there is no token, or one without a row in the embedding.
         """
         used = tokens_of(streams, self.layout.vocab_size)
         embedding = self._model.get_input_embeddings()
-        rows = self.reader.rows(self._tensor(self.layout.family.embedding), used)
+        ref = self.layout.by_name[self.layout.family.embedding]
+        rows = self.reader.rows(ref.name, used)
+        self._check(ref, rows)
         embedding.weight = nn.Parameter(rows, requires_grad=False)
         embedding.padding_idx = None
         for stream in streams:
@@ -157,16 +160,23 @@ class StreamedDecoder:
             weights: Parameters that replace the layer's own for this stream.
             layer: Replaces the layer, for example a copy with other weights.
             progress: Called with the windows that have passed.
+
+        Raises:
+            CheckpointError: the layer gives NaN or infinity.
         """
         layer, ffn_modules = layer or self.layer(index), self.ffn_modules(index)
+        finite = []
         with self.timings.timed("compute"), swapped(layer, weights):
             for part in self._micro_batches(stream.batches):
                 hooked = hooked_ffn(layer, ffn_modules, part.ids, partial(hooks.channels, index))
                 hidden, after = self._run(index, layer, part, hooked)
                 hooks.states(index, hidden, after)
+                finite.append(after.isfinite().all())
                 part.write(after)
                 stream.states.give_back(part.rows)
                 progress(len(part.ids))
+            if not bool(torch.stack(finite).all()):
+                raise not_finite(self.layout, index, layer, self.reader.dtype)
         with self.timings.timed("write"):
             stream.states.advance()
 
@@ -234,7 +244,9 @@ class StreamedDecoder:
         try:
             for start in range(0, len(every), HEAD_ROWS):
                 block = every[start : start + HEAD_ROWS]
-                head.weight = nn.Parameter(self.reader.rows(name, block), requires_grad=False)
+                weight = self.reader.rows(name, block)
+                self._check(self.layout.checkpoint.tensors[name], weight)
+                head.weight = nn.Parameter(weight, requires_grad=False)
                 if bias is not None:
                     head.bias = nn.Parameter(
                         self.reader.rows(bias.name, block), requires_grad=False
@@ -259,6 +271,11 @@ class StreamedDecoder:
         """Return the name that a tensor of the text model has in the file."""
         return self.layout.by_name[name].name
 
+    def _check(self, ref: TensorRef, rows: torch.Tensor) -> None:
+        """Refuse NaN and infinity in rows of a tensor outside of the layers."""
+        if not all(bool(part.isfinite().all()) for part in rows.split(HEAD_ROWS)):
+            raise broken_tensor(f"{ref.path}: tensor {ref.name}", rows.dtype)
+
     def _set_layers(self, layers: Sequence[nn.Module]) -> None:
         setattr(self._parent, self._list_name, nn.ModuleList(layers))
 
@@ -275,7 +292,10 @@ class StreamedDecoder:
         return {name: ref for name, ref in outside.items() if name not in apart}
 
     def _load_outer(self) -> None:
-        names = {name: self.reader.read(ref.name) for name, ref in self._outer_tensors().items()}
+        outer = self._outer_tensors()
+        names = {name: self.reader.read(ref.name) for name, ref in outer.items()}
+        for name, value in names.items():
+            self._check(outer[name], value)
         weights = {k: self.reader.to_device(v) for k, v in self._conversion.convert(names).items()}
         self._model.load_state_dict(weights, strict=False, assign=True)
         move_buffers(self._model, self.reader.device)

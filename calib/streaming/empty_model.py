@@ -90,6 +90,11 @@ IGNORED_KEYS = (
 code that a config names, such as a kernel on the hub, is never run."""
 
 
+POSITIONS = ("max_position_embeddings", "max_seq_len")
+"""Names that the library's configs have for the number of positions, whatever config.json calls it
+(``n_positions``)."""
+
+
 def empty_model(layout: Layout, dtype: torch.dtype) -> tuple[Any, Conversion]:
     """Build the library's model of a checkpoint's text config: real buffers, no weights.
 
@@ -107,6 +112,21 @@ def empty_model(layout: Layout, dtype: torch.dtype) -> tuple[Any, Conversion]:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         conversion = Conversion(model)
     return model.eval().requires_grad_(False), conversion
+
+
+def positions(layout: Layout) -> int | None:
+    """Return how many tokens a window of the model may have, None where nothing limits it.
+
+    Raises:
+        CheckpointError: config.json makes no model.
+    """
+    with library_errors(layout):
+        config = AutoConfig.for_model(**_text_config(layout))
+    for key in POSITIONS:
+        value = getattr(config, key, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
 
 
 def _text_config(layout: Layout) -> dict[str, Any]:

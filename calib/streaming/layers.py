@@ -10,6 +10,7 @@ from calib.streaming.empty_model import Conversion
 from calib.streaming.ffn import FfnModule
 from calib.streaming.settings import PassSettings, Timings
 from calib.streaming.weights import Transfer, WeightReader
+from surgery.errors import CheckpointError
 from surgery.families.blocks import BUFFER, adds_up
 from surgery.files.safetensors_header import TensorRef
 from surgery.layout.layout import Layout
@@ -144,3 +145,48 @@ def move_buffers(module: nn.Module, device: torch.device) -> None:
     for part in module.modules():
         for name, buffer in part.named_buffers(recurse=False):
             setattr(part, name, buffer.to(device))
+
+
+def not_finite(layout: Layout, index: int, layer: nn.Module, dtype: torch.dtype) -> CheckpointError:
+    """Return the error for a layer whose output or weights have a number that is not finite.
+
+    Args:
+        layout: The model.
+        index: The layer; all layers before it gave finite numbers.
+        layer: The library's layer, while it has its weights.
+        dtype: The dtype that computes.
+    """
+    where, name = str(layout.checkpoint.path), f"layer {index}"
+    for parameter, value in layer.named_parameters():
+        if not value.is_meta and not bool(value.isfinite().all()):
+            name = f"{layout.family.layers}.{index}.{parameter}"
+            ref = layout.by_name.get(name)
+            where = str(ref.path) if ref else where
+            return broken_tensor(f"{where}: tensor {ref.name if ref else name}", dtype)
+    return CheckpointError(
+        f"{where}: {name}",
+        "is the first that gives numbers which are not finite; its weights are finite",
+        expected="finite hidden states",
+        found=f"NaN or infinity in {_name(dtype)}",
+        fix="use `dtype` float32"
+        if dtype == torch.bfloat16
+        else "use `dtype` bfloat16 or float32"
+        if dtype == torch.float16
+        else "check the weights of this layer; a value may be far too large",
+    )
+
+
+def broken_tensor(where: str, dtype: torch.dtype) -> CheckpointError:
+    """Return the error for a tensor that has NaN or infinity in the ``dtype`` that computes."""
+    again = "download the file again, or use another checkpoint"
+    return CheckpointError(
+        where,
+        "has a number that is not finite",
+        expected="finite numbers",
+        found=f"NaN or infinity in {_name(dtype)}",
+        fix=f"use `dtype` bfloat16 or float32, else {again}" if dtype == torch.float16 else again,
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

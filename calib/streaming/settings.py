@@ -7,12 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from surgery.errors import check_choice
+
 if TYPE_CHECKING:
     import torch
 
 
 MICRO_BATCH_VALUES = 1 << 21
 """Values of one FFN activation at a time, tokens × I: 8 MiB in fp32; at least one window."""
+
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,10 @@ class ComputeOptions:
     """Cap on the memory used on the device, in bytes."""
     spill: Path | None = None
     """Directory for files of hidden states; None keeps them in memory, or beside the output."""
+
+    def __post_init__(self) -> None:
+        check_choice("device", self.device, DEVICES)
+        check_choice("dtype", self.dtype, DTYPE_NAMES)
 
     @property
     def capped(self) -> bool:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from calib.streaming.settings import MICRO_BATCH_VALUES, ComputeOptions, PassSettings
+from calib.streaming.settings import DEVICES, MICRO_BATCH_VALUES, ComputeOptions, PassSettings
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.fp8 import read_scales
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, check_choice
 from surgery.files.index_sets import runs
 from surgery.files.safetensors_header import TensorRef
 from surgery.files.shard_file import ShardFile, open_shard
@@ -265,6 +265,7 @@ def choose_device(name: str) -> torch.device:
     Raises:
         DeviceError: it is not available.
     """
+    check_choice("device", name, DEVICES)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     available: dict[str, Callable[[], bool]] = {

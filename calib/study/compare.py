@@ -8,10 +8,10 @@ from calib.study.laco import collapse_layers
 from calib.study.search import coarse
 from calib.study.study import Candidate, Study
 from calib.study.table import FFN_CRITERIA, LAYER_METHODS, METHODS, Row
-from surgery.errors import DataError, SurgeryError
+from surgery.errors import BudgetError, DataError, SurgeryError
 from surgery.layout.layout import Layout
 from surgery.planning.layers import check_layers, layers_by_influence
-from surgery.planning.sizes import Sizes, Steps, pairs_at, split, whole
+from surgery.planning.sizes import Sizes, Steps, check_ratio, pairs_at, split, whole
 from surgery.process import Progress, stage
 
 LOG = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class RatioTarget:
 def usable_methods(layout: Layout) -> list[str]:
     """Return the methods that this model allows; log which are left out, and why."""
     try:
-        check_layers(layout, [[layer] for layer in range(1, layout.num_hidden_layers)])
+        _check_fewer_layers(layout)
     except SurgeryError as error:
         LOG.info("note: without %s: %s", " and ".join(LAYER_METHODS), error)
         return [method for method in METHODS if method not in LAYER_METHODS]
@@ -54,8 +54,35 @@ def check_methods(layout: Layout, methods: Sequence[str]) -> None:
                 expected=f"some of {', '.join(METHODS)}",
                 fix="correct it",
             )
+    if not methods:
+        raise DataError(
+            "`methods`", "are none", expected=f"some of {', '.join(METHODS)}", fix="name one"
+        )
     if {*methods} & {*LAYER_METHODS}:
-        check_layers(layout, [[layer] for layer in range(1, layout.num_hidden_layers)])
+        _check_fewer_layers(layout)
+
+
+def _check_fewer_layers(layout: Layout) -> None:
+    """Refuse a model whose layers cannot be removed."""
+    if layout.num_hidden_layers == 1:
+        raise BudgetError(
+            layout.where,
+            "has one layer, which cannot be removed",
+            fix="leave out the `methods` that remove layers",
+        )
+    check_layers(layout, [[layer] for layer in range(1, layout.num_hidden_layers)])
+
+
+def check_ratios(ratios: Sequence[float]) -> None:
+    """Refuse to compare at no ratio, or at one that is no share.
+
+    Raises:
+        BudgetError: it names the option.
+    """
+    if not len(ratios):
+        raise BudgetError("`ratio`", "is an empty list", expected="at least one", fix="name one")
+    for ratio in ratios:
+        check_ratio(ratio)
 
 
 def compare_methods(
@@ -123,7 +150,7 @@ def _candidates(method: str, target: RatioTarget) -> list[Candidate]:
         return [Candidate(method, sizes, retokenize=False) for sizes in pairs]
     if method == "search":
         return [Candidate(method, sizes, repair=True) for sizes in pairs]
-    return [Candidate("act2", pairs[-1], "act2", retokenize=False)]  # it also gives block influence
+    return [Candidate("act2", pairs[-1], "act2", retokenize=False, influence=True)]
 
 
 def _fewer_layers(study: Study, method: str, target: RatioTarget) -> Candidate:

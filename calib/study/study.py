@@ -34,6 +34,8 @@ class Candidate:
     """Whether down_proj is refitted."""
     samples: int | None = None
     """Windows of calibration text; None is all of them."""
+    influence: bool = False
+    """Whether its text is to measure block influence, even if no channel is removed."""
 
     def text(self, full: int) -> tuple[int, int | None]:
         """Return V of the vocabulary that tokenizes the calibration text, and ``samples``.
@@ -110,7 +112,7 @@ class Study:
         layout, found = self.text.layout, {}
         by_text: dict[tuple[int, int | None], list[Candidate]] = {}
         for candidate in candidates:
-            if dict(candidate.sizes.widths) != dict(layout.widths):
+            if candidate.influence or dict(candidate.sizes.widths) != dict(layout.widths):
                 by_text.setdefault(candidate.text(layout.vocab_size), []).append(candidate)
         for text, users in by_text.items():
             edges = [r.sizes.vocab_size for r in users if not r.retokenize]
@@ -129,7 +131,7 @@ class Study:
             candidate.repair,
             sizes.layers,
         )
-        if dict(sizes.widths) == dict(layout.widths):
+        if dict(sizes.widths) == dict(layout.widths) and not candidate.influence:
             calibration_pass = None
         return Trial(variant, self.text.encoded(sizes.vocab_size), calibration_pass)
 

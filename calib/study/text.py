@@ -13,10 +13,12 @@ from calib.scoring.score import first_token
 from calib.statistics.sums import ChannelSums, cosine_sum, weight_norms
 from calib.streaming.batches import ChannelHook, LayerHooks, Stream, Tokens
 from calib.streaming.decoder import StreamedDecoder
+from calib.streaming.empty_model import positions
 from calib.streaming.ffn import ExpertKey, FfnModule
+from calib.streaming.layers import not_finite
 from calib.text.chat import documents_of
 from calib.text.heldout import Encoded, split_documents
-from calib.text.windows import byte_windows, token_windows
+from calib.text.windows import byte_windows, token_windows, within_positions
 from surgery.layout.layout import Layout
 from surgery.planning.request import SizeChoice
 from surgery.stats.channel_stats import AxisSums
@@ -94,6 +96,8 @@ class CalibrationPass:
             hooks = LayerHooks(self._hook(sums, grams), self._add_cosines)
             decoder.run(index, stream, hooks)
         self.sums = {axis: each.numbers(norms[axis]) for axis, each in sums.items()}
+        if not all(each.finite for each in self.sums.values()):
+            raise not_finite(layout, index, decoder.layer(index), decoder.reader.dtype)
 
     def forget(self) -> None:
         """Free the statistics of the layer."""
@@ -160,7 +164,8 @@ class StudyText:
         calibration, heldout = split_documents(documents_of(layout, text))
         windows = byte_windows(heldout, text.windows, WINDOW_BYTES)
         rarity, tokenizer = choice.rarity, choice.tokenizer
-        return cls(layout, rarity, tokenizer, calibration, windows, text.samples, text.seq_len)
+        seq_len = within_positions(text.seq_len, positions(layout))
+        return cls(layout, rarity, tokenizer, calibration, windows, text.samples, seq_len)
 
     def ids(self, vocab_size: int) -> IdMap:
         """Return the map to the ``vocab_size`` most common tokens."""
@@ -171,7 +176,9 @@ class StudyText:
         if vocab_size not in self._heldout:
             tokenizer, old_ids = self._tokenizer(vocab_size)
             first = first_token(self.layout)
-            self._heldout[vocab_size] = Encoded.of(self.heldout, tokenizer, old_ids, first)
+            self._heldout[vocab_size] = Encoded.of(
+                self.heldout, tokenizer, old_ids, first, positions(self.layout)
+            )
         return self._heldout[vocab_size]
 
     def calibration_pass(

@@ -172,7 +172,7 @@ def try_all(
     Hidden states are in files if the settings name a directory for them, else in memory.
 
     Returns:
-        Per trial and window of held-out text, the bits of each token, float64.
+        Per trial and held-out text, the bits of each token, float64.
     """
     passes = list(
         {
@@ -201,10 +201,11 @@ def try_all(
                     calibration_pass.measure(decoder, index)
                 for trial in (t for t in trials if t.calibration_pass is calibration_pass):
                     trial.run(decoder, index)
-                    progress(len(trial.heldout.windows))
+                    progress(len(trial.heldout.words))
                 if calibration_pass is not None:
                     calibration_pass.forget()
-        return token_bits(decoder, [(trial.stream, trial.variant.ids.kept) for trial in trials])
+        bits = token_bits(decoder, [(trial.stream, trial.variant.ids.kept) for trial in trials])
+    return [trial.heldout.by_text(each) for trial, each in zip(trials, bits, strict=True)]
 
 
 def down_dtype(layout: Layout, index: int, axis: str) -> torch.dtype:

@@ -3,10 +3,12 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from calib.text.windows import scored_windows
 from surgery.text.documents import mixture, parts_of
 
 WORD = re.compile(r"\s*\S+|\s+")
@@ -99,10 +101,18 @@ class Encoded:
     windows: list[np.ndarray]
     """int64 ids of the source's vocabulary; each window begins with the first token."""
     words: list[Words]
+    """One for each text."""
+    counts: list[int]
+    """Windows of each text: 1, or more where the model has too few positions for it."""
 
     @classmethod
     def of(
-        cls, texts: Sequence[str], tokenizer: Tokenizer, old_ids: np.ndarray, first: int
+        cls,
+        texts: Sequence[str],
+        tokenizer: Tokenizer,
+        old_ids: np.ndarray,
+        first: int,
+        positions: int | None = None,
     ) -> "Encoded":
         """Tokenize ``texts``.
 
@@ -111,11 +121,19 @@ class Encoded:
             tokenizer: Of the vocabulary.
             old_ids: int64, the tokenizer's id → the source's id.
             first: Id that begins each window, such as bos.
+            positions: Most tokens of a window; a longer text becomes several.
         """
-        windows, words = [], []
+        windows, words, counts = [], [], []
         for text in texts:
             encoding = tokenizer.encode(text, add_special_tokens=False)
             ids = old_ids[np.array(encoding.ids, dtype=np.int64)]
-            windows.append(np.concatenate([[first], ids]))
+            of_text = scored_windows(first, ids, positions)
+            windows += of_text
+            counts.append(len(of_text))
             words.append(Words.of(text, ids.tolist(), encoding.offsets))
-        return cls(windows, words)
+        return cls(windows, words, counts)
+
+    def by_text(self, bits: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Return the bits of each text's tokens from those of each window's."""
+        left = iter(bits)
+        return [np.concatenate([np.zeros(0), *islice(left, count)]) for count in self.counts]

@@ -1,6 +1,7 @@
 """Split documents into windows: of tokens for calibration, of bytes for scores."""
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -12,6 +13,8 @@ from tokenizers import Tokenizer
 from surgery.errors import DataError, TokenizerError
 from surgery.files.model_files import TOKENIZER_NAME
 from surgery.text.documents import interleave, parts_of
+
+LOG = logging.getLogger(__name__)
 
 PIECE_CHARACTERS = 1 << 18
 """Characters that are encoded at a time; their tokens take some 30 MB."""
@@ -195,6 +198,28 @@ def shortfall(windows: Sequence[np.ndarray], samples: int, seq_len: int) -> str 
         f"the text gives {tokens:,} tokens in {len(windows):,} windows, "
         f"of {asked:,} asked for ({samples:,} windows of {seq_len:,})"
     )
+
+
+def within_positions(seq_len: int, positions: int | None) -> int:
+    """Return ``seq_len``, or the model's ``positions`` where those are fewer, and say so."""
+    if positions is None or seq_len <= positions:
+        return seq_len
+    LOG.info(
+        "note: the model has %s positions, so windows have as many tokens instead of %s",
+        f"{positions:,}",
+        f"{seq_len:,}",
+    )
+    return positions
+
+
+def scored_windows(first: int, ids: np.ndarray, positions: int | None) -> list[np.ndarray]:
+    """Return ``ids``, a text to score, as windows that begin with ``first``.
+
+    It is one window, or several where the model has too few ``positions`` for that.
+    """
+    room = max(1, (positions or len(ids) + 1) - 1)
+    parts = [ids[start : start + room] for start in range(0, len(ids), room)]
+    return [np.concatenate([[first], part]) for part in parts]
 
 
 def byte_windows(documents: Iterable[str], samples: int, window_bytes: int) -> list[str]:

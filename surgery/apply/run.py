@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, get_args
 from uuid import uuid4
 
 import msgspec
@@ -18,8 +18,8 @@ from surgery.apply.output_directory import OutputDirectory, remove_journal
 from surgery.apply.shard import ShardTask, write_shard
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.checksums import check_digest, known_digests
-from surgery.cluster import RETRIES, cluster, results
-from surgery.errors import EngineError, PlanError, SurgeryError
+from surgery.cluster import ENGINES, RETRIES, cluster, results
+from surgery.errors import EngineError, PlanError, SurgeryError, check_choice, check_least
 from surgery.files.model_files import INDEX_NAME
 from surgery.files.shard_file import IO, mapped_bytes
 from surgery.files.strict_json import dump_json, dump_table, read_file
@@ -86,6 +86,11 @@ class ApplyOptions:
     checksum: bool = False
     """Whether to compare each shard with its known SHA-256 before use, which reads all of it.
     Shards of the hub are always compared."""
+
+    def __post_init__(self) -> None:
+        check_choice("engine", self.engine, ENGINES)
+        check_choice("io", self.io, get_args(IO))
+        check_least("jobs", self.jobs, 1)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from surgery.cli.options import (
     path_type,
     plan_text_options,
     push_option,
+    refuse_idle,
     show_options,
     spilling_options,
 )
@@ -107,6 +108,7 @@ def inspect(model: ModelOptions, vocab: bool, probe: bool, show: ShowOptions) ->
     from surgery.vocabulary.census import plot_vocab_census
 
     if probe:
+        refuse_idle("with --probe", "family", "vocab", "plot")
         proposal = probe_model(model.model)
         print_text(json.dumps(asdict(proposal)) if show.as_json else proposal.table())
         return
@@ -172,6 +174,10 @@ def plan(
     from surgery.planning.request import choose_sizes
     from surgery.stats.channel_stats import ChannelStats
 
+    if not text.data:
+        refuse_idle("without --data", "field", "strict", "seed")
+    if cut.channels.repair == "none":
+        refuse_idle("without --repair", "device", "dtype", "spill")
     layout = model.layout()
     check_file(given.plan, layout.checkpoint.path)
     stats = ChannelStats.load(given.stats) if given.stats else None
@@ -235,6 +241,8 @@ def apply(plan_path: Path, options: ApplyOptions, push_to: str | None, as_json: 
     from surgery.hub.upload import check_push, push
     from surgery.planning.plan import Plan
 
+    if options.engine == "ray":
+        refuse_idle("with --engine ray", "jobs")
     loaded = Plan.load(plan_path)
     if loaded.output is None and options.output is None:
         raise Refusal(f"{plan_path}: names no output; give -o DIR")
@@ -285,6 +293,8 @@ def verify(directory: Path, options: VerifyOptions) -> None:
     from surgery.planning.plan import Plan
     from surgery.verify.files import embedded_plan, verify_files
 
+    if not options.forward:
+        refuse_idle("without --forward", "device")
     plan = Plan.load(options.plan) if options.plan else embedded_plan(directory)
     source = options.source or (source_at_hand(plan.source) if plan else None)
     if options.forward and (plan is None or source is None):

@@ -5,16 +5,25 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
+from click.core import ParameterSource
 
-from calib.streaming.settings import ComputeOptions
+from calib.streaming.settings import DEVICES, DTYPE_NAMES, ComputeOptions
+from surgery.cluster import ENGINES
 from surgery.errors import BudgetError
+from surgery.files.shard_file import IO
 from surgery.planning.request import CutRequest, SizeRequest
-from surgery.stats.channels import CRITERIA, DEFAULT_CRITERION, LEAST_TOKENS, ChannelOptions
+from surgery.stats.channels import (
+    CRITERIA,
+    DEFAULT_CRITERION,
+    LEAST_TOKENS,
+    REPAIRS,
+    ChannelOptions,
+)
 from surgery.text.documents import Source, TextOptions
-from surgery.vocabulary.order import VocabularyOptions
+from surgery.vocabulary.order import ORDERS, VocabularyOptions
 
 if TYPE_CHECKING:
     from surgery.layout.layout import Layout
@@ -27,6 +36,20 @@ class Refusal(click.ClickException):
     """Bad usage or bad input: one line on stderr."""
 
     exit_code = 2
+
+
+def refuse_idle(why: str, *names: str) -> None:
+    """Refuse options that were given and that the running command would not look at.
+
+    Args:
+        why: When they have no effect, such as "without --data".
+        names: Their parameters.
+    """
+    context = click.get_current_context()
+    for option in context.command.params:
+        given = context.get_parameter_source(option.name or "")
+        if option.name in names and given is ParameterSource.COMMANDLINE:
+            raise Refusal(f"{option.opts[0]}: has no effect {why}; leave it out")
 
 
 def combined(*options: Callable[..., Any]) -> Callable[..., Any]:
@@ -224,28 +247,28 @@ engine_option = click.option(
     "--engine",
     default="local",
     show_default=True,
-    type=click.Choice(["local", "ray"]),
+    type=click.Choice(ENGINES),
     help="ray: run tasks on a cluster whose nodes share the file system (extra 'ray').",
 )
 io_option = click.option(
     "--io",
     default="mmap",
     show_default=True,
-    type=click.Choice(["mmap", "read"]),
+    type=click.Choice(get_args(IO)),
     help="How shards are read. mmap: mapped into memory; read: for network file systems.",
 )
 device_option = click.option(
     "--device",
     default="auto",
     show_default=True,
-    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+    type=click.Choice(DEVICES),
     help="auto: CUDA where there is one.",
 )
 dtype_option = click.option(
     "--dtype",
     default="auto",
     show_default=True,
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    type=click.Choice(DTYPE_NAMES),
     help="auto: float32 on the CPU, else the checkpoint's.",
 )
 spill_option = click.option(
@@ -295,7 +318,7 @@ channel_options = gathered(
         "--repair",
         default="none",
         show_default=True,
-        type=click.Choice(["none", "least-squares"]),
+        type=click.Choice(REPAIRS),
         help="Refit down_proj to the kept channels on --data, if it helps on held-out text.",
     ),
 )
@@ -306,7 +329,7 @@ vocabulary_options = gathered(
         "--vocab-by",
         default="merge-order",
         show_default=True,
-        type=click.Choice(["merge-order", "frequency"]),
+        type=click.Choice(ORDERS),
         help="Rarity of tokens: the tail of the merge list, or counts over --data.",
     ),
     click.option(

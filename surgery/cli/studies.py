@@ -10,11 +10,13 @@ from calib.streaming.settings import ComputeOptions
 from surgery.cli.options import (
     ModelOptions,
     Numbers,
+    Refusal,
     ShowOptions,
     gathered,
     model_options,
     path_type,
     ratio_cut_options,
+    refuse_idle,
     show_options,
     spilling_options,
     step_cut_options,
@@ -141,7 +143,13 @@ def compare(
     show: ShowOptions,
 ) -> None:
     """Compare methods at the same ratios, on the same text and the same held-out windows."""
-    from calib.study.compare import check_methods, compare_methods, compare_samples, usable_methods
+    from calib.study.compare import (
+        check_methods,
+        check_ratios,
+        compare_methods,
+        compare_samples,
+        usable_methods,
+    )
     from calib.study.study import open_study
     from calib.study.table import plot_methods, plot_samples, table
     from calib.text.chat import documents_of
@@ -150,6 +158,11 @@ def compare(
 
     if show.plot is not None:
         check_file(show.plot)
+    if options.counts:
+        refuse_idle("with --by-samples", "methods")
+        if len(options.ratios) > 1:
+            raise Refusal("--ratio: takes one share with --by-samples; leave out the others")
+    check_ratios(options.ratios)
     layout, ratios = model.layout(), options.ratios
     names = options.methods.split(",") if options.methods else usable_methods(layout)
     check_methods(layout, names)

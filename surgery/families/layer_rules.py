@@ -30,6 +30,20 @@ class LayerRule(Protocol):
         """
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _wrong(key: str, expected: str, found: object, where: object) -> FamilyError:
+    return FamilyError(
+        f"{where}: {key}",
+        "does not say which layers it means",
+        expected=expected,
+        found=repr(found),
+        fix="check config.json, or keep all layers",
+    )
+
+
 @dataclass(frozen=True)
 class PerLayer:
     """A list with an entry per layer; any other value applies to all layers."""
@@ -87,6 +101,8 @@ class LayerNumbers:
             for constant in self.otherwise:
                 constant.renumbered(config, firsts, where)
             return {}
+        if not isinstance(value, list) or not all(map(_is_number, value)):
+            raise _wrong(self.key, "numbers of layers in a list", value, where)
         return {self.key: [new for new, first in enumerate(firsts) if first in value]}
 
 
@@ -102,7 +118,10 @@ class LeadingCount:
         self, config: Mapping[str, Any], firsts: Sequence[int], where: object
     ) -> dict[str, Any]:
         """The number of them that are kept."""
-        count = config.get(self.key, self.default) or 0
+        count = config.get(self.key, self.default)
+        count = 0 if count is None else count
+        if not _is_number(count):
+            raise _wrong(self.key, "a number of layers", count, where)
         return {self.key: sum(first < count for first in firsts)}
 
 
@@ -119,6 +138,8 @@ class LastNumber:
         value = config.get(self.key)
         if value is None or value == -1:
             return {}
+        if not _is_number(value):
+            raise _wrong(self.key, "the number of a layer", value, where)
         kept = sum(first <= value for first in firsts)
         if not kept:
             raise FamilyError(

@@ -7,6 +7,7 @@ from typing import Any
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.fp8 import check_weight
 from surgery.errors import CheckpointError
+from surgery.families.blocks import BUFFER
 from surgery.families.schema import VOCAB, Family, Slot
 from surgery.families.table import family_of
 from surgery.files.safetensors_header import TensorRef
@@ -77,6 +78,14 @@ def _check(layout: Layout) -> None:
 def _check_tensor(layout: Layout, tensor: TensorRef) -> None:
     role = layout.roles[tensor.name]
     where = f"{tensor.path}: tensor {tensor.name}"
+    if 0 in tensor.shape and role.slot.block != BUFFER:
+        raise CheckpointError(
+            where,
+            "holds no values",
+            expected="at least 1 on every dimension",
+            found=list(tensor.shape),
+            fix="use a checkpoint with all its weights",
+        )
     if tensor.dtype.startswith("F8_"):
         check_weight(layout.checkpoint, tensor)
     elif tensor.dtype not in FLOATS and (role.slot.required and role.slot is not CARRIED):

@@ -15,6 +15,7 @@ from surgery.planning.sizes import (
     TOLERANCE,
     Sizes,
     Steps,
+    check_ratio,
     parse_target,
     split,
     steps,
@@ -58,6 +59,12 @@ class SizeRequest:
     """Layers to keep or to merge, such as "0-20,21+22+23,24-29"."""
     num_hidden_layers: int | None = None
     """How many layers to keep, those of the largest block influence."""
+
+    def __post_init__(self) -> None:
+        if self.ratio is not None:
+            check_ratio(self.ratio)
+        if self.multiple_of is not None:
+            steps(self.multiple_of)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import lcm
-
-import numpy as np
+from math import floor, lcm
+from numbers import Integral, Real
 
 from surgery.errors import BudgetError
 from surgery.families.schema import VOCAB
@@ -50,7 +49,7 @@ def steps(multiple_of: int, *, tp: int = 1, group: int = 1) -> Steps:
     Raises:
         BudgetError: ``multiple_of`` is below 1.
     """
-    if multiple_of < 1:
+    if not isinstance(multiple_of, Integral) or multiple_of < 1:
         raise BudgetError(
             "`multiple_of`",
             "is no valid step",
@@ -147,6 +146,22 @@ def check_sizes(layout: Layout, sizes: Sizes) -> None:
             )
 
 
+def check_ratio(ratio: float) -> None:
+    """Refuse a ratio that is no share.
+
+    Raises:
+        BudgetError: it is not between 0 and 1.
+    """
+    if not isinstance(ratio, Real) or not 0 < ratio < 1:
+        raise BudgetError(
+            "`ratio`",
+            "is no share of the parameters",
+            expected="above 0, below 1",
+            found=ratio,
+            fix="choose one",
+        )
+
+
 def vocabulary_first(layout: Layout, removed: float) -> float:
     """Return how many of ``removed`` parameters to take from the vocabulary.
 
@@ -233,14 +248,7 @@ def _pairs(
         BudgetError: the ratio is no share.
     """
     total = layout.parameters(layout.vocab_size, layout.widths)
-    if not 0 < ratio < 1:
-        raise BudgetError(
-            "`ratio`",
-            "is no share of the parameters",
-            expected="above 0, below 1",
-            found=ratio,
-            fix="choose one",
-        )
+    check_ratio(ratio)
     row = layout.axis_cost(VOCAB)
     found = []
     for widths in _width_choices(layout, steps.width):
@@ -271,7 +279,7 @@ def _width_choices(layout: Layout, step: int) -> list[dict[str, int]]:
     return [
         {key: _nearest(size / full * width, 1, width, step) for key, width in layout.widths.items()}
         | {first: size}
-        for size in _steps(1, full, step)
+        for size in _allowed(1, full, step)
     ]
 
 
@@ -280,25 +288,46 @@ def _removed(layout: Layout, widths: Mapping[str, int]) -> int:
     return sum((layout.widths[key] - size) * layout.axis_cost(key) for key, size in widths.items())
 
 
-def _steps(low: int, high: int, step: int) -> list[int]:
+def _allowed(low: int, high: int, step: int) -> list[int]:
+    """Return all multiples of ``step`` from ``low`` to ``high``, and ``high``."""
     first = -(-low // step) * step
     return sorted({*range(first, high + 1, step), high})
 
 
+def _around(wanted: float, low: int, high: int, step: int) -> list[int]:
+    """Return those of ``_allowed`` that may be nearest to ``wanted``, ascending."""
+    first, last = -(-low // step) * step, high // step * step
+    if first > last:
+        return [high]
+    below = floor(wanted / step) * step
+    near = (below + shift * step for shift in (-1, 0, 1, 2))
+    return sorted({high, *(min(max(size, first), last) for size in near)})
+
+
 def _nearest(wanted: float, low: int, high: int, step: int) -> int:
-    return min(_steps(low, high, step), key=lambda size: abs(size - wanted))
+    """Return the size of ``_allowed`` nearest to ``wanted``; of two, the smaller one."""
+    return min(_around(wanted, low, high, step), key=lambda size: abs(size - wanted))
 
 
 def _unreachable(layout: Layout, ratio: float, smallest_vocab: int, steps: Steps) -> BudgetError:
     total = layout.parameters(layout.vocab_size, layout.widths)
-    rows = layout.vocab_size - np.array(_steps(smallest_vocab, layout.vocab_size, steps.vocab))
+    row, full = layout.axis_cost(VOCAB), layout.vocab_size
     channels = [_removed(layout, widths) for widths in _width_choices(layout, steps.width)]
-    removed = np.add.outer(rows * layout.axis_cost(VOCAB), channels) / total
-    nearest = removed.flat[np.argmin(np.abs(removed - ratio))]
+    found = [
+        (abs(share - ratio), size, share)
+        for removed in channels
+        for size in _around(
+            full - (ratio * total - removed) / row, smallest_vocab, full, steps.vocab
+        )
+        for share in [((full - size) * row + removed) / total]
+    ]
+    nearest = min(found, key=lambda pair: pair[:2])[2]
+    fewest = _around(smallest_vocab, smallest_vocab, full, steps.vocab)[0]
+    most = ((full - fewest) * row + max(channels)) / total
     return BudgetError(
         "`ratio`",
         f"cannot be met by sizes in steps of {steps.vocab} and {steps.width}",
-        expected=f"at most {removed.max():.4f}; nearest is {nearest:.4f}",
+        expected=f"at most {most:.4f}; nearest is {nearest:.4f}",
         found=ratio,
         fix="choose another ratio, or give `vocab_size` and `intermediate_size`",
     )

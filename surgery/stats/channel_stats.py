@@ -75,6 +75,12 @@ class AxisSums:
     weight_norm: np.ndarray
     """float64 ``[experts, I]``: the norm of each channel's column of down_proj."""
 
+    @property
+    def finite(self) -> bool:
+        """Whether every sum is a finite number."""
+        real = (self.sum_sq, self.sum_abs, self.sum_l2, self.weight_norm)
+        return all(bool(np.isfinite(each).all()) for each in real)
+
 
 @dataclass(frozen=True, eq=False)
 class ChannelStats:
@@ -246,7 +252,7 @@ def _check_sums(sums: AxisSums, buckets: int, where: str) -> None:
     real = (sums.sum_sq, sums.sum_abs, sums.sum_l2, sums.weight_norm)
     _check_dtypes(where, np.float64, *real)
     _check_dtypes(where, np.int64, sums.tokens)
-    if not all(np.isfinite(each).all() for each in real):
+    if not sums.finite:
         raise StatsError(where, "has a sum that is not finite", fix=AGAIN)
     if sums.tokens.min(initial=0) < 0:
         raise StatsError(where, "has a count below 0", fix=AGAIN)

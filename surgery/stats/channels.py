@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from surgery.errors import check_choice, check_least
 from surgery.families.schema import EXPERT, WIDTHS
 from surgery.stats.channel_stats import AxisSums, ChannelStats
 from surgery.tokenizer.id_map import IdMap
@@ -13,6 +14,9 @@ DEFAULT_CRITERION = "common-act2"
 
 LEAST_TOKENS = 16
 """An expert's channels are not ranked by fewer tokens than this."""
+
+
+REPAIRS = ("none", "least-squares")
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,11 @@ class ChannelOptions:
     """Fewest tokens routed to an expert for its channels to be ranked."""
     repair: str = "none"
     """"none", or "least-squares": down_proj is refitted to the kept channels."""
+
+    def __post_init__(self) -> None:
+        check_choice("criterion", self.criterion, CRITERIA)
+        check_choice("repair", self.repair, REPAIRS)
+        check_least("min_expert_tokens", self.min_expert_tokens, 0)
 
 
 def bucket_weights(stats: ChannelStats, ids: IdMap) -> np.ndarray:

@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar, Union, cast
 
-from surgery.errors import DataError
+from surgery.errors import DataError, check_least
 from surgery.text.rows import HUB, Chat, Row, given_document, hub_rows, local_rows
 
 LOG = logging.getLogger(__name__)
@@ -113,6 +113,10 @@ class TextOptions:
     """Field of a row that holds its document; None means ``text``, or else ``messages``."""
     strict: bool = False
     """Refuse the first bad row instead of skipping all of them."""
+
+    def __post_init__(self) -> None:
+        for option, least in (("samples", 1), ("seq_len", 2), ("windows", 1)):
+            check_least(option, getattr(self, option), least)
 
     def documents(self, render: Render | None = None) -> Iterable[str]:
         """Read the documents; ``render`` turns chats into text; without it they are refused.

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from surgery.apply.edits import OutputTensor, edits, sources
 from surgery.apply.shard import edit_windows
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.errors import PlanError, TokenizerError
+from surgery.errors import PlanError, TokenizerError, check_choice
 from surgery.files.index_sets import MAKE_AGAIN
 from surgery.files.safetensors_header import TensorRef
 from surgery.files.shard_file import IO, Buffer, open_shard
@@ -90,6 +91,7 @@ def verify_files(
     Raises:
         SurgeryError: ``directory`` is no checkpoint, or ``source`` is not the plan's.
     """
+    check_choice("io", io, get_args(IO))
     family = plan.family if plan is not None else None
     checkpoint = Checkpoint.open(directory, family)
     layout = read_layout(checkpoint)
@@ -151,8 +153,8 @@ def _difference(tensor: OutputTensor, found: TensorRef | None, io: IO) -> str | 
     if found is None:
         return f"tensor {tensor.name} is missing"
     if (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
-        expected = f"{tensor.dtype} {list(tensor.shape)}"
-        return f"tensor {tensor.name}: expected {expected}, found {list(found.shape)}"
+        expected, instead = (f"{each.dtype} {list(each.shape)}" for each in (tensor, found))
+        return f"tensor {tensor.name}: expected {expected}, found {instead}"
     if not _same_bytes(tensor, found, io):
         return f"{found.path}: tensor {tensor.name} differs from the source's kept values"
     return None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from surgery.config.rewrite import template_tokens, token_references
-from surgery.errors import BudgetError, DataError, TokenizerError
+from surgery.errors import BudgetError, DataError, TokenizerError, check_choice
 from surgery.files.strict_json import read_file
 from surgery.layout.layout import Layout
 from surgery.tokenizer.id_map import IdMap
@@ -129,6 +129,9 @@ RESERVED = re.compile(
 """Names of tokens that are reserved for later use."""
 
 
+ORDERS = ("merge-order", "frequency")
+
+
 @dataclass(frozen=True)
 class VocabularyOptions:
     """How to choose the tokens to keep, apart from their number."""
@@ -142,6 +145,9 @@ class VocabularyOptions:
     them, one a line."""
     keep_scripts: Sequence[str] = ()
     """Unicode scripts whose tokens to keep, such as Cyrillic."""
+
+    def __post_init__(self) -> None:
+        check_choice("vocab_by", self.vocab_by, ORDERS)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from surgery.api import apply_plan
+from tests.support import tiny
 from tests.support.command import Run, assert_refused
 from tests.support.contents import digests
 from tests.support.damage import (
@@ -22,6 +26,7 @@ from tests.support.damage import (
     nothing,
     write,
 )
+from tests.support.plans import random_plan
 
 BEGUN = '{"plan_digest": "0123456789abcdef"}'
 """The first line of the journal of another plan."""
@@ -136,3 +141,18 @@ def test_a_full_disk_names_the_file(
 
     monkeypatch.setattr(os, "fsync", full)
     assert_refused(run(*command.split()), "new", "No space left on device", "free space")
+
+
+def test_verify_says_what_differs_where_only_the_dtype_does(tmp_path: Path, run: Run) -> None:
+    source, out = tiny.save(tmp_path / "source", dtype=torch.bfloat16), tmp_path / "out"
+    apply_plan(random_plan(source, 512, 64), source=source, output=out)
+    file = next(out.glob("*.safetensors"))
+    found = load_file(file)
+    for name, tensor in found.items():
+        changed = found | {name: tensor.half()}
+        save_file(changed, file, {"format": "pt"})
+        result = run("verify", out)
+        shape = list(tensor.shape)
+        assert result.exit_code == 1
+        fault = f"tensor {name}: expected BF16 {shape}, found F16 {shape}"
+        assert fault in result.output

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from surgery.planning.plan import Plan
 from tests.support import tiny
-from tests.support.command import Run
+from tests.support.command import Run, assert_refused
 from tests.support.damage import (
     CALIBRATE,
     DOWN,
@@ -132,3 +133,28 @@ def test_a_size_that_config_json_does_not_say_is_the_tensors(
     assert tiny.load(bench / "out").config.intermediate_size == 64
     plan = Plan.load(bench / "new.json")
     assert (plan.before.vocab_size, plan.before.widths["intermediate_size"]) == (640, 96)
+
+
+@pytest.mark.parametrize("size", [tiny.VOCAB_SIZE, tiny.INTERMEDIATE_SIZE, 32])
+def test_tensors_without_values_are_refused(tmp_path: Path, size: int, run: Run) -> None:
+    """No rows, no channels or no width, whether config.json says so or names no size."""
+    source = tiny.save(tmp_path / "source")
+    file, path = source / "model.safetensors", source / "config.json"
+    config = json.loads(path.read_text("utf-8"))
+    found = load_file(file)
+    for name, tensor in found.items():
+        shape = [0 if length == size else length for length in tensor.shape]
+        found[name] = np.zeros(shape, tensor.dtype)
+    save_file(found, file, {"format": "pt"})
+    sizes = ("vocab_size", "intermediate_size", "hidden_size")
+    path.write_text(json.dumps({k: v for k, v in config.items() if k not in sizes}), "utf-8")
+    (tmp_path / "text.txt").write_text(tiny.prose(500), encoding="utf-8")
+    text = ("--data", tmp_path / "text.txt")
+    for command in (
+        ("inspect", source),
+        ("inspect", source, "--vocab"),
+        ("plan", source, "--ratio", 0.2, "-o", tmp_path / "plan.json"),
+        ("score", source, *text),
+        ("calibrate", source, *text, "-o", tmp_path / "stats"),
+    ):
+        assert_refused(run(*command), "holds no values", "expected at least 1")

@@ -16,6 +16,7 @@ from surgery.apply.cost import COLLAPSING, apply_cost
 from surgery.apply.edits import Edit
 from surgery.apply.shard import WINDOW_BYTES, edit_windows
 from surgery.errors import BudgetError, FamilyError
+from surgery.families.layer_rules import LAYER_RULES
 from surgery.families.table import family_of
 from surgery.files.safetensors_header import read_header
 from surgery.files.shard_file import IO, open_shard
@@ -23,7 +24,7 @@ from surgery.planning.layers import check_layers, layer_keys
 from surgery.planning.plan import Plan
 from surgery.stats.channel_stats import ChannelStats
 from tests.support import fp8, tiny
-from tests.support.command import Run
+from tests.support.command import Run, assert_refused
 from tests.support.contents import bits, snapshot
 from tests.support.json_files import change, put
 from tests.support.killing import run_apply
@@ -346,3 +347,52 @@ def test_repair_goes_with_layers_that_go(tmp_path: Path, llama: Path, text: Path
     assert result.exit_code == 0, result.output
     result = run("plan", llama, *repair, "--layers", "0,1+2")
     assert (result.exit_code, "does not work with collapsed layers" in result.output) == (2, True)
+
+
+STRANGE: tuple[Any, ...] = (
+    5,
+    -1,
+    "x",
+    True,
+    1.5,
+    None,
+    [],
+    ["x"],
+    [None],
+    [[1]],
+    {},
+    {"1": 2},
+    10**30,
+)
+
+
+@pytest.mark.parametrize("model_type", sorted(LAYER_RULES))
+def test_a_strange_value_of_a_layer_key_is_refused_by_name(model_type: str) -> None:
+    """Whatever config.json has for a key, a rule gives new values or names the key."""
+    for rule in LAYER_RULES[model_type]:
+        for value in STRANGE:
+            for firsts in ([0], [1, 2], [0, 1, 2]):
+                refusal = None
+                try:
+                    json.dumps(rule.renumbered({rule.key: value}, firsts, "config.json"))
+                except FamilyError as error:
+                    refusal = str(error)
+                assert refusal is None or refusal.startswith("config.json: ")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key", "value"),
+    [
+        ("qwen3_moe", "mlp_only_layers", 5),
+        ("deepseek_v3", "first_k_dense_replace", "x"),
+        ("ernie4_5_moe", "moe_layer_end_index", "x"),
+    ],
+)
+def test_a_strange_layer_key_is_one_line(
+    tmp_path: Path, run: Run, model_type: str, key: str, value: object
+) -> None:
+    source = tiny.save(tmp_path / "source", model_type)
+    path = source / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {key: value}), "utf-8")
+    result = run("plan", source, "--layers", "0,1", "-o", tmp_path / "plan.json")
+    assert_refused(result, f"config.json: {key}", "which layers", f"found {value!r}")

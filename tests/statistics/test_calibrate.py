@@ -1,11 +1,13 @@
 """Streamed statistics and scores equal those of a full load."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from calib.scoring.score import score_windows
@@ -14,8 +16,8 @@ from calib.streaming.batches import Stream
 from calib.streaming.decoder import StreamedDecoder
 from calib.streaming.ffn import pieces
 from calib.streaming.weights import WeightReader
-from calib.text.windows import byte_windows
-from surgery.stats.channel_stats import PARTS
+from calib.text.windows import byte_windows, scored_windows
+from surgery.stats.channel_stats import PARTS, ChannelStats
 from surgery.stats.channels import CRITERIA, bucket_weights, choose_channels
 from surgery.tokenizer.tokenizer_file import load_tokenizer
 from surgery.vocabulary.order import rarity_of
@@ -28,7 +30,7 @@ from tests.support.calibration import (
     sample_windows,
     take_stats,
 )
-from tests.support.command import Run
+from tests.support.command import Run, assert_refused
 from tests.support.full_load import full_load_bits, hooked, window_norms
 from tests.support.plans import layout_of
 
@@ -193,3 +195,134 @@ def test_score_equals_a_full_load(
     assert found.bytes == sum(len(text.encode()) for text in texts)
     assert found.bits == pytest.approx(full_load_bits(path, model_type, texts), rel=1e-5)
     assert found.lossy_windows == 0
+
+
+def broken(path: Path, name: str, value: float) -> None:
+    """Write ``value`` into the last number of a tensor of the model."""
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.mlp.down_proj.weight",
+        "model.layers.1.self_attn.q_proj.weight",
+        "model.layers.2.input_layernorm.weight",
+        "model.norm.weight",
+    ],
+)
+@pytest.mark.parametrize("command", ["calibrate", "score", "search"])
+def test_a_broken_tensor_is_named_by_every_command_that_computes(
+    tmp_path: Path, name: str, value: float, command: str, run: Run
+) -> None:
+    path, text = tiny.save(tmp_path / "model"), tmp_path / "text.txt"
+    text.write_text(tiny.prose(3000), encoding="utf-8")
+    broken(path, name, value)
+    more = {
+        "calibrate": ("-o", tmp_path / "s", "--seq-len", 32, "--samples", 4),
+        "score": ("--window-bytes", 256),
+        "search": ("--ratio", 0.1, "--multiple-of", 8, "--seq-len", 32),
+    }
+    result = run(command, path, "--data", text, *more[command])
+    assert_refused(result, f"model.safetensors: tensor {name}", "not finite", "another checkpoint")
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_broken_embedding_or_head_is_named(tmp_path: Path, run: Run) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(tiny.prose(3000), encoding="utf-8")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        path = tiny.save(tmp_path / name)
+        file = path / "model.safetensors"
+        tensors = load_file(file)
+        tensors[name].fill_(float("nan"))
+        save_file(tensors, file, {"format": "pt"})
+        result = run("score", path, "--data", text, "--window-bytes", 256)
+        assert_refused(result, f"tensor {name}", "not finite")
+
+
+def test_an_overflow_names_the_first_layer_and_the_dtype(tmp_path: Path, run: Run) -> None:
+    path, text = tiny.save(tmp_path / "model"), tmp_path / "text.txt"
+    text.write_text(tiny.prose(3000), encoding="utf-8")
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 6e4 / 2
+    tensors["model.layers.1.mlp.up_proj.weight"].clamp_(-6e4, 6e4)
+    save_file(tensors, file, {"format": "pt"})
+    options = ("--data", text, "--seq-len", 32, "--samples", 4, "-o", tmp_path / "s")
+    result = run("calibrate", path, *options, "--dtype", "float16")
+    assert_refused(result, "layer 1: is the first", "float16", "--dtype bfloat16 or float32")
+    rest = ("--resume", "--dtype", "float16")
+    assert_refused(run("calibrate", path, *options, *rest), "layer 1: is the first")
+    (tmp_path / "t").mkdir()
+    other = (*options[:-1], tmp_path / "t" / "s")
+    assert run("calibrate", path, *other).exit_code == 0
+
+
+def test_weights_that_no_token_meets_are_checked_too(tmp_path: Path, run: Run) -> None:
+    """An expert without tokens adds nothing to the output, but its norms rank its channels."""
+    path, text = tiny.save(tmp_path / "model", "mixtral"), tmp_path / "text.txt"
+    text.write_text("a" * 20, encoding="utf-8")
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if ".layers.2." in name and ("experts" in name) and ("w2" in name or "down" in name):
+            tensor.fill_(float("nan"))
+    save_file(tensors, file, {"format": "pt"})
+    result = run(
+        "calibrate", path, "--data", text, "--seq-len", 8, "--samples", 1, "-o", tmp_path / "s"
+    )
+    assert_refused(result, "layers.2.", "not finite")
+
+
+FEW = 40
+"""Positions of the models below; a window of 2,048 bytes takes many more tokens."""
+KEYS = {"gpt2": "n_positions", "codegen": "n_positions", "mpt": "max_seq_len"}
+
+
+@pytest.mark.parametrize(
+    "model_type", ["gpt2", "codegen", "mpt", "opt", "gpt_bigcode", "gpt_neo", "llama"]
+)
+def test_windows_are_within_the_positions_of_the_model(
+    tmp_path: Path, model_type: str, run: Run
+) -> None:
+    """The default of 2,048 tokens and bytes is more than some models have positions for."""
+    key = KEYS.get(model_type, "max_position_embeddings")
+    changes: dict[str, Any] = {key: FEW}
+    path = tiny.save(tmp_path / "model", model_type, **changes)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(tiny.prose(9000).split()), encoding="utf-8")
+    data = ("--data", text)
+    scored = run("score", path, *data, "--json")
+    assert scored.exit_code == 0, scored.output
+    assert f"than the model has positions ({FEW})" in scored.stderr
+    assert json.loads(scored.stdout)["bytes"] == len(text.read_bytes())
+    shorter = run("score", path, *data, "--json", "--window-bytes", 30)
+    assert "positions" not in shorter.stderr
+    if not layout_of(path).widths:
+        return
+    calibrated = run("calibrate", path, *data, "-o", tmp_path / "s")
+    assert calibrated.exit_code == 0, calibrated.output
+    assert f"the model has {FEW} positions" in calibrated.stderr
+    info = ChannelStats.load(tmp_path / "s").info
+    assert info.seq_len == FEW
+    pair = ("--ratio", 0.1, "--multiple-of", 8, "--candidates", "600:90,500:96")
+    searched = run("search", path, *data, *pair, "--samples", 2)
+    assert searched.exit_code == 0, searched.output
+    sizes = ("--vocab-size", 600, "--intermediate-size", 90)
+    pruned = run("prune", path, *data, *sizes, "-o", tmp_path / "out", "--samples", 2)
+    assert pruned.exit_code == 0, pruned.output
+    assert run("verify", tmp_path / "out", "--forward").exit_code == 0
+
+
+def test_a_text_in_several_windows_gives_each_token_once() -> None:
+    ids = np.arange(10, 33)
+    for most in (None, 2, 5, 23, 24, 25):
+        windows = scored_windows(1, ids, most)
+        assert all(window[0] == 1 and len(window) <= (most or 24) for window in windows)
+        assert np.array_equal(np.concatenate([window[1:] for window in windows]), ids)
+        assert (len(windows) == 1) == (most is None or most >= 24)

@@ -1,13 +1,26 @@
 """Pairs of sizes that meet a target, coarse to fine."""
 
+import re
+import time
+from pathlib import Path
+from typing import Any
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calib.study.search import coarse, fine, parse_candidates
 from surgery.errors import SurgeryError
 from surgery.layout.layout import Layout
-from surgery.planning.sizes import TOLERANCE, Sizes, Steps, pairs_at, split
+from surgery.planning.sizes import (
+    TOLERANCE,
+    Sizes,
+    Steps,
+    _nearest,
+    _unreachable,
+    pairs_at,
+    split,
+)
 from tests.support import tiny
 from tests.support.plans import layout_of
 
@@ -65,3 +78,63 @@ def test_candidates_by_hand(layout: Layout) -> None:
     for text in ("", "1:", "a:b", "1024", "1024:256,", "9" * 30 + ":1"):
         with pytest.raises(SurgeryError, match="are no pairs of sizes"):
             parse_candidates(text, layout, "intermediate_size")
+
+
+def listed(low: int, high: int, step: int) -> list[int]:
+    """Every size: multiples of the step from ``low`` on, and ``high``."""
+    return sorted({*(size for size in range(low, high + 1) if size % step == 0), high})
+
+
+@given(
+    low=st.integers(1, 60),
+    more=st.integers(0, 300),
+    step=st.integers(1, 90),
+    halves=st.integers(-400, 1200),
+    off=st.sampled_from([0.0, 0.0, 0.1, -1e-9]),
+)
+def test_the_nearest_size_is_that_of_the_listing(
+    low: int, more: int, step: int, halves: int, off: float
+) -> None:
+    high, wanted = low + more, halves / 2 + off
+    expected = min(listed(low, high, step), key=lambda size: abs(size - wanted))
+    assert _nearest(wanted, low, high, step) == expected
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    ratio=st.floats(0.3, 0.999),
+    smallest=st.sampled_from([300, 700, 1536]),
+    vocab=st.sampled_from([7, 64, 400, 2000]),
+    width=st.sampled_from([9, 32, 300, 600]),
+)
+def test_the_nearest_ratio_is_that_of_all_pairs(
+    layout: Layout, ratio: float, smallest: int, vocab: int, width: int
+) -> None:
+    full = layout.parameters(layout.vocab_size, layout.widths)
+    removed = [
+        1 - layout.parameters(rows, {"intermediate_size": channels}) / full
+        for rows in listed(smallest, layout.vocab_size, vocab)
+        for channels in listed(1, layout.widths["intermediate_size"], width)
+    ]
+    nearest = min(removed, key=lambda share: abs(share - ratio))
+    error = str(_unreachable(layout, ratio, smallest, Steps(vocab, width)))
+    said = re.search(r"at most ([0-9.]+); nearest is ([0-9.]+)", error)
+    assert said is not None
+    most, near = map(float, said.groups())
+    assert most == pytest.approx(max(removed), abs=6e-5)
+    assert abs(near - ratio) == pytest.approx(abs(nearest - ratio), abs=6e-5)
+
+
+def test_steps_of_one_take_no_time_at_the_width_of_a_large_model(tmp_path: Path) -> None:
+    """All pairs of V' and I' of an 8B model are 1.8 billion."""
+    sizes_of_8b: dict[str, Any] = {"vocab_size": 128_256, "intermediate_size": 14_336}
+    large = layout_of(tiny.save(tmp_path / "model", hidden_size=32, **sizes_of_8b))
+    start = time.process_time()
+    sizes = split(large, 0.2, 3000, Steps(1, 1))
+    removed = 1 - large.parameters(sizes.vocab_size, sizes.widths) / large.parameters(
+        large.vocab_size, large.widths
+    )
+    assert removed == pytest.approx(0.2, abs=1e-3)
+    with pytest.raises(SurgeryError, match="cannot be met"):
+        split(large, 0.99999, 3000, Steps(1, 1))
+    assert time.process_time() - start < 20

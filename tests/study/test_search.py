@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from calib.study.table import LAYER_METHODS, METHODS
 from surgery.planning.plan import Plan
 from tests.support import tiny
-from tests.support.command import Run
+from tests.support.command import Run, assert_refused
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -169,7 +170,7 @@ def test_compare_by_amount_of_text(model: Path, prose: Path, tmp_path: Path, run
         (("search", "--ratio", 0.2, "--plot", "no/p.png"), "no/p.png: its directory"),
         (("compare", "--ratio", 0.2, "--plot", "no/p.png"), "its directory does not exist"),
         (("compare", "--ratio", "x"), "is no list of numbers"),
-        (("compare", "--ratio", "0.2,-1"), "has a number that is not above 0"),
+        (("compare", "--ratio", "0.2,-1"), "is not between 0 and 1,000,000"),
         (("compare", "--ratio", "0.2", "--methods", "magic"), "--methods: no method magic"),
         (
             ("plan", "--ratio", 0.2, "--repair", "least-squares"),
@@ -194,3 +195,65 @@ def test_text_that_cannot_be_divided_is_refused(model: Path, tmp_path: Path, run
     result = run("search", model, "--ratio", 0.2, "--data", short, *TEXT)
     assert result.exit_code == 2
     assert "--data" in result.output
+
+
+def test_compare_removes_no_layer_where_the_ratio_is_small(
+    model: Path, prose: Path, run: Run
+) -> None:
+    """Then every channel stays as well, and nothing else would measure the layers' influence."""
+    options = ("--ratio", 0.004, "--data", prose, *TEXT, "--multiple-of", 8, "--json")
+    for methods in ("shortgpt", "laco,shortgpt", "vocabulary,shortgpt,act2"):
+        result = run("compare", model, *options, "--methods", methods)
+        assert result.exit_code == 0, result.output
+        rows = {row["name"]: row for row in json.loads(result.stdout)["0.004"]}
+        assert set(rows) == set(methods.split(","))
+        assert rows["shortgpt"]["num_hidden_layers"] == tiny.LAYERS
+        assert rows["shortgpt"]["loss"] == 0
+
+
+def test_compare_of_one_layer_leaves_out_what_removes_layers(
+    tmp_path: Path, prose: Path, run: Run
+) -> None:
+    one = tiny.save(tmp_path / "one", **SIZES, num_hidden_layers=1)
+    options = ("--ratio", 0.1, "--data", prose, *TEXT, "--multiple-of", 8)
+    result = run("compare", one, *options, "--json")
+    assert result.exit_code == 0, result.output
+    assert "without shortgpt and laco" in result.stderr
+    names = {row["name"] for row in json.loads(result.stdout)["0.1"]}
+    assert names == set(METHODS) - set(LAYER_METHODS)
+    for method in LAYER_METHODS:
+        refused = run("compare", one, *options, "--methods", method)
+        assert_refused(refused, "has one layer", "--methods")
+
+
+@pytest.mark.parametrize("command", ["search", "search --plan", "compare", "plan", "calibrate"])
+def test_spilled_states_are_never_in_memory(
+    model: Path,
+    prose: Path,
+    tmp_path: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+) -> None:
+    stats, spill = tmp_path / "stats.safetensors", tmp_path / "spill"
+    text = ("--data", prose, *TEXT)
+    spill.mkdir()
+    assert run("calibrate", model, *text, "-o", stats).exit_code == 0
+    name, *rest = command.split()
+    ratio = ("--ratio", 0.2, "--multiple-of", 32)
+    more = {
+        "search": (*text, *ratio, "--repair", "least-squares"),
+        "compare": (*text, *ratio, "--methods", "compact,shortgpt,search"),
+        "plan": ("--data", prose, *ratio, "--stats", stats, "--repair", "least-squares"),
+        "calibrate": (*text, "-o", tmp_path / "again"),
+    }
+
+    def allocate(*_: object) -> None:
+        raise AssertionError("hidden states in memory")
+
+    monkeypatch.setattr("calib.streaming.hidden_states.HiddenStates.allocate", allocate)
+    planned = [tmp_path / "best.json" for _ in rest]
+    output = ("-o", tmp_path / "plan.json") if name == "plan" else ()
+    result = run(name, model, *more[name], *rest, *planned, *output, "--spill", spill)
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert not list(spill.iterdir())
