@@ -13,7 +13,12 @@ from surgery.config.token_ids import visit_ids
 from surgery.errors import TokenizerError
 from surgery.families.schema import Family, renumbered
 from surgery.families.table import family_of
-from surgery.files.model_files import INDEX_NAME, TOKENIZER_NAME
+from surgery.files.model_files import (
+    INDEX_NAME,
+    TEMPLATE_FOLDER,
+    TOKENIZER_NAME,
+    named_templates,
+)
 from surgery.files.strict_json import dump_json, dump_table, read_file, read_json, table_pieces
 from surgery.planning.layers import format_layers, layer_keys
 from surgery.planning.plan import Plan
@@ -115,12 +120,14 @@ OWN = ("config.json", INDEX_NAME, "README.md", "compact_surgery.json")
 def files_left_out(directory: Path, ids: IdMap) -> list[str]:
     """Return the names in ``directory`` that the output will not have."""
     included = {*OWN, *_carried(directory, ids)}
+    folder = directory / TEMPLATE_FOLDER
+    paths = [path for path in directory.iterdir() if path != folder]
+    paths += folder.iterdir() if folder.is_dir() else ()
+    names = {path.relative_to(directory).as_posix(): path for path in sorted(paths)}
     return [
-        path.name
-        for path in sorted(directory.iterdir())
-        if path.name not in included
-        and path.suffix != ".safetensors"
-        and not path.name.startswith(".")
+        name
+        for name, path in names.items()
+        if name not in included and path.suffix != ".safetensors" and not path.name.startswith(".")
     ]
 
 
@@ -235,6 +242,7 @@ def _renumbered_modules(data: dict[str, Any], numbers: Mapping[int, int]) -> dic
 
 def _carried(directory: Path, ids: IdMap) -> list[str]:
     names = sorted(path.name for path in directory.iterdir() if path.is_file())
+    names += named_templates(directory)
     if not ids.identity and is_legacy(directory):
         names.append(TOKENIZER_NAME)  # a pruned vocabulary always has one
     return [
@@ -243,19 +251,21 @@ def _carried(directory: Path, ids: IdMap) -> list[str]:
         if CARRIED.fullmatch(name)
         and name not in OWN
         and not name.endswith(".safetensors")
-        and not _leaves_model(directory / name)
+        and not _leaves_model(directory / name, directory)
         and (ids.identity or name not in SHADOWING or _can_be_pruned(directory / name))
     ]
 
 
-def _leaves_model(path: Path) -> bool:
-    """Whether a file other than JSON is a link out of its model: it would be published unread.
+def _leaves_model(path: Path, directory: Path) -> bool:
+    """Whether a file other than JSON is, or lies behind, a link out of the model in ``directory``.
+
+    It would be published unread.
 
     The hub's cache keeps a model's files in a folder of blobs beside its snapshots.
     """
-    if path.suffix == ".json" or not path.is_symlink():
+    if path.suffix == ".json":
         return False
-    target, model = path.resolve(), path.parent.resolve()
+    target, model = path.resolve(), directory.resolve()
     return not (target.is_relative_to(model) or target.parent == model.parent.parent / "blobs")
 
 

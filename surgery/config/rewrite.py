@@ -11,7 +11,7 @@ from surgery.config.token_ids import referenced_ids, visit_ids
 from surgery.errors import TokenizerError
 from surgery.families.default_ids import OFFSET_SECTIONS, SECTIONS, fill_defaults
 from surgery.families.schema import Family
-from surgery.files.model_files import INDEX_NAME, TOKENIZER_NAME
+from surgery.files.model_files import INDEX_NAME, TOKENIZER_NAME, named_templates
 from surgery.files.strict_json import read_file, read_json
 from surgery.tokenizer.id_map import IdMap
 
@@ -80,7 +80,11 @@ def remove_tokens(
 
 def template_tokens(directory: Path, tokens: Mapping[str, int]) -> set[int]:
     """Ids of those ``tokens`` whose text occurs in a chat template of ``directory``."""
-    texts = [read_file(p).decode("utf-8", "replace") for p in sorted(directory.glob("*.jinja"))]
+    files = [
+        *sorted(directory.glob("*.jinja")),
+        *map(directory.joinpath, named_templates(directory)),
+    ]
+    texts = [read_file(path).decode("utf-8", "replace") for path in files]
     for path in _documents(directory):
         template = read_json(path).get("chat_template")
         named = template if isinstance(template, list) else [{"template": template}]

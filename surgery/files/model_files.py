@@ -18,6 +18,17 @@ LEGACY_NAMES = (
 )
 """What a tokenizer is built from where tokenizer.json is absent; the first two must be there."""
 
+TEMPLATE_FOLDER = "additional_chat_templates"
+TEMPLATE = re.compile(rf"{TEMPLATE_FOLDER}/\w[\w .-]*\.jinja")
+"""Chat templates that a caller asks for by name, such as ``tool_use``; the file's name is its."""
+
+
+def named_templates(directory: Path) -> list[str]:
+    """Return the files in ``directory`` that hold chat templates with names, as ``TEMPLATE``."""
+    found = sorted((directory / TEMPLATE_FOLDER).glob("*.jinja"))
+    names = (f"{TEMPLATE_FOLDER}/{path.name}" for path in found if path.is_file())
+    return [name for name in names if TEMPLATE.fullmatch(name)]
+
 
 def weight_map_of(path: Path, index: dict[str, Any]) -> dict[str, str]:
     """Return tensor → shard by the index of directory ``path``, which names no file elsewhere.

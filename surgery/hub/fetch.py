@@ -3,12 +3,13 @@
 import re
 import sys
 from collections.abc import Sequence
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from surgery.errors import CheckpointError
 from surgery.files.atomic import write_atomic
-from surgery.files.model_files import INDEX_NAME, SINGLE_NAME, weight_map_of
+from surgery.files.model_files import INDEX_NAME, SINGLE_NAME, TEMPLATE, weight_map_of
 from surgery.files.strict_json import read_json
 from surgery.hub.remote_file import TRIES, RemoteFile, client_errors, refused, retried
 from surgery.hub.skeleton import LIBRARY, Skeleton, download_small
@@ -17,7 +18,8 @@ PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "LICENSE*"
 """Files that pruning reads or carries over."""
 
 IGNORED = ["*/*", ".*", "consolidated*"]
-"""Folders, and weights a second time in another layout; "*" alone matches across folders."""
+"""Folders, and weights a second time in another layout; "*" alone matches across folders. The one
+folder that is wanted is that of ``TEMPLATE``."""
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -52,7 +54,7 @@ def fetch_model(repo: str, revision: str | None) -> tuple[Path, str]:
         raise refused(where, error) from error
     _remember(repo, revision or "main", commit)
     if snapshot := _complete_snapshot(repo, commit):
-        download_snapshot(repo, commit)
+        download_snapshot(repo, commit, [file.name for file in files])
         return snapshot, commit
     path = _place(repo, commit)
     if Skeleton.at(path) is None:
@@ -60,8 +62,8 @@ def fetch_model(repo: str, revision: str | None) -> tuple[Path, str]:
     return path, commit
 
 
-def download_snapshot(repo: str, commit: str) -> Path:
-    """Bring what is missing of a whole model into the user's cache.
+def download_snapshot(repo: str, commit: str, names: Sequence[str]) -> Path:
+    """Bring what is missing of the files ``names`` of a model into the user's cache.
 
     Raises:
         CheckpointError: the hub does not give it out.
@@ -72,9 +74,7 @@ def download_snapshot(repo: str, commit: str) -> Path:
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
-        path = snapshot_download(
-            repo, revision=commit, allow_patterns=PATTERNS, ignore_patterns=IGNORED
-        )
+        path = snapshot_download(repo, revision=commit, allow_patterns=[*map(escape, names)])
     except (OSError, ValueError) as error:
         raise refused(f"{repo}@{commit}", error) from error
     return Path(path)
@@ -93,7 +93,8 @@ def _listing(repo: str, revision: str | None) -> tuple[str, list[RemoteFile]]:
     if not COMMIT.fullmatch(info.sha or ""):
         raise ValueError(f"the hub names no commit: {info.sha!r}")
     names = {sibling.rfilename: sibling for sibling in info.siblings or []}
-    wanted = filter_repo_objects(names, allow_patterns=PATTERNS, ignore_patterns=IGNORED)
+    wanted = [*filter_repo_objects(names, allow_patterns=PATTERNS, ignore_patterns=IGNORED)]
+    wanted += filter(TEMPLATE.fullmatch, names)
     return str(info.sha), [_remote_file(repo, str(info.sha), names[name]) for name in wanted]
 
 
