@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.config.rewrite import dequantized_config, remove_tokens, rewrite_config
+from surgery.config.rewrite import CODE, dequantized_config, remove_tokens, rewrite_config
 from surgery.config.token_ids import visit_ids
 from surgery.errors import TokenizerError
 from surgery.families.schema import Family, renumbered
 from surgery.families.table import family_of
 from surgery.files.model_files import (
+    DOCUMENTS,
     INDEX_NAME,
+    JSON_NAMES,
     TEMPLATE_FOLDER,
+    TOKEN_TABLES,
     TOKENIZER_NAME,
     named_templates,
 )
@@ -89,26 +92,21 @@ def _base_model(plan: Plan, checkpoint: Checkpoint) -> str:
 
 
 CARRIED = re.compile(
-    r".+\.(json|jinja)|merges\.txt|tokenizer\.model|(LICENSE|NOTICE|USE_POLICY|COPYRIGHT).*",
+    r".+\.jinja|merges\.txt|tokenizer\.model|(LICENSE|NOTICE|USE_POLICY|COPYRIGHT).*",
     re.IGNORECASE,
 )
-"""Files that an output may have; all others are left out (``files_left_out``)."""
+"""Files that an output may have besides ``JSON_NAMES``; all others are left out
+(``files_left_out``)."""
 
 SENTENCEPIECE_NAME = "tokenizer.model"
 
-SHADOWING = ("tekken.json", "params.json", SENTENCEPIECE_NAME)
+SHADOWING = ("tekken.json", SENTENCEPIECE_NAME)
 """Vocabulary files that other loaders prefer silently; none may stay stale beside a pruned one."""
-
-CODE = "auto_map"
-"""Key that points at Python files of a checkpoint, which are never run and are left out."""
 
 UNQUANTIZED = ("modules_to_not_convert", "ignored_layers")
 """Keys of a quantization_config whose lists name the modules that are not quantized."""
 
 LAYER_OF = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.([0-9]+)(?:\.|$)")
-
-TABLES = ("vocab.json", "added_tokens.json")
-"""Files that map token → id."""
 
 Content = bytes | Iterator[bytes]
 """Content of a file, whole or in pieces."""
@@ -171,8 +169,7 @@ def check_companions(plan: Plan, checkpoint: Checkpoint, source: TokenizerFile |
     if ids.identity or source is None:
         return
     for path in (directory / name for name in _carried(directory, ids)):
-        is_table = path.suffix == ".json" and path.name != TOKENIZER_NAME
-        if is_table or path.name == SENTENCEPIECE_NAME:
+        if path.name in (*DOCUMENTS, *TOKEN_TABLES, SENTENCEPIECE_NAME):
             _rewrite(path, source.token_ids, ids)
 
 
@@ -190,7 +187,7 @@ def rewrite_document(path: Path, tokens: Mapping[str, int], ids: IdMap) -> dict[
     if path.name == "tokenizer_config.json" and type(data.get("vocab_size")) is int:
         sizes = {ids.old_size: ids.new_size, len(tokens): len(KeptTokens(tokens, ids))}
         data["vocab_size"] = sizes.get(data["vocab_size"], data["vocab_size"])
-    return {key: value for key, value in data.items() if key != CODE}
+    return {key: value for key, value in data.items() if key not in CODE}
 
 
 def pruned_config(plan: Plan, checkpoint: Checkpoint) -> bytes:
@@ -248,7 +245,7 @@ def _carried(directory: Path, ids: IdMap) -> list[str]:
     return [
         name
         for name in names
-        if CARRIED.fullmatch(name)
+        if (name in JSON_NAMES or CARRIED.fullmatch(name))
         and name not in OWN
         and not name.endswith(".safetensors")
         and not _leaves_model(directory / name, directory)
@@ -263,7 +260,7 @@ def _leaves_model(path: Path, directory: Path) -> bool:
 
     The hub's cache keeps a model's files in a folder of blobs beside its snapshots.
     """
-    if path.suffix == ".json":
+    if path.name in JSON_NAMES:
         return False
     target, model = path.resolve(), directory.resolve()
     return not (target.is_relative_to(model) or target.parent == model.parent.parent / "blobs")
@@ -277,9 +274,9 @@ def _can_be_pruned(path: Path) -> bool:
 def _copy(path: Path) -> bytes:
     """Return the file unchanged, except that a pointer to code is removed."""
     raw = read_file(path)
-    if path.suffix != ".json" or CODE.encode() not in raw:
+    if path.name not in DOCUMENTS or not any(key.encode() in raw for key in CODE):
         return raw
-    return dump_json({key: value for key, value in read_json(path).items() if key != CODE})
+    return dump_json({key: value for key, value in read_json(path).items() if key not in CODE})
 
 
 def _merge_lines(tokenizer: dict[str, Any]) -> Iterator[bytes]:
@@ -296,11 +293,11 @@ FROM_TOKENIZER: dict[str, Callable[[dict[str, Any]], Iterator[bytes]]] = {
 
 
 def _rewrite(path: Path, tokens: Mapping[str, int], ids: IdMap) -> bytes:
-    if path.name in TABLES:
+    if path.name in TOKEN_TABLES:
         return dump_table(_rewrite_table(path, tokens, ids))
     if path.name == SENTENCEPIECE_NAME:
         return prune_sentencepiece(read_file(path), path, tokens, ids)
-    if path.suffix == ".json":
+    if path.name in DOCUMENTS:
         return dump_json(rewrite_document(path, tokens, ids))
     return read_file(path)
 

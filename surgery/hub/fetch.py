@@ -9,13 +9,21 @@ from typing import Any
 
 from surgery.errors import CheckpointError
 from surgery.files.atomic import write_atomic
-from surgery.files.model_files import INDEX_NAME, SINGLE_NAME, TEMPLATE, weight_map_of
+from surgery.files.model_files import (
+    ADAPTER_NAME,
+    INDEX_NAME,
+    JSON_NAMES,
+    SINGLE_NAME,
+    TEMPLATE,
+    weight_map_of,
+)
 from surgery.files.strict_json import read_json
 from surgery.hub.remote_file import TRIES, RemoteFile, client_errors, refused, retried
 from surgery.hub.skeleton import LIBRARY, Skeleton, download_small
 
-PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "LICENSE*", "NOTICE*", "*.md"]
-"""Files that pruning reads or carries over."""
+PATTERNS = [*JSON_NAMES, ADAPTER_NAME, "*.safetensors", "merges.txt", "vocab.txt", "*.jinja"]
+PATTERNS += ["*.model", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*", "COPYRIGHT*"]
+"""Files that pruning reads or carries over, or says something about."""
 
 IGNORED = ["*/*", ".*", "consolidated*"]
 """Folders, and weights a second time in another layout; "*" alone matches across folders. The one
@@ -54,7 +62,8 @@ def fetch_model(repo: str, revision: str | None) -> tuple[Path, str]:
         raise refused(where, error) from error
     _remember(repo, revision or "main", commit)
     if snapshot := _complete_snapshot(repo, commit):
-        download_snapshot(repo, commit, [file.name for file in files])
+        names = [file.name for file in files if not file.name.endswith(".safetensors")]
+        download_snapshot(repo, commit, names)
         return snapshot, commit
     path = _place(repo, commit)
     if Skeleton.at(path) is None:

@@ -1,11 +1,14 @@
 """The files beside the weights: what an output has of them, and what it leaves out."""
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
-from surgery.api import apply_plan
+from surgery.api import apply_plan, make_plan, verify_checkpoint
 from surgery.apply.companions import files_left_out
 from tests.support import tiny
 from tests.support.plans import random_plan
@@ -44,3 +47,79 @@ def test_a_folder_of_templates_out_of_the_model_is_not_copied(source: Path, tmp_
     apply_plan(plan, source=source, output=tmp_path / "out")
     assert not (tmp_path / "out" / FOLDER).exists()
     assert files_left_out(source, plan.ids()) == [f"{FOLDER}/x.jinja"]
+
+
+UNRELATED = {
+    "trainer_state.json": '{"log_history": [{"loss": NaN, "pad_token_id": 700}], "step": 3}',
+    "modules.json": '[{"idx": 0, "path": "1_Pooling", "type": "sentence_transformers.models"}]',
+    "results.json": '{"a": 1}\n{"a": 2}\n',
+    "deep.json": "[" * 5_000,
+    "latin.json": b'{"name": "\xe9"}',
+    "params.json": '{"hidden_dim": 96}',
+    "adapter_config.json": '{"base_model_name_or_path": "org/base"}',
+}
+"""Files of real repositories that are not the model's; their numbers and names are the source's."""
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every string in parsed JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for child in value.values() if isinstance(value, dict) else value:
+            yield from strings(child)
+
+
+@pytest.mark.parametrize("vocab_size", [512, tiny.VOCAB_SIZE])
+def test_files_that_are_not_the_model_s_are_left_out_unread(
+    source: Path, tmp_path: Path, vocab_size: int
+) -> None:
+    plain = make_plan(source, vocab_size=vocab_size)
+    apply_plan(plain, output=tmp_path / "plain")
+    for name, content in UNRELATED.items():
+        raw = content if isinstance(content, bytes) else content.encode()
+        (source / name).write_bytes(raw)
+    (source / "configuration.json").write_text("{not read}")
+    plan, out = make_plan(source, vocab_size=vocab_size), tmp_path / "out"
+    apply_plan(plan, output=out)
+    assert verify_checkpoint(out).ok
+    names = {path.name for path in (tmp_path / "plain").iterdir()}
+    assert {path.name for path in out.iterdir()} == names | {"configuration.json"}
+    assert (out / "configuration.json").read_text() == "{not read}"
+    assert files_left_out(source, plan.ids()) == sorted(UNRELATED)
+
+
+def test_a_plan_says_that_an_adapter_is_no_part_of_it(source: Path) -> None:
+    assert not any("adapter" in note for note in make_plan(source, vocab_size=512).provenance.notes)
+    (source / "adapter_config.json").write_text("{}")
+    assert any(
+        "adapter_config.json" in note for note in make_plan(source, vocab_size=512).provenance.notes
+    )
+
+
+@pytest.mark.parametrize("vocab_size", [512, tiny.VOCAB_SIZE])
+def test_every_file_that_the_output_names_is_there(
+    source: Path, tmp_path: Path, vocab_size: int
+) -> None:
+    code = {
+        "auto_map": {"AutoModel": "modeling_x.Model"},
+        "custom_pipelines": {"chat": {"impl": "pipeline_x.Chat", "pt": ["AutoModel"]}},
+    }
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        data = json.loads((source / name).read_text())
+        (source / name).write_text(json.dumps(data | code))
+    for name in ("modeling_x.py", "pipeline_x.py", "adapter_model.safetensors", "1_Pooling"):
+        (source / name).touch()
+    for name in ("modules.json", "adapter_config.json"):
+        (source / name).write_text(UNRELATED[name])
+    out = tmp_path / "out"
+    apply_plan(make_plan(source, vocab_size=vocab_size), output=out)
+    named = {
+        text.partition(".")[0]
+        for path in out.glob("*.json")
+        if path.name != "tokenizer.json"
+        for text in strings(json.loads(path.read_text()))
+    }
+    lost = {path.stem for path in source.iterdir() if not (out / path.name).exists()}
+    assert {"modeling_x", "pipeline_x", "1_Pooling", "adapter_model"} <= lost
+    assert not named & lost

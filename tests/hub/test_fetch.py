@@ -23,6 +23,9 @@ UNWANTED = (
     "original/params.json",
     "onnx/config.json",
     "onnx/template.jinja",
+    "trainer_state.json",
+    "modules.json",
+    "corpus.txt",
 )
 """Files of real repositories that are large or that pruning has no use for."""
 
