@@ -35,10 +35,11 @@ LICENSE = re.compile(r"^license: *(\S+) *$", re.MULTILINE)
 
 def model_card(plan: Plan, checkpoint: Checkpoint) -> bytes:
     """Return README.md of the output; its license is the one that the source's card names."""
-    base = _base_model(plan, checkpoint)
+    hub_id = plan.hub_id
+    base = hub_id.partition("@")[0] if hub_id else plan.published().source
     before, after = plan.before, plan.after
     removed = 1 - after.parameters / before.parameters
-    head = ["---", f"base_model: {json.dumps(base)}"]
+    head = ["---"] + ([f"base_model: {json.dumps(base)}"] if hub_id else [])
     card = checkpoint.path / "README.md"
     if card.exists() and (found := LICENSE.search(read_file(card).decode("utf-8", "replace"))):
         head.append(f"license: {found[1]}")
@@ -55,9 +56,8 @@ tags:
 
 # {base}, pruned by {removed:.1%}
 
-A smaller checkpoint of `{base}`: rare vocabulary rows and unimportant FFN channels were removed
-with COMPACT (arXiv 2509.06836). {_layers(plan)}The layout is the standard one and loads like its
-base model.
+A smaller checkpoint of `{base}`, pruned with COMPACT (arXiv 2509.06836). {_layers(plan)}The layout
+is the standard one and loads like its base model.
 
 | | before | after |
 |---|---:|---:|
@@ -67,9 +67,7 @@ base model.
 | parameters | {before.parameters:,} | {after.parameters:,} |
 | bytes of weights | {before.nbytes:,} | {after.nbytes:,} |
 
-Channels by {plan.provenance.criterion} over {plan.provenance.calibration_tokens:,} calibration
-tokens, tokens by merge order. Training-free. Plan `{plan.digest[:16]}`, whole in
-`compact_surgery.json`.
+{_method(plan)}Plan `{plan.digest[:16]}`, whole in `compact_surgery.json`.
 """
     return text.encode("utf-8")
 
@@ -83,12 +81,18 @@ def _layers(plan: Plan) -> str:
     )
 
 
-def _base_model(plan: Plan, checkpoint: Checkpoint) -> str:
-    """Return the hub id where it is known, else the directory's name, but never a local path."""
-    for name in (checkpoint.config.get("_name_or_path"), plan.source.partition("@")[0]):
-        if isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-            return name
-    return checkpoint.path.resolve().name
+def _method(plan: Plan) -> str:
+    """Return how what is kept was chosen, of each kind that the plan removes."""
+    made, lines = plan.provenance, []
+    if plan.after.widths != plan.before.widths:
+        tokens = f" over {made.calibration_tokens:,} calibration tokens"
+        over = tokens if made.calibration_tokens and made.criterion != "random" else ""
+        lines.append(f"FFN channels were kept by {made.criterion}{over}.")
+    if not plan.ids().identity:
+        order = {"merge-order": " by merge order", "frequency": " by their frequency in a text"}
+        by = order.get(plan.vocabulary.order, "") if plan.vocabulary else ""
+        lines.append(f"The vocabulary's rarest rows{by} were removed.")
+    return "".join(f"{line}\n" for line in [*lines, "Training-free."])
 
 
 CARRIED = re.compile(

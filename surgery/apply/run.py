@@ -278,5 +278,4 @@ def _is_written(output: Path, plan: Plan) -> bool:
 
 
 def _provenance(plan: Plan) -> bytes:
-    without_output = msgspec.structs.replace(plan, output=None)
-    return dump_table(ProvenanceFile(__version__, plan.digest, without_output))
+    return dump_table(ProvenanceFile(__version__, plan.digest, plan.published()))

@@ -214,7 +214,9 @@ def resolve_model(model: str) -> tuple[Path, str]:
 
 
 def source_at_hand(source: str) -> Path | None:
-    """Return the directory of a plan's source, or None where it is gone."""
+    """Return the directory of a plan's source, or None where it is gone or is a name alone."""
+    if not Path(source).is_absolute() and not HUB_ID.fullmatch(source):
+        return None
     try:
         return resolve_model(source)[0]
     except CheckpointError:

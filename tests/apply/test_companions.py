@@ -5,12 +5,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from transformers import AutoTokenizer
 
 from surgery.api import apply_plan, make_plan, verify_checkpoint
 from surgery.apply.companions import files_left_out
+from surgery.planning.plan import Plan
+from surgery.verify.files import SAME_BYTES, SAME_TEXT
 from tests.support import tiny
+from tests.support.contents import snapshot
 from tests.support.plans import random_plan
 
 FOLDER = "additional_chat_templates"
@@ -50,13 +54,13 @@ def test_a_folder_of_templates_out_of_the_model_is_not_copied(source: Path, tmp_
 
 
 UNRELATED = {
-    "trainer_state.json": '{"log_history": [{"loss": NaN, "pad_token_id": 700}], "step": 3}',
-    "modules.json": '[{"idx": 0, "path": "1_Pooling", "type": "sentence_transformers.models"}]',
-    "results.json": '{"a": 1}\n{"a": 2}\n',
-    "deep.json": "[" * 5_000,
+    "trainer_state.json": b'{"log_history": [{"loss": NaN, "pad_token_id": 700}], "step": 3}',
+    "modules.json": b'[{"idx": 0, "path": "1_Pooling", "type": "sentence_transformers.models"}]',
+    "results.json": b'{"a": 1}\n{"a": 2}\n',
+    "deep.json": b"[" * 5_000,
     "latin.json": b'{"name": "\xe9"}',
-    "params.json": '{"hidden_dim": 96}',
-    "adapter_config.json": '{"base_model_name_or_path": "org/base"}',
+    "params.json": b'{"hidden_dim": 96}',
+    "adapter_config.json": b'{"base_model_name_or_path": "org/base"}',
 }
 """Files of real repositories that are not the model's; their numbers and names are the source's."""
 
@@ -77,8 +81,7 @@ def test_files_that_are_not_the_model_s_are_left_out_unread(
     plain = make_plan(source, vocab_size=vocab_size)
     apply_plan(plain, output=tmp_path / "plain")
     for name, content in UNRELATED.items():
-        raw = content if isinstance(content, bytes) else content.encode()
-        (source / name).write_bytes(raw)
+        (source / name).write_bytes(content)
     (source / "configuration.json").write_text("{not read}")
     plan, out = make_plan(source, vocab_size=vocab_size), tmp_path / "out"
     apply_plan(plan, output=out)
@@ -111,7 +114,7 @@ def test_every_file_that_the_output_names_is_there(
     for name in ("modeling_x.py", "pipeline_x.py", "adapter_model.safetensors", "1_Pooling"):
         (source / name).touch()
     for name in ("modules.json", "adapter_config.json"):
-        (source / name).write_text(UNRELATED[name])
+        (source / name).write_bytes(UNRELATED[name])
     out = tmp_path / "out"
     apply_plan(make_plan(source, vocab_size=vocab_size), output=out)
     named = {
@@ -123,3 +126,76 @@ def test_every_file_that_the_output_names_is_there(
     lost = {path.stem for path in source.iterdir() if not (out / path.name).exists()}
     assert {"modeling_x", "pipeline_x", "1_Pooling", "adapter_model"} <= lost
     assert not named & lost
+
+
+def test_the_same_plan_gives_the_same_bytes_wherever_it_is(tmp_path: Path) -> None:
+    found = []
+    for place in ("here", "there"):
+        (tmp_path / place / "mine").mkdir(parents=True)
+        source = tiny.save(tmp_path / place / "model")
+        out = tmp_path / place / "mine" / "out"
+        random_plan(source, 512, 64).save(tmp_path / place / "plan.json")
+        apply_plan(tmp_path / place / "plan.json", output=out)
+        found.append(snapshot(out))
+    assert found[0] == found[1]
+    assert [name for name, raw in found[0].items() if str(tmp_path).encode() in raw] == []
+
+
+def card_of(source: Path, output: Path, plan: Plan) -> str:
+    apply_plan(plan, source=source, output=output)
+    return (output / "README.md").read_text("utf-8")
+
+
+def test_the_model_card_says_what_is_so(source: Path, tmp_path: Path) -> None:
+    data = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(data | {"_name_or_path": "models/llama"}))
+    channels = card_of(source, tmp_path / "channels", random_plan(source, tiny.VOCAB_SIZE, 64))
+    assert "act2 over 1 calibration tokens" in channels
+    assert "rows" not in channels.partition("| bytes")[2]
+    rows = make_plan(source, vocab_size=512)
+    text = card_of(source, tmp_path / "rows", rows)
+    assert "rows by merge order" in text
+    assert "calibration" not in text
+    counted = make_plan(source, vocab_size=512, vocab_by="frequency", data=[tiny.prose()])
+    assert "by their frequency" in card_of(source, tmp_path / "counted", counted)
+    assert "models/llama" not in text
+    assert "base_model" not in text
+    assert "A smaller checkpoint of `model`" in text
+
+
+@pytest.mark.parametrize(
+    ("named", "base", "published"),
+    [
+        ("org/name@main", "org/name", "org/name@main"),
+        (f"/c/models--org--na-me/snapshots/{'0' * 40}", "org/na-me", f"org/na-me@{'0' * 40}"),
+        ("/home/me/models/mine", None, "mine"),
+        ("C:\\models\\mine\\", None, "mine"),
+    ],
+)
+def test_the_base_model_is_the_hub_s(
+    source: Path, tmp_path: Path, named: str, base: str | None, published: str
+) -> None:
+    plan = msgspec.structs.replace(make_plan(source, vocab_size=512), source=named)
+    card = card_of(source, tmp_path / "out", plan)
+    assert (f'base_model: "{base}"' in card) == (base is not None)
+    assert ("base_model" in card) == (base is not None)
+    written = json.loads((tmp_path / "out" / "compact_surgery.json").read_text())
+    assert written["plan"]["source"] == published
+    assert plan.published().digest == plan.digest
+
+
+def test_verify_finds_the_source_by_the_plan_beside_the_output(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, plan = tmp_path / "out", tmp_path / "any name"
+    random_plan(source, 512, 64).save(plan)
+    apply_plan(plan, output=out)
+    monkeypatch.chdir(tmp_path)  # a directory of the source's name is not the source
+    random_plan(source, 512, 48).save(tmp_path / "other.plan.json")
+    (tmp_path / "broken.plan.json").write_text("{")
+    assert not verify_checkpoint(out).skipped
+    plan.unlink()
+    report = verify_checkpoint(out)
+    assert report.ok
+    assert set(report.skipped) == {SAME_BYTES, SAME_TEXT}
+    assert not verify_checkpoint(out, source=source).skipped
