@@ -32,7 +32,7 @@ from surgery.process import Progress
 from surgery.stats.channel_stats import ChannelStats
 from surgery.stats.channels import DEFAULT_CRITERION, LEAST_TOKENS, ChannelOptions
 from surgery.text.documents import Text, TextOptions, sources_of
-from surgery.verify.files import VerifyReport, embedded_plan
+from surgery.verify.files import VerifyReport, plan_of_output
 from surgery.vocabulary.order import VocabularyOptions
 
 
@@ -462,11 +462,11 @@ def compare_logits(
     """Compare a pruned model's logits with those of the dense model with the same channels masked.
 
     Example:
-        >>> assert calib.compare_logits("smaller").ok
+        >>> assert calib.compare_logits("smaller", plan=plan).ok
 
     Args:
         output: The pruned model's directory.
-        plan: The plan, or its file; None is the plan in the directory.
+        plan: The plan, or its file; None is the file beside the directory, or the plan within.
         source: The source's directory; None is the path in the plan.
         device: auto, cpu, cuda or mps.
 
@@ -475,14 +475,14 @@ def compare_logits(
     """
     directory = Path(output)
     loaded = Plan.load(plan) if isinstance(plan, str | Path) else plan
-    loaded = loaded or embedded_plan(directory)
+    loaded = loaded or plan_of_output(directory)
     if loaded is None:
         raise PlanError(directory, "has no plan to compare by", fix="give `plan`")
     found = Path(source) if source is not None else source_at_hand(loaded.source)
     if found is None:
         raise PlanError(
             directory,
-            "its source does not exist any more",
+            "its source is not known here, or does not exist any more",
             found=loaded.source,
             fix="give `source`",
         )

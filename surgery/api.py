@@ -21,7 +21,7 @@ from surgery.process import Progress
 from surgery.stats.channel_stats import ChannelStats
 from surgery.stats.channels import DEFAULT_CRITERION, LEAST_TOKENS, ChannelOptions
 from surgery.text.documents import Text, TextOptions, sources_of
-from surgery.verify.files import VerifyReport, embedded_plan, verify_files
+from surgery.verify.files import VerifyReport, plan_of_output, verify_files
 from surgery.vocabulary.census import VocabCensus, vocabulary_census
 from surgery.vocabulary.cost import vocabulary_cost
 from surgery.vocabulary.order import VocabularyOptions
@@ -279,12 +279,12 @@ def verify_checkpoint(
     """Check a checkpoint by its files, and against the plan and the source it was made from.
 
     Example:
-        >>> report = surgery.verify_checkpoint("smaller")
+        >>> report = surgery.verify_checkpoint("smaller", plan=plan)
         >>> assert report.ok, report.table()
 
     Args:
         output: The checkpoint's directory.
-        plan: The plan, or its file; None is the plan in the directory, if any.
+        plan: The plan, or its file; None is the file beside the directory, or the plan within.
         source: The source's directory; None is the plan's own, if it still exists.
         download: Whether to download weights of a source on the hub to compare them.
         io: As for ``apply_plan``.
@@ -295,7 +295,7 @@ def verify_checkpoint(
     """
     directory = Path(output)
     loaded = Plan.load(plan) if isinstance(plan, str | Path) else plan
-    loaded = loaded or embedded_plan(directory)
+    loaded = loaded or plan_of_output(directory)
     found = Path(source) if source is not None else None
     if found is None and loaded is not None:
         found = source_at_hand(loaded.source)

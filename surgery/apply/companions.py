@@ -8,12 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.config.rewrite import dequantized_config, remove_tokens, rewrite_config
+from surgery.config.rewrite import CODE, dequantized_config, remove_tokens, rewrite_config
 from surgery.config.token_ids import visit_ids
 from surgery.errors import TokenizerError
 from surgery.families.schema import Family, renumbered
 from surgery.families.table import family_of
-from surgery.files.model_files import INDEX_NAME, TOKENIZER_NAME
+from surgery.files.model_files import (
+    DOCUMENTS,
+    INDEX_NAME,
+    JSON_NAMES,
+    TEMPLATE_FOLDER,
+    TOKEN_TABLES,
+    TOKENIZER_NAME,
+    named_templates,
+)
 from surgery.files.strict_json import dump_json, dump_table, read_file, read_json, table_pieces
 from surgery.planning.layers import format_layers, layer_keys
 from surgery.planning.plan import Plan
@@ -27,10 +35,11 @@ LICENSE = re.compile(r"^license: *(\S+) *$", re.MULTILINE)
 
 def model_card(plan: Plan, checkpoint: Checkpoint) -> bytes:
     """Return README.md of the output; its license is the one that the source's card names."""
-    base = _base_model(plan, checkpoint)
+    hub_id = plan.hub_id
+    base = hub_id.partition("@")[0] if hub_id else plan.published().source
     before, after = plan.before, plan.after
     removed = 1 - after.parameters / before.parameters
-    head = ["---", f"base_model: {json.dumps(base)}"]
+    head = ["---"] + ([f"base_model: {json.dumps(base)}"] if hub_id else [])
     card = checkpoint.path / "README.md"
     if card.exists() and (found := LICENSE.search(read_file(card).decode("utf-8", "replace"))):
         head.append(f"license: {found[1]}")
@@ -47,9 +56,8 @@ tags:
 
 # {base}, pruned by {removed:.1%}
 
-A smaller checkpoint of `{base}`: rare vocabulary rows and unimportant FFN channels were removed
-with COMPACT (arXiv 2509.06836). {_layers(plan)}The layout is the standard one and loads like its
-base model.
+A smaller checkpoint of `{base}`, pruned with COMPACT (arXiv 2509.06836). {_layers(plan)}The layout
+is the standard one and loads like its base model.
 
 | | before | after |
 |---|---:|---:|
@@ -59,9 +67,7 @@ base model.
 | parameters | {before.parameters:,} | {after.parameters:,} |
 | bytes of weights | {before.nbytes:,} | {after.nbytes:,} |
 
-Channels by {plan.provenance.criterion} over {plan.provenance.calibration_tokens:,} calibration
-tokens, tokens by merge order. Training-free. Plan `{plan.digest[:16]}`, whole in
-`compact_surgery.json`.
+{_method(plan)}Plan `{plan.digest[:16]}`, whole in `compact_surgery.json`.
 """
     return text.encode("utf-8")
 
@@ -75,35 +81,36 @@ def _layers(plan: Plan) -> str:
     )
 
 
-def _base_model(plan: Plan, checkpoint: Checkpoint) -> str:
-    """Return the hub id where it is known, else the directory's name, but never a local path."""
-    for name in (checkpoint.config.get("_name_or_path"), plan.source.partition("@")[0]):
-        if isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-            return name
-    return checkpoint.path.resolve().name
+def _method(plan: Plan) -> str:
+    """Return how what is kept was chosen, of each kind that the plan removes."""
+    made, lines = plan.provenance, []
+    if plan.after.widths != plan.before.widths:
+        tokens = f" over {made.calibration_tokens:,} calibration tokens"
+        over = tokens if made.calibration_tokens and made.criterion != "random" else ""
+        lines.append(f"FFN channels were kept by {made.criterion}{over}.")
+    if not plan.ids().identity:
+        order = {"merge-order": " by merge order", "frequency": " by their frequency in a text"}
+        by = order.get(plan.vocabulary.order, "") if plan.vocabulary else ""
+        lines.append(f"The vocabulary's rarest rows{by} were removed.")
+    return "".join(f"{line}\n" for line in [*lines, "Training-free."])
 
 
 CARRIED = re.compile(
-    r".+\.(json|jinja)|merges\.txt|tokenizer\.model|(LICENSE|NOTICE|USE_POLICY|COPYRIGHT).*",
+    r".+\.jinja|merges\.txt|tokenizer\.model|(LICENSE|NOTICE|USE_POLICY|COPYRIGHT).*",
     re.IGNORECASE,
 )
-"""Files that an output may have; all others are left out (``files_left_out``)."""
+"""Files that an output may have besides ``JSON_NAMES``; all others are left out
+(``files_left_out``)."""
 
 SENTENCEPIECE_NAME = "tokenizer.model"
 
-SHADOWING = ("tekken.json", "params.json", SENTENCEPIECE_NAME)
+SHADOWING = ("tekken.json", SENTENCEPIECE_NAME)
 """Vocabulary files that other loaders prefer silently; none may stay stale beside a pruned one."""
-
-CODE = "auto_map"
-"""Key that points at Python files of a checkpoint, which are never run and are left out."""
 
 UNQUANTIZED = ("modules_to_not_convert", "ignored_layers")
 """Keys of a quantization_config whose lists name the modules that are not quantized."""
 
 LAYER_OF = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.([0-9]+)(?:\.|$)")
-
-TABLES = ("vocab.json", "added_tokens.json")
-"""Files that map token → id."""
 
 Content = bytes | Iterator[bytes]
 """Content of a file, whole or in pieces."""
@@ -115,12 +122,14 @@ OWN = ("config.json", INDEX_NAME, "README.md", "compact_surgery.json")
 def files_left_out(directory: Path, ids: IdMap) -> list[str]:
     """Return the names in ``directory`` that the output will not have."""
     included = {*OWN, *_carried(directory, ids)}
+    folder = directory / TEMPLATE_FOLDER
+    paths = [path for path in directory.iterdir() if path != folder]
+    paths += folder.iterdir() if folder.is_dir() else ()
+    names = {path.relative_to(directory).as_posix(): path for path in sorted(paths)}
     return [
-        path.name
-        for path in sorted(directory.iterdir())
-        if path.name not in included
-        and path.suffix != ".safetensors"
-        and not path.name.startswith(".")
+        name
+        for name, path in names.items()
+        if name not in included and path.suffix != ".safetensors" and not path.name.startswith(".")
     ]
 
 
@@ -164,8 +173,7 @@ def check_companions(plan: Plan, checkpoint: Checkpoint, source: TokenizerFile |
     if ids.identity or source is None:
         return
     for path in (directory / name for name in _carried(directory, ids)):
-        is_table = path.suffix == ".json" and path.name != TOKENIZER_NAME
-        if is_table or path.name == SENTENCEPIECE_NAME:
+        if path.name in (*DOCUMENTS, *TOKEN_TABLES, SENTENCEPIECE_NAME):
             _rewrite(path, source.token_ids, ids)
 
 
@@ -183,7 +191,7 @@ def rewrite_document(path: Path, tokens: Mapping[str, int], ids: IdMap) -> dict[
     if path.name == "tokenizer_config.json" and type(data.get("vocab_size")) is int:
         sizes = {ids.old_size: ids.new_size, len(tokens): len(KeptTokens(tokens, ids))}
         data["vocab_size"] = sizes.get(data["vocab_size"], data["vocab_size"])
-    return {key: value for key, value in data.items() if key != CODE}
+    return {key: value for key, value in data.items() if key not in CODE}
 
 
 def pruned_config(plan: Plan, checkpoint: Checkpoint) -> bytes:
@@ -235,27 +243,30 @@ def _renumbered_modules(data: dict[str, Any], numbers: Mapping[int, int]) -> dic
 
 def _carried(directory: Path, ids: IdMap) -> list[str]:
     names = sorted(path.name for path in directory.iterdir() if path.is_file())
+    names += named_templates(directory)
     if not ids.identity and is_legacy(directory):
         names.append(TOKENIZER_NAME)  # a pruned vocabulary always has one
     return [
         name
         for name in names
-        if CARRIED.fullmatch(name)
+        if (name in JSON_NAMES or CARRIED.fullmatch(name))
         and name not in OWN
         and not name.endswith(".safetensors")
-        and not _leaves_model(directory / name)
+        and not _leaves_model(directory / name, directory)
         and (ids.identity or name not in SHADOWING or _can_be_pruned(directory / name))
     ]
 
 
-def _leaves_model(path: Path) -> bool:
-    """Whether a file other than JSON is a link out of its model: it would be published unread.
+def _leaves_model(path: Path, directory: Path) -> bool:
+    """Whether a file other than JSON is, or lies behind, a link out of the model in ``directory``.
+
+    It would be published unread.
 
     The hub's cache keeps a model's files in a folder of blobs beside its snapshots.
     """
-    if path.suffix == ".json" or not path.is_symlink():
+    if path.name in JSON_NAMES:
         return False
-    target, model = path.resolve(), path.parent.resolve()
+    target, model = path.resolve(), directory.resolve()
     return not (target.is_relative_to(model) or target.parent == model.parent.parent / "blobs")
 
 
@@ -267,9 +278,9 @@ def _can_be_pruned(path: Path) -> bool:
 def _copy(path: Path) -> bytes:
     """Return the file unchanged, except that a pointer to code is removed."""
     raw = read_file(path)
-    if path.suffix != ".json" or CODE.encode() not in raw:
+    if path.name not in DOCUMENTS or not any(key.encode() in raw for key in CODE):
         return raw
-    return dump_json({key: value for key, value in read_json(path).items() if key != CODE})
+    return dump_json({key: value for key, value in read_json(path).items() if key not in CODE})
 
 
 def _merge_lines(tokenizer: dict[str, Any]) -> Iterator[bytes]:
@@ -286,11 +297,11 @@ FROM_TOKENIZER: dict[str, Callable[[dict[str, Any]], Iterator[bytes]]] = {
 
 
 def _rewrite(path: Path, tokens: Mapping[str, int], ids: IdMap) -> bytes:
-    if path.name in TABLES:
+    if path.name in TOKEN_TABLES:
         return dump_table(_rewrite_table(path, tokens, ids))
     if path.name == SENTENCEPIECE_NAME:
         return prune_sentencepiece(read_file(path), path, tokens, ids)
-    if path.suffix == ".json":
+    if path.name in DOCUMENTS:
         return dump_json(rewrite_document(path, tokens, ids))
     return read_file(path)
 

@@ -211,11 +211,15 @@ class OutputDirectory:
     def write(self, name: str, data: bytes | Iterable[bytes]) -> None:
         """Write a file other than a shard; ``data`` is whole or in pieces.
 
+        Its name may have a folder in front.
+
         Raises:
             OutputError: the file cannot be written.
         """
+        path = self.partial / name
         with self.writing(name):
-            write_atomic(self.partial / name, data)
+            path.parent.mkdir(exist_ok=True)
+            write_atomic(path, data)
 
     def commit(self) -> None:
         """Rename the output to its final name, without temporary files of lost processes."""
@@ -269,7 +273,9 @@ class OutputDirectory:
             if path.is_file() and path.stat().st_size == self._journal.finished.get(path.name)
         }
         for path in self.partial.iterdir():
-            if path.name not in whole:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name not in whole:
                 path.unlink()
         self._journal.finished = {
             name: nbytes for name, nbytes in self._journal.finished.items() if name in whole

@@ -17,7 +17,7 @@ from surgery.apply.edits import OutputTensor, edits, sources
 from surgery.apply.output_directory import OutputDirectory, remove_journal
 from surgery.apply.shard import ShardTask, write_shard
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.checkpoint.checksums import check_digest, known_digests
+from surgery.checkpoint.checksums import Checksums, known_digests
 from surgery.cluster import ENGINES, RETRIES, cluster, results
 from surgery.errors import EngineError, PlanError, SurgeryError, check_choice, check_least
 from surgery.files.model_files import INDEX_NAME
@@ -157,7 +157,7 @@ def _write_checkpoint(
     times = [time.perf_counter()]
     checkpoint = Checkpoint.open(source.absolute() if engine == "ray" else source, plan.family)
     by_shard = {n: shard for n, shard in edits(plan, read_layout(checkpoint)).items() if shard}
-    digests = _digests(checkpoint, list(by_shard), options)
+    checksums = _checksums(checkpoint, by_shard, options)
     if plan.replaced is not None:
         check_file(plan.replaced)
     files = companion_files(plan, checkpoint)
@@ -166,6 +166,8 @@ def _write_checkpoint(
     directory = OutputDirectory(output, plan.digest, source=source, resume=resume)
     todo = {name: shard for name, shard in by_shard.items() if name not in directory.finished}
     with directory:
+        for name in by_shard.keys() & directory.finished:  # perhaps by a run that checked nothing
+            checksums.check(sources(by_shard[name]) | {name})
         directory.check_space(sum(t.nbytes for shard in todo.values() for t in shard))
         for name, data in files.items():
             directory.write(name, data)
@@ -184,10 +186,10 @@ def _write_checkpoint(
         }
         if engine == "ray":
             for task in tasks.values():
-                _check_digest(task.source, digests)
+                checksums.check(_needed(task))
             write_shards_on_ray(directory, tasks, progress)
         else:
-            _write_shards(directory, tasks, digests, options.jobs, progress)
+            _write_shards(directory, tasks, checksums, options.jobs, progress)
         times.append(time.perf_counter())
         directory.write(PROVENANCE_NAME, _provenance(plan))
         directory.write("config.json", config)
@@ -199,8 +201,10 @@ def _write_checkpoint(
     return dict(zip(("prepare", "shards", "files"), spent, strict=True))
 
 
-def _digests(checkpoint: Checkpoint, names: list[str], options: ApplyOptions) -> dict[str, str]:
-    """Return shard → SHA-256 to compare it with; shards of the hub are compared as they arrive."""
+def _checksums(
+    checkpoint: Checkpoint, by_shard: Mapping[str, list[OutputTensor]], options: ApplyOptions
+) -> Checksums:
+    """Return what compares the shards that are read; those of the hub are compared as they come."""
     remote = Shards.of(checkpoint.path).remote
     if remote and options.engine == "ray":
         raise EngineError(
@@ -208,13 +212,20 @@ def _digests(checkpoint: Checkpoint, names: list[str], options: ApplyOptions) ->
             "needs the model on the file system that all nodes share",
             fix="download it there first, and name its directory",
         )
-    return known_digests(checkpoint.path, names) if options.checksum and not remote else {}
+    names = set(by_shard).union(*map(sources, by_shard.values()))
+    known = known_digests(checkpoint.path, sorted(names)) if options.checksum and not remote else {}
+    return Checksums(checkpoint.path, known)
+
+
+def _needed(task: ShardTask) -> frozenset[str]:
+    """Return the source's shards that a task reads, its own for the metadata of its header."""
+    return sources(task.tensors) | {task.source.name}
 
 
 def _write_shards(
     directory: OutputDirectory,
     tasks: Mapping[str, ShardTask],
-    digests: dict[str, str],
+    checksums: Checksums,
     jobs: int,
     progress: Advance,
 ) -> None:
@@ -227,8 +238,8 @@ def _write_shards(
             return
         task = tasks[name]
         try:
-            with shards.lease(sources(task.tensors) | {name}):
-                _check_digest(task.source, digests)
+            with shards.lease(_needed(task)):
+                checksums.check(_needed(task))
                 with directory.writing(name):
                     write_shard(task, progress)
             directory.finish(name)
@@ -243,11 +254,6 @@ def _write_shards(
                 pass
         finally:  # Ctrl-C lands here, in the main thread
             stop.set()
-
-
-def _check_digest(source: Path, digests: Mapping[str, str]) -> None:
-    if source.name in digests:
-        check_digest(source, digests[source.name])
 
 
 def _index(index: dict[str, Any], by_shard: dict[str, list[OutputTensor]], plan: Plan) -> bytes:
@@ -277,5 +283,4 @@ def _is_written(output: Path, plan: Plan) -> bool:
 
 
 def _provenance(plan: Plan) -> bytes:
-    without_output = msgspec.structs.replace(plan, output=None)
-    return dump_table(ProvenanceFile(__version__, plan.digest, without_output))
+    return dump_table(ProvenanceFile(__version__, plan.digest, plan.published()))

@@ -2,7 +2,10 @@
 
 import hashlib
 import re
+from collections import defaultdict
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from threading import Lock
 
 from surgery.errors import CheckpointError
 from surgery.files.shard_file import open_shard
@@ -19,7 +22,37 @@ HUB_METADATA = ".cache/huggingface/download"
 """Where huggingface_hub notes the digests of files that it downloaded to a directory."""
 
 
-def known_digests(directory: Path, names: list[str]) -> dict[str, str]:
+class Checksums:
+    """Compares each shard with its known SHA-256 once, whichever threads need it first."""
+
+    def __init__(self, directory: Path, digests: Mapping[str, str]) -> None:
+        """Take the shards of ``directory`` and their ``digests``; others are not compared."""
+        self._directory, self._digests = directory, digests
+        self._locks: defaultdict[str, Lock] = defaultdict(Lock)
+        self._found: dict[str, CheckpointError | None] = {}
+
+    def check(self, names: Collection[str]) -> None:
+        """Return when every one of the shards ``names`` has been read and compared.
+
+        Raises:
+            CheckpointError: as ``check_digest``.
+        """
+        for name in sorted(self._digests.keys() & set(names)):
+            with self._locks[name]:
+                if name not in self._found:
+                    self._found[name] = self._compare(name)
+            if (error := self._found[name]) is not None:
+                raise error
+
+    def _compare(self, name: str) -> CheckpointError | None:
+        try:
+            check_digest(self._directory / name, self._digests[name])
+        except CheckpointError as error:
+            return error
+        return None
+
+
+def known_digests(directory: Path, names: Collection[str]) -> dict[str, str]:
     """Return file name → known SHA-256 for each of ``names``.
 
     It is read from SHA256SUMS in ``directory``, as sha256sum writes it. Otherwise it is

@@ -272,14 +272,12 @@ class VerifyOptions:
 @gathered(
     "options",
     VerifyOptions,
-    click.option(
-        "--plan", type=path_type, help="Plan to use instead of the one in DIR/compact_surgery.json."
-    ),
+    click.option("--plan", type=path_type, help="The plan's file, if it is not beside DIR."),
     click.option(
         "--source",
         type=path_type,
         metavar="DIR",
-        help="The source model, if it has moved since the plan was made.",
+        help="The source model, if it has moved, or no plan beside DIR names it.",
     ),
     click.option(
         "--forward", is_flag=True, help="Also compare logits with the masked dense model."
@@ -291,11 +289,11 @@ def verify(directory: Path, options: VerifyOptions) -> None:
     """Check an output against its plan and its source; exit status 1 on a fault."""
     from surgery.hub.fetch import source_at_hand
     from surgery.planning.plan import Plan
-    from surgery.verify.files import embedded_plan, verify_files
+    from surgery.verify.files import plan_of_output, verify_files
 
     if not options.forward:
         refuse_idle("without --forward", "device")
-    plan = Plan.load(options.plan) if options.plan else embedded_plan(directory)
+    plan = Plan.load(options.plan) if options.plan else plan_of_output(directory)
     source = options.source or (source_at_hand(plan.source) if plan else None)
     if options.forward and (plan is None or source is None):
         raise Refusal(f"{directory}: --forward needs the plan and its source")

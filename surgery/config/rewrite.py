@@ -11,7 +11,7 @@ from surgery.config.token_ids import referenced_ids, visit_ids
 from surgery.errors import TokenizerError
 from surgery.families.default_ids import OFFSET_SECTIONS, SECTIONS, fill_defaults
 from surgery.families.schema import Family
-from surgery.files.model_files import INDEX_NAME, TOKENIZER_NAME
+from surgery.files.model_files import DOCUMENTS, named_templates
 from surgery.files.strict_json import read_file, read_json
 from surgery.tokenizer.id_map import IdMap
 
@@ -24,8 +24,8 @@ DTYPE_KEYS = ("dtype", "torch_dtype")
 TOKEN_KEY = re.compile(r"\w+_tokens?")
 """Keys that name tokens by their text, in tokenizer_config.json and similar files."""
 
-VOCABULARY_FILES = (TOKENIZER_NAME, "vocab.json", "added_tokens.json", INDEX_NAME)
-"""JSON files that list tokens or tensors instead of referring to tokens."""
+CODE = ("auto_map", "custom_pipelines")
+"""Keys that point at Python files of a checkpoint, which are never run and are left out."""
 
 
 def token_references(checkpoint: Checkpoint, tokens: dict[str, int]) -> set[int]:
@@ -80,7 +80,11 @@ def remove_tokens(
 
 def template_tokens(directory: Path, tokens: Mapping[str, int]) -> set[int]:
     """Ids of those ``tokens`` whose text occurs in a chat template of ``directory``."""
-    texts = [read_file(p).decode("utf-8", "replace") for p in sorted(directory.glob("*.jinja"))]
+    files = [
+        *sorted(directory.glob("*.jinja")),
+        *map(directory.joinpath, named_templates(directory)),
+    ]
+    texts = [read_file(path).decode("utf-8", "replace") for path in files]
     for path in _documents(directory):
         template = read_json(path).get("chat_template")
         named = template if isinstance(template, list) else [{"template": template}]
@@ -96,7 +100,7 @@ def rewrite_config(
     """Return config.json of the pruned model, key order kept.
 
     Default ids are written out: the config class would fill in the *old* ones. The pointer to
-    code (auto_map) is removed: the output has no code, and transformers knows the model type.
+    code (``CODE``) is removed: the output has no code, and transformers knows the model type.
 
     Raises:
         TokenizerError: an id that is needed is removed, or a size of the text vocabulary is not
@@ -112,7 +116,7 @@ def rewrite_config(
     for key, size in changes.items():
         text[key] = [size] * len(text[key]) if isinstance(text.get(key), list) else size
     result = {**result, family.section: text} if family.section else text
-    return {key: value for key, value in result.items() if key != "auto_map"}
+    return {key: value for key, value in result.items() if key not in CODE}
 
 
 def dequantized_config(config: dict[str, Any], family: Family) -> dict[str, Any]:
@@ -166,7 +170,7 @@ def _new_size(value: Any, ids: IdMap, where: str) -> Any:
 
 def _documents(directory: Path) -> list[Path]:
     """JSON files that may refer to tokens."""
-    return sorted(path for path in directory.glob("*.json") if path.name not in VOCABULARY_FILES)
+    return [directory / name for name in sorted(DOCUMENTS) if (directory / name).exists()]
 
 
 def _text(entry: Any) -> str:

@@ -18,6 +18,43 @@ LEGACY_NAMES = (
 )
 """A tokenizer without tokenizer.json is built from these; the first two are required."""
 
+DOCUMENTS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
+    "processor_config.json",
+)
+"""JSON files that transformers reads and that may refer to tokens: rewritten, and compared."""
+
+TOKEN_TABLES = ("vocab.json", "added_tokens.json")
+"""JSON files of token → id."""
+
+COPIED_JSON = ("configuration.json", "normalizer.json", "tekken.json")
+"""Other JSON files that loaders read; they are never parsed here."""
+
+JSON_NAMES = (TOKENIZER_NAME, INDEX_NAME, *DOCUMENTS, *TOKEN_TABLES, *COPIED_JSON)
+"""Every JSON file that belongs to a model. Any other may hold anything, and speaks of the source:
+the state of its training, its scores, a pipeline around it."""
+
+ADAPTER_NAME = "adapter_config.json"
+"""Of an adapter beside the weights, which transformers would add to them."""
+
+TEMPLATE_FOLDER = "additional_chat_templates"
+TEMPLATE = re.compile(rf"{TEMPLATE_FOLDER}/\w[\w .-]*\.jinja")
+"""Chat templates that a caller asks for by name, such as ``tool_use``; the file's name is its."""
+
+
+def named_templates(directory: Path) -> list[str]:
+    """Return the files in ``directory`` that hold chat templates with names, as ``TEMPLATE``."""
+    found = sorted((directory / TEMPLATE_FOLDER).glob("*.jinja"))
+    names = (f"{TEMPLATE_FOLDER}/{path.name}" for path in found if path.is_file())
+    return [name for name in names if TEMPLATE.fullmatch(name)]
+
 
 def weight_map_of(path: Path, index: dict[str, Any]) -> dict[str, str]:
     """Return the ``weight_map`` (tensor → shard) of the index of directory ``path``.

@@ -3,21 +3,31 @@
 import re
 import sys
 from collections.abc import Sequence
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from surgery.errors import CheckpointError
 from surgery.files.atomic import write_atomic
-from surgery.files.model_files import INDEX_NAME, SINGLE_NAME, weight_map_of
+from surgery.files.model_files import (
+    ADAPTER_NAME,
+    INDEX_NAME,
+    JSON_NAMES,
+    SINGLE_NAME,
+    TEMPLATE,
+    weight_map_of,
+)
 from surgery.files.strict_json import read_json
 from surgery.hub.remote_file import TRIES, RemoteFile, client_errors, hub_error, retried
 from surgery.hub.skeleton import LIBRARY, Skeleton, download_small
 
-PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "LICENSE*", "NOTICE*", "*.md"]
-"""Files that pruning reads or copies."""
+PATTERNS = [*JSON_NAMES, ADAPTER_NAME, "*.safetensors", "merges.txt", "vocab.txt", "*.jinja"]
+PATTERNS += ["*.model", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*", "COPYRIGHT*"]
+"""Files that pruning reads or carries over, or says something about."""
 
 IGNORED = ["*/*", ".*", "consolidated*"]
-"""Folders, and second copies of the weights in another layout. "*" also matches "/"."""
+"""Folders, and weights a second time in another layout; "*" alone matches across folders. The one
+folder that is wanted is that of ``TEMPLATE``."""
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -52,7 +62,8 @@ def fetch_model(repo: str, revision: str | None) -> tuple[Path, str]:
         raise hub_error(where, error) from error
     _record_commit(repo, revision or "main", commit)
     if snapshot := _complete_snapshot(repo, commit):
-        download_snapshot(repo, commit)
+        names = [file.name for file in files if not file.name.endswith(".safetensors")]
+        download_snapshot(repo, commit, names)
         return snapshot, commit
     path = _assets(repo, commit)
     if Skeleton.at(path) is None:
@@ -60,8 +71,8 @@ def fetch_model(repo: str, revision: str | None) -> tuple[Path, str]:
     return path, commit
 
 
-def download_snapshot(repo: str, commit: str) -> Path:
-    """Download the missing files of a model into huggingface_hub's cache.
+def download_snapshot(repo: str, commit: str, names: Sequence[str]) -> Path:
+    """Bring what is missing of the files ``names`` of a model into the user's cache.
 
     Raises:
         CheckpointError: the hub refuses the download.
@@ -72,9 +83,7 @@ def download_snapshot(repo: str, commit: str) -> Path:
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
-        path = snapshot_download(
-            repo, revision=commit, allow_patterns=PATTERNS, ignore_patterns=IGNORED
-        )
+        path = snapshot_download(repo, revision=commit, allow_patterns=[*map(escape, names)])
     except (OSError, ValueError) as error:
         raise hub_error(f"{repo}@{commit}", error) from error
     return Path(path)
@@ -93,7 +102,8 @@ def _listing(repo: str, revision: str | None) -> tuple[str, list[RemoteFile]]:
     if not COMMIT.fullmatch(info.sha or ""):
         raise ValueError(f"the hub names no commit: {info.sha!r}")
     names = {sibling.rfilename: sibling for sibling in info.siblings or []}
-    wanted = filter_repo_objects(names, allow_patterns=PATTERNS, ignore_patterns=IGNORED)
+    wanted = [*filter_repo_objects(names, allow_patterns=PATTERNS, ignore_patterns=IGNORED)]
+    wanted += filter(TEMPLATE.fullmatch, names)
     return str(info.sha), [_remote_file(repo, str(info.sha), names[name]) for name in wanted]
 
 
@@ -204,7 +214,9 @@ def resolve_model(model: str) -> tuple[Path, str]:
 
 
 def source_at_hand(source: str) -> Path | None:
-    """Return the directory of a plan's source, or None where it no longer exists."""
+    """Return the directory of a plan's source, or None where it is gone or is a name alone."""
+    if not Path(source).is_absolute() and not HUB_ID.fullmatch(source):
+        return None
     try:
         return resolve_model(source)[0]
     except CheckpointError:

@@ -116,6 +116,8 @@ def download_small(path: Path, files: Sequence[RemoteFile]) -> None:
                 fix="download the model without it and name that directory",
             )
     missing = [file for file in files if not (path / file.name).exists()]
+    for file in missing:
+        (path / file.name).parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(WORKERS) as pool:
         list(pool.map(lambda file: file.download(path / file.name), missing))
 

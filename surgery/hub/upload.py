@@ -5,12 +5,13 @@ import sys
 from pathlib import Path
 
 from surgery.errors import OutputError
-from surgery.files.model_files import INDEX_NAME
+from surgery.files.model_files import INDEX_NAME, TEMPLATE_FOLDER
 from surgery.hub.remote_file import client_errors, reason_of, retried
 
 NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-STALE = ["*.safetensors", INDEX_NAME]
-"""Weights of an earlier push that this one lacks are deleted: loaders would read them."""
+STALE = ["*.safetensors", INDEX_NAME, f"{TEMPLATE_FOLDER}/*"]
+"""Weights and chat templates that an earlier push left and this one does not have: loaders would
+take them."""
 
 SILENCE_SECONDS = 120
 """Timeout of an upload; the hub needs time for a commit of many large files."""

@@ -1,6 +1,7 @@
 """The plan: all that apply needs besides the source, as one readable JSON file."""
 
 import hashlib
+import re
 from pathlib import Path
 
 import msgspec
@@ -26,6 +27,15 @@ PROVENANCE_NAME = "compact_surgery.json"
 
 MOST_ROWLESS = 1 << 16
 """Most tokens with ids after the last row; Gemma 3 has one."""
+
+
+HUB_SOURCE = re.compile(r"\w[\w.-]*/\w[\w.-]*@\w[\w./-]*")
+"""A source on the hub; every other one is a directory."""
+
+CACHED_SOURCE = re.compile(
+    r"[\\/]models--(\w[\w.-]*?)--(\w[\w.-]*)[\\/]snapshots[\\/]([0-9a-f]{40})[\\/]?$"
+)
+"""A directory in the hub's cache: organization, name, commit."""
 
 
 class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -60,7 +70,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A pure function from the source's headers to those of the output."""
 
     source: str
-    """Directory, or hub id ``org/name@revision``."""
+    """Absolute path of a directory, or hub id ``org/name@revision``."""
     fingerprint: str
     """Digest of the source's config, tokenizer and headers."""
     output: str | None
@@ -177,10 +187,27 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return dump_table(self)
 
     @property
+    def hub_id(self) -> str | None:
+        """The source's id on the hub with its commit; None where only a directory is known."""
+        if HUB_SOURCE.fullmatch(self.source):
+            return self.source
+        cached = CACHED_SOURCE.search(self.source)
+        return f"{cached[1]}/{cached[2]}@{cached[3]}" if cached else None
+
+    def published(self) -> "Plan":
+        """Return the plan without paths of this machine: the source's hub id or bare name."""
+        replaced = self.replaced
+        if replaced is not None:
+            replaced = msgspec.structs.replace(replaced, file=_last_part(replaced.file))
+        source = self.hub_id or _last_part(self.source)
+        return msgspec.structs.replace(self, source=source, output=None, replaced=replaced)
+
+    @property
     def digest(self) -> str:
-        """SHA-256 of ``encode`` without the paths of its files."""
-        replaced = self.replaced and msgspec.structs.replace(self.replaced, file="")
-        bare = msgspec.structs.replace(self, output=None, replaced=replaced)
+        """SHA-256 of ``encode``, the same wherever the plan's files are."""
+        bare = self.published()
+        replaced = bare.replaced and msgspec.structs.replace(bare.replaced, file="")
+        bare = msgspec.structs.replace(bare, replaced=replaced)
         return hashlib.sha256(bare.encode()).hexdigest()
 
     def save(self, path: Path | str) -> None:
@@ -205,6 +232,11 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             ) from error
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise PlanError(path, "is not a plan", found=error, fix=MAKE_AGAIN) from error
+
+
+def _last_part(path: str) -> str:
+    """The name of a file or directory, of whichever system the path is."""
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1]
 
 
 def _vocabulary_rows(cost: VocabularyCost) -> list[str]:
@@ -242,4 +274,4 @@ class ProvenanceFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of compact-surgery."""
     plan_digest: str
     plan: Plan
-    """With ``output`` left out, so that the same plan gives the same bytes anywhere."""
+    """As ``Plan.published``, so that the same plan gives the same bytes anywhere."""

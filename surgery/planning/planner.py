@@ -8,6 +8,7 @@ import numpy as np
 from surgery.errors import StatsError
 from surgery.families.schema import EXPERT
 from surgery.files import index_sets
+from surgery.files.model_files import ADAPTER_NAME
 from surgery.layout.layout import Layout
 from surgery.planning.layers import check_layers, format_layers, kind_notes
 from surgery.planning.plan import Plan, Provenance
@@ -169,6 +170,11 @@ def _notes(layout: Layout, choice: SizeChoice, vocabulary: VocabularyCost | None
     notes += kind_notes(layout, sizes.layers) if sizes.layers else []
     if sizes.dequantize:
         notes.append("FP8 weights become bf16, in which each has two bytes instead of one")
+    if (layout.checkpoint.path / ADAPTER_NAME).exists():
+        notes.append(
+            f"the adapter beside the weights ({ADAPTER_NAME}) is not in the output, and the "
+            "statistics and sizes are without it; merge it into the weights first to prune both"
+        )
     if layout.checkpoint.family is not None:
         kind = layout.checkpoint.config.get("model_type")
         notes.append(

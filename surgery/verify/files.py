@@ -14,7 +14,7 @@ from surgery.errors import PlanError, TokenizerError, check_choice
 from surgery.files.index_sets import MAKE_AGAIN
 from surgery.files.safetensors_header import TensorRef
 from surgery.files.shard_file import IO, Buffer, open_shard
-from surgery.files.strict_json import read_file
+from surgery.files.strict_json import open_regular, read_file
 from surgery.hub.shards import Shards
 from surgery.layout.build import read_layout
 from surgery.layout.layout import Layout
@@ -59,8 +59,46 @@ class VerifyReport:
         return "\n".join(rows)
 
 
-def embedded_plan(directory: Path) -> Plan | None:
-    """Return the plan in ``directory/compact_surgery.json``, or None if there is none."""
+PLAN_START = b'{\n  "source":'
+"""What every plan's file begins with, whatever its name."""
+
+
+def plan_of_output(directory: Path) -> Plan | None:
+    """Return the plan that the checkpoint in ``directory`` was made by, or None if unknown.
+
+    compact_surgery.json has it without paths. They are in the plan's file, if that is still beside
+    the directory; the file of replacements is looked for there as well.
+
+    Raises:
+        PlanError: compact_surgery.json is damaged.
+    """
+    embedded = _embedded_plan(directory)
+    if embedded is None:
+        return None
+    beside = directory.absolute().parent
+    for path in sorted(beside.iterdir()):
+        found = _plan_in(path)
+        if found is not None and found.digest == embedded.digest:
+            return found
+    if embedded.replaced is None:
+        return embedded
+    replaced = msgspec.structs.replace(
+        embedded.replaced, file=str(beside / Path(embedded.replaced.file).name)
+    )
+    return msgspec.structs.replace(embedded, replaced=replaced)
+
+
+def _plan_in(path: Path) -> Plan | None:
+    """Return the plan in the file ``path``, or None if it is none."""
+    try:
+        with open_regular(path) as file:
+            begins = file.read(len(PLAN_START)) == PLAN_START
+        return Plan.load(path) if begins else None
+    except (OSError, PlanError):
+        return None
+
+
+def _embedded_plan(directory: Path) -> Plan | None:
     path = directory / PROVENANCE_NAME
     if not path.exists():
         return None
@@ -107,7 +145,11 @@ def verify_files(
     else:
         report.checks["sizes are the plan's"] = _check_sizes(layout, plan)
     if origin is None or wanted is None:
-        reason = "no plan" if plan is None else "the source is not available"
+        reason = (
+            "no plan"
+            if plan is None
+            else "neither `source` nor a plan's file beside it finds the source"
+        )
         report.skipped |= {SAME_BYTES: reason, SAME_TEXT: reason}
         return report
     shards = Shards.of(origin.path)

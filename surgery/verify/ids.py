@@ -5,15 +5,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from surgery.apply.companions import TABLES, config_changes, rewrite_document
-from surgery.config.rewrite import VOCABULARY_FILES, remove_tokens, rewrite_config
+from surgery.apply.companions import config_changes, rewrite_document
+from surgery.config.rewrite import remove_tokens, rewrite_config
 from surgery.config.token_ids import JsonPath, id_paths
 from surgery.errors import TokenizerError
 from surgery.families.table import family_of
-from surgery.files.model_files import TOKENIZER_NAME
+from surgery.files.model_files import DOCUMENTS, TOKEN_TABLES, TOKENIZER_NAME
 from surgery.files.strict_json import read_json
 from surgery.layout.layout import Layout
-from surgery.planning.plan import PROVENANCE_NAME, Plan
+from surgery.planning.plan import Plan
 from surgery.tokenizer.checks import walk_processor
 from surgery.tokenizer.id_map import IdMap
 from surgery.tokenizer.legacy import named_tokens, with_named_tokens
@@ -84,11 +84,10 @@ def id_faults(layout: Layout, origin: Origin | None) -> list[str]:
     owner = {id_: token for token, id_ in tokens.items()} or dict.fromkeys(range(rows), "")
     faults = _row_faults(data, tokens, rows) + _processor_faults(data, owner, origin)
     faults += [] if copied else _named_faults(directory, data, rows, origin)
-    for path in sorted(directory.glob("*.json")):
-        if path.name in TABLES:
-            faults += [] if copied else _table_faults(path, tokens)
-        elif path.name not in (*VOCABULARY_FILES, PROVENANCE_NAME):
-            faults += _document_faults(path, owner, origin)
+    for path in (directory / name for name in TOKEN_TABLES):
+        faults += _table_faults(path, tokens) if path.exists() and not copied else []
+    for path in (directory / name for name in sorted(DOCUMENTS)):
+        faults += _document_faults(path, owner, origin) if path.exists() else []
     return faults
 
 

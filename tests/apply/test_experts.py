@@ -316,7 +316,8 @@ def test_a_pointer_to_code_is_dropped_where_transformers_knows_the_type(
     path.write_text(json.dumps({**json.loads(path.read_text()), **named}))
     for vocab_size in (512, tiny.VOCAB_SIZE):
         out = tmp_path / f"out-{vocab_size}"
-        apply_plan(random_plan(source, vocab_size, 0.5), source=source, output=out)
+        random_plan(source, vocab_size, 0.5).save(tmp_path / f"plan-{vocab_size}")
+        apply_plan(tmp_path / f"plan-{vocab_size}", output=out)
         for name in ("config.json", "tokenizer_config.json"):
             assert "auto_map" not in json.loads((out / name).read_text())
         assert not (out / "modeling_phi3.py").exists()

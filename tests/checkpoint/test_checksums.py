@@ -2,13 +2,22 @@
 
 import hashlib
 import subprocess
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.support import tiny
+from surgery.api import apply_plan
+from surgery.checkpoint import checksums
+from surgery.errors import CheckpointError
+from surgery.planning.plan import Plan
+from surgery.planning.sizes import Sizes, whole
+from tests.support import fp8, tiny
 from tests.support.command import Run
-from tests.support.plans import random_plan
+from tests.support.contents import snapshot
+from tests.support.layers import plan_of
+from tests.support.plans import layout_of, plan_to, random_plan
 
 
 def sha256(path: Path) -> str:
@@ -87,3 +96,59 @@ def test_sums_that_do_not_name_a_shard(tmp_path: Path, run: Run) -> None:
         assert result.exit_code == 2
         assert len(result.output.splitlines()) == 1
         assert "SHA256SUMS" in result.output
+
+
+def collapsing(path: Path) -> Plan:
+    """Removes a layer and adds another one, which has shards of its own, to the first."""
+    return plan_of(tiny.save(path, sharded=True), [[0, 2]])
+
+
+def dequantizing(path: Path) -> Plan:
+    """Multiplies scales into weights, from a shard that leaves nothing else in the output."""
+    layout = layout_of(fp8.save(path, apart=True))
+    return plan_to(layout, Sizes(512, whole(layout).widths, True), None)
+
+
+@pytest.mark.parametrize("case", [collapsing, dequantizing])
+def test_every_byte_of_the_output_is_of_a_shard_that_was_checked_once(
+    tmp_path: Path, case: Callable[[Path], Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = case(tmp_path / "model")
+    by_sums(tmp_path / "model")
+    shards = sorted((tmp_path / "model").glob("*.safetensors"))
+    reads: Counter[str] = Counter()
+
+    def counted(path: Path) -> str:
+        reads[path.name] += 1
+        return sha256(path)
+
+    monkeypatch.setattr(checksums, "file_digest", counted)
+    apply_plan(plan, output=tmp_path / "good", checksum=True)
+    assert set(reads.values()) == {1}
+    refused = set()
+    for number, shard in enumerate(shards):
+        output = tmp_path / str(number)
+        flip(shard, shard.stat().st_size - 1)
+        try:
+            apply_plan(plan, output=output, checksum=True)
+        except CheckpointError as error:
+            refused.add(Path(error.where).name)
+        else:  # nothing of it is in the output
+            assert snapshot(output) == snapshot(tmp_path / "good")
+        flip(shard, shard.stat().st_size - 1)
+        assert (shard.name in refused) == (shard.name in reads)
+
+
+def test_what_an_unchecked_run_left_is_checked_when_it_is_resumed(tmp_path: Path) -> None:
+    source, out = tiny.save(tmp_path / "model", sharded=True), tmp_path / "out"
+    plan = random_plan(source, 512, 64)
+    by_sums(source)
+    shard = min(source.glob("*.safetensors"))
+    flip(shard, shard.stat().st_size - 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("surgery.apply.run._provenance", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):  # all shards are written by then
+            apply_plan(plan, output=out)
+    with pytest.raises(CheckpointError, match="its checksum differs"):
+        apply_plan(plan, output=out, resume=True, checksum=True)
+    assert not out.exists()

@@ -176,6 +176,8 @@ def test_a_picture_without_matplotlib_says_what_to_install(
 
 
 def damaged(pruned: Path, tmp_path: Path) -> Path:
+    """Return a copy to damage, beside its plan."""
+    shutil.copy(pruned.with_name("out.plan.json"), tmp_path)
     return Path(shutil.copytree(pruned, tmp_path / "out"))
 
 
@@ -223,7 +225,7 @@ def test_verify_without_its_source_says_what_it_skipped(
     shutil.rmtree(source)
     result = run("verify", out)
     assert result.exit_code == 0
-    assert "skipped  kept rows and channels are bit-identical: the source is not" in result.output
+    assert "skipped  kept rows and channels are bit-identical: neither --source" in result.output
     assert run("verify", out, "--forward").exit_code == 2
 
 
@@ -266,7 +268,7 @@ def test_every_command_has_help(name: str, run: Run) -> None:
 def test_the_model_card_names_sizes_method_and_plan(pruned: Path) -> None:
     card = (pruned / "README.md").read_text()
     plan = Plan.load(pruned.with_name("out.plan.json"))
-    for word in ("base_model:", "512", "64", "common-act2", plan.digest[:16], "2509.06836"):
+    for word in ("`model`", "512", "64", "common-act2", plan.digest[:16], "2509.06836"):
         assert word in card
     assert str(pruned.parent) not in card
 

@@ -87,10 +87,12 @@ def test_a_token_with_a_role_may_not_be_removed(data: dict[str, Any]) -> None:
         ),
         ("chat_template.json", json.dumps({"chat_template": "{{ '<a>' }}"})),
         ("chat_template.jinja", "{{ '<a>' }}"),
+        ("additional_chat_templates/tool_use.jinja", "{{ '<a>' }}"),
         ("processor_config.json", json.dumps({"chat_template": "<a>"})),
     ],
 )
 def test_tokens_of_a_chat_template(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(content)
     (tmp_path / "other.json").write_text(json.dumps({"template": "<b>"}))
     assert template_tokens(tmp_path, {"<a>": 5, "<b>": 6, "<c>": 7}) == {5}

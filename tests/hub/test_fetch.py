@@ -22,8 +22,14 @@ UNWANTED = (
     "original/consolidated.00.pth",
     "original/params.json",
     "onnx/config.json",
+    "onnx/template.jinja",
+    "trainer_state.json",
+    "modules.json",
+    "corpus.txt",
 )
 """Files of real repositories that are large or that pruning has no use for."""
+
+TEMPLATE = "additional_chat_templates/tool_use.jinja"
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +39,8 @@ def hub(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     for name in UNWANTED:
         (tiny / name).parent.mkdir(exist_ok=True)
         (tiny / name).write_bytes(b"unwanted")
+    (tiny / TEMPLATE).parent.mkdir()
+    (tiny / TEMPLATE).write_text("tools")
     repos = {
         "models/org/tiny": Repo(tiny),
         "models/org/secret": Repo(tiny, refusal=(401, "")),
@@ -91,6 +99,7 @@ def test_every_file_but_the_weights_is_downloaded(skeleton: Path, llama: Path) -
     for path in llama.iterdir():
         if path.suffix != ".safetensors":
             assert (skeleton / path.name).read_bytes() == path.read_bytes()
+    assert (skeleton / TEMPLATE).read_text() == "tools"
     assert list(skeleton.glob("*.safetensors")) == []
 
 
@@ -133,7 +142,8 @@ def test_a_snapshot_in_the_cache_is_used_as_it_is(hub: Hub, tmp_path: Path) -> N
     snapshot = tmp_path / "hub" / "models--org--tiny" / "snapshots" / COMMIT
     result = command(hub.url, tmp_path, "plan", "org/tiny", *SIZES, "-o", tmp_path / "plan.json")
     assert result.returncode == 0, result.stderr
-    assert asked_for_files(hub) == []
+    assert [path for path in asked_for_files(hub) if not path.endswith(TEMPLATE)] == []
+    assert (snapshot / TEMPLATE).read_text() == "tools"
     assert list((tmp_path / "assets").rglob("*.json")) == []
     offline = command(hub.url, tmp_path, "inspect", "org/tiny", HF_HUB_OFFLINE="1")
     assert offline.returncode == 0, offline.stderr

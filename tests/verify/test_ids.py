@@ -63,7 +63,8 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def out(pruned: tuple[Path, Path], tmp_path: Path) -> Path:
-    """A copy of the output to spoil."""
+    """A copy of the output to spoil, beside its plan."""
+    shutil.copy(pruned[1].with_name("plan.json"), tmp_path)
     return shutil.copytree(pruned[1], tmp_path / "out")
 
 
