@@ -72,13 +72,6 @@ def score_windows(
     encoded = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
     split = [scored_windows(first, np.array(ids, dtype=np.int64), most) for ids in encoded]
     stream = Stream([window for windows in split for window in windows])
-    if long := sum(len(windows) > 1 for windows in split):
-        LOG.info(
-            "note: %d windows have more tokens than the model has positions (%s); "
-            "each is scored in several",
-            long,
-            f"{most:,}",
-        )
     lossy = sum(
         tokenizer.decode(ids, skip_special_tokens=False) != text
         for ids, text in zip(encoded, texts, strict=True)
@@ -87,6 +80,13 @@ def score_windows(
     with WeightReader(layout.checkpoint, settings.device, settings.dtype) as reader:
         decoder = StreamedDecoder(layout, reader, settings)
         decoder.embed([stream])
+        if long := sum(len(windows) > 1 for windows in split):
+            LOG.info(
+                "note: %d windows have more tokens than the model has positions (%s); "
+                "each is scored in several",
+                long,
+                f"{most:,}",
+            )
         advance = weights_stage(progress, "score", layout, len(stream.windows))
         decoder.run_layers([stream], progress=advance)
         (bits,) = token_bits(decoder, [(stream, np.arange(layout.vocab_size))])

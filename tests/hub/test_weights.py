@@ -269,7 +269,7 @@ def test_a_score_is_that_of_a_local_directory(
     local = run("score", llama, *options)
     result = command(hub.url, home, "score", "org/tiny", *options)
     assert result.returncode == 0, result.stderr
-    bits = [json.loads(output)["bits_per_byte"] for output in (result.stdout, local.output)]
+    bits = [json.loads(output)["bits_per_byte"] for output in (result.stdout, local.stdout)]
     assert bits[0] == bits[1]
     assert_nothing_left(home)
 
