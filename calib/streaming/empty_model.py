@@ -20,6 +20,7 @@ from transformers.core_model_loading import (
 from calib.streaming.ffn import IMPLEMENTATION
 from surgery.errors import CheckpointError, SurgeryError
 from surgery.families.blocks import BUFFER
+from surgery.families.schema import TIE_KEY
 from surgery.layout.layout import Layout
 
 
@@ -133,8 +134,7 @@ def _text_config(layout: Layout) -> dict[str, Any]:
     """Return config.json's keys of the language model, with the model type of the text model."""
     family, text = layout.family, dict(layout.config)
     text["model_type"] = family.text_type or family.model_type or text.get("model_type")
-    if family.section:
-        text["tie_word_embeddings"] = layout.tied
+    text[TIE_KEY] = layout.tied
     return {key: value for key, value in text.items() if key not in IGNORED_KEYS}
 
 

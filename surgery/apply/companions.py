@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.config.rewrite import CODE, dequantized_config, remove_tokens, rewrite_config
+from surgery.config.rewrite import (
+    CODE,
+    dequantized_config,
+    remove_tokens,
+    rewrite_config,
+    untied_config,
+)
 from surgery.config.token_ids import visit_ids
 from surgery.errors import TokenizerError
 from surgery.families.schema import Family, renumbered
@@ -204,6 +210,8 @@ def pruned_config(plan: Plan, checkpoint: Checkpoint) -> bytes:
         config = relayered_config(config, family, plan, path)
     if plan.dequantize:
         config = dequantized_config(config, family)
+    if plan.untie:
+        config = untied_config(config, family)
     return read_file(path) if config == checkpoint.config else dump_json(config)
 
 

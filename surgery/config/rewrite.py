@@ -10,7 +10,7 @@ from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.config.token_ids import referenced_ids, visit_ids
 from surgery.errors import TokenizerError
 from surgery.families.default_ids import OFFSET_SECTIONS, SECTIONS, fill_defaults
-from surgery.families.schema import Family
+from surgery.families.schema import TIE_KEY, Family
 from surgery.files.model_files import DOCUMENTS, named_templates
 from surgery.files.strict_json import read_file, read_json
 from surgery.tokenizer.id_map import IdMap
@@ -127,6 +127,13 @@ def dequantized_config(config: dict[str, Any], family: Family) -> dict[str, Any]
         result[family.section] = section
     named = [key for key in DTYPE_KEYS if key in result]
     return result | dict.fromkeys(named, "bfloat16")
+
+
+def untied_config(config: dict[str, Any], family: Family) -> dict[str, Any]:
+    """Return config.json of a model whose lm_head is its own, key order kept."""
+    result = {**config, TIE_KEY: False}
+    section = config.get(family.section) if family.section else None
+    return result | ({family.section: {**section, TIE_KEY: False}} if section else {})
 
 
 def visit_sizes(data: dict[str, Any], ids: IdMap, where: object) -> dict[str, Any]:

@@ -18,6 +18,9 @@ WIDTHS = (FFN, EXPERT, SHARED)
 STACK = "stack"
 """The axis along which a packed tensor holds one matrix per expert; it is never pruned."""
 
+TIE_KEY = "tie_word_embeddings"
+"""The key of config.json for whether lm_head and the embedding are one tensor."""
+
 GROUPS = ("vocabulary", "attention", "ffn", "norms", "other")
 
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgery.errors import CheckpointError
+from surgery.files.safetensors_header import TensorRef
 
 IO = Literal["mmap", "read"]
 """How the bytes of a shard are read.
@@ -25,6 +26,9 @@ file systems, where other machines may change a file.
 RELEASE_BYTES = 1 << 21
 """Pages are released in aligned pieces of this size: the system may map a whole huge page where
 only one small page was touched."""
+
+COMPARED_BYTES = 1 << 20
+"""Two tensors are compared in pieces of this size."""
 
 Bytes = NDArray[np.uint8]
 
@@ -198,6 +202,20 @@ def open_shard(path: Path, io: IO) -> ShardFile:
         CheckpointError: it cannot be opened.
     """
     return _SHARD_FILES[io](path)
+
+
+def same_values(first: TensorRef, second: TensorRef) -> bool:
+    """Whether two tensors have the same dtype, shape and bytes; reads up to the first difference.
+
+    Raises:
+        CheckpointError: a shard cannot be read.
+    """
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    with ShardFile(first.path) as file, ShardFile(second.path) as other:
+        pieces = file.windows(first.start, first.nbytes, COMPARED_BYTES)
+        others = other.windows(second.start, second.nbytes, COMPARED_BYTES)
+        return all(map(np.array_equal, pieces, others))
 
 
 _mapped_bytes = 0

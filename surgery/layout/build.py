@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from surgery.checkpoint.checkpoint import Checkpoint
@@ -11,6 +12,7 @@ from surgery.families.blocks import BUFFER
 from surgery.families.schema import VOCAB, Family, Slot
 from surgery.families.table import family_of
 from surgery.files.safetensors_header import TensorRef
+from surgery.files.shard_file import same_values
 from surgery.layout.layout import CARRIED, FLOATS, Layout, no_size, size_in
 
 
@@ -29,9 +31,6 @@ def read_layout(checkpoint: Checkpoint, family: Family | None = None) -> Layout:
     where = checkpoint.path / "config.json"
     family = family or family_of(checkpoint.config, where, checkpoint.family)
     config = family.text_config(checkpoint.config)
-    tied = checkpoint.config.get(
-        "tie_word_embeddings", config.get("tie_word_embeddings", family.tied)
-    )
     depth = size_in(config, family.depth, where)
     if depth is None:
         raise no_size(where, family.depth, config.get(family.depth))
@@ -43,13 +42,27 @@ def read_layout(checkpoint: Checkpoint, family: Family | None = None) -> Layout:
             found=depth,
             fix="check config.json",
         )
-    unsized = Layout(checkpoint, family, 0, {}, depth, bool(tied))
+    unsized = Layout(checkpoint, family, 0, {}, depth, tied=False)
+    unsized = replace(unsized, tied=unsized.says_tied and not _has_own_head(unsized))
     lengths = _lengths(unsized, config, where)
     vocab_size = lengths.pop(VOCAB, 0)
     widths = {key: lengths[key] for key in sorted(lengths, key=lambda k: -unsized.weights[k])}
-    layout = Layout(checkpoint, family, vocab_size, widths, depth, bool(tied))
+    layout = replace(unsized, vocab_size=vocab_size, widths=widths)
     _check(layout)
     return layout
+
+
+def _has_own_head(layout: Layout) -> bool:
+    """Whether the stored lm_head has other values than the embedding.
+
+    transformers 5 then loads both, whatever config.json says. A model of which only the headers are
+    here cannot be compared.
+    """
+    head = layout.by_name.get(layout.family.head)
+    embedding = layout.by_name.get(layout.family.embedding)
+    if head is None or embedding is None or not head.path.exists() or not embedding.path.exists():
+        return False
+    return not same_values(head, embedding)
 
 
 def _lengths(layout: Layout, config: Mapping[str, Any], where: object) -> dict[str, int]:

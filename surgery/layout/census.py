@@ -5,7 +5,7 @@ from pathlib import Path
 
 from surgery.errors import printable
 from surgery.families.schema import GROUPS
-from surgery.layout.layout import Layout
+from surgery.layout.layout import OWN_HEAD, Layout
 from surgery.plot import saved_figure
 
 
@@ -27,6 +27,8 @@ class Census:
     nbytes: int
     """Bytes of all tensors on disk."""
     shards: int
+    notes: tuple[str, ...]
+    """What the user should know."""
     groups: dict[str, int]
     """Parameters by group: vocabulary, attention, ffn, norms, and "other" if there are any."""
 
@@ -42,6 +44,7 @@ class Census:
             experts=layout.experts,
             num_hidden_layers=layout.num_hidden_layers,
             tied=layout.tied,
+            notes=(OWN_HEAD,) if layout.unties else (),
             parameters=groups.total(),
             nbytes=layout.checkpoint.nbytes,
             shards=len(layout.checkpoint.shards),
@@ -63,6 +66,7 @@ class Census:
             rows.append(f"{group:<{wide}}{count:>16,}{count / self.parameters:>8.1%}")
         rows.append(f"{'parameters':<{wide}}{self.parameters:>16,}")
         rows.append(f"{'bytes':<{wide}}{self.nbytes:>16,}")
+        rows += [f"note: {note}" for note in self.notes]
         return "\n".join(rows)
 
 

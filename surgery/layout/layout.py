@@ -10,7 +10,7 @@ from typing import Any
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.fp8 import weight_of
 from surgery.errors import ADD_FAMILY, CheckpointError, FamilyError
-from surgery.families.schema import EXPERT, STACK, VOCAB, Dim, Family, Slot, template
+from surgery.families.schema import EXPERT, STACK, TIE_KEY, VOCAB, Dim, Family, Slot, template
 from surgery.files.safetensors_header import TensorRef
 
 CARRIED = Slot("carried", "other")
@@ -126,6 +126,12 @@ def no_size(where: object, key: str, value: object) -> CheckpointError:
     )
 
 
+OWN_HEAD = (
+    "lm_head differs from the embedding, although config.json ties them: the model counts as "
+    "untied, and the output's config.json says so"
+)
+"""What a user should know of a layout that ``unties``."""
+
 FLOATS = ("BF16", "F16", "F32")
 """dtypes of weights that can be pruned without conversion."""
 
@@ -142,7 +148,7 @@ class Layout:
     """Key of config.json → channels, for widths that some tensor has; the costliest first."""
     num_hidden_layers: int
     tied: bool
-    """Whether lm_head and the embedding are one tensor."""
+    """Whether lm_head and the embedding are one tensor, by config.json and by their values."""
     layers: tuple[int, ...] | None = None
     """Numbers of the layers whose parameters count; None means all layers."""
 
@@ -163,6 +169,17 @@ class Layout:
     def config(self) -> Mapping[str, Any]:
         """The part of config.json that describes the language model."""
         return self.family.text_config(self.checkpoint.config)
+
+    @property
+    def says_tied(self) -> bool:
+        """Whether config.json ties lm_head to the embedding; the weights may contradict it."""
+        of_text = self.config.get(TIE_KEY, self.family.tied)
+        return bool(self.checkpoint.config.get(TIE_KEY, of_text))
+
+    @property
+    def unties(self) -> bool:
+        """Whether the stored lm_head differs from the embedding, although config.json ties them."""
+        return self.says_tied and not self.tied
 
     @cached_property
     def roles(self) -> dict[str, TensorRole]:

@@ -99,6 +99,9 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Tensors that are read from another file than the source's."""
     family: str | None = None
     """Model type that the source is treated as; None is its own."""
+    untie: bool = False
+    """Whether the source's lm_head differs from its embedding although its config.json ties them.
+    The output's does not."""
     format: int = FORMAT
 
     def __post_init__(self) -> None:
