@@ -133,8 +133,8 @@ def test_a_model_opened_by_a_relative_path_outlives_a_change_of_directory(
     plan = surgery.make_plan(model, stats=stats, ratio=0.2, multiple_of=8)
     made = surgery.apply_plan(plan, output="out")
     assert made.output == Path("out")
-    assert surgery.verify_checkpoint("out").ok
-    assert calib.compare_logits("out").ok
+    assert surgery.verify_checkpoint("out", plan=plan).ok
+    assert calib.compare_logits("out", plan=plan).ok
 
 
 def test_layers_of_largest_influence_are_kept_in_one_call(llama: Path, tmp_path: Path) -> None:

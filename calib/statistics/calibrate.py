@@ -64,6 +64,7 @@ class Calibration:
             bucket_edges=list(self.bucket_edges),
             dtype=str(self.settings.dtype).removeprefix("torch."),
             vocab_size=self.vocab_size,
+            weights=self.layout.checkpoint.weights,
         )
 
     def prediction(self) -> Prediction:
@@ -228,6 +229,7 @@ def identity(calibration: Calibration) -> dict[str, str]:
     order = calibration.bucket_of.astype("<i8").tobytes()
     return {
         "model": info.fingerprint,
+        "weights of the model": str(info.weights),
         "text": info.text_digest,
         "`vocab_size`": str(info.vocab_size),
         "`vocab_sizes`": ",".join(map(str, info.bucket_edges)),

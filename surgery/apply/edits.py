@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.checkpoint.checkpoint import Checkpoint, same_weights
 from surgery.errors import PlanError
 from surgery.families.blocks import adds_up
 from surgery.families.schema import STACK, VOCAB, Dim, renumbered
@@ -150,6 +150,12 @@ def check_plan(plan: Plan, layout: Layout) -> Sizes:
             "is not the checkpoint that the plan was made for",
             expected=f"fingerprint {plan.fingerprint[:12]}",
             found=layout.checkpoint.fingerprint[:12],
+            fix=MAKE_AGAIN,
+        )
+    if same_weights(plan.weights, layout.checkpoint.weights) is False:
+        raise PlanError(
+            layout.checkpoint.path,
+            "has the shapes of the checkpoint that the plan was made for, but other weights",
             fix=MAKE_AGAIN,
         )
     if not plan.complete:

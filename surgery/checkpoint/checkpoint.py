@@ -1,6 +1,7 @@
 """A checkpoint directory as its headers and JSON files describe it, validated once."""
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,10 +11,14 @@ from surgery.checkpoint.quantization import Fp8, quantization_of
 from surgery.errors import CheckpointError
 from surgery.files.model_files import INDEX_NAME, SINGLE_NAME, tokenizer_files, weight_map_of
 from surgery.files.safetensors_header import Header, TensorRef, read_header
+from surgery.files.shard_file import open_shard
 from surgery.files.strict_json import file_pieces, read_file, read_json
 from surgery.hub.skeleton import Skeleton
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
+
+SAMPLES, SAMPLED_BYTES = 8, 1 << 12
+"""Pieces of a shard that tell it from another of the same shapes: all training moves them."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,26 @@ class Checkpoint:
             digest.update(shard.raw)
         return digest.hexdigest()
 
+    @cached_property
+    def weights(self) -> str:
+        """Digest of some of the weights, as ``<kind>:<SHA-256>``; plans and statistics record it.
+
+        It tells two checkpoints of the same shapes apart. On the disk it is over ``SAMPLES`` pieces
+        of each shard. Of a model on the hub, whose shards are not here, it is over the hub's
+        digests. Only digests of the same kind can be compared.
+
+        Raises:
+            CheckpointError: a shard cannot be read.
+        """
+        digest, remote = hashlib.sha256(), Skeleton.at(self.path)
+        for name, shard in sorted(self.shards.items()):
+            if remote is not None:
+                digest.update(str(remote.shards[name].digest).encode())
+            else:
+                for piece in _sampled(self.path / name, shard.tensors):
+                    digest.update(piece)
+        return f"{'sample' if remote is None else 'hub'}:{digest.hexdigest()}"
+
     def json(self, name: str) -> dict[str, Any]:
         """Return the JSON file ``name`` beside the weights, or an empty object if absent."""
         return read_json(self.path / name) if (self.path / name).exists() else {}
@@ -129,6 +154,22 @@ def _refuse_missing_weights(path: Path) -> None:
         expected=f"{SINGLE_NAME} or {INDEX_NAME}",
         fix="download the checkpoint again",
     )
+
+
+def same_weights(first: str | None, second: str | None) -> bool | None:
+    """Whether two ``Checkpoint.weights`` are equal; None where they cannot be compared."""
+    kinds = [value.partition(":")[0] for value in (first, second) if value is not None]
+    return first == second if len(kinds) == 2 and kinds[0] == kinds[1] else None
+
+
+def _sampled(path: Path, tensors: Sequence[TensorRef]) -> Iterator[memoryview]:
+    """Yield pieces at the same distance from each other, of all bytes of the tensors."""
+    if not tensors:
+        return
+    start, end = tensors[0].start, tensors[-1].start + tensors[-1].nbytes
+    with open_shard(path, "read") as file:
+        for offset in range(start, end, max(-(-(end - start) // SAMPLES), SAMPLED_BYTES)):
+            yield from file.windows(offset, min(SAMPLED_BYTES, end - offset), SAMPLED_BYTES)
 
 
 def _has_shard(path: Path, name: str, remote: Skeleton | None) -> bool:

@@ -97,6 +97,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Empty: all layers are kept."""
     replaced: Replacement | None = None
     """Tensors that are read from another file than the source's."""
+    weights: str | None = None
+    """``Checkpoint.weights`` of the source."""
     family: str | None = None
     """Model type that the source is treated as; None is its own."""
     untie: bool = False

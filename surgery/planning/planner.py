@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from surgery.checkpoint.checkpoint import same_weights
 from surgery.errors import StatsError
 from surgery.families.schema import EXPERT
 from surgery.files import index_sets
@@ -56,7 +57,7 @@ def plan_cut(
         experts = layout.family.widths.get(EXPERT)
         if experts and sizes.widths.get(experts.key) != layout.widths.get(experts.key):
             check_experts(stats, channels.min_expert_tokens)
-        notes += _approximations(stats, ids, channels.criterion)
+        notes += _not_compared(layout, stats) + _approximations(stats, ids, channels.criterion)
         if sizes.widths != layout.widths:
             notes += _other_text(stats, ids) + _other_layers(sizes)
         kept_channels = _encoded_channels(layout, stats, ids, sizes, channels.criterion)
@@ -74,6 +75,7 @@ def plan_cut(
         untie=layout.unties,
         layers=[list(group) for group in sizes.layers],
         vocabulary=cost,
+        weights=layout.checkpoint.weights,
         family=layout.checkpoint.family,
         provenance=Provenance(
             criterion=channels.criterion,
@@ -109,7 +111,7 @@ def check_stats(layout: Layout, stats: ChannelStats) -> None:
     """Refuse statistics of another model.
 
     Raises:
-        StatsError: the fingerprint or a size differs.
+        StatsError: the fingerprint, the weights or a size differs.
     """
     if stats.info.fingerprint != layout.checkpoint.fingerprint:
         raise StatsError(
@@ -117,6 +119,12 @@ def check_stats(layout: Layout, stats: ChannelStats) -> None:
             "belong to another model",
             expected=f"fingerprint {layout.checkpoint.fingerprint[:12]}",
             found=stats.info.fingerprint[:12],
+            fix=f"calibrate {layout.checkpoint.path}",
+        )
+    if same_weights(stats.info.weights, layout.checkpoint.weights) is False:
+        raise StatsError(
+            stats.where,
+            "belong to a model of the same shapes with other weights",
             fix=f"calibrate {layout.checkpoint.path}",
         )
     full = axis_lengths(layout, layout.widths)
@@ -184,6 +192,15 @@ def _notes(layout: Layout, choice: SizeChoice, vocabulary: VocabularyCost | None
             "which whatever loads the output has to know"
         )
     return notes
+
+
+def _not_compared(layout: Layout, stats: ChannelStats) -> list[str]:
+    if same_weights(stats.info.weights, layout.checkpoint.weights) is not None:
+        return []
+    return [
+        "the weights could not be compared with those that the statistics were taken from, only "
+        "config.json, the tokenizer and the shapes"
+    ]
 
 
 def _other_layers(sizes: Sizes) -> list[str]:

@@ -50,6 +50,8 @@ class StatsInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Dtype in which the layers computed."""
     vocab_size: int | None = None
     """Rows of the pruned vocabulary that tokenized the text; None for the source's vocabulary."""
+    weights: str | None = None
+    """``Checkpoint.weights`` of the source; None where it is not known."""
     parts: list[str] = []
     """The texts' digests, ascending, in merged statistics; empty in those of one run."""
     format: int = FORMAT

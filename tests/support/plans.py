@@ -30,7 +30,10 @@ def layout_of(path: Path) -> Layout:
 def random_stats(layout: Layout, seed: int = 0) -> ChannelStats:
     """Statistics in which chance decides, different in each layer and expert."""
     rng = np.random.default_rng(seed)
-    info = StatsInfo(layout.checkpoint.fingerprint, "", 1, 1, 1, [layout.vocab_size], "float32")
+    source = layout.checkpoint
+    info = StatsInfo(
+        source.fingerprint, "", 1, 1, 1, [layout.vocab_size], "float32", weights=source.weights
+    )
     layers: list[dict[str, AxisSums]] = []
     for axes in layout.ffn_outputs:
         layers.append({})

@@ -115,6 +115,7 @@ def _random_stats(layout: Layout, edge: int) -> ChannelStats:
         tokens=0,
         bucket_edges=edges,
         dtype="float32",
+        weights=layout.checkpoint.weights,
     )
     counts = np.ones(layout.vocab_size, dtype=np.int64)
     bucket_of = rarity_of(layout).buckets(info.bucket_edges)
