@@ -145,13 +145,15 @@ def test_a_full_disk_names_the_file(
 
 def test_verify_says_what_differs_where_only_the_dtype_does(tmp_path: Path, run: Run) -> None:
     source, out = tiny.save(tmp_path / "source", dtype=torch.bfloat16), tmp_path / "out"
-    apply_plan(random_plan(source, 512, 64), source=source, output=out)
+    plan = tmp_path / "plan.json"
+    random_plan(source, 512, 64).save(plan)
+    apply_plan(plan, source=source, output=out)
     file = next(out.glob("*.safetensors"))
     found = load_file(file)
     for name, tensor in found.items():
         changed = found | {name: tensor.half()}
         save_file(changed, file, {"format": "pt"})
-        result = run("verify", out)
+        result = run("verify", out, "--plan", plan)
         shape = list(tensor.shape)
         assert result.exit_code == 1
         fault = f"tensor {name}: expected BF16 {shape}, found F16 {shape}"
