@@ -156,7 +156,7 @@ def check_plan(plan: Plan, layout: Layout) -> Sizes:
         raise PlanError(
             layout.checkpoint.path,
             "has the shapes of the checkpoint that the plan was made for, but other weights",
-            fix=MAKE_AGAIN,
+            fix=f"{MAKE_AGAIN}, or download the shards again if they should be the same",
         )
     if not plan.complete:
         raise PlanError(

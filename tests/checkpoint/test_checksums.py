@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from surgery.api import apply_plan
@@ -113,7 +114,8 @@ def dequantizing(path: Path) -> Plan:
 def test_every_byte_of_the_output_is_of_a_shard_that_was_checked_once(
     tmp_path: Path, case: Callable[[Path], Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = case(tmp_path / "model")
+    # the plan's own digest of small shards would find the bit, too
+    plan = msgspec.structs.replace(case(tmp_path / "model"), weights=None)
     by_sums(tmp_path / "model")
     shards = sorted((tmp_path / "model").glob("*.safetensors"))
     reads: Counter[str] = Counter()
