@@ -43,11 +43,11 @@ def read_layout(checkpoint: Checkpoint, family: Family | None = None) -> Layout:
             fix="check config.json",
         )
     unsized = Layout(checkpoint, family, 0, {}, depth, tied=False)
-    unsized = replace(unsized, tied=unsized.says_tied and not _has_own_head(unsized))
     lengths = _lengths(unsized, config, where)
     vocab_size = lengths.pop(VOCAB, 0)
     widths = {key: lengths[key] for key in sorted(lengths, key=lambda k: -unsized.weights[k])}
-    layout = replace(unsized, vocab_size=vocab_size, widths=widths)
+    tied = unsized.says_tied and not _has_own_head(unsized)
+    layout = replace(unsized, vocab_size=vocab_size, widths=widths, tied=tied)
     _check(layout)
     return layout
 

@@ -1,5 +1,6 @@
 """A stored lm_head that differs from the embedding counts, whatever config.json says."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -35,9 +36,7 @@ def merged(path: Path, key: str, *, same: bool) -> Path:
 
 def untied(path: Path, source: Path) -> Path:
     """Copy ``source`` to ``path``, with a config.json that does not tie."""
-    path.mkdir()
-    for file in source.iterdir():
-        (path / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(source, path)
     config = read_json(path / "config.json") | {"tie_word_embeddings": False}
     if "text_config" in config:
         config["text_config"] = {**config["text_config"], "tie_word_embeddings": False}

@@ -1,5 +1,6 @@
 """Statistics and plans of another checkpoint with the same shapes are refused."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,7 @@ FILE = "model.safetensors"
 
 def trained_on(source: Path, path: Path) -> Path:
     """Copy a checkpoint as it is some steps later: other weights, all else the same."""
-    path.mkdir()
-    for file in source.iterdir():
-        (path / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(source, path)
     tensors = {name: tensor * 1.001 for name, tensor in load_file(source / FILE).items()}
     save_file(tensors, path / FILE, {"format": "pt"})
     return path
@@ -29,10 +28,7 @@ def trained_on(source: Path, path: Path) -> Path:
 def test_they_are_refused_by_name(tmp_path: Path) -> None:
     first = tiny.save(tmp_path / "checkpoint-500")
     later = trained_on(first, tmp_path / "checkpoint-1000")
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for file in first.iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
+    copy = shutil.copytree(first, tmp_path / "copy")
     layouts = [open_model(path).layout for path in (first, later)]
     assert layouts[0].checkpoint.fingerprint == layouts[1].checkpoint.fingerprint
     stats = random_stats(layouts[0])
