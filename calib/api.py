@@ -51,6 +51,7 @@ def calibrate(  # noqa: PLR0913
     drop_reserved: bool = False,
     keep_tokens: Path | str | Sequence[str] | None = None,
     keep_scripts: Sequence[str] = (),
+    drop_scripts: Sequence[str] = (),
     device: str = "auto",
     dtype: str = "auto",
     max_memory: int | None = None,
@@ -83,6 +84,7 @@ def calibrate(  # noqa: PLR0913
         drop_reserved: As for ``surgery.make_plan``.
         keep_tokens: As for ``surgery.make_plan``.
         keep_scripts: As for ``surgery.make_plan``.
+        drop_scripts: As for ``surgery.make_plan``.
         device: auto, cpu, cuda or mps.
         dtype: auto, float32, bfloat16 or float16.
         max_memory: Cap on the memory of this process, in bytes.
@@ -108,7 +110,7 @@ def calibrate(  # noqa: PLR0913
     sizes = vocab_sizes
     if sizes is not None and not isinstance(sizes, str):
         sizes = ",".join(map(str, sizes))
-    order = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts)
+    order = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts, drop_scripts)
     options = CalibrationOptions(vocab_size, sizes, part, engine, parts, path, resume, order)
     made = open_calibration(layout, text, compute, options)
     return run_calibration(made, compute, options, progress)
@@ -176,6 +178,7 @@ def search(  # noqa: PLR0913
     drop_reserved: bool = False,
     keep_tokens: Path | str | Sequence[str] | None = None,
     keep_scripts: Sequence[str] = (),
+    drop_scripts: Sequence[str] = (),
     criterion: str = DEFAULT_CRITERION,
     device: str = "auto",
     dtype: str = "auto",
@@ -210,6 +213,7 @@ def search(  # noqa: PLR0913
         drop_reserved: As for ``surgery.make_plan``.
         keep_tokens: As for ``surgery.make_plan``.
         keep_scripts: As for ``surgery.make_plan``.
+        drop_scripts: As for ``surgery.make_plan``.
         criterion: Importance of a channel.
         device: auto, cpu, cuda or mps.
         dtype: auto, float32, bfloat16 or float16.
@@ -224,7 +228,7 @@ def search(  # noqa: PLR0913
     layout = as_layout(model, family)
     text = TextOptions(sources_of(data), samples, seq_len, windows, seed, field, strict)
     sizes = SizeRequest(ratio, multiple_of=multiple_of, target=target, dequantize=dequantize)
-    order = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts)
+    order = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts, drop_scripts)
     asked = CutRequest(sizes, order, ChannelOptions(criterion, repair=repair))
     compute = _compute(device, dtype, spill=spill)
     choice = choose_sizes(layout, asked, documents_of(layout, text))
@@ -251,6 +255,7 @@ def compare(  # noqa: PLR0913
     drop_reserved: bool = False,
     keep_tokens: Path | str | Sequence[str] | None = None,
     keep_scripts: Sequence[str] = (),
+    drop_scripts: Sequence[str] = (),
     device: str = "auto",
     dtype: str = "auto",
     spill: Path | str | None = None,
@@ -282,6 +287,7 @@ def compare(  # noqa: PLR0913
         drop_reserved: As for ``surgery.make_plan``.
         keep_tokens: As for ``surgery.make_plan``.
         keep_scripts: As for ``surgery.make_plan``.
+        drop_scripts: As for ``surgery.make_plan``.
         device: auto, cpu, cuda or mps.
         dtype: auto, float32, bfloat16 or float16.
         spill: Directory for files of hidden states.
@@ -302,7 +308,7 @@ def compare(  # noqa: PLR0913
     check_methods(layout, names)
     text = TextOptions(sources_of(data), samples, seq_len, windows, seed, field, strict)
     sizes = SizeRequest(ratios[0], multiple_of=multiple_of, target=target, dequantize=dequantize)
-    order = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts)
+    order = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts, drop_scripts)
     compute = _compute(device, dtype, spill=spill)
     choice = choose_sizes(layout, CutRequest(sizes, order), documents_of(layout, text))
     study = open_study(layout, choice, text, compute)
@@ -334,6 +340,7 @@ def prune(  # noqa: PLR0913
     widths: Mapping[str, int] | None = None,
     layers: str | None = None,
     num_hidden_layers: int | None = None,
+    only: str | Sequence[str] = (),
     multiple_of: int | None = None,
     target: str | None = None,
     dequantize: bool = False,
@@ -346,6 +353,7 @@ def prune(  # noqa: PLR0913
     drop_reserved: bool = False,
     keep_tokens: Path | str | Sequence[str] | None = None,
     keep_scripts: Sequence[str] = (),
+    drop_scripts: Sequence[str] = (),
     criterion: str = DEFAULT_CRITERION,
     min_expert_tokens: int = LEAST_TOKENS,
     repair: str = "none",
@@ -376,6 +384,7 @@ def prune(  # noqa: PLR0913
         widths: As for ``surgery.make_plan``.
         layers: As for ``surgery.make_plan``.
         num_hidden_layers: As for ``surgery.make_plan``.
+        only: As for ``surgery.make_plan``.
         multiple_of: As for ``surgery.make_plan``.
         target: As for ``surgery.make_plan``.
         dequantize: As for ``surgery.make_plan``.
@@ -388,6 +397,7 @@ def prune(  # noqa: PLR0913
         drop_reserved: As for ``surgery.make_plan``.
         keep_tokens: As for ``surgery.make_plan``.
         keep_scripts: As for ``surgery.make_plan``.
+        drop_scripts: As for ``surgery.make_plan``.
         criterion: As for ``surgery.make_plan``.
         min_expert_tokens: As for ``surgery.make_plan``.
         repair: "none", or "least-squares" to refit down_proj if held-out text confirms it.
@@ -411,11 +421,12 @@ def prune(  # noqa: PLR0913
         widths=widths or {},
         layers=layers,
         num_hidden_layers=num_hidden_layers,
+        only=only,
         multiple_of=multiple_of,
         target=target,
         dequantize=dequantize,
     )
-    order = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts)
+    order = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts, drop_scripts)
     asked = CutRequest(sizes, order, ChannelOptions(criterion, min_expert_tokens, repair))
     files = PlanFiles.beside(Path(output), layout.checkpoint.path, resume=resume)
     choice = choose_before_calibration(layout, asked, text)

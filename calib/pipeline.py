@@ -105,7 +105,7 @@ def calibrated_plan(
         )
         made = prepare_calibration(layout, choice.rarity, text, compute, options)
         stats = run_calibration(made, compute, options, progress)
-    if stats is not None and choice.request.sizes.num_hidden_layers is not None:
+    if stats is not None and choice.request.sizes.ranks_layers:
         documents = documents_of(layout, text)
         choice = choose_sizes(layout, choice.request, documents, stats.block_influence)
     documents = documents_of(layout, text)

@@ -106,6 +106,7 @@ def make_plan(  # noqa: PLR0913
     widths: Mapping[str, int] | None = None,
     layers: str | None = None,
     num_hidden_layers: int | None = None,
+    only: str | Sequence[str] = (),
     multiple_of: int | None = None,
     target: str | None = None,
     dequantize: bool = False,
@@ -113,6 +114,7 @@ def make_plan(  # noqa: PLR0913
     drop_reserved: bool = False,
     keep_tokens: Path | str | Sequence[str] | None = None,
     keep_scripts: Sequence[str] = (),
+    drop_scripts: Sequence[str] = (),
     criterion: str = DEFAULT_CRITERION,
     min_expert_tokens: int = LEAST_TOKENS,
     data: Text | None = None,
@@ -134,19 +136,24 @@ def make_plan(  # noqa: PLR0913
     Args:
         model: From ``open_model``, or what ``open_model`` takes.
         stats: Channel statistics, or their file.
-        ratio: Share of all parameters to remove; V' and I' follow by the rule of thumb.
+        ratio: Share of all parameters to remove. V' and I' follow by the rule of thumb; a size that
+            is given stays, and the others follow.
         vocab_size: V', rows of the embedding to keep.
         intermediate_size: I', channels of each layer to keep.
         widths: Key of config.json → channels to keep, for models with several widths.
         layers: Layers to keep or to merge, such as "0-20,21+22+23,24-29".
         num_hidden_layers: How many layers to keep, those of the largest block influence.
+        only: What ``ratio`` is taken from: "vocabulary", "channels", or "layers" of the least block
+            influence; empty is the vocabulary and the channels.
         multiple_of: What V' and I' must be multiples of; 128 with ``ratio``.
         target: What an engine divides the sizes by, such as "tp=4,group=128".
         dequantize: Whether FP8 weights become bf16, which can be pruned anywhere.
         vocab_by: "merge-order", or "frequency" over ``data``.
         drop_reserved: Whether to remove tokens that are reserved for later use.
-        keep_tokens: Tokens to keep, or a file of them.
+        keep_tokens: Tokens or texts whose tokens to keep, or a file of them.
         keep_scripts: Unicode scripts whose tokens to keep.
+        drop_scripts: Unicode scripts whose tokens are removed before all others; without a size or
+            a ratio, they alone are removed.
         criterion: Importance of a channel: common-act2, act2, abs-act, wanda, l2 or random.
         min_expert_tokens: Fewest tokens that an expert must have seen to be ranked.
         data: Text: a path, ``hub:name``, or documents. It shows what a smaller vocabulary costs,
@@ -169,11 +176,12 @@ def make_plan(  # noqa: PLR0913
         widths=widths or {},
         layers=layers,
         num_hidden_layers=num_hidden_layers,
+        only=only,
         multiple_of=multiple_of,
         target=target,
         dequantize=dequantize,
     )
-    vocabulary = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts)
+    vocabulary = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts, drop_scripts)
     channels = ChannelOptions(criterion, min_expert_tokens)
     return plan_model(
         as_layout(model, family),

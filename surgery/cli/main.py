@@ -199,7 +199,7 @@ def plan(
             study = open_study(layout, choice, repair_text, compute)
             made = repair_plan(made, study, given.plan, progress)
     made.save(given.plan)
-    show_plan(made, layout)
+    show_plan(made, layout, cut.sizes)
     if made.complete:
         click.echo(apply_cost(made, layout, JOBS).line())
 

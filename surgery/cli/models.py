@@ -195,7 +195,7 @@ def prune(
     choice = choose_before_calibration(layout, cut, text)
     with running() as progress:
         plan = calibrated_plan(layout, choice, text, compute, files, progress)
-    show_plan(plan, layout)
+    show_plan(plan, layout, cut.sizes)
     with bars() as progress:
         report = apply_and_verify(plan, layout, options, progress)
     print_text(report.table())

@@ -113,12 +113,39 @@ class Width(click.ParamType):
         return match[1], int(match[2])
 
 
+def share(text: object) -> float:
+    """Return the number in "0.2" or in "20%".
+
+    Raises:
+        ValueError: ``text`` is no number.
+    """
+    number = str(text).strip()
+    return float(number[:-1]) / 100 if number.endswith("%") else float(number)
+
+
+class Ratio(click.ParamType):
+    """A share of the parameters, such as 0.2 or 20%."""
+
+    name = "ratio"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Return the share."""
+        try:
+            return share(value)
+        except ValueError:
+            raise BudgetError(
+                "`ratio`", "is no number", found=repr(value), fix="write it as 0.2 or 20%"
+            ) from None
+
+
 class Numbers(click.ParamType):
     """Numbers separated by commas."""
 
     name = "numbers"
 
-    def __init__(self, kind: type) -> None:
+    def __init__(self, kind: Callable[[str], float]) -> None:
         self._kind = kind
 
     def convert(
@@ -335,13 +362,15 @@ vocabulary_options = gathered(
     click.option(
         "--drop-reserved",
         is_flag=True,
-        help="Remove tokens that are reserved for later use and that nothing refers to.",
+        help="Remove tokens that are reserved for later use and that nothing refers to, before all "
+        "others; without a size or ratio, these alone.",
     ),
     click.option(
         "--keep-tokens",
         type=path_type,
         metavar="FILE",
-        help="Tokens to keep, one per line, as spelled in the vocabulary or as plain text.",
+        help="Tokens to keep, one per line, as the vocabulary spells them or as plain text; of a "
+        "text that is several tokens, all.",
     ),
     click.option(
         "--keep-script",
@@ -349,6 +378,14 @@ vocabulary_options = gathered(
         multiple=True,
         metavar="NAME",
         help="Keep all tokens of a Unicode script, such as Cyrillic. May be given several times.",
+    ),
+    click.option(
+        "--drop-script",
+        "drop_scripts",
+        multiple=True,
+        metavar="NAME",
+        help="Remove the tokens of a Unicode script before all others; without a size or ratio, "
+        "these alone. May be given several times.",
     ),
 )
 
@@ -374,8 +411,16 @@ size_options = gathered(
     SizeRequest,
     click.option(
         "--ratio",
-        type=float,
-        help="Share of all parameters to remove; V' and I' follow by the rule of thumb.",
+        type=Ratio(),
+        help="Share of all parameters to remove. Sizes that are not given follow, by the rule of "
+        "thumb.",
+    ),
+    click.option(
+        "--only",
+        default="",
+        metavar="PART[,PART]",
+        help="Take --ratio from these alone: vocabulary, channels, or layers (those of least block "
+        "influence).  [default: vocabulary,channels]",
     ),
     click.option("--vocab-size", type=int, help="V': embedding rows to keep."),
     click.option("--intermediate-size", type=int, help="I': channels per layer to keep."),
@@ -404,7 +449,7 @@ size_options = gathered(
 ratio_options = gathered(
     "sizes",
     SizeRequest,
-    click.option("--ratio", type=float, required=True, help="Share of all parameters to remove."),
+    click.option("--ratio", type=Ratio(), required=True, help="Share of all parameters to remove."),
     step_options,
 )
 cut_options = gathered("cut", CutRequest, size_options, vocabulary_options, channel_options)

@@ -17,6 +17,7 @@ from surgery.cli.options import (
     path_type,
     ratio_cut_options,
     refuse_idle,
+    share,
     show_options,
     spilling_options,
     step_cut_options,
@@ -114,7 +115,7 @@ class CompareOptions:
     click.option(
         "--ratio",
         "ratios",
-        type=Numbers(float),
+        type=Numbers(share),
         metavar="R[,R…]",
         required=True,
         help="Shares of all parameters to remove.",

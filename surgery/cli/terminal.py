@@ -13,6 +13,7 @@ from surgery.apply.companions import files_left_out
 from surgery.errors import printable
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
+from surgery.planning.request import SizeRequest
 from surgery.process import Progress, reuse_freed_memory
 
 RULE = "V' and I' follow a rule of thumb; compact-surgery search finds the split for your model"
@@ -135,10 +136,10 @@ def show_logs() -> None:
         logger.setLevel(logging.INFO)
 
 
-def show_plan(plan: Plan, layout: Layout) -> None:
-    """Print a plan: its table, the files that the output will not have, and a note on its ratio."""
+def show_plan(plan: Plan, layout: Layout, request: SizeRequest) -> None:
+    """Print a plan: its table, the files that the output will not have, and a note on its sizes."""
     print_text(plan.table())
     if names := files_left_out(layout.checkpoint.path, plan.ids()):
         click.echo(f"note: left out of the output: {printable(', '.join(names))}")
-    if plan.provenance.ratio is not None:
+    if request.by_rule:
         click.echo(f"note: {RULE}")

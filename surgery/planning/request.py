@@ -6,16 +6,18 @@ from math import lcm
 
 import numpy as np
 
-from surgery.errors import BudgetError, DataError, TokenizerError
+from surgery.errors import BudgetError, DataError, TokenizerError, check_choice
 from surgery.layout.layout import Layout
 from surgery.planning.layers import check_layers, layers_by_influence, parse_layers
 from surgery.planning.shapes import blocks
 from surgery.planning.sizes import (
     MULTIPLE_OF,
     TOLERANCE,
+    FixedSizes,
     Sizes,
     Steps,
     check_ratio,
+    check_sizes,
     parse_target,
     split,
     steps,
@@ -34,6 +36,9 @@ from surgery.vocabulary.order import (
     rarity_of,
 )
 from surgery.vocabulary.scripts import check_script
+
+VOCABULARY, CHANNELS, LAYERS = PARTS = ("vocabulary", "channels", "layers")
+"""What a ratio can be taken from."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +64,64 @@ class SizeRequest:
     """Layers to keep or to merge, such as "0-20,21+22+23,24-29"."""
     num_hidden_layers: int | None = None
     """How many layers to keep, those of the largest block influence."""
+    only: str | Sequence[str] = ()
+    """What the ratio is taken from, of ``PARTS``; empty is the vocabulary and the channels."""
 
     def __post_init__(self) -> None:
         if self.ratio is not None:
             check_ratio(self.ratio)
         if self.multiple_of is not None:
             steps(self.multiple_of)
+        if self.parts:
+            _check_parts(self)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """``only`` as names."""
+        if isinstance(self.only, str):
+            return tuple(self.only.split(",")) if self.only else ()
+        return tuple(self.only)
+
+    @property
+    def ranks_layers(self) -> bool:
+        """Whether the layers to keep follow from their block influence."""
+        return self.num_hidden_layers is not None or LAYERS in self.parts
+
+    @property
+    def by_rule(self) -> bool:
+        """Whether the rule of thumb splits the ratio between the vocabulary and the channels."""
+        splits = not self.parts or {VOCABULARY, CHANNELS} <= set(self.parts)
+        return self.ratio is not None and splits and not self.names_sizes
+
+    @property
+    def names_sizes(self) -> bool:
+        """Whether the vocabulary's size or a width is given."""
+        widths = self.intermediate_size is not None or bool(self.widths)
+        return self.vocab_size is not None or widths
+
+
+def _check_parts(request: SizeRequest) -> None:
+    """Refuse ``only`` where it names nothing that exists, or nothing that is open.
+
+    Raises:
+        OptionError: a part is unknown.
+        BudgetError: there is no ratio, or other options choose the same.
+    """
+    for part in request.parts:
+        check_choice("only", part, PARTS)
+    others = set(request.parts) - {LAYERS}
+    by_layers = request.layers is not None or request.num_hidden_layers is not None
+    for wrong, problem, fix in (
+        (request.ratio is None, "has no effect without `ratio`", "give `ratio`, or leave it out"),
+        (request.names_sizes, "and sizes exclude each other", "give one or the other"),
+        (
+            len(others) < len(request.parts) and bool(others or by_layers),
+            f"{LAYERS} goes with no other part, and with no number of layers",
+            f"name {LAYERS} alone, or the layers by `layers` or `num_hidden_layers`",
+        ),
+    ):
+        if wrong:
+            raise BudgetError("`only`", problem, fix=fix)
 
 
 @dataclass(frozen=True)
@@ -100,26 +157,34 @@ def choose_sizes(
         layout: The model.
         request: How much to remove, and which tokens to keep.
         documents: Text to count tokens in, where the order is by frequency.
-        influence: Block influence of each layer, float64 ``[L]``, for ``num_hidden_layers``.
+        influence: Block influence of each layer, float64 ``[L]``, to choose layers by.
 
     Raises:
-        BudgetError: neither a ratio nor sizes are given, or both; or sizes do not divide as asked.
+        BudgetError: neither a ratio nor sizes are given, or a ratio beside all sizes; or sizes do
+            not divide as asked.
         DataError: the order is by frequency and there is no text.
         TokenizerError: the vocabulary cannot be pruned, or lacks a token to keep.
     """
     target = request.sizes
+    fixed = _fixed_sizes(request, layout)
+    check_sizes(layout, Sizes(layout.vocab_size, fixed.widths))
     layers = _chosen_layers(target, layout, influence)
-    sizes = _given_sizes(target, layout)
-    if sizes is not None:
-        sizes = replace(sizes, layers=layers)
-    if sizes is not None and sizes.vocab_size == layout.vocab_size:
-        return SizeChoice(identity_rarity(layout.vocab_size), sizes, None, request)
-    tokenizer = open_vocabulary(layout)
-    choice = _vocabulary_choice(layout, tokenizer, request.vocabulary, documents)
-    rarity = rarity_of(layout, choice, tokenizer)
-    if sizes is None:
-        sizes = _split(layout, target, rarity.must_keep, layers)
-        sizes = replace(sizes, dequantize=target.dequantize, layers=layers)
+    tokenizer, rarity = None, identity_rarity(layout.vocab_size)
+    if fixed.vocab_size != layout.vocab_size:
+        tokenizer = open_vocabulary(layout)
+        choice = _vocabulary_choice(layout, tokenizer, request.vocabulary, documents)
+        rarity = rarity_of(layout, choice, tokenizer)
+        rarity.check(fixed.vocab_size)
+        if fixed.vocab_size is None and target.ratio is None:
+            fixed = replace(fixed, vocab_size=rarity.tokens - rarity.dropped)
+    elif idle := request.vocabulary.given():
+        raise BudgetError(
+            ", ".join(f"`{name}`" for name in idle),
+            "has no effect where the whole vocabulary is kept",
+            fix="leave it out, or let `ratio` or `vocab_size` remove rows",
+        )
+    sizes = _split(layout, target, fixed, rarity.must_keep, layers)
+    sizes = replace(sizes, dequantize=target.dequantize, layers=layers)
     return SizeChoice(rarity, sizes, tokenizer, request)
 
 
@@ -127,33 +192,68 @@ def _chosen_layers(
     target: SizeRequest, layout: Layout, influence: np.ndarray | None
 ) -> list[list[int]]:
     """Return the layers that are asked for, as in a plan; empty where all are kept."""
-    if target.layers is None and target.num_hidden_layers is None:
-        return []
     if target.layers is not None and target.num_hidden_layers is not None:
         raise BudgetError(
             "`layers`", "and `num_hidden_layers` exclude each other", fix="give one of them"
         )
     if target.layers is not None:
         groups = parse_layers(target.layers)
-    elif influence is not None:
-        groups = layers_by_influence(influence, target.num_hidden_layers or 0)
-    else:
+    elif not target.ranks_layers:
+        return []
+    elif influence is None:
         raise BudgetError(
-            "`num_hidden_layers`",
+            f"`only` {LAYERS}" if target.parts else "`num_hidden_layers`",
             "needs statistics to rank the layers by",
             fix="calibrate, then plan with `stats`; or name the layers with `layers`",
         )
+    elif target.num_hidden_layers is not None:
+        groups = layers_by_influence(influence, target.num_hidden_layers)
+    else:
+        groups = _layers_at(layout, target.ratio or 0.0, influence)
     check_layers(layout, groups)
     return [] if groups == [[layer] for layer in range(layout.num_hidden_layers)] else groups
 
 
-def _split(layout: Layout, target: SizeRequest, smallest: int, layers: list[list[int]]) -> Sizes:
-    """Return sizes that remove, together with the removed layers, the ratio that is asked for."""
-    steps, ratio, left = allowed_steps(layout, target), target.ratio or 0.0, layout
+def _layers_at(layout: Layout, ratio: float, influence: np.ndarray) -> list[list[int]]:
+    """Return the layers to keep, by influence, that remove as near to the ratio as whole ones can.
+
+    Raises:
+        BudgetError: the layers do not hold so much, or less than half of one layer is to go.
+    """
+    full = layout.parameters(layout.vocab_size, layout.widths)
+    cuts: list[tuple[float, list[list[int]]]] = []
+    for count in range(layout.num_hidden_layers - 1, 0, -1):
+        groups = layers_by_influence(influence, count)
+        left = layout.with_layers(groups).parameters(layout.vocab_size, layout.widths)
+        cuts.append((1 - left / full, groups))
+    one, most = (cuts[0][0], cuts[-1][0]) if cuts else (0.0, 0.0)
+    if not (cuts and one / 2 <= ratio <= most + one / 2):
+        raise BudgetError(
+            "`ratio`",
+            "cannot be met by whole layers",
+            expected=f"{one:.4f} to {most:.4f}",
+            found=ratio,
+            fix="choose another ratio, or another part with `only`",
+        )
+    return min(cuts, key=lambda cut: abs(cut[0] - ratio))[1]
+
+
+def _split(
+    layout: Layout,
+    target: SizeRequest,
+    fixed: FixedSizes,
+    smallest: int,
+    layers: list[list[int]],
+) -> Sizes:
+    """Return the sizes; a ratio counts the removed layers, and chooses what is not fixed."""
+    steps, ratio, left = allowed_steps(layout, target), target.ratio, layout
+    if fixed.vocab_size is not None and len(fixed.widths) == len(layout.widths):
+        return Sizes(fixed.vocab_size, {key: fixed.widths[key] for key in layout.widths})
+    assert ratio is not None  # else all sizes are fixed
     if layers:
         left = layout.with_layers(layers)
         full, rest = (each.parameters(layout.vocab_size, layout.widths) for each in (layout, left))
-        if abs(rest / full - (1 - ratio)) <= TOLERANCE:
+        if abs(rest / full - (1 - ratio)) <= TOLERANCE and not target.names_sizes:
             return whole(layout)
         if rest < (1 - ratio) * full:
             raise BudgetError(
@@ -164,7 +264,7 @@ def _split(layout: Layout, target: SizeRequest, smallest: int, layers: list[list
                 fix="keep more layers, or choose a higher ratio",
             )
         ratio = 1 - (1 - ratio) * full / rest
-    return split(left, ratio, smallest, steps)
+    return split(left, ratio, smallest, steps, fixed)
 
 
 def allowed_steps(layout: Layout, target: SizeRequest) -> Steps:
@@ -216,31 +316,39 @@ def _steps(target: SizeRequest) -> Steps:
     return parse_target(target.target, multiple_of) if target.target else steps(multiple_of)
 
 
-def _given_sizes(target: SizeRequest, layout: Layout) -> Sizes | None:
-    """Return the sizes, or None where they follow from the ratio; others keep their full size."""
-    widths = _given_widths(target, layout)
-    by_size = target.vocab_size is not None or bool(widths)
-    if target.ratio is not None:
-        if by_size:
+def _fixed_sizes(request: CutRequest, layout: Layout) -> FixedSizes:
+    """Return the sizes that are given. Without a ratio, the others keep their full size.
+
+    V' stays open where the vocabulary is to lose certain tokens, however many these are.
+    """
+    target, drops = request.sizes, request.vocabulary.drops
+    widths, vocab_size = _given_widths(target, layout), target.vocab_size
+    if target.ratio is None:
+        others = target.layers or target.num_hidden_layers or target.dequantize or drops
+        if not (target.names_sizes or others):
             raise BudgetError(
-                "`ratio`",
-                "and sizes exclude each other",
-                expected="`ratio`, or `vocab_size` and `intermediate_size`",
-                fix="give one or the other",
+                "sizes",
+                "nothing says how much to remove",
+                fix="give `ratio`, such as 0.2, or a size to keep, such as `vocab_size`, "
+                "`intermediate_size` or `num_hidden_layers`",
             )
-        return None
-    if not by_size and target == SizeRequest():
+        if vocab_size is None and not drops:
+            vocab_size = layout.vocab_size
+        widths = {**layout.widths, **widths}
+    elif vocab_size is not None and len(widths) == len(layout.widths):
         raise BudgetError(
-            "sizes",
-            "are not given",
-            expected="`ratio`, or `vocab_size` and `intermediate_size`",
-            fix="give one or the other; a size that is not named does not change",
+            "`ratio`",
+            "has no size left to choose, for all are given",
+            fix="leave out the ratio, or one of the sizes",
         )
-    vocab_size = layout.vocab_size if target.vocab_size is None else target.vocab_size
-    sizes = Sizes(vocab_size, {**layout.widths, **widths}, target.dequantize)
+    if target.parts and VOCABULARY not in target.parts:
+        vocab_size = layout.vocab_size
+    if target.parts and CHANNELS not in target.parts:
+        widths = dict(layout.widths)
+    fixed = FixedSizes(vocab_size, widths)
     if target.multiple_of or target.target:
-        _check_steps(layout, sizes, _steps(target))
-    return sizes
+        _check_steps(layout, fixed, _steps(target))
+    return fixed
 
 
 def _given_widths(target: SizeRequest, layout: Layout) -> dict[str, int]:
@@ -284,10 +392,12 @@ def _near(size: int, step: int, full: int) -> str:
     return f"such as {max(step, min(round(size / step), full // step) * step)}"
 
 
-def _check_steps(layout: Layout, sizes: Sizes, wanted: Steps) -> None:
+def _check_steps(layout: Layout, fixed: FixedSizes, wanted: Steps) -> None:
     """Refuse given sizes that are no multiples of what was asked for; full sizes are allowed."""
-    given = {"vocab_size": (sizes.vocab_size, layout.vocab_size, wanted.vocab)}
-    for key, size in sizes.widths.items():
+    given = {}
+    if fixed.vocab_size is not None:
+        given["vocab_size"] = (fixed.vocab_size, layout.vocab_size, wanted.vocab)
+    for key, size in fixed.widths.items():
         given[key] = (size, layout.widths[key], wanted.width)
     for key, (size, full, step) in given.items():
         if size != full and size % step:
@@ -308,6 +418,13 @@ def _vocabulary_choice(
 ) -> VocabularyChoice:
     """Read the tokens and scripts that the options name, and count tokens if they ask for it."""
     scripts = tuple(check_script(name) for name in vocabulary.keep_scripts)
+    dropped = tuple(check_script(name, "drop_scripts") for name in vocabulary.drop_scripts)
+    if both := sorted(set(scripts) & set(dropped)):
+        raise TokenizerError(
+            "`drop_scripts`",
+            f"{both[0]} is also to be kept",
+            fix="name it in `keep_scripts` or in `drop_scripts`",
+        )
     keep = kept_tokens(vocabulary.keep_tokens, tokenizer)
     counts = None
     if vocabulary.vocab_by == "frequency":
@@ -316,4 +433,4 @@ def _vocabulary_choice(
                 "`vocab_by` frequency", "needs a text to count tokens in", fix="give `data`"
             )
         counts = count_tokens(tokenizer.library(), documents, layout.vocab_size)
-    return VocabularyChoice(counts, vocabulary.drop_reserved, keep, scripts)
+    return VocabularyChoice(counts, vocabulary.drop_reserved, keep, scripts, dropped)

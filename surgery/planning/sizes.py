@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from math import floor, lcm
 from numbers import Integral, Real
@@ -124,6 +124,19 @@ class Sizes:
     """As in a plan; empty keeps all layers."""
 
 
+@dataclass(frozen=True)
+class FixedSizes:
+    """Sizes that are given; a ratio chooses the others."""
+
+    vocab_size: int | None = None
+    """V'; None leaves it open."""
+    widths: Mapping[str, int] = field(default_factory=dict)
+    """Key of config.json → I'; a width without an entry is open."""
+
+
+NOTHING_FIXED = FixedSizes()
+
+
 def whole(layout: Layout) -> Sizes:
     """Return the sizes of the source."""
     return Sizes(layout.vocab_size, layout.widths)
@@ -153,12 +166,16 @@ def check_ratio(ratio: float) -> None:
         BudgetError: it is not between 0 and 1.
     """
     if not isinstance(ratio, Real) or not 0 < ratio < 1:
+        fix = "choose one, such as 0.2"
+        if isinstance(ratio, Real) and 1 <= ratio < 100:
+            share = float(ratio)
+            fix = f"{share:g} means {100 * share:g} %; did you mean {share / 100:g}?"
         raise BudgetError(
             "`ratio`",
             "is no share of the parameters",
             expected="above 0, below 1",
             found=ratio,
-            fix="choose one",
+            fix=fix,
         )
 
 
@@ -182,7 +199,13 @@ def vocabulary_first(layout: Layout, removed: float) -> float:
     return min(removed, cap, spare)
 
 
-def split(layout: Layout, ratio: float, smallest_vocab: int, steps: Steps = STEPS) -> Sizes:
+def split(
+    layout: Layout,
+    ratio: float,
+    smallest_vocab: int,
+    steps: Steps = STEPS,
+    fixed: FixedSizes = NOTHING_FIXED,
+) -> Sizes:
     """Choose the sizes that remove ``ratio`` of all parameters, close to the rule's split.
 
     Every I' of the costliest width (a multiple of its step, or I itself) is paired with the V'
@@ -195,7 +218,8 @@ def split(layout: Layout, ratio: float, smallest_vocab: int, steps: Steps = STEP
         layout: The source.
         ratio: Removed parameters over all parameters, tied embeddings counted once.
         smallest_vocab: Fewest rows to keep.
-        steps: What the sizes must be multiples of.
+        steps: What the chosen sizes must be multiples of.
+        fixed: Sizes that are not chosen.
 
     Raises:
         BudgetError: no pair of allowed sizes meets the target.
@@ -204,16 +228,20 @@ def split(layout: Layout, ratio: float, smallest_vocab: int, steps: Steps = STEP
     row = layout.axis_cost(VOCAB)
     target = vocabulary_first(layout, ratio * total)
     found: list[tuple[float, float, Sizes]] = []
-    for error, sizes in _pairs(layout, ratio, smallest_vocab, steps):
+    for error, sizes in _pairs(layout, ratio, smallest_vocab, steps, fixed):
         removed = (layout.vocab_size - sizes.vocab_size) * row
         found.append((error, max(target - removed, (removed - target) * EXCESS_WEIGHT), sizes))
     exact = [(distance, error, sizes) for error, distance, sizes in found if error <= TOLERANCE]
     if exact:
-        return min(exact, key=lambda pair: pair[0])[2]
+        return min(exact, key=lambda pair: pair[:2])[2]
     error, _, sizes = min(found, key=lambda pair: pair[:2])
-    shares = [_removed(layout, widths) / total for widths in _width_choices(layout, steps.width)]
-    if error > TOLERANCE + max((a - b for a, b in pairwise(shares)), default=0) / 2:
-        raise _unreachable(layout, ratio, smallest_vocab, steps)
+    shares = [_removed(layout, each) / total for each in _width_choices(layout, steps, fixed)]
+    given = (layout.vocab_size - (fixed.vocab_size or layout.vocab_size)) * row / total + min(
+        shares
+    )
+    half_step = max((a - b for a, b in pairwise(shares)), default=0) / 2
+    if error > TOLERANCE + half_step or given > ratio + TOLERANCE:
+        raise _unreachable(layout, ratio, smallest_vocab, steps, fixed)
     return sizes
 
 
@@ -240,7 +268,11 @@ def pairs_at(
 
 
 def _pairs(
-    layout: Layout, ratio: float, smallest_vocab: int, steps: Steps
+    layout: Layout,
+    ratio: float,
+    smallest_vocab: int,
+    steps: Steps,
+    fixed: FixedSizes = NOTHING_FIXED,
 ) -> list[tuple[float, Sizes]]:
     """Return for each I' the error, in parts of all parameters, and the sizes with the best V'.
 
@@ -251,10 +283,12 @@ def _pairs(
     check_ratio(ratio)
     row = layout.axis_cost(VOCAB)
     found = []
-    for widths in _width_choices(layout, steps.width):
+    for widths in _width_choices(layout, steps, fixed):
         rest = ratio * total - _removed(layout, widths)
         wanted = layout.vocab_size - rest / row
-        vocab_size = _nearest(wanted, smallest_vocab, layout.vocab_size, steps.vocab)
+        vocab_size = fixed.vocab_size
+        if vocab_size is None:
+            vocab_size = _nearest(wanted, smallest_vocab, layout.vocab_size, steps.vocab)
         removed = (layout.vocab_size - vocab_size) * row
         found.append((abs(removed - rest) / total, Sizes(vocab_size, widths)))
     return found
@@ -271,14 +305,16 @@ def candidate_vocab_sizes(layout: Layout, smallest_vocab: int) -> list[int]:
     return sorted(sizes)
 
 
-def _width_choices(layout: Layout, step: int) -> list[dict[str, int]]:
-    """Return every I' of the costliest width, with the other widths at the same share."""
-    if not layout.widths:
-        return [{}]
-    first, full = next(iter(layout.widths.items()))
+def _width_choices(layout: Layout, steps: Steps, fixed: FixedSizes) -> list[dict[str, int]]:
+    """Return every I' of the costliest open width, with the other open ones at the same share."""
+    first = next((key for key in layout.widths if key not in fixed.widths), None)
+    if first is None:
+        return [dict(fixed.widths)]
+    full, step = layout.widths[first], steps.width
     return [
         {key: _nearest(size / full * width, 1, width, step) for key, width in layout.widths.items()}
         | {first: size}
+        | dict(fixed.widths)
         for size in _allowed(1, full, step)
     ]
 
@@ -309,25 +345,32 @@ def _nearest(wanted: float, low: int, high: int, step: int) -> int:
     return min(_around(wanted, low, high, step), key=lambda size: abs(size - wanted))
 
 
-def _unreachable(layout: Layout, ratio: float, smallest_vocab: int, steps: Steps) -> BudgetError:
+def _unreachable(
+    layout: Layout, ratio: float, smallest_vocab: int, steps: Steps, fixed: FixedSizes
+) -> BudgetError:
     total = layout.parameters(layout.vocab_size, layout.widths)
     row, full = layout.axis_cost(VOCAB), layout.vocab_size
-    channels = [_removed(layout, widths) for widths in _width_choices(layout, steps.width)]
+    channels = [_removed(layout, widths) for widths in _width_choices(layout, steps, fixed)]
+
+    def rows(wanted: float) -> list[int]:
+        if fixed.vocab_size is not None:
+            return [fixed.vocab_size]
+        return _around(wanted, smallest_vocab, full, steps.vocab)
+
     found = [
         (abs(share - ratio), size, share)
         for removed in channels
-        for size in _around(
-            full - (ratio * total - removed) / row, smallest_vocab, full, steps.vocab
-        )
+        for size in rows(full - (ratio * total - removed) / row)
         for share in [((full - size) * row + removed) / total]
     ]
     nearest = min(found, key=lambda pair: pair[:2])[2]
-    fewest = _around(smallest_vocab, smallest_vocab, full, steps.vocab)[0]
-    most = ((full - fewest) * row + max(channels)) / total
+    most = ((full - rows(smallest_vocab)[0]) * row + max(channels)) / total
+    least = ((full - rows(full)[-1]) * row + min(channels)) / total
+    bounds = f"at least {least:.4f}, at most {most:.4f}" if least > 0 else f"at most {most:.4f}"
     return BudgetError(
         "`ratio`",
         f"cannot be met by sizes in steps of {steps.vocab} and {steps.width}",
-        expected=f"at most {most:.4f}; nearest is {nearest:.4f}",
+        expected=f"{bounds}; nearest is {nearest:.4f}",
         found=ratio,
         fix="choose another ratio, or give `vocab_size` and `intermediate_size`",
     )

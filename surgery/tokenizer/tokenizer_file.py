@@ -115,14 +115,19 @@ class TokenizerFile:
         return {**self.vocab, **self.added}
 
     @cached_property
+    def unknown(self) -> set[int]:
+        """Id of the token for what the vocabulary cannot spell, if it has one."""
+        model = self.data["model"]
+        found = {model["unk_id"]} if type(model.get("unk_id")) is int else set[int]()
+        if model.get("unk_token") in self.token_ids:
+            found.add(self.token_ids[model["unk_token"]])
+        return found
+
+    @cached_property
     def alphabet(self) -> set[int]:
         """Ids without which some text could not be written, or only with unknown tokens."""
-        model = self.data["model"]
-        unknown = {model["unk_id"]} if type(model.get("unk_id")) is int else set()
-        if model.get("unk_token") in self.token_ids:
-            unknown.add(self.token_ids[model["unk_token"]])
-        byte_fallback = bool(model.get("byte_fallback"))
-        return unknown | alphabet(self.kind, self.vocab, byte_fallback=byte_fallback)
+        byte_fallback = bool(self.data["model"].get("byte_fallback"))
+        return self.unknown | alphabet(self.kind, self.vocab, byte_fallback=byte_fallback)
 
     @property
     def missing_bytes(self) -> int:

@@ -1,8 +1,9 @@
 """Which tokens to keep: the order of rarity, by merges or by counts, parents before children."""
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ from surgery.vocabulary.scripts import scripts_of
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+LOG = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, eq=False)
 class Rarity:
@@ -34,14 +37,16 @@ class Rarity:
     """Tokens that have a row; the rest of ``order`` are padding rows."""
     rowless: int
     """Added tokens after the last row."""
+    dropped: int = 0
+    """Tokens with a row that the options want removed; of all tokens they are the rarest."""
 
-    def id_map(self, vocab_size: int) -> IdMap:
-        """Keep the ``vocab_size`` most common rows.
+    def check(self, vocab_size: int | None) -> None:
+        """Refuse a size that the vocabulary cannot have.
 
         Raises:
             BudgetError: ``vocab_size`` is above V or below ``must_keep``.
         """
-        if not self.must_keep <= vocab_size <= len(self.order):
+        if vocab_size is not None and not self.must_keep <= vocab_size <= len(self.order):
             raise BudgetError(
                 "`vocab_size`",
                 "is out of reach",
@@ -50,6 +55,14 @@ class Rarity:
                 found=vocab_size,
                 fix="choose a size in this range",
             )
+
+    def id_map(self, vocab_size: int) -> IdMap:
+        """Keep the ``vocab_size`` most common rows.
+
+        Raises:
+            BudgetError: as ``check``.
+        """
+        self.check(vocab_size)
         return IdMap(np.sort(self.order[:vocab_size]), len(self.order), self.rowless)
 
     def buckets(self, edges: Sequence[int]) -> np.ndarray:
@@ -145,9 +158,20 @@ class VocabularyOptions:
     them, one a line."""
     keep_scripts: Sequence[str] = ()
     """Unicode scripts whose tokens to keep, such as Cyrillic."""
+    drop_scripts: Sequence[str] = ()
+    """Unicode scripts whose tokens are removed before all others."""
 
     def __post_init__(self) -> None:
         check_choice("vocab_by", self.vocab_by, ORDERS)
+
+    @property
+    def drops(self) -> bool:
+        """Whether tokens are named that are to be removed."""
+        return self.drop_reserved or bool(self.drop_scripts)
+
+    def given(self) -> list[str]:
+        """Return the names of the options that are not left at their defaults."""
+        return [f.name for f in fields(self) if getattr(self, f.name) != f.default]
 
 
 @dataclass(frozen=True)
@@ -162,6 +186,8 @@ class VocabularyChoice:
     """Ids to keep."""
     keep_scripts: Sequence[str] = ()
     """Unicode scripts whose tokens to keep."""
+    drop_scripts: Sequence[str] = ()
+    """Unicode scripts whose tokens are the rarest of all."""
 
 
 def open_vocabulary(layout: Layout) -> TokenizerFile:
@@ -226,8 +252,8 @@ def order_rows(
     First come the rows that must be kept: the alphabet, added tokens, ``referenced`` ids, runs of
     white space, what ``choice`` asks for, and whatever these are merged from. Then come tokens by
     count, where there are counts, and by rank (``merge_ranks``). A token never comes before its
-    parents: text whose tokens are all kept is tokenized as before. Last come dead tokens, reserved
-    ones if they may be removed, and padding rows.
+    parents: text whose tokens are all kept is tokenized as before. Last come dead tokens, those
+    that ``choice`` drops unless others are merged from them, and padding rows.
     """
     size = max(rows, max(tokenizer.token_ids.values(), default=0) + 1)
     tree = MergeTree(tokenizer.vocab, tokenizer.merges, size)
@@ -239,21 +265,27 @@ def order_rows(
     if choice.counts is not None:
         count[: len(choice.counts)] = choice.counts[: len(count)]
         tree.lift_parents(count)
+    unwanted = _of_scripts(tokenizer, choice.drop_scripts) - must
     if choice.drop_reserved:
         unused = set(reserved_tokens(tokenizer).values()) - set(referenced) - choice.keep
         unused -= tokenizer.referenced_ids()
         must -= unused
-        count[list(unused)] = -1
+        unwanted |= unused
+    count[list(unwanted)] = -1
+    if choice.drop_scripts:
+        tree.lift_parents(count)
     token_rows = np.unique([i for i in tokenizer.token_ids.values() if i < rows])
     first = tree.with_parents(np.array(sorted(i for i in must if i < rows), dtype=np.int64))
     order = np.lexsort((token_rows, tree.length[token_rows], rank[token_rows], -count[token_rows]))
     later = token_rows[order]
+    later = later[~np.isin(later, first)]
     padding = np.setdiff1d(np.arange(rows), token_rows)
     return Rarity(
-        np.concatenate([first, later[~np.isin(later, first)], np.setdiff1d(padding, first)]),
+        np.concatenate([first, later, np.setdiff1d(padding, first)]),
         must_keep=len(first),
         tokens=len(token_rows),
         rowless=sum(i >= rows for i in tokenizer.token_ids.values()),
+        dropped=int((count[later] < 0).sum()),
     )
 
 
@@ -304,8 +336,10 @@ def kept_tokens(
 ) -> frozenset[int]:
     """Ids of ``tokens``, as the vocabulary spells them or as plain text; or of a file of them.
 
+    A text of several tokens stands for all tokens that it is made of.
+
     Raises:
-        TokenizerError: one of them is not a token.
+        TokenizerError: the vocabulary lacks one of them, and cannot spell it.
     """
     if tokens is None:
         return frozenset()
@@ -317,18 +351,31 @@ def kept_tokens(
         text = tokenizer.kind.text(token)
         if text is not None:
             spelled.setdefault(text, id_)
-    found = set()
+    found, library, texts = set[int](), None, list[str]()
     for number, line in enumerate(lines, 1):
         named = tokenizer.token_ids.get(line, spelled.get(line))
-        if line and named is None:
+        if named is not None:
+            found.add(named)
+            continue
+        library = library or tokenizer.library()
+        ids = library.encode(line, add_special_tokens=False).ids
+        if line and (not ids or tokenizer.unknown & set(ids)):
             raise TokenizerError(
                 f"{where} {number}",
-                "is not a token of this vocabulary",
+                "is not made of tokens of this vocabulary",
                 found=repr(line),
                 fix="correct or remove it: spell it as the vocabulary does, or as plain text",
             )
-        if named is not None:
-            found.add(named)
+        found.update(ids)
+        if line:
+            texts.append(line)
+    if texts:
+        LOG.info(
+            "note: `keep_tokens`: %d of its texts are several tokens, which are all kept; the "
+            "first is %r",
+            len(texts),
+            texts[0],
+        )
     return frozenset(found)
 
 

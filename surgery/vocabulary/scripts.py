@@ -103,7 +103,7 @@ def _loose(name: str) -> str:
     return "".join(name.split()).replace("-", "").replace("_", "").lower()
 
 
-def check_script(name: str) -> str:
+def check_script(name: str, option: str = "keep_scripts") -> str:
     """Return Unicode's name of a script, given by its name or four-letter code in any case.
 
     Raises:
@@ -118,7 +118,7 @@ def check_script(name: str) -> str:
 
     close = [names[key] for key in get_close_matches(_loose(name), names, n=1)]
     raise TokenizerError(
-        "`keep_scripts`",
+        f"`{option}`",
         "is not a script of Unicode",
         found=repr(name[:40]),
         fix=(f"did you mean {close[0]}? " if close else "")

@@ -47,15 +47,41 @@ CASES = [
          ("intermediate_size", "does not divide", "expected a multiple of 128", "found 64")),
     *(
         Case(f"ratio {ratio}", nothing, f"plan model --ratio {ratio} -o new.json",
-             ("ratio", "expected above 0, below 1", f"found {float(ratio)}", "choose"))
-        for ratio in ("0", "1.5", "-0.1", "1", "nan")
+             ("ratio", "expected above 0, below 1", f"found {float(ratio)}", fix))
+        for ratio, fix in (("0", "choose"), ("1.5", "did you mean 0.015?"), ("-0.1", "choose"),
+                           ("1", "did you mean 0.01?"), ("nan", "choose"))
     ),
     Case("ratio 0.99", nothing, "plan model --ratio 0.99 -o new.json",
          ("ratio", "expected at most 0.", "found 0.99", "--vocab-size")),
     *(
-        Case(f"target {given or 'missing'}", nothing, f"plan model {given} -o new.json",
-             ("expected --ratio, or --vocab-size and --intermediate-size", "give one or the other"))
-        for given in ("", f"--ratio 0.2 {SIZES}", "--ratio 0.2 --vocab-size 512")
+        Case(f"nothing to remove: {given}", nothing, f"plan model {given} -o new.json",
+             ("nothing says how much to remove", "give --ratio", "--vocab-size"))
+        for given in ("", "--multiple-of 8", "--target tp=2")
+    ),
+    Case("a ratio and all sizes", nothing, f"plan model --ratio 0.2 {SIZES} -o new.json",
+         ("--ratio", "no size left to choose", "leave out")),
+    Case("a size that takes more than the ratio", nothing,
+         "plan model --ratio 0.05 --intermediate-size 8 -o new.json",
+         ("--ratio", "cannot be met", "at least 0.", "found 0.05")),
+    Case("percent", nothing, "plan model --ratio 20 -o new.json",
+         ("--ratio", "found 20", "20 means 2000 %; did you mean 0.2?")),
+    Case("no number", nothing, "plan model --ratio a% -o new.json",
+         ("--ratio", "found 'a%'", "0.2 or 20%")),
+    *(
+        Case(f"only {only}", nothing, f"plan model --only {only} -o new.json", ("--only", *words))
+        for only, words in (
+            ("vocabulary", ("no effect without --ratio",)),
+            ("rows --ratio 0.2", ("expected vocabulary, channels, layers", "found 'rows'")),
+            (f"channels --ratio 0.2 {SIZES}", ("and sizes exclude each other",)),
+            ("layers,channels --ratio 0.2", ("layers goes with no other part",)),
+            ("layers --ratio 0.2", ("needs statistics",)),
+        )
+    ),
+    *(
+        Case(f"{option} with a whole vocabulary", nothing,
+             f"plan model --intermediate-size 64 {option} -o new.json",
+             (option.split()[0], "no effect", "whole vocabulary"))
+        for option in ("--keep-script Latin", "--keep-tokens text.txt")
     ),
     *(
         Case(f"bucket sizes {sizes}", nothing, f"{CALIBRATE} text.txt --vocab-sizes {sizes}",

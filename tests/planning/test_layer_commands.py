@@ -153,7 +153,7 @@ def test_prune_takes_layers(deep: Path, tmp_path: Path, text: Path, run: Run) ->
         (("--layers", "x"), "does not name the layers to keep"),
         (("--layers", "0", "--num-hidden-layers", 1), "exclude each other"),
         (("--num-hidden-layers", 3), "needs statistics"),
-        (("--layers", "0-4", "--ratio", 0.2, "--vocab-size", 512), "exclude each other"),
+        (("--num-hidden-layers", 3, "--ratio", 0.4, "--only", "layers"), "no number of layers"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(

@@ -13,6 +13,7 @@ from calib.study.search import coarse, fine, parse_candidates
 from surgery.errors import SurgeryError
 from surgery.layout.layout import Layout
 from surgery.planning.sizes import (
+    NOTHING_FIXED,
     TOLERANCE,
     Sizes,
     Steps,
@@ -117,7 +118,7 @@ def test_the_nearest_ratio_is_that_of_all_pairs(
         for channels in listed(1, layout.widths["intermediate_size"], width)
     ]
     nearest = min(removed, key=lambda share: abs(share - ratio))
-    error = str(_unreachable(layout, ratio, smallest, Steps(vocab, width)))
+    error = str(_unreachable(layout, ratio, smallest, Steps(vocab, width), NOTHING_FIXED))
     said = re.search(r"at most ([0-9.]+); nearest is ([0-9.]+)", error)
     assert said is not None
     most, near = map(float, said.groups())

@@ -13,7 +13,7 @@ from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.errors import TokenizerError
 from surgery.layout.build import read_layout
 from surgery.planning.plan import Plan
-from surgery.tokenizer.tokenizer_file import TokenizerFile
+from surgery.tokenizer.tokenizer_file import TokenizerFile, prune_tokenizer
 from surgery.vocabulary.cost import vocabulary_cost
 from surgery.vocabulary.order import (
     BATCH_CHARACTERS,
@@ -94,6 +94,20 @@ def test_scripts_that_are_asked_for_are_kept_whole(languages: TokenizerFile) -> 
     lost = {script.script for script in cost.scripts if script.tokens_after < script.tokens_before}
     assert {"Latin", "Cyrillic"} <= lost
     assert not {"Han", "Thai"} & lost
+
+
+def test_a_text_of_several_tokens_keeps_them_all(languages: TokenizerFile) -> None:
+    text = " beings umano 人人"
+    ids = set(languages.library().encode(text, add_special_tokens=False).ids)
+    assert len(ids) > 3
+    kept = kept_tokens([text, ""], languages)
+    assert kept == ids
+    rarity = order_rows(languages, SIZE, (), VocabularyChoice(keep=kept))
+    smallest = rarity.id_map(rarity.must_keep)
+    pruned = prune_tokenizer(languages, smallest)[0]
+    assert pruned.encode(text, add_special_tokens=False).tokens == (
+        languages.library().encode(text, add_special_tokens=False).tokens
+    )
 
 
 def test_tokens_to_keep_are_named_by_spelling_or_text(
