@@ -25,14 +25,13 @@ from surgery.api import Model, as_layout
 from surgery.apply.run import ApplyOptions
 from surgery.errors import PlanError
 from surgery.files.shard_file import IO
-from surgery.hub.fetch import source_at_hand
 from surgery.planning.plan import Plan
 from surgery.planning.request import CutRequest, SizeRequest, allowed_steps, choose_sizes
 from surgery.process import Progress
 from surgery.stats.channel_stats import ChannelStats
 from surgery.stats.channels import DEFAULT_CRITERION, LEAST_TOKENS, ChannelOptions
 from surgery.text.documents import Text, TextOptions, sources_of
-from surgery.verify.files import VerifyReport, plan_of_output
+from surgery.verify.files import VerifyReport, origin_of
 from surgery.vocabulary.order import VocabularyOptions
 
 
@@ -359,6 +358,9 @@ def prune(  # noqa: PLR0913
     repair: str = "none",
     device: str = "auto",
     dtype: str = "auto",
+    max_memory: int | None = None,
+    max_gpu_memory: int | None = None,
+    spill: Path | str | None = None,
     io: IO = "mmap",
     resume: bool = False,
     family: str | None = None,
@@ -403,6 +405,9 @@ def prune(  # noqa: PLR0913
         repair: "none", or "least-squares" to refit down_proj if held-out text confirms it.
         device: auto, cpu, cuda or mps.
         dtype: auto, float32, bfloat16 or float16.
+        max_memory: As for ``calibrate``.
+        max_gpu_memory: As for ``calibrate``.
+        spill: As for ``calibrate``.
         resume: Whether to continue what a killed run of the same call left, if anything.
         io: "mmap", or "read" for network file systems.
         family: As for ``surgery.open_model``.
@@ -411,7 +416,8 @@ def prune(  # noqa: PLR0913
     Raises:
         SurgeryError: any of the steps fails; then ``output`` does not exist.
     """
-    compute, applied = _compute(device, dtype), ApplyOptions(Path(output), resume, io=io)
+    compute = _compute(device, dtype, max_memory, max_gpu_memory, spill)
+    applied = ApplyOptions(Path(output), resume, io=io)
     layout = as_layout(model, family)
     text = TextOptions(sources_of(data), samples, seq_len, seed=seed, field=field, strict=strict)
     sizes = SizeRequest(
@@ -478,24 +484,20 @@ def compare_logits(
     Args:
         output: The pruned model's directory.
         plan: The plan, or its file; None is the file beside the directory, or the plan within.
-        source: The source's directory; None is the path in the plan.
+        source: The source's directory or hub id; None is that of the plan. A source that only the
+            plan within names is not looked up.
         device: auto, cpu, cuda or mps.
 
     Raises:
         PlanError: there is no plan, or its source does not exist any more.
     """
     directory = Path(output)
-    loaded = Plan.load(plan) if isinstance(plan, str | Path) else plan
-    loaded = loaded or plan_of_output(directory)
+    loaded, found = origin_of(directory, plan, source)
     if loaded is None:
         raise PlanError(directory, "has no plan to compare by", fix="give `plan`")
-    found = Path(source) if source is not None else source_at_hand(loaded.source)
     if found is None:
         raise PlanError(
-            directory,
-            "its source is not known here, or does not exist any more",
-            found=loaded.source,
-            fix="give `source`",
+            directory, "its source is not at hand", found=loaded.source, fix="give `source`"
         )
     return compare_logits_of(loaded, found, directory, device)
 

@@ -83,6 +83,16 @@ class Prediction:
         """Of the device, in bytes."""
         return sum(self.device.values())
 
+    def over(self, compute: ComputeOptions) -> dict[str, int]:
+        """Return name → bytes needed of the caps of ``compute`` that would not be kept."""
+        needs = {"max_memory": self.peak_memory, "max_gpu_memory": self.peak_device}
+        caps = {"max_memory": compute.max_memory, "max_gpu_memory": compute.max_gpu_memory}
+        return {
+            name: need
+            for name, need in needs.items()
+            if (cap := caps[name]) is not None and need > cap
+        }
+
     def facts(self) -> dict[str, Any]:
         """Return all fields for JSON."""
         both = {"peak_memory": self.peak_memory, "peak_device": self.peak_device}
@@ -162,21 +172,24 @@ def within_caps(
     least: dict[str, int] = {}
     for choice in _choices(settings, journal=journal):
         made = predict(layout, text, choice, buckets=buckets, journal=journal)
-        needs = {
-            "max_memory": (made.peak_memory, compute.max_memory),
-            "max_gpu_memory": (made.peak_device, compute.max_gpu_memory),
-        }
-        over = [name for name, (need, cap) in needs.items() if cap is not None and need > cap]
+        over = made.over(compute)
         if not over:
             return choice
-        for name in needs:
-            least[name] = min(least.get(name, needs[name][0]), needs[name][0])
-    name = over[0]
-    raise BudgetError(
-        f"`{name}` {(needs[name][1] or 0) / MB:,.0f}MB",
+        for name, need in over.items():
+            least[name] = min(least.get(name, need), need)
+    name = next(iter(over))
+    raise over_cap(
+        name, least[name], compute, "give more, fewer or shorter windows, or a smaller `dtype`"
+    )
+
+
+def over_cap(name: str, least: int, compute: ComputeOptions, fix: str) -> BudgetError:
+    """The error of a cap that cannot be kept: ``least`` bytes are needed."""
+    return BudgetError(
+        f"`{name}` {getattr(compute, name) / MB:,.0f}MB",
         "cannot be kept",
-        expected=f"at least {least[name] / MB + 1:,.0f}MB",
-        fix="give more, fewer or shorter windows, or a smaller `dtype`",
+        expected=f"at least {least / MB + 1:,.0f}MB",
+        fix=fix,
     )
 
 

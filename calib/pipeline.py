@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
+from calib.estimate import over_cap
 from calib.statistics.options import CalibrationOptions
 from calib.statistics.prepare import prepare_calibration, run_calibration
 from calib.streaming.settings import ComputeOptions
-from calib.study.repair import repair_plan
+from calib.study.repair import repair_cost, repair_plan
 from calib.study.study import open_study
 from calib.text.chat import documents_of
 from surgery.api import plan_choice
@@ -94,9 +95,16 @@ def calibrated_plan(
 ) -> Plan:
     """Calibrate on text as the pruned tokenizer tokenizes it, plan, repair if asked; save all.
 
-    Requests that a plan would refuse are refused before the calibration.
+    Requests that a plan would refuse, and a repair that would take too much memory, are refused
+    before the calibration.
     """
-    plan_choice(layout, choice, output=files.output)
+    sizes_only = plan_choice(layout, choice, output=files.output)
+    repairs = choice.request.channels.repair != "none"
+    if repairs and (compute.max_memory, compute.max_gpu_memory) != (None, None):
+        needed = repair_cost(sizes_only, open_study(layout, choice, text, compute)).over(compute)
+        if needed:
+            name, need = next(iter(needed.items()))
+            raise over_cap(name, need, compute, "give more, or leave out `repair`")
     files.plan.absolute().parent.mkdir(parents=True, exist_ok=True)
     stats = None
     if layout.widths:
@@ -110,7 +118,7 @@ def calibrated_plan(
         choice = choose_sizes(layout, choice.request, documents, stats.block_influence)
     documents = documents_of(layout, text)
     plan = plan_choice(layout, choice, stats, documents=documents, output=files.output)
-    if choice.request.channels.repair != "none":
+    if repairs:
         plan = repair_plan(plan, open_study(layout, choice, text, compute), files.plan, progress)
     plan.save(files.plan)
     return plan

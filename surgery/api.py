@@ -9,7 +9,7 @@ from surgery.apply.run import JOBS, Applied, ApplyOptions, apply_to
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.errors import UnknownTypeError
 from surgery.files.shard_file import IO
-from surgery.hub.fetch import resolve_model, source_at_hand
+from surgery.hub.fetch import resolve_model
 from surgery.layout.build import read_layout
 from surgery.layout.census import Census
 from surgery.layout.layout import Layout
@@ -21,7 +21,7 @@ from surgery.process import Progress
 from surgery.stats.channel_stats import ChannelStats
 from surgery.stats.channels import DEFAULT_CRITERION, LEAST_TOKENS, ChannelOptions
 from surgery.text.documents import Text, TextOptions, sources_of
-from surgery.verify.files import VerifyReport, plan_of_output, verify_files
+from surgery.verify.files import VerifyReport, origin_of, verify_files
 from surgery.vocabulary.census import VocabCensus, vocabulary_census
 from surgery.vocabulary.cost import vocabulary_cost
 from surgery.vocabulary.order import VocabularyOptions
@@ -293,7 +293,8 @@ def verify_checkpoint(
     Args:
         output: The checkpoint's directory.
         plan: The plan, or its file; None is the file beside the directory, or the plan within.
-        source: The source's directory; None is the plan's own, if it still exists.
+        source: The source's directory or hub id; None is that of the plan, if it still exists. A
+            source that only the plan within names is not looked up.
         download: Whether to download weights of a source on the hub to compare them.
         io: As for ``apply_plan``.
 
@@ -302,9 +303,5 @@ def verify_checkpoint(
         PlanError: the plan is damaged.
     """
     directory = Path(output)
-    loaded = Plan.load(plan) if isinstance(plan, str | Path) else plan
-    loaded = loaded or plan_of_output(directory)
-    found = Path(source) if source is not None else None
-    if found is None and loaded is not None:
-        found = source_at_hand(loaded.source)
+    loaded, found = origin_of(directory, plan, source)
     return verify_files(directory, loaded, found, download=download, io=io)

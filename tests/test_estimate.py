@@ -13,7 +13,7 @@ from calib.streaming.settings import ComputeOptions, PassSettings
 from surgery.errors import BudgetError
 from surgery.layout.layout import Layout
 from tests.support import tiny
-from tests.support.command import Run
+from tests.support.command import Run, assert_refused
 from tests.support.plans import layout_of
 from tools.published import MIXTURES, PUBLISHED
 from tools.shapes import write_headers_only
@@ -121,3 +121,19 @@ def test_a_cap_that_cannot_be_kept_is_refused_before_the_run(
     for wrong in ("much", "-3GB", "1e9", "1TB"):
         assert "is no size such as 8GB" in run("calibrate", llama, *options, wrong).output
     assert run("calibrate", llama, *options, "8 GB").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "fix"),
+    [((), "fewer or shorter windows"), (("--repair", "least-squares"), "leave out --repair")],
+)
+def test_prune_keeps_a_cap_or_refuses_before_any_work(
+    llama: Path, text: Path, tmp_path: Path, run: Run, options: tuple[str, ...], fix: str
+) -> None:
+    sizes = ("--ratio", 0.2, "--multiple-of", 8, *options)
+    where = ("--data", text, "--samples", 8, "--seq-len", 64, "-o", tmp_path / "out")
+    refused = run("prune", llama, *sizes, *where, "--max-memory", "100MB")
+    assert_refused(refused, "--max-memory 100MB: cannot be kept: expected at least", fix)
+    assert not list(tmp_path.iterdir())
+    done = run("prune", llama, *sizes, *where, "--max-memory", "8GB", "--spill", tmp_path)
+    assert done.exit_code == 0, done.output

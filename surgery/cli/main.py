@@ -261,7 +261,7 @@ class VerifyOptions:
     """What an output is checked against, and on which device."""
 
     plan: Path | None
-    source: Path | None
+    source: str | None
     forward: bool
     device: str
     io: IO
@@ -275,9 +275,8 @@ class VerifyOptions:
     click.option("--plan", type=path_type, help="The plan's file, if it is not beside DIR."),
     click.option(
         "--source",
-        type=path_type,
-        metavar="DIR",
-        help="The source model, if it has moved, or no plan beside DIR names it.",
+        metavar="MODEL",
+        help="The source model, if it has moved, or if only the plan within DIR names it.",
     ),
     click.option(
         "--forward", is_flag=True, help="Also compare logits with the masked dense model."
@@ -287,14 +286,11 @@ class VerifyOptions:
 )
 def verify(directory: Path, options: VerifyOptions) -> None:
     """Check an output against its plan and its source; exit status 1 on a fault."""
-    from surgery.hub.fetch import source_at_hand
-    from surgery.planning.plan import Plan
-    from surgery.verify.files import plan_of_output, verify_files
+    from surgery.verify.files import origin_of, verify_files
 
     if not options.forward:
         refuse_idle("without --forward", "device")
-    plan = Plan.load(options.plan) if options.plan else plan_of_output(directory)
-    source = options.source or (source_at_hand(plan.source) if plan else None)
+    plan, source = origin_of(directory, options.plan, options.source)
     if options.forward and (plan is None or source is None):
         raise Refusal(f"{directory}: --forward needs the plan and its source")
     report = verify_files(directory, plan, source, io=options.io)

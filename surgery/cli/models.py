@@ -152,7 +152,7 @@ def score(
 @click.command()
 @model_options
 @text_options
-@compute_options
+@capped_options
 @cut_options
 @gathered(
     "options",

@@ -10,11 +10,12 @@ import numpy as np
 from surgery.apply.edits import OutputTensor, edits, sources
 from surgery.apply.shard import edit_windows
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.errors import PlanError, TokenizerError, check_choice
+from surgery.errors import PlanError, TokenizerError, check_choice, printable
 from surgery.files.index_sets import MAKE_AGAIN
 from surgery.files.safetensors_header import TensorRef
 from surgery.files.shard_file import IO, Buffer, open_shard
 from surgery.files.strict_json import open_regular, read_file
+from surgery.hub.fetch import resolve_model, source_at_hand
 from surgery.hub.shards import Shards
 from surgery.layout.build import read_layout
 from surgery.layout.layout import Layout
@@ -63,29 +64,39 @@ PLAN_START = b'{\n  "source":'
 """What every plan's file begins with, whatever its name."""
 
 
-def plan_of_output(directory: Path) -> Plan | None:
-    """Return the plan that the checkpoint in ``directory`` was made by, or None if unknown.
+def origin_of(
+    directory: Path, plan: Plan | Path | str | None = None, source: Path | str | None = None
+) -> tuple[Plan | None, Path | None]:
+    """Return the plan that an output was made by, and the directory of its source.
 
-    compact_surgery.json has it without paths. They are in the plan's file, if that is still beside
-    the directory; the file of replacements is looked for there as well.
+    Each is None where it is not known. A source that is not given is looked for where the plan's
+    file says. The plan within the output may be anybody's, so no path and no hub id is followed
+    that only it names.
+
+    Args:
+        directory: The output.
+        plan: The plan, or its file; None looks for the file beside the output, then within.
+        source: Directory or hub id of the source.
 
     Raises:
-        PlanError: compact_surgery.json is damaged.
+        PlanError: the plan is damaged.
+        CheckpointError: there is no model ``source``.
     """
+    found = Plan.load(plan) if isinstance(plan, str | Path) else plan
+    found = found or _plan_beside(directory)
+    if source is not None:
+        return found or _embedded_plan(directory), resolve_model(str(source))[0]
+    if found is None:
+        return _embedded_plan(directory), None
+    return found, source_at_hand(found.source)
+
+
+def _plan_beside(directory: Path) -> Plan | None:
+    """Return the plan in a file beside the output that was made by it."""
     embedded = _embedded_plan(directory)
-    if embedded is None:
-        return None
-    beside = directory.absolute().parent
-    for path in sorted(beside.iterdir()):
-        found = _plan_in(path)
-        if found is not None and found.digest == embedded.digest:
-            return found
-    if embedded.replaced is None:
-        return embedded
-    replaced = msgspec.structs.replace(
-        embedded.replaced, file=str(beside / Path(embedded.replaced.file).name)
-    )
-    return msgspec.structs.replace(embedded, replaced=replaced)
+    files = sorted(directory.absolute().parent.iterdir()) if embedded is not None else []
+    plans = (plan for path in files if (plan := _plan_in(path)) is not None)
+    return next((plan for plan in plans if embedded and plan.digest == embedded.digest), None)
 
 
 def _plan_in(path: Path) -> Plan | None:
@@ -99,15 +110,21 @@ def _plan_in(path: Path) -> Plan | None:
 
 
 def _embedded_plan(directory: Path) -> Plan | None:
+    """Return the plan in compact_surgery.json; its file of replacements is beside the output."""
     path = directory / PROVENANCE_NAME
     if not path.exists():
         return None
     try:
-        return msgspec.json.decode(read_file(path), type=ProvenanceFile).plan
+        plan = msgspec.json.decode(read_file(path), type=ProvenanceFile).plan
     except PlanError as error:
         raise error.inside(path) from error
     except (OSError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise PlanError(path, "holds no plan", found=error, fix=MAKE_AGAIN) from error
+    if plan.replaced is None:
+        return plan
+    file = directory.absolute().parent / Path(plan.replaced.file).name
+    replaced = msgspec.structs.replace(plan.replaced, file=str(file))
+    return msgspec.structs.replace(plan, replaced=replaced)
 
 
 SAME_BYTES = "kept rows and channels are bit-identical"
@@ -148,7 +165,7 @@ def verify_files(
         reason = (
             "no plan"
             if plan is None
-            else "neither `source` nor a plan's file beside it finds the source"
+            else f"made from {printable(plan.source)}, which is not at hand; name it with `source`"
         )
         report.skipped |= {SAME_BYTES: reason, SAME_TEXT: reason}
         return report

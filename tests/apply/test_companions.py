@@ -15,6 +15,7 @@ from surgery.planning.plan import Plan
 from surgery.verify.files import SAME_BYTES, SAME_TEXT
 from tests.support import tiny
 from tests.support.contents import snapshot
+from tests.support.json_files import change
 from tests.support.plans import random_plan
 
 FOLDER = "additional_chat_templates"
@@ -199,3 +200,6 @@ def test_verify_finds_the_source_by_the_plan_beside_the_output(
     assert report.ok
     assert set(report.skipped) == {SAME_BYTES, SAME_TEXT}
     assert not verify_checkpoint(out, source=source).skipped
+    change(out / "compact_surgery.json", lambda data: data["plan"].update(source=str(source)))
+    report = verify_checkpoint(out)  # a path that only the output names is not opened
+    assert set(report.skipped) == {SAME_BYTES, SAME_TEXT}

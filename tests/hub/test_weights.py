@@ -114,18 +114,36 @@ def test_layers_become_one_across_shards(hub: Hub, home: Home, llama: Path, tmp_
 def test_verify_compares_with_the_hub(hub: Hub, home: Home, plan: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert command(hub.url, home, "apply", plan, "-o", out).returncode == 0
-    verified = command(hub.url, home, "verify", out)
+    verified = command(hub.url, home, "verify", out, "--plan", plan)
     assert verified.returncode == 0, verified.stdout + verified.stderr
     assert "ok       kept rows and channels are bit-identical" in verified.stdout
     assert_nothing_left(home)
     shard = max(out.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")
-    found = command(hub.url, home, "verify", out)
+    found = command(hub.url, home, "verify", out, "--plan", plan)
     assert found.returncode == 1
     assert "differs from the source" in found.stdout
     hub.faults.append(Fault("", status=404, times=99))
-    without_source = command(hub.url, tmp_path / "elsewhere", "verify", out)
+    without_source = command(hub.url, tmp_path / "elsewhere", "verify", out, "--plan", plan)
     assert "skipped  kept rows and channels are bit-identical" in without_source.stdout
+
+
+def test_a_hub_id_that_only_the_output_names_is_looked_up_when_asked(
+    hub: Hub, home: Home, plan: Path, tmp_path: Path
+) -> None:
+    """Its plan may be anybody's."""
+    out = tmp_path / "alone" / "out"
+    assert command(hub.url, home, "apply", plan, "-o", out).returncode == 0
+    hub.forget()
+    verified = command(hub.url, home, "verify", out)
+    assert verified.returncode == 0, verified.stderr
+    assert "made from org/tiny@" in verified.stdout
+    assert "name it with --source" in verified.stdout
+    forward = command(hub.url, home, "verify", out, "--forward")
+    assert (forward.returncode, hub.requests) == (2, [])
+    asked = command(hub.url, home, "verify", out, "--source", "org/tiny")
+    assert asked.returncode == 0, asked.stderr
+    assert "skipped" not in asked.stdout
 
 
 BAD_DAYS = {
