@@ -331,7 +331,7 @@ class Pruned:
 def prune(  # noqa: PLR0913
     model: Model | str | Path,
     *,
-    data: Text,
+    data: Text | None = None,
     output: Path | str,
     ratio: float | None = None,
     vocab_size: int | None = None,
@@ -378,7 +378,8 @@ def prune(  # noqa: PLR0913
 
     Args:
         model: From ``surgery.open_model``, or anything that it takes.
-        data: The text: a path, ``hub:name``, documents, or several ``Source`` with weights.
+        data: The text: a path, ``hub:name``, documents, or several ``Source`` with weights. None
+            where nothing is chosen by a text.
         output: Directory to write; it must not exist.
         ratio: As for ``surgery.make_plan``.
         vocab_size: As for ``surgery.make_plan``.
@@ -419,7 +420,8 @@ def prune(  # noqa: PLR0913
     compute = _compute(device, dtype, max_memory, max_gpu_memory, spill)
     applied = ApplyOptions(Path(output), resume, io=io)
     layout = as_layout(model, family)
-    text = TextOptions(sources_of(data), samples, seq_len, seed=seed, field=field, strict=strict)
+    sources = sources_of(data) if data is not None else ()
+    text = TextOptions(sources, samples, seq_len, seed=seed, field=field, strict=strict)
     sizes = SizeRequest(
         ratio=ratio,
         vocab_size=vocab_size,

@@ -1,5 +1,6 @@
 """The whole pipeline: calibrate, plan, repair, apply and verify."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from calib.text.chat import documents_of
 from surgery.api import plan_choice
 from surgery.apply.output_directory import PARTIAL, check_file, check_output_path
 from surgery.apply.run import ApplyOptions, apply_to
-from surgery.errors import OutputError
+from surgery.errors import DataError, OutputError
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
 from surgery.planning.request import CutRequest, SizeChoice, choose_sizes
@@ -82,7 +83,19 @@ def choose_before_calibration(layout: Layout, request: CutRequest, text: TextOpt
     count = min(max(request.sizes.num_hidden_layers or depth, 1), depth)
     spread = np.zeros(depth)
     spread[np.linspace(0, depth - 1, count).round().astype(int)] = 1.0
-    return choose_sizes(layout, request, documents_of(layout, text), spread)
+    choice = choose_sizes(layout, request, _documents(layout, text), spread)
+    if not text.data and (choice.needs_statistics(layout) or request.channels.repair != "none"):
+        raise DataError(
+            "`data`",
+            "is needed to choose channels or layers, and to repair",
+            fix="give a text of the kind that the model is for",
+        )
+    return choice
+
+
+def _documents(layout: Layout, text: TextOptions) -> Iterable[str] | None:
+    """Return the documents; None where there is no text."""
+    return documents_of(layout, text) if text.data else None
 
 
 def calibrated_plan(
@@ -95,8 +108,8 @@ def calibrated_plan(
 ) -> Plan:
     """Calibrate on text as the pruned tokenizer tokenizes it, plan, repair if asked; save all.
 
-    Requests that a plan would refuse, and a repair that would take too much memory, are refused
-    before the calibration.
+    Nothing is calibrated where no channel and no layer is chosen by statistics. What a plan would
+    refuse, and a repair that would take too much memory, is refused before the calibration.
     """
     sizes_only = plan_choice(layout, choice, output=files.output)
     repairs = choice.request.channels.repair != "none"
@@ -107,17 +120,17 @@ def calibrated_plan(
             raise over_cap(name, need, compute, "give more, or leave out `repair`")
     files.plan.absolute().parent.mkdir(parents=True, exist_ok=True)
     stats = None
-    if layout.widths:
+    if choice.needs_statistics(layout):
         options = CalibrationOptions(
             vocab_size=choice.sizes.vocab_size, output=files.stats, resume=files.resume
         )
         made = prepare_calibration(layout, choice.rarity, text, compute, options)
         stats = run_calibration(made, compute, options, progress)
     if stats is not None and choice.request.sizes.ranks_layers:
-        documents = documents_of(layout, text)
+        documents = _documents(layout, text)
         choice = choose_sizes(layout, choice.request, documents, stats.block_influence)
-    documents = documents_of(layout, text)
-    plan = plan_choice(layout, choice, stats, documents=documents, output=files.output)
+    shown = _documents(layout, text) or ()
+    plan = plan_choice(layout, choice, stats, documents=shown, output=files.output)
     if repairs:
         plan = repair_plan(plan, open_study(layout, choice, text, compute), files.plan, progress)
     plan.save(files.plan)

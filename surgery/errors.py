@@ -12,6 +12,10 @@ ADD_FAMILY = "see 'Add a model family' in CONTRIBUTING.md"
 """The fix for a model that the tables of families do not have."""
 
 
+AMEND = "correct it, or use the file that the model was published with"
+"""The fix for a file that is whole, but whose content cannot be meant."""
+
+
 def shortened(value: object) -> str:
     """``value`` as text, without its middle where it is very long."""
     text, half = str(value), MOST_CHARACTERS // 2

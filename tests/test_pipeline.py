@@ -1,4 +1,4 @@
-"""prune is killed at a layer or at a shard, and continues there."""
+"""prune calibrates only where it must; killed at a layer or at a shard, it continues there."""
 
 import os
 import subprocess
@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 
 from calib.statistics.calibrate import _StatsAccumulator
+from surgery.api import plan_model
+from surgery.planning.request import CutRequest, SizeRequest
+from surgery.stats.channels import ChannelOptions
 from tests.support import ROOT, tiny
-from tests.support.command import Run
+from tests.support.command import Run, assert_refused
 from tests.support.contents import snapshot
+from tests.support.plans import layout_of, random_stats
 
 KILLED = """
 import os, sys
@@ -79,3 +83,55 @@ def test_a_killed_prune_continues(
     assert not list(out.parent.glob("*.partial*"))
     assert run(*take, "-o", out).exit_code == 2
     assert run(*take, "-o", out, "--resume").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        ("--vocab-size", 512),
+        ("--layers", "0,2"),
+        ("--intermediate-size", 64, "--criterion", "random"),
+        ("--drop-script", "Latin"),
+    ],
+)
+def test_what_no_text_chooses_needs_no_text(
+    llama: Path, text: Path, tmp_path: Path, run: Run, sizes: tuple[object, ...]
+) -> None:
+    made = run("prune", llama, *sizes, "-o", tmp_path / "out")
+    assert made.exit_code == 0, made.output
+    assert not (tmp_path / "out.stats.safetensors").exists()
+    idle = run("prune", llama, *sizes, "--seq-len", 64, "-o", tmp_path / "idle")
+    assert_refused(idle, "--seq-len: has no effect where nothing is chosen")
+    assert run("plan", llama, *sizes, "-o", tmp_path / "plan.json").exit_code == 0
+    assert run("apply", tmp_path / "plan.json", "-o", tmp_path / "steps").exit_code == 0
+    weights = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.safetensors")}
+    for name, content in weights.items():
+        assert (tmp_path / "steps" / name).read_bytes() == content
+    shown = run("prune", llama, *sizes, "--data", text, "-o", tmp_path / "shown")
+    assert shown.exit_code == 0, shown.output
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--intermediate-size", 64), ("--data", "is needed to choose channels or layers")),
+        (("--num-hidden-layers", 2), ("--data", "is needed to choose channels or layers")),
+        (("--ratio", 0.2, "--multiple-of", 8), ("--data", "is needed")),
+        (("--vocab-size", 512, "--vocab-by", "frequency"), ("needs a text to count tokens in",)),
+        (("--vocab-size", 512, "--field", "text"), ("--field", "no effect without --data")),
+    ],
+)
+def test_what_a_text_chooses_needs_one(
+    llama: Path, tmp_path: Path, run: Run, options: tuple[object, ...], words: tuple[str, ...]
+) -> None:
+    assert_refused(run("prune", llama, *options, "-o", tmp_path / "out"), *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_random_channels_are_the_same_with_and_without_statistics(llama: Path) -> None:
+    layout = layout_of(llama)
+    request = CutRequest(
+        SizeRequest(intermediate_size=64), channels=ChannelOptions(criterion="random")
+    )
+    plans = [plan_model(layout, request, stats) for stats in (None, random_stats(layout))]
+    assert plans[0].kept_channels == plans[1].kept_channels != []

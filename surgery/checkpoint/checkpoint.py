@@ -152,7 +152,7 @@ def _refuse_missing_weights(path: Path) -> None:
         path,
         "has no weights",
         expected=f"{SINGLE_NAME} or {INDEX_NAME}",
-        fix="download the checkpoint again",
+        fix="name a directory that has them",
     )
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from surgery.errors import CheckpointError
+from surgery.errors import AMEND, CheckpointError
 
 SCALE_SUFFIX = "_scale_inv"
 """Suffix of the name of a weight's scales. In spite of ``inv``, they multiply."""
@@ -126,7 +126,7 @@ def _block_shape(sizes: Any, where: Path) -> tuple[int, int]:
             "weight_block_size is not a shape",
             expected=f"two numbers from 1 to {MOST_BLOCK}",
             found=sizes,
-            fix="download the file again",
+            fix=AMEND,
         )
     return sizes[0], sizes[1]
 

@@ -37,6 +37,7 @@ from surgery.cli.terminal import bars, print_text, running, show_logs, show_plan
 from surgery.errors import SurgeryError, is_panic, printable, shortened
 from surgery.files.shard_file import IO
 from surgery.planning.request import CutRequest
+from surgery.stats.channels import RANDOM
 from surgery.text.documents import TextOptions
 from surgery.version import __version__
 
@@ -83,7 +84,8 @@ class Commands(click.Group):
             if not is_panic(error):
                 raise
             reason = f"tokenizer.json: the tokenizers library failed on it: {error}"
-            raise Refusal(printable(f"{reason}; download the file again")) from error
+            fix = "check that transformers' AutoTokenizer loads it"
+            raise Refusal(printable(f"{reason}; {fix}")) from error
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -178,6 +180,10 @@ def plan(
         refuse_idle("without --data", "field", "strict", "seed")
     if cut.channels.repair == "none":
         refuse_idle("without --repair", "device", "dtype", "spill")
+    if given.stats is None:
+        refuse_idle("without --stats", "min_expert_tokens")
+        if cut.channels.criterion != RANDOM:
+            refuse_idle("without --stats", "criterion")
     layout = model.layout()
     check_file(given.plan, layout.checkpoint.path)
     stats = ChannelStats.load(given.stats) if given.stats else None

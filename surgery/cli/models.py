@@ -21,7 +21,9 @@ from surgery.cli.options import (
     json_option,
     model_options,
     path_type,
+    prune_text_options,
     push_option,
+    refuse_idle,
     score_text_options,
     text_options,
     vocabulary_options,
@@ -151,7 +153,7 @@ def score(
 
 @click.command()
 @model_options
-@text_options
+@prune_text_options
 @capped_options
 @cut_options
 @gathered(
@@ -193,6 +195,13 @@ def prune(
     layout = model.layout()
     files = PlanFiles.beside(output, layout.checkpoint.path, resume=options.resume)
     choice = choose_before_calibration(layout, cut, text)
+    calibrates = choice.needs_statistics(layout) or cut.channels.repair != "none"
+    if not calibrates and not cut.sizes.by_rule:
+        why = "where nothing is chosen by a text's activations"
+        refuse_idle(why, "samples", "seq_len", "device", "dtype")
+        refuse_idle(why, "max_memory", "max_gpu_memory", "spill", "min_expert_tokens")
+    if not text.data:
+        refuse_idle("without --data", "field", "strict", "seed")
     with running() as progress:
         plan = calibrated_plan(layout, choice, text, compute, files, progress)
     show_plan(plan, layout, cut.sizes)

@@ -259,6 +259,14 @@ text_options = gathered(
 study_text_options = gathered(
     "text", TextOptions, data_option, samples_option, seq_len_option, seed_option, windows_option
 )
+prune_text_options = gathered(
+    "text",
+    TextOptions,
+    data_options(required=False, use="Text by which channels and layers are chosen. "),
+    samples_option,
+    seq_len_option,
+    seed_option,
+)
 score_text_options = gathered("text", TextOptions, data_option, samples_option, seed_option)
 plan_text_options = gathered(
     "text",

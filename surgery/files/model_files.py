@@ -66,7 +66,10 @@ def weight_map_of(path: Path, index: dict[str, Any]) -> dict[str, str]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
-            where, "has no weight_map", expected="tensor name → file", fix="download it again"
+            where,
+            "has no weight_map",
+            expected="tensor name → file",
+            fix="use the index that belongs to the shards",
         )
     for tensor, name in weight_map.items():
         # A plain name, so that the index cannot reach outside the directory.

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from surgery.errors import CheckpointError
+from surgery.errors import AMEND, CheckpointError
 
 MAX_DEPTH = 100
 """Far above the nesting of any real file. Later recursion over a document may rely on it."""
@@ -120,20 +120,18 @@ def parse_json(raw: bytes, where: Path) -> dict[str, Any]:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         check_depth(value)
     except RecursionError as error:
-        raise CheckpointError(
-            where, "JSON is nested too deeply", fix="download the file again"
-        ) from error
+        raise CheckpointError(where, "JSON is nested too deeply", fix=AMEND) from error
     except ValueError as error:
-        raise CheckpointError(
-            where, "is not valid JSON", found=error, fix="download the file again"
-        ) from error
+        torn = isinstance(error, json.JSONDecodeError | UnicodeDecodeError)
+        fix = "download the file again" if torn else AMEND
+        raise CheckpointError(where, "is not valid JSON", found=error, fix=fix) from error
     if not isinstance(value, dict):
         raise CheckpointError(
             where,
             "is not a JSON object",
             expected="an object",
             found=type(value).__name__,
-            fix="download the file again",
+            fix=AMEND,
         )
     return value
 

@@ -163,5 +163,5 @@ def _missing(layout: Layout, name: str) -> CheckpointError:
     return CheckpointError(
         f"{layout.checkpoint.path}: tensor {name}",
         "is missing",
-        fix="download the checkpoint again",
+        fix="use a whole checkpoint, or correct the model type in config.json",
     )

@@ -17,7 +17,13 @@ from surgery.planning.request import SizeChoice
 from surgery.planning.shapes import axis_lengths, blocks, check_blocks, shape_of
 from surgery.planning.sizes import TOLERANCE, Sizes, check_sizes, whole
 from surgery.stats.channel_stats import ChannelStats
-from surgery.stats.channels import bucket_weights, choose_channels, unseen_experts
+from surgery.stats.channels import (
+    RANDOM,
+    bucket_weights,
+    choose_channels,
+    random_channels,
+    unseen_experts,
+)
 from surgery.tokenizer.id_map import IdMap
 from surgery.vocabulary.cost import VocabularyCost
 
@@ -60,6 +66,7 @@ def plan_cut(
         notes += _not_compared(layout, stats) + _approximations(stats, ids, channels.criterion)
         if sizes.widths != layout.widths:
             notes += _other_text(stats, ids) + _other_layers(sizes)
+    if stats is not None or (channels.criterion == RANDOM and sizes.widths != layout.widths):
         kept_channels = _encoded_channels(layout, stats, ids, sizes, channels.criterion)
     return Plan(
         source=layout.checkpoint.source,
@@ -88,14 +95,17 @@ def plan_cut(
 
 
 def _encoded_channels(
-    layout: Layout, stats: ChannelStats, ids: IdMap, sizes: Sizes, criterion: str
+    layout: Layout, stats: ChannelStats | None, ids: IdMap, sizes: Sizes, criterion: str
 ) -> list[dict[str, list[str]]]:
     """Return the channels to keep, as the plan holds them."""
     full = axis_lengths(layout, layout.widths)
     lengths = axis_lengths(layout, sizes.widths)
     by_key = {} if sizes.dequantize else blocks(layout)
     by_axis = {axis: by_key.get(width.key, 1) for axis, width in layout.family.widths.items()}
-    kept = choose_channels(stats, ids, lengths, criterion, by_axis)
+    if stats is None:
+        kept = random_channels(_channel_sizes(layout), lengths, by_axis)
+    else:
+        kept = choose_channels(stats, ids, lengths, criterion, by_axis)
     if sizes.layers:
         kept = [kept[group[0]] for group in sizes.layers]
     return [
@@ -104,6 +114,15 @@ def _encoded_channels(
             for axis, of_axis in axes.items()
         }
         for axes in kept
+    ]
+
+
+def _channel_sizes(layout: Layout) -> list[dict[str, tuple[int, int]]]:
+    """Return per layer: channel axis → experts and channels."""
+    full = axis_lengths(layout, layout.widths)
+    return [
+        {axis: (experts, full[axis]) for axis, experts in axes.items()}
+        for axes in layout.ffn_outputs
     ]
 
 
@@ -127,11 +146,7 @@ def check_stats(layout: Layout, stats: ChannelStats) -> None:
             "belong to a model of the same shapes with other weights",
             fix=f"calibrate {layout.checkpoint.path}",
         )
-    full = axis_lengths(layout, layout.widths)
-    expected = [
-        {axis: (experts, full[axis]) for axis, experts in axes.items()}
-        for axes in layout.ffn_outputs
-    ]
+    expected = _channel_sizes(layout)
     found = [{axis: sums.sum_sq.shape[1:] for axis, sums in a.items()} for a in stats.layers]
     if found != expected or len(stats.token_counts) != layout.vocab_size:
         layer = next((i for i, (a, b) in enumerate(zip_longest(found, expected)) if a != b), 0)

@@ -23,7 +23,7 @@ from surgery.planning.sizes import (
     steps,
     whole,
 )
-from surgery.stats.channels import ChannelOptions
+from surgery.stats.channels import RANDOM, ChannelOptions
 from surgery.tokenizer.tokenizer_file import TokenizerFile
 from surgery.vocabulary.order import (
     Rarity,
@@ -143,6 +143,12 @@ class SizeChoice:
     """None where the whole vocabulary is kept; then the tokenizer may be of any kind."""
     request: CutRequest = field(default_factory=CutRequest)
     """The request that led to them."""
+
+    def needs_statistics(self, layout: Layout) -> bool:
+        """Whether channels or layers of ``layout`` are chosen by what a text shows."""
+        by_text = self.request.channels.criterion != RANDOM
+        removes_channels = dict(self.sizes.widths) != dict(layout.widths)
+        return self.request.sizes.ranks_layers or (removes_channels and by_text)
 
 
 def choose_sizes(

@@ -1,6 +1,6 @@
 """Which FFN channels to keep: statistics → importance → the best I' of each layer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,9 @@ from surgery.stats.channel_stats import AxisSums, ChannelStats
 from surgery.tokenizer.id_map import IdMap
 
 DEFAULT_CRITERION = "common-act2"
+
+RANDOM = "random"
+"""The criterion that needs no statistics."""
 
 LEAST_TOKENS = 16
 """An expert's channels are not ranked by fewer tokens than this."""
@@ -66,7 +69,7 @@ def _abs_act(sums: AxisSums, weights: np.ndarray, seed: list[int]) -> np.ndarray
 
 
 def _random(sums: AxisSums, weights: np.ndarray, seed: list[int]) -> np.ndarray:
-    return np.random.default_rng(seed).random(sums.sum_sq.shape[1:])
+    return random_importance(sums.sum_sq.shape[1:], seed)
 
 
 def _wanda(sums: AxisSums, weights: np.ndarray, seed: list[int]) -> np.ndarray:
@@ -84,7 +87,7 @@ CRITERIA: dict[str, Criterion] = {
     "abs-act": _abs_act,
     "wanda": _wanda,
     "l2": _l2,
-    "random": _random,
+    RANDOM: _random,
 }
 """Importance I_k of each expert's channels; an FFN that is not an expert counts as one.
 
@@ -134,6 +137,36 @@ def choose_layer(
             importance = CRITERIA[criterion](axes[axis], weights, [layer, number])
             kept[axis] = [best(row, lengths[axis], blocks.get(axis, 1)) for row in importance]
     return kept
+
+
+def random_channels(
+    sizes: Sequence[Mapping[str, tuple[int, int]]],
+    lengths: Mapping[str, int],
+    blocks: Mapping[str, int] | None = None,
+) -> Kept:
+    """Choose as ``choose_channels`` does by the criterion ``random``, which needs no statistics.
+
+    Args:
+        sizes: Per layer: channel axis → experts and channels.
+        lengths: As for ``choose_channels``.
+        blocks: As for ``choose_channels``.
+    """
+    return [
+        {
+            axis: [
+                best(row, lengths[axis], (blocks or {}).get(axis, 1))
+                for row in random_importance(axes[axis], [layer, number])
+            ]
+            for number, axis in enumerate(WIDTHS)
+            if axis in axes and axis in lengths
+        }
+        for layer, axes in enumerate(sizes)
+    ]
+
+
+def random_importance(shape: tuple[int, ...], seed: list[int]) -> np.ndarray:
+    """Return seeded random numbers, float64 of ``shape`` ``[experts, channels]``."""
+    return np.random.default_rng(seed).random(shape)
 
 
 def best(importance: np.ndarray, count: int, block: int) -> np.ndarray:

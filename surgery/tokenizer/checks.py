@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from surgery.errors import TokenizerError
+from surgery.errors import AMEND, TokenizerError
 from surgery.files.index_sets import MAX_SIZE
 from surgery.tokenizer.kinds import kind_of
-from surgery.tokenizer.merges import AGAIN, MergeRules, check_form
+from surgery.tokenizer.merges import MergeRules, check_form
 
 MOST_STEPS = 1 << 28
 """Limit for the sum of the squares of all tokens' lengths: what running BPE on them costs.
@@ -31,15 +31,18 @@ def check_tokenizer(data: dict[str, Any], path: Path) -> None:
     elif isinstance(model.get("vocab"), dict):
         model_ids = model["vocab"]
     else:
-        raise TokenizerError(path, "has no model.vocab", fix=AGAIN)
+        raise TokenizerError(path, "has no model.vocab", fix=AMEND)
     if model["type"] == "BPE" or "merges" in model:
         _check_merges(model.get("merges"), path)
     if (model["type"] == "Unigram") != isinstance(model["vocab"], list):
-        raise TokenizerError(path, f"model.vocab is not that of a {model['type']} model", fix=AGAIN)
+        raise TokenizerError(path, f"model.vocab is not that of a {model['type']} model", fix=AMEND)
     if sum(len(token) ** 2 for token in model_ids) > MOST_STEPS:
         longest = max(map(len, model_ids))
         raise TokenizerError(
-            path, "has tokens that are too long", found=f"one of {longest:,} characters", fix=AGAIN
+            path,
+            "has tokens that are too long",
+            found=f"one of {longest:,} characters",
+            fix=AMEND,
         )
     _check_unknown(model, model_ids, path)
     _check_ids(data, model_ids, path)
@@ -67,7 +70,7 @@ def _check_merges(merges: Any, path: Path) -> None:
     if isinstance(merges, MergeRules):
         return  # checked as they were read
     if not isinstance(merges, list):
-        raise TokenizerError(path, "has no model.merges", fix=AGAIN)
+        raise TokenizerError(path, "has no model.merges", fix=AMEND)
     rules = merges[1:] if merges and str(merges[0]).startswith("#version") else merges
     for rule in rules:
         check_form(rule, rules[0], path)
@@ -76,7 +79,7 @@ def _check_merges(merges: Any, path: Path) -> None:
 def check_numbers(vocab: Mapping[str, Any], path: Path) -> None:
     """Check that every id is a number, and not too large for the row of a table."""
     if not all(type(id_) is int and 0 <= id_ < MAX_SIZE for id_ in vocab.values()):
-        raise TokenizerError(path, "model.vocab has an id that is not a number", fix=AGAIN)
+        raise TokenizerError(path, "model.vocab has an id that is not a number", fix=AMEND)
 
 
 def _check_unknown(model: Mapping[str, Any], vocab: Mapping[str, int], path: Path) -> None:
@@ -87,7 +90,7 @@ def _check_unknown(model: Mapping[str, Any], vocab: Mapping[str, int], path: Pat
             f"{path}: model.unk_{'token' if id_ is None else 'id'}",
             "is not a token",
             found=token if id_ is None else id_,
-            fix=AGAIN,
+            fix=AMEND,
         )
 
 
@@ -106,14 +109,14 @@ def _piece_ids(pieces: list[Any], path: Path) -> dict[str, int]:
                 "is not a piece with a score",
                 expected='["piece", -1.5]',
                 found=str(entry)[:80],
-                fix=AGAIN,
+                fix=AMEND,
             )
         if ids.setdefault(entry[0], id_) != id_:
             raise TokenizerError(
                 f"{path}: piece {entry[0]!r}",
                 "occurs twice",
                 found=f"ids {ids[entry[0]]} and {id_}",
-                fix=AGAIN,
+                fix=AMEND,
             )
     return ids
 
@@ -129,10 +132,10 @@ def _check_ids(data: dict[str, Any], vocab: dict[str, int], path: Path) -> None:
     owner = {id_: token for token, id_ in vocab.items() if id_ >= next_id}
     added = data.get("added_tokens") or []
     if not isinstance(added, list):
-        raise TokenizerError(path, "added_tokens is not a list", fix=AGAIN)
+        raise TokenizerError(path, "added_tokens is not a list", fix=AMEND)
     for entry in added:
         if not _is_added_token(entry):
-            raise TokenizerError(f"{path}: added token {entry!r}", "lacks content or id", fix=AGAIN)
+            raise TokenizerError(f"{path}: added token {entry!r}", "lacks content or id", fix=AMEND)
         token, declared = entry["content"], entry["id"]
         if not token:
             continue  # the library ignores it, and the pruned file leaves it out
@@ -173,7 +176,7 @@ def _check_references(data: dict[str, Any], path: Path, is_token: Callable[[int]
                     f"{path}: {key}",
                     "refers to no token",
                     found=f"id {id_}",
-                    fix="correct the reference, or download the file again",
+                    fix=AMEND,
                 )
 
 
@@ -187,5 +190,8 @@ def _is_added_token(entry: Any) -> bool:
 
 def _clash(path: Path, id_: int, first: str, second: str) -> TokenizerError:
     return TokenizerError(
-        f"{path}: id {id_}", "belongs to two tokens", found=f"{first!r} and {second!r}", fix=AGAIN
+        f"{path}: id {id_}",
+        "belongs to two tokens",
+        found=f"{first!r} and {second!r}",
+        fix=AMEND,
     )

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from surgery.errors import TokenizerError
+from surgery.errors import AMEND, TokenizerError
 from surgery.files.index_sets import MAX_SIZE
 from surgery.files.model_files import LEGACY_NAMES, TOKENIZER_NAME, tokenizer_files
 from surgery.files.strict_json import read_file, read_json
-from surgery.tokenizer.checks import AGAIN, check_tokenizer
+from surgery.tokenizer.checks import check_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -246,14 +246,14 @@ def _byte_level_bpe(
 
     # The library counts up to the largest id when it writes the tokenizer.
     if not all(type(id_) is int and 0 <= id_ < MAX_SIZE for id_ in vocab.values()):
-        raise TokenizerError(directory / VOCAB_NAME, "has an id that is not a number", fix=AGAIN)
+        raise TokenizerError(directory / VOCAB_NAME, "has an id that is not a number", fix=AMEND)
     merges = _merges(directory / MERGES_NAME)
     no_affixes = {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
     try:
         tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, **no_affixes))
     except Exception as error:  # the library raises bare Exception
         raise TokenizerError(
-            directory / MERGES_NAME, f"does not fit {VOCAB_NAME}", found=error, fix=AGAIN
+            directory / MERGES_NAME, f"does not fit {VOCAB_NAME}", found=error, fix=AMEND
         ) from error
     tokenizer.decoder = decoders.ByteLevel()
     byte_level = pre_tokenizers.ByteLevel(
@@ -272,7 +272,9 @@ def _merges(path: Path) -> list[tuple[str, str]]:
     try:
         text = read_file(path).decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise TokenizerError(path, "is not UTF-8", found=error, fix=AGAIN) from error
+        raise TokenizerError(
+            path, "is not UTF-8", found=error, fix="download the file again"
+        ) from error
     merges = []
     for number, line in enumerate(text.split("\n") if text else (), 1):
         if line.startswith("#version"):
@@ -283,7 +285,7 @@ def _merges(path: Path) -> list[tuple[str, str]]:
                 f"{path}: line {number}",
                 "is not a pair of tokens",
                 found=repr(line[:80]),
-                fix=AGAIN,
+                fix=AMEND,
             )
         merges.append((parts[0], parts[1]))
     return merges

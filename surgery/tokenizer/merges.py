@@ -9,9 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from surgery.errors import TokenizerError
-
-AGAIN = "download the file again"
+from surgery.errors import AMEND, TokenizerError
 
 
 class _Rule:
@@ -85,7 +83,7 @@ def check_form(rule: Any, first: Any, path: Path) -> None:
             f"{path}: merge {rule!r}",
             "is not of the form of the first",
             expected=f"a form like {first!r}",
-            fix=AGAIN,
+            fix=AMEND,
         )
 
 
@@ -109,12 +107,12 @@ def _is_version(entry: Any) -> bool:
 def _bad_merge(entry: Any, error: Exception, path: Path) -> TokenizerError:
     parts = entry.split(" ") if isinstance(entry, str) else entry
     if not (isinstance(parts, list) and [type(part) for part in parts] == [str, str]):
-        return TokenizerError(f"{path}: merge {entry!r}", "is not a pair of tokens", fix=AGAIN)
+        return TokenizerError(f"{path}: merge {entry!r}", "is not a pair of tokens", fix=AMEND)
     return TokenizerError(
         f"{path}: merge {parts[0]!r} {parts[1]!r}",
         "needs a token that the vocabulary lacks",
         expected=repr(error.args[0]),
-        fix=AGAIN,
+        fix=AMEND,
     )
 
 

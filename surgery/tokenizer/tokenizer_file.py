@@ -12,7 +12,7 @@ import numpy as np
 from surgery.errors import TokenizerError, is_panic
 from surgery.files.model_files import TOKENIZER_NAME
 from surgery.files.strict_json import check_depth, dump_table, read_file, read_json
-from surgery.tokenizer.checks import AGAIN, check_numbers, check_tokenizer, walk_processor
+from surgery.tokenizer.checks import check_numbers, check_tokenizer, walk_processor
 from surgery.tokenizer.id_map import IdMap, KeptTokens
 from surgery.tokenizer.kinds import BYTE_CHARACTERS, BYTE_LEVEL, Kind, alphabet, kind_of
 from surgery.tokenizer.legacy import build_tokenizer, is_legacy, with_named_tokens
@@ -59,7 +59,9 @@ class TokenizerFile:
         try:
             data = _decode(msgspec.json.format(read_file(path), indent=-1), path)
         except (OSError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-            raise TokenizerError(path, "cannot be read", found=error, fix=AGAIN) from error
+            raise TokenizerError(
+                path, "cannot be read", found=error, fix="download the file again"
+            ) from error
         check_tokenizer(data, path)
         return cls(path, _as_loaded(data, path))
 

@@ -73,13 +73,13 @@ CASES = [
          change(f"model/{INDEX_NAME}", lambda data: data["weight_map"].pop(GATE)), INSPECT,
          (SHARD_2, GATE, "disagree", f"expected index entry {SHARD_2}", "no entry", "download")),
     Case("index without weight_map", write(f"model/{INDEX_NAME}", "{}"), INSPECT,
-         (INDEX_NAME, "weight_map", "expected", "download")),
+         (INDEX_NAME, "weight_map", "expected", "belongs to the shards")),
     Case("truncated index", cut(f"model/{INDEX_NAME}", 500), INSPECT,
          (INDEX_NAME, "not valid JSON", "found", "download")),
     Case("pickle only", each(no_weights, write("model/pytorch_model.bin", b"\x80\x02.")), INSPECT,
          ("pytorch_model.bin", "pickle", "expected safetensors", "save_pretrained")),
     Case("no weights", no_weights, INSPECT,
-         ("model", "no weights", "expected model.safetensors or", "download")),
+         ("model", "no weights", "expected model.safetensors or", "directory that has them")),
 ]  # fmt: skip
 
 

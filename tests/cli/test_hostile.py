@@ -244,7 +244,7 @@ def test_an_id_that_the_library_would_count_up_to(tmp_path: Path, run: Run) -> N
     place = tmp_path / "model" / "vocab.json"
     place.write_text(json.dumps(json.loads(place.read_text()) | {"<unk>": 2**32 - 2}))
     result = run("inspect", tmp_path / "model", "--vocab")
-    assert_refused(result, "vocab.json", "an id that is not a number", "download")
+    assert_refused(result, "vocab.json", "an id that is not a number", "published")
 
 
 def test_long_values_lose_their_middle(bench: Path, run: Run) -> None:

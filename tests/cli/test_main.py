@@ -225,7 +225,7 @@ def test_verify_without_its_source_says_what_it_skipped(
     shutil.rmtree(source)
     result = run("verify", out)
     assert result.exit_code == 0
-    assert "skipped  kept rows and channels are bit-identical: neither --source" in result.output
+    assert "skipped  kept rows and channels are bit-identical: made from" in result.output
     assert run("verify", out, "--forward").exit_code == 2
 
 

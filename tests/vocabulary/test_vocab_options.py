@@ -110,6 +110,17 @@ def test_a_text_of_several_tokens_keeps_them_all(languages: TokenizerFile) -> No
     )
 
 
+def test_a_text_that_the_vocabulary_cannot_spell_is_refused(tmp_path: Path) -> None:
+    words = {"[UNK]": 0, "a": 1, "b": 2, "##b": 3}
+    tokenizer = Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    file = TokenizerFile.open(tmp_path)
+    assert kept_tokens(["ab b"], file) == {1, 2, 3}
+    with pytest.raises(TokenizerError, match="item 2: is not made of tokens of this vocabulary"):
+        kept_tokens(["a", "ac"], file)
+
+
 def test_tokens_to_keep_are_named_by_spelling_or_text(
     languages: TokenizerFile, tmp_path: Path
 ) -> None:
