@@ -125,9 +125,13 @@ OWN = ("config.json", INDEX_NAME, "README.md", "compact_surgery.json")
 """Files that apply writes itself."""
 
 
-def files_left_out(directory: Path, ids: IdMap) -> list[str]:
-    """Return the names in ``directory`` that the output will not have."""
-    included = {*OWN, *_carried(directory, ids)}
+def files_left_out(checkpoint: Checkpoint, ids: IdMap) -> list[str]:
+    """Return the names in the directory of ``checkpoint`` that the output will not have.
+
+    Its shards are not named: what they hold is in the output's.
+    """
+    directory = checkpoint.path
+    included = {*OWN, *checkpoint.shards, *_carried(directory, ids)}
     folder = directory / TEMPLATE_FOLDER
     paths = [path for path in directory.iterdir() if path != folder]
     paths += folder.iterdir() if folder.is_dir() else ()
@@ -135,7 +139,7 @@ def files_left_out(directory: Path, ids: IdMap) -> list[str]:
     return [
         name
         for name, path in names.items()
-        if name not in included and path.suffix != ".safetensors" and not path.name.startswith(".")
+        if name not in included and not path.name.startswith(".")
     ]
 
 

@@ -85,6 +85,23 @@ class Checkpoint:
         """The name that finds the checkpoint again: its hub id, or its absolute path."""
         return self.origin or str(self.path.resolve())
 
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of its files, one sentence each."""
+        notes = []
+        if self.index is None and (self.path / INDEX_NAME).exists():
+            notes.append(
+                f"{SINGLE_NAME} is read; {INDEX_NAME} beside it names a second set of weights, "
+                "which is left out"
+            )
+        dtypes = {tensor.dtype for tensor in self.tensors.values()}
+        if self.quantization is not None and self.quantization.dtype not in dtypes:
+            notes.append(
+                f"config.json has a quantization_config, but no tensor is {self.quantization.dtype}"
+                "; where the model fails to load for it, remove that key"
+            )
+        return notes
+
     @cached_property
     def tensors(self) -> dict[str, TensorRef]:
         """Every tensor by name, shard by shard in the order of their bytes."""

@@ -139,7 +139,7 @@ def show_logs() -> None:
 def show_plan(plan: Plan, layout: Layout, request: SizeRequest) -> None:
     """Print a plan: its table, the files that the output will not have, and a note on its sizes."""
     print_text(plan.table())
-    if names := files_left_out(layout.checkpoint.path, plan.ids()):
+    if names := files_left_out(layout.checkpoint, plan.ids()):
         click.echo(f"note: left out of the output: {printable(', '.join(names))}")
     if request.by_rule:
         click.echo(f"note: {RULE}")

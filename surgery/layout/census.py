@@ -5,7 +5,7 @@ from pathlib import Path
 
 from surgery.errors import printable
 from surgery.families.schema import GROUPS
-from surgery.layout.layout import OWN_HEAD, Layout
+from surgery.layout.layout import Layout
 from surgery.plot import saved_figure
 
 
@@ -44,7 +44,7 @@ class Census:
             experts=layout.experts,
             num_hidden_layers=layout.num_hidden_layers,
             tied=layout.tied,
-            notes=(OWN_HEAD,) if layout.unties else (),
+            notes=layout.notes,
             parameters=groups.total(),
             nbytes=layout.checkpoint.nbytes,
             shards=len(layout.checkpoint.shards),

@@ -181,6 +181,11 @@ class Layout:
         """Whether the stored lm_head differs from the embedding, although config.json ties them."""
         return self.says_tied and not self.tied
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of the model, one sentence each."""
+        return (*((OWN_HEAD,) if self.unties else ()), *self.checkpoint.notes)
+
     @cached_property
     def roles(self) -> dict[str, TensorRole]:
         """Tensor name in the file → its role."""

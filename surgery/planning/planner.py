@@ -10,7 +10,7 @@ from surgery.errors import StatsError
 from surgery.families.schema import EXPERT
 from surgery.files import index_sets
 from surgery.files.model_files import ADAPTER_NAME
-from surgery.layout.layout import OWN_HEAD, Layout
+from surgery.layout.layout import Layout
 from surgery.planning.layers import check_layers, format_layers, kind_notes
 from surgery.planning.plan import Plan, Provenance
 from surgery.planning.request import SizeChoice
@@ -192,7 +192,12 @@ def _notes(layout: Layout, choice: SizeChoice, vocabulary: VocabularyCost | None
     if ratio is not None and abs(reached - ratio) > TOLERANCE:
         notes.append(f"the steps of the sizes reach {reached:.1%}, not {ratio:.1%}")
     notes += kind_notes(layout, sizes.layers) if sizes.layers else []
-    notes += [OWN_HEAD] if layout.unties else []
+    notes += layout.notes
+    if choice.rarity.rowless:
+        notes.append(
+            f"{choice.rarity.rowless} tokens have no row in the embedding, before and after: the "
+            "model fails on text with them"
+        )
     if sizes.dequantize:
         notes.append("FP8 weights become bf16, in which each has two bytes instead of one")
     if (layout.checkpoint.path / ADAPTER_NAME).exists():

@@ -11,9 +11,11 @@ from transformers import AutoTokenizer
 
 from surgery.api import apply_plan, make_plan, verify_checkpoint
 from surgery.apply.companions import files_left_out
+from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.planning.plan import Plan
 from surgery.verify.files import SAME_BYTES, SAME_TEXT
-from tests.support import tiny
+from tests.support import fp8, tiny
+from tests.support.command import Run
 from tests.support.contents import snapshot
 from tests.support.json_files import change
 from tests.support.plans import random_plan
@@ -41,7 +43,7 @@ def test_chat_templates_with_names_are_carried(
             apply_plan(plan, source=source, output=out)
     apply_plan(plan, source=source, output=out, resume=True)
     assert AutoTokenizer.from_pretrained(out).chat_template == tokenizer.chat_template
-    assert files_left_out(source, plan.ids()) == [f"{FOLDER}/notes.txt"]
+    assert files_left_out(Checkpoint.open(source), plan.ids()) == [f"{FOLDER}/notes.txt"]
 
 
 def test_a_folder_of_templates_out_of_the_model_is_not_copied(source: Path, tmp_path: Path) -> None:
@@ -51,7 +53,7 @@ def test_a_folder_of_templates_out_of_the_model_is_not_copied(source: Path, tmp_
     plan = random_plan(source, 512, 64)
     apply_plan(plan, source=source, output=tmp_path / "out")
     assert not (tmp_path / "out" / FOLDER).exists()
-    assert files_left_out(source, plan.ids()) == [f"{FOLDER}/x.jinja"]
+    assert files_left_out(Checkpoint.open(source), plan.ids()) == [f"{FOLDER}/x.jinja"]
 
 
 UNRELATED = {
@@ -90,7 +92,35 @@ def test_files_that_are_not_the_model_s_are_left_out_unread(
     names = {path.name for path in (tmp_path / "plain").iterdir()}
     assert {path.name for path in out.iterdir()} == names | {"configuration.json"}
     assert (out / "configuration.json").read_text() == "{not read}"
-    assert files_left_out(source, plan.ids()) == sorted(UNRELATED)
+    assert files_left_out(Checkpoint.open(source), plan.ids()) == sorted(UNRELATED)
+
+
+def test_a_second_set_of_weights_is_named(source: Path, tmp_path: Path, run: Run) -> None:
+    (source / "model.safetensors.index.json").write_text("{}")
+    (source / "consolidated.safetensors").write_bytes(b"second")
+    (source / "pytorch_model.bin").write_bytes(b"third")
+    shown = run("plan", source, "--vocab-size", 512, "-o", tmp_path / "plan.json")
+    assert shown.exit_code == 0, shown.output
+    assert "model.safetensors is read; model.safetensors.index.json beside it" in shown.output
+    assert "left out of the output: consolidated.safetensors, pytorch_model.bin" in shown.output
+    assert "names a second set of weights" in run("inspect", source).output
+
+
+def test_a_quantization_config_over_unquantized_weights_is_named(
+    source: Path, tmp_path: Path, run: Run
+) -> None:
+    change(source / "config.json", lambda data: data.update(quantization_config=fp8.section()))
+    shown = run("plan", source, "--vocab-size", 512, "-o", tmp_path / "plan.json")
+    assert shown.exit_code == 0, shown.output
+    assert "has a quantization_config, but no tensor is F8_E4M3" in shown.output
+
+
+def test_tokens_without_a_row_are_named(tmp_path: Path, run: Run) -> None:
+    model = tiny.save(tmp_path / "model", vocab_size=tiny.TOKENS)
+    change(model / "tokenizer_config.json", lambda data: data.update(pad_token="[PAD]"))
+    shown = run("plan", model, "--vocab-size", 512, "-o", tmp_path / "plan.json")
+    assert shown.exit_code == 0, shown.output
+    assert "1 tokens have no row in the embedding, before and after" in shown.output
 
 
 def test_a_plan_says_that_an_adapter_is_no_part_of_it(source: Path) -> None:

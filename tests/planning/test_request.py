@@ -43,7 +43,7 @@ def test_a_ratio_chooses_the_channels_beside_a_given_vocabulary(
         removed(layout, Sizes(kept, {KEY: channels}))
         for channels in range(1, layout.widths[KEY] + 1)
     ]
-    half_step = (max(possible) - min(possible)) / len(possible)
+    half_step = (max(possible) - min(possible)) / (len(possible) - 1) / 2
     if not min(possible) - TOLERANCE <= ratio <= max(possible) + TOLERANCE + half_step:
         with pytest.raises(BudgetError, match="cannot be met"):
             choose_sizes(layout, CutRequest(asked))
