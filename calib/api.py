@@ -17,7 +17,7 @@ from calib.statistics.options import CalibrationOptions
 from calib.statistics.prepare import open_calibration, run_calibration
 from calib.streaming.settings import ComputeOptions
 from calib.study.compare import check_methods, check_ratios, compare_methods, usable_methods
-from calib.study.search import SearchResult, search_pairs
+from calib.study.search import SearchResult, candidates_request, search_pairs
 from calib.study.study import open_study
 from calib.study.table import Row
 from calib.text.chat import documents_of
@@ -161,7 +161,7 @@ def search(  # noqa: PLR0913
     model: Model | str | Path,
     *,
     data: Text,
-    ratio: float,
+    ratio: float | None = None,
     candidates: str | None = None,
     multiple_of: int | None = None,
     target: str | None = None,
@@ -196,7 +196,7 @@ def search(  # noqa: PLR0913
     Args:
         model: From ``surgery.open_model``, or anything that it takes.
         data: The text: a path, ``hub:name``, documents, or several ``Source`` with weights.
-        ratio: Share of all parameters to remove.
+        ratio: Share of all parameters to remove; None with ``candidates``.
         candidates: Pairs to try, such as "32768:864,24576:928", instead of those of the ratio.
         multiple_of: As for ``surgery.make_plan``.
         target: As for ``surgery.make_plan``.
@@ -230,7 +230,8 @@ def search(  # noqa: PLR0913
     order = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts, drop_scripts)
     asked = CutRequest(sizes, order, ChannelOptions(criterion, repair=repair))
     compute = _compute(device, dtype, spill=spill)
-    choice = choose_sizes(layout, asked, documents_of(layout, text))
+    request = candidates_request(asked, candidates, layout)
+    choice = choose_sizes(layout, request, documents_of(layout, text))
     study = open_study(layout, choice, text, compute)
     return search_pairs(study, choice, candidates, progress)
 

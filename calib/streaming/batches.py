@@ -1,12 +1,15 @@
 """Windows of text between two layers, and the hooks that see their tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 
-from calib.streaming.hidden_states import HiddenStates
+from calib.streaming.hidden_states import HiddenStates, SpilledStates
 from calib.streaming.settings import MICRO_BATCH_VALUES
 from calib.streaming.stand_ins import Arguments
 from surgery.errors import DataError
@@ -103,6 +106,20 @@ class Stream:
             of_length.setdefault(len(window), []).append(index)
         for batch, indices in zip(self.batches, of_length.values(), strict=True):
             yield from zip(indices, batch.ids, batch.hidden, strict=True)
+
+
+@contextmanager
+def spilled(streams: Sequence[Stream], spill: Path | None) -> Iterator[None]:
+    """Keep the hidden states of ``streams`` in files in ``spill``; in memory where it is None."""
+    if spill is None:
+        yield
+        return
+    with TemporaryDirectory(".hidden", "trials.", spill) as folder:
+        for number, stream in enumerate(streams):
+            directory = Path(folder) / str(number)
+            directory.mkdir()
+            stream.states = SpilledStates(directory)
+        yield
 
 
 @dataclass(frozen=True)

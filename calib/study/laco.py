@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from calib.statistics.sums import cosine_sum
-from calib.streaming.batches import Stream
+from calib.streaming.batches import Stream, spilled
 from calib.streaming.decoder import StreamedDecoder
 from calib.streaming.layer_groups import LayerGroups
 from calib.streaming.settings import PassSettings
@@ -100,14 +100,17 @@ def _cosines(
     """Return, for each of ``tried``, the mean cosine of last hidden states with the dense ones."""
     dense, streams = Stream(windows), [Stream(windows) for _ in tried]
     layers = [LayerGroups(groups) for groups in tried]
-    with WeightReader(layout.checkpoint, settings.device, settings.dtype) as reader:
+    with (
+        spilled([dense, *streams], settings.spill),
+        WeightReader(layout.checkpoint, settings.device, settings.dtype) as reader,
+    ):
         decoder = StreamedDecoder(layout, reader, settings)
         decoder.embed([dense, *streams])
         for index in decoder.layers():
             decoder.run(index, dense)
             for stream, of_stream in zip(streams, layers, strict=True):
                 of_stream.run(decoder, index, stream)
-    return [
-        cosine_sum(dense.states.before[None], stream.states.before[None]) / dense.tokens
-        for stream in streams
-    ]
+        return [
+            cosine_sum(dense.states.before[None], stream.states.before[None]) / dense.tokens
+            for stream in streams
+        ]

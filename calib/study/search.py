@@ -10,7 +10,7 @@ from calib.study.study import Candidate, Study
 from calib.study.table import Row, plot_pairs, table
 from surgery.errors import BudgetError
 from surgery.layout.layout import Layout
-from surgery.planning.request import SizeChoice, allowed_steps, main_width
+from surgery.planning.request import CutRequest, SizeChoice, allowed_steps, main_width
 from surgery.planning.sizes import Sizes, check_sizes, pairs_at
 from surgery.process import Progress, stage
 
@@ -81,6 +81,27 @@ class SearchResult:
     def plot(self, path: Path) -> None:
         """Draw the loss of each pair over its V'."""
         plot_pairs(self.rows, path)
+
+
+def candidates_request(request: CutRequest, candidates: str | None, layout: Layout) -> CutRequest:
+    """Return the request with the sizes of the smallest of ``candidates``, if there are any.
+
+    Raises:
+        BudgetError: there are both a ratio and candidates, or neither; or these are not within the
+            model's sizes.
+    """
+    sizes = request.sizes
+    if (sizes.ratio is None) == (candidates is None):
+        raise BudgetError(
+            "`ratio`",
+            "and `candidates` exclude each other" if candidates else "is not given",
+            fix="give one of them" if candidates else "give one, such as 0.2, or `candidates`",
+        )
+    if candidates is None:
+        return request
+    first = parse_candidates(candidates, layout, main_width(layout))[0]
+    sizes = replace(sizes, vocab_size=first.vocab_size, widths=first.widths)
+    return replace(request, sizes=sizes)
 
 
 def search_pairs(

@@ -3,18 +3,15 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 
 from calib.refit import PrunedPrefix, refit_if_better
 from calib.scoring.score import token_bits
-from calib.streaming.batches import Stream
+from calib.streaming.batches import Stream, spilled
 from calib.streaming.decoder import StreamedDecoder
 from calib.streaming.ffn import ExpertKey, FfnModule, down_matrices, down_name, masked_down_proj
-from calib.streaming.hidden_states import SpilledStates
 from calib.streaming.layer_groups import LayerGroups
 from calib.streaming.settings import PassSettings
 from calib.streaming.weights import TORCH_DTYPE, WeightReader
@@ -187,12 +184,7 @@ def try_all(
         reader = stack.enter_context(
             WeightReader(layout.checkpoint, settings.device, settings.dtype)
         )
-        if settings.spill is not None:
-            folder = stack.enter_context(TemporaryDirectory(".hidden", "trials.", settings.spill))
-            for number, stream in enumerate(streams):
-                directory = Path(folder) / str(number)
-                directory.mkdir()
-                stream.states = SpilledStates(directory)
+        stack.enter_context(spilled(streams, settings.spill))
         decoder = StreamedDecoder(layout, reader, settings)
         decoder.embed(streams)
         for index in decoder.layers():

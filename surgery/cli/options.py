@@ -457,7 +457,7 @@ size_options = gathered(
 ratio_options = gathered(
     "sizes",
     SizeRequest,
-    click.option("--ratio", type=Ratio(), required=True, help="Share of all parameters to remove."),
+    click.option("--ratio", type=Ratio(), help="Share of all parameters to remove."),
     step_options,
 )
 cut_options = gathered("cut", CutRequest, size_options, vocabulary_options, channel_options)

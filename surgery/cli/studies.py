@@ -68,7 +68,7 @@ def search(
     TEXT scores the pairs; the rest of TEXT chooses their channels.
     """
     from calib.pipeline import PlanFiles, calibrated_plan
-    from calib.study.search import search_pairs
+    from calib.study.search import candidates_request, search_pairs
     from calib.study.study import open_study
     from calib.text.chat import documents_of
     from surgery.apply.output_directory import check_file
@@ -80,7 +80,10 @@ def search(
         files.check(layout.checkpoint.path)
     if show.plot is not None:
         check_file(show.plot)
-    choice = choose_sizes(layout, cut, documents_of(layout, text))
+    if options.candidates:
+        refuse_idle("with --candidates", "multiple_of", "target")
+    request = candidates_request(cut, options.candidates, layout)
+    choice = choose_sizes(layout, request, documents_of(layout, text))
     with running() as progress:
         study = open_study(layout, choice, text, compute)
         found = search_pairs(study, choice, options.candidates, progress)
@@ -89,7 +92,7 @@ def search(
     if show.plot is not None:
         found.plot(show.plot)
     if files is not None:
-        best = replace(choice, sizes=found.best)
+        best = replace(choice, sizes=found.best, request=cut)
         with running() as progress:
             made = calibrated_plan(layout, best, text, compute, files, progress)
         print_text(made.table(), err=show.as_json)

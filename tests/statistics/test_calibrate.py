@@ -310,7 +310,7 @@ def test_windows_are_within_the_positions_of_the_model(
     assert f"the model has {FEW} positions" in calibrated.stderr
     info = ChannelStats.load(tmp_path / "s").info
     assert info.seq_len == FEW
-    pair = ("--ratio", 0.1, "--multiple-of", 8, "--candidates", "600:90,500:96")
+    pair = ("--candidates", "600:90,500:96")
     searched = run("search", path, *data, *pair, "--samples", 2)
     assert searched.exit_code == 0, searched.output
     sizes = ("--vocab-size", 600, "--intermediate-size", 90)

@@ -1,9 +1,13 @@
 """LaCo: which layers are collapsed, and how many are kept."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from calib.streaming.hidden_states import SpilledStates
 from calib.streaming.settings import PassSettings
 from calib.study.laco import COLLAPSED, collapse_layers
 from surgery.errors import SurgeryError
@@ -31,6 +35,25 @@ def test_as_many_layers_are_kept_as_asked_for(layout: Layout, count: int) -> Non
     assert len(groups) == count
     assert [layer for group in groups for layer in group] == list(range(9))
     assert max(map(len, groups)) <= COLLAPSED
+
+
+def test_hidden_states_are_in_files_where_asked_for(
+    layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Path] = []
+
+    class Noted(SpilledStates):
+        def __init__(self, directory: Path) -> None:
+            made.append(directory)
+            super().__init__(directory)
+
+    in_memory = collapse_layers(layout, windows(), 7, SETTINGS)
+    monkeypatch.setattr("calib.streaming.batches.SpilledStates", Noted)
+    settings = replace(SETTINGS, hidden="file", spill=tmp_path)
+    assert collapse_layers(layout, windows(), 7, settings) == in_memory
+    assert made
+    assert all(tmp_path in directory.parents for directory in made)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_topmost_run_above_the_threshold_is_collapsed_first(

@@ -74,7 +74,7 @@ def test_search_prints_the_table_plots_and_plans(
 
 
 def test_candidates_are_tried_as_they_are(model: Path, prose: Path, run: Run) -> None:
-    options = ("--ratio", 0.2, "--data", prose, *TEXT, "--candidates", "450:512,1536:100")
+    options = ("--data", prose, *TEXT, "--candidates", "450:512,1536:100")
     rows = json.loads(run("search", model, *options, "--json").stdout)
     assert [(row["vocab_size"], *row["widths"].values()) for row in rows] == [
         (450, 512),
@@ -164,9 +164,12 @@ def test_compare_by_amount_of_text(model: Path, prose: Path, tmp_path: Path, run
     [
         (("search", "--ratio", 0), "--ratio: is no share of the parameters"),
         (("search", "--ratio", 0.97), "--ratio: cannot be met by sizes in steps of"),
-        (("search", "--ratio", 0.2, "--candidates", "1"), "--candidates: are no pairs of sizes"),
-        (("search", "--ratio", 0.2, "--candidates", "9:9"), "--vocab-size: is out of reach"),
-        (("search", "--ratio", 0.2, "--candidates", "1536:9999"), "is out of reach"),
+        (("search",), "--ratio: is not given; give one, such as 0.2, or --candidates"),
+        (("search", "--ratio", 0.2, "--candidates", "450:512"), "and --candidates exclude each"),
+        (("search", "--multiple-of", 8, "--candidates", "450:512"), "--multiple-of: has no effect"),
+        (("search", "--candidates", "1"), "--candidates: are no pairs of sizes"),
+        (("search", "--candidates", "9:9"), "--vocab-size: is out of reach"),
+        (("search", "--candidates", "1536:9999"), "is out of reach"),
         (("search", "--ratio", 0.2, "--plot", "no/p.png"), "no/p.png: its directory"),
         (("compare", "--ratio", 0.2, "--plot", "no/p.png"), "its directory does not exist"),
         (("compare", "--ratio", "x"), "is no list of numbers"),
