@@ -61,6 +61,7 @@ def calibrate(  # noqa: PLR0913
     parts: int | None = None,
     output: Path | str | None = None,
     resume: bool = False,
+    force: bool = False,
     family: str | None = None,
     progress: Progress | None = None,
 ) -> ChannelStats:
@@ -94,6 +95,7 @@ def calibrate(  # noqa: PLR0913
         parts: Number of Ray tasks; None is one for each node or GPU.
         output: File for the statistics. The directory to resume a killed run from is beside it.
         resume: Whether to continue an interrupted run, if there is one.
+        force: Whether to replace an output that is there.
         family: As for ``surgery.open_model``.
         progress: Called with "calibrate", bytes of finished weights, and bytes of all weights.
 
@@ -110,7 +112,7 @@ def calibrate(  # noqa: PLR0913
     if sizes is not None and not isinstance(sizes, str):
         sizes = ",".join(map(str, sizes))
     order = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts, drop_scripts)
-    options = CalibrationOptions(vocab_size, sizes, part, engine, parts, path, resume, order)
+    options = CalibrationOptions(vocab_size, sizes, part, engine, parts, path, resume, order, force)
     made = open_calibration(layout, text, compute, options)
     return run_calibration(made, compute, options, progress)
 
@@ -364,6 +366,7 @@ def prune(  # noqa: PLR0913
     spill: Path | str | None = None,
     io: IO = "mmap",
     resume: bool = False,
+    force: bool = False,
     family: str | None = None,
     progress: Progress | None = None,
 ) -> Pruned:
@@ -411,6 +414,7 @@ def prune(  # noqa: PLR0913
         max_gpu_memory: As for ``calibrate``.
         spill: As for ``calibrate``.
         resume: Whether to continue what a killed run of the same call left, if anything.
+        force: Whether to replace a plan and statistics that are there; never the output.
         io: "mmap", or "read" for network file systems.
         family: As for ``surgery.open_model``.
         progress: Called with a stage ("calibrate", "repair", "apply"), what is done, and the total.
@@ -437,7 +441,8 @@ def prune(  # noqa: PLR0913
     )
     order = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts, drop_scripts)
     asked = CutRequest(sizes, order, ChannelOptions(criterion, min_expert_tokens, repair))
-    files = PlanFiles.beside(Path(output), layout.checkpoint.path, resume=resume)
+    where, path = layout.checkpoint.path, Path(output)
+    files = PlanFiles.beside(path, where, resume=resume, force=force)
     choice = choose_before_calibration(layout, asked, text)
     plan = calibrated_plan(layout, choice, text, compute, files, progress)
     report = apply_and_verify(plan, layout, applied, progress)

@@ -14,11 +14,13 @@ from calib.study.repair import repair_cost, repair_plan
 from calib.study.study import open_study
 from calib.text.chat import documents_of
 from surgery.api import plan_choice
-from surgery.apply.output_directory import PARTIAL, check_file, check_output_path
+from surgery.apply.output_directory import check_output_path
 from surgery.apply.run import ApplyOptions, apply_to
-from surgery.errors import DataError, OutputError
+from surgery.errors import DataError
+from surgery.files.atomic import check_file, check_no_partial
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
+from surgery.planning.replacement import replacement_file
 from surgery.planning.request import CutRequest, SizeChoice, choose_sizes
 from surgery.process import Progress
 from surgery.text.documents import TextOptions
@@ -36,38 +38,43 @@ class PlanFiles:
     """Output directory that the plan names."""
     resume: bool = False
     """Whether to continue what a killed run left, if it left anything."""
+    force: bool = False
+    """Whether to replace files that are there."""
+
+    @property
+    def replaced(self) -> Path:
+        """The file that a repair writes."""
+        return replacement_file(self.plan)
 
     @classmethod
-    def beside(cls, output: Path, model: Path, *, resume: bool = False) -> "PlanFiles":
+    def beside(
+        cls, output: Path, model: Path, *, resume: bool = False, force: bool = False
+    ) -> "PlanFiles":
         """Return ``DIR.plan.json`` and ``DIR.stats.safetensors`` beside the directory ``output``.
 
         Raises:
             OutputError: ``output`` cannot be written, or is inside the directory ``model``; or it
-                was interrupted, and ``resume`` is not given.
+                was interrupted, and ``resume`` is not given; or one of the files is there, and
+                neither ``force`` nor ``resume`` is given.
         """
         if not (resume and output.is_dir()):
             check_output_path(output, model)
         plan, stats = (output.with_name(output.name + end) for end in (PLAN_END, STATS_END))
         for interrupted in (output, stats):
-            partial = interrupted.with_name(interrupted.name + PARTIAL)
-            if partial.exists() and not resume:
-                raise OutputError(
-                    partial,
-                    "is there from a run that was interrupted or is still running",
-                    fix="continue it with `resume`, or delete it",
-                )
-        files = cls(plan, stats, output, resume)
+            check_no_partial(interrupted, resume=resume)
+        files = cls(plan, stats, output, resume, force)
         files.check(model)
         return files
 
     def check(self, model: Path) -> None:
-        """Refuse a plan file that cannot be written, or that is inside the directory ``model``.
+        """Refuse files that cannot be written, are there, or are inside the directory ``model``.
 
         Raises:
             OutputError: it names the path.
         """
-        if self.plan.absolute().parent.is_dir():  # else it is created
-            check_file(self.plan, model)
+        for path in (self.plan, self.stats, self.replaced):
+            if path is not None and path.absolute().parent.is_dir():  # else it is created
+                check_file(path, model, force=self.force or self.resume)
 
 
 PLAN_END, STATS_END = ".plan.json", ".stats.safetensors"
@@ -122,7 +129,10 @@ def calibrated_plan(
     stats = None
     if choice.needs_statistics(layout):
         options = CalibrationOptions(
-            vocab_size=choice.sizes.vocab_size, output=files.stats, resume=files.resume
+            vocab_size=choice.sizes.vocab_size,
+            output=files.stats,
+            resume=files.resume,
+            force=files.force,
         )
         made = prepare_calibration(layout, choice.rarity, text, compute, options)
         stats = run_calibration(made, compute, options, progress)

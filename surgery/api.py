@@ -121,7 +121,7 @@ def make_plan(  # noqa: PLR0913
     seed: int | None = None,
     field: str | None = None,
     strict: bool = False,
-    output: Path | str | None = None,
+    to: Path | str | None = None,
     family: str | None = None,
 ) -> Plan:
     """Choose what to remove and predict the result; no weights are read.
@@ -161,7 +161,7 @@ def make_plan(  # noqa: PLR0913
         seed: Shuffles the documents.
         field: Field of a row that holds its document; None means ``text``.
         strict: Refuse the first bad row instead of skipping all of them.
-        output: Directory that ``apply_plan`` writes, unless it is given another.
+        to: Directory that ``apply_plan`` writes, unless it is given another.
         family: As for ``open_model``.
 
     Raises:
@@ -190,7 +190,7 @@ def make_plan(  # noqa: PLR0913
         documents=None
         if data is None
         else TextOptions(sources_of(data), seed=seed, field=field, strict=strict).documents,
-        output=None if output is None else Path(output),
+        output=None if to is None else Path(to),
     )
 
 

@@ -109,7 +109,7 @@ def stages(paths: Paths) -> dict[str, list[str]]:
         "calibrate": surgery("calibrate", paths.model, *text, "--seed", SEED, "-o", paths.stats),
         "plan": surgery(
             *("plan", paths.model, "--stats", paths.stats, "--ratio", f"{RATIO:.2f}"),
-            *("--output", paths.pruned, "-o", paths.plan),
+            *("--to", paths.pruned, "-o", paths.plan),
         ),
         "apply": surgery("apply", paths.plan),
         "verify": surgery("verify", paths.pruned, "--forward"),

@@ -23,6 +23,7 @@ from calib.streaming.settings import PassSettings, Timings
 from calib.streaming.weights import WeightReader
 from calib.text.windows import digest
 from surgery.errors import StatsError
+from surgery.files.atomic import check_file
 from surgery.layout.layout import Layout
 from surgery.process import Advance, no_advance, peak_rss_bytes
 from surgery.stats.channel_stats import AxisSums, ChannelStats, StatsInfo
@@ -47,6 +48,8 @@ class Calibration:
     output: Path | None = None
     """File for the statistics. The directory to resume a killed run from is beside it."""
     resume: bool = False
+    force: bool = False
+    """Whether to replace an output that is there."""
     asked: Mapping[str, str] = field(default_factory=dict)
     """Further options that must be the same when a run is resumed."""
     timings: Timings = field(default_factory=Timings)
@@ -111,6 +114,8 @@ def take_statistics(calibration: Calibration, progress: Advance = no_advance) ->
         ) as resume_directory:
             stats = None if resume_directory.finished else finished_before(calibration)
             if stats is None:
+                if not resume_directory.finished:
+                    check_file(calibration.output, force=calibration.force)
                 stats = _take(calibration, resume_directory, progress)
                 stats.save(calibration.output)
             resume_directory.remove()

@@ -30,6 +30,8 @@ class CalibrationOptions:
     """Whether to continue an interrupted run, if there is one."""
     vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
     """The order of the vocabulary, for which the statistics are exact."""
+    force: bool = False
+    """Whether to replace an output that is there."""
 
     def __post_init__(self) -> None:
         check_choice("engine", self.engine, ENGINES)

@@ -17,8 +17,8 @@ from calib.streaming.settings import ComputeOptions, PassSettings
 from calib.streaming.weights import choose_settings
 from calib.text.chat import documents_of
 from calib.text.windows import Part, check_windows, shortfall, token_windows, within_positions
-from surgery.apply.output_directory import check_file
 from surgery.errors import BudgetError
+from surgery.files.atomic import check_file, check_no_partial
 from surgery.layout.layout import Layout
 from surgery.planning.request import parse_vocab_sizes, rarity_or_whole
 from surgery.planning.sizes import candidate_vocab_sizes
@@ -41,12 +41,14 @@ def open_calibration(
     """Prepare a calibration for a later plan with the same vocabulary options.
 
     Raises:
-        OutputError: the output cannot be written, or is inside the model's directory.
+        OutputError: the output cannot be written, is inside the model's directory, or is there
+            already; or an interrupted run is.
         SurgeryError: as ``prepare_calibration``.
     """
     options.check(compute)
     if options.output is not None:
-        check_file(options.output, layout.checkpoint.path)
+        check_file(options.output, layout.checkpoint.path, force=options.force or options.resume)
+        check_no_partial(options.output, resume=options.resume)
     rarity = rarity_or_whole(layout, options.vocabulary, documents_of(layout, text))
     return prepare_calibration(layout, rarity, text, compute, options)
 
@@ -91,6 +93,7 @@ def prepare_calibration(
         vocab_size=size,
         output=output,
         resume=options.resume,
+        force=options.force,
         asked={
             "`samples`": str(text.samples),
             "`seed`": str(text.seed),

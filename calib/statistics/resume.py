@@ -13,7 +13,14 @@ import msgspec
 import numpy as np
 
 from surgery.errors import OutputError
-from surgery.files.atomic import FileLock, lock_output, sync_file, write_atomic
+from surgery.files.atomic import (
+    PARTIAL,
+    FileLock,
+    check_no_partial,
+    lock_output,
+    sync_file,
+    write_atomic,
+)
 from surgery.files.safetensors_header import read_header
 from surgery.files.strict_json import read_file
 from surgery.stats.channel_stats import COSINES, DTYPES, PARTS, AxisSums, save_arrays
@@ -59,7 +66,7 @@ class ResumeDirectory:
         Raises:
             OutputError: the directory exists, is in use, or belongs to another run.
         """
-        self.path = output.with_name(output.name + ".partial")
+        self.path = output.with_name(output.name + PARTIAL)
         self.hidden = _hidden_directory(output, spill) if spill else self.path
         """Directory of the hidden states."""
         self._background = ThreadPoolExecutor(1)
@@ -74,12 +81,7 @@ class ResumeDirectory:
             raise
 
     def _open(self, new: RunState, *, resume: bool) -> None:
-        if self.path.exists() and not resume:
-            raise OutputError(
-                self.path,
-                "is there from a run that was interrupted or is still running",
-                fix="continue it with `resume`, or delete it",
-            )
+        check_no_partial(self.path.with_suffix(""), resume=resume)
         self.hidden.mkdir(exist_ok=True)
         self.path.mkdir(exist_ok=True)
         self._state = self._load(new)

@@ -18,7 +18,7 @@ from surgery.errors import BudgetError, PlanError
 from surgery.families.schema import renumbered
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
-from surgery.planning.replacement import Entry, ReplacementWriter
+from surgery.planning.replacement import Entry, ReplacementWriter, replacement_file
 from surgery.planning.shapes import axis_lengths, output_dtype, output_shape
 from surgery.planning.sizes import Sizes
 from surgery.process import Advance, Progress, no_advance, peak_rss_bytes, stage
@@ -45,7 +45,7 @@ def repair_plan(
         )
     if plan.after.widths == plan.before.widths:
         return plan
-    path = plan_path.with_name(plan_path.name.removesuffix(".json") + ".repair.safetensors")
+    path = replacement_file(plan_path)
     predicted = repair_cost(plan, study).peak_memory
     LOG.info("repair: about %s MB of memory", f"{predicted / 1e6:,.0f}")
     made = repair(

@@ -11,7 +11,14 @@ from threading import Lock
 import msgspec
 
 from surgery.errors import OutputError
-from surgery.files.atomic import lock_output, new_file, sync_directory, write_atomic
+from surgery.files.atomic import (
+    PARTIAL,
+    check_no_partial,
+    lock_output,
+    new_file,
+    sync_directory,
+    write_atomic,
+)
 
 
 class Begun(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -123,8 +130,8 @@ class Journal:
             os.ftruncate(self._file, len(raw) - len(torn))
 
 
-PARTIAL, JOURNAL = ".partial", ".partial.journal"
-"""Suffixes of the unfinished directory and of its journal."""
+JOURNAL = f"{PARTIAL}.journal"
+"""Suffix of the journal of an unfinished directory."""
 
 
 class OutputDirectory:
@@ -237,12 +244,7 @@ class OutputDirectory:
         sync_directory(self.path.parent)
 
     def _begin(self, plan_digest: str) -> None:
-        if self.partial.exists():
-            raise OutputError(
-                self.partial,
-                "exists from an interrupted run",
-                fix="continue it with `resume`, or delete it",
-            )
+        check_no_partial(self.path, resume=False)
         self._journal.begin(plan_digest)
         self.partial.mkdir()
 
@@ -336,27 +338,3 @@ def check_output_path(path: Path, source: Path) -> None:
         raise OutputError(path, "is below a file", found=above, fix="choose another output")
     if path.exists() or path.is_symlink():
         raise OutputError(path, "exists already", fix="choose another output, or move it away")
-
-
-def check_file(path: Path, source: Path | None = None) -> None:
-    """Refuse, before the work, a file that could not be written after it, or is inside the model.
-
-    Raises:
-        OutputError: ``path`` is a directory, a device or a pipe; or its directory is missing, not
-            writable, or inside ``source``.
-    """
-    parent = path.absolute().parent
-    if not parent.is_dir():
-        raise OutputError(path, "its directory does not exist", fix="create it, or name another")
-    if path.is_dir():
-        raise OutputError(path, "is a directory", fix="name a file")
-    if path.exists() and not path.is_file():
-        raise OutputError(
-            path, "is not a regular file, and a new file would replace it", fix="name a file"
-        )
-    if source is not None and parent.resolve().is_relative_to(source.resolve()):
-        raise OutputError(
-            path, "is inside the model, which is only read", fix="name a file outside of it"
-        )
-    if not os.access(parent, os.W_OK):
-        raise OutputError(path, "its directory is not writable", fix="name another directory")

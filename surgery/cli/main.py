@@ -21,6 +21,7 @@ from surgery.cli.options import (
     cut_options,
     device_option,
     engine_option,
+    force_option,
     gathered,
     io_option,
     json_option,
@@ -33,7 +34,15 @@ from surgery.cli.options import (
     spilling_options,
 )
 from surgery.cli.studies import compare, search
-from surgery.cli.terminal import bars, print_text, running, show_logs, show_plan, with_flags
+from surgery.cli.terminal import (
+    bars,
+    print_text,
+    running,
+    show_logs,
+    show_plan,
+    show_written,
+    with_flags,
+)
 from surgery.errors import SurgeryError, is_panic, printable, shortened
 from surgery.files.shard_file import IO
 from surgery.planning.request import CutRequest
@@ -109,6 +118,9 @@ def inspect(model: ModelOptions, vocab: bool, probe: bool, show: ShowOptions) ->
     from surgery.layout.census import plot_census
     from surgery.vocabulary.census import plot_vocab_census
 
+    if show.plot is None:
+        refuse_idle("without --plot", "force")
+    show.check()
     if probe:
         refuse_idle("with --probe", "family", "vocab", "plot")
         proposal = probe_model(model.model)
@@ -132,8 +144,9 @@ class PlanSources:
     """The statistics that a plan is made from, and the paths it names and is written to."""
 
     stats: Path | None
-    output: Path | None
-    plan: Path
+    to: Path | None
+    output: Path
+    force: bool
 
 
 @main.command()
@@ -145,17 +158,16 @@ class PlanSources:
     "given",
     PlanSources,
     click.option("--stats", type=path_type, help="From calibrate."),
-    click.option(
-        "--output", type=path_type, metavar="DIR", help="Directory that apply is to write."
-    ),
+    click.option("--to", type=path_type, metavar="DIR", help="Directory that apply is to write."),
     click.option(
         "-o",
-        "plan",
+        "--output",
         type=path_type,
         default="plan.json",
         show_default=True,
         help="File that the plan is written to.",
     ),
+    force_option,
 )
 def plan(
     model: ModelOptions,
@@ -172,7 +184,8 @@ def plan(
     from calib.text.chat import documents_of
     from surgery.api import plan_choice
     from surgery.apply.cost import apply_cost
-    from surgery.apply.output_directory import check_file
+    from surgery.files.atomic import check_file
+    from surgery.planning.replacement import replacement_file
     from surgery.planning.request import choose_sizes
     from surgery.stats.channel_stats import ChannelStats
 
@@ -185,13 +198,14 @@ def plan(
         if cut.channels.criterion != RANDOM:
             refuse_idle("without --stats", "criterion")
     layout = model.layout()
-    check_file(given.plan, layout.checkpoint.path)
+    for path in (given.output, replacement_file(given.output)):
+        check_file(path, layout.checkpoint.path, force=given.force)
     stats = ChannelStats.load(given.stats) if given.stats else None
     documents = partial(documents_of, layout, text) if text.data else None
     influence = stats.block_influence if stats else None
     choice = choose_sizes(layout, cut, documents() if documents else None, influence)
     shown = documents() if documents else ()
-    made = plan_choice(layout, choice, stats, documents=shown, output=given.output)
+    made = plan_choice(layout, choice, stats, documents=shown, output=given.to)
     if cut.channels.repair != "none":
         if stats is None or documents is None:
             raise Refusal(
@@ -203,11 +217,15 @@ def plan(
         repair_text = replace(text, samples=stats.info.samples, seq_len=stats.info.seq_len)
         with running() as progress:
             study = open_study(layout, choice, repair_text, compute)
-            made = repair_plan(made, study, given.plan, progress)
-    made.save(given.plan)
+            made = repair_plan(made, study, given.output, progress)
+    made.save(given.output)
     show_plan(made, layout, cut.sizes)
     if made.complete:
         click.echo(apply_cost(made, layout, JOBS).line())
+        then = f"apply {given.output}" + ("" if given.to else " -o DIR")
+        show_written(str(given.output), then)
+    else:
+        show_written(f"{given.output}, sizes only", f"calibrate {model.model} --data TEXT")
 
 
 @main.command()
@@ -217,7 +235,7 @@ def plan(
     ApplyOptions,
     click.option(
         "-o",
-        "output",
+        "--output",
         type=path_type,
         metavar="DIR",
         help="Directory to write instead of the plan's.",
@@ -256,10 +274,13 @@ def apply(plan_path: Path, options: ApplyOptions, push_to: str | None, as_json: 
         check_push(push_to)
     with bars() as progress:
         made = apply_to(loaded, resolve_model(loaded.source)[0], options, progress)
-    text = f"{made.output}: {made.parameters:,} parameters, {made.nbytes:,} bytes"
     if push_to:
-        text += f"\n{push(made.output, push_to)}"
-    click.echo(json.dumps(made.facts()) if as_json else text)
+        click.echo(push(made.output, push_to), err=as_json)
+    if as_json:
+        click.echo(json.dumps(made.facts()))
+    else:
+        what = f"{made.output}: {made.parameters:,} parameters, {made.nbytes:,} bytes"
+        show_written(what, f"verify {made.output}")
 
 
 @dataclass(frozen=True)

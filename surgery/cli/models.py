@@ -3,7 +3,9 @@
 import json
 import sys
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,6 +18,7 @@ from surgery.cli.options import (
     compute_options,
     cut_options,
     engine_option,
+    force_option,
     gathered,
     io_option,
     json_option,
@@ -28,9 +31,13 @@ from surgery.cli.options import (
     text_options,
     vocabulary_options,
 )
-from surgery.cli.terminal import bars, print_text, running, show_plan
+from surgery.cli.terminal import bars, print_text, running, show_plan, show_written
+from surgery.files.shard_file import IO
 from surgery.planning.request import CutRequest
 from surgery.text.documents import TextOptions
+
+if TYPE_CHECKING:
+    from surgery.stats.channel_stats import ChannelStats
 
 
 @click.command()
@@ -65,13 +72,14 @@ from surgery.text.documents import TextOptions
     vocabulary_options,
     click.option(
         "-o",
-        "output",
+        "--output",
         type=path_type,
         default="stats.safetensors",
         show_default=True,
         help="File that the statistics are written to.",
     ),
     click.option("--resume", is_flag=True, help="Continue an interrupted run, if there is one."),
+    force_option,
 )
 @click.option("--dry-run", is_flag=True, help="Predict memory, disk and bytes read, then stop.")
 @json_option
@@ -91,6 +99,8 @@ def calibrate(
     from calib.statistics.prepare import open_calibration, run_calibration
 
     options.check(compute)
+    if dry_run:
+        options = replace(options, force=True)
     layout, start = model.layout(), time.perf_counter()
     made = open_calibration(layout, text, compute, options)
     prediction = made.prediction()
@@ -104,8 +114,15 @@ def calibrate(
         "predicted": prediction.facts(),
         "measured": {**made.measured(), "seconds": time.perf_counter() - start},
     }
-    line = f"{options.output}: {stats.info.samples} windows, {stats.info.tokens:,} tokens"
-    click.echo(json.dumps(facts) if as_json else line)
+    if as_json:
+        click.echo(json.dumps(facts))
+    else:
+        then = f"plan {model.model} --stats {options.output} --ratio 0.2"
+        show_written(f"{options.output}: {_counts(stats)}", then)
+
+
+def _counts(stats: "ChannelStats") -> str:
+    return f"{stats.info.samples} windows, {stats.info.tokens:,} tokens"
 
 
 @click.command()
@@ -151,6 +168,18 @@ def score(
     sys.exit(0 if result.finite else 1)
 
 
+@dataclass(frozen=True)
+class PruneOptions:
+    """The directory that prune writes, and how."""
+
+    output: Path
+    resume: bool
+    force: bool
+    """Whether a plan and statistics that are there are replaced."""
+    io: IO
+    push_to: str | None
+
+
 @click.command()
 @model_options
 @prune_text_options
@@ -158,23 +187,23 @@ def score(
 @cut_options
 @gathered(
     "options",
-    ApplyOptions,
+    PruneOptions,
     click.option(
-        "-o", "output", type=path_type, metavar="DIR", required=True, help="Directory to write."
+        "-o", "--output", type=path_type, metavar="DIR", required=True, help="Directory to write."
     ),
     click.option(
         "--resume", is_flag=True, help="Continue what a killed run of the same command left."
     ),
+    force_option,
     io_option,
+    push_option,
 )
-@push_option
 def prune(
     model: ModelOptions,
     text: TextOptions,
     compute: ComputeOptions,
     cut: CutRequest,
-    options: ApplyOptions,
-    push_to: str | None,
+    options: PruneOptions,
 ) -> None:
     """Calibrate, plan, apply and verify in one command.
 
@@ -189,11 +218,12 @@ def prune(
     )
     from surgery.hub.upload import check_push, push
 
-    if push_to:
-        check_push(push_to)
-    output = Path(options.output or "")  # click asks for it
+    if options.push_to:
+        check_push(options.push_to)
+    output, resume = options.output, options.resume
     layout = model.layout()
-    files = PlanFiles.beside(output, layout.checkpoint.path, resume=options.resume)
+    where = layout.checkpoint.path
+    files = PlanFiles.beside(output, where, resume=resume, force=options.force)
     choice = choose_before_calibration(layout, cut, text)
     calibrates = choice.needs_statistics(layout) or cut.channels.repair != "none"
     if not calibrates and not cut.sizes.by_rule:
@@ -206,10 +236,13 @@ def prune(
         plan = calibrated_plan(layout, choice, text, compute, files, progress)
     show_plan(plan, layout, cut.sizes)
     with bars() as progress:
-        report = apply_and_verify(plan, layout, options, progress)
+        applied = ApplyOptions(output, resume, io=options.io)
+        report = apply_and_verify(plan, layout, applied, progress)
     print_text(report.table())
-    if push_to and report.ok:
-        click.echo(push(output, push_to))
+    if report.ok:
+        if options.push_to:
+            click.echo(push(output, options.push_to))
+        show_written(f"{output} and {files.plan}", f"score {output} --data HELDOUT")
     sys.exit(0 if report.ok else 1)
 
 
@@ -220,13 +253,16 @@ def stats() -> None:
 
 @stats.command()
 @click.argument("paths", metavar="STATS…", nargs=-1, required=True, type=path_type)
-@click.option("-o", "output", type=path_type, required=True, metavar="FILE", help="File to write.")
-def merge(paths: tuple[Path, ...], output: Path) -> None:
+@click.option(
+    "-o", "--output", type=path_type, required=True, metavar="FILE", help="File to write."
+)
+@force_option
+def merge(paths: tuple[Path, ...], output: Path, force: bool) -> None:
     """Add up the statistics of separate runs over parts of a text, or over several texts."""
-    from surgery.apply.output_directory import check_file
+    from surgery.files.atomic import check_file
     from surgery.stats.channel_stats import merge_stats
 
-    check_file(output)
+    check_file(output, force=force)
     merged = merge_stats(paths)
     merged.save(output)
-    click.echo(f"{output}: {merged.info.samples} windows, {merged.info.tokens:,} tokens")
+    show_written(f"{output}: {_counts(merged)}", f"plan MODEL --stats {output} --ratio 0.2")

@@ -15,6 +15,7 @@ from surgery.cluster import ENGINES
 from surgery.errors import BudgetError
 from surgery.files.shard_file import IO
 from surgery.planning.request import CutRequest, SizeRequest
+from surgery.plot import check_picture
 from surgery.stats.channels import (
     CRITERIA,
     DEFAULT_CRITERION,
@@ -187,6 +188,16 @@ class ShowOptions:
 
     plot: Path | None = None
     as_json: bool = False
+    force: bool = False
+    """Whether a file that is there is replaced."""
+
+    def check(self) -> None:
+        """Refuse a picture that could not be drawn after the work.
+
+        Raises:
+            OutputError: it names the file.
+        """
+        check_picture(self.plot, force=self.force)
 
 
 model_options = gathered(
@@ -203,7 +214,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON f
 plot_option = click.option(
     "--plot", type=path_type, metavar="FILE.png", help="Write a picture (extra 'plot')."
 )
-show_options = gathered("show", ShowOptions, plot_option, json_option)
+force_option = click.option("--force", is_flag=True, help="Replace files that are there.")
+show_options = gathered("show", ShowOptions, plot_option, json_option, force_option)
 push_option = click.option(
     "--push-to", metavar="ORG/NAME", help="Also upload the result to this model on the hub."
 )

@@ -23,7 +23,7 @@ from surgery.cli.options import (
     step_cut_options,
     study_text_options,
 )
-from surgery.cli.terminal import print_text, running
+from surgery.cli.terminal import print_text, running, show_written
 from surgery.planning.request import CutRequest
 from surgery.text.documents import TextOptions
 
@@ -33,7 +33,7 @@ class SearchOptions:
     """The pairs to try, and the file that the best one is planned to."""
 
     candidates: str | None
-    plan: Path | None
+    output: Path | None
 
 
 @click.command()
@@ -50,7 +50,11 @@ class SearchOptions:
         help="Pairs to try in one pass instead of those that meet the ratio, coarse to fine.",
     ),
     click.option(
-        "--plan", type=path_type, metavar="FILE", help="File to write a plan of the best pair to."
+        "-o",
+        "--output",
+        type=path_type,
+        metavar="PLAN",
+        help="File to write a plan of the best pair to.",
     ),
 )
 @show_options
@@ -71,15 +75,15 @@ def search(
     from calib.study.search import candidates_request, search_pairs
     from calib.study.study import open_study
     from calib.text.chat import documents_of
-    from surgery.apply.output_directory import check_file
     from surgery.planning.request import choose_sizes
 
+    show.check()
     layout = model.layout()
-    files = PlanFiles(options.plan) if options.plan is not None else None
+    if options.output is None and show.plot is None:
+        refuse_idle("without --output and --plot", "force")
+    files = PlanFiles(options.output, force=show.force) if options.output is not None else None
     if files is not None:
         files.check(layout.checkpoint.path)
-    if show.plot is not None:
-        check_file(show.plot)
     if options.candidates:
         refuse_idle("with --candidates", "multiple_of", "target")
     request = candidates_request(cut, options.candidates, layout)
@@ -96,6 +100,10 @@ def search(
         with running() as progress:
             made = calibrated_plan(layout, best, text, compute, files, progress)
         print_text(made.table(), err=show.as_json)
+    if show.as_json:
+        return
+    if files is not None:
+        show_written(str(files.plan), f"apply {files.plan} -o DIR")
 
 
 @dataclass(frozen=True)
@@ -157,11 +165,11 @@ def compare(
     from calib.study.study import open_study
     from calib.study.table import plot_methods, plot_samples, table
     from calib.text.chat import documents_of
-    from surgery.apply.output_directory import check_file
     from surgery.planning.request import allowed_steps, choose_sizes
 
-    if show.plot is not None:
-        check_file(show.plot)
+    if show.plot is None:
+        refuse_idle("without --plot", "force")
+    show.check()
     if options.counts:
         refuse_idle("with --by-samples", "methods")
         if len(options.ratios) > 1:

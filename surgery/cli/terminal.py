@@ -115,6 +115,11 @@ def running() -> Iterator[Progress]:
         yield progress
 
 
+def show_written(what: str, then: str) -> None:
+    """Print, as a command's last line, what it wrote and the command that goes on from there."""
+    click.echo(f"wrote {what}; next: compact-surgery {then}")
+
+
 class _Echo(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print a log line of the library on stderr, once per command."""

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from surgery.errors import OutputError
 
+PARTIAL = ".partial"
+"""Suffix of the directory of a run that has not ended."""
+
 NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 """Errors of file systems that cannot sync a directory."""
 
@@ -91,6 +94,54 @@ def move_into_place(temporary: Path, path: Path) -> None:
     sync_file(temporary)
     temporary.replace(path)
     sync_directory(path.parent)
+
+
+def check_file(path: Path, source: Path | None = None, *, force: bool = False) -> None:
+    """Refuse, before the work, a file that could not be written after it.
+
+    Args:
+        path: The file.
+        source: Directory of the model, in which nothing is written.
+        force: Whether to replace a file that is there.
+
+    Raises:
+        OutputError: ``path`` is a directory, a device or a pipe; or its directory is missing, not
+            writable, or inside ``source``; or the file is there, and ``force`` is not given.
+    """
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise OutputError(path, "its directory does not exist", fix="create it, or name another")
+    if path.is_dir():
+        raise OutputError(path, "is a directory", fix="name a file")
+    if path.exists() and not path.is_file():
+        raise OutputError(
+            path, "is not a regular file, and a new file would replace it", fix="name a file"
+        )
+    if source is not None and parent.resolve().is_relative_to(source.resolve()):
+        raise OutputError(
+            path, "is inside the model, which is only read", fix="name a file outside of it"
+        )
+    if not os.access(parent, os.W_OK):
+        raise OutputError(path, "its directory is not writable", fix="name another directory")
+    if path.exists() and not force:
+        raise OutputError(
+            path, "is there already", fix="name another file, or replace it with `force`"
+        )
+
+
+def check_no_partial(output: Path, *, resume: bool) -> None:
+    """Refuse to begin where an earlier run was interrupted, unless it is to be continued.
+
+    Raises:
+        OutputError: ``output`` was begun, and ``resume`` is not given.
+    """
+    partial = output.with_name(output.name + PARTIAL)
+    if partial.exists() and not resume:
+        raise OutputError(
+            partial,
+            "is there from a run that was interrupted or is still running",
+            fix="continue it with `resume`, or delete it",
+        )
 
 
 @contextmanager

@@ -119,3 +119,8 @@ class ReplacementWriter:
         """Return the plan's entry for the finished file; None where nothing was written."""
         names = [name for name, _, _ in self._written]
         return Replacement(what, str(self._path), self._digest, names) if names else None
+
+
+def replacement_file(plan_path: Path) -> Path:
+    """Return the file beside a plan's that a repair writes its matrices to."""
+    return plan_path.with_name(plan_path.name.removesuffix(".json") + ".repair.safetensors")

@@ -84,7 +84,7 @@ CASES = [
         if "merge" not in command or place == "there"
     ),
     Case("plan of the best pair in the model", nothing,
-         "search model --data text.txt --ratio 0.2 --plan model/config.json",
+         "search model --data text.txt --ratio 0.2 -o model/config.json",
          ("model/config.json", "inside the model", "outside of it")),
     Case("caps for tasks of ray", nothing,
          f"{CALIBRATE} text.txt --engine ray --max-memory 8GB",

@@ -319,3 +319,4 @@ def test_sizes_alone_need_no_more(bench: Path, run: Run) -> None:
     """The bench itself is good: what is refused above is refused for what was done to it."""
     for command in (SIZES_ONLY, PLAN, VOCAB):
         assert run(*command.split()).exit_code == 0
+        Path("new.json").unlink(missing_ok=True)

@@ -35,7 +35,7 @@ def test_calibrate_plan_apply_verify_score(
     steps = (
         ("inspect", llama),
         ("calibrate", llama, "--data", text, "--seq-len", 64, "--samples", 8, "-o", stats),
-        ("plan", llama, "--stats", stats, *SIZES, "--output", out, "-o", plan),
+        ("plan", llama, "--stats", stats, *SIZES, "--to", out, "-o", plan),
         ("apply", plan),
         ("verify", out, "--plan", plan, "--forward"),
         ("score", llama, "--data", text, "--samples", 3, "--window-bytes", 300),
@@ -220,7 +220,7 @@ def test_verify_without_its_source_says_what_it_skipped(
     source = Path(shutil.copytree(llama, tmp_path / "source"))
     plan, out = tmp_path / "plan.json", tmp_path / "out"
     whole = ("--vocab-size", tiny.VOCAB_SIZE, "--intermediate-size", tiny.INTERMEDIATE_SIZE)
-    assert run("plan", source, *whole, "--output", out, "-o", plan).exit_code == 0
+    assert run("plan", source, *whole, "--to", out, "-o", plan).exit_code == 0
     assert run("apply", plan).exit_code == 0
     shutil.rmtree(source)
     result = run("verify", out)

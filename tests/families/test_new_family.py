@@ -109,7 +109,7 @@ def test_an_invented_family_works_from_inspect_to_verify(
     steps = (
         ("inspect", source),
         ("calibrate", source, "--data", text, "--seq-len", 64, "--samples", 8, "-o", stats),
-        ("plan", source, "--stats", stats, *sizes, "--output", out, "-o", plan),
+        ("plan", source, "--stats", stats, *sizes, "--to", out, "-o", plan),
         ("apply", plan),
         ("verify", out, "--forward"),
     )

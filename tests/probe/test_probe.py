@@ -228,7 +228,7 @@ def test_a_named_family_works_from_plan_to_verify(
     steps = (
         ("inspect", renamed, *named),
         ("calibrate", renamed, *named, *data, "-o", stats),
-        ("plan", renamed, *named, "--stats", stats, *sizes, "--output", out, "-o", plan),
+        ("plan", renamed, *named, "--stats", stats, *sizes, "--to", out, "-o", plan),
         ("apply", plan),
         ("verify", out, "--forward"),
         ("score", out, *named, "--data", text, "--samples", 2, "--window-bytes", 200),

@@ -30,7 +30,7 @@ def prune_vocabulary(run: Run, model: Path, output: Path) -> Path:
     """Prune the vocabulary to ``V`` and nothing else."""
     plan = output.with_suffix(".json")
     sizes = ("--vocab-size", V, "--intermediate-size", tiny.INTERMEDIATE_SIZE)
-    assert run("plan", model, *sizes, "-o", plan).exit_code == 0
+    assert run("plan", model, *sizes, "-o", plan, "--force").exit_code == 0
     assert run("apply", plan, "-o", output).exit_code == 0
     return output
 
@@ -38,7 +38,7 @@ def prune_vocabulary(run: Run, model: Path, output: Path) -> Path:
 def notes(run: Run, model: Path, stats: Path, vocab_size: int, width: int = 48) -> list[str]:
     plan = stats.with_suffix(".plan")
     sizes = ("--vocab-size", vocab_size, "--intermediate-size", width)
-    result = run("plan", model, "--stats", stats, *sizes, "-o", plan)
+    result = run("plan", model, "--stats", stats, *sizes, "-o", plan, "--force")
     assert result.exit_code == 0, result.output
     return Plan.load(plan).provenance.notes
 

@@ -58,7 +58,7 @@ def test_search_prints_the_table_plots_and_plans(
 ) -> None:
     options = ("--ratio", 0.2, "--data", prose, *TEXT, "--multiple-of", 32)
     best = tmp_path / "best.json"
-    result = run("search", model, *options, "--plan", best, "--plot", tmp_path / "p.png", "--json")
+    result = run("search", model, *options, "-o", best, "--plot", tmp_path / "p.png", "--json")
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout.splitlines()[0])
     assert len(rows) >= 3
@@ -229,7 +229,7 @@ def test_compare_of_one_layer_leaves_out_what_removes_layers(
         assert_refused(refused, "has one layer", "--methods")
 
 
-@pytest.mark.parametrize("command", ["search", "search --plan", "compare", "plan", "calibrate"])
+@pytest.mark.parametrize("command", ["search", "search -o", "compare", "plan", "calibrate"])
 def test_spilled_states_are_never_in_memory(
     model: Path,
     prose: Path,
