@@ -8,13 +8,16 @@ from calib.pipeline import (
     PlanFiles,
     apply_and_verify,
     calibrated_plan,
-    choose_before_calibration,
 )
 from calib.scoring.logits import Equality
 from calib.scoring.logits import compare_logits as compare_logits_of
 from calib.scoring.score import Score, score_model
 from calib.statistics.options import CalibrationOptions
-from calib.statistics.prepare import open_calibration, run_calibration
+from calib.statistics.prepare import (
+    choose_before_calibration,
+    open_calibration,
+    run_calibration,
+)
 from calib.streaming.settings import ComputeOptions
 from calib.study.compare import check_methods, check_ratios, compare_methods, usable_methods
 from calib.study.search import SearchResult, candidates_request, search_pairs
@@ -44,7 +47,16 @@ def calibrate(  # noqa: PLR0913
     seed: int | None = None,
     field: str | None = None,
     strict: bool = False,
+    ratio: float | None = None,
     vocab_size: int | None = None,
+    intermediate_size: int | None = None,
+    widths: Mapping[str, int] | None = None,
+    layers: str | None = None,
+    num_hidden_layers: int | None = None,
+    only: str | Sequence[str] = (),
+    multiple_of: int | None = None,
+    target: str | None = None,
+    dequantize: bool = False,
     vocab_sizes: Sequence[int] | str | None = None,
     vocab_by: str = "merge-order",
     drop_reserved: bool = False,
@@ -67,8 +79,11 @@ def calibrate(  # noqa: PLR0913
 ) -> ChannelStats:
     """Sum squared FFN activations over text, one layer in memory at a time (paper eq. 4 and 5).
 
+    With sizes, or a ratio that they follow from, the text is tokenized as the pruned model will
+    tokenize it. The statistics are then exact for a plan with the same sizes.
+
     Example:
-        >>> stats = calib.calibrate(model, data="tools/text/calibration.txt", samples=32)
+        >>> stats = calib.calibrate(model, data="tools/text/calibration.txt", samples=32, ratio=0.2)
 
     Args:
         model: From ``surgery.open_model``, or anything that it takes.
@@ -78,7 +93,16 @@ def calibrate(  # noqa: PLR0913
         seed: Seed to shuffle the documents; None keeps their order.
         field: Field of a row that holds the document; None is ``text``, or ``messages``.
         strict: Whether the first bad row is an error; else bad rows are skipped.
-        vocab_size: V' of the pruned tokenizer that tokenizes the text; None is the model's own.
+        ratio: As for ``surgery.make_plan``.
+        vocab_size: As for ``surgery.make_plan``.
+        intermediate_size: As for ``surgery.make_plan``.
+        widths: As for ``surgery.make_plan``.
+        layers: As for ``surgery.make_plan``.
+        num_hidden_layers: As for ``surgery.make_plan``.
+        only: As for ``surgery.make_plan``.
+        multiple_of: As for ``surgery.make_plan``.
+        target: As for ``surgery.make_plan``.
+        dequantize: As for ``surgery.make_plan``.
         vocab_sizes: Sizes V' for which the statistics are to be exact.
         vocab_by: As for ``surgery.make_plan``.
         drop_reserved: As for ``surgery.make_plan``.
@@ -108,11 +132,23 @@ def calibrate(  # noqa: PLR0913
     text = TextOptions(sources_of(data), samples, seq_len, seed=seed, field=field, strict=strict)
     compute = _compute(device, dtype, max_memory, max_gpu_memory, spill)
     path = Path(output) if output is not None else None
-    sizes = vocab_sizes
-    if sizes is not None and not isinstance(sizes, str):
-        sizes = ",".join(map(str, sizes))
+    exact = vocab_sizes
+    if exact is not None and not isinstance(exact, str):
+        exact = ",".join(map(str, exact))
+    sizes = SizeRequest(
+        ratio=ratio,
+        vocab_size=vocab_size,
+        intermediate_size=intermediate_size,
+        widths=widths or {},
+        layers=layers,
+        num_hidden_layers=num_hidden_layers,
+        only=only,
+        multiple_of=multiple_of,
+        target=target,
+        dequantize=dequantize,
+    )
     order = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts, drop_scripts)
-    options = CalibrationOptions(vocab_size, sizes, part, engine, parts, path, resume, order, force)
+    options = CalibrationOptions(sizes, exact, part, engine, parts, path, resume, order, force)
     made = open_calibration(layout, text, compute, options)
     return run_calibration(made, compute, options, progress)
 

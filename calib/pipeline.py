@@ -1,27 +1,26 @@
 """The whole pipeline: calibrate, plan, repair, apply and verify."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from calib.estimate import over_cap
 from calib.statistics.options import CalibrationOptions
-from calib.statistics.prepare import prepare_calibration, run_calibration
+from calib.statistics.prepare import (
+    documents_or_none,
+    prepare_calibration,
+    run_calibration,
+)
 from calib.streaming.settings import ComputeOptions
 from calib.study.repair import repair_cost, repair_plan
 from calib.study.study import open_study
-from calib.text.chat import documents_of
 from surgery.api import plan_choice
 from surgery.apply.output_directory import check_output_path
 from surgery.apply.run import ApplyOptions, apply_to
-from surgery.errors import DataError
 from surgery.files.atomic import check_file, check_no_partial
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
 from surgery.planning.replacement import replacement_file
-from surgery.planning.request import CutRequest, SizeChoice, choose_sizes
+from surgery.planning.request import SizeChoice, choose_sizes
 from surgery.process import Progress
 from surgery.text.documents import TextOptions
 from surgery.verify.files import VerifyReport, verify_files
@@ -80,31 +79,6 @@ class PlanFiles:
 PLAN_END, STATS_END = ".plan.json", ".stats.safetensors"
 
 
-def choose_before_calibration(layout: Layout, request: CutRequest, text: TextOptions) -> SizeChoice:
-    """Choose the sizes of a model that will be calibrated for them.
-
-    The layers of largest block influence are not known yet. As many evenly spread ones stand for
-    them, for the sizes depend on their number. ``calibrated_plan`` chooses them by the statistics.
-    """
-    depth = layout.num_hidden_layers
-    count = min(max(request.sizes.num_hidden_layers or depth, 1), depth)
-    spread = np.zeros(depth)
-    spread[np.linspace(0, depth - 1, count).round().astype(int)] = 1.0
-    choice = choose_sizes(layout, request, _documents(layout, text), spread)
-    if not text.data and (choice.needs_statistics(layout) or request.channels.repair != "none"):
-        raise DataError(
-            "`data`",
-            "is needed to choose channels or layers, and to repair",
-            fix="give a text of the kind that the model is for",
-        )
-    return choice
-
-
-def _documents(layout: Layout, text: TextOptions) -> Iterable[str] | None:
-    """Return the documents; None where there is no text."""
-    return documents_of(layout, text) if text.data else None
-
-
 def calibrated_plan(
     layout: Layout,
     choice: SizeChoice,
@@ -128,18 +102,14 @@ def calibrated_plan(
     files.plan.absolute().parent.mkdir(parents=True, exist_ok=True)
     stats = None
     if choice.needs_statistics(layout):
-        options = CalibrationOptions(
-            vocab_size=choice.sizes.vocab_size,
-            output=files.stats,
-            resume=files.resume,
-            force=files.force,
-        )
-        made = prepare_calibration(layout, choice.rarity, text, compute, options)
+        options = CalibrationOptions(output=files.stats, resume=files.resume, force=files.force)
+        vocab_size = choice.sizes.vocab_size
+        made = prepare_calibration(layout, choice.rarity, text, compute, options, vocab_size)
         stats = run_calibration(made, compute, options, progress)
     if stats is not None and choice.request.sizes.ranks_layers:
-        documents = _documents(layout, text)
+        documents = documents_or_none(layout, text)
         choice = choose_sizes(layout, choice.request, documents, stats.block_influence)
-    shown = _documents(layout, text) or ()
+    shown = documents_or_none(layout, text) or ()
     plan = plan_choice(layout, choice, stats, documents=shown, output=files.output)
     if repairs:
         plan = repair_plan(plan, open_study(layout, choice, text, compute), files.plan, progress)

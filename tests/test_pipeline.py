@@ -135,3 +135,28 @@ def test_random_channels_are_the_same_with_and_without_statistics(llama: Path) -
     )
     plans = [plan_model(layout, request, stats) for stats in (None, random_stats(layout))]
     assert plans[0].kept_channels == plans[1].kept_channels != []
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        ("--ratio", 0.2, "--multiple-of", 8),
+        ("--ratio", 0.3, "--vocab-size", 560, "--multiple-of", 8),
+        ("--vocab-size", 512, "--intermediate-size", 64, "--vocab-by", "frequency"),
+        ("--ratio", 0.15, "--only", "channels", "--multiple-of", 8),
+        ("--num-hidden-layers", 2, "--vocab-size", 560),
+    ],
+)
+def test_the_steps_give_the_bytes_of_prune(
+    llama: Path, text: Path, tmp_path: Path, run: Run, sizes: tuple[object, ...]
+) -> None:
+    take = ("--data", text, "--seq-len", 64, "--samples", 6)
+    pruned, steps = tmp_path / "pruned", tmp_path / "steps"
+    assert run("prune", llama, *take, *sizes, "-o", pruned).exit_code == 0
+    stats, plan = tmp_path / "stats", tmp_path / "plan.json"
+    made = run("calibrate", llama, *take, *sizes, "-o", stats)
+    assert made.exit_code == 0, made.output
+    made = run("plan", llama, "--data", text, *sizes, "--stats", stats, "-o", plan)
+    assert made.exit_code == 0, made.output
+    assert run("apply", plan, "-o", steps).exit_code == 0
+    assert snapshot(steps) == snapshot(pruned)

@@ -106,7 +106,10 @@ def stages(paths: Paths) -> dict[str, list[str]]:
     say = ["python", "tools/demo.py", "--generate"]
     return {
         "inspect": surgery("inspect", paths.model, "--plot", paths.plot),
-        "calibrate": surgery("calibrate", paths.model, *text, "--seed", SEED, "-o", paths.stats),
+        "calibrate": surgery(
+            *("calibrate", paths.model, *text, "--seed", SEED, "--ratio", f"{RATIO:.2f}"),
+            *("-o", paths.stats),
+        ),
         "plan": surgery(
             *("plan", paths.model, "--stats", paths.stats, "--ratio", f"{RATIO:.2f}"),
             *("--to", paths.pruned, "-o", paths.plan),

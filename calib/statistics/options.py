@@ -6,18 +6,20 @@ from pathlib import Path
 from calib.streaming.settings import ComputeOptions
 from surgery.cluster import ENGINES
 from surgery.errors import EngineError, check_choice, check_least
+from surgery.planning.request import SizeRequest
 from surgery.vocabulary.order import VocabularyOptions
 
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """For which vocabulary sizes statistics are taken, and where and how they run."""
+    """For which sizes statistics are taken, and where and how they run."""
 
-    vocab_size: int | None = None
-    """V' of the pruned tokenizer that tokenizes the text; None is the source's tokenizer."""
+    sizes: SizeRequest = field(default_factory=SizeRequest)
+    """The sizes of the plan to come. The tokenizer pruned to its V' tokenizes the text; without
+    sizes, the source's does."""
     vocab_sizes: str | None = None
-    """Sizes V' for which the sums are exact, such as "32768,24576"; None is ``vocab_size``, or the
-    sizes of the usual ratios."""
+    """Sizes V' for which the sums are exact, such as "32768,24576"; None is that of ``sizes``, or
+    the sizes of the usual ratios."""
     part: str | None = None
     """The windows that are used, such as "2/4"; None is all of them."""
     engine: str = "local"

@@ -1,7 +1,7 @@
 """Prepare a calibration: tokenize text and choose settings, so that its cost is known."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,10 +17,16 @@ from calib.streaming.settings import ComputeOptions, PassSettings
 from calib.streaming.weights import choose_settings
 from calib.text.chat import documents_of
 from calib.text.windows import Part, check_windows, shortfall, token_windows, within_positions
-from surgery.errors import BudgetError
+from surgery.errors import BudgetError, DataError
 from surgery.files.atomic import check_file, check_no_partial
 from surgery.layout.layout import Layout
-from surgery.planning.request import parse_vocab_sizes, rarity_or_whole
+from surgery.planning.request import (
+    CutRequest,
+    SizeChoice,
+    choose_sizes,
+    parse_vocab_sizes,
+    rarity_or_whole,
+)
 from surgery.planning.sizes import candidate_vocab_sizes
 from surgery.process import Progress
 from surgery.stats.channel_stats import ChannelStats
@@ -35,10 +41,35 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 
 
+def choose_before_calibration(layout: Layout, request: CutRequest, text: TextOptions) -> SizeChoice:
+    """Choose the sizes of a model that will be calibrated for them.
+
+    The layers of largest block influence are not known yet. As many evenly spread ones stand for
+    them, for the sizes depend on their number. ``calibrated_plan`` chooses them by the statistics.
+    """
+    depth = layout.num_hidden_layers
+    count = min(max(request.sizes.num_hidden_layers or depth, 1), depth)
+    spread = np.zeros(depth)
+    spread[np.linspace(0, depth - 1, count).round().astype(int)] = 1.0
+    choice = choose_sizes(layout, request, documents_or_none(layout, text), spread)
+    if not text.data and (choice.needs_statistics(layout) or request.channels.repair != "none"):
+        raise DataError(
+            "`data`",
+            "is needed to choose channels or layers, and to repair",
+            fix="give a text of the kind that the model is for",
+        )
+    return choice
+
+
+def documents_or_none(layout: Layout, text: TextOptions) -> Iterable[str] | None:
+    """Return the documents; None where there is no text."""
+    return documents_of(layout, text) if text.data else None
+
+
 def open_calibration(
     layout: Layout, text: TextOptions, compute: ComputeOptions, options: CalibrationOptions
 ) -> Calibration:
-    """Prepare a calibration for a later plan with the same vocabulary options.
+    """Prepare a calibration for a later plan with the same sizes and vocabulary options.
 
     Raises:
         OutputError: the output cannot be written, is inside the model's directory, or is there
@@ -49,8 +80,12 @@ def open_calibration(
     if options.output is not None:
         check_file(options.output, layout.checkpoint.path, force=options.force or options.resume)
         check_no_partial(options.output, resume=options.resume)
-    rarity = rarity_or_whole(layout, options.vocabulary, documents_of(layout, text))
-    return prepare_calibration(layout, rarity, text, compute, options)
+    if options.sizes.empty:
+        rarity = rarity_or_whole(layout, options.vocabulary, documents_of(layout, text))
+        return prepare_calibration(layout, rarity, text, compute, options)
+    choice = choose_before_calibration(layout, CutRequest(options.sizes, options.vocabulary), text)
+    vocab_size = choice.sizes.vocab_size
+    return prepare_calibration(layout, choice.rarity, text, compute, options, vocab_size)
 
 
 def prepare_calibration(
@@ -59,6 +94,7 @@ def prepare_calibration(
     text: TextOptions,
     compute: ComputeOptions,
     options: CalibrationOptions,
+    vocab_size: int | None = None,
 ) -> Calibration:
     """Tokenize ``text``, and choose device, dtype and settings.
 
@@ -68,6 +104,7 @@ def prepare_calibration(
         text: Text to calibrate on.
         compute: Device, dtype and caps on memory.
         options: All other options.
+        vocab_size: V' of the pruned tokenizer that tokenizes the text; None is the source's own.
 
     Raises:
         BudgetError: a cap on memory cannot be kept, or there are no channels to choose.
@@ -77,7 +114,7 @@ def prepare_calibration(
     options.check(compute)
     check_channels(layout)
     text = replace(text, seq_len=within_positions(text.seq_len, positions(layout)))
-    size = None if options.vocab_size == layout.vocab_size else options.vocab_size
+    size = None if vocab_size == layout.vocab_size else vocab_size
     windows = _windows(layout, rarity, text, size)
     if options.part is not None:
         windows = Part.parse(options.part).choose(windows)

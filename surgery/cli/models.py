@@ -28,6 +28,7 @@ from surgery.cli.options import (
     push_option,
     refuse_idle,
     score_text_options,
+    size_options,
     text_options,
     vocabulary_options,
 )
@@ -47,16 +48,12 @@ if TYPE_CHECKING:
 @gathered(
     "options",
     CalibrationOptions,
-    click.option(
-        "--vocab-size",
-        type=int,
-        help="Tokenize the text with the tokenizer pruned to V' rows, as the result will.",
-    ),
+    size_options,
     click.option(
         "--vocab-sizes",
         metavar="V,V,…",
         help="Sizes V' that the statistics are exact for.  "
-        "[default: --vocab-size, else those of --ratio 0.1, 0.2, 0.35 and 0.5]",
+        "[default: that of the sizes, else those of --ratio 0.1, 0.2, 0.35 and 0.5]",
     ),
     click.option(
         "--part",
@@ -93,8 +90,9 @@ def calibrate(
 ) -> None:
     """Sum squared FFN activations over text, one layer in memory at a time.
 
-    OUTPUT.partial holds the results of finished layers until OUTPUT is written. The statistics are
-    exact for a plan with the same options of the vocabulary.
+    Give it the sizes and the options of the vocabulary that plan will get. The text is then
+    tokenized as the result will tokenize it, and the statistics are exact for that plan.
+    OUTPUT.partial holds the results of finished layers until OUTPUT is written.
     """
     from calib.statistics.prepare import open_calibration, run_calibration
 
@@ -214,8 +212,8 @@ def prune(
         PlanFiles,
         apply_and_verify,
         calibrated_plan,
-        choose_before_calibration,
     )
+    from calib.statistics.prepare import choose_before_calibration
     from surgery.hub.upload import check_push, push
 
     if options.push_to:

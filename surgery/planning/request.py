@@ -83,6 +83,11 @@ class SizeRequest:
         return tuple(self.only)
 
     @property
+    def empty(self) -> bool:
+        """Whether nothing is asked for."""
+        return replace(self, only=self.parts) == SizeRequest()
+
+    @property
     def ranks_layers(self) -> bool:
         """Whether the layers to keep follow from their block influence."""
         return self.num_hidden_layers is not None or LAYERS in self.parts
