@@ -1,12 +1,15 @@
-"""Memory and bytes read and written by this process, and progress as a callable."""
+"""Memory and bytes read and written by this process, and its progress."""
 
 import ctypes
+import logging
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
 from typing import Any
+
+LOG = logging.getLogger(__name__)
 
 IO_COUNTERS = Path("/proc/self/io")
 """Linux's counters of this process."""
@@ -105,3 +108,8 @@ def stage(progress: Progress | None, name: str, total: int) -> Advance:
             progress(name, done, total)
 
     return advance
+
+
+def say_resumed(done: int, total: int, what: str) -> None:
+    """Log what a run that continues found finished, such as "2 of 4 shards"."""
+    LOG.info("resuming: %s of %d %s finished before", done or "none", total, what)

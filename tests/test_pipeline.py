@@ -1,6 +1,7 @@
 """prune calibrates only where it must; killed at a layer or at a shard, it continues there."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,8 @@ def dies(*arguments, **options):
 {function} = dies
 main(sys.argv[1:])
 """
+TEXT = ("--data", "text.txt", "--samples", "2", "--seq-len", "32")
+SIZES = ("--vocab-size", "512", "--intermediate-size", "64")
 STAGES = {
     "a layer": ("calib.statistics.calibrate", "module._StatsAccumulator._finish", 1),
     "a shard": ("surgery.apply.shard", "module.stream_edit", 12),
@@ -76,6 +79,9 @@ def test_a_killed_prune_continues(
     monkeypatch.setattr(_StatsAccumulator, "_finish", finish)
     resumed = run(*take, "-o", out, "--resume")
     assert resumed.exit_code == 0, resumed.output
+    found = {"a layer": "1 of 3 layers", "a shard": "3 of 3 layers"}[stage]
+    assert f"resuming: {found} finished before" in resumed.stderr
+    assert "of 5 shards finished before" in resumed.stderr
     assert passed == ([1, 2] if stage == "a layer" else [])
     beside = [path.with_name("out.stats.safetensors").read_bytes() for path in (whole, out)]
     assert beside[0] == beside[1]
@@ -160,3 +166,32 @@ def test_the_steps_give_the_bytes_of_prune(
     assert made.exit_code == 0, made.output
     assert run("apply", plan, "-o", steps).exit_code == 0
     assert snapshot(steps) == snapshot(pruned)
+
+
+@pytest.mark.parametrize(
+    ("function", "command"),
+    [
+        (
+            "calib.statistics.calibrate._StatsAccumulator._finish",
+            ("calibrate", "model", *TEXT, "-o", "kept"),
+        ),
+        ("surgery.apply.shard.stream_edit", ("apply", "plan.json", "-o", "out")),
+        ("surgery.apply.shard.stream_edit", ("prune", "model", *SIZES, *TEXT, "-o", "a out")),
+    ],
+)
+def test_ctrl_c_names_the_command_that_continues(
+    bench: Path, run: Run, monkeypatch: pytest.MonkeyPatch, function: str, command: tuple[str, ...]
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(function, interrupt)
+        ended = run(*command)
+    assert ended.exit_code == 130, ended.output
+    again = ended.stderr.splitlines()[-1].removeprefix("interrupted; continue with: ")
+    words = shlex.split(again)
+    assert words == ["compact-surgery", *map(str, command), "--resume"]
+    continued = run(*words[1:])
+    assert continued.exit_code == 0, continued.output
+    assert "finished before" in continued.stderr

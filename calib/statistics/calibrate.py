@@ -25,7 +25,7 @@ from calib.text.windows import digest
 from surgery.errors import StatsError
 from surgery.files.atomic import check_file
 from surgery.layout.layout import Layout
-from surgery.process import Advance, no_advance, peak_rss_bytes
+from surgery.process import Advance, no_advance, peak_rss_bytes, say_resumed
 from surgery.stats.channel_stats import AxisSums, ChannelStats, StatsInfo
 
 
@@ -112,9 +112,13 @@ def take_statistics(calibration: Calibration, progress: Advance = no_advance) ->
         with ResumeDirectory(
             calibration.output, identity(calibration), resume=calibration.resume, spill=spill
         ) as resume_directory:
-            stats = None if resume_directory.finished else finished_before(calibration)
+            done = resume_directory.finished
+            stats = None if done else finished_before(calibration)
+            if calibration.resume:
+                depth = calibration.layout.num_hidden_layers
+                say_resumed(done if stats is None else depth, depth, "layers")
             if stats is None:
-                if not resume_directory.finished:
+                if not done:
                     check_file(calibration.output, force=calibration.force)
                 stats = _take(calibration, resume_directory, progress)
                 stats.save(calibration.output)

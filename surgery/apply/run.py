@@ -33,6 +33,7 @@ from surgery.process import (
     moved_bytes,
     peak_rss_bytes,
     release_freed_memory,
+    say_resumed,
     stage,
 )
 from surgery.version import __version__
@@ -152,6 +153,7 @@ def _write_checkpoint(
     output, resume, engine = options.output, options.resume, options.engine
     assert output is not None
     if resume and _is_written(output, plan):
+        say_resumed(1, 1, "outputs")
         remove_journal(output)
         return {}
     times = [time.perf_counter()]
@@ -165,6 +167,8 @@ def _write_checkpoint(
     config = pruned_config(plan, checkpoint)
     directory = OutputDirectory(output, plan.digest, source=source, resume=resume)
     todo = {name: shard for name, shard in by_shard.items() if name not in directory.finished}
+    if resume:
+        say_resumed(len(by_shard) - len(todo), len(by_shard), "shards")
     with directory:
         for name in by_shard.keys() & directory.finished:  # perhaps by a run that checked nothing
             checksums.check(sources(by_shard[name]) | {name})

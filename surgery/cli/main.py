@@ -3,7 +3,9 @@
 import errno
 import io
 import json
+import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -63,8 +65,13 @@ FIXES = {
 class Commands(click.Group):
     """Turns library errors and errors of the file system into one line and exit status 2."""
 
+    arguments: Sequence[str] = ()
+    """The words of the command line."""
+
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command line as a program."""
+        given = kwargs.get("args") or (args[0] if args else None) or sys.argv[1:]
+        self.arguments = [str(argument) for argument in given]
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
                 # A Windows console may lack a character; then it shows the number.
@@ -75,6 +82,13 @@ class Commands(click.Group):
         """Run a command, and report its errors."""
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            command = self.get_command(ctx, ctx.invoked_subcommand or "")
+            if command is None or "resume" not in {option.name for option in command.params}:
+                raise
+            again = shlex.join([*self.arguments, *({"--resume"} - {*self.arguments})])
+            click.echo(f"interrupted; continue with: compact-surgery {again}", err=True)
+            raise click.exceptions.Exit(130) from error
         except SurgeryError as error:
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
             raise Refusal(error.message(partial(with_flags, command=command))) from error
