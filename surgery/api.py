@@ -9,7 +9,7 @@ from surgery.apply.run import JOBS, Applied, ApplyOptions, apply_to
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.errors import UnknownTypeError
 from surgery.files.shard_file import IO
-from surgery.hub.fetch import resolve_model
+from surgery.hub.fetch import resolve_model, resolve_source
 from surgery.layout.build import read_layout
 from surgery.layout.census import Census
 from surgery.layout.layout import Layout
@@ -273,7 +273,12 @@ def apply_plan(  # noqa: PLR0913
     loaded = plan if isinstance(plan, Plan) else Plan.load(plan)
     directory = Path(output) if output is not None else None
     options = ApplyOptions(directory, resume, jobs, engine, io, checksum)
-    return apply_to(loaded, resolve_model(str(source or loaded.source))[0], options, progress)
+    return apply_to(
+        loaded,
+        resolve_model(str(source))[0] if source else resolve_source(loaded.source),
+        options,
+        progress,
+    )
 
 
 def verify_checkpoint(

@@ -62,6 +62,23 @@ FIXES = {
 """What to do about an error of the file system."""
 
 
+HINTS = {
+    "--seq-len": "--window-bytes",
+    "--max-length": "--seq-len",
+    "--text": "--data",
+    "--dataset": "--data",
+    "--column": "--field",
+    "--text-field": "--field",
+    "--output-dir": "--output",
+    "--out": "--output",
+    "--overwrite": "--force",
+    "--sparsity": "--ratio",
+    "--num-samples": "--samples",
+    "--nsamples": "--samples",
+}
+"""Options of other tools and commands → what they are called here."""
+
+
 class Commands(click.Group):
     """Turns library errors and errors of the file system into one line and exit status 2."""
 
@@ -84,11 +101,9 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
-            if command is None or "resume" not in {option.name for option in command.params}:
-                raise
-            again = shlex.join([*self.arguments, *({"--resume"} - {*self.arguments})])
-            click.echo(f"interrupted; continue with: compact-surgery {again}", err=True)
-            raise click.exceptions.Exit(130) from error
+            raise _interrupted(command, self.arguments) or error from error
+        except click.NoSuchOption as error:
+            raise _hinted(error) from error
         except SurgeryError as error:
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
             raise Refusal(error.message(partial(with_flags, command=command))) from error
@@ -109,6 +124,27 @@ class Commands(click.Group):
             reason = f"tokenizer.json: the tokenizers library failed on it: {error}"
             fix = "check that transformers' AutoTokenizer loads it"
             raise Refusal(printable(f"{reason}; {fix}")) from error
+
+
+def _interrupted(
+    command: click.Command | None, arguments: Sequence[str]
+) -> click.exceptions.Exit | None:
+    """Name the command that continues, and return the end of this one; None where none does."""
+    if command is None or "resume" not in {option.name for option in command.params}:
+        return None
+    again = shlex.join([*arguments, *({"--resume"} - {*arguments})])
+    click.echo(f"interrupted; continue with: compact-surgery {again}", err=True)
+    return click.exceptions.Exit(130)
+
+
+def _hinted(error: click.NoSuchOption) -> click.NoSuchOption:
+    """Name the option of the command that another tool, or another command, calls like this."""
+    hint = HINTS.get(error.option_name)
+    options = error.ctx.command.params if error.ctx else []
+    if hint is None or all(hint not in option.opts for option in options):
+        return error
+    text = f"No such option '{error.option_name}'. (Did you mean '{hint}'?)"
+    return click.NoSuchOption(error.option_name, text, ctx=error.ctx)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -270,12 +306,19 @@ def plan(
         help="First compare each shard with its SHA-256, from SHA256SUMS or from the hub.",
     ),
 )
+@click.option("--source", metavar="MODEL", help="The plan's source, if it has moved.")
 @push_option
 @json_option
-def apply(plan_path: Path, options: ApplyOptions, push_to: str | None, as_json: bool) -> None:
+def apply(
+    plan_path: Path,
+    options: ApplyOptions,
+    source: str | None,
+    push_to: str | None,
+    as_json: bool,
+) -> None:
     """Stream a plan's source into a new checkpoint directory."""
     from surgery.apply.run import apply_to
-    from surgery.hub.fetch import resolve_model
+    from surgery.hub.fetch import resolve_model, resolve_source
     from surgery.hub.upload import check_push, push
     from surgery.planning.plan import Plan
 
@@ -287,7 +330,12 @@ def apply(plan_path: Path, options: ApplyOptions, push_to: str | None, as_json: 
     if push_to:
         check_push(push_to)
     with bars() as progress:
-        made = apply_to(loaded, resolve_model(loaded.source)[0], options, progress)
+        made = apply_to(
+            loaded,
+            resolve_model(source)[0] if source else resolve_source(loaded.source),
+            options,
+            progress,
+        )
     if push_to:
         click.echo(push(made.output, push_to), err=as_json)
     if as_json:

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from surgery.errors import PlanError
+from surgery.errors import PlanError, did_you_mean
 from surgery.files import index_sets
 from surgery.files.atomic import write_atomic
 from surgery.files.index_sets import MAKE_AGAIN
@@ -29,13 +29,13 @@ MOST_ROWLESS = 1 << 16
 """Most tokens with ids after the last row; Gemma 3 has one."""
 
 
-HUB_SOURCE = re.compile(r"\w[\w.-]*/\w[\w.-]*@\w[\w./-]*")
+HUB_SOURCE = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*@\w[\w./-]*")
 """A source on the hub; every other one is a directory."""
 
 CACHED_SOURCE = re.compile(
-    r"[\\/]models--(\w[\w.-]*?)--(\w[\w.-]*)[\\/]snapshots[\\/]([0-9a-f]{40})[\\/]?$"
+    r"[\\/]models--((?:\w[\w.-]*?--)?\w[\w.-]*)[\\/]snapshots[\\/]([0-9a-f]{40})[\\/]?$"
 )
-"""A directory in the hub's cache: organization, name, commit."""
+"""A directory in the hub's cache: organization (if any) and name, commit."""
 
 
 class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -197,7 +197,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if HUB_SOURCE.fullmatch(self.source):
             return self.source
         cached = CACHED_SOURCE.search(self.source)
-        return f"{cached[1]}/{cached[2]}@{cached[3]}" if cached else None
+        return f"{cached[1].replace('--', '/', 1)}@{cached[2]}" if cached else None
 
     def published(self) -> "Plan":
         """Return the plan without paths of this machine: the source's hub id or bare name."""
@@ -232,9 +232,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         except PlanError as error:
             raise error.inside(path) from error
         except OSError as error:
-            raise PlanError(
-                path, "cannot be read", found=error.strerror, fix="name the plan's file"
-            ) from error
+            fix = f"{did_you_mean(path)}name the plan's file"
+            raise PlanError(path, "cannot be read", found=error.strerror, fix=fix) from error
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise PlanError(path, "is not a plan", found=error, fix=MAKE_AGAIN) from error
 

@@ -36,7 +36,7 @@ CASES = [
     Case("source changed after planning", config(rms_norm_eps=1e-5), APPLY,
          ("model", "not the checkpoint", "expected fingerprint", "found", "plan again")),
     Case("source gone", lambda root: (root / "model").rename(root / "moved"), APPLY,
-         ("model", "neither a directory nor", "check")),
+         ("model", "neither a directory nor", "--source")),
     Case("plan not there", remove("plan.json"), APPLY,
          ("plan.json", "No such file", "name the plan's file")),
     Case("plan cut", cut("plan.json", 300), APPLY, ("plan.json", "not a plan", "found", "again")),
@@ -106,3 +106,8 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_refused_in_one_line_and_nothing_written(case: Case, bench: Path, run: Run) -> None:
     assert_refused_and_nothing_written(case, bench, run)
+
+
+def test_a_source_that_has_moved_is_named(bench: Path, run: Run) -> None:
+    (bench / "model").rename(bench / "moved")
+    assert run(*APPLY.split(), "--source", "moved").exit_code == 0
