@@ -48,6 +48,7 @@ from surgery.cli.terminal import (
 from surgery.errors import SurgeryError, is_panic, printable, shortened
 from surgery.files.shard_file import IO
 from surgery.planning.request import CutRequest
+from surgery.process import spoken
 from surgery.stats.channels import RANDOM
 from surgery.text.documents import TextOptions
 from surgery.version import __version__
@@ -271,21 +272,35 @@ def plan(
     ),
 )
 @push_option
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Check what can be checked, predict time, memory and disk; write nothing.",
+)
 @json_option
-def apply(plan_path: Path, options: ApplyOptions, push_to: str | None, as_json: bool) -> None:
+def apply(
+    plan_path: Path, options: ApplyOptions, push_to: str | None, dry_run: bool, as_json: bool
+) -> None:
     """Stream a plan's source into a new checkpoint directory."""
-    from surgery.apply.run import apply_to
+    from surgery.apply.run import apply_to, forecast_apply
     from surgery.hub.fetch import resolve_model
     from surgery.hub.upload import check_push, push
     from surgery.planning.plan import Plan
 
     if options.engine == "ray":
         refuse_idle("with --engine ray", "jobs")
+    if dry_run:
+        refuse_idle("with --dry-run", "push_to")
     loaded = Plan.load(plan_path)
     if loaded.output is None and options.output is None:
         raise Refusal(f"{plan_path}: names no output; give -o DIR")
     if push_to:
         check_push(push_to)
+    if dry_run:
+        found = forecast_apply(loaded, resolve_model(loaded.source)[0], options)
+        text = f"{loaded.table()}\n\n{found.table()}\nnothing was written"
+        print_text(json.dumps(found.facts()) if as_json else text)
+        return
     with bars() as progress:
         made = apply_to(loaded, resolve_model(loaded.source)[0], options, progress)
     if push_to:
@@ -294,7 +309,7 @@ def apply(plan_path: Path, options: ApplyOptions, push_to: str | None, as_json: 
         click.echo(json.dumps(made.facts()))
     else:
         what = f"{made.output}: {made.parameters:,} parameters, {made.nbytes:,} bytes"
-        show_written(what, f"verify {made.output}")
+        show_written(f"{what}, {spoken(made.seconds)}", f"verify {made.output}")
 
 
 @dataclass(frozen=True)
