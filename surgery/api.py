@@ -273,12 +273,7 @@ def apply_plan(  # noqa: PLR0913
     loaded = plan if isinstance(plan, Plan) else Plan.load(plan)
     directory = Path(output) if output is not None else None
     options = ApplyOptions(directory, resume, jobs, engine, io, checksum)
-    return apply_to(
-        loaded,
-        resolve_model(str(source))[0] if source else resolve_source(loaded.source),
-        options,
-        progress,
-    )
+    return apply_to(loaded, resolve_source(loaded.source, source), options, progress)
 
 
 def verify_checkpoint(

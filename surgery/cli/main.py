@@ -48,6 +48,7 @@ from surgery.cli.terminal import (
 from surgery.errors import SurgeryError, is_panic, printable, shortened
 from surgery.files.shard_file import IO
 from surgery.planning.request import CutRequest
+from surgery.process import spoken
 from surgery.stats.channels import RANDOM
 from surgery.text.documents import TextOptions
 from surgery.version import __version__
@@ -308,41 +309,50 @@ def plan(
 )
 @click.option("--source", metavar="MODEL", help="The plan's source, if it has moved.")
 @push_option
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Check what can be checked, predict time, memory and disk; write nothing.",
+)
 @json_option
 def apply(
     plan_path: Path,
     options: ApplyOptions,
     source: str | None,
     push_to: str | None,
+    dry_run: bool,
     as_json: bool,
 ) -> None:
     """Stream a plan's source into a new checkpoint directory."""
-    from surgery.apply.run import apply_to
-    from surgery.hub.fetch import resolve_model, resolve_source
+    from surgery.apply.run import apply_to, forecast_apply
+    from surgery.hub.fetch import resolve_source
     from surgery.hub.upload import check_push, push
     from surgery.planning.plan import Plan
 
     if options.engine == "ray":
         refuse_idle("with --engine ray", "jobs")
+    if dry_run:
+        refuse_idle("with --dry-run", "push_to")
     loaded = Plan.load(plan_path)
     if loaded.output is None and options.output is None:
         raise Refusal(f"{plan_path}: names no output; give -o DIR")
     if push_to:
         check_push(push_to)
+    path = resolve_source(loaded.source, source)
+    if dry_run:
+        found = forecast_apply(loaded, path, options)
+        text = f"{loaded.table()}\n\n{found.table()}\nnothing was written"
+        print_text(json.dumps(found.facts()) if as_json else text)
+        return
     with bars() as progress:
-        made = apply_to(
-            loaded,
-            resolve_model(source)[0] if source else resolve_source(loaded.source),
-            options,
-            progress,
-        )
+        made = apply_to(loaded, path, options, progress)
     if push_to:
         click.echo(push(made.output, push_to), err=as_json)
     if as_json:
         click.echo(json.dumps(made.facts()))
     else:
         what = f"{made.output}: {made.parameters:,} parameters, {made.nbytes:,} bytes"
-        show_written(what, f"verify {made.output}")
+        show_written(f"{what}, {spoken(made.seconds)}", f"verify {made.output}")
 
 
 @dataclass(frozen=True)

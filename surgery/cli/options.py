@@ -200,15 +200,13 @@ class ShowOptions:
         check_picture(self.plot, force=self.force)
 
 
+family_option = click.option(
+    "--family",
+    metavar="NAME",
+    help="Treat the model as this model type, whatever config.json says.",
+)
 model_options = gathered(
-    "model",
-    ModelOptions,
-    click.argument("model", metavar="MODEL"),
-    click.option(
-        "--family",
-        metavar="NAME",
-        help="Treat the model as this model type, whatever config.json says.",
-    ),
+    "model", ModelOptions, click.argument("model", metavar="MODEL"), family_option
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
 plot_option = click.option(

@@ -22,6 +22,7 @@ from surgery.stats.channels import (
     bucket_weights,
     choose_channels,
     random_channels,
+    too_few_tokens,
     unseen_experts,
 )
 from surgery.tokenizer.id_map import IdMap
@@ -66,6 +67,8 @@ def plan_cut(
         notes += _not_compared(layout, stats) + _approximations(stats, ids, channels.criterion)
         if sizes.widths != layout.widths:
             notes += _other_text(stats, ids) + _other_layers(sizes)
+            if channels.criterion != RANDOM and (few := too_few_tokens(stats.info.tokens)):
+                notes.append(few)
     if stats is not None or (channels.criterion == RANDOM and sizes.widths != layout.widths):
         kept_channels = _encoded_channels(layout, stats, ids, sizes, channels.criterion)
     return Plan(

@@ -18,6 +18,15 @@ RANDOM = "random"
 LEAST_TOKENS = 16
 """An expert's channels are not ranked by fewer tokens than this."""
 
+ENOUGH_TOKENS = 16_000
+"""Tokens of text that suffice to rank the channels of an FFN.
+
+Measured on SmolLM2-135M, whole vocabulary, 1,024 of 1,536 channels: bits per byte of 24 windows of
+other documents, for two orders of the calibration text. 128 tokens: 1.290, 1.302; 512: 1.246,
+1.246; 2,048: 1.218, 1.175; 4,096: 1.163, 1.185; 8,192: 1.157, 1.166; 16,384: 1.148, 1.156; 32,768:
+1.149, 1.156; 47,000: 1.150, 1.157. So 8,192 tokens are worse than 47,000, by more than chance
+(0.57 ± 0.44 and 0.78 ± 0.62 %), and 16,384 are not.
+"""
 
 REPAIRS = ("none", "least-squares")
 
@@ -177,6 +186,16 @@ def best(importance: np.ndarray, count: int, block: int) -> np.ndarray:
     chosen = np.sort(order[: -(-count // block)])
     inside = (chosen[:, None] * block + np.arange(block)).reshape(-1)
     return inside[:count]
+
+
+def too_few_tokens(tokens: int) -> str | None:
+    """Return a note if channels are ranked on fewer ``tokens`` than suffice."""
+    if tokens >= ENOUGH_TOKENS:
+        return None
+    return (
+        f"channels are ranked on {tokens:,} tokens of text; it takes some {ENOUGH_TOKENS:,} to "
+        "rank them well: give more text, or more `samples`"
+    )
 
 
 def unseen_experts(stats: ChannelStats, least: int) -> dict[int, list[int]]:

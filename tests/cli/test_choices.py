@@ -114,6 +114,9 @@ IDLE = [
     ("plan MODEL --vocab-size 500", "--dtype float32"),
     ("plan MODEL --vocab-size 500", "--spill ."),
     ("verify MODEL", "--device cpu"),
+    ("apply plan.json -o out --dry-run", "--push-to org/name"),
+    ("prune MODEL --vocab-size 500 -o out --dry-run", "--push-to org/name"),
+    ("prune MODEL --vocab-size 500 -o out --dry-run", "--resume"),
     ("apply plan.json --engine ray", "--jobs 2"),
     ("compare MODEL --data t --ratio 0.2 --by-samples 2", "--methods act2"),
 ]
