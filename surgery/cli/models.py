@@ -18,6 +18,7 @@ from surgery.cli.options import (
     compute_options,
     cut_options,
     engine_option,
+    engines_option,
     force_option,
     gathered,
     io_option,
@@ -160,9 +161,9 @@ def score(
     table = (
         "{bits_per_byte:.4f} bits per byte ({windows} windows, {bytes:,} bytes, {tokens:,} tokens)"
     )
-    click.echo(json.dumps(facts) if as_json else table.format(**facts))
     if result.lossy_windows:
         click.echo(f"note: the tokenizer loses text in {result.lossy_windows} windows", err=True)
+    click.echo(json.dumps(facts) if as_json else table.format(**facts))
     sys.exit(0 if result.finite else 1)
 
 
@@ -175,6 +176,7 @@ class PruneOptions:
     force: bool
     """Whether a plan and statistics that are there are replaced."""
     io: IO
+    engines: bool
     push_to: str | None
 
 
@@ -194,6 +196,7 @@ class PruneOptions:
     ),
     force_option,
     io_option,
+    engines_option,
     push_option,
 )
 def prune(
@@ -236,7 +239,7 @@ def prune(
     with bars() as progress:
         applied = ApplyOptions(output, resume, io=options.io)
         report = apply_and_verify(plan, layout, applied, progress)
-    print_text(report.table())
+    print_text(report.table(engines=options.engines))
     if report.ok:
         if options.push_to:
             click.echo(push(output, options.push_to))

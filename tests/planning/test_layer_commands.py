@@ -58,7 +58,8 @@ def test_layers_by_name_through_all_commands(deep: Path, tmp_path: Path, run: Ru
     assert verified.exit_code == 0, verified.output
     assert "ok       logits equal the masked dense model's" in verified.output
     card = (out / "README.md").read_text("utf-8")
-    assert "Of its layers 0-1,2+3,5 stay" in card
+    assert "Removed layers: 4." in card
+    assert "Layers merged into one: 2+3, as in LaCo" in card
     assert "| layers | 6 | 4 |" in card
     index = json.loads((out / "model.safetensors.index.json").read_text("utf-8"))
     files = {path.name for path in out.glob("*.safetensors")}
