@@ -46,6 +46,8 @@ CASES = [
          ("plan.json", "not a plan", "extra", "plan again")),
     Case("plan of the next format", plan_key(None, format=5), APPLY,
          ("plan.json", "format", "expected 4", "found 5", "plan again")),
+    Case("plan with a base that is no hub id", plan_key(None, base_model="../x"), APPLY,
+         ("plan.json", "base_model", "expected org/name", "correct it")),
     Case("plan keeps fewer tokens than it says", plan_key("after", vocab_size=513), APPLY,
          ("plan.json", "kept_tokens", "expected 513", "found 512", "plan again")),
     Case("plan of the first format", plan_key("after", intermediate_size=64), APPLY,

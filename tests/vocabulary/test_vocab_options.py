@@ -155,7 +155,7 @@ def test_reserved_tokens_are_removed_where_asked(reserving: Path, tmp_path: Path
     plan = tmp_path / "plan.json"
     everything = ("--intermediate-size", tiny.INTERMEDIATE_SIZE)  # so that no statistics are needed
     for options, kept in (((), 3), (("--drop-reserved",), 0)):
-        run("plan", reserving, "--vocab-size", 480, *everything, *options, "-o", plan)
+        run("plan", reserving, "--vocab-size", 480, *everything, *options, "-o", plan, "--force")
         out = tmp_path / f"out{kept}"
         result = run("apply", plan, "-o", out)
         assert result.exit_code == 0, result.output
@@ -218,6 +218,6 @@ def test_a_size_that_another_program_misreads_is_named(tmp_path: Path, run: Run)
     path = tiny.save(tmp_path / "model", vocab_size=32_100)
     options = ("--intermediate-size", tiny.INTERMEDIATE_SIZE, "-o", tmp_path / "plan.json")
     for size, named in ((32_016, True), (32_000, False)):
-        result = run("plan", path, "--vocab-size", size, *options)
+        result = run("plan", path, "--vocab-size", size, *options, "--force")
         assert result.exit_code == 0, result.output
         assert ("the converter takes 32016 for CodeLlama" in result.output) == named
