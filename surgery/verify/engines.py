@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from surgery.errors import TokenizerError
+from surgery.errors import SurgeryError
 from surgery.families.schema import EXPERT
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
@@ -363,7 +363,7 @@ def facts_of(layout: Layout, source_vocab_size: int | None) -> ModelFacts:
     """
     try:
         tokenizer = TokenizerFile.open(layout.checkpoint.path)
-    except TokenizerError:  # of a kind that cannot be pruned
+    except SurgeryError:  # of a kind that cannot be pruned, or damaged: other checks say so
         tokenizer = None
     experts = layout.family.widths.get(EXPERT)
     config = layout.config
