@@ -410,6 +410,7 @@ def prune(  # noqa: PLR0913
     io: IO = "mmap",
     resume: bool = False,
     force: bool = False,
+    base_model: str | None = None,
     family: str | None = None,
     progress: Progress | None = None,
 ) -> Pruned:
@@ -459,6 +460,7 @@ def prune(  # noqa: PLR0913
         resume: Whether to continue what a killed run of the same call left, if anything.
         force: Whether to replace a plan and statistics that are there; never the output.
         io: "mmap", or "read" for network file systems.
+        base_model: As for ``surgery.make_plan``.
         family: As for ``surgery.open_model``.
         progress: Called with a stage ("calibrate", "repair", "apply"), what is done, and the total.
 
@@ -483,7 +485,8 @@ def prune(  # noqa: PLR0913
         dequantize=dequantize,
     )
     order = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts, drop_scripts)
-    asked = CutRequest(sizes, order, ChannelOptions(criterion, min_expert_tokens, repair))
+    channels = ChannelOptions(criterion, min_expert_tokens, repair)
+    asked = CutRequest(sizes, order, channels, base_model)
     where, path = layout.checkpoint.path, Path(output)
     files = PlanFiles.beside(path, where, resume=resume, force=force)
     choice = choose_before_calibration(layout, asked, text)

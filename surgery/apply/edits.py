@@ -144,14 +144,7 @@ def check_plan(plan: Plan, layout: Layout) -> Sizes:
     Raises:
         PlanError: as ``edits``.
     """
-    if plan.fingerprint != layout.checkpoint.fingerprint:
-        raise PlanError(
-            layout.checkpoint.path,
-            "is not the checkpoint that the plan was made for",
-            expected=f"fingerprint {plan.fingerprint[:12]}",
-            found=layout.checkpoint.fingerprint[:12],
-            fix=MAKE_AGAIN,
-        )
+    check_source(plan, layout.checkpoint)
     if same_weights(plan.weights, layout.checkpoint.weights) is False:
         raise PlanError(
             layout.checkpoint.path,
@@ -176,6 +169,22 @@ def check_plan(plan: Plan, layout: Layout) -> Sizes:
         layers = plan.after.num_hidden_layers
         _check("plan: layers of kept_channels", len(plan.kept_channels), layers)
     return sizes
+
+
+def check_source(plan: Plan, checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint with another config, tokenizer or shapes than the plan's source.
+
+    Raises:
+        PlanError: the fingerprints differ.
+    """
+    if plan.fingerprint != checkpoint.fingerprint:
+        raise PlanError(
+            checkpoint.path,
+            "is not the checkpoint that the plan was made for",
+            expected=f"fingerprint {plan.fingerprint[:12]}",
+            found=checkpoint.fingerprint[:12],
+            fix=MAKE_AGAIN,
+        )
 
 
 def layer_groups(plan: Plan, layout: Layout) -> list[list[int]]:

@@ -21,8 +21,10 @@ from surgery.cli.options import (
     Refusal,
     ShowOptions,
     cut_options,
+    data_options,
     device_option,
     engine_option,
+    engines_option,
     force_option,
     gathered,
     io_option,
@@ -40,6 +42,7 @@ from surgery.cli.terminal import (
     bars,
     print_text,
     running,
+    show_engines,
     show_logs,
     show_plan,
     show_written,
@@ -158,13 +161,73 @@ def main() -> None:
     show_logs()
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What ``inspect`` shows instead of the parameters."""
+
+    vocab: bool
+    probe: bool
+    removed: bool
+    channels: bool
+
+
+@dataclass(frozen=True)
+class RemovedOptions:
+    """Which removed tokens ``inspect`` lists."""
+
+    script: str | None
+    limit: int | None
+    source: str | None
+
+
+LISTED = 20
+"""Removed tokens of each script that are listed where neither a script nor a limit is given."""
+
+
 @main.command()
 @model_options
-@click.option("--vocab", is_flag=True, help="Show what the vocabulary's rows are spent on instead.")
-@click.option("--probe", is_flag=True, help="Show which families fit, and propose an entry.")
+@gathered(
+    "shown",
+    Shown,
+    click.option("--vocab", is_flag=True, help="Show what the vocabulary's rows are spent on."),
+    click.option("--probe", is_flag=True, help="Show which families fit, and propose an entry."),
+    click.option("--removed", is_flag=True, help="List the tokens that a plan removes, by script."),
+    click.option(
+        "--channels",
+        is_flag=True,
+        help="Show the channels that a plan keeps, and their share of the statistics, by layer.",
+    ),
+)
+@gathered(
+    "listed",
+    RemovedOptions,
+    click.option(
+        "--script", metavar="NAME", help="The only script of --removed, such as Cyrillic."
+    ),
+    click.option(
+        "--limit",
+        type=click.IntRange(1),
+        help=f"Most tokens of a script to list.  [default: {LISTED}, or all with --script]",
+    ),
+    click.option("--source", metavar="MODEL", help="The plan's model, if it has moved."),
+)
+@gathered(
+    "text",
+    TextOptions,
+    data_options(required=False, use="Text to count the removed tokens in. "),
+)
 @show_options
-def inspect(model: ModelOptions, vocab: bool, probe: bool, show: ShowOptions) -> None:
-    """Show where the parameters are; reads headers only."""
+def inspect(
+    model: ModelOptions,
+    shown: Shown,
+    listed: RemovedOptions,
+    text: TextOptions,
+    show: ShowOptions,
+) -> None:
+    """Show where the parameters are; reads headers only.
+
+    With --removed or --channels, MODEL is an output's directory or a plan's file.
+    """
     from surgery.api import Model, probe_model
     from surgery.layout.census import plot_census
     from surgery.vocabulary.census import plot_vocab_census
@@ -172,13 +235,18 @@ def inspect(model: ModelOptions, vocab: bool, probe: bool, show: ShowOptions) ->
     if show.plot is None:
         refuse_idle("without --plot", "force")
     show.check()
-    if probe:
+    if not shown.removed:
+        refuse_idle("without --removed", "script", "limit", "source", "data", "field", "strict")
+    if shown.removed or shown.channels:
+        show_plan_of(model.model, shown, listed, text, show.as_json)
+        return
+    if shown.probe:
         refuse_idle("with --probe", "family", "vocab", "plot")
         proposal = probe_model(model.model)
         print_text(json.dumps(asdict(proposal)) if show.as_json else proposal.table())
         return
     opened = Model(model.layout(), model.model)
-    if vocab:
+    if shown.vocab:
         tokens = opened.vocabulary()
         click.echo(json.dumps(asdict(tokens)) if show.as_json else tokens.table())
         if show.plot is not None:
@@ -190,6 +258,32 @@ def inspect(model: ModelOptions, vocab: bool, probe: bool, show: ShowOptions) ->
         plot_census(census, show.plot)
 
 
+def show_plan_of(
+    path: str, shown: Shown, listed: RemovedOptions, text: TextOptions, as_json: bool
+) -> None:
+    """Print what the plan of an output, or a plan's file, removes of the vocabulary, or keeps."""
+    from calib.text.chat import documents_of
+    from surgery.api import removed_by
+    from surgery.verify.files import plan_and_source, plan_at
+
+    option = "--removed" if shown.removed else "--channels"
+    refuse_idle(f"with {option}", "family", "vocab", "probe", "plot")
+    if not shown.removed:
+        plan = plan_at(path)
+        click.echo(json.dumps(plan.channel_facts()) if as_json else plan.channel_table())
+        return
+    refuse_idle("with --removed", "channels")
+    if not text.data:
+        refuse_idle("without --data", "field", "strict")
+    limit = listed.limit or (LISTED if listed.script is None else None)
+    plan, layout = plan_and_source(path, listed.source)
+    found = removed_by(plan, layout, documents_of(layout, text) if text.data else None)
+    if as_json:
+        click.echo(json.dumps(found.facts(limit, listed.script)))
+    else:
+        click.echo(found.table(limit, listed.script))
+
+
 @dataclass(frozen=True)
 class PlanSources:
     """The statistics that a plan is made from, and the paths it names and is written to."""
@@ -198,6 +292,7 @@ class PlanSources:
     to: Path | None
     output: Path
     force: bool
+    engines: bool
 
 
 @main.command()
@@ -219,6 +314,7 @@ class PlanSources:
         help="File that the plan is written to.",
     ),
     force_option,
+    engines_option,
 )
 def plan(
     model: ModelOptions,
@@ -271,6 +367,7 @@ def plan(
             made = repair_plan(made, study, given.output, progress)
     made.save(given.output)
     show_plan(made, layout, cut.sizes)
+    show_engines(made, layout, every=given.engines)
     if made.complete:
         click.echo(apply_cost(made, layout, JOBS).line())
         then = f"apply {given.output}" + ("" if given.to else " -o DIR")
@@ -364,6 +461,7 @@ class VerifyOptions:
     forward: bool
     device: str
     io: IO
+    engines: bool
 
 
 @main.command()
@@ -382,6 +480,7 @@ class VerifyOptions:
     ),
     device_option,
     io_option,
+    engines_option,
 )
 def verify(directory: Path, options: VerifyOptions) -> None:
     """Check an output against its plan and its source; exit status 1 on a fault."""
@@ -394,12 +493,13 @@ def verify(directory: Path, options: VerifyOptions) -> None:
         raise Refusal(f"{directory}: --forward needs the plan and its source")
     report = verify_files(directory, plan, source, io=options.io)
     if options.forward and report.ok and plan and source:
-        from calib.scoring.logits import compare_logits
+        from calib.scoring.logits import SAME_LOGITS, compare_logits
 
         with running():
             found = compare_logits(plan, source, directory, options.device)
-        report.checks["logits equal the masked dense model's"] = found.faults()
-    print_text(report.table())
+        report.checks[SAME_LOGITS] = found.faults()
+        report.details[SAME_LOGITS] = found.line()
+    print_text(report.table(engines=options.engines))
     sys.exit(0 if report.ok else 1)
 
 

@@ -18,6 +18,7 @@ from surgery.cli.options import (
     compute_options,
     cut_options,
     engine_option,
+    engines_option,
     family_option,
     force_option,
     gathered,
@@ -223,6 +224,7 @@ class PruneOptions:
     """Whether a plan and statistics that are there are replaced."""
     io: IO
     dry_run: bool
+    engines: bool
     push_to: str | None
 
 
@@ -242,6 +244,7 @@ class PruneOptions:
     ),
     force_option,
     io_option,
+    engines_option,
     click.option(
         "--dry-run",
         is_flag=True,
@@ -298,7 +301,7 @@ def prune(
     with bars() as progress:
         report, last = apply_and_verify(plan, layout, applied, progress)
     click.echo(spoken_stages({**first, **last}))
-    print_text(report.table())
+    print_text(report.table(engines=options.engines))
     if report.ok:
         if options.push_to:
             click.echo(push(output, options.push_to))

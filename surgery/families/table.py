@@ -93,10 +93,8 @@ _GPT_OSS = (
     Slot(f"{LAYER}mlp.experts.down_proj_bias", "ffn", block="packed"),
 )
 
-_MISREAD = {
-    32016: "llama.cpp's converter takes it for CodeLlama",
-    49152: "llama.cpp's converter switches the bos token off",
-}
+_MISREAD = (32016, 49152)
+"""llama.cpp's converter takes the first for CodeLlama; at the second it switches bos off."""
 
 _VISION = ("vision_tower.", "vision_model.", "multi_modal_projector.")
 _UNDER_PREFIX = (("language_model.", ""), ("model.language_model.", "model."))

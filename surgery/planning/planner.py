@@ -2,6 +2,7 @@
 
 from itertools import zip_longest
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -12,15 +13,17 @@ from surgery.files import index_sets
 from surgery.files.model_files import ADAPTER_NAME
 from surgery.layout.layout import Layout
 from surgery.planning.layers import check_layers, format_layers, kind_notes
-from surgery.planning.plan import Plan, Provenance
+from surgery.planning.plan import ChannelShares, Plan, Provenance
 from surgery.planning.request import SizeChoice
 from surgery.planning.shapes import axis_lengths, blocks, check_blocks, shape_of
 from surgery.planning.sizes import TOLERANCE, Sizes, check_sizes, whole
 from surgery.stats.channel_stats import ChannelStats
 from surgery.stats.channels import (
     RANDOM,
+    Kept,
     bucket_weights,
     choose_channels,
+    kept_shares,
     random_channels,
     too_few_tokens,
     unseen_experts,
@@ -59,6 +62,7 @@ def plan_cut(
     ids = choice.rarity.id_map(sizes.vocab_size)
     notes = _notes(layout, choice, cost)
     kept_channels: list[dict[str, list[str]]] = []
+    shares = None
     if stats is not None:
         check_stats(layout, stats)
         experts = layout.family.widths.get(EXPERT)
@@ -70,7 +74,9 @@ def plan_cut(
             if channels.criterion != RANDOM and (few := too_few_tokens(stats.info.tokens)):
                 notes.append(few)
     if stats is not None or (channels.criterion == RANDOM and sizes.widths != layout.widths):
-        kept_channels = _encoded_channels(layout, stats, ids, sizes, channels.criterion)
+        kept = _kept_channels(layout, stats, ids, sizes, channels.criterion)
+        kept_channels = _encoded_channels(layout, sizes, kept)
+        shares = _shares(layout, stats, ids, sizes, kept)
     return Plan(
         source=layout.checkpoint.source,
         fingerprint=layout.checkpoint.fingerprint,
@@ -87,36 +93,41 @@ def plan_cut(
         vocabulary=cost,
         weights=layout.checkpoint.weights,
         family=layout.checkpoint.family,
+        base_model=choice.request.base_model,
         provenance=Provenance(
             criterion=channels.criterion,
             ratio=choice.request.sizes.ratio,
             text_digest=stats.info.text_digest if stats else None,
             calibration_tokens=stats.info.tokens if stats else 0,
             notes=notes,
+            channel_shares=shares,
+            layers_by_influence=bool(sizes.layers)
+            and choice.request.sizes.num_hidden_layers is not None,
         ),
     )
 
 
-def _encoded_channels(
+def _kept_channels(
     layout: Layout, stats: ChannelStats | None, ids: IdMap, sizes: Sizes, criterion: str
-) -> list[dict[str, list[str]]]:
-    """Return the channels to keep, as the plan holds them."""
-    full = axis_lengths(layout, layout.widths)
+) -> Kept:
+    """Return the channels to keep of every layer of the source."""
     lengths = axis_lengths(layout, sizes.widths)
     by_key = {} if sizes.dequantize else blocks(layout)
     by_axis = {axis: by_key.get(width.key, 1) for axis, width in layout.family.widths.items()}
     if stats is None:
-        kept = random_channels(_channel_sizes(layout), lengths, by_axis)
-    else:
-        kept = choose_channels(stats, ids, lengths, criterion, by_axis)
-    if sizes.layers:
-        kept = [kept[group[0]] for group in sizes.layers]
+        return random_channels(_channel_sizes(layout), lengths, by_axis)
+    return choose_channels(stats, ids, lengths, criterion, by_axis)
+
+
+def _encoded_channels(layout: Layout, sizes: Sizes, kept: Kept) -> list[dict[str, list[str]]]:
+    """Return the channels to keep of every layer of the output, as the plan holds them."""
+    full = axis_lengths(layout, layout.widths)
     return [
         {
             axis: [index_sets.encode(k, full[axis]) for k in of_axis]
             for axis, of_axis in axes.items()
         }
-        for axes in kept
+        for axes in _of_output(kept, sizes)
     ]
 
 
@@ -127,6 +138,22 @@ def _channel_sizes(layout: Layout) -> list[dict[str, tuple[int, int]]]:
         {axis: (experts, full[axis]) for axis, experts in axes.items()}
         for axes in layout.ffn_outputs
     ]
+
+
+def _shares(
+    layout: Layout, stats: ChannelStats | None, ids: IdMap, sizes: Sizes, kept: Kept
+) -> ChannelShares:
+    """Return what the kept channels of every layer of the output hold of the statistics."""
+    shares = [{} for _ in kept] if stats is None else kept_shares(stats, ids, kept)
+    return ChannelShares(axis_lengths(layout, layout.widths), _of_output(shares, sizes))
+
+
+Layer = TypeVar("Layer")
+
+
+def _of_output(layers: list[Layer], sizes: Sizes) -> list[Layer]:
+    """Return, for each layer of the output, what ``layers`` has of the first of its layers."""
+    return [layers[group[0]] for group in sizes.layers] if sizes.layers else layers
 
 
 def check_stats(layout: Layout, stats: ChannelStats) -> None:
@@ -186,9 +213,6 @@ def _notes(layout: Layout, choice: SizeChoice, vocabulary: VocabularyCost | None
     """Return the notes that follow from the sizes alone."""
     sizes, ratio = choice.sizes, choice.request.sizes.ratio
     notes = vocabulary.warnings() if vocabulary else []
-    misread = layout.family.misread_vocab_sizes.get(sizes.vocab_size)
-    if vocabulary and misread:
-        notes.append(f"vocab_size {sizes.vocab_size}: {misread}; another size avoids that")
     full = layout.parameters(layout.vocab_size, layout.widths)
     left = layout.with_layers(sizes.layers).parameters(sizes.vocab_size, sizes.widths)
     reached = 1 - left / full

@@ -198,6 +198,24 @@ def too_few_tokens(tokens: int) -> str | None:
     )
 
 
+def kept_shares(stats: ChannelStats, ids: IdMap, kept: Kept) -> list[dict[str, float]]:
+    """Per layer: channel axis → share of the importance by eq. 5 that its kept channels have.
+
+    This is Σ act² over the kept tokens, of all experts together, whatever chose the channels. It is
+    rounded, so that it is the same on every machine. An axis that saw no token has no share.
+    """
+    weights = bucket_weights(stats, ids)
+    found: list[dict[str, float]] = []
+    for axes, of_axes in zip(stats.layers, kept, strict=True):
+        found.append({})
+        for axis, of_axis in of_axes.items():
+            importance = _common_act2(axes[axis], weights, [])
+            left = sum(float(row[k].sum()) for row, k in zip(importance, of_axis, strict=True))
+            if total := float(importance.sum()):
+                found[-1][axis] = round(left / total, 6)
+    return found
+
+
 def unseen_experts(stats: ChannelStats, least: int) -> dict[int, list[int]]:
     """Layer → experts that fewer than ``least`` calibration tokens were routed to."""
     found = {}
