@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable
 from copy import copy
-from difflib import get_close_matches
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,8 @@ def printable(text: str) -> str:
 
 def did_you_mean(path: Path | str) -> str:
     """Return "did you mean …? " with names like that of a path that is not there, or nothing."""
+    from difflib import get_close_matches
+
     path = Path(path)
     try:
         names = [found.name for found in path.absolute().parent.iterdir()]

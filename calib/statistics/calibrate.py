@@ -165,12 +165,12 @@ def take_statistics(calibration: Calibration, progress: Advance = no_advance) ->
         ) as resume_directory:
             done = resume_directory.finished
             stats = None if done else finished_before(calibration)
+            if stats is None and not done:
+                check_file(calibration.output, force=calibration.force)
             if calibration.resume:
                 depth = calibration.layout.num_hidden_layers
                 say_resumed(done if stats is None else depth, depth, "layers")
             if stats is None:
-                if not done:
-                    check_file(calibration.output, force=calibration.force)
                 stats = _take(calibration, resume_directory, progress)
                 stats.save(calibration.output)
             resume_directory.remove()

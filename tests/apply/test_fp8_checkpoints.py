@@ -358,7 +358,7 @@ def test_ratio_keeps_whole_blocks(tmp_path: Path, run: Run) -> None:
     after = Plan.load(tmp_path / "plan.json").after
     assert after.widths["intermediate_size"] % 48 == 0
     assert after.vocab_size % 48
-    assert run("plan", path, *ratio, "--dequantize").exit_code == 0
+    assert run("plan", path, *ratio, "--dequantize", "--force").exit_code == 0
 
 
 @pytest.mark.parametrize("way", [False, True], ids=["blocks", "bf16"])

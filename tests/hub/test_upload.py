@@ -47,7 +47,7 @@ def test_apply_uploads_the_whole_output(hub: Hub, plan: Path, tmp_path: Path) ->
     hub.pushed["me/smaller"] = {"model.safetensors": b"stale", "notes.txt": b"mine"}
     result = apply(hub, plan, tmp_path, **TOKEN)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == f"{hub.url}/me/smaller/commit/{'f' * 40}"
+    assert result.stdout.splitlines()[-2] == f"{hub.url}/me/smaller/commit/{'f' * 40}"
     assert result.stderr == ""
     assert hub.pushed["me/smaller"] == content(tmp_path / "out") | {"notes.txt": b"mine"}
     assert hub.objects.keys()
