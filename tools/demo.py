@@ -67,10 +67,14 @@ class Paths:
         return self.output / f"{self.model.name}.plan.json"
 
     def remove_old(self) -> None:
-        """Delete what an earlier run wrote; the model stays."""
-        shutil.rmtree(self.pruned, ignore_errors=True)
-        for path in (self.plot, self.stats, self.plan):
-            path.unlink(missing_ok=True)
+        """Delete what an earlier run wrote, also one that was interrupted; the model stays."""
+        made = (self.pruned, self.plot, self.stats, self.plan)
+        partial = [found for path in made for found in self.output.glob(f"{path.name}.partial*")]
+        for path in (*made, *partial):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

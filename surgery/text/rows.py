@@ -302,7 +302,7 @@ def _no_field(where: object, field: str | None, names: Collection[str]) -> DataE
         where,
         f"has no field {wanted}",
         found=f"fields {', '.join(names)}" if names else "no fields",
-        fix="name the field that holds the text",
+        fix="name the one that holds the text or the messages with `field`",
     )
 
 

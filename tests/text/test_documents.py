@@ -77,7 +77,8 @@ def test_parquet_rows(tmp_path: Path) -> None:
     write_table(pyarrow.table({"id": range(200), "text": texts}), path)
     assert list(read_documents(path)) == texts
     assert refusal(TextOptions((Source(path),), field="body")) == (
-        f"{path}: has no field 'body': found fields id, text; name the field that holds the text"
+        f"{path}: has no field 'body': found fields id, text; "
+        "name the one that holds the text or the messages with `field`"
     )
     assert "row 1: field 'id' is not a string" in refusal(TextOptions((Source(path),), field="id"))
 

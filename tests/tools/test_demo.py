@@ -53,6 +53,9 @@ def test_remove_old_keeps_the_model(tmp_path: Path) -> None:
         directory.mkdir()
         (directory / "config.json").touch()
     paths.plan.touch()
+    partial = paths.stats.with_name(f"{paths.stats.name}.partial")  # of a demo that was interrupted
+    partial.mkdir()
+    partial.with_name(f"{partial.name}.lock").touch()
     paths.remove_old()
     assert list(tmp_path.iterdir()) == [paths.model]
 
