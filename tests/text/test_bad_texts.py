@@ -26,7 +26,7 @@ CASES = [
          f"{SCORE} a.jsonl --strict",
          ("a.jsonl", "line 3", "not a record", 'expected {"text"', "found", "correct the line")),
     Case("jsonl line without text", write("a.jsonl", '{"body": "a"}'), f"{SCORE} a.jsonl",
-         ("a.jsonl", "line 1", "no field 'text' or 'messages'", "fields body", "name the one", "--field")),
+         ("a.jsonl", "line 1", "no field 'text' or 'messages'", "fields body", "--field")),
     Case("jsonl line without the field", write("a.jsonl", '{"text": "a"}'),
          f"{SCORE} a.jsonl --field body",
          ("a.jsonl", "line 1", "no field 'body'", "fields text", "name the one", "--field")),
