@@ -19,7 +19,12 @@ from surgery.planning.request import CutRequest, SizeChoice, SizeRequest, choose
 from surgery.probe.probe import Proposal, propose, unknown_type
 from surgery.process import Progress
 from surgery.stats.channel_stats import ChannelStats
-from surgery.stats.channels import DEFAULT_CRITERION, LEAST_TOKENS, ChannelOptions
+from surgery.stats.channels import (
+    DEFAULT_CRITERION,
+    DEFAULT_EXPERT_CRITERION,
+    LEAST_TOKENS,
+    ChannelOptions,
+)
 from surgery.text.documents import Text, TextOptions, sources_of
 from surgery.verify.files import VerifyReport, origin_of, verify_files
 from surgery.vocabulary.census import VocabCensus, vocabulary_census
@@ -107,6 +112,7 @@ def make_plan(  # noqa: PLR0913
     layers: str | None = None,
     num_hidden_layers: int | None = None,
     only: str | Sequence[str] = (),
+    num_experts: int | None = None,
     multiple_of: int | None = None,
     target: str | None = None,
     dequantize: bool = False,
@@ -117,6 +123,7 @@ def make_plan(  # noqa: PLR0913
     drop_scripts: Sequence[str] = (),
     criterion: str = DEFAULT_CRITERION,
     min_expert_tokens: int = LEAST_TOKENS,
+    expert_criterion: str = DEFAULT_EXPERT_CRITERION,
     data: Text | None = None,
     seed: int | None = None,
     field: str | None = None,
@@ -143,8 +150,9 @@ def make_plan(  # noqa: PLR0913
         widths: Key of config.json → channels to keep, for models with several widths.
         layers: Layers to keep or to merge, such as "0-20,21+22+23,24-29".
         num_hidden_layers: How many layers to keep, those of the largest block influence.
-        only: What ``ratio`` is taken from: "vocabulary", "channels", or "layers" of the least block
-            influence; empty is the vocabulary and the channels.
+        only: What ``ratio`` is taken from: "vocabulary", "channels", "experts", or "layers" of the
+            least block influence; empty is the vocabulary and the channels.
+        num_experts: E', routed experts of each layer to keep.
         multiple_of: What V' and I' must be multiples of; 128 with ``ratio``.
         target: What an engine divides the sizes by, such as "tp=4,group=128".
         dequantize: Whether FP8 weights become bf16, which can be pruned anywhere.
@@ -155,7 +163,9 @@ def make_plan(  # noqa: PLR0913
         drop_scripts: Unicode scripts whose tokens are removed before all others; without a size or
             a ratio, they alone are removed.
         criterion: Importance of a channel: common-act2, act2, abs-act, wanda, l2 or random.
-        min_expert_tokens: Fewest tokens that an expert must have seen to be ranked.
+        min_expert_tokens: Fewest tokens that a kept expert must have seen for its channels to be
+            ranked.
+        expert_criterion: Importance of an expert: frequency or random.
         data: Text: a path, ``hub:name``, or documents. It shows what a smaller vocabulary costs,
             and "frequency" counts its tokens.
         seed: Shuffles the documents.
@@ -177,12 +187,13 @@ def make_plan(  # noqa: PLR0913
         layers=layers,
         num_hidden_layers=num_hidden_layers,
         only=only,
+        num_experts=num_experts,
         multiple_of=multiple_of,
         target=target,
         dequantize=dequantize,
     )
     vocabulary = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts, drop_scripts)
-    channels = ChannelOptions(criterion, min_expert_tokens)
+    channels = ChannelOptions(criterion, min_expert_tokens, expert_criterion=expert_criterion)
     return plan_model(
         as_layout(model, family),
         CutRequest(sizes, vocabulary, channels),

@@ -210,6 +210,10 @@ class StreamedDecoder:
         """Return the modules of a layer that have channels."""
         return self._layers.ffn_modules(index)
 
+    def routers(self, index: int) -> dict[str, int]:
+        """Return the tensors of a layer's router, each with its dimension that counts experts."""
+        return self._layers.routers(index)
+
     def dtypes(self, index: int) -> dict[str, str]:
         """Return the parameters that a collapse adds up, each with the file's safetensors dtype."""
         return self._layers.dtypes(index)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from calib.streaming.batches import Tokens
-from surgery.families.schema import STACK, Dim
+from surgery.families.schema import Dim
 from surgery.layout.layout import Layout
 
 IMPLEMENTATION = "compact_surgery"
@@ -273,7 +273,7 @@ def file_matrices(layout: Layout, name: str, tensor: torch.Tensor) -> dict[Exper
     role = layout.roles[name]
     axis, dims = role.slot.width, list(role.slot.dims)
     assert axis is not None
-    packed = Dim(STACK) in dims
+    packed = role.slot.packed
     transposed = dims.index(Dim(axis)) - packed == 0
     parts = enumerate(tensor) if packed else [(role.expert or 0, tensor)]
     return {(axis, expert): part.T if transposed else part for expert, part in parts}

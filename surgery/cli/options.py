@@ -19,6 +19,8 @@ from surgery.plot import check_picture
 from surgery.stats.channels import (
     CRITERIA,
     DEFAULT_CRITERION,
+    DEFAULT_EXPERT_CRITERION,
+    EXPERT_CRITERIA,
     LEAST_TOKENS,
     REPAIRS,
     ChannelOptions,
@@ -344,9 +346,14 @@ capped_options = gathered(
     "compute", ComputeOptions, device_option, dtype_option, cap_options, spill_option
 )
 
-channel_options = gathered(
-    "channels",
-    ChannelOptions,
+expert_option = click.option(
+    "--expert-criterion",
+    default=DEFAULT_EXPERT_CRITERION,
+    show_default=True,
+    type=click.Choice(list(EXPERT_CRITERIA)),
+    help="Importance of a routed expert.",
+)
+_CHANNEL_OPTIONS = (
     click.option(
         "--criterion",
         default=DEFAULT_CRITERION,
@@ -369,6 +376,8 @@ channel_options = gathered(
         help="Refit down_proj to the kept channels on --data, if it helps on held-out text.",
     ),
 )
+channel_options = gathered("channels", ChannelOptions, *_CHANNEL_OPTIONS)
+kept_options = gathered("channels", ChannelOptions, *_CHANNEL_OPTIONS, expert_option)
 vocabulary_options = gathered(
     "vocabulary",
     VocabularyOptions,
@@ -439,8 +448,8 @@ size_options = gathered(
         "--only",
         default="",
         metavar="PART[,PART]",
-        help="Take --ratio from these alone: vocabulary, channels, or layers (those of least block "
-        "influence).  [default: vocabulary,channels]",
+        help="Take --ratio from these alone: vocabulary, channels, whole experts of a mixture, or "
+        "layers (those of least block influence).  [default: vocabulary,channels]",
     ),
     click.option("--vocab-size", type=int, help="V': embedding rows to keep."),
     click.option("--intermediate-size", type=int, help="I': channels per layer to keep."),
@@ -465,6 +474,7 @@ size_options = gathered(
         help="How many layers to keep: those of largest block influence (ShortGPT), by the "
         "statistics.",
     ),
+    click.option("--num-experts", type=int, help="E': routed experts per layer to keep."),
 )
 ratio_options = gathered(
     "sizes",
@@ -472,7 +482,7 @@ ratio_options = gathered(
     click.option("--ratio", type=Ratio(), help="Share of all parameters to remove."),
     step_options,
 )
-cut_options = gathered("cut", CutRequest, size_options, vocabulary_options, channel_options)
+cut_options = gathered("cut", CutRequest, size_options, vocabulary_options, kept_options)
 ratio_cut_options = gathered("cut", CutRequest, ratio_options, vocabulary_options, channel_options)
 step_cut_options = gathered(
     "cut", CutRequest, gathered("sizes", SizeRequest, step_options), vocabulary_options

@@ -1,12 +1,13 @@
 """Make a plan from headers, sizes and statistics; no weights are read."""
 
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 
 from surgery.checkpoint.checkpoint import same_weights
-from surgery.errors import StatsError
+from surgery.errors import BudgetError, StatsError
 from surgery.families.schema import EXPERT
 from surgery.files import index_sets
 from surgery.files.model_files import ADAPTER_NAME
@@ -14,18 +15,33 @@ from surgery.layout.layout import Layout
 from surgery.planning.layers import check_layers, format_layers, kind_notes
 from surgery.planning.plan import Plan, Provenance
 from surgery.planning.request import SizeChoice
-from surgery.planning.shapes import axis_lengths, blocks, check_blocks, shape_of
+from surgery.planning.shapes import (
+    KeptExperts,
+    axis_lengths,
+    blocks,
+    check_blocks,
+    check_experts,
+    expert_groups,
+    parameters_of,
+    shape_of,
+)
 from surgery.planning.sizes import TOLERANCE, Sizes, check_sizes, whole
 from surgery.stats.channel_stats import ChannelStats
 from surgery.stats.channels import (
     RANDOM,
     bucket_weights,
     choose_channels,
+    choose_experts,
+    expert_importance,
+    needs_stats,
     random_channels,
     unseen_experts,
 )
 from surgery.tokenizer.id_map import IdMap
 from surgery.vocabulary.cost import VocabularyCost
+
+SHOWN_EXPERTS = 8
+"""How many experts a note names."""
 
 
 def plan_cut(
@@ -53,30 +69,39 @@ def plan_cut(
     """
     sizes, channels = choice.sizes, choice.request.channels
     check_sizes(layout, sizes)
+    check_experts(layout, sizes.experts)
     check_blocks(layout, sizes)
     check_layers(layout, sizes.layers)
+    if sizes.experts == layout.experts:
+        sizes = replace(sizes, experts=0)
+    _check_repair(layout, sizes, channels.repair)
     ids = choice.rarity.id_map(sizes.vocab_size)
     notes = _notes(layout, choice, cost)
     kept_channels: list[dict[str, list[str]]] = []
     if stats is not None:
         check_stats(layout, stats)
+    kept = kept_experts(layout, sizes, channels.expert_criterion, stats, ids)
+    if stats is not None:
         experts = layout.family.widths.get(EXPERT)
         if experts and sizes.widths.get(experts.key) != layout.widths.get(experts.key):
-            check_experts(stats, channels.min_expert_tokens)
+            check_tokens(stats, channels.min_expert_tokens, kept)
         notes += _not_compared(layout, stats) + _approximations(stats, ids, channels.criterion)
-        if sizes.widths != layout.widths:
+        if sizes.widths != layout.widths or kept:
             notes += _other_text(stats, ids) + _other_layers(sizes)
+        if sizes.experts:
+            notes += _unseen(stats, channels.min_expert_tokens)
     if stats is not None or (channels.criterion == RANDOM and sizes.widths != layout.widths):
-        kept_channels = _encoded_channels(layout, stats, ids, sizes, channels.criterion)
+        kept_channels = _encoded_channels(layout, stats, ids, sizes, channels.criterion, kept)
     return Plan(
         source=layout.checkpoint.source,
         fingerprint=layout.checkpoint.fingerprint,
         output=str(output.absolute()) if output else None,
         before=shape_of(layout, whole(layout)),
-        after=shape_of(layout, sizes),
+        after=shape_of(layout, sizes, kept),
         kept_tokens=index_sets.encode(ids.kept, layout.vocab_size),
         rowless_tokens=choice.rarity.rowless,
         kept_channels=kept_channels,
+        kept_experts=_encoded_experts(layout, sizes, kept),
         dropped=layout.dropped,
         dequantize=sizes.dequantize,
         untie=layout.unties,
@@ -90,12 +115,58 @@ def plan_cut(
             text_digest=stats.info.text_digest if stats else None,
             calibration_tokens=stats.info.tokens if stats else 0,
             notes=notes,
+            expert_criterion=channels.expert_criterion if sizes.experts else None,
         ),
     )
 
 
+def _check_repair(layout: Layout, sizes: Sizes, repair: str) -> None:
+    if repair != "none" and sizes.experts and sizes.widths != layout.widths:
+        raise BudgetError(
+            "`repair`",
+            "does not work with removed experts: their tokens go to others, on which down_proj "
+            "was not fitted",
+            fix="leave it out, or keep all experts",
+        )
+
+
+def kept_experts(
+    layout: Layout,
+    sizes: Sizes,
+    criterion: str,
+    stats: ChannelStats | None,
+    ids: IdMap,
+) -> dict[int, np.ndarray]:
+    """Return layer of the source → the experts to keep; empty if none are removed or chosen."""
+    if not sizes.experts or (stats is None and needs_stats(criterion)):
+        return {}
+    layers = [layer for layer, axes in enumerate(layout.ffn_outputs) if EXPERT in axes]
+    groups = expert_groups(layout)
+    sums = {layer: stats.layers[layer][EXPERT] for layer in layers} if stats else {}
+    weights = bucket_weights(stats, ids) if stats else np.ones(1)
+    found = {}
+    for layer in layers:
+        importance = expert_importance(criterion, sums.get(layer), weights, layout.experts, layer)
+        found[layer] = choose_experts(importance, sizes.experts, groups)
+    return found
+
+
+def _encoded_experts(layout: Layout, sizes: Sizes, kept: KeptExperts) -> list[str]:
+    """Return the experts to keep, as the plan holds them."""
+    if not kept:
+        return []
+    groups = sizes.layers or [[layer] for layer in range(layout.num_hidden_layers)]
+    none = np.zeros(0, dtype=np.int64)
+    return [index_sets.encode(kept.get(group[0], none), layout.experts) for group in groups]
+
+
 def _encoded_channels(
-    layout: Layout, stats: ChannelStats | None, ids: IdMap, sizes: Sizes, criterion: str
+    layout: Layout,
+    stats: ChannelStats | None,
+    ids: IdMap,
+    sizes: Sizes,
+    criterion: str,
+    experts: KeptExperts,
 ) -> list[dict[str, list[str]]]:
     """Return the channels to keep, as the plan holds them."""
     full = axis_lengths(layout, layout.widths)
@@ -106,6 +177,8 @@ def _encoded_channels(
         kept = random_channels(_channel_sizes(layout), lengths, by_axis)
     else:
         kept = choose_channels(stats, ids, lengths, criterion, by_axis)
+    for layer, chosen in experts.items():
+        kept[layer][EXPERT] = [kept[layer][EXPERT][expert] for expert in chosen]
     if sizes.layers:
         kept = [kept[group[0]] for group in sizes.layers]
     return [
@@ -160,13 +233,15 @@ def check_stats(layout: Layout, stats: ChannelStats) -> None:
         )
 
 
-def check_experts(stats: ChannelStats, least: int) -> None:
-    """Refuse to rank the channels of experts that saw too few tokens.
+def check_tokens(stats: ChannelStats, least: int, kept: KeptExperts) -> None:
+    """Refuse to rank the channels of kept experts that saw too few tokens.
 
     Raises:
         StatsError: an expert saw fewer than ``least``.
     """
-    few = unseen_experts(stats, least)
+    unseen = unseen_experts(stats, least)
+    stay = {n: np.intersect1d(few, kept.get(n, few)).tolist() for n, few in unseen.items()}
+    few = {layer: experts for layer, experts in stay.items() if experts}
     if few:
         layer = next(iter(few))
         raise StatsError(
@@ -187,8 +262,7 @@ def _notes(layout: Layout, choice: SizeChoice, vocabulary: VocabularyCost | None
     if vocabulary and misread:
         notes.append(f"vocab_size {sizes.vocab_size}: {misread}; another size avoids that")
     full = layout.parameters(layout.vocab_size, layout.widths)
-    left = layout.with_layers(sizes.layers).parameters(sizes.vocab_size, sizes.widths)
-    reached = 1 - left / full
+    reached = 1 - parameters_of(layout, sizes) / full
     if ratio is not None and abs(reached - ratio) > TOLERANCE:
         notes.append(f"the steps of the sizes reach {reached:.1%}, not {ratio:.1%}")
     notes += kind_notes(layout, sizes.layers) if sizes.layers else []
@@ -212,6 +286,16 @@ def _notes(layout: Layout, choice: SizeChoice, vocabulary: VocabularyCost | None
             "which whatever loads the output has to know"
         )
     return notes
+
+
+def _unseen(stats: ChannelStats, least: int) -> list[str]:
+    """Return a note on experts that saw too few tokens to be ranked well."""
+    few = unseen_experts(stats, least)
+    if not few:
+        return []
+    named = [f"expert {expert} of layer {layer}" for layer, some in few.items() for expert in some]
+    shown = ", ".join(named[:SHOWN_EXPERTS]) + (" and others" if named[SHOWN_EXPERTS:] else "")
+    return [f"{len(named)} experts saw fewer than {least} tokens: {shown}"]
 
 
 def _not_compared(layout: Layout, stats: ChannelStats) -> list[str]:

@@ -1,4 +1,4 @@
-"""Which FFN channels to keep: statistics → importance → the best I' of each layer."""
+"""Which FFN channels and experts to keep: statistics → importance → the best of each layer."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +14,8 @@ DEFAULT_CRITERION = "common-act2"
 
 RANDOM = "random"
 """The criterion that needs no statistics."""
+
+DEFAULT_EXPERT_CRITERION = "frequency"
 
 LEAST_TOKENS = 16
 """An expert's channels are not ranked by fewer tokens than this."""
@@ -32,10 +34,13 @@ class ChannelOptions:
     """Fewest tokens routed to an expert for its channels to be ranked."""
     repair: str = "none"
     """"none", or "least-squares": down_proj is refitted to the kept channels."""
+    expert_criterion: str = DEFAULT_EXPERT_CRITERION
+    """Importance of an expert, a key of ``EXPERT_CRITERIA``."""
 
     def __post_init__(self) -> None:
         check_choice("criterion", self.criterion, CRITERIA)
         check_choice("repair", self.repair, REPAIRS)
+        check_choice("expert_criterion", self.expert_criterion, EXPERT_CRITERIA)
         check_least("min_expert_tokens", self.min_expert_tokens, 0)
 
 
@@ -98,6 +103,48 @@ CRITERIA: dict[str, Criterion] = {
 - ``l2``: first stage of 2SSP (arXiv 2501.17771): the norm √(Σ act²) over a window's tokens, mean
   over windows. Here it is the sum over windows, which gives the same order of channels.
 """
+
+ExpertCriterion = Callable[[AxisSums, np.ndarray], np.ndarray]
+"""(sums, weights float64 ``[buckets]``) → importance ``[experts]``."""
+
+
+def _frequency(sums: AxisSums, weights: np.ndarray) -> np.ndarray:
+    return weights @ sums.tokens
+
+
+EXPERT_CRITERIA: dict[str, ExpertCriterion | None] = {"frequency": _frequency, "random": None}
+"""Importance of a routed expert; None needs no statistics.
+
+- ``frequency``: how many tokens the router sends to it.
+- ``random``: seeded random numbers.
+"""
+
+
+def needs_stats(criterion: str) -> bool:
+    """Whether experts are chosen by statistics."""
+    return EXPERT_CRITERIA[criterion] is not None
+
+
+def choose_experts(importance: np.ndarray, count: int, groups: int) -> np.ndarray:
+    """Return the ascending numbers of the ``count`` most important experts, of each group as many.
+
+    Of equal experts, the first are kept. Groups are neighbours.
+    """
+    size = len(importance) // groups
+    order = np.argsort(-importance.reshape(groups, size), axis=1, kind="stable")
+    chosen = np.sort(order[:, : count // groups], axis=1)
+    return (chosen + np.arange(groups)[:, None] * size).reshape(-1)
+
+
+def expert_importance(
+    criterion: str, sums: AxisSums | None, weights: np.ndarray, experts: int, layer: int
+) -> np.ndarray:
+    """Return the importance of each expert of a layer, float64 ``[experts]``."""
+    rule = EXPERT_CRITERIA[criterion]
+    if rule is None or sums is None:
+        return np.random.default_rng([layer]).random(experts)
+    return rule(sums, weights)
+
 
 Kept = list[dict[str, list[np.ndarray]]]
 """Per layer: channel axis → per expert the ascending indices of the kept channels."""

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from surgery.api import apply_plan
-from surgery.apply.edits import kept_channels
+from surgery.apply.edits import kept_parts
 from surgery.planning.plan import Plan
 from surgery.stats.channel_stats import PARTS, ChannelStats
 from tests.support import tiny
@@ -90,7 +90,7 @@ def test_each_expert_keeps_the_channels_that_its_own_tokens_use(
     source, stats = tiny.save(tmp_path / "source", MOE), tmp_path / "stats.safetensors"
     calibrated(run, source, text, stats)
     run("plan", source, "--stats", stats, *SIZES, "--criterion", "act2", "-o", tmp_path / "p.json")
-    kept = kept_channels(Plan.load(tmp_path / "p.json"), layout_of(source))
+    kept = [part.channels for part in kept_parts(Plan.load(tmp_path / "p.json"), layout_of(source))]
     from calib.text.windows import token_windows
     from surgery.text.documents import read_documents
     from surgery.tokenizer.tokenizer_file import load_tokenizer

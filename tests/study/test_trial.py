@@ -18,7 +18,7 @@ from calib.study.text import StudyText
 from calib.study.trial import Trial, Variant, try_all
 from calib.text.heldout import BLOCK_CHARACTERS, EVERY, LEAST_BLOCKS, Words, split_documents
 from surgery.api import apply_plan
-from surgery.apply.edits import kept_channels
+from surgery.apply.edits import kept_parts
 from surgery.planning.plan import Plan
 from surgery.planning.replacement import ReplacementWriter
 from surgery.planning.shapes import axis_lengths
@@ -53,7 +53,7 @@ def try_plan(
         plan.ids(),
         axis_lengths(layout, plan.after.widths),
         repair=repair,
-        kept=dict(enumerate(kept_channels(plan, layout))),
+        kept=dict(enumerate(part.channels for part in kept_parts(plan, layout))),
     )
     size = plan.after.vocab_size
     calibration_pass = study_text.calibration_pass(size, refits=repair)
