@@ -168,7 +168,9 @@ class StreamedDecoder:
         finite = []
         with self.timings.timed("compute"), swapped(layer, weights):
             for part in self._micro_batches(stream.batches):
-                hooked = hooked_ffn(layer, ffn_modules, part.ids, partial(hooks.channels, index))
+                outputs = partial(hooks.routed, index) if hooks.routed is not None else None
+                channels = partial(hooks.channels, index)
+                hooked = hooked_ffn(layer, ffn_modules, part.ids, channels, outputs)
                 hidden, after = self._run(index, layer, part, hooked)
                 hooks.states(index, hidden, after)
                 finite.append(after.isfinite().all())

@@ -24,7 +24,7 @@ from surgery.planning.sizes import (
     vocabulary_first,
     whole,
 )
-from surgery.stats.channels import RANDOM, ChannelOptions
+from surgery.stats.channels import RANDOM, ChannelOptions, needs_stats
 from surgery.tokenizer.tokenizer_file import TokenizerFile
 from surgery.vocabulary.order import (
     Rarity,
@@ -159,10 +159,11 @@ class SizeChoice:
     """The request that led to them."""
 
     def needs_statistics(self, layout: Layout) -> bool:
-        """Whether channels or layers of ``layout`` are chosen by what a text shows."""
-        by_text = self.request.channels.criterion != RANDOM
-        removes_channels = dict(self.sizes.widths) != dict(layout.widths)
-        return self.request.sizes.ranks_layers or (removes_channels and by_text)
+        """Whether channels, experts or layers of ``layout`` are chosen by what a text shows."""
+        channels = self.request.channels
+        by_text = channels.criterion != RANDOM and dict(self.sizes.widths) != dict(layout.widths)
+        experts_by_text = bool(self.sizes.experts) and needs_stats(channels.expert_criterion)
+        return self.request.sizes.ranks_layers or by_text or experts_by_text
 
 
 def choose_sizes(

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from surgery.errors import check_choice, check_least
+from surgery.errors import StatsError, check_choice, check_least
 from surgery.families.schema import EXPERT, WIDTHS
-from surgery.stats.channel_stats import AxisSums, ChannelStats
+from surgery.stats.channel_stats import AxisSums, ChannelStats, RoutedSums
 from surgery.tokenizer.id_map import IdMap
 
 DEFAULT_CRITERION = "common-act2"
@@ -15,7 +15,7 @@ DEFAULT_CRITERION = "common-act2"
 RANDOM = "random"
 """The criterion that needs no statistics."""
 
-DEFAULT_EXPERT_CRITERION = "frequency"
+DEFAULT_EXPERT_CRITERION = "reap"
 
 LEAST_TOKENS = 16
 """An expert's channels are not ranked by fewer tokens than this."""
@@ -104,19 +104,32 @@ CRITERIA: dict[str, Criterion] = {
   over windows. Here it is the sum over windows, which gives the same order of channels.
 """
 
-ExpertCriterion = Callable[[AxisSums, np.ndarray], np.ndarray]
-"""(sums, weights float64 ``[buckets]``) → importance ``[experts]``."""
+ExpertCriterion = Callable[[np.ndarray, RoutedSums, np.ndarray], np.ndarray]
+"""(tokens float64 ``[experts]``, sums, weights float64 ``[buckets]``) → importance ``[experts]``.
+Tokens and sums count by the weight of their bucket, so that removed tokens count nothing."""
 
 
-def _frequency(sums: AxisSums, weights: np.ndarray) -> np.ndarray:
-    return weights @ sums.tokens
+def _mean(total: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    return np.divide(total, tokens, out=np.zeros_like(total), where=tokens > 0)
 
 
-EXPERT_CRITERIA: dict[str, ExpertCriterion | None] = {"frequency": _frequency, "random": None}
-"""Importance of a routed expert; None needs no statistics.
+EXPERT_CRITERIA: dict[str, ExpertCriterion | None] = {
+    DEFAULT_EXPERT_CRITERION: lambda tokens, sums, weights: _mean(weights @ sums.sum_added, tokens),
+    "man": lambda tokens, sums, weights: _mean(weights @ sums.sum_norm, tokens),
+    "msan": lambda tokens, sums, weights: _mean(weights @ sums.sum_norm_sq, tokens),
+    "frequency": lambda tokens, sums, weights: tokens,
+    "gate": lambda tokens, sums, weights: weights @ sums.sum_gate,
+    "random": None,
+}
+"""Importance of a routed expert, over the tokens that the router sends to it and that the
+vocabulary keeps; None needs no statistics. f is the expert's output, g the router's weight for it.
 
-- ``frequency``: how many tokens the router sends to it.
+- ``reap``: the mean of g‖f‖ (arXiv 2510.13999, eq. 9).
+- ``man`` and ``msan``: the means of ‖f‖ and of ‖f‖² (arXiv 2606.15716).
+- ``frequency``: how many tokens there are; ``gate``: Σ g.
 - ``random``: seeded random numbers.
+
+An expert without tokens has importance 0.
 """
 
 
@@ -139,11 +152,21 @@ def choose_experts(importance: np.ndarray, count: int, groups: int) -> np.ndarra
 def expert_importance(
     criterion: str, sums: AxisSums | None, weights: np.ndarray, experts: int, layer: int
 ) -> np.ndarray:
-    """Return the importance of each expert of a layer, float64 ``[experts]``."""
+    """Return the importance of each expert of a layer, float64 ``[experts]``.
+
+    Raises:
+        StatsError: the statistics lack the sums of the experts' outputs.
+    """
     rule = EXPERT_CRITERIA[criterion]
     if rule is None or sums is None:
         return np.random.default_rng([layer]).random(experts)
-    return rule(sums, weights)
+    if sums.routed is None:
+        raise StatsError(
+            f"layer {layer}: {EXPERT}",
+            "has no sums of the experts' outputs",
+            fix="calibrate again, or choose experts at `expert_criterion` random",
+        )
+    return rule(weights @ sums.tokens, sums.routed, weights)
 
 
 Kept = list[dict[str, list[np.ndarray]]]
