@@ -11,10 +11,10 @@ from surgery.errors import UnknownTypeError
 from surgery.files.shard_file import IO
 from surgery.hub.fetch import resolve_model
 from surgery.layout.build import read_layout
-from surgery.layout.census import Census
+from surgery.layout.census import Census, RoutingCensus
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
-from surgery.planning.planner import plan_cut
+from surgery.planning.planner import check_stats, plan_cut
 from surgery.planning.request import CutRequest, SizeChoice, SizeRequest, choose_sizes
 from surgery.probe.probe import Proposal, propose, unknown_type
 from surgery.process import Progress
@@ -53,6 +53,16 @@ class Model:
     def census(self) -> Census:
         """Count parameters by group of tensors (paper eq. 1–3, figure 1)."""
         return Census.of(self.layout, self.name)
+
+    def routing(self, stats: ChannelStats | Path | str) -> RoutingCensus:
+        """Count how the routers spread the tokens of a calibration over their experts.
+
+        Raises:
+            StatsError: the statistics belong to another model, or it has no experts.
+        """
+        loaded = ChannelStats.load(stats) if isinstance(stats, str | Path) else stats
+        check_stats(self.layout, loaded)
+        return RoutingCensus.of(loaded, self.name)
 
     def vocabulary(self) -> VocabCensus:
         """Count the rows of the vocabulary by script and by kind of token."""
@@ -165,7 +175,8 @@ def make_plan(  # noqa: PLR0913
         criterion: Importance of a channel: common-act2, act2, abs-act, wanda, l2 or random.
         min_expert_tokens: Fewest tokens that a kept expert must have seen for its channels to be
             ranked.
-        expert_criterion: Importance of an expert: frequency or random.
+        expert_criterion: Importance of an expert: reap, man, msan, frequency, gate, aimer (which
+            reads the experts' weights) or random.
         data: Text: a path, ``hub:name``, or documents. It shows what a smaller vocabulary costs,
             and "frequency" counts its tokens.
         seed: Shuffles the documents.

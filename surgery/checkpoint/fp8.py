@@ -1,5 +1,8 @@
 """FP8 weights: find and read block scales, decode exactly, dequantize to bf16."""
 
+import math
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -8,6 +11,7 @@ from surgery.checkpoint.quantization import SCALE_SUFFIX
 from surgery.errors import CheckpointError
 from surgery.files.safetensors_header import TensorRef
 from surgery.files.shard_file import open_shard
+from surgery.hub.shards import Shards
 
 Codes = NDArray[np.uint8]
 Float32 = NDArray[np.float32]
@@ -131,6 +135,43 @@ def read_scales(tensor: TensorRef) -> Float32:
     with open_shard(tensor.path, "read") as shard:  # decoding copies them anyway
         shard.read_into(raw.data, tensor.start)
     return decode_scales(raw, tensor.dtype).reshape(tensor.shape)
+
+
+WINDOW_VALUES = 1 << 18
+"""Values of a weight that are decoded at a time."""
+
+
+def weight_windows(
+    checkpoint: Checkpoint, weight: TensorRef, shards: Shards
+) -> Iterator[tuple[int, Float32]]:
+    """Yield the values of a weight in order, with the number of each window's first one.
+
+    A window has whole rows and ends with a matrix of a packed tensor.
+
+    Args:
+        checkpoint: The checkpoint of the weight.
+        weight: The weight; its dtype is a float's, or FP8 with block scales.
+        shards: Where its bytes are found.
+    """
+    *outer, rows, columns = weight.shape
+    scales = checkpoint.scales_of(weight)
+    fp8, grid = checkpoint.quantization, None
+    if scales is not None:
+        with shards.tensor(scales) as here:
+            grid = read_scales(here)
+    step, width = max(1, WINDOW_VALUES // columns), columns * weight.itemsize
+    with shards.tensor(weight) as here, open_shard(here.path, "read") as shard:
+        for matrix in range(math.prod(outer)):
+            for row in range(0, rows, step):
+                first, count = matrix * rows + row, min(step, rows - row)
+                raw = np.empty(count * width, np.uint8)
+                shard.read_into(raw.data, here.start + first * width)
+                if fp8 is not None and grid is not None:
+                    codes, block = raw.reshape(count, columns), fp8.block_shape
+                    bits = dequantize(codes, grid, row, 0, block, VALUES[weight.dtype])
+                    yield first * columns, from_bf16(bits).reshape(-1)
+                else:
+                    yield first * columns, decode_scales(raw, weight.dtype)
 
 
 def weight_of(checkpoint: Checkpoint, scales: TensorRef) -> TensorRef | None:

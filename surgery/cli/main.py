@@ -125,22 +125,34 @@ def main() -> None:
 @model_options
 @click.option("--vocab", is_flag=True, help="Show what the vocabulary's rows are spent on instead.")
 @click.option("--probe", is_flag=True, help="Show which families fit, and propose an entry.")
+@click.option(
+    "--stats", type=path_type, metavar="FILE", help="Show how evenly routers use their experts."
+)
 @show_options
-def inspect(model: ModelOptions, vocab: bool, probe: bool, show: ShowOptions) -> None:
+def inspect(
+    model: ModelOptions, vocab: bool, probe: bool, stats: Path | None, show: ShowOptions
+) -> None:
     """Show where the parameters are; reads headers only."""
     from surgery.api import Model, probe_model
-    from surgery.layout.census import plot_census
+    from surgery.layout.census import plot_census, plot_routing
     from surgery.vocabulary.census import plot_vocab_census
 
     if show.plot is None:
         refuse_idle("without --plot", "force")
     show.check()
     if probe:
-        refuse_idle("with --probe", "family", "vocab", "plot")
+        refuse_idle("with --probe", "family", "vocab", "stats", "plot")
         proposal = probe_model(model.model)
         print_text(json.dumps(asdict(proposal)) if show.as_json else proposal.table())
         return
     opened = Model(model.layout(), model.model)
+    if stats is not None:
+        refuse_idle("with --stats", "vocab")
+        routing = opened.routing(stats)
+        print_text(json.dumps(asdict(routing)) if show.as_json else routing.table())
+        if show.plot is not None:
+            plot_routing(routing, show.plot)
+        return
     if vocab:
         tokens = opened.vocabulary()
         click.echo(json.dumps(asdict(tokens)) if show.as_json else tokens.table())
@@ -190,7 +202,7 @@ def plan(
     compute: ComputeOptions,
     given: PlanSources,
 ) -> None:
-    """Choose what to remove and predict the result; only --repair reads weights.
+    """Choose what to remove and predict the result; only --repair and aimer read weights.
 
     --repair runs the model on --data, in windows like those of the statistics. --seed, --device,
     --dtype and --spill are its options.

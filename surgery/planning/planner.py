@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from surgery.checkpoint.checkpoint import same_weights
+from surgery.checkpoint.fp8 import weight_windows
 from surgery.errors import BudgetError, StatsError
 from surgery.families.schema import EXPERT
 from surgery.files import index_sets
 from surgery.files.model_files import ADAPTER_NAME
+from surgery.files.safetensors_header import TensorRef
+from surgery.hub.shards import Shards
 from surgery.layout.layout import Layout
 from surgery.planning.layers import check_layers, format_layers, kind_notes
 from surgery.planning.plan import Plan, Provenance
@@ -28,6 +31,7 @@ from surgery.planning.shapes import (
 from surgery.planning.sizes import TOLERANCE, Sizes, check_sizes, whole
 from surgery.stats.channel_stats import ChannelStats
 from surgery.stats.channels import (
+    AIMER,
     RANDOM,
     bucket_weights,
     choose_channels,
@@ -145,10 +149,47 @@ def kept_experts(
     sums = {layer: stats.layers[layer][EXPERT] for layer in layers} if stats else {}
     weights = bucket_weights(stats, ids) if stats else np.ones(1)
     found = {}
-    for layer in layers:
-        importance = expert_importance(criterion, sums.get(layer), weights, layout.experts, layer)
-        found[layer] = choose_experts(importance, sizes.experts, groups)
+    with Shards.of(layout.checkpoint.path) as shards:
+        if criterion == AIMER:
+            refs = [ref for layer in layers for ref in _expert_matrices(layout, layer)]
+            shards.expect([{ref.path.name} for ref in refs])
+        for layer in layers:
+            if criterion == AIMER:
+                importance = -_aimer(layout, layer, shards)
+            else:
+                importance = expert_importance(
+                    criterion, sums.get(layer), weights, layout.experts, layer
+                )
+            found[layer] = choose_experts(importance, sizes.experts, groups)
     return found
+
+
+def _aimer(layout: Layout, layer: int, shards: Shards) -> np.ndarray:
+    """Return ‖w‖₁ / (√N ‖w‖₂) of each expert's matrices, float64 ``[experts]``; reads them.
+
+    Source: arXiv 2603.18492, eq. 4, which removes the experts of the largest value.
+    """
+    sums = np.zeros((3, layout.experts))  # N, Σ|w| and Σw²
+    for ref in _expert_matrices(layout, layer):
+        role = layout.roles[ref.name]
+        for first, values in weight_windows(layout.checkpoint, ref, shards):
+            expert = role.expert or 0
+            if role.slot.packed:
+                expert = first * layout.experts // ref.parameters
+            wide = values.astype(np.float64)
+            sums[:, expert] += len(wide), np.abs(wide).sum(), np.square(wide).sum()
+    count, absolute, square = sums
+    return absolute / np.sqrt(np.maximum(count * square, np.finfo(np.float64).tiny))
+
+
+def _expert_matrices(layout: Layout, layer: int) -> list[TensorRef]:
+    """Return the tensors of a layer that hold its experts' matrices; their biases are none."""
+    return [
+        ref
+        for ref in layout.of_layer[layer].values()
+        if (slot := layout.roles[ref.name].slot).width == EXPERT
+        and len(ref.shape) == (3 if slot.packed else 2)
+    ]
 
 
 def _encoded_experts(layout: Layout, sizes: Sizes, kept: KeptExperts) -> list[str]:

@@ -15,6 +15,9 @@ DEFAULT_CRITERION = "common-act2"
 RANDOM = "random"
 """The criterion that needs no statistics."""
 
+AIMER = "aimer"
+"""The criterion of experts that needs their weights, but no statistics."""
+
 DEFAULT_EXPERT_CRITERION = "reap"
 
 LEAST_TOKENS = 16
@@ -119,6 +122,7 @@ EXPERT_CRITERIA: dict[str, ExpertCriterion | None] = {
     "msan": lambda tokens, sums, weights: _mean(weights @ sums.sum_norm_sq, tokens),
     "frequency": lambda tokens, sums, weights: tokens,
     "gate": lambda tokens, sums, weights: weights @ sums.sum_gate,
+    AIMER: None,
     "random": None,
 }
 """Importance of a routed expert, over the tokens that the router sends to it and that the
@@ -127,6 +131,8 @@ vocabulary keeps; None needs no statistics. f is the expert's output, g the rout
 - ``reap``: the mean of g‖f‖ (arXiv 2510.13999, eq. 9).
 - ``man`` and ``msan``: the means of ‖f‖ and of ‖f‖² (arXiv 2606.15716).
 - ``frequency``: how many tokens there are; ``gate``: Σ g.
+- ``aimer``: −‖w‖₁ / (√N ‖w‖₂) over the N weights w of an expert's matrices, without a text
+  (arXiv 2603.18492, eq. 4): of weights of one size alike, an expert says least.
 - ``random``: seeded random numbers.
 
 An expert without tokens has importance 0.

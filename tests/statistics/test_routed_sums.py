@@ -1,5 +1,6 @@
 """Sums over the outputs of routed experts, and the experts that they choose."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from surgery.planning.plan import Plan
 from surgery.stats.channel_stats import ROUTED_PARTS, ChannelStats, merge_stats
 from surgery.stats.channels import EXPERT_CRITERIA, bucket_weights, expert_importance
 from surgery.vocabulary.order import rarity_of
-from tests.support import tiny
+from tests.support import fp8, tiny
 from tests.support.calibration import CPU, EDGES, SEQ_LEN, SETTINGS, sample_windows, take_stats
 from tests.support.command import Run
+from tests.support.contents import weights
 from tests.support.full_load import hooked
 from tests.support.plans import layout_of
 from tests.support.tiny_configs import MOE as TINY_MIXTURES
@@ -155,3 +157,48 @@ def test_statistics_without_these_sums_are_refused(tmp_path: Path) -> None:
     sums = replace(take_stats(path).layers[1]["expert"], routed=None)
     with pytest.raises(StatsError, match="no sums of the experts' outputs"):
         expert_importance("reap", sums, np.ones(len(EDGES)), 4, 1)
+
+
+@pytest.mark.parametrize("key", [MOE, "gpt_oss", "fp8"])
+def test_aimer_reads_the_weights_alone(tmp_path: Path, run: Run, key: str) -> None:
+    source, file = tmp_path / "source", tmp_path / "plan.json"
+    if key == "fp8":
+        fp8.save(source, "deepseek_v3", n_routed_experts=8, n_group=1)
+    else:
+        tiny.save(source, key, num_local_experts=8)
+    made = run("plan", source, "--num-experts", 5, "--expert-criterion", "aimer", "-o", file)
+    assert made.exit_code == 0, made.output
+    plan = Plan.load(file)
+    tensors = weights(fp8.plain(source, tmp_path / "plain") if key == "fp8" else source)
+    scores = []
+    for expert in range(8):
+        at = "model.layers.1.mlp.experts"
+        parts = ("gate_up_proj", "down_proj") if key == "gpt_oss" else ("gate", "up", "down")
+        matrices = [
+            tensors[f"{at}.{part}"][expert]
+            if key == "gpt_oss"
+            else tensors[f"{at}.{expert}.{part}_proj.weight"]
+            for part in parts
+        ]
+        every = torch.cat([matrix.double().flatten() for matrix in matrices])
+        scores.append(float(every.abs().mean() / every.square().mean().sqrt()))
+    assert plan.experts(1).tolist() == sorted(np.argsort(scores)[:5].tolist())
+    assert plan.provenance.expert_criterion == "aimer"
+
+
+def test_inspect_shows_how_tokens_are_spread(tmp_path: Path, text: Path, run: Run) -> None:
+    source, stats = tiny.save(tmp_path / "source", MOE), tmp_path / "s.safetensors"
+    take = ("--data", text, "--seq-len", 64, "--samples", 4, "-o", stats)
+    assert run("calibrate", source, *take).exit_code == 0
+    shown = run("inspect", source, "--stats", stats, "--plot", tmp_path / "routing.png")
+    assert shown.exit_code == 0, shown.output
+    assert "half go to" in shown.output
+    assert (tmp_path / "routing.png").stat().st_size > 1000
+    found = json.loads(run("inspect", source, "--stats", stats, "--json").output)
+    tokens = ChannelStats.load(stats).layers[2]["expert"].tokens.sum(axis=0)
+    assert np.allclose(found["shares"]["2"], tokens / tokens.sum())
+    assert found["tokens"]["2"] == tokens.sum()
+    other = tiny.save(tmp_path / "llama")
+    refused = run("inspect", other, "--stats", stats)
+    assert refused.exit_code == 2
+    assert "belong to another model" in refused.output
