@@ -7,6 +7,7 @@ from typing import Any
 
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.fp8 import check_weight
+from surgery.checkpoint.quantization import quantization_of
 from surgery.errors import CheckpointError
 from surgery.families.blocks import BUFFER
 from surgery.families.schema import EXPERT_KEYS, EXPERTS, VOCAB, Family, Slot
@@ -31,6 +32,8 @@ def read_layout(checkpoint: Checkpoint, family: Family | None = None) -> Layout:
     where = checkpoint.path / "config.json"
     family = family or family_of(checkpoint.config, where, checkpoint.family)
     config = family.text_config(checkpoint.config)
+    if checkpoint.opaque is not None and family.experts is None:
+        quantization_of(checkpoint.config, where)  # refuses it: no experts could be removed
     depth = size_in(config, family.depth, where)
     if depth is None:
         raise no_size(where, family.depth, config.get(family.depth))
@@ -91,6 +94,8 @@ def _lengths(layout: Layout, config: Mapping[str, Any], where: object) -> dict[s
                 continue
             configured = size_in(config, "vocab_size" if key == VOCAB else key, where)
             shape = layout.checkpoint.tensors[name].shape
+            if role.opaque and configured is None:
+                raise no_size(where, key, None)
             in_tensor = (shape[number] if number < len(shape) else 0) // layout.unit(dim)
             found[key] = configured or in_tensor
     return found
@@ -118,7 +123,9 @@ def _check_tensor(layout: Layout, tensor: TensorRef) -> None:
             found=list(tensor.shape),
             fix="use a checkpoint with all its weights",
         )
-    if tensor.dtype.startswith("F8_"):
+    if role.opaque:
+        pass  # its bytes are moved as they are
+    elif tensor.dtype.startswith("F8_"):
         check_weight(layout.checkpoint, tensor)
     elif tensor.dtype not in FLOATS and (role.slot.required and role.slot is not CARRIED):
         raise CheckpointError(
@@ -138,11 +145,11 @@ def _check_tensor(layout: Layout, tensor: TensorRef) -> None:
         )
     for number, dim in enumerate(role.slot.dims):
         key = layout.key_of(dim)
-        if dim is None or key is None:
+        if dim is None or key is None or (role.opaque and key != EXPERTS):
             continue
         expected = layout.length(key) * layout.unit(dim)
-        fits = len(tensor.shape) == len(role.slot.dims)
-        if not fits or tensor.shape[number] != expected:
+        fits = role.opaque or len(tensor.shape) == len(role.slot.dims)
+        if not fits or number >= len(tensor.shape) or tensor.shape[number] != expected:
             raise CheckpointError(
                 where,
                 f"shape contradicts config.json's {_NAMES.get(key, key)}",

@@ -35,7 +35,10 @@ class TensorRole:
     layer: int | None = None
     expert: int | None = None
     scales: bool = False
-    """Whether the tensor holds the scales of this FP8 weight; scales are not parameters."""
+    """Whether the tensor holds the scales of this weight, or what else is stored beside its codes;
+    scales are not parameters."""
+    opaque: bool = False
+    """Whether the tensor is part of a quantized weight that is only moved whole (``Opaque``)."""
 
     @property
     def dropped(self) -> bool:
@@ -68,9 +71,21 @@ class TensorRoles:
             FamilyError: the family has no such tensor.
             CheckpointError: it holds scales, but there is no FP8 weight for them.
         """
+        opaque = self.checkpoint.opaque
+        if opaque is not None:
+            stored = opaque.weight_of(tensor.name)
+            if stored is not None:
+                role = self._of_name(replace(tensor, name=stored[0]))
+                return replace(role, scales=stored[1], opaque=True)
+            role = self._of_name(tensor)
+            own_name = not opaque.codes or opaque.method == "compressed-tensors"
+            return replace(role, opaque=own_name and tensor.dtype not in FLOATS)
         weight = weight_of(self.checkpoint, tensor)
         if weight is not None:
             return replace(self.of(weight), scales=True)
+        return self._of_name(tensor)
+
+    def _of_name(self, tensor: TensorRef) -> TensorRole:
         for name in self.family.spellings(tensor.name):
             pattern, numbers = template(name)
             slot = self.family.by_name.get(pattern)
@@ -315,10 +330,13 @@ class Layout:
 
     def _count(self, tensor: TensorRef) -> int:
         """Return the parameters of ``tensor`` in the experts that count."""
-        slot = self.roles[tensor.name].slot
-        if self.experts_left and slot.counts_experts and self.family.experts:
-            return tensor.parameters * self.experts_left // self.experts
-        return tensor.parameters
+        role, opaque = self.roles[tensor.name], self.checkpoint.opaque
+        count = tensor.parameters
+        if opaque is not None and role.opaque:
+            count *= opaque.values_of(tensor.dtype)
+        if self.experts_left and role.slot.counts_experts and self.family.experts:
+            return count * self.experts_left // self.experts
+        return count
 
     def key_of(self, dim: Dim | None) -> str | None:
         """VOCAB, EXPERTS, or config.json's key of a width; None where ``dim`` is never pruned."""

@@ -51,6 +51,7 @@ def check_blocks(layout: Layout, sizes: Sizes) -> None:
         BudgetError: a size is not in whole blocks, a vocabulary in FP8 would lose rows, or
             ``dequantize`` is asked of a checkpoint without FP8.
     """
+    _check_opaque(layout, sizes)
     if sizes.dequantize:
         if layout.checkpoint.quantization is None:
             raise BudgetError(
@@ -77,6 +78,34 @@ def check_blocks(layout: Layout, sizes: Sizes) -> None:
                 expected=f"multiples of {block} before and after",
                 found=f"{full} and {size}",
                 fix=f"choose another size; or {DEQUANTIZE}",
+            )
+
+
+def _check_opaque(layout: Layout, sizes: Sizes) -> None:
+    """Refuse to prune anything but whole experts and layers of weights that are moved as they are.
+
+    Raises:
+        BudgetError: naming the size.
+    """
+    opaque = layout.checkpoint.opaque
+    if opaque is None:
+        return
+    carried = {
+        layout.key_of(dim)
+        for role in layout.roles.values()
+        if role.opaque
+        for dim in role.slot.dims
+    }
+    given = {VOCAB: (sizes.vocab_size, layout.vocab_size)}
+    given |= {key: (size, layout.widths[key]) for key, size in sizes.widths.items()}
+    for key, (size, full) in given.items():
+        if key in carried and size != full:
+            raise BudgetError(
+                "`vocab_size`" if key == VOCAB else key,
+                f"cannot change: its weights are {opaque.method}, and are only moved whole",
+                expected=full,
+                found=size,
+                fix="remove experts or layers instead, or prune the unquantized checkpoint",
             )
 
 
@@ -212,6 +241,9 @@ def _check_unknown_lists(layout: Layout) -> None:
 def output_shape(layout: Layout, tensor: TensorRef, sizes: Sizes) -> tuple[int, ...]:
     """Return the shape of ``tensor`` under ``sizes``; scales follow their weight."""
     role, fp8 = layout.roles[tensor.name], layout.checkpoint.quantization
+    if role.opaque:
+        count = sizes.experts if role.slot.packed else 0
+        return (count, *tensor.shape[1:]) if count else tensor.shape
     if role.scales and fp8 is not None:
         weight = layout.checkpoint.tensors[fp8.weight_of(tensor.name)]
         rows, columns = output_shape(layout, weight, sizes)

@@ -1,0 +1,85 @@
+"""Quantized mixtures lose whole experts, and every kept byte stays as it was."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from surgery.api import apply_plan
+from surgery.apply.edits import kept_parts
+from tests.support import quantized
+from tests.support.command import Run
+from tests.support.contents import bits, weights
+from tests.support.plans import layout_of, random_plan
+
+KINDS = (*quantized.SECTIONS, "mxfp4")
+
+
+def save(path: Path, kind: str) -> Path:
+    if kind == "mxfp4":
+        return quantized.save_mxfp4(path, num_local_experts=8)
+    return quantized.save(path, kind, num_experts=8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kept_bytes_stay_as_they_were(tmp_path: Path, run: Run, kind: str) -> None:
+    source, out = save(tmp_path / "source", kind), tmp_path / "out"
+    plan = random_plan(source, 640, 1.0, experts=6)
+    apply_plan(plan, source=source, output=out)
+    old, new, kept = weights(source), weights(out), kept_parts(plan, layout_of(source))
+    expected = {}
+    for name, tensor in old.items():
+        layer = int(name.split(".")[2]) if "layers" in name else 0
+        experts = kept[layer].experts.tolist() if "layers" in name else []
+        if ".experts." in name and kind != "mxfp4":
+            expert = int(name.split(".")[5])
+            if expert in experts:
+                at = name.replace(f".experts.{expert}.", f".experts.{experts.index(expert)}.")
+                expected[at] = tensor
+        elif ".experts." in name or name.endswith(("gate.weight", "router.weight", "router.bias")):
+            expected[name] = tensor[torch.tensor(experts)]
+        else:
+            expected[name] = tensor
+    assert new.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert new[name].dtype == tensor.dtype
+        assert bits(new[name]) == bits(tensor), name
+    assert sum(tensor.nbytes for tensor in new.values()) == plan.after.nbytes
+    verified = run("verify", out, "--source", source)
+    assert verified.exit_code == 0, verified.output
+    assert "bit-identical" in verified.output
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_are_those_of_the_unquantized_model(tmp_path: Path, kind: str) -> None:
+    layout = layout_of(save(tmp_path / "source", kind))
+    channels = next(iter(layout.widths.values())) if kind == "mxfp4" else 64
+    biases = 3 * 8 * (2 * channels + 32) if kind == "mxfp4" else 0
+    layers = 3 if kind == "mxfp4" else 2
+    assert layout.weights["experts"] == layers * 8 * (3 * 32 * channels + 32) + biases + (
+        3 * 8 if kind == "mxfp4" else 0
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_whole_experts_go(tmp_path: Path, run: Run, kind: str) -> None:
+    source, file = save(tmp_path / "source", kind), tmp_path / "plan.json"
+    key = "intermediate_size" if kind == "mxfp4" else "moe_intermediate_size"
+    refused = run("plan", source, "--width", f"{key}=32", "-o", file)
+    assert refused.exit_code == 2, refused.output
+    assert f"{key}: cannot change: its weights are " in refused.output
+    assert "only moved whole" in refused.output
+    layers = run("plan", source, "--layers", "0,1+2", "-o", file)
+    assert layers.exit_code == 2
+    assert "cannot be merged into one" in layers.output
+    assert run("plan", source, "--layers", "0,2", "--vocab-size", 512, "-o", file).exit_code == 0
+    assert run("apply", file, "-o", tmp_path / "out").exit_code == 0
+
+
+def test_a_quantized_model_without_experts_is_refused_by_name(tmp_path: Path, run: Run) -> None:
+    source = quantized.tiny.save(tmp_path / "source")
+    quantized.set_section(source, quantized.SECTIONS["gptq"])
+    refused = run("inspect", source)
+    assert refused.exit_code == 2
+    assert "checkpoint is quantized" in refused.output
+    assert "found quant_method gptq" in refused.output
