@@ -84,6 +84,8 @@ class Opaque:
     """Ending of the weight's name in the unquantized model."""
     bits: int = 4
     """Bits of a code that is packed with others."""
+    variant: str = ""
+    """What config.json says of the layout: ``checkpoint_format`` or ``version``."""
 
     def weight_of(self, name: str) -> tuple[str, bool] | None:
         """Return the weight that the tensor ``name`` belongs to, and whether it is beside codes."""
@@ -91,6 +93,24 @@ class Opaque:
             if name.endswith(ending):
                 return name.removesuffix(ending) + self.weight, ending != self.codes
         return None
+
+    def base_of(self, codes: str) -> str:
+        """Return what the names of a weight's parts begin with, for the tensor ``codes``."""
+        own = self.codes and codes.endswith(self.codes)
+        return codes.removesuffix(self.codes if own else self.weight)
+
+    def shape_of(self, codes: tuple[int, ...], dtype: str) -> tuple[int, ...]:
+        """Return the shape of the weight in the unquantized model, for that of its codes."""
+        if (
+            self.method == "mxfp4"
+        ):  # [experts, out, groups, bytes]; the model has [experts, in, out]
+            return codes[0], codes[2] * codes[3] * 2, codes[1]
+        rows, columns = codes
+        if self.method == "gptq":
+            return columns, rows * self.values_of(dtype)
+        if self.method == "awq":
+            return columns * self.values_of(dtype), rows
+        return rows, columns * self.values_of(dtype)
 
     def values_of(self, dtype: str) -> int:
         """Return how many codes an element of this safetensors dtype holds."""
@@ -132,7 +152,10 @@ def opaque_of(config: dict[str, Any]) -> Opaque | None:
         return None
     found = {each.method: each for each in OPAQUE}.get(method)
     bits = section.get("bits", section.get("w_bit"))
-    return replace(found, bits=bits) if found and bits in (2, 3, 4, 8) else found
+    variant = str(section.get("checkpoint_format") or section.get("version") or "")
+    variant = "transformed" if section.get("transform_config") else variant
+    bits = bits if bits in (2, 3, 4, 8) else 4
+    return replace(found, bits=bits, variant=variant) if found else None
 
 
 def _is_block(section: dict[str, Any]) -> bool:

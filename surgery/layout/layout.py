@@ -328,12 +328,23 @@ class Layout:
             counts[self.roles[tensor.name].slot.group] += self._count(tensor)
         return counts
 
+    def values_of(self, tensor: TensorRef) -> int:
+        """Return how many values a tensor holds; an element may hold several codes."""
+        opaque = self.checkpoint.opaque
+        if opaque is not None and self.roles[tensor.name].opaque:
+            return tensor.parameters * opaque.values_of(tensor.dtype)
+        return tensor.parameters
+
+    def shape_of(self, tensor: TensorRef) -> tuple[int, ...]:
+        """Return the shape that a tensor has in the unquantized model."""
+        role, opaque = self.roles[tensor.name], self.checkpoint.opaque
+        if opaque is not None and role.opaque and not role.scales:
+            return opaque.shape_of(tensor.shape, tensor.dtype)
+        return tensor.shape
+
     def _count(self, tensor: TensorRef) -> int:
         """Return the parameters of ``tensor`` in the experts that count."""
-        role, opaque = self.roles[tensor.name], self.checkpoint.opaque
-        count = tensor.parameters
-        if opaque is not None and role.opaque:
-            count *= opaque.values_of(tensor.dtype)
+        role, count = self.roles[tensor.name], self.values_of(tensor)
         if self.experts_left and role.slot.counts_experts and self.family.experts:
             return count * self.experts_left // self.experts
         return count

@@ -1,13 +1,19 @@
 """Quantized mixtures lose whole experts, and every kept byte stays as it was."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.utils.quantization_config import Mxfp4Config
 
 from surgery.api import apply_plan
 from surgery.apply.edits import kept_parts
-from tests.support import quantized
+from surgery.stats.channel_stats import ChannelStats
+from tests.support import quantized, tiny
 from tests.support.command import Run
 from tests.support.contents import bits, weights
 from tests.support.plans import layout_of, random_plan
@@ -77,9 +83,78 @@ def test_only_whole_experts_go(tmp_path: Path, run: Run, kind: str) -> None:
 
 
 def test_a_quantized_model_without_experts_is_refused_by_name(tmp_path: Path, run: Run) -> None:
-    source = quantized.tiny.save(tmp_path / "source")
+    source = tiny.save(tmp_path / "source")
     quantized.set_section(source, quantized.SECTIONS["gptq"])
     refused = run("inspect", source)
     assert refused.exit_code == 2
     assert "checkpoint is quantized" in refused.output
     assert "found quant_method gptq" in refused.output
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_calibration_reads_them_decoded(tmp_path: Path, text: Path, run: Run, kind: str) -> None:
+    source = save(tmp_path / "source", kind)
+    plain = quantized.plain(source, tmp_path / "plain")
+    found = {}
+    for path in (source, plain):
+        stats = path.with_suffix(".safetensors")
+        take = ("--data", text, "--seq-len", 32, "--samples", 4, "-o", stats)
+        made = run("calibrate", path, *take)
+        assert made.exit_code == 0, made.output
+        found[path.name] = ChannelStats.load(stats)
+    for one, other in zip(found["source"].layers, found["plain"].layers, strict=True):
+        for axis, sums in one.items():
+            for name, array in sums.arrays().items():
+                assert np.allclose(array, other[axis].arrays()[name], rtol=1e-4), (axis, name)
+    sums = found["source"].layers[2]["expert"]
+    assert sums.routed is not None
+    assert sums.routed.sum_norm.max() > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_whole_command_and_its_check(tmp_path: Path, text: Path, run: Run, kind: str) -> None:
+    source, out = save(tmp_path / "source", kind), tmp_path / "out"
+    take = ("--data", text, "--seq-len", 32, "--samples", 4)
+    made = run("prune", source, *take, "--num-experts", 5, "--vocab-size", 512, "-o", out)
+    assert made.exit_code == 0, made.output
+    verified = run("verify", out, "--forward")
+    assert verified.exit_code == 0, verified.output
+    assert "logits" in verified.output
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "change"),
+    [("int4", "weight_zero_point", {}), ("int4", "", {"transform_config": {"rotate": 1}}),
+     ("awq", "", {"version": "gemv"}), ("gptq", "", {"bits": 3})],
+)  # fmt: skip
+def test_kinds_that_are_not_decoded_are_refused_by_name(
+    tmp_path: Path, text: Path, run: Run, kind: str, part: str, change: dict[str, Any]
+) -> None:
+    source, file = save(tmp_path / "source", kind), tmp_path / "source" / "model.safetensors"
+    quantized.set_section(source, {**quantized.SECTIONS[kind], **change})
+    if part:
+        tensors = load_file(file)
+        for name in [name for name in tensors if name.endswith("weight_scale")]:
+            tensors[name.replace("weight_scale", part)] = torch.zeros(8, 2, dtype=torch.int32)
+        save_file(tensors, file, {"format": "pt"})
+    refused = run("calibrate", source, "--data", text, "-o", tmp_path / "s.safetensors")
+    assert refused.exit_code == 2, refused.output
+    assert len(refused.output.strip().splitlines()) == 1 or "note" in refused.output
+    if kind != "gptq":
+        assert "of a kind that is not decoded" in refused.output
+    random = ("--num-experts", 6, "--expert-criterion", "random", "-o", tmp_path / "p.json")
+    assert run("plan", source, *random).exit_code == 0
+    assert run("apply", tmp_path / "p.json", "-o", tmp_path / "out").exit_code == 0
+
+
+def test_a_pruned_gpt_oss_loads_in_transformers(tmp_path: Path) -> None:
+    source, out = save(tmp_path / "source", "mxfp4"), tmp_path / "out"
+    apply_plan(random_plan(source, 640, 1.0, experts=6), source=source, output=out)
+    loads = {"quantization_config": Mxfp4Config(dequantize=True), "dtype": torch.float32}
+    model = AutoModelForCausalLM.from_pretrained(out, **loads).eval()
+    plain = tiny.load(quantized.plain(out, tmp_path / "plain"), "gpt_oss")
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        found, expected = model(input_ids=ids).logits, plain(input_ids=ids).logits
+    assert model.config.num_local_experts == 6
+    assert (found - expected).abs().max() <= 1e-2 * expected.abs().max()

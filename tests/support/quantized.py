@@ -1,11 +1,13 @@
 """Tiny mixtures in quantized formats, with generated codes: as published, but small."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.integrations.mxfp4 import FP4_VALUES, convert_moe_packed_tensors
 
 from tests.support import tiny
 
@@ -123,3 +125,66 @@ def save_mxfp4(path: Path, **changes: Any) -> Path:
     skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"]
     set_section(path, {"quant_method": "mxfp4", "modules_to_not_convert": skipped})
     return path
+
+
+def plain(path: Path, output: Path) -> Path:
+    """Save what ``path`` means as an unquantized checkpoint in float32, decoded code by code."""
+    shutil.copytree(path, output)
+    config = json.loads((output / "config.json").read_text())
+    section = config.pop("quantization_config")
+    (output / "config.json").write_text(json.dumps(config))
+    file = output / "model.safetensors"
+    tensors, found = load_file(file), {}
+    for name, tensor in tensors.items():
+        base, _, part = name.rpartition(".")
+        if name.endswith("_blocks"):
+            scales = tensors[name.replace("_blocks", "_scales")]
+            weight = convert_moe_packed_tensors(tensor, scales, dtype=torch.float32)
+            found[name.removesuffix("_blocks")] = weight.contiguous()
+        elif ".experts." in name and part in ("qweight", "weight_packed", "weight"):
+            parts = {
+                n.rpartition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{base}.")
+            }
+            found[f"{base}.weight"] = decoded(section["quant_method"], parts)
+        elif ".experts." not in name or name.endswith("_bias"):
+            found[name] = tensor
+    save_file(found, file, {"format": "pt"})
+    return output
+
+
+def nibbles(packed: torch.Tensor, count: int) -> torch.Tensor:
+    """The ``count`` codes of 4 bits in each element along the last dimension."""
+    wide = packed.long()
+    parts = [(wide >> (4 * number)) & 15 for number in range(count)]
+    return torch.stack(parts, dim=-1).flatten(-2)
+
+
+def decoded(method: str, parts: Tensors) -> torch.Tensor:
+    """``[out, in]`` in float32."""
+    if method == "gptq":
+        codes = nibbles(parts["qweight"].T, 8).float()
+        zeros, group = nibbles(parts["qzeros"], 8).float() + 1, parts["g_idx"].long()
+        return ((codes - zeros[group].T) * parts["scales"].float()[group].T).contiguous()
+    if method == "awq":
+        order = [0, 2, 4, 6, 1, 3, 5, 7]
+
+        def outputs(packed: torch.Tensor) -> torch.Tensor:
+            found = torch.zeros(len(packed), packed.shape[1] * 8)
+            for place, output in enumerate(order):
+                found[:, output::8] = ((packed.long() >> (4 * place)) & 15).float()
+            return found
+
+        group = torch.arange(len(parts["qweight"])) // GROUP
+        codes, zeros = outputs(parts["qweight"]), outputs(parts["qzeros"])
+        return ((codes - zeros[group]) * parts["scales"].float()[group]).T.contiguous()
+    scales = parts["weight_scale"].float()
+    if "weight_shape" in parts:
+        return (nibbles(parts["weight_packed"], 8) - 8).float() * scales.repeat_interleave(GROUP, 1)
+    codes = parts["weight_packed" if "weight_packed" in parts else "weight"]
+    if codes.dtype != torch.uint8:
+        return codes.float() * scales
+    if "weight_global_scale" in parts:
+        scales = scales / parts["weight_global_scale"]
+    else:
+        scales = scales * parts["weight_scale_2"]
+    return torch.tensor(FP4_VALUES)[nibbles(codes, 2)] * scales.repeat_interleave(GROUP, 1)
