@@ -12,7 +12,7 @@ import torch
 
 from calib.streaming.settings import DEVICES, MICRO_BATCH_VALUES, ComputeOptions, PassSettings
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.checkpoint.fp8 import opaque_matrices, opaque_parts, read_scales
+from surgery.checkpoint.fp8 import opaque_matrices, read_scales
 from surgery.checkpoint.quantization import Opaque
 from surgery.errors import SurgeryError, check_choice
 from surgery.files.index_sets import runs
@@ -103,11 +103,10 @@ class WeightReader:
         """Decode a weight, one expert at a time where they are packed."""
         shape = opaque.shape_of(ref.shape, ref.dtype)
         result = self._memory(shape, self._dequantize)
-        matrices = opaque_matrices(self._checkpoint, ref, self._shards)
-        for target, values in zip(result.view(-1, *shape[-2:]), matrices, strict=True):
-            target.copy_(torch.from_numpy(values))
-        parts = opaque_parts(self._checkpoint, ref)
-        self.bytes_read += ref.nbytes + sum(part.nbytes for part in parts.values())
+        matrices = opaque_matrices(self._checkpoint, ref)
+        for target, matrix in zip(result.view(-1, *shape[-2:]), matrices, strict=True):
+            target.copy_(torch.from_numpy(matrix.decode(self._shards)))
+            self.bytes_read += sum(each.nbytes for each in matrix.refs)
         return result
 
     def _whole(self, ref: TensorRef, scales: torch.Tensor | None) -> torch.Tensor:

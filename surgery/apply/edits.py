@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from surgery.checkpoint.checkpoint import Checkpoint, same_weights
+from surgery.checkpoint.fp8 import OpaqueMatrix, opaque_matrices
 from surgery.errors import PlanError
 from surgery.families.blocks import adds_up
 from surgery.families.schema import EXPERT, EXPERTS, VOCAB, Dim, renumbered
@@ -56,18 +57,23 @@ class Edit:
     """Whether ``source`` is in the plan's file of replacements, not in a shard of the source."""
     scaling: Scaling | None = None
     """Where given, the elements are dequantized to bf16; else they are copied as they are."""
+    matrix: OpaqueMatrix | None = None
+    """Where given, ``source`` are its codes. It is decoded whole and becomes bf16; ``indices``
+    select on the decoded matrix."""
 
     @property
     def itemsize(self) -> int:
         """Bytes per element of the output."""
-        return self.source.itemsize if self.scaling is None else ITEMSIZE["BF16"]
+        plain = self.scaling is None and self.matrix is None
+        return self.source.itemsize if plain else ITEMSIZE["BF16"]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the run."""
-        elements = self.source.parameters
+        shape = self.source.shape if self.matrix is None else self.matrix.shape
+        elements = math.prod(shape)
         if self.indices is not None:
-            elements = elements // self.source.shape[self.dim] * len(self.indices)
+            elements = elements // shape[self.dim] * len(self.indices)
         return elements * self.itemsize
 
 
@@ -142,6 +148,10 @@ def edits(plan: Plan, layout: Layout) -> dict[str, list[OutputTensor]]:
                 check_replaced(edit.source, dtype, shape)
                 yield OutputTensor(name, dtype, shape, (edit,))
                 return
+            if role.opaque and sizes.dequantize:
+                name = layout.checkpoint.opaque_weight(name)
+                yield OutputTensor(name, dtype, shape, _decoded(layout, tensor, shape, of_layer))
+                return
             parts = _edits_of(layout, tensor, shape, of_layer)
             if len(group) > 1 and adds_up(role.slot):
                 others = (layout.of_layer[n][renumbered(role.name, n)] for n in group[1:])
@@ -172,6 +182,7 @@ def sources(shard: Sequence[OutputTensor]) -> frozenset[str]:
     """Return the names of the source's shards that these tensors are made of."""
     used = [edit for tensor in shard for edit in tensor.edits if not edit.replaces]
     scaled = {edit.scaling.scales.path.name for edit in used if edit.scaling is not None}
+    scaled |= {ref.path.name for edit in used if edit.matrix for ref in edit.matrix.refs}
     terms = {term.path.name for edit in used for term in edit.terms}
     return frozenset({edit.source.path.name for edit in used} | scaled | terms)
 
@@ -298,6 +309,33 @@ def _edits_of(
         where = f"plan: {tensor.name}"
         indices = whole_blocks(indices, fp8.block_shape[number], where)
     return (Edit(tensor, number, indices),)
+
+
+def _decoded(
+    layout: Layout, tensor: TensorRef, shape: Sequence[int], kept: KeptParts
+) -> tuple[Edit, ...]:
+    """Return the edits that decode an opaque weight to ``shape``."""
+    role, full = layout.roles[tensor.name], layout.shape_of(tensor)
+    matrices = opaque_matrices(layout.checkpoint, tensor)
+    if role.slot.packed:
+        matrices = [matrices[expert] for expert in kept.experts]
+    changed = [
+        (number, dim)
+        for number, dim in enumerate(role.slot.dims)
+        if dim is not None and dim.axis != EXPERTS and shape[number] != full[number]
+    ]
+    first = kept.position(role.expert or 0) if role.slot.of_expert else 0
+    found = []
+    for number, matrix in enumerate(matrices):
+        edit = Edit(matrix.codes, matrix=matrix)
+        for at, dim in changed:
+            indices = kept.tokens
+            if dim.axis != VOCAB:
+                channels = kept.channels[dim.axis][first + number]
+                indices = positions(channels, dim, layout.channels_of(dim.axis))
+            edit = replace(edit, dim=at - role.slot.packed, indices=indices)
+        found.append(edit)
+    return tuple(found)
 
 
 def _collapsed(made: tuple[Edit, ...], others: Sequence[tuple[Edit, ...]]) -> tuple[Edit, ...]:

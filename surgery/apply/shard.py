@@ -16,6 +16,7 @@ from surgery.checkpoint.fp8 import VALUES, Float32, dequantize, from_bf16, read_
 from surgery.files.index_sets import runs
 from surgery.files.safetensors_header import TensorRef, encode_header
 from surgery.files.shard_file import IO, Buffer, Bytes, ShardFile, open_shard
+from surgery.hub.shards import Shards
 from surgery.process import Advance, no_advance
 
 Bits = NDArray[np.unsignedinteger]
@@ -98,6 +99,8 @@ def stream_edit(edit: Edit, source: ShardFile, output: int) -> None:
 def bytes_read(edit: Edit) -> int:
     """Return the bytes that ``stream_edit`` reads; gaps between short pieces count as well."""
     ranges = _long_ranges(edit)
+    if edit.matrix is not None:
+        return sum(ref.nbytes for ref in edit.matrix.refs)
     own = edit.source.nbytes if ranges is None else sum(length for _, length in ranges)
     return own + sum(term.nbytes for term in edit.terms)
 
@@ -105,7 +108,11 @@ def bytes_read(edit: Edit) -> int:
 def edit_windows(edit: Edit, source: ShardFile) -> Iterator[memoryview]:
     """Yield the output bytes of ``edit``, at most a window at a time, in order."""
     tensor, indices = edit.source, edit.indices
-    if indices is None and edit.scaling is None and not edit.terms:
+    if edit.matrix is not None:
+        values = edit.matrix.decode(Shards())
+        kept = values if indices is None else values.take(indices, axis=edit.dim)
+        yield to_bf16(np.ascontiguousarray(kept)).reshape(-1).data.cast("B")
+    elif indices is None and edit.scaling is None and not edit.terms:
         yield from source.windows(tensor.start, tensor.nbytes, WINDOW_BYTES)
     else:
         every = np.arange(tensor.shape[edit.dim]) if indices is None else indices
@@ -121,7 +128,7 @@ def write_all(output: int, data: memoryview) -> None:
 def _long_ranges(edit: Edit) -> list[tuple[int, int]] | None:
     """Return (offset, length) of the bytes to copy, or None if they are short or must change."""
     tensor = edit.source
-    if edit.scaling is not None or edit.terms:
+    if edit.scaling is not None or edit.terms or edit.matrix is not None:
         return None
     if edit.indices is None:
         return [(tensor.start, tensor.nbytes)]

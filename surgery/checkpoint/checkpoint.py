@@ -110,6 +110,10 @@ class Checkpoint:
         """Every tensor by name, shard by shard in the order of their bytes."""
         return {tensor.name: tensor for shard in self.shards.values() for tensor in shard.tensors}
 
+    def opaque_weight(self, codes: str) -> str:
+        """Return the name that an opaque weight has once it is decoded, for that of its codes."""
+        return self.opaque.base_of(codes) + self.opaque.weight if self.opaque else codes
+
     def scales_of(self, weight: TensorRef) -> TensorRef | None:
         """The scales of an FP8 weight; None for every other tensor."""
         if self.quantization is None or weight.dtype != self.quantization.dtype:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -155,30 +155,57 @@ def opaque_parts(checkpoint: Checkpoint, codes: TensorRef) -> dict[str, TensorRe
     return {end: checkpoint.tensors[n] for end, n in names.items() if n in checkpoint.tensors}
 
 
-def opaque_matrices(checkpoint: Checkpoint, codes: TensorRef, shards: Shards) -> Iterator[Float32]:
-    """Yield the matrices of a weight of ``checkpoint.opaque``, with the model's shape.
+@dataclass(frozen=True)
+class OpaqueMatrix:
+    """A matrix of an opaque weight: a weight of its own, or one expert of a packed one."""
 
-    Values are multiplied in float32. Where experts are packed, each is read and decoded alone.
+    opaque: Opaque
+    codes: TensorRef
+    parts: Mapping[str, TensorRef]
+    """Ending → what is stored beside the codes."""
 
-    Args:
-        checkpoint: The checkpoint.
-        codes: The weight's codes.
-        shards: Where bytes are found.
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns in the unquantized model."""
+        codes = self.codes.shape
+        whole = (1, *codes) if self.opaque.method == "mxfp4" else codes
+        rows, columns = self.opaque.shape_of(whole, self.codes.dtype)[-2:]
+        return rows, columns
 
-    Raises:
-        CheckpointError: the format is not decoded.
-    """
-    opaque = checkpoint.opaque
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """All that is read to decode it."""
+        return self.codes, *self.parts.values()
+
+    def decode(self, shards: Shards) -> Float32:
+        """Read and decode it, multiplied in float32; ``shards`` say where bytes are found.
+
+        Raises:
+            CheckpointError: the format is not decoded.
+        """
+        codes = _array(self.codes, shards)
+        parts = {ending: _array(ref, shards) for ending, ref in self.parts.items()}
+        if self.opaque.method == "mxfp4":
+            return np.ascontiguousarray(decode_mxfp4(codes, parts["_scales"]).T)
+        return _opaque_matrix(self.opaque, self.codes, codes, parts)
+
+
+def opaque_matrices(checkpoint: Checkpoint, codes: TensorRef) -> list[OpaqueMatrix]:
+    """Return the matrices of a weight of ``checkpoint.opaque``, expert by expert if packed."""
+    opaque, parts = checkpoint.opaque, opaque_parts(checkpoint, codes)
     assert opaque is not None
-    parts = {end: _array(ref, shards) for end, ref in opaque_parts(checkpoint, codes).items()}
-    if opaque.method == "mxfp4":
-        step = codes.nbytes // codes.shape[0]
-        for expert, scales in enumerate(parts["_scales"]):
-            start = codes.start + expert * step
-            blocks = _array(replace(codes, start=start, shape=codes.shape[1:]), shards)
-            yield np.ascontiguousarray(decode_mxfp4(blocks, scales).T)
-        return
-    yield _opaque_matrix(opaque, codes, _array(codes, shards), parts)
+    if opaque.method != "mxfp4":
+        return [OpaqueMatrix(opaque, codes, parts)]
+    return [
+        OpaqueMatrix(opaque, _row(codes, n), {end: _row(ref, n) for end, ref in parts.items()})
+        for n in range(codes.shape[0])
+    ]
+
+
+def _row(ref: TensorRef, number: int) -> TensorRef:
+    """Return one entry of a tensor's first dimension as a tensor of its own."""
+    step = ref.nbytes // ref.shape[0]
+    return replace(ref, start=ref.start + number * step, shape=ref.shape[1:])
 
 
 def decode_mxfp4(blocks: Codes, scales: Codes) -> Float32:

@@ -125,6 +125,13 @@ def plan_cut(
 
 
 def _check_repair(layout: Layout, sizes: Sizes, repair: str) -> None:
+    opaque = layout.checkpoint.opaque
+    if repair != "none" and opaque is not None and sizes.widths != layout.widths:
+        raise BudgetError(
+            "`repair`",
+            f"does not work with {opaque.method} weights",
+            fix="leave it out, or dequantize the checkpoint first",
+        )
     if repair != "none" and sizes.experts and sizes.widths != layout.widths:
         raise BudgetError(
             "`repair`",
@@ -314,7 +321,9 @@ def _notes(layout: Layout, choice: SizeChoice, vocabulary: VocabularyCost | None
             "model fails on text with them"
         )
     if sizes.dequantize:
-        notes.append("FP8 weights become bf16, in which each has two bytes instead of one")
+        opaque = layout.checkpoint.opaque
+        what = "FP8 weights" if opaque is None else f"{opaque.method} weights"
+        notes.append(f"{what} become bf16, in which each has two bytes")
     if (layout.checkpoint.path / ADAPTER_NAME).exists():
         notes.append(
             f"the adapter beside the weights ({ADAPTER_NAME}) is not in the output, and the "

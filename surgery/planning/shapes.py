@@ -51,15 +51,15 @@ def check_blocks(layout: Layout, sizes: Sizes) -> None:
         BudgetError: a size is not in whole blocks, a vocabulary in FP8 would lose rows, or
             ``dequantize`` is asked of a checkpoint without FP8.
     """
-    _check_opaque(layout, sizes)
     if sizes.dequantize:
-        if layout.checkpoint.quantization is None:
+        if layout.checkpoint.quantization is None and layout.checkpoint.opaque is None:
             raise BudgetError(
                 "`dequantize`",
                 "has no effect: the checkpoint is not quantized",
                 fix="leave it out",
             )
         return
+    _check_opaque(layout, sizes)
     found = blocks(layout)
     if VOCAB in found and sizes.vocab_size != layout.vocab_size:
         raise BudgetError(
@@ -105,7 +105,7 @@ def _check_opaque(layout: Layout, sizes: Sizes) -> None:
                 f"cannot change: its weights are {opaque.method}, and are only moved whole",
                 expected=full,
                 found=size,
-                fix="remove experts or layers instead, or prune the unquantized checkpoint",
+                fix=f"remove experts or layers instead; or {DEQUANTIZE}",
             )
 
 
@@ -241,14 +241,16 @@ def _check_unknown_lists(layout: Layout) -> None:
 def output_shape(layout: Layout, tensor: TensorRef, sizes: Sizes) -> tuple[int, ...]:
     """Return the shape of ``tensor`` under ``sizes``; scales follow their weight."""
     role, fp8 = layout.roles[tensor.name], layout.checkpoint.quantization
-    if role.opaque:
+    shape = list(tensor.shape)
+    if role.opaque and sizes.dequantize:
+        shape = list(layout.shape_of(tensor))
+    elif role.opaque:
         count = sizes.experts if role.slot.packed else 0
         return (count, *tensor.shape[1:]) if count else tensor.shape
     if role.scales and fp8 is not None:
         weight = layout.checkpoint.tensors[fp8.weight_of(tensor.name)]
         rows, columns = output_shape(layout, weight, sizes)
         return scale_grid((rows, columns), fp8.block_shape)
-    shape = list(tensor.shape)
     for number, dim in enumerate(role.slot.dims):
         key = layout.key_of(dim)
         if dim is not None and key is not None:
@@ -285,8 +287,8 @@ def output_dtype(layout: Layout, tensor: TensorRef, sizes: Sizes) -> str | None:
     is_removed = sizes.layers and all(role.layer != group[0] for group in sizes.layers)
     if is_removed and role.layer is not None:
         return None
-    is_fp8 = layout.checkpoint.scales_of(tensor) is not None
-    return "BF16" if is_fp8 and sizes.dequantize else tensor.dtype
+    quantized = role.opaque or layout.checkpoint.scales_of(tensor) is not None
+    return "BF16" if quantized and sizes.dequantize else tensor.dtype
 
 
 def shape_of(layout: Layout, sizes: Sizes, kept: KeptExperts | None = None) -> Shape:

@@ -1,5 +1,7 @@
 """Quantized mixtures lose whole experts, and every kept byte stays as it was."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ from transformers.utils.quantization_config import Mxfp4Config
 
 from surgery.api import apply_plan
 from surgery.apply.edits import kept_parts
+from surgery.planning.sizes import Sizes
 from surgery.stats.channel_stats import ChannelStats
 from tests.support import quantized, tiny
 from tests.support.command import Run
 from tests.support.contents import bits, weights
-from tests.support.plans import layout_of, random_plan
+from tests.support.plans import layout_of, plan_to, random_plan, random_stats
 
 KINDS = (*quantized.SECTIONS, "mxfp4")
 
@@ -158,3 +161,39 @@ def test_a_pruned_gpt_oss_loads_in_transformers(tmp_path: Path) -> None:
         found, expected = model(input_ids=ids).logits, plain(input_ids=ids).logits
     assert model.config.num_local_experts == 6
     assert (found - expected).abs().max() <= 1e-2 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dequantized_they_can_be_pruned_anywhere(tmp_path: Path, run: Run, kind: str) -> None:
+    source, out = save(tmp_path / "source", kind), tmp_path / "out"
+    plain = quantized.plain(source, tmp_path / "plain")
+    layout, other = layout_of(source), layout_of(plain)
+    widths = {key: size // 2 for key, size in layout.widths.items()}
+    assert layout.widths == other.widths
+    sizes = Sizes(512, widths, dequantize=True, experts=6)
+    plan = plan_to(layout, sizes, random_stats(layout))
+    same = plan_to(other, replace(sizes, dequantize=False), random_stats(other))
+    assert plan.kept_channels == same.kept_channels
+    plan.save(tmp_path / "plan.json")
+    apply_plan(plan, source=source, output=out)
+    apply_plan(same, source=plain, output=tmp_path / "same")
+    found, expected = weights(out), weights(tmp_path / "same")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == torch.bfloat16
+        assert torch.equal(found[name], tensor.to(torch.bfloat16)), name
+    assert sum(tensor.numel() for tensor in found.values()) == plan.after.parameters
+    assert sum(tensor.nbytes for tensor in found.values()) == plan.after.nbytes
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    verified = run("verify", out, "--plan", tmp_path / "plan.json", "--forward")
+    assert verified.exit_code == 0, verified.output
+    repaired = run("plan", source, "--dequantize", "--width", *width_of(widths), *REPAIR)
+    assert "--repair: does not work with" in repaired.output
+
+
+REPAIR = ("--repair", "least-squares")
+
+
+def width_of(widths: dict[str, int]) -> list[str]:
+    key = "moe_intermediate_size" if "moe_intermediate_size" in widths else "intermediate_size"
+    return [f"{key}={widths[key]}"]
