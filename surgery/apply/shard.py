@@ -249,13 +249,16 @@ def _kept_blocks(
 ) -> Iterator[tuple[int, int, int, int, np.ndarray]]:
     """Yield of each block (first row, rows, start, stop) and the ``indices`` in it.
 
-    Blocks begin and end at kept positions; those without any are not read.
+    A block of one row begins and ends at kept positions, and one without any is not read. In
+    several rows, these positions are not neighbours in the file.
     """
     for row, rows, start, stop in _blocks(edit):
         first, last = np.searchsorted(indices, (start, stop))
         if first < last:
             kept = indices[first:last]
-            yield row, rows, int(kept[0]), int(kept[-1]) + 1, kept
+            if rows == 1:
+                start, stop = int(kept[0]), int(kept[-1]) + 1
+            yield row, rows, start, stop, kept
 
 
 def _blocks(edit: Edit) -> Iterator[tuple[int, int, int, int]]:
