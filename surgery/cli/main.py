@@ -223,8 +223,8 @@ def plan(
         refuse_idle("without --stats", "min_expert_tokens")
         if cut.channels.criterion != RANDOM:
             refuse_idle("without --stats", "criterion")
-    if cut.sizes.num_experts is None:
-        refuse_idle("without --num-experts", "expert_criterion")
+    if not cut.sizes.removes_experts:
+        refuse_idle("where no experts are removed", "expert_criterion")
     layout = model.layout()
     for path in (given.output, replacement_file(given.output)):
         check_file(path, layout.checkpoint.path, force=given.force)

@@ -218,8 +218,8 @@ def prune(
 
     if options.push_to:
         check_push(options.push_to)
-    if cut.sizes.num_experts is None:
-        refuse_idle("without --num-experts", "expert_criterion")
+    if not cut.sizes.removes_experts:
+        refuse_idle("where no experts are removed", "expert_criterion")
     output, resume = options.output, options.resume
     layout = model.layout()
     where = layout.checkpoint.path

@@ -96,6 +96,11 @@ class SizeRequest:
         return self.num_hidden_layers is not None or LAYERS in self.parts
 
     @property
+    def removes_experts(self) -> bool:
+        """Whether whole experts are removed."""
+        return self.num_experts is not None or EXPERTS in self.parts
+
+    @property
     def by_rule(self) -> bool:
         """Whether the rule of thumb splits the ratio between the vocabulary and the channels."""
         splits = not self.parts or {VOCABULARY, CHANNELS} <= set(self.parts)

@@ -74,14 +74,17 @@ def test_parameters_are_those_of_the_unquantized_model(tmp_path: Path, kind: str
 def test_only_whole_experts_go(tmp_path: Path, run: Run, kind: str) -> None:
     source, file = save(tmp_path / "source", kind), tmp_path / "plan.json"
     key = "intermediate_size" if kind == "mxfp4" else "moe_intermediate_size"
-    refused = run("plan", source, "--width", f"{key}=32", "-o", file)
+    refused = run("plan", source, "--width", f"{key}=32", "-o", file, "--force")
     assert refused.exit_code == 2, refused.output
     assert f"{key}: cannot change: its weights are " in refused.output
     assert "only moved whole" in refused.output
-    layers = run("plan", source, "--layers", "0,1+2", "-o", file)
+    layers = run("plan", source, "--layers", "0,1+2", "-o", file, "--force")
     assert layers.exit_code == 2
     assert "cannot be merged into one" in layers.output
-    assert run("plan", source, "--layers", "0,2", "--vocab-size", 512, "-o", file).exit_code == 0
+    assert (
+        run("plan", source, "--layers", "0,2", "--vocab-size", 512, "-o", file, "--force").exit_code
+        == 0
+    )
     assert run("apply", file, "-o", tmp_path / "out").exit_code == 0
 
 

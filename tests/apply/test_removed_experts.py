@@ -191,12 +191,14 @@ def test_the_whole_command_keeps_every_other_axis_whole(
 
 def test_a_plan_without_statistics_only_predicts(tmp_path: Path, run: Run) -> None:
     source, plan = eight(tmp_path / "source", MOE), tmp_path / "plan.json"
-    made = run("plan", source, "--num-experts", 6, "-o", plan)
+    made = run("plan", source, "--num-experts", 6, "-o", plan, "--force")
     assert made.exit_code == 0, made.output
     assert "sizes only" in made.output
     assert not Plan.load(plan).complete
     assert run("apply", plan, "-o", tmp_path / "out").exit_code == 2
-    made = run("plan", source, "--num-experts", 6, "--expert-criterion", "random", "-o", plan)
+    made = run(
+        "plan", source, "--num-experts", 6, "--expert-criterion", "random", "-o", plan, "--force"
+    )
     assert made.exit_code == 0, made.output
     assert run("apply", plan, "-o", tmp_path / "out").exit_code == 0
 
@@ -278,13 +280,15 @@ def test_a_ratio_is_taken_from_experts(tmp_path: Path, run: Run) -> None:
     layout = layout_of(source)
     full, cost = layout.parameters(640, layout.widths), layout.axis_cost("experts")
     for only, ratio, left in (("experts", 2 * cost / full, 6), ("experts", 3.4 * cost / full, 5)):
-        made = run("plan", source, "--ratio", ratio, "--only", only, "-o", file)
+        made = run("plan", source, "--ratio", ratio, "--only", only, "-o", file, "--force")
         assert made.exit_code == 0, made.output
         plan = Plan.load(file)
         assert (plan.after.experts, plan.after.vocab_size) == (left, 640)
         assert plan.after.widths == plan.before.widths
     step = ("--multiple-of", 8)
-    made = run("plan", source, "--ratio", 0.4, "--only", "experts,vocabulary", *step, "-o", file)
+    made = run(
+        "plan", source, "--ratio", 0.4, "--only", "experts,vocabulary", *step, "-o", file, "--force"
+    )
     assert made.exit_code == 0, made.output
     plan = Plan.load(file)
     assert plan.after.experts < 8
@@ -302,7 +306,7 @@ def test_a_ratio_is_taken_from_experts(tmp_path: Path, run: Run) -> None:
             ("--only", "number of experts"),
         ),
     ):
-        refused = run("plan", source, *options, "-o", file)
+        refused = run("plan", source, *options, "-o", file, "--force")
         assert refused.exit_code == 2, refused.output
         assert all(word in refused.output for word in words), refused.output
 
@@ -310,13 +314,13 @@ def test_a_ratio_is_taken_from_experts(tmp_path: Path, run: Run) -> None:
 def test_a_ratio_beside_a_number_of_experts_chooses_the_rest(tmp_path: Path, run: Run) -> None:
     source, file = eight(tmp_path / "source", MOE), tmp_path / "plan.json"
     options = ("--ratio", 0.5, "--num-experts", 6, "--multiple-of", 2)
-    made = run("plan", source, *options, "-o", file)
+    made = run("plan", source, *options, "-o", file, "--force")
     assert made.exit_code == 0, made.output
     plan = Plan.load(file)
     assert plan.after.experts == 6
     assert 1 - plan.after.parameters / plan.before.parameters == pytest.approx(0.5, abs=0.005)
     assert plan.after.widths["moe_intermediate_size"] < 64
-    few = run("plan", source, "--ratio", 0.05, "--num-experts", 6, "-o", file)
+    few = run("plan", source, "--ratio", 0.05, "--num-experts", 6, "-o", file, "--force")
     assert few.exit_code == 2
     assert "less than the removed experts take alone" in few.output
 
