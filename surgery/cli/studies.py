@@ -135,7 +135,8 @@ class CompareOptions:
         "--methods",
         metavar="NAME,…",
         help="Some of: random, abs-act, act2, wanda, l2 (channels alone), shortgpt, laco (layers), "
-        "vocabulary (alone), compact (the paper's), search (this tool's).  [default: all]",
+        "vocabulary (alone), compact (the paper's), search (this tool's).  [default: these] "
+        "Of a mixture also reap, man, msan, frequency, gate, aimer, random-experts.",
     ),
     click.option(
         "--by-samples",

@@ -312,20 +312,27 @@ def _chosen_experts(target: SizeRequest, layout: Layout, left: Layout) -> int:
             )
         check_experts(layout, count)
     elif EXPERTS in target.parts:
-        count = _experts_at(layout, left, target)
+        count = experts_at(layout, left, target.ratio or 0.0, VOCABULARY in target.parts)
     return 0 if count == layout.experts else count or 0
 
 
-def _experts_at(layout: Layout, left: Layout, target: SizeRequest) -> int:
+def experts_at(layout: Layout, left: Layout, ratio: float, shares: bool = False) -> int:
     """Return how many experts to keep, so that the ratio is met as nearly as whole ones can.
 
-    The vocabulary takes its share by ``vocabulary_first``, if the ratio is also taken from it.
+    Args:
+        layout: The source.
+        left: The source without removed layers.
+        ratio: Share of all parameters to remove.
+        shares: Whether the vocabulary takes its share of it, by ``vocabulary_first``.
+
+    Raises:
+        BudgetError: experts do not hold so much, or less than half of one is to go.
     """
     full, now = (each.parameters(layout.vocab_size, layout.widths) for each in (layout, left))
-    limit = wanted = now - (1 - (target.ratio or 0.0)) * full
+    limit = wanted = now - (1 - ratio) * full
     choices, cost = expert_choices(layout), left.axis_cost(EXPERTS)
     most, step = (layout.experts - choices[0]) * cost, choices.step * cost
-    if VOCABULARY in target.parts:
+    if shares:
         wanted -= vocabulary_first(left, wanted)
         choices = choices[-int(limit // step) - 1 :]  # the rest comes from the vocabulary
     elif not step / 2 <= wanted <= most + step / 2:
@@ -334,7 +341,7 @@ def _experts_at(layout: Layout, left: Layout, target: SizeRequest) -> int:
             "`ratio`",
             "cannot be met by whole experts",
             expected=f"{share + step / full:.4f} to {share + most / full:.4f}",
-            found=target.ratio,
+            found=ratio,
             fix="choose another ratio, or other parts with `only`",
         )
     return min(choices, key=lambda count: abs((layout.experts - count) * cost - wanted))
