@@ -353,7 +353,7 @@ def test_dequantize_alone_cuts_nothing(qwen3: Path, tmp_path: Path, run: Run) ->
 
 def test_ratio_keeps_whole_blocks(tmp_path: Path, run: Run) -> None:
     path = fp8.save(tmp_path / "model", block=48, intermediate_size=768, hidden_size=64)
-    ratio = ("--ratio", 0.3, "--multiple-of", 16, "-o", tmp_path / "plan.json")
+    ratio = ("--ratio", 0.3, "--multiple-of", 16, "-o", tmp_path / "plan.json", "--force")
     assert run("plan", path, *ratio).exit_code == 0
     after = Plan.load(tmp_path / "plan.json").after
     assert after.widths["intermediate_size"] % 48 == 0
