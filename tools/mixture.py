@@ -3,11 +3,10 @@
     python -m tools.mixture -o build/mixture
 
 It has Qwen3-MoE's shape: 4 layers of 16 experts, of which a token goes to 4, and some 3.5 million
-parameters. The seed is fixed. It takes some minutes on two cores.
+parameters. The seed is fixed. It takes ten minutes on one busy core.
 """
 
 import time
-from itertools import count
 from pathlib import Path
 
 import click
@@ -18,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 TEXT = Path(__file__).parent / "text" / "calibration.txt"
 VOCAB_SIZE, SEQ_LEN, BATCH = 2048, 128, 16
-STEPS, WARMUP, RATE = 1500, 100, 2e-3
-MOST_SECONDS = 570
+STEPS, WARMUP, SCHEDULE, RATE = 868, 100, 1500, 2e-3
+"""Training stops before the learning rate has come down; the published figures are of this."""
 SEED = 0
 
 CONFIG = {
@@ -62,7 +61,7 @@ def rate_at(step: int) -> float:
     """Return the share of the learning rate: a warm-up, then a cosine to a tenth."""
     if step < WARMUP:
         return (step + 1) / WARMUP
-    return 0.1 + 0.45 * (1 + float(np.cos(np.pi * min(1.0, (step - WARMUP) / (STEPS - WARMUP)))))
+    return 0.1 + 0.45 * (1 + float(np.cos(np.pi * min(1.0, (step - WARMUP) / (SCHEDULE - WARMUP)))))
 
 
 @click.command()
@@ -76,7 +75,7 @@ def main(output: Path) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **CONFIG))
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.1, betas=(0.9, 0.95))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_at)
-    for step in count():
+    for step in range(STEPS):
         starts = rng.integers(0, len(ids) - SEQ_LEN, BATCH)
         batch = torch.stack([ids[first : first + SEQ_LEN] for first in starts])
         loss = model(input_ids=batch, labels=batch).loss
@@ -85,17 +84,15 @@ def main(output: Path) -> None:
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
-        seconds = time.perf_counter() - start
         if step % 100 == 0:
+            seconds = time.perf_counter() - start
             click.echo(f"step {step}: loss {loss.item():.3f}, {seconds:.0f} s")
-        if step + 1 == STEPS or seconds > MOST_SECONDS:
-            break
     model.config.output_router_logits = False
     model.to(torch.bfloat16).save_pretrained(output)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>"
     ).save_pretrained(output)
-    click.echo(f"{output}: {step + 1} steps, {seconds:.0f} s")
+    click.echo(f"{output}: {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":
