@@ -15,11 +15,12 @@ if TYPE_CHECKING:
         search,
     )
     from calib.scoring.logits import Equality
-    from calib.scoring.score import Score
+    from calib.scoring.score import Change, Score
     from calib.study.search import SearchResult
 
 
 __all__ = [
+    "Change",
     "Equality",
     "Pruned",
     "Score",
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Change": "calib.scoring.score",
     "Equality": "calib.scoring.logits",
     "Score": "calib.scoring.score",
     "SearchResult": "calib.study.search",

@@ -11,7 +11,7 @@ from calib.pipeline import (
 )
 from calib.scoring.logits import Equality
 from calib.scoring.logits import compare_logits as compare_logits_of
-from calib.scoring.score import Score, score_model
+from calib.scoring.score import Score, score_models
 from calib.statistics.options import CalibrationOptions
 from calib.statistics.prepare import (
     choose_before_calibration,
@@ -174,10 +174,13 @@ def score(  # noqa: PLR0913
 ) -> Score:
     """Measure bits per byte on text, one layer in memory at a time.
 
-    Windows are measured in bytes, so that models with different vocabularies can be compared.
+    Windows are measured in bytes, so that models with different vocabularies can be compared:
+    ``Score.change_from`` does it, and says how much of a change may be chance.
 
     Example:
-        >>> calib.score(model, data="tools/text/heldout.txt", samples=8).bits_per_byte
+        >>> before = calib.score(model, data="tools/text/heldout.txt")
+        >>> after = calib.score("smaller", data="tools/text/heldout.txt")
+        >>> after.change_from(before)
 
     Args:
         model: From ``surgery.open_model``, or anything that it takes.
@@ -197,7 +200,8 @@ def score(  # noqa: PLR0913
     """
     text = TextOptions(sources_of(data), samples, seed=seed, field=field, strict=strict)
     compute = ComputeOptions(device, dtype)
-    return score_model(as_layout(model, family), text, window_bytes, compute, progress)
+    layouts = [as_layout(model, family)]
+    return next(score_models(layouts, text, window_bytes, compute, progress))
 
 
 def search(  # noqa: PLR0913
@@ -310,13 +314,14 @@ def compare(  # noqa: PLR0913
     Example:
         >>> rows = calib.compare(model, data="tools/text/calibration.txt", ratio=0.2,
         ...                      methods=["act2", "search"])
+        >>> dense, act2, search = rows[0.2]
 
     Args:
         model: From ``surgery.open_model``, or anything that it takes.
         data: The text: a path, ``hub:name``, documents, or several ``Source`` with weights.
         ratio: Share of all parameters to remove, or several.
-        methods: Some of random, abs-act, act2, wanda, l2, shortgpt, laco, vocabulary, compact and
-            search; None is all that the model allows.
+        methods: Some of random, abs-act, act2, wanda, l2, shortgpt, laco, vocabulary, compact,
+            prune and search; None is all that the model allows.
         multiple_of: As for ``surgery.make_plan``.
         target: As for ``surgery.make_plan``.
         dequantize: As for ``surgery.make_plan``.
@@ -338,7 +343,7 @@ def compare(  # noqa: PLR0913
         progress: Called with "compare", finished windows × layers, and the total of a pass.
 
     Returns:
-        Ratio → one row for each method.
+        Ratio → the dense model's row, then one row for each method.
 
     Raises:
         BudgetError: there is no ratio, or one that is no share.
@@ -365,6 +370,8 @@ class Pruned:
     output: Path
     plan: Plan
     report: VerifyReport
+    seconds: Mapping[str, float]
+    """Of each stage: "calibrate", "plan", "repair", "apply", "verify"."""
 
     @property
     def ok(self) -> bool:
@@ -410,6 +417,7 @@ def prune(  # noqa: PLR0913
     io: IO = "mmap",
     resume: bool = False,
     force: bool = False,
+    base_model: str | None = None,
     family: str | None = None,
     progress: Progress | None = None,
 ) -> Pruned:
@@ -461,6 +469,7 @@ def prune(  # noqa: PLR0913
         resume: Whether to continue what a killed run of the same call left, if anything.
         force: Whether to replace a plan and statistics that are there; never the output.
         io: "mmap", or "read" for network file systems.
+        base_model: As for ``surgery.make_plan``.
         family: As for ``surgery.open_model``.
         progress: Called with a stage ("calibrate", "repair", "apply"), what is done, and the total.
 
@@ -487,13 +496,13 @@ def prune(  # noqa: PLR0913
     )
     order = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts, drop_scripts)
     channels = ChannelOptions(criterion, min_expert_tokens, repair, expert_criterion)
-    asked = CutRequest(sizes, order, channels)
+    asked = CutRequest(sizes, order, channels, base_model)
     where, path = layout.checkpoint.path, Path(output)
     files = PlanFiles.beside(path, where, resume=resume, force=force)
     choice = choose_before_calibration(layout, asked, text)
-    plan = calibrated_plan(layout, choice, text, compute, files, progress)
-    report = apply_and_verify(plan, layout, applied, progress)
-    return Pruned(Path(output), plan, report)
+    plan, first = calibrated_plan(layout, choice, text, compute, files, progress)
+    report, last = apply_and_verify(plan, layout, applied, progress)
+    return Pruned(Path(output), plan, report, {**first, **last})
 
 
 def read_documents(

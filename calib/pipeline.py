@@ -1,9 +1,11 @@
 """The whole pipeline: calibrate, plan, repair, apply and verify."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from calib.estimate import over_cap
+from calib.estimate import BASE_BYTES, MB, Prediction, over_cap
+from calib.statistics.calibrate import Calibration
 from calib.statistics.options import CalibrationOptions
 from calib.statistics.prepare import (
     documents_or_none,
@@ -11,17 +13,19 @@ from calib.statistics.prepare import (
     run_calibration,
 )
 from calib.streaming.settings import ComputeOptions
-from calib.study.repair import repair_cost, repair_plan
-from calib.study.study import open_study
+from calib.study.repair import repair_cost, repair_plan, repair_windows
+from calib.study.study import Study, open_study
 from surgery.api import plan_choice
+from surgery.apply.cost import PROGRAM_BYTES, with_spread_channels
 from surgery.apply.output_directory import check_output_path
-from surgery.apply.run import ApplyOptions, apply_to
+from surgery.apply.run import ApplyForecast, ApplyOptions, apply_to, forecast_apply
 from surgery.files.atomic import check_file, check_no_partial
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
 from surgery.planning.replacement import replacement_file
 from surgery.planning.request import SizeChoice, choose_sizes
-from surgery.process import Progress
+from surgery.process import Progress, Seconds, Stopwatch, spoken_range
+from surgery.stats.channels import too_few_tokens
 from surgery.text.documents import TextOptions
 from surgery.verify.files import VerifyReport, verify_files
 
@@ -79,6 +83,90 @@ class PlanFiles:
 PLAN_END, STATS_END = ".plan.json", ".stats.safetensors"
 
 
+@dataclass(frozen=True)
+class PruneForecast:
+    """What a ``prune`` would make and take."""
+
+    plan: Plan
+    """With the sizes of the result. Which channels are kept is not known yet."""
+    calibration: Calibration | None
+    """None where no channels are chosen."""
+    calibration_seconds: Seconds | None
+    repair: Prediction | None
+    repair_seconds: Seconds | None
+    apply: ApplyForecast
+    ranks_layers: bool
+    """Whether the calibration will choose the layers."""
+
+    def table(self) -> str:
+        """Return what each stage takes, as text for people."""
+        lines = []
+        made = self.calibration
+        if made is not None:
+            lines.append(f"text: {len(made.windows):,} windows, {made.tokens:,} tokens")
+            if self.plan.after.widths != self.plan.before.widths:
+                lines += [f"note: {few}" for few in [too_few_tokens(made.tokens)] if few]
+        if self.ranks_layers:
+            lines.append("note: how many layers are kept is certain; calibration says which")
+        heads = ("time", "peak memory", "disk", "read", "written")
+        lines.append(" " * 12 + "".join(f"{head:>16}" for head in heads))
+        rows: list[tuple[str, Seconds | None, Sequence[int]]] = []
+        if made is not None:
+            need = made.prediction()
+            sizes = (need.peak_memory, need.disk, need.read, need.written)
+            rows.append(("calibrate", self.calibration_seconds, sizes))
+        if self.repair is not None:
+            rows.append(("repair", self.repair_seconds, (self.repair.peak_memory,)))
+        cost = self.apply.cost
+        memory = BASE_BYTES + cost.memory_bytes - PROGRAM_BYTES  # torch is loaded already
+        sizes = (memory, cost.disk_bytes, cost.read_bytes, cost.written_bytes)
+        rows.append(("apply", self.apply.seconds, sizes))
+        for name, seconds, nbytes in rows:
+            cells = [spoken_range(seconds) if seconds else "not estimated"]
+            cells += [f"{size / MB:,.0f} MB" for size in nbytes]
+            lines.append(f"{name:<12}" + "".join(f"{cell:>16}" for cell in cells))
+        lines.append(f"free on the disk of the output: {self.apply.free_bytes / MB:,.0f} MB")
+        lines.append("disk: what a stage needs at its peak; calibrate frees its part at its end")
+        return "\n".join(lines)
+
+
+def forecast_prune(
+    layout: Layout,
+    choice: SizeChoice,
+    text: TextOptions,
+    compute: ComputeOptions,
+    files: PlanFiles,
+    options: ApplyOptions,
+) -> PruneForecast:
+    """Check what ``prune`` checks before it works, and predict what it takes; write nothing.
+
+    A few windows pass through one layer to estimate the time of the calibration.
+    """
+    shown = documents_or_none(layout, text) or ()
+    plan = plan_choice(layout, choice, documents=shown, output=files.output)
+    plan = with_spread_channels(plan, layout)
+    made, pace, repair, repair_seconds = None, None, None, None
+    if choice.needs_statistics(layout):
+        asked, vocab_size = CalibrationOptions(output=files.stats), choice.sizes.vocab_size
+        made = prepare_calibration(layout, choice.rarity, text, compute, asked, vocab_size)
+        pace = made.pace()
+    if choice.request.channels.repair != "none":
+        study = open_study(layout, choice, text, compute)
+        repair = _repair_within_caps(plan, study, compute)
+        if pace is not None:
+            low, high = pace.seconds(repair, repair_windows(plan, study).tokens)
+            repair_seconds = low, high * REFITTING
+    applied = forecast_apply(plan, layout.checkpoint.path, options)
+    seconds = pace.seconds(made.prediction(), made.tokens) if made and pace else None
+    ranks = choice.request.sizes.ranks_layers
+    return PruneForecast(plan, made, seconds, repair, repair_seconds, applied, ranks)
+
+
+REFITTING = 2
+"""How many times as long as its passes a repair takes at most: layers are run once more to be
+refitted, and their equations are solved."""
+
+
 def calibrated_plan(
     layout: Layout,
     choice: SizeChoice,
@@ -86,41 +174,59 @@ def calibrated_plan(
     compute: ComputeOptions,
     files: PlanFiles,
     progress: Progress | None = None,
-) -> Plan:
+) -> tuple[Plan, dict[str, float]]:
     """Calibrate on text as the pruned tokenizer tokenizes it, plan, repair if asked; save all.
 
     Nothing is calibrated where no channel and no layer is chosen by statistics. What a plan would
     refuse, and a repair that would take too much memory, is refused before the calibration.
+
+    Returns the plan, and the seconds of each stage.
     """
+    watch = Stopwatch()
     sizes_only = plan_choice(layout, choice, output=files.output)
     repairs = choice.request.channels.repair != "none"
     if repairs and (compute.max_memory, compute.max_gpu_memory) != (None, None):
-        needed = repair_cost(sizes_only, open_study(layout, choice, text, compute)).over(compute)
-        if needed:
-            name, need = next(iter(needed.items()))
-            raise over_cap(name, need, compute, "give more, or leave out `repair`")
+        _repair_within_caps(sizes_only, open_study(layout, choice, text, compute), compute)
     files.plan.absolute().parent.mkdir(parents=True, exist_ok=True)
     stats = None
     if choice.needs_statistics(layout):
         options = CalibrationOptions(output=files.stats, resume=files.resume, force=files.force)
         vocab_size = choice.sizes.vocab_size
-        made = prepare_calibration(layout, choice.rarity, text, compute, options, vocab_size)
-        stats = run_calibration(made, compute, options, progress)
+        with watch.timed("calibrate"):
+            made = prepare_calibration(layout, choice.rarity, text, compute, options, vocab_size)
+            stats = run_calibration(made, compute, options, progress)
     if stats is not None and choice.request.sizes.ranks_layers:
         documents = documents_or_none(layout, text)
         choice = choose_sizes(layout, choice.request, documents, stats.block_influence)
     shown = documents_or_none(layout, text) or ()
-    plan = plan_choice(layout, choice, stats, documents=shown, output=files.output)
+    with watch.timed("plan"):
+        plan = plan_choice(layout, choice, stats, documents=shown, output=files.output)
     if repairs:
-        plan = repair_plan(plan, open_study(layout, choice, text, compute), files.plan, progress)
+        with watch.timed("repair"):
+            study = open_study(layout, choice, text, compute)
+            plan = repair_plan(plan, study, files.plan, progress)
     plan.save(files.plan)
-    return plan
+    return plan, watch.seconds
+
+
+def _repair_within_caps(plan: Plan, study: Study, compute: ComputeOptions) -> Prediction:
+    """Predict what a repair takes, and refuse one that does not keep the caps."""
+    made = repair_cost(plan, study)
+    for name, need in made.over(compute).items():
+        raise over_cap(name, need, compute, "give more, or leave out `repair`")
+    return made
 
 
 def apply_and_verify(
     plan: Plan, layout: Layout, options: ApplyOptions, progress: Progress | None = None
-) -> VerifyReport:
-    """Apply a plan to the model of ``layout`` and verify the output's files."""
-    path = layout.checkpoint.path
-    made = apply_to(plan, path, options, progress)
-    return verify_files(made.output, plan, path, download=False, io=options.io)
+) -> tuple[VerifyReport, dict[str, float]]:
+    """Apply a plan to the model of ``layout`` and verify the output's files.
+
+    Returns the report, and the seconds of each stage.
+    """
+    path, watch = layout.checkpoint.path, Stopwatch()
+    with watch.timed("apply"):
+        made = apply_to(plan, path, options, progress)
+    with watch.timed("verify"):
+        report = verify_files(made.output, plan, path, download=False, io=options.io)
+    return report, watch.seconds

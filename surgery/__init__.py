@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any
 from surgery.version import __version__
 
 if TYPE_CHECKING:
-    from surgery.api import Model, apply_plan, make_plan, open_model, verify_checkpoint
+    from surgery.api import (
+        Model,
+        apply_plan,
+        make_plan,
+        open_model,
+        removed_tokens,
+        verify_checkpoint,
+    )
     from surgery.errors import SurgeryError
     from surgery.planning.plan import Plan
     from surgery.stats.channel_stats import ChannelStats, merge_stats
@@ -24,6 +31,7 @@ __all__ = [
     "make_plan",
     "merge_stats",
     "open_model",
+    "removed_tokens",
     "verify_checkpoint",
 ]
 

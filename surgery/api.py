@@ -9,7 +9,7 @@ from surgery.apply.run import JOBS, Applied, ApplyOptions, apply_to
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.errors import UnknownTypeError
 from surgery.files.shard_file import IO
-from surgery.hub.fetch import resolve_model
+from surgery.hub.fetch import resolve_model, resolve_source
 from surgery.layout.build import read_layout
 from surgery.layout.census import Census, RoutingCensus
 from surgery.layout.layout import Layout
@@ -26,10 +26,10 @@ from surgery.stats.channels import (
     ChannelOptions,
 )
 from surgery.text.documents import Text, TextOptions, sources_of
-from surgery.verify.files import VerifyReport, origin_of, verify_files
+from surgery.verify.files import VerifyReport, origin_of, plan_and_source, verify_files
 from surgery.vocabulary.census import VocabCensus, vocabulary_census
-from surgery.vocabulary.cost import vocabulary_cost
-from surgery.vocabulary.order import VocabularyOptions
+from surgery.vocabulary.cost import RemovedTokens, list_removed, vocabulary_cost
+from surgery.vocabulary.order import VocabularyOptions, count_tokens, open_vocabulary
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,7 @@ def make_plan(  # noqa: PLR0913
     field: str | None = None,
     strict: bool = False,
     to: Path | str | None = None,
+    base_model: str | None = None,
     family: str | None = None,
 ) -> Plan:
     """Choose what to remove and predict the result; no weights are read.
@@ -183,6 +184,8 @@ def make_plan(  # noqa: PLR0913
         field: Field of a row that holds its document; None means ``text``.
         strict: Refuse the first bad row instead of skipping all of them.
         to: Directory that ``apply_plan`` writes, unless it is given another.
+        base_model: Hub id ``org/name`` that the model card names as the base; None is ``model``, if
+            that is one.
         family: As for ``open_model``.
 
     Raises:
@@ -207,7 +210,7 @@ def make_plan(  # noqa: PLR0913
     channels = ChannelOptions(criterion, min_expert_tokens, expert_criterion=expert_criterion)
     return plan_model(
         as_layout(model, family),
-        CutRequest(sizes, vocabulary, channels),
+        CutRequest(sizes, vocabulary, channels, base_model),
         ChannelStats.load(stats) if isinstance(stats, str | Path) else stats,
         documents=None
         if data is None
@@ -246,8 +249,13 @@ def plan_choice(
     """Make a plan with chosen sizes; ``documents`` show what the smaller vocabulary costs."""
     ids, cost = choice.rarity.id_map(choice.sizes.vocab_size), None
     if choice.tokenizer is not None and not ids.identity:
-        order = choice.request.vocabulary.vocab_by
-        cost = vocabulary_cost(choice.tokenizer, ids, order, documents)
+        cost = vocabulary_cost(
+            choice.tokenizer,
+            choice.rarity,
+            choice.sizes.vocab_size,
+            choice.request.vocabulary,
+            documents,
+        )
     plan = plan_cut(layout, choice, stats, cost=cost, output=output)
     # Refuse now what apply would refuse in the files beside the weights.
     check_companions(plan, layout.checkpoint, choice.tokenizer)
@@ -295,7 +303,51 @@ def apply_plan(  # noqa: PLR0913
     loaded = plan if isinstance(plan, Plan) else Plan.load(plan)
     directory = Path(output) if output is not None else None
     options = ApplyOptions(directory, resume, jobs, engine, io, checksum)
-    return apply_to(loaded, resolve_model(str(source or loaded.source))[0], options, progress)
+    return apply_to(loaded, resolve_source(loaded.source, source), options, progress)
+
+
+def removed_tokens(
+    plan: Plan | Path | str,
+    *,
+    source: Path | str | None = None,
+    data: Text | None = None,
+    field: str | None = None,
+    strict: bool = False,
+) -> RemovedTokens:
+    """List the tokens that a plan removes, by script, the most common first.
+
+    A text is tokenized with the source's tokenizer. Its tokens are counted; then the most common
+    ones are those that it has most of.
+
+    Example:
+        >>> removed = surgery.removed_tokens("smaller", data="heldout.txt")
+        >>> print(removed.table(limit=20))
+
+    Args:
+        plan: A plan, its file, or the directory of an output that was made by it.
+        source: The source's directory or hub id; None is the plan's own.
+        data: Text to count the tokens in: a path, ``hub:name``, or documents.
+        field: Field of a row that holds its document; None means ``text``.
+        strict: Refuse the first bad row instead of skipping all of them.
+
+    Raises:
+        PlanError: there is no plan, or its source is not at hand.
+        DataError: the text holds nothing.
+    """
+    made, layout = plan_and_source(plan, source)
+    text = None if data is None else TextOptions(sources_of(data), field=field, strict=strict)
+    return removed_by(made, layout, text.documents() if text is not None else None)
+
+
+def removed_by(plan: Plan, layout: Layout, documents: Iterable[str] | None = None) -> RemovedTokens:
+    """List the tokens that ``plan`` removes of its source, and count them in ``documents``."""
+    ids = plan.ids()
+    if ids.identity:  # of any kind of tokenizer
+        return RemovedTokens({}, {})
+    tokenizer, counts = open_vocabulary(layout), None
+    if documents is not None:
+        counts = count_tokens(tokenizer.library(), documents, ids.old_size + ids.rowless)
+    return list_removed(tokenizer, ids, counts=counts)
 
 
 def verify_checkpoint(

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterable
 from copy import copy
+from difflib import get_close_matches
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 MOST_CHARACTERS = 1200
@@ -28,6 +30,18 @@ def printable(text: str) -> str:
     if line.isprintable():
         return line
     return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in line)
+
+
+def did_you_mean(path: Path | str) -> str:
+    """Return "did you mean …? " with names like that of a path that is not there, or nothing."""
+    path = Path(path)
+    try:
+        names = [found.name for found in path.absolute().parent.iterdir()]
+    except OSError:
+        return ""
+    close = get_close_matches(path.name, names, n=3, cutoff=0.7)
+    known = " or ".join(str(path.with_name(name)) for name in close)
+    return f"did you mean {known}? " if known else ""
 
 
 def is_panic(error: BaseException) -> bool:

@@ -1,11 +1,14 @@
-"""Memory and bytes read and written by this process, and its progress."""
+"""Memory and bytes read and written by this process, times as text, and its progress."""
 
 import ctypes
 import logging
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from threading import Lock
 from typing import Any
 
@@ -80,6 +83,90 @@ def release_freed_memory() -> None:
 def _libc_function(name: str) -> Any:
     """A function of the C library; None where it has no such function, and on Windows."""
     return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
+
+
+def spoken(seconds: float) -> str:
+    """Return a time as people say it: "0.4 s", "39 s", "3 min 20 s", "5 h 10 min"."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60:,} h {minutes % 60} min"
+
+
+class Stopwatch:
+    """Seconds of each stage of a run."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the time of the body to the stage ``name``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def spoken_stages(seconds: Mapping[str, float]) -> str:
+    """Return the times of stages for people: "calibrate 39 s, apply 0.7 s, together 40 s"."""
+    stages = {**seconds, "together": sum(seconds.values())}
+    return ", ".join(f"{name} {spoken(taken)}" for name, taken in stages.items())
+
+
+Seconds = tuple[float, float]
+"""An estimated time: at least and at most."""
+
+SLACK = 0.2
+"""Share by which an estimated time is widened to both sides."""
+
+
+def with_slack(low: float, high: float) -> Seconds:
+    """Return an estimated time that is at least ``low`` and at most ``high``, widened."""
+    return (1 - SLACK) * low, (1 + SLACK) * high
+
+
+def spoken_range(seconds: Seconds) -> str:
+    """Return an estimated time for people: "0.4 to 2 s", "3 to 5 min", "2.5 to 4 h"."""
+    unit, name = 3600, "h"
+    if seconds[1] < 100 * 60:
+        unit, name = (60, "min") if seconds[1] >= 100 else (1, "s")
+    low, high = (_two_digits(part / unit) for part in seconds)
+    return f"{high} {name}" if low == high else f"{low} to {high} {name}"
+
+
+def _two_digits(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
+
+
+PIECE_BYTES, PIECES = 1 << 23, 4
+"""What is written to measure a disk: pieces, each synced."""
+
+
+def write_pace(directory: Path) -> Seconds | None:
+    """Return the seconds that a byte takes to the disk of ``directory``, at least and at most.
+
+    It is measured with a file without a name, which leaves nothing behind. The directory need not
+    exist. None where it cannot be written.
+    """
+    there = next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
+    piece, found = os.urandom(PIECE_BYTES), []
+    try:
+        with TemporaryFile(dir=there, buffering=0) as file:
+            for _ in range(PIECES):
+                start = time.perf_counter()
+                file.write(piece)
+                os.fsync(file.fileno())
+                found.append((time.perf_counter() - start) / PIECE_BYTES)
+    except OSError:
+        return None
+    return min(found), max(found)
 
 
 Progress = Callable[[str, int, int], object]

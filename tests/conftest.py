@@ -1,7 +1,10 @@
 """Fixtures: one tiny checkpoint for the session, a command-line runner, a bench to damage."""
 
+import os
 import shutil
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: no test of this process asks a real hub
 
 import msgspec
 import pytest

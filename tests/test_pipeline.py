@@ -1,11 +1,13 @@
-"""prune calibrates only where it must; killed at a layer or at a shard, it continues there."""
+"""prune calibrates only where it must, continues after a kill, and says what it takes."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from calib.statistics.calibrate import _StatsAccumulator
@@ -14,8 +16,8 @@ from surgery.planning.request import CutRequest, SizeRequest
 from surgery.stats.channels import ChannelOptions
 from tests.support import ROOT, tiny
 from tests.support.command import Run, assert_refused
-from tests.support.contents import snapshot
-from tests.support.plans import layout_of, random_stats
+from tests.support.contents import digests, snapshot
+from tests.support.plans import layout_of, random_plan, random_stats
 
 KILLED = """
 import os, sys
@@ -195,3 +197,71 @@ def test_ctrl_c_names_the_command_that_continues(
     continued = run(*words[1:])
     assert continued.exit_code == 0, continued.output
     assert "finished before" in continued.stderr
+
+
+TAKE = ("--seq-len", 64, "--samples", 4, "--device", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("key", "cut"),
+    [
+        ("llama", ("--vocab-size", 512, "--intermediate-size", 64)),
+        ("llama", ("--num-hidden-layers", 2)),
+        ("llama", ("--intermediate-size", 64, "--repair", "least-squares")),
+        ("mixtral", ("--intermediate-size", 64, "--min-expert-tokens", 0)),
+        ("bloom", ("--vocab-size", 512)),
+    ],
+)
+def test_a_dry_run_says_what_prune_makes_and_writes_nothing(
+    tmp_path: Path, text: Path, run: Run, key: str, cut: tuple[object, ...]
+) -> None:
+    model, out = tiny.save(tmp_path / "model", key), tmp_path / "new" / "out"
+    take = () if key == "bloom" else TAKE
+    command = ("prune", model, "--data", text, *take, *cut, "-o", out)
+    before = digests(tmp_path)
+    dry = run(*command, "--dry-run")
+    assert dry.exit_code == 0, (dry.output, dry.exception)
+    assert digests(tmp_path) == before
+    made = run(*command)
+    assert made.exit_code == 0, (made.output, made.exception)
+    sizes = ["vocab_size", "parameters", "bytes of weights"]
+    sizes += [] if key == "bloom" else ["intermediate_size"]
+    sizes += ["layers"] if "--num-hidden-layers" in cut else []
+    rows = [{line[:20].strip(): line for line in each.stdout.splitlines()} for each in (dry, made)]
+    assert all(rows[0][size] == rows[1][size] for size in sizes)
+    lines = {line.split()[0]: line for line in dry.stdout.splitlines() if line}
+    assert lines["apply"].split()[-2:] == ["0", "MB"]
+    assert ("repair" in lines) == ("--repair" in cut)
+    assert ("calibrate" in lines) == (key != "bloom")
+    assert ("calibration says which" in dry.stdout) == ("--num-hidden-layers" in cut)
+    assert dry.stdout.endswith("nothing was written\n")
+    assert "`" not in dry.stdout
+    if key != "bloom":
+        assert "text: 4 windows, 256 tokens" in dry.stdout
+    refused = run(*command, "--dry-run")
+    assert_refused(refused, "exists already")
+
+
+def test_a_dry_run_reads_and_writes_as_apply_does(tmp_path: Path) -> None:
+    """Channels at equal distances stand for those that statistics will choose."""
+    from surgery.apply.cost import apply_cost, with_spread_channels
+
+    model = tiny.save(tmp_path / "model", "mixtral")
+    layout, chosen = layout_of(model), random_plan(model, 512, 64)
+    open_plan = msgspec.structs.replace(chosen, kept_channels=[])
+    assert not open_plan.complete
+    stood_in = with_spread_channels(open_plan, layout)
+    assert apply_cost(stood_in, layout, 1) == apply_cost(chosen, layout, 1)
+    assert with_spread_channels(chosen, layout) == chosen
+
+
+def test_a_finished_prune_says_the_time_of_each_stage(
+    tmp_path: Path, llama: Path, text: Path, run: Run
+) -> None:
+    command = ("prune", llama, "--data", text, *TAKE, "--intermediate-size", 64)
+    made = run(*command, "-o", tmp_path / "out")
+    pattern = r"^calibrate [\d.]+ s, plan [\d.]+ s, apply [\d.]+ s, verify [\d.]+ s, together .* s$"
+    assert re.search(pattern, made.stdout, re.MULTILINE)
+    assert_refused(
+        run(*command, "-o", tmp_path / "other", "--dry-run", "--resume"), "has no effect"
+    )

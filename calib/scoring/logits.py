@@ -36,6 +36,10 @@ TOLERANCE = 1e-4
 """Relative to the largest logit, in fp32."""
 
 
+SAME_LOGITS = "logits equal the masked dense model's"
+"""Name of the check in ``VerifyReport``."""
+
+
 @dataclass(frozen=True)
 class Equality:
     """The difference between two models' logits on the same tokens."""
@@ -49,14 +53,16 @@ class Equality:
         """Whether the difference is no more than rounding."""
         return self.largest <= TOLERANCE
 
+    def line(self) -> str:
+        """Return the difference, the tolerance and the number of tokens, as text for people."""
+        return (
+            f"largest difference {self.largest:.2g} of the largest logit, at most {TOLERANCE:.0e} "
+            f"allowed, over {self.tokens} tokens"
+        )
+
     def faults(self) -> list[str]:
         """Return the fault as a check of ``VerifyReport`` lists it; empty if the two are equal."""
-        if self.ok:
-            return []
-        return [
-            f"relative difference {self.largest:.2e} over {self.tokens} tokens, "
-            f"expected at most {TOLERANCE:.0e}"
-        ]
+        return [] if self.ok else [self.line()]
 
 
 def compare_forward(plan: Plan, dense: Layout, pruned: Layout, device: torch.device) -> Equality:

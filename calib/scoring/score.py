@@ -1,9 +1,12 @@
 """Bits per byte on held-out text; unlike perplexity, comparable between vocabularies."""
 
+import hashlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,29 +20,71 @@ from calib.streaming.settings import ComputeOptions, PassSettings
 from calib.streaming.weights import WeightReader, choose_settings
 from calib.text.chat import documents_of
 from calib.text.windows import byte_windows, scored_windows
-from surgery.errors import CheckpointError
+from surgery.errors import CheckpointError, DataError
 from surgery.families.default_ids import fill_defaults
 from surgery.layout.layout import Layout
-from surgery.process import Progress
+from surgery.process import Progress, spoken
 from surgery.text.documents import TextOptions
 from surgery.tokenizer.tokenizer_file import load_tokenizer
 
 LOG = logging.getLogger(__name__)
 
 
+RESAMPLES, SEED = 2000, 0
+"""How often the windows are drawn anew, and the seed, so that a margin is the same every time."""
+
+LEAST_WINDOWS = 8
+"""Fewer windows than this do not show how much chance there is in them."""
+
+CHANCE = 5
+"""Per cent of differences that chance alone would make larger than a margin."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """How many more bits a model needs than another one for the same windows."""
+
+    share: float
+    """Σ bits / Σ bits of the reference − 1."""
+    margin: float | None
+    """Half of the interval that holds 95 % of the shares of windows drawn anew (bootstrap, the
+    same windows of both models). None for fewer than ``LEAST_WINDOWS`` windows."""
+
+    @property
+    def clear(self) -> bool | None:
+        """Whether the change is larger than chance makes it; None where that is not known."""
+        return None if self.margin is None else abs(self.share) > self.margin
+
+
 @dataclass(frozen=True)
 class Score:
     """The bits that a model needs for a text."""
 
-    bits: float
-    """Σ −log2 p(token | earlier tokens of the window)."""
-    bytes: int
-    """UTF-8 bytes of all windows."""
+    window_bits: tuple[float, ...]
+    """For each window of text, Σ −log2 p(token | earlier tokens of the window)."""
+    window_bytes: tuple[int, ...]
+    """UTF-8 bytes of each window."""
+    text_digest: str
+    """SHA-256 of the windows' text."""
     tokens: int
     """Predicted tokens, without the leading bos."""
-    windows: int
     lossy_windows: int
     """Windows that the tokenizer cannot decode to the same text. Their bits are too low."""
+
+    @property
+    def bits(self) -> float:
+        """Of all windows."""
+        return sum(self.window_bits)
+
+    @property
+    def bytes(self) -> int:
+        """Of all windows."""
+        return sum(self.window_bytes)
+
+    @property
+    def windows(self) -> int:
+        """How many windows there are."""
+        return len(self.window_bytes)
 
     @property
     def bits_per_byte(self) -> float:
@@ -47,9 +92,106 @@ class Score:
         return self.bits / self.bytes
 
     @property
+    def margin(self) -> float | None:
+        """By how much scores of two such texts may differ by chance, in bits per byte.
+
+        √2 times half of the interval that holds 95 % of the scores of windows drawn anew. Two
+        models on the same windows differ by chance far less: see ``change_from``.
+        """
+        half = _half_interval(self.window_bits, self.window_bytes)
+        return None if half is None else math.sqrt(2) * half
+
+    @property
     def finite(self) -> bool:
         """Whether the model's logits gave a finite number of bits."""
         return math.isfinite(self.bits)
+
+    def change_from(self, reference: "Score") -> Change:
+        """Return how many more bits this model needs than that of ``reference``.
+
+        Example:
+            >>> before, after = (calib.score(m, data=text) for m in ("my-model", "smaller"))
+            >>> after.change_from(before).share
+
+        Raises:
+            DataError: the two scores are not of the same windows of text.
+        """
+        if self.text_digest != reference.text_digest:
+            raise _other_text()
+        half = _half_interval(self.window_bits, reference.window_bits)
+        return Change(self.bits / reference.bits - 1, half)
+
+    def facts(self) -> dict[str, Any]:
+        """Return the figures for JSON, without those of each window."""
+        names = ("bits_per_byte", "margin", "bytes", "tokens", "windows", "lossy_windows")
+        return {name: getattr(self, name) for name in names}
+
+
+def score_table(rows: Sequence[tuple[str, Score, float]]) -> str:
+    """Return scores of the same windows as text for people.
+
+    Args:
+        rows: Name of a model, its score, and the seconds that took. The first is the reference.
+    """
+    name, first, took = rows[0]
+    size = f"{first.windows:,} windows, {first.bytes:,} bytes"
+    if len(rows) == 1:
+        margin = "" if first.margin is None else f" ± {first.margin:.4f}"
+        lines = [
+            f"{first.bits_per_byte:.4f}{margin} bits per byte "
+            f"({size}, {first.tokens:,} tokens, {spoken(took)})"
+        ]
+        if margin:
+            lines.append(
+                "±: scores of two such texts differ by less, in 95 of 100 cases. Two models on the "
+                "same text differ by far less: score them together"
+            )
+        return "\n".join(lines)
+    wide = 2 + max(len(name) for name, _, _ in rows)
+    heads = ("bits/byte", "tokens", "time", "change", "±")
+    lines = [" " * wide + "".join(f"{head:>12}" for head in heads)]
+    for name, score, took in rows:
+        cells = [f"{score.bits_per_byte:.4f}", f"{score.tokens:,}", spoken(took)]
+        note = ""
+        if score is not first:
+            change = score.change_from(first)
+            cells.append(f"{change.share:+.2%}")
+            cells.append("?" if change.margin is None else f"{change.margin:.2%}")
+            note = "" if change.clear is not False else "  may be chance"
+        lines.append(f"{name:<{wide}}" + "".join(f"{cell:>12}" for cell in cells) + note)
+    lines.append(f"change: bits over those of {rows[0][0]}, on the same {size}")
+    lines.append(
+        f"±: not known from fewer than {LEAST_WINDOWS} windows"
+        if first.windows < LEAST_WINDOWS
+        else "±: other windows of such text move a change by less, in 95 of 100 cases; "
+        "a change that is smaller may be chance"
+    )
+    return "\n".join(lines)
+
+
+def _half_interval(above: Sequence[float], below: Sequence[float]) -> float | None:
+    """Return half of the interval that holds 95 % of Σ above / Σ below over windows drawn anew.
+
+    This is the percentile bootstrap (Efron and Tibshirani 1993, section 13.3). None for too few
+    windows, and where a sum is not finite.
+    """
+    pairs = np.array([above, below], dtype=np.float64)
+    count = pairs.shape[1]
+    if count < LEAST_WINDOWS or not np.isfinite(pairs).all():
+        return None
+    drawn = np.random.default_rng(SEED).integers(0, count, (RESAMPLES, count))
+    tops, bottoms = (each[drawn].sum(axis=1) for each in pairs)
+    low, high = np.percentile(tops / bottoms, (CHANCE / 2, 100 - CHANCE / 2))
+    return float(high - low) / 2
+
+
+def _other_text() -> DataError:
+    return DataError(
+        "`data`",
+        "is not the same text for both models, so their scores cannot be compared",
+        found="other windows, as of another text or of chats under another chat template",
+        fix="score both models on the same plain text",
+    )
 
 
 def score_windows(
@@ -90,31 +232,46 @@ def score_windows(
         advance = weights_stage(progress, "score", layout, len(stream.windows))
         decoder.run_layers([stream], progress=advance)
         (bits,) = token_bits(decoder, [(stream, np.arange(layout.vocab_size))])
+    left = iter(bits)
     return Score(
-        bits=sum(float(window.sum()) for window in bits),
-        bytes=sum(len(text.encode("utf-8")) for text in texts),
+        tuple(sum(float(part.sum()) for part in islice(left, len(of_text))) for of_text in split),
+        tuple(len(text.encode("utf-8")) for text in texts),
+        _digest(texts),
         tokens=sum(len(window) - 1 for window in stream.windows),
-        windows=len(texts),
         lossy_windows=lossy,
     )
 
 
-def score_model(
-    layout: Layout,
+def _digest(texts: Sequence[str]) -> str:
+    """Return the SHA-256 of windows of text and their lengths."""
+    result = hashlib.sha256()
+    for text in texts:
+        raw = text.encode("utf-8")
+        result.update(len(raw).to_bytes(8, "little") + raw)
+    return result.hexdigest()
+
+
+def score_models(
+    layouts: Sequence[Layout],
     text: TextOptions,
     window_bytes: int,
     compute: ComputeOptions,
     progress: Progress | None = None,
-) -> Score:
-    """Score a model on windows of ``window_bytes`` bytes of a text.
+) -> Iterator[Score]:
+    """Yield the score of each model on windows of ``window_bytes`` bytes of a text.
+
+    The text of all models is read and compared before the first one is scored.
 
     Raises:
-        DataError: there is no text.
+        DataError: there is no text; or chats become another text under another model's template.
     """
-    texts = byte_windows(documents_of(layout, text), text.samples, window_bytes)
-    tokenizer = load_tokenizer(layout.checkpoint.path)
-    settings = choose_settings(compute, layout.checkpoint)
-    return score_windows(layout, texts, tokenizer, settings, progress)
+    every = [byte_windows(documents_of(each, text), text.samples, window_bytes) for each in layouts]
+    if any(texts != every[0] for texts in every):
+        raise _other_text()
+    for layout in layouts:
+        tokenizer = load_tokenizer(layout.checkpoint.path)
+        settings = choose_settings(compute, layout.checkpoint)
+        yield score_windows(layout, every[0], tokenizer, settings, progress)
 
 
 @torch.no_grad()

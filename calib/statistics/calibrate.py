@@ -1,9 +1,12 @@
 """The calibration run: take activation statistics of windows in the streamed decoder."""
 
 import hashlib
+import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,7 +15,7 @@ import numpy as np
 import torch
 import transformers
 
-from calib.estimate import Prediction, WindowLengths, predict
+from calib.estimate import Pace, Prediction, WindowLengths, predict
 from calib.statistics.resume import ResumeDirectory
 from calib.statistics.sums import ChannelSums, cosine_sum, weight_norms
 from calib.streaming.batches import LayerHooks, Routed, Stream, Tokens
@@ -25,8 +28,16 @@ from calib.text.windows import digest
 from surgery.errors import StatsError
 from surgery.families.schema import EXPERT
 from surgery.files.atomic import check_file
+from surgery.hub.shards import Shards
 from surgery.layout.layout import Layout
-from surgery.process import Advance, no_advance, peak_rss_bytes, say_resumed
+from surgery.process import (
+    Advance,
+    Seconds,
+    no_advance,
+    peak_rss_bytes,
+    say_resumed,
+    write_pace,
+)
 from surgery.stats.channel_stats import AxisSums, ChannelStats, StatsInfo
 
 
@@ -57,6 +68,11 @@ class Calibration:
     """Filled by the run."""
 
     @property
+    def tokens(self) -> int:
+        """Of all windows."""
+        return sum(map(len, self.windows))
+
+    @property
     def info(self) -> StatsInfo:
         """What the statistics were taken from."""
         return StatsInfo(
@@ -64,7 +80,7 @@ class Calibration:
             text_digest=digest(self.windows),
             samples=len(self.windows),
             seq_len=self.seq_len,
-            tokens=sum(map(len, self.windows)),
+            tokens=self.tokens,
             bucket_edges=list(self.bucket_edges),
             dtype=str(self.settings.dtype).removeprefix("torch."),
             vocab_size=self.vocab_size,
@@ -81,6 +97,28 @@ class Calibration:
             journal=self.output is not None,
         )
 
+    def seconds(self) -> Seconds | None:
+        """Estimate the time of the run; None as for ``pace``."""
+        pace = self.pace()
+        return pace.seconds(self.prediction(), self.tokens) if pace else None
+
+    def pace(self) -> Pace | None:
+        """Take a few windows through one layer, to estimate the time of a run; writes nothing.
+
+        None for a model on the hub, whose layers would have to be downloaded for it.
+        """
+        checkpoint = self.layout.checkpoint
+        if Shards.of(checkpoint.path).remote:
+            return None
+        channels = max(self.layout.channels_of(axis) for axis in self.layout.family.widths)
+        settings = replace(self.settings, prefetch=False, hidden="memory", spill=None)
+        windows = typical_windows(self.windows, settings.micro_batch_values // channels)
+        small = replace(self, windows=windows, settings=settings, output=None, timings=Timings())
+        with WeightReader(checkpoint, settings.device, settings.dtype) as reader:
+            start, load, compute = _StatsAccumulator(small, reader, None).pace()
+        write = write_pace(self.output.parent) if self.output is not None else None
+        return Pace(start, load, compute, write, self.layout.num_hidden_layers)
+
     def measured(self) -> dict[str, Any]:
         """Return the memory, bytes read and time that the run took."""
         gpu = self.settings.device.type == "cuda"
@@ -90,6 +128,19 @@ class Calibration:
             "read": self.timings.bytes_read,
             "stages": asdict(self.timings),
         }
+
+
+PROBES, PROBE_SECONDS = 5, 4.0
+"""Most passes through one layer to estimate a time, and the seconds after which none is begun. The
+first one, which is slow, does not count if there are others."""
+
+
+def typical_windows(windows: Sequence[np.ndarray], tokens: int) -> list[np.ndarray]:
+    """Return some ``tokens``, at least one window, of the length that most tokens have."""
+    counts = Counter(map(len, windows))
+    length = max(counts, key=lambda length: length * counts[length])
+    chosen = (window for window in windows if len(window) == length)
+    return list(islice(chosen, max(1, tokens // length)))
 
 
 def take_statistics(calibration: Calibration, progress: Advance = no_advance) -> ChannelStats:
@@ -184,6 +235,24 @@ class _StatsAccumulator:
             self._resume.wait_for_commit()
             self._found = [self._resume.sums(layer) for layer in range(self._resume.finished)]
         return [axes for axes, _ in self._found], np.array([cosine for _, cosine in self._found])
+
+    def pace(self) -> tuple[float, float, Seconds]:
+        """Measure one layer in the middle: seconds to start, to load it, and of a token in it."""
+        begin, timings = time.perf_counter(), self._calibration.timings
+        layout, windows = self._calibration.layout, self._calibration.windows
+        decoder = StreamedDecoder(layout, self._reader, self._calibration.settings, timings)
+        stream = Stream(windows, HiddenStates())
+        decoder.embed([stream])
+        start = time.perf_counter() - begin
+        index = next(decoder.layers(layout.num_hidden_layers // 2))
+        found: list[float] = []
+        hooks = LayerHooks(self._add_channels, self._add_cosines)
+        while len(found) < PROBES and sum(found) < PROBE_SECONDS:
+            begin = time.perf_counter()
+            decoder.run(index, stream, hooks)
+            found.append(time.perf_counter() - begin)
+        paces = [taken / sum(map(len, windows)) for taken in found[1:] or found]
+        return start, timings.read + timings.convert, (min(paces), max(paces))
 
     def _add_channels(
         self, layer: int, axis: str, expert: int, tokens: Tokens, act: torch.Tensor

@@ -29,6 +29,8 @@ class RatioTarget:
     ratio: float
     pairs: Sequence[Sizes]
     """In order of V'. The last has the largest V', which is V if the ratio allows that."""
+    usual: Sizes
+    """Those of the rule of thumb."""
     fewer_experts: Sizes
     """Whole but for the experts; nearest to the ratio."""
 
@@ -103,24 +105,26 @@ def compare_methods(
 
     Methods of experts remove whole experts alone, as near to the ratio as these come. ``compact``
     is the paper's method at the best of the pairs: the source's own tokenizer tokenizes the text.
-    ``search`` is this tool's method: the pruned tokenizer tokenizes the text, and down_proj is
+    ``prune`` is what the command makes by default: the rule of thumb's pair, the pruned tokenizer
+    tokenizes the text. ``search`` is this tool's best: of several pairs, with down_proj
     refitted.
 
     Returns:
-        Ratio → one row for each method, in their order.
+        Ratio → the dense model's row, then one row for each method, in their order.
     """
     found = {}
     layout, smallest = study.text.layout, study.text.rarity.must_keep
     for ratio in ratios:
         others = {*methods} - {*EXPERT_METHODS}
         pairs = pairs_at(layout, ratio, smallest, steps) if others else []
+        usual = split(layout, ratio, smallest, steps) if others else whole(layout)
         experts = experts_at(layout, layout, ratio) if {*methods} & {*EXPERT_METHODS} else 0
-        target = RatioTarget(ratio, pairs, replace(whole(layout), experts=experts))
+        target = RatioTarget(ratio, pairs, usual, replace(whole(layout), experts=experts))
         first = [candidate for method in methods for candidate in _candidates(method, target)]
         best = _try(study, first, progress)
         fewer = [_fewer_layers(study, m, target) for m in methods if m in LAYER_METHODS]
         best |= _try(study, fewer, progress) if fewer else {}
-        found[ratio] = [best[method] for method in methods]
+        found[ratio] = [study.dense, *(best[method] for method in methods)]
     return found
 
 
@@ -130,13 +134,18 @@ def compare_samples(
     ratio: float,
     counts: Sequence[int],
     progress: Progress | None = None,
-) -> dict[int, Row]:
-    """Try the paper's method at the rule of thumb's pair, for each number of windows (figure 3)."""
+) -> list[Row]:
+    """Try the paper's method at the rule of thumb's pair, for each number of windows (figure 3).
+
+    Returns:
+        The dense model's row, then one row for each number, which is its name.
+    """
     layout, smallest = study.text.layout, study.text.rarity.must_keep
     candidate = Candidate("compact", split(layout, ratio, smallest, steps), retokenize=False)
     candidates = [replace(candidate, name=str(count), samples=count) for count in counts]
     advance = stage(progress, "compare", study.windows(len(candidates)))
-    return dict(zip(counts, study.rows(candidates, advance), strict=True))
+    rows = study.rows(candidates, advance)
+    return [study.dense, *rows]
 
 
 def _try(
@@ -161,6 +170,8 @@ def _candidates(method: str, target: RatioTarget) -> list[Candidate]:
         return [Candidate(method, pairs[-1], method, retokenize=False)]
     if method == "vocabulary":
         return [Candidate(method, pairs[0])]
+    if method == "prune":
+        return [Candidate(method, target.usual)]
     if method == "compact":
         return [Candidate(method, sizes, retokenize=False) for sizes in pairs]
     if method == "search":

@@ -122,13 +122,22 @@ def _entries(plan: Plan, layout: Layout) -> list[Entry]:
     return found
 
 
-def repair_cost(plan: Plan, study: Study) -> Prediction:
-    """Predict the memory that ``repair`` takes."""
+def repair_windows(plan: Plan, study: Study) -> WindowLengths:
+    """Return the windows of all passes of ``repair``.
+
+    Text passes the dense model and the pruned one, and held-out text the pruned one without and
+    with the repair.
+    """
     text, size = study.text, plan.after.vocab_size
     windows = text.calibration_pass(size).streams[0].windows
     heldout = text.encoded(size).windows
-    lengths = WindowLengths.of([*windows, *windows, *heldout, *heldout])
-    return predict_repair(text.layout, plan.after.widths, lengths, study.settings)
+    return WindowLengths.of([*windows, *windows, *heldout, *heldout])
+
+
+def repair_cost(plan: Plan, study: Study) -> Prediction:
+    """Predict the memory that ``repair`` takes."""
+    windows = repair_windows(plan, study)
+    return predict_repair(study.text.layout, plan.after.widths, windows, study.settings)
 
 
 def refit_hook(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from calib.study.study import Candidate, Study
-from calib.study.table import Row, plot_pairs, table
+from calib.study.table import Row, legend, plot_pairs, table
 from surgery.errors import BudgetError
 from surgery.layout.layout import Layout
 from surgery.planning.request import CutRequest, SizeChoice, allowed_steps, main_width
@@ -69,14 +69,16 @@ def parse_candidates(text: str, layout: Layout, main_width: str) -> list[Sizes]:
 class SearchResult:
     """The pairs that a search tried."""
 
+    dense: Row
+    """The model itself."""
     rows: Sequence[Row]
     """One for each pair, in order of V'."""
     best: Sizes
     """The pair with the best score."""
 
     def table(self) -> str:
-        """Return the rows as text for people; the best score is marked."""
-        return table(self.rows)
+        """Return the rows as text for people, with a legend; the best score is marked."""
+        return f"{table([self.dense, *self.rows])}\n\n{legend(self.dense)}"
 
     def plot(self, path: Path) -> None:
         """Draw the loss of each pair over its V'."""
@@ -154,7 +156,7 @@ def try_pairs(
     if second := fine(pairs, first, _best(tried), most):
         tried += attempt(second)
     rows = sorted((row for row, _ in tried), key=lambda row: row.vocab_size)
-    return SearchResult(rows, _best(tried))
+    return SearchResult(study.dense, rows, _best(tried))
 
 
 def _best(tried: Sequence[tuple[Row, Sizes]]) -> Sizes:

@@ -1,6 +1,7 @@
 """Try candidates for a smaller model on one text, all in one pass, on the same held-out bytes."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from calib.statistics.prepare import check_channels
 from calib.streaming.settings import ComputeOptions, PassSettings
 from calib.streaming.weights import choose_settings
-from calib.study.table import Row
+from calib.study.table import DENSE, Row
 from calib.study.text import CalibrationPass, StudyText
 from calib.study.trial import ExpertChoice, Trial, Variant, try_all
 from calib.text.heldout import Encoded
@@ -18,8 +19,15 @@ from surgery.planning.request import SizeChoice
 from surgery.planning.shapes import axis_lengths, blocks, expert_groups, parameters_of
 from surgery.planning.sizes import Sizes, whole
 from surgery.process import Advance, no_advance
-from surgery.stats.channels import DEFAULT_CRITERION, DEFAULT_EXPERT_CRITERION, needs_stats
+from surgery.stats.channels import (
+    DEFAULT_CRITERION,
+    DEFAULT_EXPERT_CRITERION,
+    needs_stats,
+    too_few_tokens,
+)
 from surgery.text.documents import TextOptions
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,9 @@ class Study:
     text: StudyText
     settings: PassSettings
     _dense: tuple[Encoded, list[np.ndarray]] | None = field(default=None, init=False)
+    _dense_row: Row | None = field(default=None, init=False)
+    _told: bool = field(default=False, init=False)
+    """Whether a log line has said that the text is short."""
     block_influence: np.ndarray | None = field(default=None, init=False)
     """float64 ``[L]``, known once a candidate was tried on text that the source's own tokenizer
     tokenized."""
@@ -87,7 +98,7 @@ class Study:
     ) -> list[Row]:
         """Try ``candidates`` in one pass and compare each with the dense model."""
         layout = self.text.layout
-        dense = Candidate("dense", whole(layout))
+        dense = Candidate(DENSE, whole(layout))
         everything = [*candidates] if self._dense else [*candidates, dense]
         passes = self._passes(everything)
         trials = [
@@ -95,14 +106,22 @@ class Study:
             for candidate in everything
         ]
         bits = self.bits(trials, progress)
+        self._tell_short_text(passes)
         if self._dense is None:
             self._dense = trials[-1].heldout, bits[-1]
+            self._dense_row = self._row(dense, trials[-1], bits[-1])
         if (layout.vocab_size, None) in passes:
             self.block_influence = passes[layout.vocab_size, None].block_influence
         return [
             self._row(candidate, trial, found)
             for candidate, trial, found in zip(candidates, trials, bits, strict=False)
         ]
+
+    @property
+    def dense(self) -> Row:
+        """The row of the dense model, which is tried with the first candidates."""
+        assert self._dense_row is not None
+        return self._dense_row
 
     def bits(
         self, trials: Sequence[Trial], progress: Advance = no_advance
@@ -129,6 +148,14 @@ class Study:
             refits = any(r.repair for r in users)
             found[text] = self.text.calibration_pass(*text, edges=edges, refits=refits)
         return found
+
+    def _tell_short_text(self, passes: Mapping[tuple[int, int | None], CalibrationPass]) -> None:
+        """Log once that all of the text is too little to rank channels."""
+        for (_, samples), calibration_pass in passes.items():
+            few = too_few_tokens(calibration_pass.tokens)
+            if samples is None and few and not self._told:
+                LOG.info("note: %s", few)
+                self._told = True
 
     def _trial(self, candidate: Candidate, calibration_pass: CalibrationPass | None) -> Trial:
         layout, sizes = self.text.layout, candidate.sizes
@@ -181,4 +208,6 @@ class Study:
             alike_loss=alike / alike_dense - 1 if alike_dense else 0.0,
             alike_share=alike_bytes / nbytes,
             experts=sizes.experts or layout.experts,
+            heldout_windows=len(self.text.heldout),
+            heldout_bytes=nbytes,
         )

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from surgery.planning.sizes import TOLERANCE
 from surgery.plot import saved_figure
 
 FFN_CRITERIA = ("random", "abs-act", "act2", "wanda", "l2")
@@ -18,8 +19,11 @@ EXPERT_METHODS = {
 }
 """Method that removes whole experts → the criterion of experts; tried if they are named."""
 
-METHODS = (*FFN_CRITERIA, *LAYER_METHODS, "vocabulary", "compact", "search")
+METHODS = (*FFN_CRITERIA, *LAYER_METHODS, "vocabulary", "compact", "prune", "search")
 """All methods that can be compared."""
+
+DENSE = "dense"
+"""Name of the row of the model from which nothing is removed."""
 
 BLEND = 2 / 3
 """Weight of the loss over all bytes in a score; the loss on words tokenized alike has the rest.
@@ -51,6 +55,10 @@ class Row:
     """The same on words that both vocabularies tokenize alike."""
     alike_share: float
     """Share of these words in all bytes."""
+    heldout_windows: int
+    """Windows of held-out text."""
+    heldout_bytes: int
+    """UTF-8 bytes of these windows."""
     experts: int = 0
     """Routed experts of each layer that has some."""
 
@@ -64,8 +72,18 @@ class Row:
         return asdict(self) | {"score": self.score}
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Return the rows as text for people; the best score is marked."""
+def missed(row: Row, ratio: float) -> bool:
+    """Whether a method removed another share than asked for, in steps such as whole layers."""
+    return row.name != DENSE and abs(row.removed - ratio) > TOLERANCE
+
+
+def table(rows: Sequence[Row], ratio: float | None = None) -> str:
+    """Return the rows as text for people; the best score is marked.
+
+    Args:
+        rows: One may be ``DENSE``.
+        ratio: Share of the parameters that was to be removed; rows that miss it are marked.
+    """
     keys = list(rows[0].widths)
     wide = 2 + max(map(len, ("cut", *(row.name for row in rows))))
     routed = any(row.experts for row in rows)
@@ -74,15 +92,35 @@ def table(rows: Sequence[Row]) -> str:
     heads += ["bits/byte", "loss", "alike", "score"]
     widths = [max(10, len(head) + 2) for head in heads]
     lines = [f"{'cut':<{wide}}" + "".join(f"{h:>{w}}" for h, w in zip(heads, widths, strict=True))]
-    best = min(rows, key=lambda row: row.score)
+    best = min((row for row in rows if row.name != DENSE), key=lambda row: row.score, default=None)
     for row in rows:
         cells = [f"{row.vocab_size:,}", *(f"{row.widths[key]:,}" for key in keys)]
         cells += [str(row.experts)] * routed
         cells += [str(row.num_hidden_layers), f"{row.parameters / 1e6:,.1f}M"]
-        cells += [f"{row.removed:.1%}", f"{row.bits_per_byte:.4f}"]
+        mark = "*" if ratio is not None and missed(row, ratio) else ""
+        cells += [f"{row.removed:.1%}{mark}", f"{row.bits_per_byte:.4f}"]
         cells += [f"{row.loss:+.1%}", f"{row.alike_loss:+.1%}", f"{row.score:+.1%}"]
         text = "".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True))
         lines.append(f"{row.name:<{wide}}{text}" + ("  best" if row is best else ""))
+    return "\n".join(lines)
+
+
+def legend(row: Row, *, marked: bool = False) -> str:
+    """Return what the columns of a table mean, and on how much text its rows were measured.
+
+    Args:
+        row: Any of its rows.
+        marked: Whether a row misses the ratio.
+    """
+    lines = [
+        f"held out: {row.heldout_windows:,} windows, {row.heldout_bytes:,} bytes, "
+        "by which no channel was chosen",
+        "loss: bits over those of the dense model",
+        "alike: the same, over the words that both vocabularies tokenize alike",
+        "score: two parts loss, one part alike; search minimizes it",
+    ]
+    if marked:
+        lines.append("*: not the share asked for, but the nearest that whole layers or steps reach")
     return "\n".join(lines)
 
 
@@ -116,9 +154,13 @@ def plot_pairs(rows: Sequence[Row], path: Path) -> None:
 def plot_methods(found: Mapping[float, Sequence[Row]], path: Path) -> None:
     """Draw the loss of each method, with one bar for each ratio.
 
+    A bar of a method that misses the ratio says which share it removed. The dense model, which
+    loses nothing, has no bar.
+
     Raises:
         OutputError: as ``saved_figure``.
     """
+    found = {ratio: [row for row in rows if row.name != DENSE] for ratio, rows in found.items()}
     names = list(dict.fromkeys(row.name for rows in found.values() for row in rows))
     with saved_figure(path, 8, 0.9 + 0.35 * len(names) * len(found) ** 0.5) as figure:
         axes = figure.subplots()
@@ -127,29 +169,40 @@ def plot_methods(found: Mapping[float, Sequence[Row]], path: Path) -> None:
             positions = [names.index(row.name) + group * height for row in rows]
             losses = [100 * row.loss for row in rows]
             bars = axes.barh(
-                positions, losses, height, label=f"{ratio:.0%} of the parameters removed"
+                positions, losses, height, label=f"{100 * ratio:g}% of the parameters removed"
             )
-            axes.bar_label(bars, fmt="%+.1f", padding=3, fontsize=8)
+            labels = [
+                f"{100 * row.loss:+.1f}"
+                + (f"  ({row.removed:.1%} removed)" if missed(row, ratio) else "")
+                for row in rows
+            ]
+            axes.bar_label(bars, labels, padding=3, fontsize=8)
         middle = height * (len(found) - 1) / 2
         axes.set_yticks([position + middle for position in range(len(names))], names)
         axes.invert_yaxis()
-        worst = max(100 * row.loss for rows in found.values() for row in rows)
-        axes.set(xlabel="bits per byte of held-out text, over the dense model's (%)")
-        axes.set_xlim(right=1.12 * worst)
+        every = [(row, missed(row, ratio)) for ratio, rows in found.items() for row in rows]
+        worst = max(row.loss for row, _ in every)
+        right = max(100 * (row.loss + (0.35 if long else 0.12) * worst) for row, long in every)
+        first = every[0][0]
+        size = f"{first.heldout_windows:,} windows, {first.heldout_bytes:,} bytes"
+        axes.set(xlabel=f"bits of held-out text ({size}), over the dense model's (%)")
+        axes.set_xlim(right=right)
         figure.legend(loc="outside lower center", ncols=len(found), frameon=False)
 
 
-def plot_samples(rows: Mapping[int, Row], path: Path) -> None:
-    """Draw the loss over the number of calibration windows (paper figure 3).
+def plot_samples(rows: Sequence[Row], path: Path) -> None:
+    """Draw the loss over the number of calibration windows, each row's name (paper figure 3).
 
     Raises:
         OutputError: as ``saved_figure``.
     """
+    rows = [row for row in rows if row.name != DENSE]
+    counts = [int(row.name) for row in rows]
     with saved_figure(path, 6, 3.5) as figure:
         axes = figure.subplots()
-        axes.plot(list(rows), [100 * row.loss for row in rows.values()], marker="o")
+        axes.plot(counts, [100 * row.loss for row in rows], marker="o")
         axes.set_xscale("log", base=2)
-        axes.set_xticks(list(rows), [str(count) for count in rows])
+        axes.set_xticks(counts, list(map(str, counts)))
         axes.set(
             xlabel="windows of calibration text",
             ylabel="bits per byte over the dense model's (%)",

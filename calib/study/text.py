@@ -107,9 +107,14 @@ class CalibrationPass:
         self.sums, self.grams = {}, []
 
     @property
+    def tokens(self) -> int:
+        """Of all windows."""
+        return sum(stream.tokens for stream in self.streams)
+
+    @property
     def block_influence(self) -> np.ndarray:
         """float64 ``[L]``: 1 − mean cosine (ShortGPT, arXiv 2403.03853)."""
-        return 1 - np.array(self.cosines) / sum(stream.tokens for stream in self.streams)
+        return 1 - np.array(self.cosines) / self.tokens
 
     def _add_cosines(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
         self.cosines[-1] += cosine_sum(before, after)

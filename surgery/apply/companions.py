@@ -31,42 +31,45 @@ from surgery.files.model_files import (
 from surgery.files.strict_json import dump_json, dump_table, read_file, read_json, table_pieces
 from surgery.planning.layers import format_layers, layer_keys
 from surgery.planning.plan import Plan
+from surgery.stats.channels import DEFAULT_CRITERION
 from surgery.tokenizer.id_map import IdMap, KeptTokens
 from surgery.tokenizer.legacy import is_legacy
 from surgery.tokenizer.sentencepiece_model import is_sentencepiece, prune_sentencepiece
 from surgery.tokenizer.tokenizer_file import TokenizerFile
-
-WITHOUT_TEXT = ("random", "aimer")
-"""Criteria that no text enters."""
 
 LICENSE = re.compile(r"^license: *(\S+) *$", re.MULTILINE)
 
 
 def model_card(plan: Plan, checkpoint: Checkpoint) -> bytes:
     """Return README.md of the output; its license is the one that the source's card names."""
-    hub_id = plan.hub_id
-    base = hub_id.partition("@")[0] if hub_id else plan.published().source
+    base = plan.base or plan.published().source
     before, after = plan.before, plan.after
     removed = 1 - after.parameters / before.parameters
-    head = ["---"] + ([f"base_model: {json.dumps(base)}"] if hub_id else [])
+    head = ["---"] + ([f"base_model: {json.dumps(base)}"] if plan.base else [])
     card = checkpoint.path / "README.md"
     if card.exists() and (found := LICENSE.search(read_file(card).decode("utf-8", "replace"))):
         head.append(f"license: {found[1]}")
     sizes = [(key, size, after.widths[key]) for key, size in before.widths.items()]
     sizes += [("experts of a layer", before.experts, after.experts)] * bool(before.experts)
     widths = "\n".join(f"| {key} | {old:,} | {new:,} |" for key, old, new in sizes)
+    claims = [*_vocabulary_claims(plan), *_channel_claims(plan)]
+    claims += [*_expert_claims(plan), *_layer_claims(plan)]
+    quantized = checkpoint.opaque.method if checkpoint.opaque is not None else "FP8"
+    if plan.dequantize and (checkpoint.quantization is not None or checkpoint.opaque is not None):
+        claims.append(f"{quantized} weights were converted to bf16.")
+    if plan.dropped:
+        claims.append("Layers for multi-token prediction were left out.")
     text = f"""{chr(10).join(head)}
 library_name: transformers
 pipeline_tag: text-generation
 tags:
-- pruned
-- compact-surgery
+{"- pruned" + chr(10) if removed else ""}- compact-surgery
 ---
 
-# {base}, pruned by {removed:.1%}
+# {base}{f", pruned by {removed:.1%}" if removed else ""}
 
-A smaller checkpoint of `{base}`, pruned with COMPACT (arXiv 2509.06836). {_layers(plan)}The layout
-is the standard one and loads like its base model.
+A {"smaller" if removed else "rewritten"} checkpoint of `{base}`.
+The layout is the standard one and loads like its base model.
 
 | | before | after |
 |---|---:|---:|
@@ -76,35 +79,82 @@ is the standard one and loads like its base model.
 | parameters | {before.parameters:,} | {after.parameters:,} |
 | bytes of weights | {before.nbytes:,} | {after.nbytes:,} |
 
-{_method(plan)}Plan `{plan.digest[:16]}`, whole in `compact_surgery.json`.
+{"".join(f"- {claim}{chr(10)}" for claim in claims)}
+Nothing was trained. Plan `{plan.digest[:16]}`, whole in `compact_surgery.json`.
 """
     return text.encode("utf-8")
 
 
-def _layers(plan: Plan) -> str:
-    if not plan.layers:
-        return ""
-    return (
-        f"Of its layers {format_layers(plan.layers)} stay; those joined by + became one, as in\n"
-        "LaCo (arXiv 2402.11187). "
-    )
+COMPACT = "as in COMPACT (arXiv 2509.06836)"
 
 
-def _method(plan: Plan) -> str:
-    """Return how what is kept was chosen, of each kind that the plan removes."""
-    made, lines = plan.provenance, []
-    tokens = f" over {made.calibration_tokens:,} calibration tokens"
-    chosen = [("FFN channels", made.criterion)] * (plan.after.widths != plan.before.widths)
-    if made.expert_criterion is not None:
-        chosen.append(("Experts", made.expert_criterion))
-    for what, criterion in chosen:
-        over = tokens if made.calibration_tokens and criterion not in WITHOUT_TEXT else ""
-        lines.append(f"{what} were kept by {criterion}{over}.")
-    if not plan.ids().identity:
-        order = {"merge-order": " by merge order", "frequency": " by their frequency in a text"}
-        by = order.get(plan.vocabulary.order, "") if plan.vocabulary else ""
-        lines.append(f"The vocabulary's rarest rows{by} were removed.")
-    return "".join(f"{line}\n" for line in [*lines, "Training-free."])
+def _vocabulary_claims(plan: Plan) -> list[str]:
+    if plan.ids().identity:
+        return []
+    orders = {"merge-order": " by merge order", "frequency": " by their frequency in a text"}
+    cost = plan.vocabulary
+    by = orders.get(cost.order, "") if cost else ""
+    before, after = plan.before.vocab_size, plan.after.vocab_size
+    which = []
+    if cost is not None:
+        scripts = [s.script for s in cost.scripts if s.asked == "dropped"]
+        which += [f"those of {', '.join(scripts)}"] if scripts else []
+        lost = {s.script for s in cost.scripts if s.tokens_before > s.tokens_after}
+        which += ["tokens reserved for later use"] if "reserved" in lost else []
+    if cost is None or cost.by_rarity:
+        which.append(f"the rarest{by}, {COMPACT}")
+    named = f": {'; '.join(which)}" if which else ", which no token has"
+    return [f"Vocabulary: {before - after:,} of {before:,} rows were removed{named}."]
+
+
+def _channel_claims(plan: Plan) -> list[str]:
+    if plan.after.widths == plan.before.widths:
+        return []
+    made = plan.provenance
+    if made.criterion == "random":
+        claims = ["FFN channels: those that are kept were drawn by chance."]
+    else:
+        method = f", {COMPACT}" if made.criterion == DEFAULT_CRITERION else ""
+        claims = [f"FFN channels: kept by {made.criterion}{_over_text(plan)}{method}."]
+    if plan.replaced is not None:
+        claims.append("Each down_proj that this helps was refitted by least squares.")
+    return claims
+
+
+def _expert_claims(plan: Plan) -> list[str]:
+    criterion = plan.provenance.expert_criterion
+    if criterion is None:
+        return []
+    by = {
+        "random": "those that are kept were drawn by chance",
+        "aimer": "kept by aimer, by their weights alone",
+    }.get(criterion, f"kept by {criterion}{_over_text(plan)}")
+    before, after = plan.before.experts, plan.after.experts
+    return [f"Experts: {before - after} of {before} were removed from each layer; {by}."]
+
+
+def _layer_claims(plan: Plan) -> list[str]:
+    claims = []
+    left_out = set(range(plan.before.num_hidden_layers)).difference(*plan.layers)
+    if plan.layers and left_out:
+        names = format_layers([[layer] for layer in sorted(left_out)])
+        by = (
+            f", those of least block influence{_over_text(plan)}, as in ShortGPT (arXiv 2403.03853)"
+            if plan.provenance.layers_by_influence
+            else ""
+        )
+        claims.append(f"Removed layers: {names}{by}.")
+    merged = [group for group in plan.layers if len(group) > 1]
+    if merged:
+        names = format_layers(merged)
+        claims.append(f"Layers merged into one: {names}, as in LaCo (arXiv 2402.11187).")
+    return claims
+
+
+def _over_text(plan: Plan) -> str:
+    """Name the text that a choice was made by."""
+    tokens = plan.provenance.calibration_tokens
+    return f" over {tokens:,} calibration tokens" if tokens else ""
 
 
 CARRIED = re.compile(

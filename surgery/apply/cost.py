@@ -1,16 +1,26 @@
 """Bytes, disk and memory that applying a plan takes, predicted from its edits."""
 
 import math
-from collections.abc import Iterable
+import time
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
 
 from surgery.apply.edits import OutputTensor, edits
 from surgery.apply.shard import WINDOW_BYTES, bytes_read
 from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.files import index_sets
 from surgery.files.model_files import tokenizer_files
 from surgery.files.safetensors_header import TensorRef
+from surgery.files.shard_file import open_shard
+from surgery.hub.shards import Shards
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
+from surgery.planning.shapes import axis_lengths
+from surgery.process import PIECE_BYTES, PIECES, Seconds, with_slack, write_pace
 from surgery.tokenizer.legacy import is_legacy
 
 PROGRAM_BYTES = 44_000_000
@@ -43,6 +53,16 @@ class ApplyCost:
     memory_bytes: int
     """Peak resident memory."""
 
+    def table(self) -> str:
+        """Return the figures as lines for people."""
+        rows = (
+            ("peak memory", self.memory_bytes),
+            ("disk", self.disk_bytes),
+            ("read", self.read_bytes),
+            ("written", self.written_bytes),
+        )
+        return "\n".join(f"{name:<26}{size / 1e6:>12,.0f} MB" for name, size in rows)
+
     def line(self) -> str:
         """Return the figures as one line for people."""
         read, written, disk = (
@@ -55,9 +75,33 @@ class ApplyCost:
         )
 
 
-def apply_cost(plan: Plan, layout: Layout, jobs: int) -> ApplyCost:
-    """Predict what it takes to apply a complete ``plan`` with ``jobs`` shards at a time."""
-    shards = edits(plan, layout)
+def with_spread_channels(plan: Plan, layout: Layout) -> Plan:
+    """Return ``plan`` with channels at equal distances where none are chosen yet.
+
+    Applying it takes what applying any choice takes, or little more, for few kept channels are
+    beside each other.
+    """
+    if plan.complete:
+        return plan
+    full, new = (axis_lengths(layout, each) for each in (layout.widths, plan.after.widths))
+    spread = {
+        axis: index_sets.encode(np.arange(new[axis]) * size // new[axis], size)
+        for axis, size in full.items()
+    }
+    groups = plan.layers or [[layer] for layer in range(layout.num_hidden_layers)]
+    kept = [
+        {axis: [spread[axis]] * experts for axis, experts in layout.ffn_outputs[group[0]].items()}
+        for group in groups
+    ]
+    return msgspec.structs.replace(plan, kept_channels=kept)
+
+
+def apply_cost(plan: Plan, layout: Layout, jobs: int, finished: Collection[str] = ()) -> ApplyCost:
+    """Predict what it takes to apply a complete ``plan`` with ``jobs`` shards at a time.
+
+    Shards that are ``finished`` cost nothing.
+    """
+    shards = {n: shard for n, shard in edits(plan, layout).items() if n not in finished}
     tensors = [tensor for shard in shards.values() for tensor in shard]
     written = sum(tensor.nbytes for tensor in tensors)
     return ApplyCost(
@@ -66,6 +110,51 @@ def apply_cost(plan: Plan, layout: Layout, jobs: int) -> ApplyCost:
         written,
         _memory(plan, layout.checkpoint, min(jobs, len(shards)), _largest_matrix(tensors)),
     )
+
+
+def apply_seconds(cost: ApplyCost, layout: Layout, output: Path, prepare: float) -> Seconds | None:
+    """Estimate the time of an apply by the pace of both disks; nothing is left behind.
+
+    At least: reading and writing are hidden by each other. At most: they come one after the other,
+    each as slow as its slowest piece.
+
+    Args:
+        cost: What the apply takes.
+        layout: The source. For a model on the hub, there is no estimate.
+        output: Directory that apply is to write.
+        prepare: Seconds that the files beside the weights take.
+    """
+    if Shards.of(layout.checkpoint.path).remote:
+        return None
+    read, write = read_pace(layout), write_pace(output.parent)
+    if read is None or write is None:
+        return None
+    reading, writing = (
+        [total * pace for pace in paces]
+        for total, paces in ((cost.read_bytes, read), (cost.written_bytes, write))
+    )
+    low = prepare + max(reading[0], writing[0])
+    return with_slack(low, prepare + reading[1] + writing[1])
+
+
+def read_pace(layout: Layout) -> Seconds | None:
+    """Return the seconds that a byte of the source's largest shard takes, at least and at most.
+
+    Pieces are read from all over it. None where it has no byte.
+    """
+    path = max(
+        (tensor.path for tensor in layout.checkpoint.tensors.values()),
+        key=lambda path: path.stat().st_size,
+    )
+    size, found = path.stat().st_size, []
+    with open_shard(path, "read") as shard:
+        piece = min(PIECE_BYTES, size)
+        buffer = bytearray(piece)
+        for offset in range(0, size - piece + 1, max(1, (size - piece) // (PIECES - 1))):
+            start = time.perf_counter()
+            shard.read_into(memoryview(buffer), offset)
+            found.append((time.perf_counter() - start) / piece)
+    return (min(found), max(found)) if found else None
 
 
 def _scales(tensors: Iterable[OutputTensor]) -> int:

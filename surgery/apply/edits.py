@@ -193,14 +193,7 @@ def check_plan(plan: Plan, layout: Layout) -> Sizes:
     Raises:
         PlanError: as ``edits``.
     """
-    if plan.fingerprint != layout.checkpoint.fingerprint:
-        raise PlanError(
-            layout.checkpoint.path,
-            "is not the checkpoint that the plan was made for",
-            expected=f"fingerprint {plan.fingerprint[:12]}",
-            found=layout.checkpoint.fingerprint[:12],
-            fix=MAKE_AGAIN,
-        )
+    check_source(plan, layout.checkpoint)
     if same_weights(plan.weights, layout.checkpoint.weights) is False:
         raise PlanError(
             layout.checkpoint.path,
@@ -232,6 +225,22 @@ def check_plan(plan: Plan, layout: Layout) -> Sizes:
     _check_shape("plan: after", plan.after, shape_of(layout, sizes, kept))
     _check("plan: dropped", plan.dropped, layout.dropped)
     return sizes
+
+
+def check_source(plan: Plan, checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint with another config, tokenizer or shapes than the plan's source.
+
+    Raises:
+        PlanError: the fingerprints differ.
+    """
+    if plan.fingerprint != checkpoint.fingerprint:
+        raise PlanError(
+            checkpoint.path,
+            "is not the checkpoint that the plan was made for",
+            expected=f"fingerprint {plan.fingerprint[:12]}",
+            found=checkpoint.fingerprint[:12],
+            fix=MAKE_AGAIN,
+        )
 
 
 def layer_groups(plan: Plan, layout: Layout) -> list[list[int]]:

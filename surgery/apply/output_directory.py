@@ -3,7 +3,7 @@
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
@@ -111,23 +111,29 @@ class Journal:
     def _read(self) -> None:
         os.lseek(self._file, 0, os.SEEK_SET)
         raw = os.read(self._file, os.fstat(self._file).st_size)
-        *lines, torn = raw.split(b"\n")
-        try:
-            if lines:
-                self.plan_digest = msgspec.json.decode(lines[0], type=Begun).plan_digest
-            finished = [msgspec.json.decode(line, type=Finished) for line in lines[1:]]
-            if torn and not lines:
-                raise ValueError("no whole line")
-        except ValueError as error:  # msgspec's among them
-            raise OutputError(
-                self.path,
-                "cannot be resumed",
-                found=error,
-                fix="delete it and its directory, and start anew",
-            ) from error
-        self.finished = {line.shard: line.nbytes for line in finished}
-        if torn:
-            os.ftruncate(self._file, len(raw) - len(torn))
+        self.plan_digest, self.finished, whole = _parsed(raw, self.path)
+        if whole < len(raw):
+            os.ftruncate(self._file, whole)
+
+
+def _parsed(raw: bytes, path: Path) -> tuple[str | None, dict[str, int], int]:
+    """Return the plan and the finished shards of a journal, and the length of its whole lines."""
+    *lines, torn = raw.split(b"\n")
+    digest = None
+    try:
+        if lines:
+            digest = msgspec.json.decode(lines[0], type=Begun).plan_digest
+        finished = [msgspec.json.decode(line, type=Finished) for line in lines[1:]]
+        if torn and not lines:
+            raise ValueError("no whole line")
+    except ValueError as error:  # msgspec's among them
+        raise OutputError(
+            path,
+            "cannot be resumed",
+            found=error,
+            fix="delete it and its directory, and start anew",
+        ) from error
+    return digest, {line.shard: line.nbytes for line in finished}, len(raw) - len(torn)
 
 
 JOURNAL = f"{PARTIAL}.journal"
@@ -184,15 +190,7 @@ class OutputDirectory:
         Raises:
             OutputError: they do not; it names what is needed and what is free.
         """
-        free = shutil.disk_usage(self.partial).free
-        if free < nbytes:
-            raise OutputError(
-                self.path,
-                "no space for the output",
-                expected=f"{nbytes:,} bytes",
-                found=f"{free:,} free",
-                fix="free space, or name another output, then run with `resume`",
-            )
+        check_space(self.path, nbytes)
 
     def finish(self, name: str) -> None:
         """Record that the shard ``name`` is complete and synced; threads may call this."""
@@ -249,31 +247,12 @@ class OutputDirectory:
         self.partial.mkdir()
 
     def _resume(self, plan_digest: str) -> None:
-        found = self._journal.plan_digest
-        if found is None:
-            raise OutputError(
-                self.partial,
-                "cannot be resumed: it has no journal, so its content is unknown",
-                expected=self._journal.path,
-                fix="delete it and start anew",
-            )
-        if found != plan_digest:
-            raise OutputError(
-                self.partial,
-                "belongs to another plan",
-                expected=f"plan {plan_digest[:12]}",
-                found=found[:12],
-                fix=f"resume with that plan, or delete {self.partial}",
-            )
+        _check_same_plan(self.partial, self._journal.plan_digest, plan_digest)
         self._sweep()
 
     def _sweep(self) -> None:
         """Delete every file that is not a complete shard by the journal."""
-        whole = {
-            path.name
-            for path in self.partial.iterdir()
-            if path.is_file() and path.stat().st_size == self._journal.finished.get(path.name)
-        }
+        whole = _whole_shards(self.partial, self._journal.finished)
         for path in self.partial.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -282,6 +261,71 @@ class OutputDirectory:
         self._journal.finished = {
             name: nbytes for name, nbytes in self._journal.finished.items() if name in whole
         }
+
+
+def _check_same_plan(partial: Path, found: str | None, plan_digest: str) -> None:
+    """Refuse to resume without a journal, or with that of another plan."""
+    if found is None:
+        raise OutputError(
+            partial,
+            "cannot be resumed: it has no journal, so its content is unknown",
+            expected=partial.with_name(partial.name.removesuffix(PARTIAL) + JOURNAL),
+            fix="delete it and start anew",
+        )
+    if found != plan_digest:
+        raise OutputError(
+            partial,
+            "belongs to another plan",
+            expected=f"plan {plan_digest[:12]}",
+            found=found[:12],
+            fix=f"resume with that plan, or delete {partial}",
+        )
+
+
+def _whole_shards(partial: Path, finished: Mapping[str, int]) -> set[str]:
+    """Return the names of the files that are finished shards, of the length in the journal."""
+    return {
+        path.name
+        for path in partial.iterdir()
+        if path.is_file() and path.stat().st_size == finished.get(path.name)
+    }
+
+
+def shards_at_hand(path: Path, plan_digest: str, *, source: Path, resume: bool) -> frozenset[str]:
+    """Return the finished shards that ``OutputDirectory`` would find; nothing is written.
+
+    Raises:
+        OutputError: as for ``OutputDirectory``, but for another run that holds the lock.
+    """
+    check_output_path(path, source)
+    partial = path.with_name(path.name + PARTIAL)
+    if not (resume and partial.is_dir() and not partial.is_symlink()):
+        check_no_partial(path, resume=False)
+        return frozenset()
+    journal = path.with_name(path.name + JOURNAL)
+    raw = journal.read_bytes() if journal.exists() else b""
+    found, finished, _ = _parsed(raw, journal)
+    _check_same_plan(partial, found, plan_digest)
+    return frozenset(_whole_shards(partial, finished))
+
+
+def check_space(path: Path, nbytes: int) -> int:
+    """Check that ``nbytes`` fit on the disk of the output ``path``, and return what is free.
+
+    Raises:
+        OutputError: they do not; it names what is needed and what is free.
+    """
+    there = next(parent for parent in path.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(there).free
+    if free < nbytes:
+        raise OutputError(
+            path,
+            "no space for the output",
+            expected=f"{nbytes:,} bytes",
+            found=f"{free:,} free",
+            fix="free space, or name another output, then run with `resume`",
+        )
+    return free
 
 
 def remove_journal(path: Path) -> None:

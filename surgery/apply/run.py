@@ -1,7 +1,7 @@
 """Apply a plan: stream every edit into a new directory, here or on a Ray cluster."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -13,8 +13,14 @@ from uuid import uuid4
 import msgspec
 
 from surgery.apply.companions import companion_files, model_card, pruned_config
+from surgery.apply.cost import ApplyCost, apply_cost, apply_seconds
 from surgery.apply.edits import OutputTensor, edits, sources
-from surgery.apply.output_directory import OutputDirectory, remove_journal
+from surgery.apply.output_directory import (
+    OutputDirectory,
+    check_space,
+    remove_journal,
+    shards_at_hand,
+)
 from surgery.apply.shard import ShardTask, from_spans, spans_of, write_shard
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.checksums import Checksums, known_digests
@@ -25,15 +31,18 @@ from surgery.files.shard_file import IO, mapped_bytes
 from surgery.files.strict_json import dump_json, dump_table, read_file
 from surgery.hub.shards import Shards
 from surgery.layout.build import read_layout
+from surgery.layout.layout import Layout
 from surgery.planning.plan import PROVENANCE_NAME, Plan, ProvenanceFile
 from surgery.planning.replacement import check_file
 from surgery.process import (
     Advance,
     Progress,
+    Seconds,
     moved_bytes,
     peak_rss_bytes,
     release_freed_memory,
     say_resumed,
+    spoken_range,
     stage,
 )
 from surgery.version import __version__
@@ -127,9 +136,7 @@ def apply_to(
     Raises:
         SurgeryError: as the modules that this calls; then no output appears.
     """
-    output = options.output or (Path(plan.output) if plan.output else None)
-    if output is None:
-        raise PlanError("plan", "names no output", fix="give `output`")
+    output = _output(plan, options)
     start, before, mapped = time.perf_counter(), moved_bytes(), mapped_bytes()
     advance = stage(progress, "apply", plan.after.nbytes)
     stage_seconds = _write_checkpoint(plan, source, replace(options, output=output), advance)
@@ -157,14 +164,9 @@ def _write_checkpoint(
         remove_journal(output)
         return {}
     times = [time.perf_counter()]
-    checkpoint = Checkpoint.open(source.absolute() if engine == "ray" else source, plan.family)
-    by_shard = {n: shard for n, shard in edits(plan, read_layout(checkpoint)).items() if shard}
-    checksums = _checksums(checkpoint, by_shard, options)
-    if plan.replaced is not None:
-        check_file(plan.replaced)
-    files = companion_files(plan, checkpoint)
-    files["README.md"] = model_card(plan, checkpoint)
-    config = pruned_config(plan, checkpoint)
+    prepared = _prepare(plan, source, options)
+    checkpoint, by_shard = prepared.layout.checkpoint, prepared.by_shard
+    files, checksums = prepared.files, prepared.checksums
     directory = OutputDirectory(output, plan.digest, source=source, resume=resume)
     todo = {name: shard for name, shard in by_shard.items() if name not in directory.finished}
     if resume:
@@ -175,7 +177,7 @@ def _write_checkpoint(
         directory.check_space(sum(t.nbytes for shard in todo.values() for t in shard))
         for name, data in files.items():
             directory.write(name, data)
-        del files
+        files.clear()
         release_freed_memory()
         times.append(time.perf_counter())
         tasks = {
@@ -196,13 +198,106 @@ def _write_checkpoint(
             _write_shards(directory, tasks, checksums, options.jobs, progress)
         times.append(time.perf_counter())
         directory.write(PROVENANCE_NAME, _provenance(plan))
-        directory.write("config.json", config)
+        directory.write("config.json", prepared.config)
         if checkpoint.index is not None:
             directory.write(INDEX_NAME, _index(checkpoint.index, by_shard, plan))
         directory.commit()
     times.append(time.perf_counter())
     spent = (end - start for start, end in pairwise(times))
     return dict(zip(("prepare", "shards", "files"), spent, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """All that is known before the first byte is written."""
+
+    layout: Layout
+    by_shard: dict[str, list[OutputTensor]]
+    checksums: Checksums
+    files: dict[str, bytes | Iterator[bytes]]
+    """The files beside the weights; the tokenizer takes the most memory."""
+    config: bytes
+
+
+def _prepare(plan: Plan, source: Path, options: ApplyOptions) -> _Prepared:
+    """Open the source, and make what is beside the weights; write nothing."""
+    where = source.absolute() if options.engine == "ray" else source
+    checkpoint = Checkpoint.open(where, plan.family)
+    layout = read_layout(checkpoint)
+    by_shard = {n: shard for n, shard in edits(plan, layout).items() if shard}
+    checksums = _checksums(checkpoint, by_shard, options)
+    if plan.replaced is not None:
+        check_file(plan.replaced)
+    files = companion_files(plan, checkpoint)
+    files["README.md"] = model_card(plan, checkpoint)
+    return _Prepared(layout, by_shard, checksums, files, pruned_config(plan, checkpoint))
+
+
+@dataclass(frozen=True)
+class ApplyForecast:
+    """What an apply would take and write."""
+
+    output: Path
+    shards: int
+    """Shards to write, without those that an interrupted run has finished."""
+    finished: int
+    """Shards that it has finished."""
+    cost: ApplyCost
+    free_bytes: int
+    """Of the output's disk."""
+    seconds: Seconds | None
+    """Estimated time, at least and at most; None for a model on the hub, and for a cluster."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return everything, for JSON."""
+        return {**asdict(self), "output": str(self.output)}
+
+    def table(self) -> str:
+        """Return the figures as lines for people."""
+        there = f", {self.finished} are there already" if self.finished else ""
+        took = spoken_range(self.seconds) if self.seconds else "not estimated"
+        return (
+            f"{self.output}: {self.shards} shards to write{there}\n{self.cost.table()}\n"
+            f"{'free on the disk':<26}{self.free_bytes / 1e6:>12,.0f} MB\n{'time':<26}{took:>15}"
+        )
+
+
+def forecast_apply(plan: Plan, source: Path, options: ApplyOptions) -> ApplyForecast:
+    """Check what ``apply_to`` checks before it writes, and predict what it takes; write nothing.
+
+    The time is estimated from the pace of both disks.
+
+    Raises:
+        SurgeryError: as ``apply_to``, but for a run that writes the same output meanwhile.
+    """
+    output, start = _output(plan, options), time.perf_counter()
+    prepared = _prepare(plan, source, options)
+    every, finished = frozenset(prepared.by_shard), frozenset[str]()
+    if options.resume and _is_written(output, plan):
+        finished = every
+    else:
+        finished = every & shards_at_hand(output, plan.digest, source=source, resume=options.resume)
+    for data in prepared.files.values():
+        for _ in data if not isinstance(data, bytes) else ():
+            pass
+    layout, took = prepared.layout, time.perf_counter() - start
+    cost = apply_cost(plan, layout, options.jobs, finished)
+    local = options.engine == "local"
+    return ApplyForecast(
+        output,
+        len(every - finished),
+        len(finished),
+        cost,
+        check_space(output, cost.disk_bytes),
+        apply_seconds(cost, layout, output, took) if local else None,
+    )
+
+
+def _output(plan: Plan, options: ApplyOptions) -> Path:
+    output = options.output or (Path(plan.output) if plan.output else None)
+    if output is None:
+        raise PlanError("plan", "names no output", fix="give `output`")
+    return output
 
 
 def _checksums(

@@ -21,8 +21,10 @@ from surgery.cli.options import (
     Refusal,
     ShowOptions,
     cut_options,
+    data_options,
     device_option,
     engine_option,
+    engines_option,
     force_option,
     gathered,
     io_option,
@@ -40,6 +42,7 @@ from surgery.cli.terminal import (
     bars,
     print_text,
     running,
+    show_engines,
     show_logs,
     show_plan,
     show_written,
@@ -48,6 +51,7 @@ from surgery.cli.terminal import (
 from surgery.errors import SurgeryError, is_panic, printable, shortened
 from surgery.files.shard_file import IO
 from surgery.planning.request import CutRequest
+from surgery.process import spoken
 from surgery.stats.channels import RANDOM
 from surgery.text.documents import TextOptions
 from surgery.version import __version__
@@ -60,6 +64,23 @@ FIXES = {
     errno.ENOENT: "; check the name, and create its directory",
 }
 """What to do about an error of the file system."""
+
+
+HINTS = {
+    "--seq-len": "--window-bytes",
+    "--max-length": "--seq-len",
+    "--text": "--data",
+    "--dataset": "--data",
+    "--column": "--field",
+    "--text-field": "--field",
+    "--output-dir": "--output",
+    "--out": "--output",
+    "--overwrite": "--force",
+    "--sparsity": "--ratio",
+    "--num-samples": "--samples",
+    "--nsamples": "--samples",
+}
+"""Options of other tools and commands → what they are called here."""
 
 
 class Commands(click.Group):
@@ -84,11 +105,9 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
-            if command is None or "resume" not in {option.name for option in command.params}:
-                raise
-            again = shlex.join([*self.arguments, *({"--resume"} - {*self.arguments})])
-            click.echo(f"interrupted; continue with: compact-surgery {again}", err=True)
-            raise click.exceptions.Exit(130) from error
+            raise _interrupted(command, self.arguments) or error from error
+        except click.NoSuchOption as error:
+            raise _hinted(error) from error
         except SurgeryError as error:
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
             raise Refusal(error.message(partial(with_flags, command=command))) from error
@@ -111,6 +130,27 @@ class Commands(click.Group):
             raise Refusal(printable(f"{reason}; {fix}")) from error
 
 
+def _interrupted(
+    command: click.Command | None, arguments: Sequence[str]
+) -> click.exceptions.Exit | None:
+    """Name the command that continues, and return the end of this one; None where none does."""
+    if command is None or "resume" not in {option.name for option in command.params}:
+        return None
+    again = shlex.join([*arguments, *({"--resume"} - {*arguments})])
+    click.echo(f"interrupted; continue with: compact-surgery {again}", err=True)
+    return click.exceptions.Exit(130)
+
+
+def _hinted(error: click.NoSuchOption) -> click.NoSuchOption:
+    """Name the option of the command that another tool, or another command, calls like this."""
+    hint = HINTS.get(error.option_name)
+    options = error.ctx.command.params if error.ctx else []
+    if hint is None or all(hint not in option.opts for option in options):
+        return error
+    text = f"No such option '{error.option_name}'. (Did you mean '{hint}'?)"
+    return click.NoSuchOption(error.option_name, text, ctx=error.ctx)
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
@@ -121,18 +161,77 @@ def main() -> None:
     show_logs()
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What ``inspect`` shows instead of the parameters."""
+
+    vocab: bool
+    probe: bool
+    removed: bool
+    channels: bool
+    stats: Path | None
+
+
+@dataclass(frozen=True)
+class RemovedOptions:
+    """Which removed tokens ``inspect`` lists."""
+
+    script: str | None
+    limit: int | None
+    source: str | None
+
+
+LISTED = 20
+"""Removed tokens of each script that are listed where neither a script nor a limit is given."""
+
+
 @main.command()
 @model_options
-@click.option("--vocab", is_flag=True, help="Show what the vocabulary's rows are spent on instead.")
-@click.option("--probe", is_flag=True, help="Show which families fit, and propose an entry.")
-@click.option(
-    "--stats", type=path_type, metavar="FILE", help="Show how evenly routers use their experts."
+@gathered(
+    "shown",
+    Shown,
+    click.option("--vocab", is_flag=True, help="Show what the vocabulary's rows are spent on."),
+    click.option("--probe", is_flag=True, help="Show which families fit, and propose an entry."),
+    click.option("--removed", is_flag=True, help="List the tokens that a plan removes, by script."),
+    click.option(
+        "--stats", type=path_type, metavar="FILE", help="Show how evenly routers use their experts."
+    ),
+    click.option(
+        "--channels",
+        is_flag=True,
+        help="Show the channels that a plan keeps, and their share of the statistics, by layer.",
+    ),
+)
+@gathered(
+    "listed",
+    RemovedOptions,
+    click.option(
+        "--script", metavar="NAME", help="The only script of --removed, such as Cyrillic."
+    ),
+    click.option(
+        "--limit",
+        type=click.IntRange(1),
+        help=f"Most tokens of a script to list.  [default: {LISTED}, or all with --script]",
+    ),
+    click.option("--source", metavar="MODEL", help="The plan's model, if it has moved."),
+)
+@gathered(
+    "text",
+    TextOptions,
+    data_options(required=False, use="Text to count the removed tokens in. "),
 )
 @show_options
 def inspect(
-    model: ModelOptions, vocab: bool, probe: bool, stats: Path | None, show: ShowOptions
+    model: ModelOptions,
+    shown: Shown,
+    listed: RemovedOptions,
+    text: TextOptions,
+    show: ShowOptions,
 ) -> None:
-    """Show where the parameters are; reads headers only."""
+    """Show where the parameters are; reads headers only.
+
+    With --removed or --channels, MODEL is an output's directory or a plan's file.
+    """
     from surgery.api import Model, probe_model
     from surgery.layout.census import plot_census, plot_routing
     from surgery.vocabulary.census import plot_vocab_census
@@ -140,20 +239,25 @@ def inspect(
     if show.plot is None:
         refuse_idle("without --plot", "force")
     show.check()
-    if probe:
+    if not shown.removed:
+        refuse_idle("without --removed", "script", "limit", "source", "data", "field", "strict")
+    if shown.removed or shown.channels:
+        show_plan_of(model.model, shown, listed, text, show.as_json)
+        return
+    if shown.probe:
         refuse_idle("with --probe", "family", "vocab", "stats", "plot")
         proposal = probe_model(model.model)
         print_text(json.dumps(asdict(proposal)) if show.as_json else proposal.table())
         return
     opened = Model(model.layout(), model.model)
-    if stats is not None:
+    if shown.stats is not None:
         refuse_idle("with --stats", "vocab")
-        routing = opened.routing(stats)
+        routing = opened.routing(shown.stats)
         print_text(json.dumps(asdict(routing)) if show.as_json else routing.table())
         if show.plot is not None:
             plot_routing(routing, show.plot)
         return
-    if vocab:
+    if shown.vocab:
         tokens = opened.vocabulary()
         click.echo(json.dumps(asdict(tokens)) if show.as_json else tokens.table())
         if show.plot is not None:
@@ -165,6 +269,32 @@ def inspect(
         plot_census(census, show.plot)
 
 
+def show_plan_of(
+    path: str, shown: Shown, listed: RemovedOptions, text: TextOptions, as_json: bool
+) -> None:
+    """Print what the plan of an output, or a plan's file, removes of the vocabulary, or keeps."""
+    from calib.text.chat import documents_of
+    from surgery.api import removed_by
+    from surgery.verify.files import plan_and_source, plan_at
+
+    option = "--removed" if shown.removed else "--channels"
+    refuse_idle(f"with {option}", "family", "vocab", "probe", "plot")
+    if not shown.removed:
+        plan = plan_at(path)
+        click.echo(json.dumps(plan.channel_facts()) if as_json else plan.channel_table())
+        return
+    refuse_idle("with --removed", "channels")
+    if not text.data:
+        refuse_idle("without --data", "field", "strict")
+    limit = listed.limit or (LISTED if listed.script is None else None)
+    plan, layout = plan_and_source(path, listed.source)
+    found = removed_by(plan, layout, documents_of(layout, text) if text.data else None)
+    if as_json:
+        click.echo(json.dumps(found.facts(limit, listed.script)))
+    else:
+        click.echo(found.table(limit, listed.script))
+
+
 @dataclass(frozen=True)
 class PlanSources:
     """The statistics that a plan is made from, and the paths it names and is written to."""
@@ -173,6 +303,7 @@ class PlanSources:
     to: Path | None
     output: Path
     force: bool
+    engines: bool
 
 
 @main.command()
@@ -194,6 +325,7 @@ class PlanSources:
         help="File that the plan is written to.",
     ),
     force_option,
+    engines_option,
 )
 def plan(
     model: ModelOptions,
@@ -248,6 +380,7 @@ def plan(
             made = repair_plan(made, study, given.output, progress)
     made.save(given.output)
     show_plan(made, layout, cut.sizes)
+    show_engines(made, layout, every=given.engines)
     if made.complete:
         click.echo(apply_cost(made, layout, JOBS).line())
         then = f"apply {given.output}" + ("" if given.to else " -o DIR")
@@ -284,31 +417,52 @@ def plan(
         help="First compare each shard with its SHA-256, from SHA256SUMS or from the hub.",
     ),
 )
+@click.option("--source", metavar="MODEL", help="The plan's source, if it has moved.")
 @push_option
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Check what can be checked, predict time, memory and disk; write nothing.",
+)
 @json_option
-def apply(plan_path: Path, options: ApplyOptions, push_to: str | None, as_json: bool) -> None:
+def apply(
+    plan_path: Path,
+    options: ApplyOptions,
+    source: str | None,
+    push_to: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
     """Stream a plan's source into a new checkpoint directory."""
-    from surgery.apply.run import apply_to
-    from surgery.hub.fetch import resolve_model
+    from surgery.apply.run import apply_to, forecast_apply
+    from surgery.hub.fetch import resolve_source
     from surgery.hub.upload import check_push, push
     from surgery.planning.plan import Plan
 
     if options.engine == "ray":
         refuse_idle("with --engine ray", "jobs")
+    if dry_run:
+        refuse_idle("with --dry-run", "push_to")
     loaded = Plan.load(plan_path)
     if loaded.output is None and options.output is None:
         raise Refusal(f"{plan_path}: names no output; give -o DIR")
     if push_to:
         check_push(push_to)
+    path = resolve_source(loaded.source, source)
+    if dry_run:
+        found = forecast_apply(loaded, path, options)
+        text = f"{loaded.table()}\n\n{found.table()}\nnothing was written"
+        print_text(json.dumps(found.facts()) if as_json else text)
+        return
     with bars() as progress:
-        made = apply_to(loaded, resolve_model(loaded.source)[0], options, progress)
+        made = apply_to(loaded, path, options, progress)
     if push_to:
         click.echo(push(made.output, push_to), err=as_json)
     if as_json:
         click.echo(json.dumps(made.facts()))
     else:
         what = f"{made.output}: {made.parameters:,} parameters, {made.nbytes:,} bytes"
-        show_written(what, f"verify {made.output}")
+        show_written(f"{what}, {spoken(made.seconds)}", f"verify {made.output}")
 
 
 @dataclass(frozen=True)
@@ -320,6 +474,7 @@ class VerifyOptions:
     forward: bool
     device: str
     io: IO
+    engines: bool
 
 
 @main.command()
@@ -338,6 +493,7 @@ class VerifyOptions:
     ),
     device_option,
     io_option,
+    engines_option,
 )
 def verify(directory: Path, options: VerifyOptions) -> None:
     """Check an output against its plan and its source; exit status 1 on a fault."""
@@ -350,12 +506,13 @@ def verify(directory: Path, options: VerifyOptions) -> None:
         raise Refusal(f"{directory}: --forward needs the plan and its source")
     report = verify_files(directory, plan, source, io=options.io)
     if options.forward and report.ok and plan and source:
-        from calib.scoring.logits import compare_logits
+        from calib.scoring.logits import SAME_LOGITS, compare_logits
 
         with running():
             found = compare_logits(plan, source, directory, options.device)
-        report.checks["logits equal the masked dense model's"] = found.faults()
-    print_text(report.table())
+        report.checks[SAME_LOGITS] = found.faults()
+        report.details[SAME_LOGITS] = found.line()
+    print_text(report.table(engines=options.engines))
     sys.exit(0 if report.ok else 1)
 
 

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,8 @@ from surgery.cli.options import (
     compute_options,
     cut_options,
     engine_option,
+    engines_option,
+    family_option,
     force_option,
     gathered,
     io_option,
@@ -35,10 +37,13 @@ from surgery.cli.options import (
 from surgery.cli.terminal import bars, print_text, running, show_plan, show_written
 from surgery.files.shard_file import IO
 from surgery.planning.request import CutRequest
+from surgery.process import peak_rss_bytes, spoken, spoken_range, spoken_stages
 from surgery.text.documents import TextOptions
 
 if TYPE_CHECKING:
     from surgery.stats.channel_stats import ChannelStats
+
+NO_TIME = "not estimated for models on the hub or on a cluster"
 
 
 @click.command()
@@ -78,7 +83,9 @@ if TYPE_CHECKING:
     click.option("--resume", is_flag=True, help="Continue an interrupted run, if there is one."),
     force_option,
 )
-@click.option("--dry-run", is_flag=True, help="Predict memory, disk and bytes read, then stop.")
+@click.option(
+    "--dry-run", is_flag=True, help="Predict time, memory, disk and bytes read; write nothing."
+)
 @json_option
 def calibrate(
     model: ModelOptions,
@@ -95,6 +102,7 @@ def calibrate(
     OUTPUT.partial holds the results of finished layers until OUTPUT is written.
     """
     from calib.statistics.prepare import open_calibration, run_calibration
+    from surgery.stats.channels import too_few_tokens
 
     options.check(compute)
     if dry_run:
@@ -102,8 +110,17 @@ def calibrate(
     layout, start = model.layout(), time.perf_counter()
     made = open_calibration(layout, text, compute, options)
     prediction = made.prediction()
+    few = too_few_tokens(made.tokens) if options.part is None else None
     if dry_run:
-        click.echo(json.dumps(prediction.facts()) if as_json else prediction.table())
+        seconds = None if options.engine == "ray" else made.seconds()
+        if as_json:
+            click.echo(json.dumps({**prediction.facts(), "seconds": seconds}))
+        else:
+            click.echo(f"text: {len(made.windows):,} windows, {made.tokens:,} tokens")
+            if few:
+                print_text(f"note: {few}")
+            click.echo(prediction.table())
+            click.echo(f"{'time':<26}{spoken_range(seconds) if seconds else NO_TIME:>15}")
         return
     with running() as progress:
         stats = run_calibration(made, compute, options, progress)
@@ -116,15 +133,33 @@ def calibrate(
         click.echo(json.dumps(facts))
     else:
         then = f"plan {model.model} --stats {options.output} --ratio 0.2"
-        show_written(f"{options.output}: {_counts(stats)}", then)
+        took = spoken(time.perf_counter() - start)
+        if few:
+            print_text(f"note: {few}")
+        show_written(f"{options.output}: {_counts(stats)}, {took}", then)
 
 
 def _counts(stats: "ChannelStats") -> str:
     return f"{stats.info.samples} windows, {stats.info.tokens:,} tokens"
 
 
+@dataclass(frozen=True)
+class ScoredModels:
+    """The models that score compares."""
+
+    models: tuple[str, ...]
+    """Local directories, or hub ids; the first one is the reference."""
+    family: str | None = None
+    """As for ``ModelOptions``, for all of them."""
+
+
 @click.command()
-@model_options
+@gathered(
+    "given",
+    ScoredModels,
+    click.argument("models", metavar="MODEL…", nargs=-1, required=True),
+    family_option,
+)
 @score_text_options
 @click.option(
     "--window-bytes",
@@ -136,34 +171,47 @@ def _counts(stats: "ChannelStats") -> str:
 @compute_options
 @json_option
 def score(
-    model: ModelOptions,
+    given: ScoredModels,
     text: TextOptions,
     window_bytes: int,
     compute: ComputeOptions,
     as_json: bool,
 ) -> None:
-    """Measure bits per byte on held-out text, one layer in memory at a time."""
-    from calib.scoring.score import score_model
-    from surgery.process import peak_rss_bytes
+    """Measure bits per byte on held-out text, one layer in memory at a time.
 
-    start = time.perf_counter()
+    Several models are scored on the same windows of text, and each is compared with the first. A
+    figure depends on which windows the text happens to have. Its ± says how much, by a bootstrap: a
+    smaller difference may be chance. --json prints an object for each model, in a list if there are
+    several.
+    """
+    from calib.scoring.score import score_models, score_table
+
+    layouts = [ModelOptions(model, given.family).layout() for model in given.models]
+    rows, start = [], time.perf_counter()
     with running() as progress:
-        result = score_model(model.layout(), text, window_bytes, compute, progress)
-    facts = {
-        "bits_per_byte": result.bits_per_byte,
-        "bytes": result.bytes,
-        "tokens": result.tokens,
-        "windows": result.windows,
-        "seconds": time.perf_counter() - start,
-        "peak_rss_bytes": peak_rss_bytes(),
-    }
-    table = (
-        "{bits_per_byte:.4f} bits per byte ({windows} windows, {bytes:,} bytes, {tokens:,} tokens)"
-    )
-    click.echo(json.dumps(facts) if as_json else table.format(**facts))
-    if result.lossy_windows:
-        click.echo(f"note: the tokenizer loses text in {result.lossy_windows} windows", err=True)
-    sys.exit(0 if result.finite else 1)
+        found = score_models(layouts, text, window_bytes, compute, progress)
+        for model, result in zip(given.models, found, strict=True):
+            rows.append((model, result, time.perf_counter() - start))
+            start += rows[-1][2]
+    for model, result, _ in rows:
+        if result.lossy_windows:
+            lost = f"{model} loses text in {result.lossy_windows} windows, so its bits are too low"
+            click.echo(f"note: the tokenizer of {lost}", err=True)
+    if as_json:
+        facts = [
+            {
+                "model": model,
+                **result.facts(),
+                "change": asdict(result.change_from(rows[0][1])) if number else None,
+                "seconds": took,
+                "peak_rss_bytes": peak_rss_bytes(),
+            }
+            for number, (model, result, took) in enumerate(rows)
+        ]
+        click.echo(json.dumps(facts if len(facts) > 1 else facts[0]))
+    else:
+        click.echo(score_table(rows))
+    sys.exit(0 if all(result.finite for _, result, _ in rows) else 1)
 
 
 @dataclass(frozen=True)
@@ -175,6 +223,8 @@ class PruneOptions:
     force: bool
     """Whether a plan and statistics that are there are replaced."""
     io: IO
+    dry_run: bool
+    engines: bool
     push_to: str | None
 
 
@@ -194,6 +244,12 @@ class PruneOptions:
     ),
     force_option,
     io_option,
+    engines_option,
+    click.option(
+        "--dry-run",
+        is_flag=True,
+        help="Show the sizes and what is lost, predict time, memory and disk; write nothing.",
+    ),
     push_option,
 )
 def prune(
@@ -212,10 +268,13 @@ def prune(
         PlanFiles,
         apply_and_verify,
         calibrated_plan,
+        forecast_prune,
     )
     from calib.statistics.prepare import choose_before_calibration
     from surgery.hub.upload import check_push, push
 
+    if options.dry_run:
+        refuse_idle("with --dry-run", "resume", "push_to")
     if options.push_to:
         check_push(options.push_to)
     if not cut.sizes.removes_experts:
@@ -232,13 +291,19 @@ def prune(
         refuse_idle(why, "max_memory", "max_gpu_memory", "spill", "min_expert_tokens")
     if not text.data:
         refuse_idle("without --data", "field", "strict", "seed")
+    applied = ApplyOptions(output, resume, io=options.io)
+    if options.dry_run:
+        forecast = forecast_prune(layout, choice, text, compute, files, applied)
+        show_plan(forecast.plan, layout, cut.sizes)
+        print_text(f"\n{forecast.table()}\nnothing was written")
+        return
     with running() as progress:
-        plan = calibrated_plan(layout, choice, text, compute, files, progress)
+        plan, first = calibrated_plan(layout, choice, text, compute, files, progress)
     show_plan(plan, layout, cut.sizes)
     with bars() as progress:
-        applied = ApplyOptions(output, resume, io=options.io)
-        report = apply_and_verify(plan, layout, applied, progress)
-    print_text(report.table())
+        report, last = apply_and_verify(plan, layout, applied, progress)
+    click.echo(spoken_stages({**first, **last}))
+    print_text(report.table(engines=options.engines))
     if report.ok:
         if options.push_to:
             click.echo(push(output, options.push_to))

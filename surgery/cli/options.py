@@ -202,17 +202,20 @@ class ShowOptions:
         check_picture(self.plot, force=self.force)
 
 
+family_option = click.option(
+    "--family",
+    metavar="NAME",
+    help="Treat the model as this model type, whatever config.json says.",
+)
 model_options = gathered(
-    "model",
-    ModelOptions,
-    click.argument("model", metavar="MODEL"),
-    click.option(
-        "--family",
-        metavar="NAME",
-        help="Treat the model as this model type, whatever config.json says.",
-    ),
+    "model", ModelOptions, click.argument("model", metavar="MODEL"), family_option
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
+engines_option = click.option(
+    "--engines",
+    is_flag=True,
+    help="Show all that engines are known to do with the sizes, not only with those that change.",
+)
 plot_option = click.option(
     "--plot", type=path_type, metavar="FILE.png", help="Write a picture (extra 'plot')."
 )
@@ -482,7 +485,14 @@ ratio_options = gathered(
     click.option("--ratio", type=Ratio(), help="Share of all parameters to remove."),
     step_options,
 )
-cut_options = gathered("cut", CutRequest, size_options, vocabulary_options, kept_options)
+base_model_option = click.option(
+    "--base-model",
+    metavar="ORG/NAME",
+    help="Model on the hub that the model card names as the base.  [default: MODEL, if it is one]",
+)
+cut_options = gathered(
+    "cut", CutRequest, size_options, vocabulary_options, kept_options, base_model_option
+)
 ratio_cut_options = gathered("cut", CutRequest, ratio_options, vocabulary_options, channel_options)
 step_cut_options = gathered(
     "cut", CutRequest, gathered("sizes", SizeRequest, step_options), vocabulary_options

@@ -1,6 +1,7 @@
 """The commands that try several sizes or methods: search and compare."""
 
 import json
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from surgery.cli.options import (
 )
 from surgery.cli.terminal import print_text, running, show_written
 from surgery.planning.request import CutRequest
+from surgery.process import spoken, spoken_stages
 from surgery.text.documents import TextOptions
 
 
@@ -78,7 +80,7 @@ def search(
     from surgery.planning.request import choose_sizes
 
     show.check()
-    layout = model.layout()
+    start, layout = time.perf_counter(), model.layout()
     if options.output is None and show.plot is None:
         refuse_idle("without --output and --plot", "force")
     files = PlanFiles(options.output, force=show.force) if options.output is not None else None
@@ -92,14 +94,15 @@ def search(
         study = open_study(layout, choice, text, compute)
         found = search_pairs(study, choice, options.candidates, progress)
     rows = json.dumps([row.facts() for row in found.rows])
-    click.echo(rows if show.as_json else found.table())
+    took = f"took {spoken(time.perf_counter() - start)}"
+    click.echo(rows if show.as_json else f"{found.table()}\n{took}")
     if show.plot is not None:
         found.plot(show.plot)
     if files is not None:
         best = replace(choice, sizes=found.best, request=cut)
         with running() as progress:
-            made = calibrated_plan(layout, best, text, compute, files, progress)
-        print_text(made.table(), err=show.as_json)
+            made, stages = calibrated_plan(layout, best, text, compute, files, progress)
+        print_text(f"{made.table()}\n{spoken_stages(stages)}", err=show.as_json)
     if show.as_json:
         return
     if files is not None:
@@ -135,8 +138,9 @@ class CompareOptions:
         "--methods",
         metavar="NAME,…",
         help="Some of: random, abs-act, act2, wanda, l2 (channels alone), shortgpt, laco (layers), "
-        "vocabulary (alone), compact (the paper's), search (this tool's).  [default: these] "
-        "Of a mixture also reap, man, msan, frequency, gate, aimer, random-experts.",
+        "vocabulary (alone), compact (the paper's), prune (what prune --ratio makes), search (the "
+        "best split, repaired).  [default: these]  Of a mixture also reap, man, msan, frequency, "
+        "gate, aimer, random-experts.",
     ),
     click.option(
         "--by-samples",
@@ -155,7 +159,10 @@ def compare(
     options: CompareOptions,
     show: ShowOptions,
 ) -> None:
-    """Compare methods at the same ratios, on the same text and the same held-out windows."""
+    """Compare methods at the same ratios, on the same text and the same held-out windows.
+
+    The row "dense" is the model itself. The row "prune" is what prune --ratio makes by default.
+    """
     from calib.study.compare import (
         check_methods,
         check_ratios,
@@ -164,7 +171,7 @@ def compare(
         usable_methods,
     )
     from calib.study.study import open_study
-    from calib.study.table import plot_methods, plot_samples, table
+    from calib.study.table import legend, missed, plot_methods, plot_samples, table
     from calib.text.chat import documents_of
     from surgery.planning.request import allowed_steps, choose_sizes
 
@@ -176,6 +183,7 @@ def compare(
         if len(options.ratios) > 1:
             raise Refusal("--ratio: takes one share with --by-samples; leave out the others")
     check_ratios(options.ratios)
+    start = time.perf_counter()
     layout, ratios = model.layout(), options.ratios
     names = options.methods.split(",") if options.methods else usable_methods(layout)
     check_methods(layout, names)
@@ -185,14 +193,20 @@ def compare(
     with running() as progress:
         study = open_study(layout, choice, text, compute)
         if options.counts:
-            by_count = compare_samples(study, steps, ratios[0], options.counts, progress)
-            found = {ratios[0]: list(by_count.values())}
+            rows = compare_samples(study, steps, ratios[0], options.counts, progress)
+            found = {ratios[0]: rows}
         else:
             found = compare_methods(study, steps, ratios, names, progress)
     facts = {str(ratio): [row.facts() for row in rows] for ratio, rows in found.items()}
-    texts = [f"{ratio:.0%} of the parameters\n{table(rows)}" for ratio, rows in found.items()]
+    texts = [
+        f"{100 * ratio:g}% of the parameters\n{table(rows, ratio)}" for ratio, rows in found.items()
+    ]
+    marked = any(missed(row, ratio) for ratio, rows in found.items() for row in rows)
+    texts.append(
+        f"{legend(study.dense, marked=marked)}\ntook {spoken(time.perf_counter() - start)}"
+    )
     click.echo(json.dumps(facts) if show.as_json else "\n\n".join(texts))
     if show.plot is not None and options.counts:
-        plot_samples(by_count, show.plot)
+        plot_samples(rows, show.plot)
     elif show.plot is not None:
         plot_methods(found, show.plot)

@@ -15,6 +15,7 @@ from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
 from surgery.planning.request import SizeRequest
 from surgery.process import Progress, reuse_freed_memory
+from surgery.verify.engines import engine_table, planned_notes
 
 RULE = "V' and I' follow a rule of thumb; compact-surgery search finds the split for your model"
 """Note on sizes that follow from a ratio."""
@@ -148,3 +149,9 @@ def show_plan(plan: Plan, layout: Layout, request: SizeRequest) -> None:
         click.echo(f"note: left out of the output: {printable(', '.join(names))}")
     if request.by_rule:
         click.echo(f"note: {RULE}")
+
+
+def show_engines(plan: Plan, layout: Layout, *, every: bool) -> None:
+    """Print what engines do with the sizes of a plan's output."""
+    if text := engine_table(planned_notes(plan, layout), every=every):
+        print_text(text)

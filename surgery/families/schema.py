@@ -169,8 +169,8 @@ class Family:
     layer_rules: tuple[LayerRule, ...] | None = None
     """Keys by which layers differ; ``family_of`` sets them. None: layers cannot be removed, for a
     layer's kind may follow from its number."""
-    misread_vocab_sizes: Mapping[int, str] = field(default_factory=dict)
-    """Sizes V' by which another program identifies other models → what it then does wrong."""
+    misread_vocab_sizes: tuple[int, ...] = ()
+    """Sizes V' by which llama.cpp's converter tells other models of the family."""
 
     @cached_property
     def by_name(self) -> dict[str, Slot]:

@@ -113,10 +113,8 @@ _GPT_OSS = (
 _SUM_OF_TWO = ExpertGroups(1, 1, least=2)
 """Groups scored by the sum of their two best experts; one group by default."""
 
-_MISREAD = {
-    32016: "llama.cpp's converter takes it for CodeLlama",
-    49152: "llama.cpp's converter switches the bos token off",
-}
+_MISREAD = (32016, 49152)
+"""llama.cpp's converter takes the first for CodeLlama; at the second it switches bos off."""
 
 _VISION = ("vision_tower.", "vision_model.", "multi_modal_projector.")
 _UNDER_PREFIX = (("language_model.", ""), ("model.language_model.", "model."))

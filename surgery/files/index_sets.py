@@ -18,15 +18,20 @@ MAKE_AGAIN = "make the plan again"
 
 def encode(indices: np.ndarray, size: int) -> str:
     """Write ascending ``indices`` below ``size`` as "0-99,128" or as "bitmap:…" (base64)."""
-    starts, stops = runs(indices)
-    ranges = ",".join(
-        str(a) if b == a + 1 else f"{a}-{b - 1}"
-        for a, b in zip(starts.tolist(), stops.tolist(), strict=True)
-    )
+    ranges = as_ranges(indices)
     bits = np.zeros(size, dtype=bool)
     bits[indices] = True
     bitmap = BITMAP + base64.b64encode(np.packbits(bits).tobytes()).decode("ascii")
     return ranges if len(ranges) <= len(bitmap) else bitmap
+
+
+def as_ranges(indices: np.ndarray) -> str:
+    """Write ascending ``indices`` as "0-99,128"."""
+    starts, stops = runs(indices)
+    return ",".join(
+        str(a) if b == a + 1 else f"{a}-{b - 1}"
+        for a, b in zip(starts.tolist(), stops.tolist(), strict=True)
+    )
 
 
 def decode(text: str, size: int, where: str) -> np.ndarray:

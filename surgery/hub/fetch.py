@@ -7,7 +7,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import CheckpointError
+from surgery.errors import CheckpointError, did_you_mean
 from surgery.files.atomic import write_atomic
 from surgery.files.model_files import (
     ADAPTER_NAME,
@@ -28,6 +28,9 @@ PATTERNS += ["*.model", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*", "COPY
 IGNORED = ["*/*", ".*", "consolidated*"]
 """Folders, and weights a second time in another layout; "*" alone matches across folders. The one
 folder that is wanted is that of ``TEMPLATE``."""
+
+FIRST_TRIES = 2
+"""Attempts to reach the hub before it has answered once; most names without an answer are typos."""
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -55,7 +58,8 @@ def fetch_model(repo: str, revision: str | None) -> tuple[Path, str]:
     if pinned and earlier:
         return earlier, pinned
     try:  # as huggingface_hub does: do not wait long where a copy exists
-        commit, files = retried(lambda: _listing(repo, revision), 1 if earlier else TRIES)
+        tries = 1 if earlier else TRIES
+        commit, files = retried(lambda: _listing(repo, revision), tries, FIRST_TRIES)
     except (OSError, ValueError, client_errors()) as error:
         if known and earlier:
             return earlier, known
@@ -185,14 +189,14 @@ def _known_commit(repo: str, revision: str) -> str | None:
     return None
 
 
-HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>(?!/|.*\.\.)[\w./-]+))?")
+HUB_ID = re.compile(r"(?P<repo>(\w[\w.-]*/)?\w[\w.-]*)(@(?P<revision>(?!/|.*\.\.)[\w./-]+))?")
 
 
 def resolve_model(model: str) -> tuple[Path, str]:
     """Return the directory of ``model``, and a name that finds the same model again.
 
     For a hub id, everything but the weights is downloaded, with the user's token, mirror and
-    offline settings. Its name is ``org/name@commit``.
+    offline settings. Its name is ``org/name@commit``. A few old models have no organization.
 
     Raises:
         CheckpointError: neither a directory nor a checkpoint on the hub.
@@ -200,24 +204,57 @@ def resolve_model(model: str) -> tuple[Path, str]:
     path = Path(model)
     if path.is_dir():
         return path, str(path.resolve())
+    if path.is_file():
+        raise CheckpointError(
+            path, "is a file", expected="the directory of a model", fix=f"name {path.parent}"
+        )
     match = HUB_ID.fullmatch(model)
     if not match or path.exists():
         raise CheckpointError(
             model,
             "is neither a directory nor a hub id",
             expected="DIR or org/name[@revision]",
-            fix="check the spelling",
+            fix=f"{did_you_mean(path)}check the spelling",
         )
-
-    directory, commit = fetch_model(match["repo"], match["revision"])
+    try:
+        directory, commit = fetch_model(match["repo"], match["revision"])
+    except CheckpointError as error:
+        if not (close := did_you_mean(path)):
+            raise
+        raise CheckpointError(
+            error.where, error.problem, found=error.found, fix=f"{close}{error.fix}"
+        ) from error
     return directory, f"{match['repo']}@{commit}"
+
+
+def resolve_source(source: str, moved: Path | str | None = None) -> Path:
+    """Return the directory of a plan's source: a directory, or a hub id with its commit.
+
+    A bare name is looked up nowhere: published plans name a directory of another machine so.
+
+    Args:
+        source: As the plan names it.
+        moved: Where it is now, or its hub id; None is as the plan says.
+
+    Raises:
+        CheckpointError: neither a directory nor a checkpoint on the hub.
+    """
+    if moved is not None:
+        return resolve_model(str(moved))[0]
+    if "@" not in source and not Path(source).exists():
+        raise CheckpointError(
+            source,
+            "is the plan's source, and neither a directory nor a hub id with its commit",
+            fix=f"{did_you_mean(source)}check that it is still there, or name it with `source`",
+        )
+    return resolve_model(source)[0]
 
 
 def source_at_hand(source: str) -> Path | None:
     """Return the directory of a plan's source, or None where it is gone or is a name alone."""
-    if not Path(source).is_absolute() and not HUB_ID.fullmatch(source):
+    if not Path(source).is_absolute() and not ("@" in source and HUB_ID.fullmatch(source)):
         return None
     try:
-        return resolve_model(source)[0]
+        return resolve_source(source)
     except CheckpointError:
         return None

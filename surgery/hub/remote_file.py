@@ -32,9 +32,10 @@ class BadResponse(Exception):
 class Attempts:
     """Failures in a row, and how long to wait after each."""
 
-    def __init__(self, tries: int = TRIES) -> None:
+    def __init__(self, tries: int = TRIES, unanswered: int = TRIES) -> None:
+        """Take at most ``tries`` attempts, and ``unanswered`` ones if there is no answer at all."""
         self.failures = 0
-        self._tries = tries
+        self._tries, self._unanswered = tries, unanswered
 
     def wait(self, error: Exception) -> None:
         """Sleep after a temporary failure; raise ``error`` if it is permanent or the last try."""
@@ -42,16 +43,16 @@ class Attempts:
         if response is not None and response.status_code not in TEMPORARY:
             raise error
         self.failures += 1
-        if self.failures >= self._tries:
+        if self.failures >= min(self._tries, self._unanswered if response is None else self._tries):
             raise error
         asked = _seconds_asked_for(response.headers) if response is not None else None
         wait = FIRST_WAIT_SECONDS * 2 ** (self.failures - 1) if asked is None else asked
         time.sleep(min(wait, MOST_WAIT_SECONDS))
 
 
-def retried(call: Callable[[], Result], tries: int = TRIES) -> Result:
-    """Return what ``call`` returns; call it again after temporary failures."""
-    attempts, errors = Attempts(tries), (BadResponse, client_errors())
+def retried(call: Callable[[], Result], tries: int = TRIES, unanswered: int = TRIES) -> Result:
+    """Return what ``call`` returns; call it again after temporary failures, as ``Attempts``."""
+    attempts, errors = Attempts(tries, unanswered), (BadResponse, client_errors())
     while True:
         try:
             return call()

@@ -60,6 +60,7 @@ class Census:
         rows = [
             f"{self.model}  ({self.model_type}, {self.num_hidden_layers} layers, "
             f"{self.shards} shard{'s' if self.shards != 1 else ''})",
+            *(f"note: {note}" for note in self.notes),
             f"{'vocab_size':<{wide}}{self.vocab_size:>16,}{'  tied' if self.tied else ''}",
             *(f"{key:<{wide}}{width:>16,}" for key, width in self.widths.items()),
         ]
@@ -69,7 +70,6 @@ class Census:
             rows.append(f"{group:<{wide}}{count:>16,}{count / self.parameters:>8.1%}")
         rows.append(f"{'parameters':<{wide}}{self.parameters:>16,}")
         rows.append(f"{'bytes':<{wide}}{self.nbytes:>16,}")
-        rows += [f"note: {note}" for note in self.notes]
         return "\n".join(rows)
 
 

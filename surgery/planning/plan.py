@@ -3,11 +3,12 @@
 import hashlib
 import re
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 
-from surgery.errors import PlanError
+from surgery.errors import PlanError, did_you_mean
 from surgery.files import index_sets
 from surgery.files.atomic import write_atomic
 from surgery.files.index_sets import MAKE_AGAIN
@@ -15,12 +16,18 @@ from surgery.files.strict_json import dump_table, read_file
 from surgery.planning.layers import format_layers
 from surgery.planning.replacement import Replacement
 from surgery.tokenizer.id_map import IdMap
-from surgery.vocabulary.cost import ScriptCost, VocabularyCost
+from surgery.vocabulary.cost import (
+    LINE,
+    ScriptCost,
+    VocabularyCost,
+    shortened_token,
+    token_lines,
+)
 
-FORMAT = 3
+FORMAT = 4
 
 SHOWN_SCRIPTS = 12
-"""How many scripts the table lists, those that lose most tokens; plan.json has all."""
+"""How many scripts the tables list, those that lose most tokens; plan.json has all."""
 
 PROVENANCE_NAME = "compact_surgery.json"
 """Name of ``ProvenanceFile`` in an output."""
@@ -29,13 +36,16 @@ MOST_ROWLESS = 1 << 16
 """Most tokens with ids after the last row; Gemma 3 has one."""
 
 
-HUB_SOURCE = re.compile(r"\w[\w.-]*/\w[\w.-]*@\w[\w./-]*")
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+"""A model on the hub, without its revision."""
+
+HUB_SOURCE = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*@\w[\w./-]*")
 """A source on the hub; every other one is a directory."""
 
 CACHED_SOURCE = re.compile(
-    r"[\\/]models--(\w[\w.-]*?)--(\w[\w.-]*)[\\/]snapshots[\\/]([0-9a-f]{40})[\\/]?$"
+    r"[\\/]models--((?:\w[\w.-]*?--)?\w[\w.-]*)[\\/]snapshots[\\/]([0-9a-f]{40})[\\/]?$"
 )
-"""A directory in the hub's cache: organization, name, commit."""
+"""A directory in the hub's cache: organization (if any) and name, commit."""
 
 
 class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -54,6 +64,16 @@ class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Routed experts of each layer that has some; 0 where none has."""
 
 
+class ChannelShares(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the kept channels hold of the statistics that they were chosen by."""
+
+    lengths: dict[str, int]
+    """Channel axis → channels of each FFN, or expert, in the source."""
+    kept: list[dict[str, float]]
+    """For each layer of the output: channel axis → the share that stays of Σ act² over the kept
+    tokens (eq. 5); of all experts together."""
+
+
 class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How the choice was made."""
 
@@ -66,6 +86,10 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     calibration_tokens: int
     notes: list[str]
     """What the user should know, such as approximations that were made."""
+    channel_shares: ChannelShares | None = None
+    """What the kept channels hold of the statistics; None where no channels are chosen."""
+    layers_by_influence: bool = False
+    """Whether the layers that are kept are those of largest block influence."""
     expert_criterion: str | None = None
     """Importance of an expert, a key of ``channels.EXPERT_CRITERIA``; None where all are kept."""
 
@@ -106,6 +130,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``Checkpoint.weights`` of the source."""
     family: str | None = None
     """Model type that the source is treated as; None is its own."""
+    base_model: str | None = None
+    """Hub id ``org/name`` that the model card names as the base; None is the source's, if any."""
     untie: bool = False
     """Whether the source's lm_head differs from its embedding although its config.json ties them.
     The output's does not."""
@@ -116,6 +142,14 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         """Check that kept rows and layers match the sizes; ``edits`` checks the channels."""
+        if self.base_model is not None and not HUB_NAME.fullmatch(self.base_model):
+            raise PlanError(
+                "base_model",
+                "is no model's name on the hub",
+                expected="org/name",
+                found=self.base_model,
+                fix="correct it",
+            )
         counts = {
             "format": (self.format, FORMAT),
             "rowless_tokens": (self.rowless_tokens, min(max(self.rowless_tokens, 0), MOST_ROWLESS)),
@@ -140,6 +174,11 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Whether channels and experts are chosen, so that the plan can be applied."""
         channels = bool(self.kept_channels) or self.after.widths == self.before.widths
         return channels and (bool(self.kept_experts) or self.after.experts == self.before.experts)
+
+    @property
+    def base(self) -> str | None:
+        """Hub id, without a commit, of the model that this one is made from, where it is known."""
+        return self.base_model or (self.hub_id and self.hub_id.partition("@")[0])
 
     def ids(self) -> IdMap:
         """The map from old to new token ids."""
@@ -213,10 +252,81 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.layers:
             rows.append(f"layers: {format_layers(self.layers)}")
         rows += [f"note: {note}" for note in self.provenance.notes]
+        if self.vocabulary is not None and not self.vocabulary.text_bytes:
+            rows.append("note: `data` shows how much longer text becomes")
         if self.dropped:
             rows.append(f"note: left out, for they only guess ahead: {', '.join(self.dropped)}")
         if not self.complete:
             rows.append("note: sizes only; give `stats` to choose what to keep and apply the plan")
+        return "\n".join(rows)
+
+    def channel_facts(self) -> list[dict[str, Any]]:
+        """Return, for each layer of the output, the channels that are kept of each axis.
+
+        Returns:
+            An entry for each layer: its number, the source's layers that it is made of (``from``),
+            and for each channel axis how many channels the source has, the indices that are kept
+            for each expert, and the share of Σ act² that they hold. Empty where the plan removes
+            no channels.
+
+        Raises:
+            PlanError: the plan predicts sizes only.
+        """
+        if self.after.widths == self.before.widths:
+            return []
+        shares = self.provenance.channel_shares
+        if shares is None or not self.kept_channels:
+            raise PlanError(
+                "plan",
+                "predicts sizes only: its channels are not chosen",
+                fix="calibrate, then plan again with `stats`",
+            )
+        facts = []
+        for layer, axes in enumerate(self.kept_channels):
+            known = dict(enumerate(shares.kept)).get(layer, {})
+            found = {}
+            for axis, texts in axes.items():
+                length = shares.lengths.get(axis, 0)
+                kept = self.channels(layer, axis, length, len(texts))
+                found[axis] = {
+                    "channels": length,
+                    "share": known.get(axis),
+                    "kept": [indices.tolist() for indices in kept],
+                }
+            group = dict(enumerate(self.layers)).get(layer, [layer])
+            facts.append({"layer": layer, "from": group, "axes": found})
+        return facts
+
+    def channel_table(self) -> str:
+        """Return ``channel_facts`` as text for people, a line for each layer and axis.
+
+        Raises:
+            PlanError: as ``channel_facts``.
+        """
+        head = f"{'layer':<14}{'axis':<8}{'kept':>8}{'of':>8}{'share':>9}  kept channels"
+        rows, shares = [head], list[float]()
+        for entry in self.channel_facts():
+            sources = entry["from"]
+            layer = str(entry["layer"])
+            if sources != [entry["layer"]]:
+                layer += f" (was {'+'.join(map(str, sources))})"
+            for axis, found in entry["axes"].items():
+                kept, share = found["kept"], found["share"]
+                text = f"{layer:<14}{axis:<8}{len(kept[0]):>8,}{found['channels']:>8,}"
+                text += f"{'' if share is None else f'{share:.2%}':>9}  "
+                shown = index_sets.as_ranges(np.array(kept[0], dtype=np.int64))
+                if len(kept) > 1:
+                    shown = f"of each of {len(kept)} experts"
+                rows.append(text + _fitting(shown, LINE - len(text)))
+                shares += [] if share is None else [share]
+        if len(rows) == 1:
+            return "all channels are kept"
+        if shares:
+            least, mean = min(shares), sum(shares) / len(shares)
+            rows.append(
+                f"share of Σ act² over the kept "
+                f"tokens that stays: {mean:.2%} on average, {least:.2%} at least"
+            )
         return "\n".join(rows)
 
     def encode(self) -> bytes:
@@ -229,7 +339,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if HUB_SOURCE.fullmatch(self.source):
             return self.source
         cached = CACHED_SOURCE.search(self.source)
-        return f"{cached[1]}/{cached[2]}@{cached[3]}" if cached else None
+        return f"{cached[1].replace('--', '/', 1)}@{cached[2]}" if cached else None
 
     def published(self) -> "Plan":
         """Return the plan without paths of this machine: the source's hub id or bare name."""
@@ -264,11 +374,17 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         except PlanError as error:
             raise error.inside(path) from error
         except OSError as error:
-            raise PlanError(
-                path, "cannot be read", found=error.strerror, fix="name the plan's file"
-            ) from error
+            fix = f"{did_you_mean(path)}name the plan's file"
+            raise PlanError(path, "cannot be read", found=error.strerror, fix=fix) from error
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise PlanError(path, "is not a plan", found=error, fix=MAKE_AGAIN) from error
+
+
+def _fitting(text: str, width: int) -> str:
+    """Return as many of the parts of "0-3,5,…" as fit into ``width`` characters."""
+    if len(text) <= width:
+        return text
+    return text[: max(text.rfind(",", 0, width), 0)] + ",…"
 
 
 def _last_part(path: str) -> str:
@@ -278,25 +394,31 @@ def _last_part(path: str) -> str:
 
 def _vocabulary_rows(cost: VocabularyCost) -> list[str]:
     """Return rows on the tokens that each script loses, and on tokens per byte of a text."""
-    lost = [script for script in cost.scripts if script.tokens_before > script.tokens_after]
+    lost = [s for s in cost.scripts if s.tokens_before > s.tokens_after and s.asked != "kept"]
     lost.sort(key=lambda script: script.tokens_after - script.tokens_before)
+    shown = lost[:SHOWN_SCRIPTS]
+    kept = [script for script in cost.scripts if script.asked == "kept"]
     heads = f"{'tokens of':<20}{'before':>18}{'after':>18}{'removed':>10}"
-    measured = cost.text_bytes > 0
-    rows = [heads + (f"{'text grows':>12}" if measured else "")]
-    for script in lost[:SHOWN_SCRIPTS]:
-        share = 1 - script.tokens_after / script.tokens_before
+    rows = [heads + (f"{'text grows':>12}" if cost.text_bytes else "")]
+    for script in [*shown, *kept]:
+        share = 1 - script.tokens_after / script.tokens_before if script.tokens_before else 0.0
         row = f"{script.script:<20}{script.tokens_before:>18,}{script.tokens_after:>18,}"
-        rows.append(f"{row}{share:>10.2%}{_growth(script):>12}".rstrip())
-    if len(lost) > SHOWN_SCRIPTS:
-        rows.append(f"and {len(lost) - SHOWN_SCRIPTS} other scripts, in the plan's file")
+        removed = f"{share:.2%}" if script in lost else "kept"
+        rows.append(f"{row}{removed:>10}{_growth(script):>12}".rstrip())
+    if others := len(lost) - len(shown):
+        more = "scripts" if others > 1 else "script"
+        rows.append(f"and {others} other {more}, in the plan's file")
     if cost.tokens_per_byte_before and cost.tokens_per_byte_after:
         before, after = cost.tokens_per_byte_before, cost.tokens_per_byte_after
         rows.append(
             f"tokens per byte of the text: {before:.4f} before, {after:.4f} after "
             f"({after / before - 1:+.1%})"
         )
-    else:
-        rows.append("note: `data` shows how much longer text becomes")
+    heading = "such as, the most common first (inspect with `removed` lists more)"
+    rows += ["", f"{'removed tokens of':<20}{heading}"]
+    for script in shown:
+        lines = token_lines(map(shortened_token, script.examples), LINE - 20)
+        rows += [f"{'' if n else script.script:<20}{line}" for n, line in enumerate(lines)]
     return rows
 
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from surgery.files.safetensors_header import TensorRef
 from surgery.hub.shards import Shards
 from surgery.layout.layout import Layout
 from surgery.planning.layers import check_layers, format_layers, kind_notes
-from surgery.planning.plan import Plan, Provenance
+from surgery.planning.plan import ChannelShares, Plan, Provenance
 from surgery.planning.request import SizeChoice
 from surgery.planning.shapes import (
     KeptExperts,
@@ -33,12 +34,15 @@ from surgery.stats.channel_stats import ChannelStats
 from surgery.stats.channels import (
     AIMER,
     RANDOM,
+    Kept,
     bucket_weights,
     choose_channels,
     choose_experts,
     expert_importance,
+    kept_shares,
     needs_stats,
     random_channels,
+    too_few_tokens,
     unseen_experts,
 )
 from surgery.tokenizer.id_map import IdMap
@@ -82,30 +86,35 @@ def plan_cut(
     ids = choice.rarity.id_map(sizes.vocab_size)
     notes = _notes(layout, choice, cost)
     kept_channels: list[dict[str, list[str]]] = []
+    shares = None
     if stats is not None:
         check_stats(layout, stats)
-    kept = kept_experts(layout, sizes, channels.expert_criterion, stats, ids)
+    experts_kept = kept_experts(layout, sizes, channels.expert_criterion, stats, ids)
     if stats is not None:
         experts = layout.family.widths.get(EXPERT)
         if experts and sizes.widths.get(experts.key) != layout.widths.get(experts.key):
-            check_tokens(stats, channels.min_expert_tokens, kept)
+            check_tokens(stats, channels.min_expert_tokens, experts_kept)
         notes += _not_compared(layout, stats) + _approximations(stats, ids, channels.criterion)
-        if sizes.widths != layout.widths or kept:
+        if sizes.widths != layout.widths or experts_kept:
             notes += _other_text(stats, ids) + _other_layers(sizes)
+            if channels.criterion != RANDOM and (few := too_few_tokens(stats.info.tokens)):
+                notes.append(few)
         if sizes.experts:
             notes += _unseen(stats, channels.min_expert_tokens)
     if stats is not None or (channels.criterion == RANDOM and sizes.widths != layout.widths):
-        kept_channels = _encoded_channels(layout, stats, ids, sizes, channels.criterion, kept)
+        kept = _kept_channels(layout, stats, ids, sizes, channels.criterion)
+        kept_channels = _encoded_channels(layout, sizes, _of_experts(kept, experts_kept))
+        shares = _shares(layout, stats, ids, sizes, _without_experts(kept, experts_kept))
     return Plan(
         source=layout.checkpoint.source,
         fingerprint=layout.checkpoint.fingerprint,
         output=str(output.absolute()) if output else None,
         before=shape_of(layout, whole(layout)),
-        after=shape_of(layout, sizes, kept),
+        after=shape_of(layout, sizes, experts_kept),
         kept_tokens=index_sets.encode(ids.kept, layout.vocab_size),
         rowless_tokens=choice.rarity.rowless,
         kept_channels=kept_channels,
-        kept_experts=_encoded_experts(layout, sizes, kept),
+        kept_experts=_encoded_experts(layout, sizes, experts_kept),
         dropped=layout.dropped,
         dequantize=sizes.dequantize,
         untie=layout.unties,
@@ -113,12 +122,16 @@ def plan_cut(
         vocabulary=cost,
         weights=layout.checkpoint.weights,
         family=layout.checkpoint.family,
+        base_model=choice.request.base_model,
         provenance=Provenance(
             criterion=channels.criterion,
             ratio=choice.request.sizes.ratio,
             text_digest=stats.info.text_digest if stats else None,
             calibration_tokens=stats.info.tokens if stats else 0,
             notes=notes,
+            channel_shares=shares,
+            layers_by_influence=bool(sizes.layers)
+            and choice.request.sizes.num_hidden_layers is not None,
             expert_criterion=channels.expert_criterion if sizes.experts else None,
         ),
     )
@@ -208,33 +221,44 @@ def _encoded_experts(layout: Layout, sizes: Sizes, kept: KeptExperts) -> list[st
     return [index_sets.encode(kept.get(group[0], none), layout.experts) for group in groups]
 
 
-def _encoded_channels(
-    layout: Layout,
-    stats: ChannelStats | None,
-    ids: IdMap,
-    sizes: Sizes,
-    criterion: str,
-    experts: KeptExperts,
-) -> list[dict[str, list[str]]]:
-    """Return the channels to keep, as the plan holds them."""
-    full = axis_lengths(layout, layout.widths)
+def _kept_channels(
+    layout: Layout, stats: ChannelStats | None, ids: IdMap, sizes: Sizes, criterion: str
+) -> Kept:
+    """Return the channels to keep of every layer of the source."""
     lengths = axis_lengths(layout, sizes.widths)
     by_key = {} if sizes.dequantize else blocks(layout)
     by_axis = {axis: by_key.get(width.key, 1) for axis, width in layout.family.widths.items()}
     if stats is None:
-        kept = random_channels(_channel_sizes(layout), lengths, by_axis)
-    else:
-        kept = choose_channels(stats, ids, lengths, criterion, by_axis)
+        return random_channels(_channel_sizes(layout), lengths, by_axis)
+    return choose_channels(stats, ids, lengths, criterion, by_axis)
+
+
+def _of_experts(kept: Kept, experts: KeptExperts) -> Kept:
+    """Return ``kept`` without the entries of removed experts."""
+    found = [dict(axes) for axes in kept]
     for layer, chosen in experts.items():
-        kept[layer][EXPERT] = [kept[layer][EXPERT][expert] for expert in chosen]
-    if sizes.layers:
-        kept = [kept[group[0]] for group in sizes.layers]
+        found[layer][EXPERT] = [kept[layer][EXPERT][expert] for expert in chosen]
+    return found
+
+
+def _without_experts(kept: Kept, experts: KeptExperts) -> Kept:
+    """Return ``kept`` with no channels of removed experts."""
+    found = [dict(axes) for axes in kept]
+    for layer, chosen in experts.items():
+        every = enumerate(kept[layer][EXPERT])
+        found[layer][EXPERT] = [own if n in chosen else own[:0] for n, own in every]
+    return found
+
+
+def _encoded_channels(layout: Layout, sizes: Sizes, kept: Kept) -> list[dict[str, list[str]]]:
+    """Return the channels to keep of every layer of the output, as the plan holds them."""
+    full = axis_lengths(layout, layout.widths)
     return [
         {
             axis: [index_sets.encode(k, full[axis]) for k in of_axis]
             for axis, of_axis in axes.items()
         }
-        for axes in kept
+        for axes in _of_output(kept, sizes)
     ]
 
 
@@ -245,6 +269,22 @@ def _channel_sizes(layout: Layout) -> list[dict[str, tuple[int, int]]]:
         {axis: (experts, full[axis]) for axis, experts in axes.items()}
         for axes in layout.ffn_outputs
     ]
+
+
+def _shares(
+    layout: Layout, stats: ChannelStats | None, ids: IdMap, sizes: Sizes, kept: Kept
+) -> ChannelShares:
+    """Return what the kept channels of every layer of the output hold of the statistics."""
+    shares = [{} for _ in kept] if stats is None else kept_shares(stats, ids, kept)
+    return ChannelShares(axis_lengths(layout, layout.widths), _of_output(shares, sizes))
+
+
+Layer = TypeVar("Layer")
+
+
+def _of_output(layers: list[Layer], sizes: Sizes) -> list[Layer]:
+    """Return, for each layer of the output, what ``layers`` has of the first of its layers."""
+    return [layers[group[0]] for group in sizes.layers] if sizes.layers else layers
 
 
 def check_stats(layout: Layout, stats: ChannelStats) -> None:
@@ -306,9 +346,6 @@ def _notes(layout: Layout, choice: SizeChoice, vocabulary: VocabularyCost | None
     """Return the notes that follow from the sizes alone."""
     sizes, ratio = choice.sizes, choice.request.sizes.ratio
     notes = vocabulary.warnings() if vocabulary else []
-    misread = layout.family.misread_vocab_sizes.get(sizes.vocab_size)
-    if vocabulary and misread:
-        notes.append(f"vocab_size {sizes.vocab_size}: {misread}; another size avoids that")
     full = layout.parameters(layout.vocab_size, layout.widths)
     reached = 1 - parameters_of(layout, sizes) / full
     if ratio is not None and abs(reached - ratio) > TOLERANCE:

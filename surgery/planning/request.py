@@ -6,9 +6,10 @@ from math import lcm
 
 import numpy as np
 
-from surgery.errors import BudgetError, DataError, TokenizerError, check_choice
+from surgery.errors import BudgetError, DataError, OptionError, TokenizerError, check_choice
 from surgery.layout.layout import Layout
 from surgery.planning.layers import check_layers, layers_by_influence, parse_layers
+from surgery.planning.plan import HUB_NAME
 from surgery.planning.shapes import blocks, check_experts, expert_choices
 from surgery.planning.sizes import (
     MULTIPLE_OF,
@@ -145,11 +146,23 @@ def _check_parts(request: SizeRequest) -> None:
 
 @dataclass(frozen=True)
 class CutRequest:
-    """All that the user asks for: sizes, vocabulary and channels."""
+    """All that the user asks for: sizes, vocabulary and channels, and how to call the result."""
 
     sizes: SizeRequest = field(default_factory=SizeRequest)
     vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
     channels: ChannelOptions = field(default_factory=ChannelOptions)
+    base_model: str | None = None
+    """Hub id ``org/name`` of the model, for the model card; None is what the source tells."""
+
+    def __post_init__(self) -> None:
+        if self.base_model is not None and not HUB_NAME.fullmatch(self.base_model):
+            raise OptionError(
+                "`base_model`",
+                "is no model's name on the hub",
+                expected="ORG/NAME",
+                found=repr(self.base_model),
+                fix="correct it, or leave it out",
+            )
 
 
 @dataclass(frozen=True, eq=False)

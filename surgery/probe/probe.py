@@ -40,14 +40,14 @@ class Proposal:
 
     def table(self) -> str:
         """The proposal as text for people."""
-        rows = [f"model type: {self.model_type}"]
+        rows = [f"model type: {self.model_type}", *(f"note: {note}" for note in self.notes)]
         rows.append(f"families that fit: {', '.join(self.families) or 'none'}")
         if self.families:
             rows.append(f"if it computes as one of them: `family` {self.families[0]}")
         if self.entry is not None:
             rows.append("proposed entry for the table FAMILIES:")
             rows.append(f"{self.model_type!r}: {self.entry},")
-        return "\n".join([*rows, *(f"note: {note}" for note in self.notes)])
+        return "\n".join(rows)
 
 
 def propose(checkpoint: Checkpoint) -> Proposal:

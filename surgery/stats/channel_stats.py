@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from surgery.errors import StatsError
+from surgery.errors import StatsError, did_you_mean
 from surgery.families.schema import WIDTHS
 from surgery.files.atomic import errors_name, new_file
 from surgery.files.safetensors_header import encode_header
@@ -243,9 +243,8 @@ def _opened(path: Path) -> Iterator[tuple[StatsInfo, Any]]:
             yield info, file
     except OSError as error:
         reason = error.strerror or error
-        raise StatsError(
-            path, "cannot be read", found=reason, fix="name the file that calibrate wrote"
-        ) from error
+        fix = f"{did_you_mean(path)}name the file that calibrate wrote"
+        raise StatsError(path, "cannot be read", found=reason, fix=fix) from error
     except (SafetensorError, msgspec.MsgspecError, MemoryError) as error:
         raise StatsError(path, "is not a statistics file", found=error, fix=AGAIN) from error
 

@@ -23,6 +23,15 @@ DEFAULT_EXPERT_CRITERION = "reap"
 LEAST_TOKENS = 16
 """An expert's channels are not ranked by fewer tokens than this."""
 
+ENOUGH_TOKENS = 16_000
+"""Tokens of text that suffice to rank the channels of an FFN.
+
+Measured on SmolLM2-135M, whole vocabulary, 1,024 of 1,536 channels: bits per byte of 24 windows of
+other documents, for two orders of the calibration text. 128 tokens: 1.290, 1.302; 512: 1.246,
+1.246; 2,048: 1.218, 1.175; 4,096: 1.163, 1.185; 8,192: 1.157, 1.166; 16,384: 1.148, 1.156; 32,768:
+1.149, 1.156; 47,000: 1.150, 1.157. So 8,192 tokens are worse than 47,000, by more than chance
+(0.57 ± 0.44 and 0.78 ± 0.62 %), and 16,384 are not.
+"""
 
 REPAIRS = ("none", "least-squares")
 
@@ -253,6 +262,34 @@ def best(importance: np.ndarray, count: int, block: int) -> np.ndarray:
     chosen = np.sort(order[: -(-count // block)])
     inside = (chosen[:, None] * block + np.arange(block)).reshape(-1)
     return inside[:count]
+
+
+def too_few_tokens(tokens: int) -> str | None:
+    """Return a note if channels are ranked on fewer ``tokens`` than suffice."""
+    if tokens >= ENOUGH_TOKENS:
+        return None
+    return (
+        f"channels are ranked on {tokens:,} tokens of text; it takes some {ENOUGH_TOKENS:,} to "
+        "rank them well: give more text, or more `samples`"
+    )
+
+
+def kept_shares(stats: ChannelStats, ids: IdMap, kept: Kept) -> list[dict[str, float]]:
+    """Per layer: channel axis → share of the importance by eq. 5 that its kept channels have.
+
+    This is Σ act² over the kept tokens, of all experts together, whatever chose the channels. It is
+    rounded, so that it is the same on every machine. An axis that saw no token has no share.
+    """
+    weights = bucket_weights(stats, ids)
+    found: list[dict[str, float]] = []
+    for axes, of_axes in zip(stats.layers, kept, strict=True):
+        found.append({})
+        for axis, of_axis in of_axes.items():
+            importance = _common_act2(axes[axis], weights, [])
+            left = sum(float(row[k].sum()) for row, k in zip(importance, of_axis, strict=True))
+            if total := float(importance.sum()):
+                found[-1][axis] = round(left / total, 6)
+    return found
 
 
 def unseen_experts(stats: ChannelStats, least: int) -> dict[int, list[int]]:

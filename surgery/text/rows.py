@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 from zlib import error as ZlibError
 
-from surgery.errors import DataError
+from surgery.errors import DataError, did_you_mean
 
 HUB = "hub:"
 FIELDS = ("text", "messages")
@@ -53,7 +53,7 @@ def local_rows(path: Path, field: str | None) -> Iterator[Row]:
         raise DataError(
             path,
             "does not exist" if not path.exists() else "is not a file",
-            fix="name a .txt, .jsonl or .parquet file or a directory",
+            fix=f"{did_you_mean(path)}name a .txt, .jsonl or .parquet file or a directory",
         )
     for file in sorted(path.rglob("*")):
         hidden = any(part.startswith(".") for part in file.relative_to(path).parts)

@@ -9,6 +9,9 @@ from surgery.errors import TokenizerError
 
 _SPACE = "\u2581"  # ▁
 
+VISIBLE_SPACE = "\u2423"  # ␣
+_ESCAPES = {" ": VISIBLE_SPACE, "\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+
 
 def _byte_level_alphabet() -> dict[str, int]:
     """GPT-2's rule: printable Latin-1 stands for itself, the other bytes for U+0100 and on."""
@@ -66,6 +69,31 @@ BYTE_LEVEL = Kind(byte_level_text, frozenset("ĠĊĉč"))
 SENTENCEPIECE = Kind(sentencepiece_text, frozenset("▁\n\t\r"))
 UNIGRAM = Kind(sentencepiece_text, frozenset("▁\n\t\r"))
 WORDPIECE = Kind(wordpiece_text, frozenset())
+
+
+def readable(token: str, kind: Kind) -> str:
+    """Return a token as people read it, on one line that is safe for a terminal.
+
+    A space is ␣, a newline is ``\\n``, a byte that is part of a character is ``<0xE4>``, and what
+    cannot be printed is a number such as ``\\u200b``. WordPiece keeps its ``##``.
+    """
+    text = token if kind is WORDPIECE else kind.text(token)
+    if text is None and kind is BYTE_LEVEL and all(char in BYTE_CHARACTERS for char in token):
+        raw = bytes(BYTE_CHARACTERS[char] for char in token)
+        text = raw.decode("utf-8", "surrogateescape")
+    return "".join(map(_readable_character, token if text is None else text))
+
+
+def _readable_character(char: str) -> str:
+    if char in _ESCAPES:
+        return _ESCAPES[char]
+    if char.isprintable():
+        return char
+    code = ord(char)
+    if 0xDC80 <= code <= 0xDCFF:  # how ``surrogateescape`` keeps a byte
+        return f"<0x{code - 0xDC00:02X}>"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
 
 MODEL_KEYS = {
     "BPE": ("continuing_subword_prefix", "end_of_word_suffix", "dropout"),

@@ -132,11 +132,12 @@ class TokenizerFile:
         return self.unknown | alphabet(self.kind, self.vocab, byte_fallback=byte_fallback)
 
     @property
-    def missing_bytes(self) -> int:
+    def missing_bytes(self) -> list[int]:
         """Bytes that a byte-level vocabulary without unknown token cannot write (SmolLM2: 21)."""
         if self.kind is not BYTE_LEVEL or self.data["model"].get("unk_token"):
-            return 0
-        return len(BYTE_CHARACTERS.keys() - self.vocab.keys())
+            return []
+        missing = BYTE_CHARACTERS.keys() - self.vocab.keys()
+        return sorted(BYTE_CHARACTERS[character] for character in missing)
 
     def rewrite(self, ids: IdMap) -> dict[str, Any]:
         """Return tokenizer.json for the kept tokens: same keys, same order, new ids.

@@ -1,11 +1,13 @@
 """Constraints that engines are known to put on a checkpoint's sizes, and those it breaks."""
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from enum import Enum
 
+from surgery.errors import SurgeryError
 from surgery.families.schema import EXPERT
 from surgery.layout.layout import Layout
+from surgery.planning.plan import Plan
 from surgery.tokenizer.kinds import BYTE_LEVEL
 from surgery.tokenizer.tokenizer_file import TokenizerFile
 
@@ -98,6 +100,7 @@ class Constraint:
     problem: str
     """Continues a line that begins with "intermediate_size 1408"."""
     fix: str
+    """What avoids that, in few words."""
     source: str
     """Repository and files where it was read."""
     degrees: tuple[int, ...] = (1,)
@@ -114,7 +117,7 @@ CONSTRAINTS = (
         "num_attention_heads",
         multiple(1),
         "gives a rank no whole number of heads",
-        "serve with another tp; no width changes that",
+        "serve with another tp",
         "vllm-project/vllm vllm/config/model.py; "
         "sgl-project/sglang python/sglang/srt/models/llama.py",
         degrees=TP,
@@ -125,7 +128,7 @@ CONSTRAINTS = (
         "num_key_value_heads",
         shared,
         "can be neither split over the ranks nor repeated on them",
-        "serve with another tp; no width changes that",
+        "serve with another tp",
         "vllm-project/vllm vllm/model_executor/models/llama.py; "
         "sgl-project/sglang python/sglang/srt/models/llama.py",
         degrees=TP,
@@ -136,7 +139,7 @@ CONSTRAINTS = (
         "widths",
         multiple(1),
         "gives a rank no whole number of channels",
-        "choose the width with `target` tp=N",
+        "`target` tp=N",
         "vllm-project/vllm vllm/model_executor/layers/{linear,fused_moe/config}.py; "
         "sgl-project/sglang python/sglang/srt/layers/{linear,moe/fused_moe_triton/layer}.py",
         degrees=TP,
@@ -146,8 +149,8 @@ CONSTRAINTS = (
         Effect.CANNOT,
         "widths",
         multiple(GROUP),
-        f"gives a rank no whole groups of {GROUP}: AWQ, GPTQ or FP8 weights so grouped do not load",
-        f"choose the width with `target` tp=N,group={GROUP}, or quantize in smaller groups",
+        f"gives a rank no whole groups of {GROUP}, so AWQ, GPTQ and FP8 in such groups do not load",
+        f"`target` tp=N,group={GROUP}, or smaller groups",
         "vllm-project/vllm vllm/model_executor/layers/quantization/{auto_awq,utils/fp8_utils,"
         "compressed_tensors/schemes/compressed_tensors_wNa16}.py, issue 21695; sgl-project/sglang "
         "python/sglang/srt/layers/quantization/{awq/schemes/awq_linear,"
@@ -159,7 +162,7 @@ CONSTRAINTS = (
         Effect.CANNOT,
         "tokens",
         never,
-        "are more than the embedding has rows: the converter stops",
+        "are more than the embedding has rows, so the converter stops",
         "give the embedding a row for every token",
         "ggml-org/llama.cpp conversion/base.py (get_vocab_base)",
         applies=lambda facts: facts.tokens is not None and facts.tokens > facts.vocab_size,
@@ -169,8 +172,8 @@ CONSTRAINTS = (
         Effect.CANNOT,
         "vocab_size",
         never,
-        "is a pruned byte-level BPE: the converter knows pre-tokenizers by a hash of ids and stops",
-        "add the hash it prints to its table, with the pre-tokenizer of the source",
+        "is a pruned byte-level BPE that the converter does not know, so it stops",
+        "add the hash that it prints to its table",
         "ggml-org/llama.cpp conversion/base.py (get_vocab_base_pre)",
         applies=lambda facts: facts.vocab_pruned and facts.byte_level,
     ),
@@ -179,9 +182,8 @@ CONSTRAINTS = (
         Effect.MISREADS,
         "vocab_size",
         never,
-        "sets special tokens: the converter takes 32016 for CodeLlama and adds its fill-in ids, "
-        "49152 for Granite and switches the bos token off",
-        "choose another V'",
+        "sets special tokens, for the converter takes 32016 for CodeLlama and 49152 for Granite",
+        "another `vocab_size`",
         "ggml-org/llama.cpp conversion/llama.py (set_vocab)",
         applies=lambda facts: facts.vocab_pruned and facts.vocab_size in facts.misread_vocab_sizes,
     ),
@@ -191,7 +193,7 @@ CONSTRAINTS = (
         "widths",
         multiple(32),
         "is no multiple of 32, so down_proj stays F16 in every quantized file",
-        "`multiple_of` 256 avoids that",
+        "`multiple_of` 256",
         "ggml-org/llama.cpp src/llama-quant.cpp (tensor_type_fallback), ggml/src/ggml-common.h, "
         "conversion/base.py",
     ),
@@ -201,7 +203,7 @@ CONSTRAINTS = (
         "widths",
         multiple(256),
         "is no multiple of 256, so down_proj gets Q4_0 to Q8_0 in place of a K-quant",
-        "`multiple_of` 256 avoids that",
+        "`multiple_of` 256",
         "ggml-org/llama.cpp src/llama-quant.cpp (tensor_type_fallback), ggml/src/ggml-common.h "
         "(QK_K)",
     ),
@@ -211,7 +213,7 @@ CONSTRAINTS = (
         "hidden_size",
         multiple(256),
         "is no multiple of 256, so embeddings, q, k, v, gate_proj and up_proj get no K-quants",
-        "no width changes that",
+        "no size of a plan changes that",
         "ggml-org/llama.cpp src/llama-quant.cpp (tensor_type_fallback)",
     ),
     Constraint(
@@ -220,7 +222,7 @@ CONSTRAINTS = (
         "experts",
         multiple(8),
         "gives experts rows of no whole 16 bytes in bf16, which its grouped_mm refuses",
-        'choose a multiple of 8, or load with experts_implementation="eager"',
+        'a multiple of 8, or experts_implementation="eager"',
         "huggingface/transformers src/transformers/integrations/moe.py; "
         "pytorch/pytorch torch/_meta_registrations.py (_meta_grouped_mm_common)",
     ),
@@ -230,7 +232,7 @@ CONSTRAINTS = (
         "widths",
         multiple(64),
         "is no multiple of 64, so mlx_lm.convert leaves down_proj unquantized",
-        "choose a multiple of 64",
+        "a multiple of 64",
         "ml-explore/mlx-lm mlx_lm/utils.py (quantize_model)",
     ),
     Constraint(
@@ -239,7 +241,7 @@ CONSTRAINTS = (
         "widths",
         multiple(16),
         "is no multiple of 16, so float8 skips gate_proj, up_proj and down_proj",
-        "choose a multiple of 16",
+        "a multiple of 16",
         "pytorch/ao torchao/quantization/utils.py (_fp8_mm_compat); "
         "pytorch/pytorch torch/_meta_registrations.py (_scaled_mm)",
     ),
@@ -249,7 +251,7 @@ CONSTRAINTS = (
         "widths",
         multiple(GROUP),
         f"is no multiple of {GROUP}, so int4 in groups of {GROUP} skips down_proj",
-        f"choose a multiple of {GROUP}, or quantize in smaller groups",
+        f"a multiple of {GROUP}, or smaller groups",
         "pytorch/ao torchao/quantization/quant_api.py (_int4_weight_only_quantize_tensor)",
     ),
     *(
@@ -259,7 +261,7 @@ CONSTRAINTS = (
             of,
             multiple(8),
             "is no multiple of 8, which bf16 and fp16 kernels are aligned to",
-            "choose a multiple of 8",
+            "a multiple of 8",
             "pytorch/pytorch torch/_inductor/fx_passes/pad_mm.py (get_alignment_size)",
         )
         for of in ("vocab_size", "widths")
@@ -270,14 +272,29 @@ CONSTRAINTS = (
 HEADS = "heads"
 
 
-def engine_faults(facts: ModelFacts) -> list[str]:
-    """Return one line per constraint that ``facts`` break: engine, effect, size, what to do.
+@dataclass(frozen=True)
+class EngineNote:
+    """A constraint that a checkpoint breaks."""
+
+    engine: str
+    effect: Effect
+    size: str
+    """Name of the size that breaks it, such as ``vocab_size`` or a key of config.json."""
+    text: str
+    """What the engine then does, and in parentheses what avoids that."""
+    chosen: bool = False
+    """Whether a plan changed the size, so that another plan can avoid it."""
+
+
+def engine_notes(facts: ModelFacts, plan: Plan | None = None) -> list[EngineNote]:
+    """Return a note for each constraint that ``facts`` break; ``plan`` is what they follow from.
 
     For each engine, size and degree of tensor parallelism, only the first broken constraint is
     reported. Broken heads hide the other sizes. Constraints that ``applies`` alone decides are
     always reported.
     """
-    lines: list[str] = []
+    notes: list[EngineNote] = []
+    changed = changed_sizes(plan) if plan is not None else set()
     reported: set[tuple[str, str, int]] = set()
     for constraint in CONSTRAINTS:
         sizes = facts.sizes(constraint.of) if constraint.applies(facts) else {}
@@ -290,28 +307,64 @@ def engine_faults(facts: ModelFacts) -> list[str]:
                 and not reported & {(constraint.engine, name, tp), (constraint.engine, HEADS, tp)}
             ]
             if broken:
-                lines.append(_line(constraint, f"{name} {size}", broken))
+                at = "" if broken[0] == 1 else f" at tp={', '.join(map(str, broken))}"
+                text = f"{name} {size}{at} {constraint.problem} ({constraint.fix})"
+                of = (constraint.engine, constraint.effect, name)
+                notes.append(EngineNote(*of, text, chosen=name in changed))
             if constraint.serves is not never:
                 reported |= {(constraint.engine, subject, tp) for tp in broken}
-    return lines
+    return notes
 
 
-def _line(constraint: Constraint, what: str, broken: list[int]) -> str:
-    at = "" if broken[0] == 1 else f" at tp={', '.join(map(str, broken))}"
-    effect = constraint.effect.value
-    return f"{constraint.engine} ({effect}): {what}{at} {constraint.problem}; {constraint.fix}"
+def by_engine(notes: Iterable[EngineNote]) -> list[str]:
+    """Return one line for each engine: its effects, each with the size that causes it."""
+    lines: dict[str, str] = {}
+    for note in notes:
+        said = f"{note.effect.value}: {note.text}"
+        lines[note.engine] = f"{lines[note.engine]}; {said}" if note.engine in lines else said
+    return [f"{engine}: {line}" for engine, line in lines.items()]
 
 
-def facts_of(
-    layout: Layout, tokenizer: TokenizerFile | None, source_vocab_size: int | None
-) -> ModelFacts:
+def changed_sizes(plan: Plan) -> set[str]:
+    """Return the sizes that ``plan`` changes, which another plan could choose otherwise."""
+    before, after = plan.before, plan.after
+    changed = {key for key, size in after.widths.items() if size != before.widths.get(key)}
+    return changed | ({"vocab_size"} if after.vocab_size != before.vocab_size else set())
+
+
+def engine_table(notes: Iterable[EngineNote], *, every: bool = False) -> str:
+    """Return notes on engines as text, a line for each engine under one heading; empty if none.
+
+    Args:
+        notes: From ``engine_notes``.
+        every: Whether to show also those that no choice of sizes can change.
+    """
+    found = by_engine(note for note in notes if every or note.chosen)
+    heading = "engines:" if every else "engines, by the sizes that change (`engines` shows all):"
+    return "\n".join([heading, *(f"  {line}" for line in found)]) if found else ""
+
+
+def planned_notes(plan: Plan, layout: Layout) -> list[EngineNote]:
+    """Return the notes on the output of ``plan``, before it is written; ``layout`` is its source.
+
+    Its tokens have rows as the source's have, so nothing is said of their number.
+    """
+    facts = facts_of(layout, plan.before.vocab_size)
+    sizes = replace(facts, vocab_size=plan.after.vocab_size, widths=plan.after.widths, tokens=None)
+    return engine_notes(sizes, plan)
+
+
+def facts_of(layout: Layout, source_vocab_size: int | None) -> ModelFacts:
     """Return what engines look at in a checkpoint.
 
     Args:
         layout: The checkpoint.
-        tokenizer: Its tokenizer, where it is of a kind that can be pruned.
         source_vocab_size: V of the source, where it is known.
     """
+    try:
+        tokenizer = TokenizerFile.open(layout.checkpoint.path)
+    except SurgeryError:  # of a kind that cannot be pruned, or damaged: other checks say so
+        tokenizer = None
     experts = layout.family.widths.get(EXPERT)
     config = layout.config
 

@@ -7,10 +7,10 @@ from typing import get_args
 import msgspec
 import numpy as np
 
-from surgery.apply.edits import OutputTensor, edits, sources
+from surgery.apply.edits import OutputTensor, check_source, edits, sources
 from surgery.apply.shard import edit_windows
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.errors import PlanError, TokenizerError, check_choice, printable
+from surgery.errors import PlanError, check_choice, printable
 from surgery.files.index_sets import MAKE_AGAIN
 from surgery.files.safetensors_header import TensorRef
 from surgery.files.shard_file import IO, Buffer, open_shard
@@ -20,8 +20,8 @@ from surgery.hub.shards import Shards
 from surgery.layout.build import read_layout
 from surgery.layout.layout import Layout
 from surgery.planning.plan import PROVENANCE_NAME, Plan, ProvenanceFile
-from surgery.tokenizer.tokenizer_file import TokenizerFile, load_tokenizer, tokenizer_data
-from surgery.verify.engines import engine_faults, facts_of
+from surgery.tokenizer.tokenizer_file import load_tokenizer, tokenizer_data
+from surgery.verify.engines import EngineNote, engine_notes, engine_table, facts_of
 from surgery.verify.ids import Origin, id_faults
 
 SAMPLES = (
@@ -43,7 +43,9 @@ class VerifyReport:
     """Check → its faults; none where it passed."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Check → why it could not be made."""
-    notes: list[str] = field(default_factory=list)
+    details: dict[str, str] = field(default_factory=dict)
+    """Check → what was measured, where that is a number."""
+    engines: list[EngineNote] = field(default_factory=list)
     """Known constraints of engines that the checkpoint breaks; these are no faults."""
 
     @property
@@ -51,13 +53,25 @@ class VerifyReport:
         """Whether no check found a fault."""
         return not any(self.checks.values())
 
-    def table(self) -> str:
-        """Return the report as text for people."""
-        rows = [f"ok       {name}" for name, faults in self.checks.items() if not faults]
+    def table(self, *, engines: bool = False) -> str:
+        """Return the report as text for people, with the result on the last line.
+
+        Args:
+            engines: Whether to show also what engines do with sizes that the plan did not change.
+        """
+        details = {name: f": {text}" for name, text in self.details.items()}
+        passed = [name for name, faults in self.checks.items() if not faults]
+        rows = [f"ok       {name}{details.get(name, '')}" for name in passed]
         rows += [f"skipped  {name}: {why}" for name, why in self.skipped.items()]
         rows += [f"FAULT    {n}: {fault}" for n, faults in self.checks.items() for fault in faults]
-        rows += [f"note     {note}" for note in self.notes]
-        return "\n".join(rows)
+        rows += [text] if (text := engine_table(self.engines, every=engines)) else []
+        return "\n".join([*rows, self.result()])
+
+    def result(self) -> str:
+        """Return how many checks passed, or found faults, and were skipped, on one line."""
+        bad, total = sum(map(bool, self.checks.values())), len(self.checks)
+        said = f"ok: {total} checks passed" if self.ok else f"FAULT: {bad} of {total} checks failed"
+        return said + (f", {len(self.skipped)} skipped" if self.skipped else "")
 
 
 PLAN_START = b'{\n  "source":'
@@ -85,15 +99,61 @@ def origin_of(
     found = Plan.load(plan) if isinstance(plan, str | Path) else plan
     found = found or _plan_beside(directory)
     if source is not None:
-        return found or _embedded_plan(directory), resolve_model(str(source))[0]
+        return found or plan_within(directory), resolve_model(str(source))[0]
     if found is None:
-        return _embedded_plan(directory), None
+        return plan_within(directory), None
     return found, source_at_hand(found.source)
+
+
+def plan_at(path: Path | str) -> Plan:
+    """Return the plan in a file, or the one within an output's directory.
+
+    Raises:
+        PlanError: there is none.
+    """
+    path = Path(path)
+    found = plan_within(path) if path.is_dir() else Plan.load(path)
+    if found is None:
+        raise PlanError(
+            path,
+            "holds no plan, so it is no output of apply",
+            fix="name the directory of an output, or the file of a plan",
+        )
+    return found
+
+
+def plan_and_source(
+    plan: Plan | Path | str, source: Path | str | None = None
+) -> tuple[Plan, Layout]:
+    """Return a plan, and the model that it was made for.
+
+    Args:
+        plan: A plan, its file, or the directory of an output that was made by it.
+        source: Directory or hub id of the model; None is where the plan's file says.
+
+    Raises:
+        PlanError: there is no plan, or its source is not at hand or is another model.
+    """
+    made = plan if isinstance(plan, Plan) else plan_at(plan)
+    if not isinstance(plan, Plan) and Path(plan).is_dir():
+        found, path = origin_of(Path(plan), None, source)
+    else:
+        found, path = origin_of(Path(), made, source)
+    if found is None or path is None:
+        raise PlanError(
+            "plan" if isinstance(plan, Plan) else plan,
+            "its source is not at hand",
+            found=printable(made.source),
+            fix="name it with `source`",
+        )
+    checkpoint = Checkpoint.open(path, found.family)
+    check_source(found, checkpoint)
+    return found, read_layout(checkpoint)
 
 
 def _plan_beside(directory: Path) -> Plan | None:
     """Return the plan in a file beside the output that was made by it."""
-    embedded = _embedded_plan(directory)
+    embedded = plan_within(directory)
     files = sorted(directory.absolute().parent.iterdir()) if embedded is not None else []
     plans = (plan for path in files if (plan := _plan_in(path)) is not None)
     return next((plan for plan in plans if embedded and plan.digest == embedded.digest), None)
@@ -109,7 +169,7 @@ def _plan_in(path: Path) -> Plan | None:
         return None
 
 
-def _embedded_plan(directory: Path) -> Plan | None:
+def plan_within(directory: Path) -> Plan | None:
     """Return the plan in compact_surgery.json; its file of replacements is beside the output."""
     path = directory / PROVENANCE_NAME
     if not path.exists():
@@ -154,7 +214,7 @@ def verify_files(
     wanted = (
         edits(origin.plan, read_layout(Checkpoint.open(origin.path, family))) if origin else None
     )
-    report = VerifyReport(notes=_engine_notes(layout, plan))
+    report = VerifyReport(engines=_engine_notes(layout, plan))
     report.checks["headers and config.json agree"] = []
     report.checks["ids in JSON files point at tokens"] = id_faults(layout, origin)[:MOST_FAULTS]
     if plan is None:
@@ -178,13 +238,9 @@ def verify_files(
     return report
 
 
-def _engine_notes(layout: Layout, plan: Plan | None) -> list[str]:
-    try:
-        tokenizer = TokenizerFile.open(layout.checkpoint.path)
-    except TokenizerError:  # of a kind that cannot be pruned
-        tokenizer = None
+def _engine_notes(layout: Layout, plan: Plan | None) -> list[EngineNote]:
     before = plan.before.vocab_size if plan is not None else None
-    return engine_faults(facts_of(layout, tokenizer, before))
+    return engine_notes(facts_of(layout, before), plan)
 
 
 def compare_bytes(

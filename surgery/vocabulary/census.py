@@ -10,6 +10,7 @@ import numpy as np
 from surgery.layout.layout import Layout
 from surgery.plot import saved_figure
 from surgery.tokenizer.merges import MergeTree
+from surgery.tokenizer.tokenizer_file import TokenizerFile
 from surgery.vocabulary.order import DEAD, merge_ranks, open_vocabulary, reserved_tokens
 from surgery.vocabulary.scripts import BYTES, COMMON, scripts_of
 
@@ -164,20 +165,37 @@ def vocabulary_census(layout: Layout) -> VocabCensus:
         TokenizerError: this kind of tokenizer cannot be pruned.
     """
     tokenizer = open_vocabulary(layout)
-    size = 1 + max(layout.vocab_size - 1, *tokenizer.token_ids.values())
-    tree = MergeTree(tokenizer.vocab, tokenizer.merges, size)
-    dead = set(np.flatnonzero(merge_ranks(tokenizer, tree) == DEAD).tolist())
+    ranks = merge_ranks(tokenizer, merge_tree(tokenizer, layout.vocab_size))
+    kinds = token_kinds(tokenizer, ranks)
+    texts = list(map(tokenizer.kind.text, tokenizer.token_ids))
+    return VocabCensus.of(layout.vocab_size, texts, kinds)
+
+
+def merge_tree(tokenizer: TokenizerFile, rows: int) -> MergeTree:
+    """Return the tree of merges of a tokenizer whose embedding has ``rows`` rows."""
+    size = 1 + max(rows - 1, *tokenizer.token_ids.values())
+    return MergeTree(tokenizer.vocab, tokenizer.merges, size)
+
+
+def token_kinds(tokenizer: TokenizerFile, ranks: np.ndarray) -> list[str]:
+    """Return one of :data:`KINDS` for each of the tokenizer's ``token_ids``, in their order."""
+    dead = set(np.flatnonzero(ranks == DEAD).tolist())
     reserved = reserved_tokens(tokenizer)
-    texts, kinds = [], []
+    kinds = []
     for token, id_ in tokenizer.token_ids.items():
         if token in reserved:
-            kind = "reserved"
+            kinds.append("reserved")
         elif token in tokenizer.added:
-            kind = "special"
+            kinds.append("special")
         elif id_ in tokenizer.alphabet:
-            kind = "alphabet"
+            kinds.append("alphabet")
         else:
-            kind = "unreachable" if id_ in dead else "ordinary"
-        kinds.append(kind)
-        texts.append(tokenizer.kind.text(token))
-    return VocabCensus.of(layout.vocab_size, texts, kinds)
+            kinds.append("unreachable" if id_ in dead else "ordinary")
+    return kinds
+
+
+def token_groups(tokenizer: TokenizerFile, ranks: np.ndarray) -> list[str]:
+    """Return the script of each ordinary token and the kind of each other one, in order."""
+    texts = scripts_of(map(tokenizer.kind.text, tokenizer.token_ids))
+    kinds = token_kinds(tokenizer, ranks)
+    return [s if k == "ordinary" else k for s, k in zip(texts, kinds, strict=True)]

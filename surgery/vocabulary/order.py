@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,8 @@ class Rarity:
     """Added tokens after the last row."""
     dropped: int = 0
     """Tokens with a row that the options want removed; of all tokens they are the rarest."""
+    ranks: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """int64 by id, ``merge_ranks``; empty where the whole vocabulary is kept."""
 
     def check(self, vocab_size: int | None) -> None:
         """Refuse a size that the vocabulary cannot have.
@@ -259,13 +261,13 @@ def order_rows(
     tree = MergeTree(tokenizer.vocab, tokenizer.merges, size)
     rank = merge_ranks(tokenizer, tree)
     must = tokenizer.alphabet | set(tokenizer.added.values()) | choice.keep
-    must |= _of_scripts(tokenizer, choice.keep_scripts)
+    must |= tokens_of_scripts(tokenizer, choice.keep_scripts)
     must |= set(referenced) | tokenizer.referenced_ids()
     count = np.zeros(len(rank), dtype=np.int64)
     if choice.counts is not None:
         count[: len(choice.counts)] = choice.counts[: len(count)]
         tree.lift_parents(count)
-    unwanted = _of_scripts(tokenizer, choice.drop_scripts) - must
+    unwanted = tokens_of_scripts(tokenizer, choice.drop_scripts) - must
     if choice.drop_reserved:
         unused = set(reserved_tokens(tokenizer).values()) - set(referenced) - choice.keep
         unused -= tokenizer.referenced_ids()
@@ -286,6 +288,7 @@ def order_rows(
         tokens=len(token_rows),
         rowless=sum(i >= rows for i in tokenizer.token_ids.values()),
         dropped=int((count[later] < 0).sum()),
+        ranks=rank,
     )
 
 
@@ -386,7 +389,7 @@ def _lines(path: Path) -> list[str]:
         raise TokenizerError(path, "is not UTF-8 text", fix="save it as UTF-8") from error
 
 
-def _of_scripts(tokenizer: TokenizerFile, names: Sequence[str]) -> set[int]:
+def tokens_of_scripts(tokenizer: TokenizerFile, names: Sequence[str]) -> set[int]:
     """Ids of the tokens of these scripts."""
     if not names:
         return set()

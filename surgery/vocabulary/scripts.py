@@ -1,7 +1,8 @@
-"""The script that a text is written in, by Unicode's Script property."""
+"""The script that a text is written in, by Unicode's Script property; the characters of bytes."""
 
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import cache
 
@@ -106,6 +107,10 @@ def _loose(name: str) -> str:
 def check_script(name: str, option: str = "keep_scripts") -> str:
     """Return Unicode's name of a script, given by its name or four-letter code in any case.
 
+    Args:
+        name: What a user calls the script.
+        option: Where the user does so, for the error.
+
     Raises:
         TokenizerError: there is no such script.
     """
@@ -125,3 +130,56 @@ def check_script(name: str, option: str = "keep_scripts") -> str:
         + "name a script, not a language: Latin, Cyrillic, Arabic, Devanagari, Hangul, Han (or "
         "by code: Hani); Japanese is Han, Hiragana and Katakana",
     )
+
+
+def lost_text(missing: Sequence[int]) -> list[str]:
+    """Return a line on the characters that a byte-level vocabulary without these bytes loses.
+
+    Bytes that are in no UTF-8 text lose none.
+    """
+    kinds: dict[str, list[str]] = {}
+    for first, last in characters_with(missing):
+        span = f"U+{first:04X}" if first == last else f"U+{first:04X}-U+{last:04X}"
+        kinds.setdefault(_kind_of_characters(first, last), []).append(span)
+    if not kinds:
+        return []
+    named = "; ".join(f"{kind} {', '.join(spans)}" for kind, spans in kinds.items())
+    return [
+        f"the source's tokenizer loses some characters, with or without this cut, for its "
+        f"vocabulary lacks {len(missing)} of the 256 bytes: {named}"
+    ]
+
+
+def characters_with(missing: Sequence[int]) -> list[tuple[int, int]]:
+    """First and last code point of each run of characters that need one of these bytes."""
+    if any(0x80 <= byte <= 0xBF for byte in missing):  # within characters of every script
+        return [(0x80, 0x10FFFF)]
+    spans: list[tuple[int, int]] = []
+    for byte in missing:
+        if byte < 0x80:
+            first, last = byte, byte
+        elif 0xC2 <= byte <= 0xDF:
+            first, last = (byte & 0x1F) << 6, (byte & 0x1F) << 6 | 0x3F
+        elif 0xE0 <= byte <= 0xEF:
+            first, last = max((byte & 0xF) << 12, 0x800), (byte & 0xF) << 12 | 0xFFF
+        elif 0xF0 <= byte <= 0xF4:
+            first = max((byte & 0x7) << 18, 0x10000)
+            last = min((byte & 0x7) << 18 | 0x3FFFF, 0x10FFFF)
+        else:  # in no UTF-8 text
+            continue
+        if spans and spans[-1][1] + 1 == first:
+            first = spans.pop()[0]
+        spans.append((first, last))
+    return spans
+
+
+def _kind_of_characters(first: int, last: int) -> str:
+    """What the characters from ``first`` to ``last`` are, by some of them."""
+    some = list(map(chr, range(first, last + 1, max(1, (last - first) // 256))))
+    categories = set(map(unicodedata.category, some))
+    if categories <= {"Cn", "Co", "Cs"}:
+        return "unassigned or private characters"
+    if categories == {"Cc"}:
+        return "control characters"
+    scripts = sorted(set(map(script_of, some)) - {COMMON}) if last < 0x10000 else []
+    return f"characters ({', '.join(scripts)})" if 0 < len(scripts) < 5 else "characters"

@@ -185,7 +185,7 @@ def test_the_model_card_says_what_is_so(source: Path, tmp_path: Path) -> None:
     assert "rows" not in channels.partition("| bytes")[2]
     rows = make_plan(source, vocab_size=512)
     text = card_of(source, tmp_path / "rows", rows)
-    assert "rows by merge order" in text
+    assert "rarest by merge order" in text
     assert "calibration" not in text
     counted = make_plan(source, vocab_size=512, vocab_by="frequency", data=[tiny.prose()])
     assert "by their frequency" in card_of(source, tmp_path / "counted", counted)

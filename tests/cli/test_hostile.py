@@ -150,7 +150,7 @@ CASES = [
     Case("source with a null character", plan_key(None, source="a\0b"), APPLY,
          ("a\\u0000b", "neither a directory")),
     Case("source is the plan", plan_key(None, source="plan.json"), APPLY,
-         ("plan.json", "neither a directory")),
+         ("plan.json", "is a file", "expected the directory of a model")),
     Case("source of a revision that climbs", plan_key(None, source="a/b@../../x"), APPLY,
          ("a/b@../../x", "neither a directory")),
     Case("output with a null character", plan_key(None, output="a\0b"), "apply plan.json",

@@ -174,3 +174,21 @@ def test_inside_puts_the_file_in_front(error: SurgeryError) -> None:
     assert str(inner) == f"plan.json: {error}"
     assert vars(inner) == vars(error) | {"where": f"plan.json: {error.where}"}
     assert not error.where.startswith("plan.json")
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "meant"),
+    [
+        ("score", "--seq-len", "--window-bytes"),
+        ("calibrate", "--column", "--field"),
+        ("calibrate", "--max-length", "--seq-len"),
+        ("apply", "--output-dir", "--output"),
+        ("plan", "--overwrite", "--force"),
+        ("prune", "--sparsity", "--ratio"),
+    ],
+)
+def test_an_option_of_another_name_is_named(run: Run, command: str, given: str, meant: str) -> None:
+    result = run(command, "model", given, 5)
+    assert result.exit_code == 2
+    assert f"No such option '{given}'." in result.stderr
+    assert f"'{meant}'" in result.stderr.splitlines()[-1]

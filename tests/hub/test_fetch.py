@@ -43,6 +43,7 @@ def hub(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     (tiny / TEMPLATE).write_text("tools")
     repos = {
         "models/org/tiny": Repo(tiny),
+        "models/gpt2": Repo(tiny),
         "models/org/secret": Repo(tiny, refusal=(401, "")),
         "models/org/locked": Repo(tiny, refusal=(403, "GatedRepo")),
         "models/org/broken": Repo(tiny, refusal=(500, "")),
@@ -178,6 +179,16 @@ def test_no_hub_at_all_is_one_line(home: Path) -> None:
         url = stopped.url
     words = ("org/new", "hub", "connection", "local directory")
     assert_refused(command(url, home, "inspect", "org/new"), *words)
+
+
+def test_a_model_without_organization(hub: Hub, home: Path, tmp_path: Path) -> None:
+    plan, out = tmp_path / "plan.json", tmp_path / "out"
+    made = command(hub.url, home, "plan", "gpt2", *SIZES, "-o", plan, "--to", out)
+    assert made.returncode == 0, made.stderr
+    assert Plan.load(plan).source == Plan.load(plan).hub_id == f"gpt2@{COMMIT}"
+    assert command(hub.url, home, "apply", plan).returncode == 0
+    assert 'base_model: "gpt2"' in (out / "README.md").read_text()
+    assert command(hub.url, home, "verify", out).returncode == 0
 
 
 def test_offline_without_the_model_is_one_line(hub: Hub, home: Path) -> None:

@@ -36,7 +36,7 @@ CASES = [
     Case("source changed after planning", config(rms_norm_eps=1e-5), APPLY,
          ("model", "not the checkpoint", "expected fingerprint", "found", "plan again")),
     Case("source gone", lambda root: (root / "model").rename(root / "moved"), APPLY,
-         ("model", "neither a directory nor", "check")),
+         ("model", "neither a directory nor", "--source")),
     Case("plan not there", remove("plan.json"), APPLY,
          ("plan.json", "No such file", "name the plan's file")),
     Case("plan cut", cut("plan.json", 300), APPLY, ("plan.json", "not a plan", "found", "again")),
@@ -44,8 +44,10 @@ CASES = [
          ("plan.json", "not a plan", "found", "plan again")),
     Case("plan with an unknown field", plan_key(None, extra=1), APPLY,
          ("plan.json", "not a plan", "extra", "plan again")),
-    Case("plan of the next format", plan_key(None, format=4), APPLY,
-         ("plan.json", "format", "expected 3", "found 4", "plan again")),
+    Case("plan of the next format", plan_key(None, format=5), APPLY,
+         ("plan.json", "format", "expected 4", "found 5", "plan again")),
+    Case("plan with a base that is no hub id", plan_key(None, base_model="../x"), APPLY,
+         ("plan.json", "base_model", "expected org/name", "correct it")),
     Case("plan keeps fewer tokens than it says", plan_key("after", vocab_size=513), APPLY,
          ("plan.json", "kept_tokens", "expected 513", "found 512", "plan again")),
     Case("plan of the first format", plan_key("after", intermediate_size=64), APPLY,
@@ -106,3 +108,8 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_refused_in_one_line_and_nothing_written(case: Case, bench: Path, run: Run) -> None:
     assert_refused_and_nothing_written(case, bench, run)
+
+
+def test_a_source_that_has_moved_is_named(bench: Path, run: Run) -> None:
+    (bench / "model").rename(bench / "moved")
+    assert run(*APPLY.split(), "--source", "moved").exit_code == 0

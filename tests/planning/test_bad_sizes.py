@@ -89,12 +89,21 @@ CASES = [
         for sizes in ("0,512", "641", "a", "512,")
     ),
     Case("model is a file", nothing, "inspect text.txt",
-         ("text.txt", "neither", "expected DIR or org/name", "check the spelling")),
+         ("text.txt", "is a file", "expected the directory of a model", "name .")),
     Case("picture of no known kind", nothing, "inspect model --plot x.foo", ("x.foo", "foo")),
     Case("model is a path that is not there", nothing, "inspect ./nowhere",
          ("./nowhere", "neither", "expected DIR or org/name", "check the spelling")),
     Case("model is not there", nothing, "inspect nowhere",
-         ("nowhere", "neither", "expected DIR or org/name", "check the spelling")),
+         ("nowhere", "cannot be read from the hub", "check the name")),
+    Case("model has nearly this name", nothing, "inspect ./modle", ("did you mean model?",)),
+    Case("model of the hub has nearly this name", nothing, "inspect modell",
+         ("modell", "cannot be read from the hub", "did you mean model?")),
+    Case("statistics have nearly this name", nothing,
+         f"plan model {SIZES} --stats stats.safetensor -o new.json",
+         ("cannot be read", "did you mean stats.safetensors?")),
+    Case("plan has nearly this name", nothing, "apply plan.jsn", ("did you mean plan.json?",)),
+    Case("text has nearly this name", nothing, f"{CALIBRATE} test.txt",
+         ("does not exist", "did you mean text.txt?")),
 ]  # fmt: skip
 
 

@@ -58,7 +58,8 @@ def test_layers_by_name_through_all_commands(deep: Path, tmp_path: Path, run: Ru
     assert verified.exit_code == 0, verified.output
     assert "ok       logits equal the masked dense model's" in verified.output
     card = (out / "README.md").read_text("utf-8")
-    assert "Of its layers 0-1,2+3,5 stay" in card
+    assert "Removed layers: 4." in card
+    assert "Layers merged into one: 2+3, as in LaCo" in card
     assert "| layers | 6 | 4 |" in card
     index = json.loads((out / "model.safetensors.index.json").read_text("utf-8"))
     files = {path.name for path in out.glob("*.safetensors")}
@@ -101,7 +102,7 @@ def test_the_layers_of_largest_influence_by_statistics(
     stays = sorted(influence.argsort()[::-1][:4].tolist())
     assert [group for (group,) in Plan.load(plan).layers] == stays
     assert "all layers in place" not in Plan.load(plan).provenance.notes
-    refused = run("plan", deep, *options, "-o", plan)
+    refused = run("plan", deep, *options, "-o", plan, "--force")
     assert refused.exit_code == 2
     assert "--num-hidden-layers: needs statistics" in refused.output
 
@@ -122,7 +123,8 @@ def test_prune_measures_the_influence_itself(
 
 
 def test_a_ratio_counts_all_parameters_of_the_source(deep: Path, tmp_path: Path, run: Run) -> None:
-    plan, options = tmp_path / "plan.json", ("--multiple-of", 4, "-o", tmp_path / "plan.json")
+    plan = tmp_path / "plan.json"
+    options = ("--multiple-of", 4, "-o", plan, "--force")
     assert run("plan", deep, "--layers", "0-3,5", "--ratio", 0.3, *options).exit_code == 0
     made = Plan.load(plan)
     assert 1 - made.after.parameters / made.before.parameters == pytest.approx(0.3, abs=0.005)
@@ -345,7 +347,7 @@ def test_repair_goes_with_layers_that_go(tmp_path: Path, llama: Path, text: Path
     assert run("apply", file, "-o", out).exit_code == 0
     result = run("verify", out, "--forward")
     assert result.exit_code == 0, result.output
-    result = run("plan", llama, *repair, "--layers", "0,1+2")
+    result = run("plan", llama, *repair, "--layers", "0,1+2", "--force")
     assert (result.exit_code, "does not work with collapsed layers" in result.output) == (2, True)
 
 

@@ -40,7 +40,8 @@ def notes(run: Run, model: Path, stats: Path, vocab_size: int, width: int = 48) 
     sizes = ("--vocab-size", vocab_size, "--intermediate-size", width)
     result = run("plan", model, "--stats", stats, *sizes, "-o", plan, "--force")
     assert result.exit_code == 0, result.output
-    return Plan.load(plan).provenance.notes
+    found = Plan.load(plan).provenance.notes
+    return [note for note in found if "rank them well" not in note]
 
 
 @pytest.mark.parametrize("key", ["llama", "gemma3_text"])

@@ -10,7 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from calib.study.table import LAYER_METHODS, METHODS
+from calib.text.heldout import split_documents
+from calib.text.windows import byte_windows
 from surgery.planning.plan import Plan
+from surgery.text.documents import read_documents
 from tests.support import tiny
 from tests.support.command import Run, assert_refused
 
@@ -69,8 +72,13 @@ def test_search_prints_the_table_plots_and_plans(
     assert (tmp_path / "p.png").stat().st_size > 5000
     assert run("apply", best, "-o", tmp_path / "out").exit_code == 0
     assert run("verify", tmp_path / "out", "--forward").exit_code == 0
-    text = run("search", model, *options).output
-    assert len([line for line in text.splitlines() if line.endswith("best")]) == 1
+    shown = run("search", model, *options)
+    assert shown.stderr.count("to rank them well: give more text, or more --samples") == 1
+    text = shown.stdout.splitlines()
+    assert len([line for line in text if line.endswith("best")]) == 1
+    assert text[1].split()[0] == "dense"
+    assert any(line.startswith("held out: ") for line in text)
+    assert text[-1].startswith("took ")
 
 
 def test_candidates_are_tried_as_they_are(model: Path, prose: Path, run: Run) -> None:
@@ -134,20 +142,52 @@ def test_compare_has_a_row_for_each_method_and_ratio(
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert list(found) == ["0.2", "0.3"]
+    _, held = split_documents(read_documents(str(prose)))
+    windows = byte_windows(held, 4, 2048)
+    size = len(windows), sum(len(window.encode()) for window in windows)
     for ratio, rows in found.items():
-        assert [row["name"] for row in rows][-5:] == [
-            *("shortgpt", "laco", "vocabulary", "compact", "search")
-        ]
-        for row in rows:
+        assert [row["name"] for row in rows] == ["dense", *METHODS]
+        dense, *others = rows
+        assert (dense["removed"], dense["loss"], dense["score"]) == (0, 0, 0)
+        assert {(row["heldout_windows"], row["heldout_bytes"]) for row in rows} == {size}
+        for row in others:
             whole_layers = row["name"] in ("shortgpt", "laco")
             assert row["removed"] == pytest.approx(
                 float(ratio), abs=0.12 if whole_layers else 0.006
             )
             assert (row["num_hidden_layers"] < tiny.LAYERS) == whole_layers
     assert picture.stat().st_size > 5000
-    some = run("compare", model, *options, "--methods", "act2,vocabulary").output
-    assert "act2" in some
-    assert "laco" not in some
+    some = run("compare", model, *options, "--methods", "act2,shortgpt").output
+    lines = {line.split()[0]: line for line in some.splitlines() if line}
+    assert "laco" not in lines
+    assert "0.0%" in lines["dense"]
+    assert "best" not in lines["dense"]
+    assert "%*" in lines["shortgpt"]  # one of three layers is not 30 %
+    assert "%*" not in lines["act2"]
+    assert lines["held"].startswith("held out: {:,} windows, {:,} bytes".format(*size))
+    assert {"loss:", "alike:", "score:", "*:", "took"} <= lines.keys()
+
+
+def test_compare_has_the_plan_that_prune_would_make(
+    model: Path, prose: Path, tmp_path: Path, run: Run
+) -> None:
+    """Of the same text, without what compare holds out."""
+    ratio = ("--ratio", 0.3, "--multiple-of", 64)
+    options = ("--data", prose, *TEXT, *ratio, "--windows", 4, "--methods", "prune", "--json")
+    (_, found) = json.loads(run("compare", model, *options).stdout)["0.3"]
+    kept, held = split_documents(read_documents(str(prose)))
+    out = tmp_path / "out"
+    calibration = tmp_path / "kept.jsonl"
+    calibration.write_text("".join(json.dumps({"text": part}) + "\n" for part in kept), "utf-8")
+    heldout = calibration.with_name("held.jsonl")
+    heldout.write_text("".join(json.dumps({"text": part}) + "\n" for part in held), "utf-8")
+    made = run("prune", model, "--data", calibration, *TEXT, *ratio, "-o", out)
+    assert made.exit_code == 0, made.output
+    plan = Plan.load(tmp_path / "out.plan.json")
+    assert (plan.after.vocab_size, plan.after.widths) == (found["vocab_size"], found["widths"])
+    assert plan.after.parameters == found["parameters"]
+    score = json.loads(run("score", out, "--data", heldout, "--samples", 4, "--json").stdout)
+    assert score["bits_per_byte"] == pytest.approx(found["bits_per_byte"], rel=1e-5)
 
 
 def test_compare_by_amount_of_text(model: Path, prose: Path, tmp_path: Path, run: Run) -> None:
@@ -155,7 +195,7 @@ def test_compare_by_amount_of_text(model: Path, prose: Path, tmp_path: Path, run
     picture = tmp_path / "samples.png"
     result = run("compare", model, *options, "--by-samples", "2,8", "--plot", picture)
     assert result.exit_code == 0, result.output
-    assert [line.split()[0] for line in result.output.splitlines()[2:4]] == ["2", "8"]
+    assert [line.split()[0] for line in result.stdout.splitlines()[2:5]] == ["dense", "2", "8"]
     assert picture.stat().st_size > 5000
 
 
@@ -209,7 +249,7 @@ def test_compare_removes_no_layer_where_the_ratio_is_small(
         result = run("compare", model, *options, "--methods", methods)
         assert result.exit_code == 0, result.output
         rows = {row["name"]: row for row in json.loads(result.stdout)["0.004"]}
-        assert set(rows) == set(methods.split(","))
+        assert set(rows) == {"dense", *methods.split(",")}
         assert rows["shortgpt"]["num_hidden_layers"] == tiny.LAYERS
         assert rows["shortgpt"]["loss"] == 0
 
@@ -223,7 +263,7 @@ def test_compare_of_one_layer_leaves_out_what_removes_layers(
     assert result.exit_code == 0, result.output
     assert "without shortgpt and laco" in result.stderr
     names = {row["name"] for row in json.loads(result.stdout)["0.1"]}
-    assert names == set(METHODS) - set(LAYER_METHODS)
+    assert names == {"dense", *METHODS} - {*LAYER_METHODS}
     for method in LAYER_METHODS:
         refused = run("compare", one, *options, "--methods", method)
         assert_refused(refused, "has one layer", "--methods")
@@ -271,8 +311,8 @@ def test_experts_are_compared_where_they_are_named(tmp_path: Path, run: Run) -> 
     found = run("compare", source, *take, "--methods", names, "--json")
     assert found.exit_code == 0, found.output
     rows = next(iter(json.loads(found.stdout).values()))
-    assert [row["name"] for row in rows] == names.split(",")
-    assert {row["experts"] for row in rows} == {5}
+    assert [row["name"] for row in rows] == ["dense", *names.split(",")]
+    assert [row["experts"] for row in rows] == [8] + [5] * 7
     shown = run("compare", source, *take, "--methods", "reap,act2")
     assert "experts" in shown.output
     dense = run("compare", tiny.save(tmp_path / "llama"), *take, "--methods", "reap")

@@ -16,11 +16,11 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from tests.support.hub_push import listing, take
 
 API = re.compile(
-    r"/api/(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)"
+    r"/api/(?P<kind>models|datasets)/(?P<repo>[^/]+(/[^/]+)?)"
     r"(/(?P<what>revision|tree)/(?P<revision>[^/]+)(/(?P<folder>.+))?)?"
 )
 FILE = re.compile(
-    r"(?P<cdn>/cdn)?/((?P<kind>datasets)/)?(?P<repo>[^/]+/[^/]+)"
+    r"(?P<cdn>/cdn)?/((?P<kind>datasets)/)?(?P<repo>[^/]+(/[^/]+)?)"
     r"/resolve/(?P<revision>[^/]+)/(?P<name>.+)"
 )
 BLOCK_BYTES = 1 << 18

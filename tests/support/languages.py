@@ -1,6 +1,15 @@
 # ruff: noqa: E501
 """Article 1 of the Universal Declaration of Human Rights (public domain), in sixteen languages."""
 
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from surgery.tokenizer.tokenizer_file import TokenizerFile
+
+SIZE = 1800
+"""Tokens of ``multilingual``."""
+
 ARTICLE_1 = {
     "Latin": "All human beings are born free and equal in dignity and rights. They are endowed with "
     "reason and conscience and should act towards one another in a spirit of brotherhood.",
@@ -36,3 +45,18 @@ ARTICLE_1 = {
     "Georgian": "ყველა ადამიანი იბადება თავისუფალი და თანასწორი თავისი ღირსებითა და უფლებებით. "
     "მათ მინიჭებული აქვთ გონება და სინდისი და ერთმანეთის მიმართ უნდა იქცეოდნენ ძმობის სულისკვეთებით.",
 }
+
+
+def multilingual(directory: Path) -> TokenizerFile:
+    """Save a byte-level BPE of SIZE tokens, trained on all the languages, and open it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=SIZE,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(ARTICLE_1.values(), trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return TokenizerFile.open(directory)

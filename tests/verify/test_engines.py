@@ -1,11 +1,13 @@
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import surgery
 from surgery.errors import BudgetError
 from surgery.planning.sizes import VOCAB_PADDING, Steps, parse_target, steps
 from surgery.verify.engines import (
@@ -13,10 +15,15 @@ from surgery.verify.engines import (
     TP,
     Constraint,
     Effect,
+    EngineNote,
     ModelFacts,
-    engine_faults,
+    by_engine,
+    engine_notes,
+    engine_table,
+    planned_notes,
     shared,
 )
+from tests.support.plans import layout_of
 
 SERVED = ModelFacts(
     misread_vocab_sizes=(32016, 49152),
@@ -155,15 +162,15 @@ def test_bad_multiple_of(multiple_of: int) -> None:
 
 
 def test_a_size_for_every_engine_breaks_nothing() -> None:
-    assert engine_faults(SERVED) == []
-    assert engine_faults(SERVED) == []
+    assert engine_notes(SERVED) == []
+    assert engine_notes(SERVED) == []
 
 
 @given(st.integers(1, 64))
 def test_widths_in_steps_of_the_target_break_nothing(times: int) -> None:
     width_step = parse_target("tp=8,group=128", 256).width
     facts = replace(SERVED, widths={"moe_intermediate_size": times * width_step})
-    assert engine_faults(facts) == []
+    assert engine_notes(facts) == []
 
 
 @pytest.mark.parametrize(
@@ -175,18 +182,17 @@ def test_every_entry_broken_and_satisfied(
     case: tuple[str, str, dict[str, Any], dict[str, Any]], constraint: Constraint
 ) -> None:
     engine, problem, broken, satisfied = case
-    lines = engine_faults(replace(SERVED, **broken))
-    found = [line for line in lines if constraint.problem in line]
-    assert len(found) == 1
-    assert found[0].startswith(engine)
-    assert problem in found[0]
-    subject = "" if constraint.of in ("widths", "experts") else constraint.of
-    assert f"({constraint.effect.value}): {subject}" in found[0]
-    assert found[0].endswith(f"; {constraint.fix}")
-    assert "\n" not in found[0]
-    assert not any(
-        constraint.problem in line for line in engine_faults(replace(SERVED, **satisfied))
-    )
+    notes = engine_notes(replace(SERVED, **broken))
+    (found,) = (note for note in notes if constraint.problem in note.text)
+    assert found.engine.startswith(engine)
+    assert found.effect == constraint.effect
+    assert problem in found.text
+    subject = found.size if constraint.of in ("widths", "experts") else constraint.of
+    assert found.text.startswith(f"{subject} ")
+    assert found.text.endswith(f" ({constraint.fix})")
+    assert "\n" not in found.text
+    satisfying = engine_notes(replace(SERVED, **satisfied))
+    assert not any(constraint.problem in note.text for note in satisfying)
 
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS, ids=lambda entry: entry.problem)
@@ -195,52 +201,84 @@ def test_every_entry_names_a_repository_and_a_file(constraint: Constraint) -> No
     assert "http" not in constraint.source
 
 
-def test_lines_read_whole() -> None:
+def test_each_engine_has_one_line() -> None:
     facts = replace(SERVED, widths={"moe_intermediate_size": 768, "intermediate_size": 1408})
-    assert engine_faults(facts) == [
-        "vLLM, SGLang (cannot): moe_intermediate_size 768 at tp=4, 8 gives a rank no whole "
-        "groups of 128: AWQ, GPTQ or FP8 weights so grouped do not load; choose the width with "
-        "`target` tp=N,group=128, or quantize in smaller groups",
-        "vLLM, SGLang (cannot): intermediate_size 1408 at tp=2, 4, 8 gives a rank no whole "
-        "groups of 128: AWQ, GPTQ or FP8 weights so grouped do not load; choose the width with "
-        "`target` tp=N,group=128, or quantize in smaller groups",
-        "llama.cpp (falls back): intermediate_size 1408 is no multiple of 256, so down_proj "
-        "gets Q4_0 to Q8_0 in place of a K-quant; `multiple_of` 256 avoids that",
+    assert by_engine(engine_notes(facts)) == [
+        "vLLM, SGLang: cannot: moe_intermediate_size 768 at tp=4, 8 gives a rank no whole groups "
+        "of 128, so AWQ, GPTQ and FP8 in such groups do not load (`target` tp=N,group=128, or "
+        "smaller groups); cannot: intermediate_size 1408 at tp=2, 4, 8 gives a rank no whole "
+        "groups of 128, so AWQ, GPTQ and FP8 in such groups do not load (`target` tp=N,group=128, "
+        "or smaller groups)",
+        "llama.cpp: falls back: intermediate_size 1408 is no multiple of 256, so down_proj gets "
+        "Q4_0 to Q8_0 in place of a K-quant (`multiple_of` 256)",
     ]
+
+
+def test_only_notes_that_another_plan_can_change_are_shown(llama: Path) -> None:
+    facts = replace(SERVED, num_attention_heads=9, byte_level=True, **width(1408))
+    cut = surgery.make_plan(llama, vocab_size=512)
+    notes = engine_notes(facts, cut)
+    assert [note.size for note in notes if note.chosen] == ["vocab_size"]
+    assert len(engine_table(notes).splitlines()) == 2  # the heading, and llama.cpp
+    everything = engine_table(notes, every=True).splitlines()
+    assert everything[0] == "engines:"
+    assert len(everything) == 1 + len({note.engine for note in notes}) > 2
+    assert engine_table(engine_notes(facts)) == ""
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(list(Effect)), st.booleans())))
+def test_the_table_has_a_line_an_engine(found: list[tuple[str, Effect, bool]]) -> None:
+    notes = [EngineNote(e, effect, "size", f"n{n}", c) for n, (e, effect, c) in enumerate(found)]
+    for every in (False, True):
+        shown = [note for note in notes if every or note.chosen]
+        lines = engine_table(notes, every=every).splitlines()
+        assert len(lines) == (1 + len({note.engine for note in shown}) if shown else 0)
+        for note in shown:
+            (line,) = (line for line in lines[1:] if line.startswith(f"  {note.engine}: "))
+            assert f"{note.effect.value}: {note.text}" in line
+
+
+def test_a_plan_has_the_notes_of_its_output(llama: Path, tmp_path: Path) -> None:
+    plan = surgery.make_plan(llama, vocab_size=500)
+    surgery.apply_plan(plan, output=tmp_path / "out")
+    report = surgery.verify_checkpoint(tmp_path / "out", plan=plan)
+    assert planned_notes(plan, layout_of(llama)) == report.engines
+    assert any(note.size == "vocab_size" and note.chosen for note in report.engines)
+    assert all(note.chosen == (note.size == "vocab_size") for note in report.engines)
 
 
 def test_a_degree_that_heads_rule_out_is_not_told_again_of_widths() -> None:
     facts = replace(SERVED, num_attention_heads=9, num_key_value_heads=3, **width(1408))
-    on_gpus = [line for line in engine_faults(facts) if line.startswith("vLLM")]
-    assert len(on_gpus) == 1
-    assert "num_attention_heads 9 at tp=2, 4, 8" in on_gpus[0]
+    (on_gpus,) = (note for note in engine_notes(facts) if note.engine.startswith("vLLM"))
+    assert "num_attention_heads 9 at tp=2, 4, 8" in on_gpus.text
 
 
 def test_the_worst_speaks_for_an_engine() -> None:
-    lines = engine_faults(replace(SERVED, **width(1001)))
-    assert sum(line.startswith("llama.cpp") for line in lines) == 1
-    assert sum(line.startswith("torchao") for line in lines) == 1
-    assert any("stays F16" in line for line in lines)
+    notes = engine_notes(replace(SERVED, **width(1001)))
+    assert sum(note.engine == "llama.cpp" for note in notes) == 1
+    assert sum(note.engine == "torchao" for note in notes) == 1
+    assert any("stays F16" in note.text for note in notes)
 
 
 def test_what_the_facts_decide_is_told_beside_a_size() -> None:
     facts = replace(SERVED, vocab_size=32016, byte_level=True)
-    lines = engine_faults(facts)
-    assert [line.split(")")[0] for line in lines] == ["llama.cpp (cannot", "llama.cpp (misreads"]
+    notes = engine_notes(facts)
+    assert {note.engine for note in notes} == {"llama.cpp"}
+    assert [note.effect for note in notes] == [Effect.CANNOT, Effect.MISREADS]
 
 
 @pytest.mark.parametrize("vocab_size", [32016, 49152])
 def test_a_vocabulary_that_stays_or_is_read_elsewhere_is_not_misread(vocab_size: int) -> None:
     facts = replace(SERVED, vocab_size=vocab_size)
-    assert len(engine_faults(facts)) == 1
-    assert engine_faults(replace(facts, source_vocab_size=vocab_size)) == []
-    assert engine_faults(replace(facts, source_vocab_size=None)) == []
-    assert engine_faults(replace(facts, misread_vocab_sizes=())) == []
+    assert len(engine_notes(facts)) == 1
+    assert engine_notes(replace(facts, source_vocab_size=vocab_size)) == []
+    assert engine_notes(replace(facts, source_vocab_size=None)) == []
+    assert engine_notes(replace(facts, misread_vocab_sizes=())) == []
 
 
 def test_a_whole_byte_level_vocabulary_is_known_to_llama_cpp() -> None:
     facts = replace(SERVED, vocab_size=128256, byte_level=True)
-    assert engine_faults(facts) == []
+    assert engine_notes(facts) == []
 
 
 @pytest.mark.parametrize(
@@ -260,15 +298,15 @@ def test_what_is_not_known_is_not_judged(unknown: int | None) -> None:
         num_key_value_heads=unknown,
         tokens=unknown,
     )
-    assert engine_faults(facts) == []
+    assert engine_notes(facts) == []
 
 
 @given(size=st.integers(1, 40000), vocab_size=st.integers(1, 300000))
 def test_every_line_names_a_size_and_what_to_do(size: int, vocab_size: int) -> None:
     facts = replace(SERVED, vocab_size=vocab_size, tokens=None, widths={"ffn_dim": size})
-    for line in engine_faults(facts):
-        assert re.match(r".+ \((cannot|falls back|misreads|slower)\): \w+ \d+ .+; .+", line)
-        assert f"ffn_dim {size} " in line or f"vocab_size {vocab_size} " in line
+    for note in engine_notes(facts):
+        assert re.fullmatch(r"\w+ \d+ .+ \(.+\)", note.text)
+        assert note.text.startswith((f"ffn_dim {size} ", f"vocab_size {vocab_size} "))
 
 
 def test_effects_are_told_apart() -> None:

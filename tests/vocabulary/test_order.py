@@ -15,9 +15,11 @@ from surgery.errors import BudgetError, TokenizerError
 from surgery.layout.build import read_layout
 from surgery.tokenizer.checks import check_tokenizer
 from surgery.tokenizer.id_map import IdMap
+from surgery.tokenizer.kinds import BYTE_CHARACTERS
 from surgery.tokenizer.tokenizer_file import TokenizerFile
 from surgery.vocabulary.cost import vocabulary_cost
-from surgery.vocabulary.order import Rarity, order_rows, rarity_of
+from surgery.vocabulary.order import Rarity, VocabularyOptions, order_rows, rarity_of
+from surgery.vocabulary.scripts import characters_with, lost_text
 from tests.support import tiny
 
 
@@ -242,10 +244,41 @@ def test_of_a_pair_given_twice_the_last_merge_counts() -> None:
 
 def test_missing_bytes_are_named(tmp_path: Path) -> None:
     source = as_file(tiny.tokenizer())
-    assert source.missing_bytes == 0
-    for token in ("ÿ", "ö"):
-        source.data["model"]["vocab"].pop(token)
+    assert source.missing_bytes == []
+    for byte in (0xFF, 0xD0):
+        character = next(c for c, b in BYTE_CHARACTERS.items() if b == byte)
+        source.data["model"]["vocab"].pop(character)
     lossy = TokenizerFile(source.path, source.data)
-    ids = order_rows(lossy, tiny.VOCAB_SIZE, ()).id_map(480)
-    warnings = vocabulary_cost(lossy, ids, "merge-order", ()).warnings()
-    assert any("lacks 2 of the 256 bytes" in line for line in warnings)
+    rarity = order_rows(lossy, tiny.VOCAB_SIZE, ())
+    assert lossy.missing_bytes == [0xD0, 0xFF]
+    warnings = vocabulary_cost(lossy, rarity, 480, VocabularyOptions()).warnings()
+    assert (
+        warnings
+        == lost_text([0xD0, 0xFF])
+        == [
+            "the source's tokenizer loses some characters, with or without this cut, for its "
+            "vocabulary lacks 2 of the 256 bytes: characters (Cyrillic) U+0400-U+043F"
+        ]
+    )
+
+
+@given(st.integers(0, 255))
+def test_the_characters_that_need_a_byte_are_those_of_utf_8(byte: int) -> None:
+    spans = characters_with([byte])
+    named = {code for first, last in spans for code in (first, (first + last) // 2, last)}
+    if 0x80 <= byte <= 0xBF:
+        assert spans == [(0x80, 0x10FFFF)]
+        return
+    for code in named - set(range(0xD800, 0xE000)):
+        assert byte in chr(code).encode(), hex(code)
+    for first, last in spans:
+        for code in {max(first - 1, 0), min(last + 1, 0x10FFFF)} - named:
+            assert byte not in chr(code).encode("utf-8", "surrogatepass"), hex(code)
+    assert bool(spans) == (byte not in (0xC0, 0xC1, *range(0xF5, 0x100)))
+
+
+def test_bytes_of_no_text_lose_none() -> None:
+    assert lost_text([0xC0, 0xC1, 0xF5, 0xFF]) == []
+    (line,) = lost_text([0x04, 0x13, 0x14, 0x41, 0xC0, 0xF1])
+    assert "lacks 6 of the 256 bytes: control characters U+0004, U+0013-U+0014; " in line
+    assert "characters (Latin) U+0041; unassigned or private characters U+40000-U+7FFFF" in line

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from surgery.checkpoint.checkpoint import Checkpoint
@@ -18,6 +18,7 @@ from surgery.vocabulary.cost import vocabulary_cost
 from surgery.vocabulary.order import (
     BATCH_CHARACTERS,
     VocabularyChoice,
+    VocabularyOptions,
     count_tokens,
     kept_tokens,
     order_rows,
@@ -26,28 +27,16 @@ from surgery.vocabulary.order import (
 from surgery.vocabulary.scripts import script_of
 from tests.support import tiny
 from tests.support.command import Run
-from tests.support.languages import ARTICLE_1
+from tests.support.languages import ARTICLE_1, SIZE, multilingual
 
 RESERVED = ["<|reserved_special_token_0|>", "<|reserved_special_token_1|>", "<unused5>"]
-SIZE = 1800
 SIZES = ("--vocab-size", 480, "--intermediate-size", 64)
 
 
 @pytest.fixture(scope="module")
 def languages(tmp_path_factory: pytest.TempPathFactory) -> TokenizerFile:
     """A byte-level BPE of SIZE tokens, trained on sixteen languages."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=SIZE,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(ARTICLE_1.values(), trainer)
-    directory = tmp_path_factory.mktemp("languages")
-    tokenizer.save(str(directory / "tokenizer.json"))
-    return TokenizerFile.open(directory)
+    return multilingual(tmp_path_factory.mktemp("languages"))
 
 
 @pytest.fixture
@@ -90,7 +79,7 @@ def test_frequency_keeps_the_language_of_the_text(languages: TokenizerFile) -> N
 def test_scripts_that_are_asked_for_are_kept_whole(languages: TokenizerFile) -> None:
     choice = VocabularyChoice(keep_scripts=("Han", "Thai"))
     rarity = order_rows(languages, SIZE, (), choice)
-    cost = vocabulary_cost(languages, rarity.id_map(rarity.must_keep), "merge-order", ())
+    cost = vocabulary_cost(languages, rarity, rarity.must_keep, VocabularyOptions())
     lost = {script.script for script in cost.scripts if script.tokens_after < script.tokens_before}
     assert {"Latin", "Cyrillic"} <= lost
     assert not {"Han", "Thai"} & lost
@@ -141,9 +130,10 @@ def test_tokens_to_keep_are_named_by_spelling_or_text(
 
 
 def test_cost_is_counted_line_by_line(languages: TokenizerFile) -> None:
-    ids = order_rows(languages, SIZE, ()).id_map(700)
+    rarity = order_rows(languages, SIZE, ())
+    ids = rarity.id_map(700)
     texts = ["\n".join(ARTICLE_1.values()), ARTICLE_1["Thai"]]
-    cost = vocabulary_cost(languages, ids, "merge-order", texts)
+    cost = vocabulary_cost(languages, rarity, 700, VocabularyOptions(), texts)
     new = Tokenizer.from_str(json.dumps(languages.rewrite(ids)))
     lines = [line for text in texts for line in text.splitlines(keepends=True)]
     before = sum(len(languages.library().encode(line).ids) for line in lines)
@@ -165,7 +155,7 @@ def test_reserved_tokens_are_removed_where_asked(reserving: Path, tmp_path: Path
     plan = tmp_path / "plan.json"
     everything = ("--intermediate-size", tiny.INTERMEDIATE_SIZE)  # so that no statistics are needed
     for options, kept in (((), 3), (("--drop-reserved",), 0)):
-        run("plan", reserving, "--vocab-size", 480, *everything, *options, "-o", plan)
+        run("plan", reserving, "--vocab-size", 480, *everything, *options, "-o", plan, "--force")
         out = tmp_path / f"out{kept}"
         result = run("apply", plan, "-o", out)
         assert result.exit_code == 0, result.output
@@ -228,6 +218,6 @@ def test_a_size_that_another_program_misreads_is_named(tmp_path: Path, run: Run)
     path = tiny.save(tmp_path / "model", vocab_size=32_100)
     options = ("--intermediate-size", tiny.INTERMEDIATE_SIZE, "-o", tmp_path / "plan.json")
     for size, named in ((32_016, True), (32_000, False)):
-        result = run("plan", path, "--vocab-size", size, *options)
+        result = run("plan", path, "--vocab-size", size, *options, "--force")
         assert result.exit_code == 0, result.output
-        assert ("takes it for CodeLlama; another size" in result.output) == named
+        assert ("the converter takes 32016 for CodeLlama" in result.output) == named
