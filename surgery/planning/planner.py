@@ -1,5 +1,7 @@
 """Make a plan from headers, sizes and statistics; no weights are read."""
 
+import math
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 from surgery.checkpoint.checkpoint import same_weights
-from surgery.checkpoint.fp8 import weight_windows
+from surgery.checkpoint.fp8 import opaque_matrices, weight_windows
 from surgery.errors import BudgetError, StatsError
 from surgery.families.schema import EXPERT
 from surgery.files import index_sets
@@ -192,14 +194,26 @@ def _aimer(layout: Layout, layer: int, shards: Shards) -> np.ndarray:
     sums = np.zeros((3, layout.experts))  # N, Σ|w| and Σw²
     for ref in _expert_matrices(layout, layer):
         role = layout.roles[ref.name]
-        for first, values in weight_windows(layout.checkpoint, ref, shards):
+        total = math.prod(layout.shape_of(ref))
+        for first, values in _values(layout, ref, shards):
             expert = role.expert or 0
             if role.slot.packed:
-                expert = first * layout.experts // ref.parameters
+                expert = first * layout.experts // total
             wide = values.astype(np.float64)
             sums[:, expert] += len(wide), np.abs(wide).sum(), np.square(wide).sum()
     count, absolute, square = sums
     return absolute / np.sqrt(np.maximum(count * square, np.finfo(np.float64).tiny))
+
+
+def _values(layout: Layout, ref: TensorRef, shards: Shards) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the values of a weight in order, with the number of each window's first one."""
+    if not layout.roles[ref.name].opaque:
+        yield from weight_windows(layout.checkpoint, ref, shards)
+        return
+    first = 0
+    for matrix in opaque_matrices(layout.checkpoint, ref):
+        yield first, matrix.decode(shards).reshape(-1)
+        first += math.prod(matrix.shape)
 
 
 def _expert_matrices(layout: Layout, layer: int) -> list[TensorRef]:
@@ -208,7 +222,7 @@ def _expert_matrices(layout: Layout, layer: int) -> list[TensorRef]:
         ref
         for ref in layout.of_layer[layer].values()
         if (slot := layout.roles[ref.name].slot).width == EXPERT
-        and len(ref.shape) == (3 if slot.packed else 2)
+        and len(layout.shape_of(ref)) == (3 if slot.packed else 2)
     ]
 
 

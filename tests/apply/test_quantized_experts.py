@@ -14,6 +14,7 @@ from transformers.utils.quantization_config import Mxfp4Config
 
 from surgery.api import apply_plan
 from surgery.apply.edits import kept_parts
+from surgery.planning.plan import Plan
 from surgery.planning.sizes import Sizes
 from surgery.stats.channel_stats import ChannelStats
 from tests.support import quantized, tiny
@@ -200,3 +201,16 @@ REPAIR = ("--repair", "least-squares")
 def width_of(widths: dict[str, int]) -> list[str]:
     key = "moe_intermediate_size" if "moe_intermediate_size" in widths else "intermediate_size"
     return [f"{key}={widths[key]}"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_aimer_reads_them_decoded(tmp_path: Path, run: Run, kind: str) -> None:
+    source = save(tmp_path / "source", kind)
+    found = []
+    for path in (source, quantized.plain(source, tmp_path / "plain")):
+        file = path.with_suffix(".json")
+        made = run("plan", path, "--num-experts", 5, "--expert-criterion", "aimer", "-o", file)
+        assert made.exit_code == 0, made.output
+        found.append(Plan.load(file).kept_experts)
+    assert found[0] == found[1]
+    assert set(found[0]) - {"", "0-4"}
