@@ -32,7 +32,12 @@ from surgery.planning.plan import Plan
 from surgery.planning.request import CutRequest, SizeRequest, allowed_steps, choose_sizes
 from surgery.process import Progress
 from surgery.stats.channel_stats import ChannelStats
-from surgery.stats.channels import DEFAULT_CRITERION, LEAST_TOKENS, ChannelOptions
+from surgery.stats.channels import (
+    DEFAULT_CRITERION,
+    DEFAULT_EXPERT_CRITERION,
+    LEAST_TOKENS,
+    ChannelOptions,
+)
 from surgery.text.documents import Text, TextOptions, sources_of
 from surgery.verify.files import VerifyReport, origin_of
 from surgery.vocabulary.order import VocabularyOptions
@@ -386,6 +391,7 @@ def prune(  # noqa: PLR0913
     layers: str | None = None,
     num_hidden_layers: int | None = None,
     only: str | Sequence[str] = (),
+    num_experts: int | None = None,
     multiple_of: int | None = None,
     target: str | None = None,
     dequantize: bool = False,
@@ -401,6 +407,7 @@ def prune(  # noqa: PLR0913
     drop_scripts: Sequence[str] = (),
     criterion: str = DEFAULT_CRITERION,
     min_expert_tokens: int = LEAST_TOKENS,
+    expert_criterion: str = DEFAULT_EXPERT_CRITERION,
     repair: str = "none",
     device: str = "auto",
     dtype: str = "auto",
@@ -436,6 +443,7 @@ def prune(  # noqa: PLR0913
         layers: As for ``surgery.make_plan``.
         num_hidden_layers: As for ``surgery.make_plan``.
         only: As for ``surgery.make_plan``.
+        num_experts: As for ``surgery.make_plan``.
         multiple_of: As for ``surgery.make_plan``.
         target: As for ``surgery.make_plan``.
         dequantize: As for ``surgery.make_plan``.
@@ -451,6 +459,7 @@ def prune(  # noqa: PLR0913
         drop_scripts: As for ``surgery.make_plan``.
         criterion: As for ``surgery.make_plan``.
         min_expert_tokens: As for ``surgery.make_plan``.
+        expert_criterion: As for ``surgery.make_plan``.
         repair: "none", or "least-squares" to refit down_proj if held-out text confirms it.
         device: auto, cpu, cuda or mps.
         dtype: auto, float32, bfloat16 or float16.
@@ -480,12 +489,13 @@ def prune(  # noqa: PLR0913
         layers=layers,
         num_hidden_layers=num_hidden_layers,
         only=only,
+        num_experts=num_experts,
         multiple_of=multiple_of,
         target=target,
         dequantize=dequantize,
     )
     order = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts, drop_scripts)
-    channels = ChannelOptions(criterion, min_expert_tokens, repair)
+    channels = ChannelOptions(criterion, min_expert_tokens, repair, expert_criterion)
     asked = CutRequest(sizes, order, channels, base_model)
     where, path = layout.checkpoint.path, Path(output)
     files = PlanFiles.beside(path, where, resume=resume, force=force)

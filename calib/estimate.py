@@ -11,7 +11,7 @@ from calib.streaming.settings import ComputeOptions, PassSettings
 from surgery.errors import BudgetError
 from surgery.families.blocks import BUFFER
 from surgery.families.schema import EXPERT
-from surgery.layout.layout import Layout
+from surgery.layout.layout import FLOATS, Layout
 from surgery.process import Seconds, with_slack
 
 MB = 10**6
@@ -334,13 +334,14 @@ class _LayerBytes:
             role = layout.roles[ref.name]
             if role.slot.block == BUFFER:
                 continue
+            count = layout.values_of(ref)
             size = _waiting_itemsize(ref.dtype, ref.itemsize, itemsize)
             if role.slot.width == EXPERT and role.expert is not None:
-                merged["down" if role.slot.ffn_output else "up"] += ref.parameters * size
+                merged["down" if role.slot.ffn_output else "up"] += count * size
             else:
                 size = itemsize if converts else size
-                alone += ref.parameters * size
-            ready += ref.parameters * itemsize
+                alone += count * size
+            ready += count * itemsize
             copied |= size != itemsize
         stored = alone + merged.total()
         # Tensors are converted one at a time; small ones do not count.
@@ -350,8 +351,8 @@ class _LayerBytes:
 
 
 def _waiting_itemsize(dtype: str, itemsize: int, computed: int) -> int:
-    """Return the bytes of a value as read; FP8 is dequantized to the compute dtype."""
-    return computed if dtype.startswith("F8") else itemsize
+    """Return the bytes of a value as read; quantized ones are decoded to the compute dtype."""
+    return itemsize if dtype in FLOATS else computed
 
 
 def _stored_bytes(layout: Layout) -> list[int]:

@@ -11,15 +11,20 @@ from surgery.errors import UnknownTypeError
 from surgery.files.shard_file import IO
 from surgery.hub.fetch import resolve_model, resolve_source
 from surgery.layout.build import read_layout
-from surgery.layout.census import Census
+from surgery.layout.census import Census, RoutingCensus
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
-from surgery.planning.planner import plan_cut
+from surgery.planning.planner import check_stats, plan_cut
 from surgery.planning.request import CutRequest, SizeChoice, SizeRequest, choose_sizes
 from surgery.probe.probe import Proposal, propose, unknown_type
 from surgery.process import Progress
 from surgery.stats.channel_stats import ChannelStats
-from surgery.stats.channels import DEFAULT_CRITERION, LEAST_TOKENS, ChannelOptions
+from surgery.stats.channels import (
+    DEFAULT_CRITERION,
+    DEFAULT_EXPERT_CRITERION,
+    LEAST_TOKENS,
+    ChannelOptions,
+)
 from surgery.text.documents import Text, TextOptions, sources_of
 from surgery.verify.files import VerifyReport, origin_of, plan_and_source, verify_files
 from surgery.vocabulary.census import VocabCensus, vocabulary_census
@@ -48,6 +53,16 @@ class Model:
     def census(self) -> Census:
         """Count parameters by group of tensors (paper eq. 1–3, figure 1)."""
         return Census.of(self.layout, self.name)
+
+    def routing(self, stats: ChannelStats | Path | str) -> RoutingCensus:
+        """Count how the routers spread the tokens of a calibration over their experts.
+
+        Raises:
+            StatsError: the statistics belong to another model, or it has no experts.
+        """
+        loaded = ChannelStats.load(stats) if isinstance(stats, str | Path) else stats
+        check_stats(self.layout, loaded)
+        return RoutingCensus.of(loaded, self.name)
 
     def vocabulary(self) -> VocabCensus:
         """Count the rows of the vocabulary by script and by kind of token."""
@@ -107,6 +122,7 @@ def make_plan(  # noqa: PLR0913
     layers: str | None = None,
     num_hidden_layers: int | None = None,
     only: str | Sequence[str] = (),
+    num_experts: int | None = None,
     multiple_of: int | None = None,
     target: str | None = None,
     dequantize: bool = False,
@@ -117,6 +133,7 @@ def make_plan(  # noqa: PLR0913
     drop_scripts: Sequence[str] = (),
     criterion: str = DEFAULT_CRITERION,
     min_expert_tokens: int = LEAST_TOKENS,
+    expert_criterion: str = DEFAULT_EXPERT_CRITERION,
     data: Text | None = None,
     seed: int | None = None,
     field: str | None = None,
@@ -144,8 +161,9 @@ def make_plan(  # noqa: PLR0913
         widths: Key of config.json → channels to keep, for models with several widths.
         layers: Layers to keep or to merge, such as "0-20,21+22+23,24-29".
         num_hidden_layers: How many layers to keep, those of the largest block influence.
-        only: What ``ratio`` is taken from: "vocabulary", "channels", or "layers" of the least block
-            influence; empty is the vocabulary and the channels.
+        only: What ``ratio`` is taken from: "vocabulary", "channels", "experts", or "layers" of the
+            least block influence; empty is the vocabulary and the channels.
+        num_experts: E', routed experts of each layer to keep.
         multiple_of: What V' and I' must be multiples of; 128 with ``ratio``.
         target: What an engine divides the sizes by, such as "tp=4,group=128".
         dequantize: Whether FP8 weights become bf16, which can be pruned anywhere.
@@ -156,7 +174,10 @@ def make_plan(  # noqa: PLR0913
         drop_scripts: Unicode scripts whose tokens are removed before all others; without a size or
             a ratio, they alone are removed.
         criterion: Importance of a channel: common-act2, act2, abs-act, wanda, l2 or random.
-        min_expert_tokens: Fewest tokens that an expert must have seen to be ranked.
+        min_expert_tokens: Fewest tokens that a kept expert must have seen for its channels to be
+            ranked.
+        expert_criterion: Importance of an expert: reap, man, msan, frequency, gate, aimer (which
+            reads the experts' weights) or random.
         data: Text: a path, ``hub:name``, or documents. It shows what a smaller vocabulary costs,
             and "frequency" counts its tokens.
         seed: Shuffles the documents.
@@ -180,12 +201,13 @@ def make_plan(  # noqa: PLR0913
         layers=layers,
         num_hidden_layers=num_hidden_layers,
         only=only,
+        num_experts=num_experts,
         multiple_of=multiple_of,
         target=target,
         dequantize=dequantize,
     )
     vocabulary = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts, drop_scripts)
-    channels = ChannelOptions(criterion, min_expert_tokens)
+    channels = ChannelOptions(criterion, min_expert_tokens, expert_criterion=expert_criterion)
     return plan_model(
         as_layout(model, family),
         CutRequest(sizes, vocabulary, channels, base_model),

@@ -75,7 +75,7 @@ MODELS = {
     "cohere2_moe": "Command A MoE",
     "granitemoe": "Granite 3 MoE",
     "granitemoeshared": "Granite MoE, shared experts",
-    "gpt_oss": "GPT-OSS, as bf16",
+    "gpt_oss": "GPT-OSS",
     "llama4_text": "Llama 4, text",
     "gemma3": "Gemma 3",
     "mistral3": "Mistral Small 3.1, Ministral 3",

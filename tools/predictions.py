@@ -1,16 +1,26 @@
-"""The table of what large models take, computed by the tool from headers alone."""
+"""The tables of what large models take, computed by the tool from headers alone.
+
+python -m tools.predictions     # that of mixtures that lose a quarter of their experts
+"""
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from calib.estimate import WindowLengths, predict
 from calib.streaming.settings import PassSettings
+from surgery.apply.cost import apply_cost
+from surgery.apply.run import JOBS
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.layout.build import read_layout
+from surgery.planning.planner import plan_cut
+from surgery.planning.request import CutRequest, SizeChoice
 from surgery.planning.shapes import shape_of
-from surgery.planning.sizes import split
+from surgery.planning.sizes import split, whole
+from surgery.stats.channels import ChannelOptions
+from surgery.vocabulary.order import identity_rarity
 from tools.published import MIXTURES, PUBLISHED
 from tools.shapes import write_headers_only
 
@@ -38,6 +48,33 @@ def prediction_table() -> str:
     return "\n".join(rows) + "\n"
 
 
+def experts_table() -> str:
+    """Return the table of mixtures, as bf16, that lose a quarter of their experts."""
+    rows = [
+        "| model | parameters (G) | after | calibrate, CPU, fp32, spilled: memory | disk | read "
+        "| `apply`: memory (MB) | read, or from the hub | written |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, config in MIXTURES.items():
+        with tempfile.TemporaryDirectory() as directory:
+            layout = read_layout(Checkpoint.open(write_headers_only(Path(directory), config, 30)))
+            text = WindowLengths.full(SAMPLES, SEQ_LEN, layout.vocab_size)
+            settings = PassSettings(torch.device("cpu"), torch.float32, hidden="file")
+            passed = predict(layout, text, settings, buckets=BUCKETS, journal=True)
+            sizes = replace(whole(layout), experts=layout.experts * 3 // 4)
+            channels = ChannelOptions(expert_criterion="random")
+            rarity = identity_rarity(layout.vocab_size)
+            request = CutRequest(channels=channels)
+            plan = plan_cut(layout, SizeChoice(rarity, sizes, None, request))
+            cost = apply_cost(plan, layout, JOBS)
+        figures = [plan.before.parameters, plan.after.parameters]
+        figures += [passed.peak_memory, passed.disk, passed.read]
+        cells = [f"{n / GB:,.1f}" for n in figures] + [f"{cost.memory_bytes / 1e6:,.0f}"]
+        cells += [f"{n / GB:,.1f}" for n in (cost.read_bytes, cost.written_bytes)]
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 def row(name: str) -> str:
     """The row of one model."""
     config = (PUBLISHED | MIXTURES)[name]
@@ -61,3 +98,7 @@ def row(name: str) -> str:
             *(apart.peak_device, cpu.read, states, after.nbytes),
         )
     return f"| {MODELS[name]} | " + " | ".join(f"{n / GB:,.1f}" for n in figures) + " |"
+
+
+if __name__ == "__main__":
+    print(experts_table())

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from surgery.families.blocks import BUFFER
-from surgery.families.schema import VOCAB, Dim, Family, Slot
+from surgery.families.schema import EXPERTS, VOCAB, Dim, Family, Slot
 from surgery.families.table import family_of
 from surgery.files.model_files import INDEX_NAME, SINGLE_NAME
 from surgery.files.safetensors_header import ITEMSIZE, encode_header
@@ -135,9 +135,8 @@ def _shape(slot: Slot, config: Config, family: Family) -> tuple[int, ...]:
     hidden, module = config["hidden_size"], slot.name.split(".")[-2]
     if any(slot.dims):
         return tuple(_length(dim, config, family) if dim else hidden for dim in slot.dims)
-    if "experts" in slot.beside:
-        experts = _experts(config)
-        return (experts, hidden) if slot.name.endswith("weight") else (experts,)
+    if slot.beside:  # the gate of a shared expert
+        return (1, hidden)
     shape = _attention_shapes(config).get(module, (hidden,))
     return shape[:1] if slot.name.endswith("bias") else shape
 
@@ -146,6 +145,8 @@ def _length(dim: Dim, config: Config, family: Family) -> int:
     """Positions of a dimension that carries an axis."""
     if dim.axis == VOCAB:
         return int(config["vocab_size"])
+    if dim.axis == EXPERTS:
+        return _experts(config)
     width = family.widths[dim.axis]
     return int(config[width.key]) * int(config.get(width.times, 1)) * dim.copies
 

@@ -1,6 +1,7 @@
 """Compare the logits of a pruned model and of the dense model with the same channels masked."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +21,9 @@ from calib.streaming.ffn import (
     masked_down_proj,
 )
 from calib.streaming.layer_groups import LayerGroups
+from calib.streaming.stand_ins import masked_router, swapped
 from calib.streaming.weights import WeightReader, choose_device
-from surgery.apply.edits import kept_channels, layer_groups
+from surgery.apply.edits import kept_parts, layer_groups
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.families.schema import renumbered
 from surgery.layout.build import read_layout
@@ -67,16 +69,17 @@ def compare_forward(plan: Plan, dense: Layout, pruned: Layout, device: torch.dev
     """Run seeded random kept tokens through both models in fp32 and compare their logits.
 
     The dense model has zeros in down_proj for the removed channels, and only the logits of kept
-    tokens are computed: this is what COMPACT's pruning means (paper Algorithm 1). Where the plan
-    replaces tensors or converts FP8 to bf16, the dense model does the same. Removed layers are
-    skipped; collapsing takes the memory of three layers.
+    tokens are computed: this is what COMPACT's pruning means (paper Algorithm 1). Its routers
+    cannot choose removed experts. Where the plan replaces tensors or converts FP8 to bf16, the
+    dense model does the same. Removed layers are skipped; collapsing takes the memory of three
+    layers.
     """
     ids = plan.ids()
     kept = ids.kept
     tokens = min(TOKENS, positions(dense) or TOKENS)
     chosen = np.random.default_rng(0).integers(0, len(kept), (WINDOWS, tokens))
     fp8 = torch.bfloat16 if plan.dequantize else None
-    masked = LayerGroups(layer_groups(plan, dense), _MaskedLayers(plan, dense).weights)
+    masked = LayerGroups(layer_groups(plan, dense), _MaskedLayers(plan, dense).change)
     with WeightReader(dense.checkpoint, device, torch.float32, dequantize=fp8) as reader:
         expected = _logits(StreamedDecoder(dense, reader), kept[chosen], kept, masked.run)
     with WeightReader(pruned.checkpoint, device, torch.float32) as reader:
@@ -93,18 +96,34 @@ def compare_logits(plan: Plan, source: Path, directory: Path, device: str) -> Eq
 
 
 class _MaskedLayers:
-    """The dense model's layers with zero columns in down_proj for removed channels."""
+    """The dense model's layers without what the plan removes.
+
+    down_proj has zero columns for removed channels, and the router does not choose removed experts.
+    """
 
     def __init__(self, plan: Plan, dense: Layout) -> None:
         self._layout = dense
         self._sources = [group[0] for group in layer_groups(plan, dense)]
-        self._kept = kept_channels(plan, dense)
+        self._kept = kept_parts(plan, dense)
         self._refs = plan.replaced.refs() if plan.replaced else {}
 
-    def weights(
+    @contextmanager
+    def change(self, decoder: StreamedDecoder, number: int, layer: nn.Module) -> Iterator[None]:
+        """Mask ``layer``, which has index ``number`` in the output, until the block ends."""
+        experts = self._kept[number].experts
+        removed = np.setdiff1d(np.arange(self._layout.experts if len(experts) else 0), experts)
+        with ExitStack() as stack:
+            stack.enter_context(swapped(layer, self._weights(decoder, number, layer)))
+            if len(removed):
+                routers = decoder.routers(self._sources[number])
+                masked = masked_router(layer, routers, torch.from_numpy(removed))
+                stack.enter_context(masked)
+            yield
+
+    def _weights(
         self, decoder: StreamedDecoder, number: int, layer: nn.Module
     ) -> dict[str, torch.Tensor]:
-        """Return the masked down_projs of ``layer``, which has index ``number`` in the output."""
+        """Return the masked down_projs of a layer."""
         index = self._sources[number]
         replaced: dict[ExpertKey, torch.Tensor] = {}
         for name in down_proj_tensors(self._layout, index):
@@ -115,10 +134,13 @@ class _MaskedLayers:
         kept = self._kept[number]
         return {
             down_name(ffn_module): masked_down_proj(
-                layer, ffn_module, kept[ffn_module.axis], replaced
+                layer,
+                ffn_module,
+                kept.of_source(ffn_module.axis, self._layout.experts),
+                replaced,
             )
             for ffn_module in decoder.ffn_modules(index)
-            if ffn_module.axis in kept
+            if ffn_module.axis in kept.channels
         }
 
 

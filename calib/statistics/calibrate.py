@@ -18,7 +18,7 @@ import transformers
 from calib.estimate import Pace, Prediction, WindowLengths, predict
 from calib.statistics.resume import ResumeDirectory
 from calib.statistics.sums import ChannelSums, cosine_sum, weight_norms
-from calib.streaming.batches import LayerHooks, Stream, Tokens
+from calib.streaming.batches import LayerHooks, Routed, Stream, Tokens
 from calib.streaming.decoder import StreamedDecoder
 from calib.streaming.hidden_states import HiddenStates, SpilledStates
 from calib.streaming.layers import not_finite
@@ -26,6 +26,7 @@ from calib.streaming.settings import PassSettings, Timings
 from calib.streaming.weights import WeightReader
 from calib.text.windows import digest
 from surgery.errors import StatsError
+from surgery.families.schema import EXPERT
 from surgery.files.atomic import check_file
 from surgery.hub.shards import Shards
 from surgery.layout.layout import Layout
@@ -228,7 +229,7 @@ class _StatsAccumulator:
             self._states = self._new_states()
             stream = Stream(calibration.windows, self._states)
             self._decoder.embed([stream], passed=done)
-            hooks = LayerHooks(self._add_channels, self._add_cosines)
+            hooks = LayerHooks(self._add_channels, self._add_cosines, self._add_outputs)
             self._decoder.run_layers([stream], hooks, progress=progress, finished=self._finish)
         if self._resume:
             self._resume.wait_for_commit()
@@ -260,6 +261,10 @@ class _StatsAccumulator:
             self._current = self._zeros(layer)
         self._current[axis].add(expert, tokens, self._buckets[tokens.ids], act)
 
+    def _add_outputs(self, layer: int, expert: int, tokens: Tokens, routed: Routed) -> None:
+        # The expert's activations have come before, so that there are sums.
+        self._current[EXPERT].add_outputs(expert, self._buckets[tokens.ids], routed)
+
     def _add_cosines(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
         self._cosines += cosine_sum(before, after)
 
@@ -286,7 +291,9 @@ class _StatsAccumulator:
         layout, device = self._calibration.layout, self._reader.device
         count = len(self._calibration.bucket_edges)
         return {
-            axis: ChannelSums(count, experts, layout.channels_of(axis), device)
+            axis: ChannelSums(
+                count, experts, layout.channels_of(axis), device, routed=axis == EXPERT
+            )
             for axis, experts in layout.ffn_outputs[layer].items()
         }
 

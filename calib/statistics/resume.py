@@ -23,7 +23,7 @@ from surgery.files.atomic import (
 )
 from surgery.files.safetensors_header import read_header
 from surgery.files.strict_json import read_file
-from surgery.stats.channel_stats import COSINES, DTYPES, PARTS, AxisSums, save_arrays
+from surgery.stats.channel_stats import COSINES, DTYPES, AxisSums, save_arrays
 
 STATE = "state.json"
 WRITTEN = "written"
@@ -107,7 +107,9 @@ class ResumeDirectory:
         12 % slower. ``sync`` flushes the layer's hidden states.
         """
         arrays = {
-            f"{axis}.{part}": getattr(sums, part) for axis, sums in axes.items() for part in PARTS
+            f"{axis}.{part}": array
+            for axis, sums in axes.items()
+            for part, array in sums.arrays().items()
         }
         arrays[COSINES] = np.array([cosines])
         self.wait_for_commit()
@@ -156,7 +158,7 @@ class ResumeDirectory:
                 array = array.copy()
             arrays.setdefault(axis, {})[part] = array
         cosines = float(arrays.pop(COSINES)[""][0])
-        return {axis: AxisSums(**parts) for axis, parts in arrays.items()}, cosines
+        return {axis: AxisSums.of(parts) for axis, parts in arrays.items()}, cosines
 
     def remove(self) -> None:
         """Delete the directory. The state goes first, so that half a directory is never resumed."""

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from calib.streaming.batches import Tokens
+from calib.streaming.batches import Routed, Tokens
 from calib.streaming.ffn import FfnModule, down_matrices, down_name
 from calib.streaming.weights import pages
-from surgery.stats.channel_stats import AxisSums
+from surgery.stats.channel_stats import ROUTED_PARTS, AxisSums, RoutedSums
 
 CACHED_VALUES = 1 << 16
 """Values of states in float64 at a time on a CPU. They fit in its cache, which takes half the time
@@ -99,8 +99,18 @@ class ChannelSums:
         device: torch.device,
         *,
         compensated: bool | None = None,
+        routed: bool = False,
     ) -> None:
-        """Start with zeros; ``compensated`` None means yes on a device without float64."""
+        """Start with zeros.
+
+        Args:
+            buckets: Buckets of tokens.
+            experts: Experts that have the axis.
+            channels: Length of the axis.
+            device: Device of the activations.
+            compensated: None means yes on a device without float64.
+            routed: Whether the outputs of experts are summed, too.
+        """
         self._compensated = device.type == "mps" if compensated is None else compensated
         self._dtype = torch.float32 if self._compensated else torch.float64
         shape = (buckets, experts, channels)
@@ -108,6 +118,11 @@ class ChannelSums:
             Sum(zeros(each, self._dtype, device)) for each in (shape, shape, shape[1:])
         )
         self.tokens = torch.zeros((buckets, experts), dtype=torch.int64)
+        self._routed = (
+            {part: torch.zeros((buckets, experts), dtype=torch.float64) for part in ROUTED_PARTS}
+            if routed
+            else {}
+        )
         self._window_sq: Sum | None = None
         """``(windows, I)``: Σ act² of the windows whose last tokens are still to be added."""
 
@@ -142,11 +157,35 @@ class ChannelSums:
             self.sum_l2.add(windows.total.sqrt_().sum(dim=0), expert)
             self._window_sq = None
 
+    def add_outputs(self, expert: int, buckets: torch.Tensor, routed: Routed) -> None:
+        """Add what a routed expert puts out.
+
+        Args:
+            expert: The expert.
+            buckets: int64 ``(n,)``: the bucket of each of its tokens, on the CPU.
+            routed: Its output for them.
+        """
+        norm = torch.linalg.vector_norm(routed.output, dim=-1, dtype=self._dtype).cpu().double()
+        gate, factor = (each.cpu().double() for each in (routed.gate, routed.factor))
+        added = factor * norm
+        terms = (gate, norm, norm.square(), added, added.square())
+        for part, term in zip(ROUTED_PARTS, terms, strict=True):
+            total = self._routed[part]
+            total[:, expert] += torch.bincount(buckets, weights=term, minlength=len(total))
+
     def numbers(self, weight_norm: torch.Tensor) -> AxisSums:
         """Return the sums as arrays, with down_proj's column norms ``(experts, I)``."""
         sums = (self.sum_sq, self.sum_abs, self.sum_l2)
         sum_sq, sum_abs, sum_l2 = (each.total.cpu().double().numpy() for each in sums)
-        return AxisSums(sum_sq, sum_abs, self.tokens.numpy(), sum_l2, weight_norm.numpy())
+        outputs = [each.numpy() for each in self._routed.values()]
+        return AxisSums(
+            sum_sq,
+            sum_abs,
+            self.tokens.numpy(),
+            sum_l2,
+            weight_norm.numpy(),
+            RoutedSums(*outputs) if outputs else None,
+        )
 
 
 def membership(groups: torch.Tensor, count: int) -> torch.Tensor:

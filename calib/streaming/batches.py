@@ -45,6 +45,23 @@ ChannelHook = Callable[[int, str, int, Tokens, torch.Tensor], torch.Tensor | Non
 """Called with layer, channel axis, expert (0 in a dense FFN), n tokens, and the input of down_proj
 ``(n, I)``. A tensor that it returns replaces this input."""
 
+
+@dataclass(frozen=True)
+class Routed:
+    """What a routed expert puts out for the n tokens that were sent to it."""
+
+    output: torch.Tensor
+    """``(n, D)``: f, before the router's weight multiplies it. Where the weight multiplies the
+    expert's input instead, as in Llama 4, f is what is added to the other experts' outputs."""
+    gate: torch.Tensor
+    """``(n,)``: g, the weight that the router gives the expert, as the model normalizes it."""
+    factor: torch.Tensor
+    """``(n,)``: what f is multiplied by before it is added: g, or 1 as in Llama 4."""
+
+
+RoutedHook = Callable[[int, int, Tokens, Routed], object]
+"""Called with layer, expert, its n tokens, and what it puts out for them."""
+
 StatesHook = Callable[[int, torch.Tensor, torch.Tensor], object]
 """Called with the layer and the hidden states ``(windows, tokens, D)`` before and after it."""
 
@@ -59,6 +76,7 @@ class LayerHooks:
 
     channels: ChannelHook = _no_hook
     states: StatesHook = _no_hook
+    routed: RoutedHook | None = None
 
 
 NO_HOOKS = LayerHooks()

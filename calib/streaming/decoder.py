@@ -168,7 +168,9 @@ class StreamedDecoder:
         finite = []
         with self.timings.timed("compute"), swapped(layer, weights):
             for part in self._micro_batches(stream.batches):
-                hooked = hooked_ffn(layer, ffn_modules, part.ids, partial(hooks.channels, index))
+                outputs = partial(hooks.routed, index) if hooks.routed is not None else None
+                channels = partial(hooks.channels, index)
+                hooked = hooked_ffn(layer, ffn_modules, part.ids, channels, outputs)
                 hidden, after = self._run(index, layer, part, hooked)
                 hooks.states(index, hidden, after)
                 finite.append(after.isfinite().all())
@@ -209,6 +211,10 @@ class StreamedDecoder:
     def ffn_modules(self, index: int) -> list[FfnModule]:
         """Return the modules of a layer that have channels."""
         return self._layers.ffn_modules(index)
+
+    def routers(self, index: int) -> dict[str, int]:
+        """Return the tensors of a layer's router, each with its dimension that counts experts."""
+        return self._layers.routers(index)
 
     def dtypes(self, index: int) -> dict[str, str]:
         """Return the parameters that a collapse adds up, each with the file's safetensors dtype."""

@@ -141,7 +141,7 @@ def _text_config(layout: Layout) -> dict[str, Any]:
 def _check_shapes(model: nn.Module, conversion: Conversion, layout: Layout) -> None:
     """Refuse a checkpoint whose tensors differ from what the library expects by config.json."""
     tensors = layout.by_name
-    empty = {n: torch.empty(t.shape, device="meta") for n, t in tensors.items()}
+    empty = {n: torch.empty(layout.shape_of(t), device="meta") for n, t in tensors.items()}
     found = conversion.convert(empty)
     parameters = model.state_dict()
     head = conversion.target(layout.family.head)[0]

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from calib.streaming.batches import Tokens
-from surgery.families.schema import STACK, Dim
+from calib.streaming.batches import Routed, Tokens
+from surgery.families.schema import Dim
 from surgery.layout.layout import Layout
 
 IMPLEMENTATION = "compact_surgery"
@@ -22,23 +22,33 @@ ExpertHook = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
 """Called with the expert, the tokens routed to it (int64 ``(n,)``), and the input of its down_proj
 ``(n, I)``. A tensor that it returns replaces this input."""
 
+OutputHook = Callable[[int, torch.Tensor, Routed], object]
+"""Called with the expert, the tokens routed to it (int64 ``(n,)``), and what it puts out."""
+
 
 @contextmanager
-def hooked_experts(experts: nn.Module, hook: ExpertHook) -> Iterator[None]:
-    """Call ``hook`` with the input of every expert's down_proj.
+def hooked_experts(
+    block: nn.Module, experts: nn.Module, hook: ExpertHook, outputs: OutputHook | None = None
+) -> Iterator[None]:
+    """Call ``hook`` with the input of every expert's down_proj, and ``outputs`` with its output.
 
     The library calls ``routed_experts`` for classes that use its ExpertsInterface. Llama 4's class
-    does not use it: its router scales a copy of all tokens for every expert.
+    does not use it: its router scales a copy of all tokens for every expert. ``block`` is the
+    module that holds the experts and their router.
     """
-    experts.hook = hook  # type: ignore[assignment]
-    uses_interface = hasattr(experts, "has_gate")
+    experts.hook, experts.outputs = hook, outputs  # type: ignore[assignment]
+    uses_interface, handle = hasattr(experts, "has_gate"), None
     if not uses_interface:
-        experts.forward = lambda hidden: _scaled_experts(experts, hidden)
+        scores: list[torch.Tensor] = []
+        router = block.get_submodule("router")
+        handle = router.register_forward_hook(lambda _, __, made: scores.append(made[0]))
+        experts.forward = lambda hidden: _scaled_experts(experts, hidden, scores.pop())
     try:
         yield
     finally:
-        del experts.hook
-        if not uses_interface:
+        del experts.hook, experts.outputs
+        if handle is not None:
+            handle.remove()
             del experts.forward
 
 
@@ -62,7 +72,10 @@ def routed_experts(
         out = _linear(self, "down_proj", expert, act if changed is None else changed)
         if self.has_post_expert_norm:
             out = self.post_expert_norm(out)
-        out = out * top_k_weights[tokens, rank, None]
+        gate = top_k_weights[tokens, rank]
+        if self.outputs is not None:
+            self.outputs(expert, tokens, Routed(out, gate, gate))
+        out = out * gate[:, None]
         result.index_add_(0, tokens, out.to(result.dtype))
     return result
 
@@ -80,8 +93,11 @@ def _linear(module: Any, name: str, expert: int, hidden: torch.Tensor) -> torch.
     return out + getattr(module, f"{name}_bias")[expert] if module.has_bias else out
 
 
-def _scaled_experts(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Llama 4: every expert gets all tokens; tokens of other experts are zeros."""
+def _scaled_experts(module: Any, hidden_states: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Llama 4: every expert gets all tokens; tokens of other experts are zeros.
+
+    ``scores`` ``(tokens, experts)`` are the router's, which have scaled the tokens already.
+    """
     hidden = hidden_states.view(module.num_experts, -1, module.hidden_size)
     results = []
     for expert, rows in enumerate(hidden):
@@ -93,6 +109,10 @@ def _scaled_experts(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
             if changed is not None:
                 act[tokens] = changed
         results.append(act @ module.down_proj[expert])
+        if len(tokens) and module.outputs is not None:
+            gate = scores[tokens, expert]
+            routed = Routed(results[-1][tokens], gate, torch.ones_like(gate))
+            module.outputs(expert, tokens, routed)
     return torch.cat(results)
 
 
@@ -121,9 +141,17 @@ class FfnModule:
     """Whether it holds experts."""
 
 
+RoutedOutputHook = Callable[[int, Tokens, Routed], object]
+"""Called with the expert, n tokens, and what it puts out for them."""
+
+
 @contextmanager
 def hooked_ffn(
-    layer: nn.Module, ffn_modules: Sequence[FfnModule], ids: torch.Tensor, hook: ActivationHook
+    layer: nn.Module,
+    ffn_modules: Sequence[FfnModule],
+    ids: torch.Tensor,
+    hook: ActivationHook,
+    outputs: RoutedOutputHook | None = None,
 ) -> Iterator[None]:
     """Call ``hook`` with the activations of all ``ffn_modules`` while ``layer`` runs.
 
@@ -132,14 +160,16 @@ def hooked_ffn(
         ffn_modules: Of this layer.
         ids: int64 ``(windows, tokens)``: the tokens that the layer runs on.
         hook: May read and replace the activations.
+        outputs: May read what routed experts put out.
     """
     with ExitStack() as stack:
         for ffn_module in ffn_modules:
             module = layer.get_submodule(ffn_module.path)
+            above, _, _ = ffn_module.path.rpartition(".")
             if ffn_module.routed:
-                stack.enter_context(_routed(ffn_module, module, ids, hook))
+                block = layer.get_submodule(above)
+                stack.enter_context(_routed(ffn_module.axis, block, module, ids, hook, outputs))
             else:
-                above, _, _ = ffn_module.path.rpartition(".")
                 ffn = layer.get_submodule(above) if above and len(ffn_modules) == 1 else None
                 stack.enter_context(_dense(ffn_module, module, ffn, ids, hook))
         yield
@@ -147,12 +177,21 @@ def hooked_ffn(
 
 @contextmanager
 def _routed(
-    ffn_module: FfnModule, module: nn.Module, ids: torch.Tensor, hook: ActivationHook
+    axis: str,
+    block: nn.Module,
+    module: nn.Module,
+    ids: torch.Tensor,
+    hook: ActivationHook,
+    outputs: RoutedOutputHook | None,
 ) -> Iterator[None]:
     def expert_hook(expert: int, tokens: torch.Tensor, act: torch.Tensor) -> torch.Tensor | None:
-        return hook(ffn_module.axis, expert, Tokens.at(ids, tokens.cpu()), act)
+        return hook(axis, expert, Tokens.at(ids, tokens.cpu()), act)
 
-    with hooked_experts(module, expert_hook):
+    def output_hook(expert: int, tokens: torch.Tensor, routed: Routed) -> None:
+        if outputs is not None:
+            outputs(expert, Tokens.at(ids, tokens.cpu()), routed)
+
+    with hooked_experts(block, module, expert_hook, output_hook if outputs is not None else None):
         yield
 
 
@@ -273,7 +312,7 @@ def file_matrices(layout: Layout, name: str, tensor: torch.Tensor) -> dict[Exper
     role = layout.roles[name]
     axis, dims = role.slot.width, list(role.slot.dims)
     assert axis is not None
-    packed = Dim(STACK) in dims
+    packed = role.slot.packed
     transposed = dims.index(Dim(axis)) - packed == 0
     parts = enumerate(tensor) if packed else [(role.expert or 0, tensor)]
     return {(axis, expert): part.T if transposed else part for expert, part in parts}

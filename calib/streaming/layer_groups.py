@@ -1,6 +1,7 @@
 """Run a text through fewer layers: some are removed, some collapsed into one."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 
 import torch
@@ -41,14 +42,14 @@ class CollapsedLayer:
             total[name].copy_(total[name].to(TORCH_DTYPE[dtype]))
 
 
-Weights = Callable[[StreamedDecoder, int, nn.Module], Mapping[str, torch.Tensor]]
-"""Called with the decoder, a layer's index in the output, and the layer; returns the parameters to
-replace."""
+Change = Callable[[StreamedDecoder, int, nn.Module], AbstractContextManager[object]]
+"""Called with the decoder, a layer's index in the output, and the layer, which it changes while the
+layer runs."""
 
 
-def unchanged(*_: object) -> dict[str, torch.Tensor]:
-    """Replace no weights."""
-    return {}
+def unchanged(*_: object) -> AbstractContextManager[None]:
+    """Change nothing."""
+    return nullcontext()
 
 
 class LayerGroups:
@@ -57,10 +58,10 @@ class LayerGroups:
     Removed layers are skipped. Collapsing takes the memory of three layers.
     """
 
-    def __init__(self, groups: Sequence[Sequence[int]], weights: Weights = unchanged) -> None:
+    def __init__(self, groups: Sequence[Sequence[int]], change: Change = unchanged) -> None:
         """Take, for each layer of the output, the source's layers that it is made of."""
         self._group_of = {n: (number, group) for number, group in enumerate(groups) for n in group}
-        self._weights = weights
+        self._change = change
         self._collapsed: CollapsedLayer | None = None
 
     def run(self, decoder: StreamedDecoder, index: int, stream: Stream) -> None:
@@ -77,5 +78,5 @@ class LayerGroups:
             if self._collapsed is not None:
                 self._collapsed.round()
                 layer, self._collapsed = self._collapsed.layer, None
-            weights = self._weights(decoder, number, layer)
-            decoder.run(group[0], stream, weights=weights, layer=layer)
+            with self._change(decoder, number, layer):
+                decoder.run(group[0], stream, layer=layer)

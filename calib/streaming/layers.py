@@ -12,6 +12,7 @@ from calib.streaming.settings import PassSettings, Timings
 from calib.streaming.weights import Transfer, WeightReader
 from surgery.errors import CheckpointError
 from surgery.families.blocks import BUFFER, adds_up
+from surgery.families.schema import EXPERTS, Dim
 from surgery.files.safetensors_header import TensorRef
 from surgery.layout.layout import Layout
 from surgery.process import Advance, Progress, stage
@@ -107,6 +108,17 @@ class Layers:
             for name, ref in self._stored(index).items()
             if adds_up(roles[ref.name].slot)
         }
+
+    def routers(self, index: int) -> dict[str, int]:
+        """Return the tensors of a layer's router, each with its dimension that counts experts."""
+        prefix = f"{self._layout.family.layers}.{index}."
+        found = {}
+        for name, ref in self._layout.of_layer[index].items():
+            slot = self._layout.roles[ref.name].slot
+            if slot.router:
+                target = self._conversion.target(name)[0].removeprefix(prefix)
+                found[target] = slot.dims.index(Dim(EXPERTS))
+        return found
 
     def ffn_modules(self, index: int) -> list[FfnModule]:
         """Return the modules of a layer that have channels."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 """Arguments of a layer besides the hidden states: masks, rotary tables."""
@@ -55,12 +56,73 @@ class ReplayHidden(nn.Module):
 
 @contextmanager
 def swapped(layer: nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Replace parameters of ``layer``, by name and with equal shapes, until the block ends."""
-    own = {name: layer.get_parameter(name).data for name in weights}
+    """Replace tensors of ``layer``, by name and with equal shapes, until the block ends."""
+    own = {name: held_tensor(layer, name).data for name in weights}
     for name, value in weights.items():
-        layer.get_parameter(name).data = value
+        held_tensor(layer, name).data = value
     try:
         yield
     finally:
         for name, value in own.items():
-            layer.get_parameter(name).data = value
+            held_tensor(layer, name).data = value
+
+
+def held_tensor(layer: nn.Module, name: str) -> torch.Tensor:
+    """Return the parameter or buffer ``name`` of a layer."""
+    path, _, leaf = name.rpartition(".")
+    tensor: torch.Tensor = getattr(layer.get_submodule(path), leaf)
+    return tensor
+
+
+class _MaskedLinear(TorchFunctionMode):
+    """Lets every linear map give −inf at some positions of its output."""
+
+    def __init__(self, masked: torch.Tensor) -> None:
+        super().__init__()
+        self._masked = masked
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is not nn.functional.linear:
+            return result
+        return result.index_fill(-1, self._masked.to(result.device), -torch.inf)
+
+
+@contextmanager
+def masked_router(
+    layer: nn.Module, routers: Mapping[str, int], removed: torch.Tensor
+) -> Iterator[None]:
+    """Let the router of a layer choose none of the experts ``removed`` until the block ends.
+
+    Their logits are −inf, and so are their entries in biases, which are added to logits or to the
+    scores of the choice. This is how a model without them chooses, whatever its router computes.
+
+    Args:
+        layer: The library's decoder layer.
+        routers: Name of each tensor of the router → its dimension that counts experts.
+        removed: int64 ``(n,)``.
+    """
+    biases, modules = {}, []
+    for name, dim in routers.items():
+        tensor = held_tensor(layer, name)
+        if name.endswith(".weight"):
+            modules.append(layer.get_submodule(name.removesuffix(".weight")))
+        else:
+            at = removed.to(tensor.device)
+            biases[name] = tensor.data.index_fill(dim, at, -torch.inf)
+
+    def masked(forward: Any) -> Any:
+        def run(*positional: Any, **named: Any) -> Any:
+            with _MaskedLinear(removed):
+                return forward(*positional, **named)
+
+        return run
+
+    with swapped(layer, biases):
+        for module in modules:
+            module.forward = masked(module.forward)
+        try:
+            yield
+        finally:
+            for module in modules:
+                del module.forward

@@ -12,7 +12,8 @@ import torch
 
 from calib.streaming.settings import DEVICES, MICRO_BATCH_VALUES, ComputeOptions, PassSettings
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.checkpoint.fp8 import read_scales
+from surgery.checkpoint.fp8 import opaque_matrices, read_scales
+from surgery.checkpoint.quantization import Opaque
 from surgery.errors import SurgeryError, check_choice
 from surgery.files.index_sets import runs
 from surgery.files.safetensors_header import TensorRef
@@ -83,13 +84,30 @@ class WeightReader:
         Args:
             name: The tensor.
             convert: Where the CPU computes, return it in the compute dtype.
+
+        Raises:
+            CheckpointError: it is quantized in a format that is not decoded.
         """
+        if (opaque := self._checkpoint.opaque) is not None:
+            ref = self._tensors[name]
+            if ref.dtype not in TORCH_DTYPE or (opaque.codes and name.endswith(opaque.codes)):
+                return self._decoded(ref, opaque)
         with self._at_hand(self._tensors[name]) as ref:
             scales = self._scales(self._tensors[name])
             other = scales is None and TORCH_DTYPE[ref.dtype] != self.dtype
             if convert and other and self.device.type == "cpu":
                 return self._converted(ref)
             return self._whole(ref, scales)
+
+    def _decoded(self, ref: TensorRef, opaque: Opaque) -> torch.Tensor:
+        """Decode a weight, one expert at a time where they are packed."""
+        shape = opaque.shape_of(ref.shape, ref.dtype)
+        result = self._memory(shape, self._dequantize)
+        matrices = opaque_matrices(self._checkpoint, ref)
+        for target, matrix in zip(result.view(-1, *shape[-2:]), matrices, strict=True):
+            target.copy_(torch.from_numpy(matrix.decode(self._shards)))
+            self.bytes_read += sum(each.nbytes for each in matrix.refs)
+        return result
 
     def _whole(self, ref: TensorRef, scales: torch.Tensor | None) -> torch.Tensor:
         if scales is not None:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from calib.study.laco import collapse_layers
 from calib.study.search import coarse
 from calib.study.study import Candidate, Study
-from calib.study.table import FFN_CRITERIA, LAYER_METHODS, METHODS, Row
+from calib.study.table import EXPERT_METHODS, FFN_CRITERIA, LAYER_METHODS, METHODS, Row
 from surgery.errors import BudgetError, DataError, SurgeryError
 from surgery.layout.layout import Layout
 from surgery.planning.layers import check_layers, layers_by_influence
+from surgery.planning.request import experts_at
+from surgery.planning.shapes import expert_choices
 from surgery.planning.sizes import Sizes, Steps, check_ratio, pairs_at, split, whole
 from surgery.process import Progress, stage
 
@@ -29,6 +31,8 @@ class RatioTarget:
     """In order of V'. The last has the largest V', which is V if the ratio allows that."""
     usual: Sizes
     """Those of the rule of thumb."""
+    fewer_experts: Sizes
+    """Whole but for the experts; nearest to the ratio."""
 
 
 def usable_methods(layout: Layout) -> list[str]:
@@ -48,18 +52,21 @@ def check_methods(layout: Layout, methods: Sequence[str]) -> None:
         DataError: a method is unknown.
         BudgetError, FamilyError: layers of this model cannot be removed.
     """
+    known = [*METHODS, *EXPERT_METHODS]
     for method in methods:
-        if method not in METHODS:
+        if method not in known:
             raise DataError(
                 "`methods`",
                 f"no method {method}",
-                expected=f"some of {', '.join(METHODS)}",
+                expected=f"some of {', '.join(known)}",
                 fix="correct it",
             )
     if not methods:
         raise DataError(
             "`methods`", "are none", expected=f"some of {', '.join(METHODS)}", fix="name one"
         )
+    if {*methods} & {*EXPERT_METHODS}:
+        expert_choices(layout)
     if {*methods} & {*LAYER_METHODS}:
         _check_fewer_layers(layout)
 
@@ -96,9 +103,10 @@ def compare_methods(
 ) -> dict[float, list[Row]]:
     """Try ``methods`` at each ratio, in two passes each; LaCo takes one more for each collapse.
 
-    ``compact`` is the paper's method at the best of the pairs: the source's own tokenizer tokenizes
-    the text. ``prune`` is what the command makes by default: the rule of thumb's pair, the pruned
-    tokenizer tokenizes the text. ``search`` is this tool's best: of several pairs, with down_proj
+    Methods of experts remove whole experts alone, as near to the ratio as these come. ``compact``
+    is the paper's method at the best of the pairs: the source's own tokenizer tokenizes the text.
+    ``prune`` is what the command makes by default: the rule of thumb's pair, the pruned tokenizer
+    tokenizes the text. ``search`` is this tool's best: of several pairs, with down_proj
     refitted.
 
     Returns:
@@ -107,8 +115,11 @@ def compare_methods(
     found = {}
     layout, smallest = study.text.layout, study.text.rarity.must_keep
     for ratio in ratios:
-        pairs = pairs_at(layout, ratio, smallest, steps)
-        target = RatioTarget(ratio, pairs, split(layout, ratio, smallest, steps))
+        others = {*methods} - {*EXPERT_METHODS}
+        pairs = pairs_at(layout, ratio, smallest, steps) if others else []
+        usual = split(layout, ratio, smallest, steps) if others else whole(layout)
+        experts = experts_at(layout, layout, ratio) if {*methods} & {*EXPERT_METHODS} else 0
+        target = RatioTarget(ratio, pairs, usual, replace(whole(layout), experts=experts))
         first = [candidate for method in methods for candidate in _candidates(method, target)]
         best = _try(study, first, progress)
         fewer = [_fewer_layers(study, m, target) for m in methods if m in LAYER_METHODS]
@@ -150,6 +161,10 @@ def _try(
 
 def _candidates(method: str, target: RatioTarget) -> list[Candidate]:
     """Return the first pass's candidates of a method; of several, the best one counts."""
+    if method in EXPERT_METHODS:
+        criterion = EXPERT_METHODS[method]
+        sizes = target.fewer_experts
+        return [Candidate(method, sizes, retokenize=False, expert_criterion=criterion)]
     pairs = coarse(target.pairs, target.pairs[0])
     if method in FFN_CRITERIA:
         return [Candidate(method, pairs[-1], method, retokenize=False)]

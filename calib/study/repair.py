@@ -13,7 +13,7 @@ from calib.streaming.ffn import ExpertKey, down_proj_tensors, file_matrices
 from calib.streaming.weights import TORCH_DTYPE, raw
 from calib.study.study import Study
 from calib.study.trial import RefitHook, Trial, Variant
-from surgery.apply.edits import kept_channels, layer_groups
+from surgery.apply.edits import kept_parts, layer_groups
 from surgery.errors import BudgetError, PlanError
 from surgery.families.schema import renumbered
 from surgery.layout.layout import Layout
@@ -79,7 +79,8 @@ def repair(plan: Plan, study: Study, path: Path, progress: Advance = no_advance)
     layout, vocab_size = text.layout, plan.after.vocab_size
     lengths = axis_lengths(layout, plan.after.widths)
     sources = [group[0] for group in layer_groups(plan, layout)]
-    kept = dict(zip(sources, kept_channels(plan, layout), strict=True))
+    parts = (part.channels for part in kept_parts(plan, layout))
+    kept = dict(zip(sources, parts, strict=True))
     plain = Variant(plan.ids(), lengths, kept=kept, layers=plan.layers)
     calibration_pass = text.calibration_pass(vocab_size, refits=True)
     encoded = text.encoded(vocab_size)

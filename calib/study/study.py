@@ -11,14 +11,20 @@ from calib.streaming.settings import ComputeOptions, PassSettings
 from calib.streaming.weights import choose_settings
 from calib.study.table import DENSE, Row
 from calib.study.text import CalibrationPass, StudyText
-from calib.study.trial import Trial, Variant, try_all
+from calib.study.trial import ExpertChoice, Trial, Variant, try_all
 from calib.text.heldout import Encoded
 from surgery.layout.layout import Layout
+from surgery.planning.planner import kept_experts
 from surgery.planning.request import SizeChoice
-from surgery.planning.shapes import axis_lengths, blocks
+from surgery.planning.shapes import axis_lengths, blocks, expert_groups, parameters_of
 from surgery.planning.sizes import Sizes, whole
 from surgery.process import Advance, no_advance
-from surgery.stats.channels import DEFAULT_CRITERION, too_few_tokens
+from surgery.stats.channels import (
+    DEFAULT_CRITERION,
+    DEFAULT_EXPERT_CRITERION,
+    needs_stats,
+    too_few_tokens,
+)
 from surgery.text.documents import TextOptions
 
 LOG = logging.getLogger(__name__)
@@ -39,6 +45,8 @@ class Candidate:
     """Windows of calibration text; None is all of them."""
     influence: bool = False
     """Whether its text is to measure block influence, even if no channel is removed."""
+    expert_criterion: str = DEFAULT_EXPERT_CRITERION
+    """Importance of an expert, where experts are removed."""
 
     def text(self, full: int) -> tuple[int, int | None]:
         """Return V of the vocabulary that tokenizes the calibration text, and ``samples``.
@@ -46,6 +54,13 @@ class Candidate:
         ``full`` is the source's V.
         """
         return self.sizes.vocab_size if self.retokenize else full, self.samples
+
+
+def _chooses(candidate: Candidate, layout: Layout) -> bool:
+    """Whether a text chooses channels or experts of ``candidate``."""
+    sizes = candidate.sizes
+    by_text = bool(sizes.experts) and needs_stats(candidate.expert_criterion)
+    return by_text or dict(sizes.widths) != dict(layout.widths)
 
 
 def open_study(
@@ -126,7 +141,7 @@ class Study:
         layout, found = self.text.layout, {}
         by_text: dict[tuple[int, int | None], list[Candidate]] = {}
         for candidate in candidates:
-            if candidate.influence or dict(candidate.sizes.widths) != dict(layout.widths):
+            if candidate.influence or _chooses(candidate, layout):
                 by_text.setdefault(candidate.text(layout.vocab_size), []).append(candidate)
         for text, users in by_text.items():
             edges = [r.sizes.vocab_size for r in users if not r.retokenize]
@@ -152,10 +167,20 @@ class Study:
             {axis: by_key.get(width.key, 1) for axis, width in layout.family.widths.items()},
             candidate.repair,
             sizes.layers,
+            experts=self._experts(candidate),
         )
-        if dict(sizes.widths) == dict(layout.widths) and not candidate.influence:
+        if not (candidate.influence or _chooses(candidate, layout)):
             calibration_pass = None
         return Trial(variant, self.text.encoded(sizes.vocab_size), calibration_pass)
+
+    def _experts(self, candidate: Candidate) -> ExpertChoice | None:
+        layout, sizes = self.text.layout, candidate.sizes
+        if not sizes.experts:
+            return None
+        criterion = candidate.expert_criterion
+        ids = self.text.ids(sizes.vocab_size)
+        kept = kept_experts(layout, sizes, criterion, None, ids)  # empty if a text chooses
+        return ExpertChoice(criterion, sizes.experts, expert_groups(layout), kept)
 
     def _row(self, candidate: Candidate, trial: Trial, token_bits: Sequence[np.ndarray]) -> Row:
         assert self._dense is not None
@@ -170,8 +195,7 @@ class Study:
             alike_bytes += int(words.nbytes[same].sum())
         nbytes = sum(len(text.encode("utf-8")) for text in self.text.heldout)
         total, total_dense = (float(sum(map(np.sum, each))) for each in (token_bits, dense))
-        smaller = layout.with_layers(sizes.layers)
-        parameters = smaller.parameters(sizes.vocab_size, sizes.widths)
+        parameters = parameters_of(layout, sizes)
         return Row(
             name=candidate.name,
             vocab_size=sizes.vocab_size,
@@ -183,6 +207,7 @@ class Study:
             loss=total / total_dense - 1,
             alike_loss=alike / alike_dense - 1 if alike_dense else 0.0,
             alike_share=alike_bytes / nbytes,
+            experts=sizes.experts or layout.experts,
             heldout_windows=len(self.text.heldout),
             heldout_bytes=nbytes,
         )

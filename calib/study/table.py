@@ -13,6 +13,12 @@ FFN_CRITERIA = ("random", "abs-act", "act2", "wanda", "l2")
 
 LAYER_METHODS = ("shortgpt", "laco")
 
+EXPERT_METHODS = {
+    **{name: name for name in ("reap", "man", "msan", "frequency", "gate", "aimer")},
+    "random-experts": "random",
+}
+"""Method that removes whole experts → the criterion of experts; tried if they are named."""
+
 METHODS = (*FFN_CRITERIA, *LAYER_METHODS, "vocabulary", "compact", "prune", "search")
 """All methods that can be compared."""
 
@@ -53,6 +59,8 @@ class Row:
     """Windows of held-out text."""
     heldout_bytes: int
     """UTF-8 bytes of these windows."""
+    experts: int = 0
+    """Routed experts of each layer that has some."""
 
     @property
     def score(self) -> float:
@@ -78,13 +86,16 @@ def table(rows: Sequence[Row], ratio: float | None = None) -> str:
     """
     keys = list(rows[0].widths)
     wide = 2 + max(map(len, ("cut", *(row.name for row in rows))))
-    heads = ["V'", *(["I'"] if len(keys) == 1 else keys), "layers", "parameters", "removed"]
+    routed = any(row.experts for row in rows)
+    heads = ["V'", *(["I'"] if len(keys) == 1 else keys), *["experts"] * routed]
+    heads += ["layers", "parameters", "removed"]
     heads += ["bits/byte", "loss", "alike", "score"]
     widths = [max(10, len(head) + 2) for head in heads]
     lines = [f"{'cut':<{wide}}" + "".join(f"{h:>{w}}" for h, w in zip(heads, widths, strict=True))]
     best = min((row for row in rows if row.name != DENSE), key=lambda row: row.score, default=None)
     for row in rows:
         cells = [f"{row.vocab_size:,}", *(f"{row.widths[key]:,}" for key in keys)]
+        cells += [str(row.experts)] * routed
         cells += [str(row.num_hidden_layers), f"{row.parameters / 1e6:,.1f}M"]
         mark = "*" if ratio is not None and missed(row, ratio) else ""
         cells += [f"{row.removed:.1%}{mark}", f"{row.bits_per_byte:.4f}"]

@@ -11,7 +11,7 @@ import torch
 from calib.refit import GramSums
 from calib.scoring.score import first_token
 from calib.statistics.sums import ChannelSums, cosine_sum, weight_norms
-from calib.streaming.batches import ChannelHook, LayerHooks, Stream, Tokens
+from calib.streaming.batches import ChannelHook, LayerHooks, Routed, RoutedHook, Stream, Tokens
 from calib.streaming.decoder import StreamedDecoder
 from calib.streaming.empty_model import positions
 from calib.streaming.ffn import ExpertKey, FfnModule
@@ -19,6 +19,7 @@ from calib.streaming.layers import not_finite
 from calib.text.chat import documents_of
 from calib.text.heldout import Encoded, split_documents
 from calib.text.windows import byte_windows, token_windows, within_positions
+from surgery.families.schema import EXPERT
 from surgery.layout.layout import Layout
 from surgery.planning.request import SizeChoice
 from surgery.stats.channel_stats import AxisSums
@@ -86,14 +87,16 @@ class CalibrationPass:
         layout, device = self._layout, decoder.reader.device
         norms = weight_norms(decoder.layer(index), decoder.ffn_modules(index))
         sums = {
-            axis: ChannelSums(len(self._edges), experts, layout.channels_of(axis), device)
+            axis: ChannelSums(
+                len(self._edges), experts, layout.channels_of(axis), device, routed=axis == EXPERT
+            )
             for axis, experts in layout.ffn_outputs[index].items()
         }
         needed = self._refits and not has_one_ffn(decoder.ffn_modules(index))
         self.grams = [{} for _ in self.streams if needed]
         self.cosines.append(0.0)
         for stream, grams in zip_longest(self.streams, self.grams):
-            hooks = LayerHooks(self._hook(sums, grams), self._add_cosines)
+            hooks = LayerHooks(self._hook(sums, grams), self._add_cosines, self._outputs_of(sums))
             decoder.run(index, stream, hooks)
         self.sums = {axis: each.numbers(norms[axis]) for axis, each in sums.items()}
         if not all(each.finite for each in self.sums.values()):
@@ -115,6 +118,14 @@ class CalibrationPass:
 
     def _add_cosines(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
         self.cosines[-1] += cosine_sum(before, after)
+
+    def _outputs_of(self, sums: dict[str, ChannelSums]) -> RoutedHook:
+        """Return a hook that adds what routed experts put out to ``sums``."""
+
+        def add(layer: int, expert: int, tokens: Tokens, routed: Routed) -> None:
+            sums[EXPERT].add_outputs(expert, self._buckets[tokens.ids], routed)
+
+        return add
 
     def _hook(
         self, sums: dict[str, ChannelSums], grams: dict[ExpertKey, GramSums] | None

@@ -1,7 +1,7 @@
 """Try variants of one model together: each layer is read once for all of them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,16 +14,37 @@ from calib.streaming.decoder import StreamedDecoder
 from calib.streaming.ffn import ExpertKey, FfnModule, down_matrices, down_name, masked_down_proj
 from calib.streaming.layer_groups import LayerGroups
 from calib.streaming.settings import PassSettings
+from calib.streaming.stand_ins import masked_router
 from calib.streaming.weights import TORCH_DTYPE, WeightReader
 from calib.study.text import CalibrationPass, has_one_ffn
 from calib.text.heldout import Encoded
+from surgery.families.schema import EXPERT
 from surgery.layout.layout import Layout
 from surgery.process import Advance, no_advance
-from surgery.stats.channels import DEFAULT_CRITERION, Kept, choose_layer
+from surgery.stats.channels import (
+    DEFAULT_CRITERION,
+    Kept,
+    choose_experts,
+    choose_layer,
+    expert_importance,
+)
 from surgery.tokenizer.id_map import IdMap
 
 RefitHook = Callable[[int, Mapping[ExpertKey, torch.Tensor]], object]
 """Called with a layer and its refitted down_projs ``[D, K]``."""
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertChoice:
+    """How many experts of each layer are kept, and by what."""
+
+    criterion: str
+    """A key of ``channels.EXPERT_CRITERIA``."""
+    count: int
+    groups: int
+    """Groups of experts, each of which keeps as many."""
+    kept: Mapping[int, np.ndarray]
+    """By layer of the source, where no text chooses them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +63,8 @@ class Variant:
     """As in a plan: the source's layers that make each output layer. Empty keeps all layers."""
     kept: Mapping[int, Mapping[str, list[np.ndarray]]] | None = None
     """Kept channels by layer of the source, if they are chosen already."""
+    experts: ExpertChoice | None = None
+    """None keeps all experts."""
 
 
 class Trial:
@@ -85,11 +108,29 @@ class Trial:
         """Run the text through the variant's version of a layer."""
         if not self.variant.layers or [index] in self.variant.layers:
             weights = self._pruned_weights(decoder, index)
-            decoder.run(index, self.stream, weights=weights)
+            with self._without_experts(decoder, index):
+                decoder.run(index, self.stream, weights=weights)
             if self._prefix is not None:
                 self._prefix.advance(decoder, index, weights)
             return
         self._groups.run(decoder, index, self.stream)
+
+    def _without_experts(
+        self, decoder: StreamedDecoder, index: int
+    ) -> AbstractContextManager[None]:
+        """Keep the layer's router from the experts that the variant removes."""
+        choice, layout = self.variant.experts, decoder.layout
+        if choice is None or EXPERT not in layout.ffn_outputs[index]:
+            return nullcontext()
+        kept = choice.kept.get(index)
+        if kept is None:
+            assert self.calibration_pass is not None
+            sums = self.calibration_pass.sums[EXPERT]
+            weights = self.calibration_pass.weights(self.variant.ids.new_size)
+            importance = expert_importance(choice.criterion, sums, weights, layout.experts, index)
+            kept = choose_experts(importance, choice.count, choice.groups)
+        removed = torch.from_numpy(np.setdiff1d(np.arange(layout.experts), kept))
+        return masked_router(decoder.layer(index), decoder.routers(index), removed)
 
     def _pruned_weights(self, decoder: StreamedDecoder, index: int) -> dict[str, torch.Tensor]:
         """Return down_proj with zeros for removed channels, refitted if asked and if that helps."""

@@ -17,7 +17,7 @@ from surgery.config.rewrite import (
 )
 from surgery.config.token_ids import visit_ids
 from surgery.errors import TokenizerError
-from surgery.families.schema import Family, renumbered
+from surgery.families.schema import EXPERT_KEYS, Family, renumbered
 from surgery.families.table import family_of
 from surgery.files.model_files import (
     DOCUMENTS,
@@ -49,12 +49,14 @@ def model_card(plan: Plan, checkpoint: Checkpoint) -> bytes:
     card = checkpoint.path / "README.md"
     if card.exists() and (found := LICENSE.search(read_file(card).decode("utf-8", "replace"))):
         head.append(f"license: {found[1]}")
-    widths = "\n".join(
-        f"| {key} | {size:,} | {after.widths[key]:,} |" for key, size in before.widths.items()
-    )
-    claims = [*_vocabulary_claims(plan), *_channel_claims(plan), *_layer_claims(plan)]
-    if plan.dequantize and checkpoint.quantization is not None:
-        claims.append("FP8 weights were converted to bf16.")
+    sizes = [(key, size, after.widths[key]) for key, size in before.widths.items()]
+    sizes += [("experts of a layer", before.experts, after.experts)] * bool(before.experts)
+    widths = "\n".join(f"| {key} | {old:,} | {new:,} |" for key, old, new in sizes)
+    claims = [*_vocabulary_claims(plan), *_channel_claims(plan)]
+    claims += [*_expert_claims(plan), *_layer_claims(plan)]
+    quantized = checkpoint.opaque.method if checkpoint.opaque is not None else "FP8"
+    if plan.dequantize and (checkpoint.quantization is not None or checkpoint.opaque is not None):
+        claims.append(f"{quantized} weights were converted to bf16.")
     if plan.dropped:
         claims.append("Layers for multi-token prediction were left out.")
     text = f"""{chr(10).join(head)}
@@ -119,6 +121,18 @@ def _channel_claims(plan: Plan) -> list[str]:
     return claims
 
 
+def _expert_claims(plan: Plan) -> list[str]:
+    criterion = plan.provenance.expert_criterion
+    if criterion is None:
+        return []
+    by = {
+        "random": "those that are kept were drawn by chance",
+        "aimer": "kept by aimer, by their weights alone",
+    }.get(criterion, f"kept by {criterion}{_over_text(plan)}")
+    before, after = plan.before.experts, plan.after.experts
+    return [f"Experts: {before - after} of {before} were removed from each layer; {by}."]
+
+
 def _layer_claims(plan: Plan) -> list[str]:
     claims = []
     left_out = set(range(plan.before.num_hidden_layers)).difference(*plan.layers)
@@ -155,8 +169,10 @@ SENTENCEPIECE_NAME = "tokenizer.model"
 SHADOWING = ("tekken.json", SENTENCEPIECE_NAME)
 """Vocabulary files that other loaders prefer silently; none may stay stale beside a pruned one."""
 
-UNQUANTIZED = ("modules_to_not_convert", "ignored_layers")
+UNQUANTIZED = ("modules_to_not_convert", "ignored_layers", "ignore")
 """Keys of a quantization_config whose lists name the modules that are not quantized."""
+
+EXPERT_OF = re.compile(r"\.experts\.([0-9]+)(?:\.|$)")
 
 LAYER_OF = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.([0-9]+)(?:\.|$)")
 
@@ -250,10 +266,12 @@ def pruned_config(plan: Plan, checkpoint: Checkpoint) -> bytes:
     """Return config.json of the output; the source's own bytes when nothing changes."""
     path = checkpoint.path / "config.json"
     family = family_of(checkpoint.config, path, checkpoint.family)
-    changes = config_changes(plan, family)
+    changes = config_changes(plan, family, family.text_config(checkpoint.config))
     config = rewrite_config(checkpoint.config, family, plan.ids(), changes, path)
     if plan.layers:
         config = relayered_config(config, family, plan, path)
+    if plan.layers or plan.kept_experts:
+        config = _renumbered_modules(config, plan)
     if plan.dequantize:
         config = dequantized_config(config, family)
     if plan.untie:
@@ -261,9 +279,13 @@ def pruned_config(plan: Plan, checkpoint: Checkpoint) -> bytes:
     return read_file(path) if config == checkpoint.config else dump_json(config)
 
 
-def config_changes(plan: Plan, family: Family) -> dict[str, int]:
-    """Return key of config.json → new number: changed widths, and 0 layers that predict ahead."""
+def config_changes(plan: Plan, family: Family, text: Mapping[str, Any]) -> dict[str, int]:
+    """Return key of config.json → new number: changed widths, the number of experts under each of
+    its names, and 0 layers that predict ahead."""
     changes = {k: n for k, n in plan.after.widths.items() if n != plan.before.widths.get(k)}
+    if plan.after.experts != plan.before.experts and family.experts is not None:
+        names = [key for key in EXPERT_KEYS if key in text] or [family.experts.key]
+        changes |= dict.fromkeys(names, plan.after.experts)
     drafts = plan.dropped and family.draft_layers
     return changes | ({family.draft_layers: 0} if drafts else {})
 
@@ -274,25 +296,35 @@ def relayered_config(
     """Return config.json with the new number of layers and their entries; its key order is kept."""
     text = dict(family.text_config(config))
     text |= layer_keys(text, family, plan.layers, plan.before.num_hidden_layers, where)
-    config = {**config, family.section: text} if family.section else text
-    numbers = {group[0]: number for number, group in enumerate(plan.layers)}
-    return _renumbered_modules(config, numbers)
+    return {**config, family.section: text} if family.section else text
 
 
-def _renumbered_modules(data: dict[str, Any], numbers: Mapping[int, int]) -> dict[str, Any]:
-    """Return a copy whose lists of unquantized modules name layers by their new numbers."""
+def _renumbered_modules(data: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    """Return a copy whose lists of unquantized modules have new numbers of layers and experts."""
     result = dict(data)
     for key, value in data.items():
         if isinstance(value, dict):
-            result[key] = _renumbered_modules(value, numbers)
+            result[key] = _renumbered_modules(value, plan)
         elif key in UNQUANTIZED and isinstance(value, list):
-            found = ((str(name), LAYER_OF.search(str(name))) for name in value)
-            result[key] = [
-                renumbered(name, numbers[int(match[1])]) if match else name
-                for name, match in found
-                if match is None or int(match[1]) in numbers
-            ]
+            found = (_renumbered_module(str(name), plan) for name in value)
+            result[key] = [name for name in found if name is not None]
     return result
+
+
+def _renumbered_module(name: str, plan: Plan) -> str | None:
+    """Return a module's name in the output; None where its layer or its expert is removed."""
+    layer, expert = LAYER_OF.search(name), EXPERT_OF.search(name)
+    if layer is None:
+        return name
+    groups = plan.layers or [[n] for n in range(plan.before.num_hidden_layers)]
+    numbers = [number for number, group in enumerate(groups) if group[0] == int(layer[1])]
+    if not numbers:
+        return None
+    if expert is None or not plan.kept_experts:
+        return renumbered(name, *numbers)
+    kept = plan.experts(numbers[0]).tolist()
+    old = int(expert[1])
+    return renumbered(name, *numbers, kept.index(old)) if old in kept else None
 
 
 def _carried(directory: Path, ids: IdMap) -> list[str]:

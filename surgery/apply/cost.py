@@ -1,5 +1,6 @@
 """Bytes, disk and memory that applying a plan takes, predicted from its edits."""
 
+import math
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ nearly all tokens are kept or there is a tokenizer.model."""
 
 WINDOWS, DEQUANTIZING, COLLAPSING = 2, 5, 8
 """Windows that a job holds: usually, where FP8 becomes bf16, and where layers are merged."""
+
+DECODING = 24
+"""Bytes for each value of a matrix that is decoded whole: of its index, and in three dtypes."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ def apply_cost(plan: Plan, layout: Layout, jobs: int, finished: Collection[str] 
         sum(bytes_read(edit) for tensor in tensors for edit in tensor.edits) + _scales(tensors),
         written,
         written,
-        _memory(plan, layout.checkpoint, min(jobs, len(shards))),
+        _memory(plan, layout.checkpoint, min(jobs, len(shards)), _largest_matrix(tensors)),
     )
 
 
@@ -160,8 +164,17 @@ def _scales(tensors: Iterable[OutputTensor]) -> int:
     return sum(ref.nbytes for ref in refs)
 
 
-def _memory(plan: Plan, checkpoint: Checkpoint, jobs: int) -> int:
-    """Return the peak: the files beside the weights are done before the first window is read."""
+def _largest_matrix(tensors: Iterable[OutputTensor]) -> int:
+    """Return the values of the largest matrix that is decoded whole."""
+    matrices = (edit.matrix for tensor in tensors for edit in tensor.edits)
+    return max((math.prod(matrix.shape) for matrix in matrices if matrix is not None), default=0)
+
+
+def _memory(plan: Plan, checkpoint: Checkpoint, jobs: int, matrix: int) -> int:
+    """Return the peak: the files beside the weights are done before the first window is read.
+
+    ``matrix`` are the values of the largest matrix that is decoded whole.
+    """
     nbytes = sum(path.stat().st_size for path in tokenizer_files(checkpoint.path))
     pruned = not plan.ids().identity
     per_byte = LEGACY_BYTES if is_legacy(checkpoint.path) else PRUNED_BYTES
@@ -169,5 +182,5 @@ def _memory(plan: Plan, checkpoint: Checkpoint, jobs: int) -> int:
     held = DEQUANTIZING if plan.dequantize else WINDOWS
     if any(len(group) > 1 for group in plan.layers):
         held = COLLAPSING
-    windows = jobs * held * WINDOW_BYTES
+    windows = jobs * max(held * WINDOW_BYTES, DECODING * matrix)
     return PROGRAM_BYTES + max(round(tokenizer), windows)

@@ -2,24 +2,28 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
 from surgery.checkpoint.checkpoint import Checkpoint, same_weights
+from surgery.checkpoint.fp8 import OpaqueMatrix, opaque_matrices
 from surgery.errors import PlanError
 from surgery.families.blocks import adds_up
-from surgery.families.schema import STACK, VOCAB, Dim, renumbered
+from surgery.families.schema import EXPERT, EXPERTS, VOCAB, Dim, renumbered
 from surgery.files.index_sets import MAKE_AGAIN
 from surgery.files.safetensors_header import ITEMSIZE, TensorRef
-from surgery.layout.layout import Layout
+from surgery.layout.layout import Layout, TensorRole
 from surgery.planning.layers import check_layers
 from surgery.planning.plan import Plan, Shape
 from surgery.planning.replacement import check_replaced
 from surgery.planning.shapes import (
     axis_lengths,
     check_blocks,
+    check_experts,
+    expert_groups,
+    keeps,
     output_dtype,
     output_shape,
     shape_of,
@@ -53,18 +57,23 @@ class Edit:
     """Whether ``source`` is in the plan's file of replacements, not in a shard of the source."""
     scaling: Scaling | None = None
     """Where given, the elements are dequantized to bf16; else they are copied as they are."""
+    matrix: OpaqueMatrix | None = None
+    """Where given, ``source`` are its codes. It is decoded whole and becomes bf16; ``indices``
+    select on the decoded matrix."""
 
     @property
     def itemsize(self) -> int:
         """Bytes per element of the output."""
-        return self.source.itemsize if self.scaling is None else ITEMSIZE["BF16"]
+        plain = self.scaling is None and self.matrix is None
+        return self.source.itemsize if plain else ITEMSIZE["BF16"]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the run."""
-        elements = self.source.parameters
+        shape = self.source.shape if self.matrix is None else self.matrix.shape
+        elements = math.prod(shape)
         if self.indices is not None:
-            elements = elements // self.source.shape[self.dim] * len(self.indices)
+            elements = elements // shape[self.dim] * len(self.indices)
         return elements * self.itemsize
 
 
@@ -83,39 +92,71 @@ class OutputTensor:
         return sum(edit.nbytes for edit in self.edits)
 
 
+@dataclass(frozen=True, eq=False)
+class KeptParts:
+    """What is kept of a layer of the output; of other tensors, only rows are chosen."""
+
+    tokens: np.ndarray
+    """Old ids of the rows of the vocabulary, ascending."""
+    experts: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """The layer's routed experts, by their numbers in the source, ascending."""
+    channels: Mapping[str, list[np.ndarray]] = field(default_factory=dict)
+    """Channel axis → ascending channels, for each kept expert; a dense FFN counts as one."""
+
+    def of_source(self, axis: str, count: int) -> list[np.ndarray]:
+        """Return the kept channels of each of the source's ``count`` experts; none if removed."""
+        if axis != EXPERT:
+            return self.channels[axis]
+        found = [np.zeros(0, dtype=np.int64)] * count
+        for expert, channels in zip(self.experts.tolist(), self.channels[axis], strict=True):
+            found[expert] = channels
+        return found
+
+    def position(self, expert: int) -> int:
+        """Return the number that a kept expert of the source has in the output."""
+        return int(np.searchsorted(self.experts, expert))
+
+
 def edits(plan: Plan, layout: Layout) -> dict[str, list[OutputTensor]]:
     """Return what ``plan`` makes of ``layout``: shard → output tensors in the source's order.
 
     Every tensor of the source is part of exactly one output tensor, or the plan removes it, or it
-    belongs to a removed layer, or it holds scales that are multiplied into their weight. Where
-    several layers are merged, the result is in the shards of the first one.
+    belongs to a removed layer or expert, or it holds scales that are multiplied into their weight.
+    Where several layers are merged, the result is in the shards of the first one.
 
     Raises:
         PlanError: the plan was made for another source, or its channels are not chosen yet.
     """
     sizes = check_plan(plan, layout)
-    kept_tokens = plan.ids().kept
-    kept = kept_channels(plan, layout)
+    kept = kept_parts(plan, layout)
+    outside = KeptParts(plan.ids().kept)
     replaced = plan.replaced.refs() if plan.replaced else {}
     groups = layer_groups(plan, layout)
     numbers = {group[0]: number for number, group in enumerate(groups)}
+    experts = {group[0]: part.experts for group, part in zip(groups, kept, strict=True)}
 
     def outputs(tensor: TensorRef) -> Iterator[OutputTensor]:
-        dtype = output_dtype(layout, tensor, sizes)
-        if dtype is not None:
-            shape, layer = output_shape(layout, tensor, sizes), layout.roles[tensor.name].layer
-            name, group = tensor.name, [layer or 0]
+        dtype, role = output_dtype(layout, tensor, sizes), layout.roles[tensor.name]
+        if dtype is not None and keeps(role, sizes, experts):
+            shape, layer = output_shape(layout, tensor, sizes), role.layer
+            name, group, of_layer = tensor.name, [layer or 0], outside
             if layer is not None:
-                name, group = renumbered(name, numbers[layer]), groups[numbers[layer]]
+                group, of_layer = groups[numbers[layer]], kept[numbers[layer]]
+                name = _output_name(tensor.name, role, numbers[layer], of_layer)
             if name in replaced:
                 edit = Edit(replaced.pop(name), replaces=True)
                 check_replaced(edit.source, dtype, shape)
                 yield OutputTensor(name, dtype, shape, (edit,))
                 return
-            chosen = kept[numbers[layer]] if layer is not None else {}
-            parts = _edits_of(layout, tensor, shape, kept_tokens, chosen)
-            if len(group) > 1:
-                parts = _collapsed(layout, tensor, parts, group[1:])
+            if role.opaque and sizes.dequantize:
+                name = layout.checkpoint.opaque_weight(name)
+                yield OutputTensor(name, dtype, shape, _decoded(layout, tensor, shape, of_layer))
+                return
+            parts = _edits_of(layout, tensor, shape, of_layer)
+            if len(group) > 1 and adds_up(role.slot):
+                others = (layout.of_layer[n][renumbered(role.name, n)] for n in group[1:])
+                added = [_edits_of(layout, other, shape, of_layer) for other in others]
+                parts = _collapsed(parts, added)
             if dtype != tensor.dtype:
                 scaling = _scaling(layout.checkpoint, tensor)
                 parts = tuple(replace(edit, scaling=scaling) for edit in parts)
@@ -130,10 +171,18 @@ def edits(plan: Plan, layout: Layout) -> dict[str, list[OutputTensor]]:
     return by_shard
 
 
+def _output_name(name: str, role: TensorRole, layer: int, kept: KeptParts) -> str:
+    """Return the name of a layer's tensor in the output, with its new numbers."""
+    if not role.slot.of_expert:
+        return renumbered(name, layer)
+    return renumbered(name, layer, kept.position(role.expert or 0))
+
+
 def sources(shard: Sequence[OutputTensor]) -> frozenset[str]:
     """Return the names of the source's shards that these tensors are made of."""
     used = [edit for tensor in shard for edit in tensor.edits if not edit.replaces]
     scaled = {edit.scaling.scales.path.name for edit in used if edit.scaling is not None}
+    scaled |= {ref.path.name for edit in used if edit.matrix for ref in edit.matrix.refs}
     terms = {term.path.name for edit in used for term in edit.terms}
     return frozenset({edit.source.path.name for edit in used} | scaled | terms)
 
@@ -154,20 +203,27 @@ def check_plan(plan: Plan, layout: Layout) -> Sizes:
     if not plan.complete:
         raise PlanError(
             "plan",
-            "predicts sizes only: its channels are not chosen",
+            "predicts sizes only: channels or experts are not chosen",
             fix="calibrate, then plan again with `stats`",
         )
     _check("plan: before.widths", list(plan.before.widths), list(layout.widths))
     _check("plan: after.widths", list(plan.after.widths), list(layout.widths))
     check_layers(layout, plan.layers)
-    sizes = Sizes(plan.after.vocab_size, plan.after.widths, plan.dequantize, plan.layers)
+    check_experts(layout, plan.after.experts)
+    removes = plan.after.experts != layout.experts
+    experts = plan.after.experts if removes else 0
+    sizes = Sizes(plan.after.vocab_size, plan.after.widths, plan.dequantize, plan.layers, experts)
     check_blocks(layout, sizes)
     _check_shape("plan: before", plan.before, shape_of(layout, whole(layout)))
-    _check_shape("plan: after", plan.after, shape_of(layout, sizes))
-    _check("plan: dropped", plan.dropped, layout.dropped)
+    layers = plan.after.num_hidden_layers
     if plan.kept_channels:
-        layers = plan.after.num_hidden_layers
         _check("plan: layers of kept_channels", len(plan.kept_channels), layers)
+    if plan.kept_experts:
+        _check("plan: layers of kept_experts", len(plan.kept_experts), layers)
+    firsts = [group[0] for group in layer_groups(plan, layout)]
+    kept = dict(zip(firsts, _kept_experts(plan, layout), strict=True))
+    _check_shape("plan: after", plan.after, shape_of(layout, sizes, kept))
+    _check("plan: dropped", plan.dropped, layout.dropped)
     return sizes
 
 
@@ -192,54 +248,71 @@ def layer_groups(plan: Plan, layout: Layout) -> list[list[int]]:
     return plan.layers or [[layer] for layer in range(layout.num_hidden_layers)]
 
 
-KeptChannels = list[dict[str, list[np.ndarray]]]
-
-
-def kept_channels(plan: Plan, layout: Layout) -> KeptChannels:
-    """Return, for each layer of the output, channel axis → per expert the channels to keep.
+def kept_parts(plan: Plan, layout: Layout) -> list[KeptParts]:
+    """Return what is kept of each layer of the output.
 
     Raises:
         PlanError: layers, experts or channels are not as many as the source or the sizes say.
     """
     full, new = (axis_lengths(layout, w) for w in (layout.widths, plan.after.widths))
-    result: KeptChannels = []
-    for layer, group in enumerate(layer_groups(plan, layout)):
-        axes = layout.ffn_outputs[group[0]]
-        result.append({})
+    tokens, result = plan.ids().kept, []
+    for layer, experts in enumerate(_kept_experts(plan, layout)):
+        axes, found = layout.ffn_outputs[layer_groups(plan, layout)[layer][0]], {}
         for named in plan.kept_channels[layer : layer + 1]:
             _check(f"plan: axes of kept_channels of layer {layer}", sorted(named), sorted(axes))
-        for axis, experts in axes.items():
-            result[-1][axis] = plan.channels(layer, axis, full[axis], experts)
-            for chosen in result[-1][axis]:
+        for axis, count in axes.items():
+            kept = len(experts) if axis == EXPERT else count
+            found[axis] = plan.channels(layer, axis, full[axis], kept)
+            for chosen in found[axis]:
                 where = f"kept_channels of layer {layer}: {axis}"
                 _check(f"plan: {where}", len(chosen), new[axis])
+        result.append(KeptParts(tokens, experts, found))
     return result
 
 
+def _kept_experts(plan: Plan, layout: Layout) -> list[np.ndarray]:
+    """Return the experts to keep of each layer of the output; none of layers without experts."""
+    found = []
+    for layer, group in enumerate(layer_groups(plan, layout)):
+        routed = EXPERT in layout.ffn_outputs[group[0]]
+        found.append(plan.experts(layer) if routed else np.zeros(0, dtype=np.int64))
+        _check_groups(layout, found[-1], layer)
+    return found
+
+
+def _check_groups(layout: Layout, experts: np.ndarray, layer: int) -> None:
+    """Refuse experts unless as many are kept in each group that the router chooses among."""
+    if len(experts) in (0, layout.experts):
+        return
+    groups = expert_groups(layout)
+    counts = np.bincount(experts // (layout.experts // groups), minlength=groups)
+    where = f"plan: kept_experts of layer {layer}, by group"
+    _check(where, counts.tolist(), [len(experts) // groups] * groups)
+
+
 def _edits_of(
-    layout: Layout,
-    tensor: TensorRef,
-    shape: Sequence[int],
-    kept_tokens: np.ndarray,
-    kept: Mapping[str, list[np.ndarray]],
+    layout: Layout, tensor: TensorRef, shape: Sequence[int], kept: KeptParts
 ) -> tuple[Edit, ...]:
-    """Return the edits that give ``tensor`` the ``shape``; ``kept`` are its layer's channels."""
+    """Return the edits that give ``tensor`` the ``shape``; ``kept`` is of its layer."""
     role = layout.roles[tensor.name]
-    changed = [number for number, size in enumerate(tensor.shape) if shape[number] != size]
+    changed = {number for number, size in enumerate(tensor.shape) if shape[number] != size}
     if not changed:
         return (Edit(tensor),)
-    number, dim = changed[0], role.slot.dims[changed[0]]
-    assert dim is not None  # output_shape changes named axes only
-    if dim.axis == VOCAB or role.layer is None:
-        return (Edit(tensor, number, kept_tokens),)
-    chosen = kept[dim.axis]
-    if Dim(STACK) in role.slot.dims:
-        channels = layout.channels_of(dim.axis)
+    dims = {number: dim for number, dim in enumerate(role.slot.dims) if number in changed and dim}
+    channels = {number: dim for number, dim in dims.items() if dim.axis not in (VOCAB, EXPERTS)}
+    if not channels:
+        number, dim = next(iter(dims.items()))
+        return (Edit(tensor, number, kept.tokens if dim.axis == VOCAB else kept.experts),)
+    number, dim = next(iter(channels.items()))
+    chosen, length = kept.channels[dim.axis], layout.channels_of(dim.axis)
+    if role.slot.packed:
+        parts = matrices(tensor)
         return tuple(
-            Edit(part, number - 1, positions(indices, dim, channels))
-            for part, indices in zip(matrices(tensor), chosen, strict=True)
+            Edit(parts[expert], number - 1, positions(indices, dim, length))
+            for expert, indices in zip(kept.experts, chosen, strict=True)
         )
-    indices = positions(chosen[role.expert or 0], dim, layout.channels_of(dim.axis))
+    own = kept.position(role.expert or 0) if role.slot.of_expert else 0
+    indices = positions(chosen[own], dim, length)
     fp8 = layout.checkpoint.quantization
     if role.scales and fp8 is not None:
         where = f"plan: {tensor.name}"
@@ -247,20 +320,40 @@ def _edits_of(
     return (Edit(tensor, number, indices),)
 
 
-def _collapsed(
-    layout: Layout, tensor: TensorRef, made: tuple[Edit, ...], others: Sequence[int]
+def _decoded(
+    layout: Layout, tensor: TensorRef, shape: Sequence[int], kept: KeptParts
 ) -> tuple[Edit, ...]:
-    """Return the edits ``made`` of a layer's tensor with the same tensor of ``others`` added."""
-    role = layout.roles[tensor.name]
-    if not adds_up(role.slot):
-        return made
-    terms = [layout.of_layer[other][renumbered(role.name, other)] for other in others]
+    """Return the edits that decode an opaque weight to ``shape``."""
+    role, full = layout.roles[tensor.name], layout.shape_of(tensor)
+    matrices = opaque_matrices(layout.checkpoint, tensor)
+    if role.slot.packed:
+        matrices = [matrices[expert] for expert in kept.experts]
+    changed = [
+        (number, dim)
+        for number, dim in enumerate(role.slot.dims)
+        if dim is not None and dim.axis != EXPERTS and shape[number] != full[number]
+    ]
+    first = kept.position(role.expert or 0) if role.slot.of_expert else 0
+    found = []
+    for number, matrix in enumerate(matrices):
+        edit = Edit(matrix.codes, matrix=matrix)
+        for at, dim in changed:
+            indices = kept.tokens
+            if dim.axis != VOCAB:
+                channels = kept.channels[dim.axis][first + number]
+                indices = positions(channels, dim, layout.channels_of(dim.axis))
+            edit = replace(edit, dim=at - role.slot.packed, indices=indices)
+        found.append(edit)
+    return tuple(found)
+
+
+def _collapsed(made: tuple[Edit, ...], others: Sequence[tuple[Edit, ...]]) -> tuple[Edit, ...]:
+    """Return the edits ``made`` of a layer's tensor with those of ``others`` layers added."""
+    terms = [tuple(edit.source for edit in of_each) for of_each in zip(*others, strict=True)]
     if len(made) == 1 and made[0].indices is None:
-        flat = (replace(ref, shape=(ref.parameters,)) for ref in (tensor, *terms))
+        flat = (replace(ref, shape=(ref.parameters,)) for ref in (made[0].source, *terms[0]))
         return (Edit(next(flat), terms=tuple(flat)),)
-    parts = [matrices(ref) for ref in terms] if len(made) > 1 else [[ref] for ref in terms]
-    of_each = zip(*parts, strict=True)
-    return tuple(replace(e, terms=t) for e, t in zip(made, of_each, strict=True))
+    return tuple(replace(e, terms=t) for e, t in zip(made, terms, strict=True))
 
 
 def _scaling(checkpoint: Checkpoint, weight: TensorRef) -> Scaling | None:

@@ -21,7 +21,7 @@ from surgery.apply.output_directory import (
     remove_journal,
     shards_at_hand,
 )
-from surgery.apply.shard import ShardTask, write_shard
+from surgery.apply.shard import ShardTask, from_spans, spans_of, write_shard
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.checksums import Checksums, known_digests
 from surgery.cluster import ENGINES, RETRIES, cluster, results
@@ -332,22 +332,33 @@ def _write_shards(
     stop = Event()
     shards = Shards.of(next(iter(tasks.values())).source.parent) if tasks else Shards()
 
+    parts = {name: spans_of(task) for name, task in tasks.items() if shards.remote}
+    spans = {
+        name: part
+        for name, part in parts.items()
+        if part is not None and shards.gives_spans(name, sum(stop - start for start, stop in part))
+    }
+
     def write(name: str) -> None:
         if stop.is_set():
             return
         task = tasks[name]
         try:
-            with shards.lease(_needed(task)):
-                checksums.check(_needed(task))
-                with directory.writing(name):
-                    write_shard(task, progress)
+            if name in spans:
+                with shards.spans(name, spans[name]) as path, directory.writing(name):
+                    write_shard(from_spans(task, path), progress)
+            else:
+                with shards.lease(_needed(task)):
+                    checksums.check(_needed(task))
+                    with directory.writing(name):
+                        write_shard(task, progress)
             directory.finish(name)
         except BaseException:
             stop.set()
             raise
 
     with shards, ThreadPoolExecutor(1 if shards.remote else jobs) as pool:
-        shards.expect([sources(task.tensors) for task in tasks.values()])
+        shards.expect([sources(task.tensors) for name, task in tasks.items() if name not in spans])
         try:
             for _ in pool.map(write, tasks):
                 pass

@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from surgery.checkpoint.fp8 import VALUES, Float32, dequantize, from_bf16, read_
 from surgery.files.index_sets import runs
 from surgery.files.safetensors_header import TensorRef, encode_header
 from surgery.files.shard_file import IO, Buffer, Bytes, ShardFile, open_shard
+from surgery.hub.shards import Shards
 from surgery.process import Advance, no_advance
 
 Bits = NDArray[np.unsignedinteger]
@@ -98,14 +99,28 @@ def stream_edit(edit: Edit, source: ShardFile, output: int) -> None:
 def bytes_read(edit: Edit) -> int:
     """Return the bytes that ``stream_edit`` reads; gaps between short pieces count as well."""
     ranges = _long_ranges(edit)
-    own = edit.source.nbytes if ranges is None else sum(length for _, length in ranges)
+    if edit.matrix is not None:
+        return sum(ref.nbytes for ref in edit.matrix.refs)
+    if ranges is not None:
+        own = sum(length for _, length in ranges)
+    elif edit.indices is None:
+        own = edit.source.nbytes
+    else:
+        columns = math.prod(edit.source.shape[edit.dim + 1 :])
+        blocks = _kept_blocks(edit, edit.indices)
+        own = sum(rows * (stop - start) for _, rows, start, stop, _ in blocks)
+        own *= columns * edit.source.itemsize
     return own + sum(term.nbytes for term in edit.terms)
 
 
 def edit_windows(edit: Edit, source: ShardFile) -> Iterator[memoryview]:
     """Yield the output bytes of ``edit``, at most a window at a time, in order."""
     tensor, indices = edit.source, edit.indices
-    if indices is None and edit.scaling is None and not edit.terms:
+    if edit.matrix is not None:
+        values = edit.matrix.decode(Shards())
+        kept = values if indices is None else values.take(indices, axis=edit.dim)
+        yield to_bf16(np.ascontiguousarray(kept)).reshape(-1).data.cast("B")
+    elif indices is None and edit.scaling is None and not edit.terms:
         yield from source.windows(tensor.start, tensor.nbytes, WINDOW_BYTES)
     else:
         every = np.arange(tensor.shape[edit.dim]) if indices is None else indices
@@ -121,7 +136,7 @@ def write_all(output: int, data: memoryview) -> None:
 def _long_ranges(edit: Edit) -> list[tuple[int, int]] | None:
     """Return (offset, length) of the bytes to copy, or None if they are short or must change."""
     tensor = edit.source
-    if edit.scaling is not None or edit.terms:
+    if edit.scaling is not None or edit.terms or edit.matrix is not None:
         return None
     if edit.indices is None:
         return [(tensor.start, tensor.nbytes)]
@@ -137,9 +152,8 @@ def _gather(edit: Edit, indices: np.ndarray, source: ShardFile) -> Iterator[memo
     """Yield the kept positions of blocks ``[rows, positions, columns]``."""
     taken = Buffer()
     with _SourceBlocks(edit, source) as blocks:
-        for row, rows, start, stop in _blocks(edit):
-            first, last = np.searchsorted(indices, (start, stop))
-            inside = indices[first:last] - start
+        for row, rows, start, stop, kept in _kept_blocks(edit, indices):
+            inside = kept - start
             with blocks.read(row, rows, start, stop) as block:
                 shape = (rows, len(inside), block.shape[2])
                 nbytes = math.prod(shape) * edit.itemsize
@@ -230,6 +244,23 @@ def _dequantized(
     return bits.reshape(block.shape)
 
 
+def _kept_blocks(
+    edit: Edit, indices: np.ndarray
+) -> Iterator[tuple[int, int, int, int, np.ndarray]]:
+    """Yield of each block (first row, rows, start, stop) and the ``indices`` in it.
+
+    A block of one row begins and ends at kept positions, and one without any is not read. In
+    several rows, these positions are not neighbours in the file.
+    """
+    for row, rows, start, stop in _blocks(edit):
+        first, last = np.searchsorted(indices, (start, stop))
+        if first < last:
+            kept = indices[first:last]
+            if rows == 1:
+                start, stop = int(kept[0]), int(kept[-1]) + 1
+            yield row, rows, start, stop, kept
+
+
 def _blocks(edit: Edit) -> Iterator[tuple[int, int, int, int]]:
     """Split ``[rows, positions, columns]`` into (first row, rows, start, stop), a window each."""
     shape = edit.source.shape
@@ -279,10 +310,62 @@ class ShardTask:
     """As for ``new_shard``."""
 
 
+SPAN_BYTES = 1 << 16
+"""Positions of a selection that are at least this long are fetched from the hub one by one."""
+
+Span = tuple[int, int]
+"""First and one-past-last byte in a shard."""
+
+
+def spans_of(task: ShardTask) -> list[Span] | None:
+    """Return the bytes of the source shard that a task copies; None if it needs other ones."""
+    spans: list[Span] = []
+    for edit in (edit for tensor in task.tensors for edit in tensor.edits):
+        plain = not (edit.terms or edit.scaling or edit.matrix or edit.replaces)
+        if not plain or edit.source.path != task.source:
+            return None
+        for start, stop in _spans(edit):
+            if spans and spans[-1][1] == start:
+                start = spans.pop()[0]
+            spans.append((start, stop))
+    return spans
+
+
+def from_spans(task: ShardTask, path: Path) -> ShardTask:
+    """Return the task on a file that holds the bytes of ``spans_of``, one after another."""
+    tensors, offset = [], 0
+    for tensor in task.tensors:
+        moved = []
+        for edit in tensor.edits:
+            ref, indices = edit.source, edit.indices
+            if indices is not None and _is_spanned(edit):
+                ref, indices = replace(ref, shape=(len(indices), *ref.shape[1:])), None
+            ref = replace(ref, path=path, start=offset)
+            moved.append(replace(edit, source=ref, indices=indices))
+            offset += ref.nbytes
+        tensors.append(replace(tensor, edits=tuple(moved)))
+    return replace(task, tensors=tensors)
+
+
+def _spans(edit: Edit) -> Iterator[Span]:
+    ref, indices = edit.source, edit.indices
+    if indices is None or not _is_spanned(edit):
+        yield ref.start, ref.start + ref.nbytes
+        return
+    step = ref.nbytes // ref.shape[0]
+    for first, stop in zip(*runs(indices), strict=True):
+        yield ref.start + int(first) * step, ref.start + int(stop) * step
+
+
+def _is_spanned(edit: Edit) -> bool:
+    """Whether only the kept positions of an edit are fetched."""
+    return edit.dim == 0 and edit.source.nbytes // edit.source.shape[0] >= SPAN_BYTES
+
+
 def write_shard(task: ShardTask, progress: Advance = no_advance) -> None:
     """Write one output shard; ``progress`` is called with the bytes of each finished tensor."""
     tensors, source = task.tensors, task.source
-    paths = {source, *(edit.source.path for tensor in tensors for edit in tensor.edits)}
+    paths = {edit.source.path for tensor in tensors for edit in tensor.edits}
     with ExitStack() as stack, new_shard(task.partial, source.name, task.attempt) as output:
         opened = {path: stack.enter_context(open_shard(path, task.io)) for path in paths}
         entries = [(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]

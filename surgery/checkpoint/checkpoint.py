@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint.quantization import Fp8, quantization_of
+from surgery.checkpoint.quantization import Fp8, Opaque, opaque_of, quantization_of
 from surgery.errors import CheckpointError
 from surgery.files.model_files import INDEX_NAME, SINGLE_NAME, tokenizer_files, weight_map_of
 from surgery.files.safetensors_header import Header, TensorRef, read_header
@@ -37,6 +37,8 @@ class Checkpoint:
     """How FP8 weights are scaled; None where none is quantized."""
     origin: str | None = None
     """Finds the checkpoint again where its path does not: a hub id ``org/name@commit``."""
+    opaque: Opaque | None = None
+    """How weights are stored that are only moved whole; None where there are none."""
 
     @classmethod
     def open(
@@ -58,11 +60,12 @@ class Checkpoint:
                 path, "is not a directory", fix="name a model directory or a hub id org/name"
             )
         config = read_json(path / "config.json")
-        quantization = quantization_of(config, path / "config.json")
+        opaque = opaque_of(config)
+        quantization = None if opaque else quantization_of(config, path / "config.json")
         remote = Skeleton.at(path)
         if _has_shard(path, SINGLE_NAME, remote):
             single = {SINGLE_NAME: _header(path, SINGLE_NAME, remote)}
-            return cls(path, config, single, None, family, quantization, origin)
+            return cls(path, config, single, None, family, quantization, origin, opaque)
         if not (path / INDEX_NAME).exists():
             _refuse_missing_weights(path)
         index = read_json(path / INDEX_NAME)
@@ -78,7 +81,7 @@ class Checkpoint:
         names = dict.fromkeys(weight_map.values())
         shards = {name: _header(path, name, remote) for name in names}
         _check_index(path, weight_map, shards)
-        return cls(path, config, shards, index, family, quantization, origin)
+        return cls(path, config, shards, index, family, quantization, origin, opaque)
 
     @property
     def source(self) -> str:
@@ -106,6 +109,10 @@ class Checkpoint:
     def tensors(self) -> dict[str, TensorRef]:
         """Every tensor by name, shard by shard in the order of their bytes."""
         return {tensor.name: tensor for shard in self.shards.values() for tensor in shard.tensors}
+
+    def opaque_weight(self, codes: str) -> str:
+        """Return the name that an opaque weight has once it is decoded, for that of its codes."""
+        return self.opaque.base_of(codes) + self.opaque.weight if self.opaque else codes
 
     def scales_of(self, weight: TensorRef) -> TensorRef | None:
         """The scales of an FP8 weight; None for every other tensor."""

@@ -1,6 +1,6 @@
-"""Quantized checkpoints: FP8 with block scales is read, other methods are refused by name."""
+"""Quantized checkpoints: FP8 with block scales, weights that are only moved whole, and refusals."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -64,6 +64,103 @@ class Fp8:
     def weight_of(scales: str) -> str:
         """Name of the tensor that ``scales`` belong to."""
         return scales.removesuffix(SCALE_SUFFIX)
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """Weights in a format whose bytes are moved as they are: only whole experts and layers go.
+
+    Such a weight is stored as codes and, beside them, scales, zero points and the like. They have
+    the weight's name with other endings.
+    """
+
+    method: str
+    """As config.json names it."""
+    codes: str = ""
+    """Ending of the codes' names; "" where they have the weight's own."""
+    beside: tuple[str, ...] = ()
+    """Endings of the names of what is stored beside the codes."""
+    weight: str = ".weight"
+    """Ending of the weight's name in the unquantized model."""
+    bits: int = 4
+    """Bits of a code that is packed with others."""
+    variant: str = ""
+    """What config.json says of the layout: ``checkpoint_format`` or ``version``."""
+
+    def weight_of(self, name: str) -> tuple[str, bool] | None:
+        """Return the weight that the tensor ``name`` belongs to, and whether it is beside codes."""
+        for ending in (self.codes, *self.beside) if self.codes else self.beside:
+            if name.endswith(ending):
+                return name.removesuffix(ending) + self.weight, ending != self.codes
+        return None
+
+    def base_of(self, codes: str) -> str:
+        """Return what the names of a weight's parts begin with, for the tensor ``codes``."""
+        own = self.codes and codes.endswith(self.codes)
+        return codes.removesuffix(self.codes if own else self.weight)
+
+    def shape_of(self, codes: tuple[int, ...], dtype: str) -> tuple[int, ...]:
+        """Return the shape of the weight in the unquantized model, for that of its codes."""
+        if (
+            self.method == "mxfp4"
+        ):  # [experts, out, groups, bytes]; the model has [experts, in, out]
+            return codes[0], codes[2] * codes[3] * 2, codes[1]
+        rows, columns = codes
+        if self.method == "gptq":
+            return columns, rows * self.values_of(dtype)
+        if self.method == "awq":
+            return columns * self.values_of(dtype), rows
+        return rows, columns * self.values_of(dtype)
+
+    def values_of(self, dtype: str) -> int:
+        """Return how many codes an element of this safetensors dtype holds."""
+        return {"I32": 32, "U32": 32, "U8": 8}.get(dtype, self.bits) // self.bits
+
+
+OPAQUE = (
+    Opaque("mxfp4", "_blocks", ("_scales",), weight=""),
+    Opaque("gptq", ".qweight", (".qzeros", ".scales", ".g_idx")),
+    Opaque("awq", ".qweight", (".qzeros", ".scales")),
+    Opaque(
+        "compressed-tensors",
+        ".weight_packed",
+        (
+            *(f".weight_{part}" for part in ("scale", "zero_point", "shape", "g_idx")),
+            *(".weight_global_scale", ".input_global_scale", ".input_scale", ".input_zero_point"),
+        ),
+    ),
+    Opaque("modelopt", "", (".weight_scale", ".weight_scale_2", ".input_scale")),
+    Opaque("fbgemm_fp8", "", (".weight_scale", ".input_scale_ub")),
+    Opaque("fp8", "", (".weight_scale", ".weight_scale_inv", ".input_scale")),
+)
+"""Formats of which whole experts can be removed. ``fp8`` is that without block scales."""
+
+
+def opaque_of(config: dict[str, Any]) -> Opaque | None:
+    """Return the format of weights that are only moved whole.
+
+    None where they are plain, or in FP8 with block scales, or where ``quantization_of`` refuses
+    them by name.
+    """
+    text_config = config.get("text_config")
+    inner = text_config.get("quantization_config") if isinstance(text_config, dict) else None
+    section = config.get("quantization_config") or inner
+    if not section or not isinstance(section, dict):
+        return None
+    method = _method(section)
+    if method == "fp8" and _is_block(section):
+        return None
+    found = {each.method: each for each in OPAQUE}.get(method)
+    bits = section.get("bits", section.get("w_bit"))
+    variant = str(section.get("checkpoint_format") or section.get("version") or "")
+    variant = "transformed" if section.get("transform_config") else variant
+    bits = bits if bits in (2, 3, 4, 8) else 4
+    return replace(found, bits=bits, variant=variant) if found else None
+
+
+def _is_block(section: dict[str, Any]) -> bool:
+    plain = all((section.get(key) or only) == only for key, (only, _) in PLAIN.items())
+    return bool(section.get("weight_block_size")) and plain
 
 
 def quantization_of(config: dict[str, Any], where: Path) -> Fp8 | None:

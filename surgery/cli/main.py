@@ -169,6 +169,7 @@ class Shown:
     probe: bool
     removed: bool
     channels: bool
+    stats: Path | None
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,9 @@ LISTED = 20
     click.option("--vocab", is_flag=True, help="Show what the vocabulary's rows are spent on."),
     click.option("--probe", is_flag=True, help="Show which families fit, and propose an entry."),
     click.option("--removed", is_flag=True, help="List the tokens that a plan removes, by script."),
+    click.option(
+        "--stats", type=path_type, metavar="FILE", help="Show how evenly routers use their experts."
+    ),
     click.option(
         "--channels",
         is_flag=True,
@@ -229,7 +233,7 @@ def inspect(
     With --removed or --channels, MODEL is an output's directory or a plan's file.
     """
     from surgery.api import Model, probe_model
-    from surgery.layout.census import plot_census
+    from surgery.layout.census import plot_census, plot_routing
     from surgery.vocabulary.census import plot_vocab_census
 
     if show.plot is None:
@@ -241,11 +245,18 @@ def inspect(
         show_plan_of(model.model, shown, listed, text, show.as_json)
         return
     if shown.probe:
-        refuse_idle("with --probe", "family", "vocab", "plot")
+        refuse_idle("with --probe", "family", "vocab", "stats", "plot")
         proposal = probe_model(model.model)
         print_text(json.dumps(asdict(proposal)) if show.as_json else proposal.table())
         return
     opened = Model(model.layout(), model.model)
+    if shown.stats is not None:
+        refuse_idle("with --stats", "vocab")
+        routing = opened.routing(shown.stats)
+        print_text(json.dumps(asdict(routing)) if show.as_json else routing.table())
+        if show.plot is not None:
+            plot_routing(routing, show.plot)
+        return
     if shown.vocab:
         tokens = opened.vocabulary()
         click.echo(json.dumps(asdict(tokens)) if show.as_json else tokens.table())
@@ -323,7 +334,7 @@ def plan(
     compute: ComputeOptions,
     given: PlanSources,
 ) -> None:
-    """Choose what to remove and predict the result; only --repair reads weights.
+    """Choose what to remove and predict the result; only --repair and aimer read weights.
 
     --repair runs the model on --data, in windows like those of the statistics. --seed, --device,
     --dtype and --spill are its options.
@@ -344,6 +355,8 @@ def plan(
         refuse_idle("without --stats", "min_expert_tokens")
         if cut.channels.criterion != RANDOM:
             refuse_idle("without --stats", "criterion")
+    if not cut.sizes.removes_experts:
+        refuse_idle("where no experts are removed", "expert_criterion")
     layout = model.layout()
     for path in (given.output, replacement_file(given.output)):
         check_file(path, layout.checkpoint.path, force=given.force)

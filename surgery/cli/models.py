@@ -277,6 +277,8 @@ def prune(
         refuse_idle("with --dry-run", "resume", "push_to")
     if options.push_to:
         check_push(options.push_to)
+    if not cut.sizes.removes_experts:
+        refuse_idle("where no experts are removed", "expert_criterion")
     output, resume = options.output, options.resume
     layout = model.layout()
     where = layout.checkpoint.path

@@ -19,6 +19,8 @@ from surgery.plot import check_picture
 from surgery.stats.channels import (
     CRITERIA,
     DEFAULT_CRITERION,
+    DEFAULT_EXPERT_CRITERION,
+    EXPERT_CRITERIA,
     LEAST_TOKENS,
     REPAIRS,
     ChannelOptions,
@@ -347,9 +349,14 @@ capped_options = gathered(
     "compute", ComputeOptions, device_option, dtype_option, cap_options, spill_option
 )
 
-channel_options = gathered(
-    "channels",
-    ChannelOptions,
+expert_option = click.option(
+    "--expert-criterion",
+    default=DEFAULT_EXPERT_CRITERION,
+    show_default=True,
+    type=click.Choice(list(EXPERT_CRITERIA)),
+    help="Importance of a routed expert.",
+)
+_CHANNEL_OPTIONS = (
     click.option(
         "--criterion",
         default=DEFAULT_CRITERION,
@@ -372,6 +379,8 @@ channel_options = gathered(
         help="Refit down_proj to the kept channels on --data, if it helps on held-out text.",
     ),
 )
+channel_options = gathered("channels", ChannelOptions, *_CHANNEL_OPTIONS)
+kept_options = gathered("channels", ChannelOptions, *_CHANNEL_OPTIONS, expert_option)
 vocabulary_options = gathered(
     "vocabulary",
     VocabularyOptions,
@@ -442,8 +451,8 @@ size_options = gathered(
         "--only",
         default="",
         metavar="PART[,PART]",
-        help="Take --ratio from these alone: vocabulary, channels, or layers (those of least block "
-        "influence).  [default: vocabulary,channels]",
+        help="Take --ratio from these alone: vocabulary, channels, whole experts of a mixture, or "
+        "layers (those of least block influence).  [default: vocabulary,channels]",
     ),
     click.option("--vocab-size", type=int, help="V': embedding rows to keep."),
     click.option("--intermediate-size", type=int, help="I': channels per layer to keep."),
@@ -468,6 +477,7 @@ size_options = gathered(
         help="How many layers to keep: those of largest block influence (ShortGPT), by the "
         "statistics.",
     ),
+    click.option("--num-experts", type=int, help="E': routed experts per layer to keep."),
 )
 ratio_options = gathered(
     "sizes",
@@ -481,7 +491,7 @@ base_model_option = click.option(
     help="Model on the hub that the model card names as the base.  [default: MODEL, if it is one]",
 )
 cut_options = gathered(
-    "cut", CutRequest, size_options, vocabulary_options, channel_options, base_model_option
+    "cut", CutRequest, size_options, vocabulary_options, kept_options, base_model_option
 )
 ratio_cut_options = gathered("cut", CutRequest, ratio_options, vocabulary_options, channel_options)
 step_cut_options = gathered(

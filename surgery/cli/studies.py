@@ -139,7 +139,8 @@ class CompareOptions:
         metavar="NAME,…",
         help="Some of: random, abs-act, act2, wanda, l2 (channels alone), shortgpt, laco (layers), "
         "vocabulary (alone), compact (the paper's), prune (what prune --ratio makes), search (the "
-        "best split, repaired).  [default: all]",
+        "best split, repaired).  [default: these]  Of a mixture also reap, man, msan, frequency, "
+        "gate, aimer, random-experts.",
     ),
     click.option(
         "--by-samples",

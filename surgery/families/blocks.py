@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import replace
 
-from surgery.families.schema import EXPERT, FFN, SHARED, STACK, VOCAB, Dim, Slot
+from surgery.families.schema import EXPERT, EXPERTS, FFN, SHARED, VOCAB, Dim, Slot
 
 LAYER = "model.layers.{layer}."
 BUFFER = "buffer"
@@ -112,8 +112,8 @@ def packed(gate_up: str, down: str, *, transposed: bool = False) -> tuple[Slot, 
     inner: tuple[Dim | str | None, ...] = (None, both) if transposed else (both, None)
     outer = (EXPERT, None) if transposed else (None, EXPERT)
     return (
-        Slot(LAYER + gate_up, "ffn", (STACK, *inner), block="packed"),
-        Slot(LAYER + down, "ffn", (STACK, *outer), block="packed", ffn_output=True),
+        Slot(LAYER + gate_up, "ffn", (EXPERTS, *inner), block="packed"),
+        Slot(LAYER + down, "ffn", (EXPERTS, *outer), block="packed", ffn_output=True),
     )
 
 
@@ -123,7 +123,15 @@ def shared(path: str = "mlp.shared_experts") -> tuple[Slot, ...]:
 
 
 def router(*names: str, required: bool = True) -> tuple[Slot, ...]:
-    """The router of the experts: counted with the FFN, never pruned."""
+    """The router of the experts: a row of each weight, and an entry of each bias, per expert."""
+    return tuple(
+        replace(slot, axes=(EXPERTS, None) if slot.name.endswith(".weight") else (EXPERTS,))
+        for slot in beside_experts(*names, required=required)
+    )
+
+
+def beside_experts(*names: str, required: bool = True) -> tuple[Slot, ...]:
+    """Tensors that only layers of experts have: counted with the FFN, never pruned."""
     beside = ("experts", "packed")
     return tuple(Slot(LAYER + name, "ffn", (), required, beside=beside) for name in names)
 

@@ -15,8 +15,9 @@ SHARED = "shared"
 WIDTHS = (FFN, EXPERT, SHARED)
 """Channel axes: of the dense FFN, of each routed expert, of the expert that every token passes."""
 
-STACK = "stack"
-"""The axis along which a packed tensor holds one matrix per expert; it is never pruned."""
+EXPERTS = "experts"
+"""The axis of the routed experts: rows of a router, and matrices of a packed tensor. Experts in
+tensors of their own have a number in place of a dimension."""
 
 TIE_KEY = "tie_word_embeddings"
 """The key of config.json for whether lm_head and the embedding are one tensor."""
@@ -32,7 +33,7 @@ class Dim:
     """One dimension of a tensor."""
 
     axis: str
-    """One of VOCAB, WIDTHS and STACK."""
+    """One of VOCAB, WIDTHS and EXPERTS."""
     copies: int = 1
     """How often the axis lies on this dimension: twice in a fused gate and up projection."""
     interleaved: bool = False
@@ -70,6 +71,26 @@ class Slot:
         """The one of WIDTHS that this tensor carries, if any."""
         return next((dim.axis for dim in self.dims if dim and dim.axis in WIDTHS), None)
 
+    @cached_property
+    def of_expert(self) -> bool:
+        """Whether each routed expert has this tensor for itself."""
+        return self.block == "experts" and _PLACEHOLDERS[1] in self.name
+
+    @cached_property
+    def packed(self) -> bool:
+        """Whether the tensor holds one matrix or vector of each expert, one after the other."""
+        return self.block == "packed" and Dim(EXPERTS) in self.dims
+
+    @cached_property
+    def router(self) -> bool:
+        """Whether it is a part of the router that has an entry for each expert."""
+        return Dim(EXPERTS) in self.dims and not self.packed
+
+    @cached_property
+    def counts_experts(self) -> bool:
+        """Whether the number of its parameters is proportional to the number of experts."""
+        return self.of_expert or Dim(EXPERTS) in self.dims
+
 
 @dataclass(frozen=True)
 class Width:
@@ -78,6 +99,42 @@ class Width:
     key: str
     times: str = ""
     """Key of a factor for the length: DeepSeek's shared experts are one matrix."""
+
+
+EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""All names that config classes have for the number of routed experts in a layer."""
+
+PER_TOKEN_KEYS = ("num_experts_per_tok", "moe_topk", "moe_k")
+"""All names for how many of them a token goes to."""
+
+GROUP_KEYS = ("n_group", "num_expert_groups", "num_expert_group")
+"""All names for the number of groups that experts are chosen in."""
+
+
+@dataclass(frozen=True)
+class ExpertGroups:
+    """Experts in groups of neighbours: a token first chooses groups, then experts in these."""
+
+    count: int | None
+    """What the config class takes for ``n_group`` where config.json has no such key."""
+    chosen: int | None
+    """Likewise ``topk_group``, the number of groups that a token chooses."""
+    least: int
+    """Fewest experts of a group: 2 where its score is the sum of its two best experts'."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """How config.json describes the routed experts of a layer."""
+
+    key: str
+    """The class's own name for their number. Other names of ``EXPERT_KEYS`` are rewritten, too."""
+    per_token: int | None
+    """Experts of a token where config.json has none of ``PER_TOKEN_KEYS``; None: it must have."""
+    groups: ExpertGroups | None = None
+    """None where the model's router knows no groups."""
+    least: int = 1
+    """Fewest experts that the router's code can choose among."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +146,8 @@ class Family:
     """Whether the config class ties embeddings where config.json has no such key."""
     widths: Mapping[str, Width] = field(default_factory=lambda: {FFN: Width("intermediate_size")})
     """Channel axis → its key in config.json; an axis without a key cannot be pruned."""
+    experts: Experts | None = None
+    """The routed experts; without an entry, none can be removed."""
     depth: str = "num_hidden_layers"
     """Key of config.json for the number of layers."""
     embedding: str = "model.embed_tokens.weight"
@@ -177,8 +236,7 @@ def template(name: str) -> tuple[str, list[int]]:
     return ".".join(parts), numbers
 
 
-def renumbered(name: str, layer: int) -> str:
-    """Return the name of a layer's tensor with ``layer`` for its first number."""
-    parts = name.split(".")
-    index = next(index for index, part in enumerate(parts) if _NUMBER.fullmatch(part))
-    return ".".join([*parts[:index], str(layer), *parts[index + 1 :]])
+def renumbered(name: str, *numbers: int) -> str:
+    """Return a tensor's name with ``numbers`` for its first ones: the layer's, the expert's."""
+    parts, given = name.split("."), iter(numbers)
+    return ".".join(str(next(given, part)) if _NUMBER.fullmatch(part) else part for part in parts)

@@ -21,6 +21,7 @@ from surgery.families.blocks import (
     QK_NORM,
     as_buffers,
     attention,
+    beside_experts,
     buffers,
     ends,
     experts,
@@ -39,7 +40,19 @@ from surgery.families.blocks import (
 )
 from surgery.families.default_ids import SECTION_TYPES
 from surgery.families.layer_rules import LAYER_RULES
-from surgery.families.schema import EXPERT, FFN, SHARED, STACK, Dim, Family, Slot, Width, Wrapper
+from surgery.families.schema import (
+    EXPERT,
+    EXPERTS,
+    FFN,
+    SHARED,
+    Dim,
+    ExpertGroups,
+    Experts,
+    Family,
+    Slot,
+    Width,
+    Wrapper,
+)
 
 _OUT = attention("self_attn.dense")
 _H = "transformer.h.{layer}."
@@ -69,7 +82,11 @@ _NUM_SHARED = _DENSE_AND_EXPERT | {SHARED: Width("moe_intermediate_size", "num_s
 _ERNIE = _DENSE_AND_EXPERT | {SHARED: Width("moe_intermediate_size", "moe_num_shared_experts")}
 
 _BIAS_OF_CHOICE = as_buffers(router("mlp.gate.e_score_correction_bias", required=False))
-_SHARED_GATE = router("mlp.shared_expert_gate.weight")
+_ERNIE_BIAS = tuple(
+    replace(slot, axes=(None, EXPERTS))
+    for slot in router("mlp.moe_statics.e_score_correction_bias")
+)
+_SHARED_GATE = beside_experts("mlp.shared_expert_gate.weight")
 _MIXTRAL = experts("block_sparse_moe.experts", "w1", "w3", "w2") + router(
     "block_sparse_moe.gate.weight"
 )
@@ -81,17 +98,20 @@ _GRANITE_MOE = (
 )
 _PAIRS = Dim(EXPERT, copies=2, interleaved=True)
 _GPT_OSS = (
-    Slot(f"{LAYER}mlp.experts.gate_up_proj", "ffn", (STACK, None, _PAIRS), block="packed"),
-    Slot(f"{LAYER}mlp.experts.gate_up_proj_bias", "ffn", (STACK, _PAIRS), block="packed"),
+    Slot(f"{LAYER}mlp.experts.gate_up_proj", "ffn", (EXPERTS, None, _PAIRS), block="packed"),
+    Slot(f"{LAYER}mlp.experts.gate_up_proj_bias", "ffn", (EXPERTS, _PAIRS), block="packed"),
     Slot(
         f"{LAYER}mlp.experts.down_proj",
         "ffn",
-        (STACK, EXPERT, None),
+        (EXPERTS, EXPERT, None),
         block="packed",
         ffn_output=True,
     ),
-    Slot(f"{LAYER}mlp.experts.down_proj_bias", "ffn", block="packed"),
+    Slot(f"{LAYER}mlp.experts.down_proj_bias", "ffn", (EXPERTS, None), block="packed"),
 )
+
+_SUM_OF_TWO = ExpertGroups(1, 1, least=2)
+"""Groups scored by the sum of their two best experts; one group by default."""
 
 _MISREAD = (32016, 49152)
 """llama.cpp's converter takes the first for CodeLlama; at the second it switches bos off."""
@@ -360,9 +380,18 @@ FAMILIES: dict[str, Family | Wrapper] = {
     ),
     # Mixtures of experts
     "mixtral": Family(
-        BASE + PRE_NORM + _MIXTRAL, tied=False, widths=_EXPERT_ONLY, misread_vocab_sizes=_MISREAD
+        BASE + PRE_NORM + _MIXTRAL,
+        tied=False,
+        widths=_EXPERT_ONLY,
+        experts=Experts("num_local_experts", 2),
+        misread_vocab_sizes=_MISREAD,
     ),
-    "phimoe": Family(BASE + PRE_NORM + _MIXTRAL, tied=False, widths=_EXPERT_ONLY),
+    "phimoe": Family(
+        BASE + PRE_NORM + _MIXTRAL,
+        tied=False,
+        widths=_EXPERT_ONLY,
+        experts=Experts("num_local_experts", 2, least=2),
+    ),
     "minimax_m2": Family(
         BASE
         + PRE_NORM
@@ -371,24 +400,33 @@ FAMILIES: dict[str, Family | Wrapper] = {
         + as_buffers(router("block_sparse_moe.e_score_correction_bias")),
         tied=False,
         widths=_EXPERT_ONLY,
+        experts=Experts("num_local_experts", 8),
         draft_layers="num_mtp_modules",
     ),
     "olmoe": Family(
         BASE + PRE_NORM + QK_NORM + experts() + router("mlp.gate.weight"),
         tied=False,
         widths=_EXPERT_ONLY,
+        experts=Experts("num_experts", 8),
     ),
     "flex_olmo": Family(
         BASE + POST_NORM + QK_NORM + experts() + router("mlp.gate.weight"),
         tied=False,
         widths=_EXPERT_ONLY,
+        experts=Experts("num_experts", 5),
     ),
     "qwen2_moe": Family(
         BASE + PRE_NORM + MOE + shared("mlp.shared_expert") + _SHARED_GATE,
         tied=False,
         widths=_WITH_SHARED,
+        experts=Experts("num_experts", 4),
     ),
-    "qwen3_moe": Family(BASE + PRE_NORM + QK_NORM + MOE, tied=False, widths=_DENSE_AND_EXPERT),
+    "qwen3_moe": Family(
+        BASE + PRE_NORM + QK_NORM + MOE,
+        tied=False,
+        widths=_DENSE_AND_EXPERT,
+        experts=Experts("num_experts", 8),
+    ),
     "qwen3_next": Family(
         ends()
         + PRE_NORM
@@ -408,13 +446,20 @@ FAMILIES: dict[str, Family | Wrapper] = {
         ),
         tied=False,
         widths=_WITH_SHARED,
+        experts=Experts("num_experts", 10),
         left_out=("mtp.",),
     ),
-    "deepseek_v2": Family(LATENT + MOE + shared(), tied=False, widths=_N_SHARED),
+    "deepseek_v2": Family(
+        LATENT + MOE + shared(),
+        tied=False,
+        widths=_N_SHARED,
+        experts=Experts("n_routed_experts", None, ExpertGroups(None, None, least=1)),
+    ),
     "deepseek_v3": Family(
         LATENT + MOE + shared() + _BIAS_OF_CHOICE,
         tied=False,
         widths=_N_SHARED,
+        experts=Experts("n_routed_experts", 8, ExpertGroups(8, 4, least=2)),
         draft_layers="num_nextn_predict_layers",
     ),
     "glm4_moe": Family(
@@ -426,15 +471,20 @@ FAMILIES: dict[str, Family | Wrapper] = {
         + _BIAS_OF_CHOICE,
         tied=False,
         widths=_N_SHARED,
+        experts=Experts("n_routed_experts", 8, _SUM_OF_TWO),
         draft_layers="num_nextn_predict_layers",
     ),
     "dots1": Family(
         BASE + PRE_NORM + QK_NORM + MOE + shared() + _BIAS_OF_CHOICE,
         tied=False,
         widths=_N_SHARED,
+        experts=Experts("n_routed_experts", None, _SUM_OF_TWO),
     ),
     "solar_open": Family(
-        BASE + PRE_NORM + MOE + shared() + _BIAS_OF_CHOICE, tied=False, widths=_N_SHARED
+        BASE + PRE_NORM + MOE + shared() + _BIAS_OF_CHOICE,
+        tied=False,
+        widths=_N_SHARED,
+        experts=Experts("n_routed_experts", 8, _SUM_OF_TWO),
     ),
     "exaone_moe": Family(
         BASE
@@ -445,6 +495,7 @@ FAMILIES: dict[str, Family | Wrapper] = {
         + as_buffers(router("mlp.e_score_correction_bias")),
         tied=False,
         widths=_NUM_SHARED,
+        experts=Experts("num_experts", 8, _SUM_OF_TWO),
         left_out=("mtp.",),
     ),
     "afmoe": Family(
@@ -459,11 +510,13 @@ FAMILIES: dict[str, Family | Wrapper] = {
         + shared(),
         tied=False,
         widths=_NUM_SHARED,
+        experts=Experts("num_experts", 6),
     ),
     "ernie4_5_moe": Family(
-        BASE + PRE_NORM + MOE + shared() + router("mlp.moe_statics.e_score_correction_bias"),
+        BASE + PRE_NORM + MOE + shared() + _ERNIE_BIAS,
         tied=True,
         widths=_ERNIE,
+        experts=Experts("moe_num_experts", 6),
         left_out=("model.mtp_",),
     ),
     "hunyuan_v1_moe": Family(
@@ -475,6 +528,7 @@ FAMILIES: dict[str, Family | Wrapper] = {
         + shared("mlp.shared_mlp"),
         tied=False,
         widths={EXPERT: Width("intermediate_size"), SHARED: Width("intermediate_size")},
+        experts=Experts("num_experts", 1),
     ),
     "cohere2_moe": Family(
         BASE + norms("input_layernorm") + MOE + shared(),
@@ -484,9 +538,14 @@ FAMILIES: dict[str, Family | Wrapper] = {
             EXPERT: Width("intermediate_size"),
             SHARED: Width("intermediate_size", "num_shared_experts"),
         },
+        experts=Experts("num_experts", 2),
     ),
     "granitemoe": Family(
-        _GRANITE_MOE, tied=False, widths=_EXPERT_ONLY, misread_vocab_sizes=_MISREAD
+        _GRANITE_MOE,
+        tied=False,
+        widths=_EXPERT_ONLY,
+        experts=Experts("num_local_experts", 2),
+        misread_vocab_sizes=_MISREAD,
     ),
     "granitemoeshared": Family(
         _GRANITE_MOE
@@ -494,6 +553,7 @@ FAMILIES: dict[str, Family | Wrapper] = {
         + out_of("shared_mlp.output_linear", SHARED, block="shared"),
         tied=False,
         widths=_EXPERT_ONLY | {SHARED: Width("shared_intermediate_size")},
+        experts=Experts("num_local_experts", 2),
     ),
     "gpt_oss": Family(
         BASE
@@ -503,6 +563,7 @@ FAMILIES: dict[str, Family | Wrapper] = {
         + router("mlp.router.weight", "mlp.router.bias"),
         tied=False,
         widths=_EXPERT_ONLY,
+        experts=Experts("num_local_experts", 4),
     ),
     "llama4_text": Family(
         BASE
@@ -519,6 +580,7 @@ FAMILIES: dict[str, Family | Wrapper] = {
             EXPERT: Width("intermediate_size"),
             SHARED: Width("intermediate_size"),
         },
+        experts=Experts("num_local_experts", 1),
     ),
     # Language models inside image models
     "gemma3": Wrapper(_VISION, _UNDER_PREFIX, tied=True),

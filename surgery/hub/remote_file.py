@@ -4,6 +4,7 @@ import hashlib
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -193,12 +194,16 @@ class RemoteFile:
             return hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
         return hashlib.sha256()
 
-    def _body(self, start: int, stop: int) -> Iterator[bytes]:
-        """Yield the bytes of one response, up to ``stop``.
+    def gives_ranges(self) -> bool:
+        """Whether the server sends a part of the file alone; an error counts as no."""
+        try:
+            with self._response(1, 2) as response:
+                return bool(response.status_code == 206)
+        except (OSError, client_errors()):
+            return False
 
-        Raises:
-            BadResponse: the response has other bytes, or ended early.
-        """
+    @contextmanager
+    def _response(self, start: int, stop: int) -> Iterator[Any]:
         from huggingface_hub import constants, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -211,6 +216,15 @@ class RemoteFile:
         stream = get_session().stream("GET", url, headers=headers, timeout=timeout)
         with stream as response:
             hf_raise_for_status(response)
+            yield response
+
+    def _body(self, start: int, stop: int) -> Iterator[bytes]:
+        """Yield the bytes of one response, up to ``stop``.
+
+        Raises:
+            BadResponse: the response has other bytes, or ended early.
+        """
+        with self._response(start, stop) as response:
             skip, missing = self._bytes_before(start, response), stop - start
             for block in response.iter_bytes():
                 useful = block[skip : skip + missing]

@@ -24,6 +24,9 @@ CAPACITY = 2
 SMALL_BYTES = 1 << 20
 """Tensors up to this size are read by range, without their shard: norms, scales of FP8."""
 
+WORTH_SPANS = 0.9
+"""Share of a shard's bytes below which only these are fetched, at the price of more requests."""
+
 USE = ".use"
 """Suffix of lock files; each process that uses a shard holds one."""
 
@@ -61,6 +64,15 @@ class Shards:
         """Yield where the tensor's bytes are; they are there until the block ends."""
         yield ref
 
+    def gives_spans(self, name: str, nbytes: int) -> bool:
+        """Whether it is better to fetch ``nbytes`` of the shard ``name`` than all of it."""
+        return False
+
+    @contextmanager
+    def spans(self, name: str, spans: Sequence[tuple[int, int]]) -> Iterator[Path]:
+        """Yield a file of the bytes of a shard from each start to each stop, one after another."""
+        raise NotImplementedError
+
 
 class HubShards(Shards):
     """Shards that a background thread downloads, and that are deleted after their last use.
@@ -87,6 +99,8 @@ class HubShards(Shards):
         self._error: BaseException | None = None
         self._closing = False
         self._thread: Thread | None = None
+        self._ranged: bool | None = None
+        """Whether the server gives ranges; None until it was asked."""
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         """Delete the shards on the disk; after an error, keep them for the resumed run."""
@@ -170,6 +184,36 @@ class HubShards(Shards):
             yield replace(ref, path=path, start=0)
         finally:
             path.unlink(missing_ok=True)
+
+    def gives_spans(self, name: str, nbytes: int) -> bool:
+        """Whether it is better to fetch ``nbytes`` of the shard ``name`` than all of it."""
+        shard = self._skeleton.shards[name]
+        worth = nbytes < WORTH_SPANS * shard.size and not (self._skeleton.path / name).exists()
+        if worth and self._ranged is None:
+            self._ranged = shard.gives_ranges()
+        return worth and bool(self._ranged)
+
+    @contextmanager
+    def spans(self, name: str, spans: Sequence[tuple[int, int]]) -> Iterator[Path]:
+        """Yield a file of the bytes of a shard from each start to each stop, one after another.
+
+        No digest is known of them. The hub says which commit they belong to.
+
+        Raises:
+            CheckpointError: the hub refuses, or does not answer.
+        """
+        own = f"{name}.{os.getpid()}.spans"
+        path, lock = self._skeleton.path / HUB_FOLDER / f"{own}{INCOMPLETE}", self._lock(own)
+        lock.acquire()  # other processes delete an unfinished file whose lock is free
+        try:
+            with open(path, "wb") as file:
+                for start, stop in spans:
+                    for block in self._skeleton.shards[name].blocks(start, stop):
+                        file.write(block)
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+            lock.remove()
 
     def _start(self) -> None:
         """On the first call, register the shards on the disk and start the download thread."""

@@ -7,9 +7,10 @@ from typing import Any
 
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.fp8 import check_weight
+from surgery.checkpoint.quantization import quantization_of
 from surgery.errors import CheckpointError
 from surgery.families.blocks import BUFFER
-from surgery.families.schema import VOCAB, Family, Slot
+from surgery.families.schema import EXPERT_KEYS, EXPERTS, VOCAB, Family, Slot
 from surgery.families.table import family_of
 from surgery.files.safetensors_header import TensorRef
 from surgery.files.shard_file import same_values
@@ -31,6 +32,8 @@ def read_layout(checkpoint: Checkpoint, family: Family | None = None) -> Layout:
     where = checkpoint.path / "config.json"
     family = family or family_of(checkpoint.config, where, checkpoint.family)
     config = family.text_config(checkpoint.config)
+    if checkpoint.opaque is not None and family.experts is None:
+        quantization_of(checkpoint.config, where)  # refuses it: no experts could be removed
     depth = size_in(config, family.depth, where)
     if depth is None:
         raise no_size(where, family.depth, config.get(family.depth))
@@ -49,7 +52,23 @@ def read_layout(checkpoint: Checkpoint, family: Family | None = None) -> Layout:
     tied = unsized.says_tied and not _has_own_head(unsized)
     layout = replace(unsized, vocab_size=vocab_size, widths=widths, tied=tied)
     _check(layout)
+    _check_experts(layout)
     return layout
+
+
+def _check_experts(layout: Layout) -> None:
+    """Check that config.json has as many experts as the tensors."""
+    if layout.family.experts is None or not layout.experts:
+        return
+    for key in EXPERT_KEYS:
+        if size_in(layout.config, key, layout.where, least=0) not in (None, layout.experts):
+            raise CheckpointError(
+                layout.where,
+                f"{key} is not the number of experts that the tensors have",
+                expected=layout.experts,
+                found=layout.config[key],
+                fix="check config.json",
+            )
 
 
 def _has_own_head(layout: Layout) -> bool:
@@ -71,10 +90,12 @@ def _lengths(layout: Layout, config: Mapping[str, Any], where: object) -> dict[s
     for name, role in layout.roles.items():
         for number, dim in enumerate(role.slot.dims):
             key = layout.key_of(dim)
-            if dim is None or key is None or key in found or role.scales:
+            if dim is None or key in (None, EXPERTS) or key in found or role.scales:
                 continue
             configured = size_in(config, "vocab_size" if key == VOCAB else key, where)
             shape = layout.checkpoint.tensors[name].shape
+            if role.opaque and configured is None:
+                raise no_size(where, key, None)
             in_tensor = (shape[number] if number < len(shape) else 0) // layout.unit(dim)
             found[key] = configured or in_tensor
     return found
@@ -88,6 +109,9 @@ def _check(layout: Layout) -> None:
     _check_complete(layout)
 
 
+_NAMES = {VOCAB: "vocab_size", EXPERTS: "number of experts"}
+
+
 def _check_tensor(layout: Layout, tensor: TensorRef) -> None:
     role = layout.roles[tensor.name]
     where = f"{tensor.path}: tensor {tensor.name}"
@@ -99,7 +123,9 @@ def _check_tensor(layout: Layout, tensor: TensorRef) -> None:
             found=list(tensor.shape),
             fix="use a checkpoint with all its weights",
         )
-    if tensor.dtype.startswith("F8_"):
+    if role.opaque:
+        pass  # its bytes are moved as they are
+    elif tensor.dtype.startswith("F8_"):
         check_weight(layout.checkpoint, tensor)
     elif tensor.dtype not in FLOATS and (role.slot.required and role.slot is not CARRIED):
         raise CheckpointError(
@@ -119,14 +145,14 @@ def _check_tensor(layout: Layout, tensor: TensorRef) -> None:
         )
     for number, dim in enumerate(role.slot.dims):
         key = layout.key_of(dim)
-        if dim is None or key is None:
+        if dim is None or key is None or (role.opaque and key != EXPERTS):
             continue
-        expected = (layout.vocab_size if key == VOCAB else layout.widths[key]) * layout.unit(dim)
-        fits = len(tensor.shape) == len(role.slot.dims)
-        if not fits or tensor.shape[number] != expected:
+        expected = layout.length(key) * layout.unit(dim)
+        fits = role.opaque or len(tensor.shape) == len(role.slot.dims)
+        if not fits or number >= len(tensor.shape) or tensor.shape[number] != expected:
             raise CheckpointError(
                 where,
-                f"shape contradicts config.json's {'vocab_size' if key == VOCAB else key}",
+                f"shape contradicts config.json's {_NAMES.get(key, key)}",
                 expected=f"{expected} on dimension {number}",
                 found=list(tensor.shape),
                 fix="check config.json",

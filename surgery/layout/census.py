@@ -1,12 +1,15 @@
-"""Parameters by group: vocabulary, FFN and the rest (paper section 3.1, eq. 1 to 3, figure 1)."""
+"""Parameters by group (paper section 3.1, eq. 1 to 3, figure 1); how routers spread tokens."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgery.errors import printable
-from surgery.families.schema import GROUPS
+import numpy as np
+
+from surgery.errors import StatsError, printable
+from surgery.families.schema import EXPERT, GROUPS
 from surgery.layout.layout import Layout
 from surgery.plot import saved_figure
+from surgery.stats.channel_stats import ChannelStats
 
 
 @dataclass(frozen=True)
@@ -89,3 +92,63 @@ def plot_census(census: Census, path: Path) -> None:
             f"{'tied' if census.tied else 'untied'} embeddings"
         )
         figure.legend(loc="outside lower center", ncols=len(census.groups), frameon=False)
+
+
+@dataclass(frozen=True)
+class RoutingCensus:
+    """How the routers of a model spread the tokens of a text over their experts."""
+
+    model: str
+    shares: dict[int, list[float]]
+    """Layer → the share of its tokens that went to each expert; a token goes to several."""
+    tokens: dict[int, int]
+    """Layer → tokens that its experts saw, each as often as it had an expert."""
+
+    @classmethod
+    def of(cls, stats: ChannelStats, model: str) -> "RoutingCensus":
+        """Read the shares from statistics; ``model`` is the name to print.
+
+        Raises:
+            StatsError: no layer has experts.
+        """
+        counts = {
+            layer: axes[EXPERT].tokens.sum(axis=0)
+            for layer, axes in enumerate(stats.layers)
+            if EXPERT in axes
+        }
+        if not counts:
+            raise StatsError(stats.where, "are of a model without experts", fix="leave them out")
+        shares = {layer: (n / max(1, n.sum())).tolist() for layer, n in counts.items()}
+        return cls(model, shares, {layer: int(n.sum()) for layer, n in counts.items()})
+
+    def table(self) -> str:
+        """The spread of each layer as text for people."""
+        rows = [
+            f"{self.model}: tokens by expert",
+            f"{'layer':>5}{'experts':>9}{'unused':>8}{'fewest':>9}{'most':>9}{'half go to':>12}",
+        ]
+        for layer, shares in self.shares.items():
+            ordered = np.sort(shares)[::-1]
+            half = int(np.searchsorted(np.cumsum(ordered), 0.5 * ordered.sum())) + 1
+            unused = int((ordered == 0).sum())
+            rows.append(
+                f"{layer:>5}{len(shares):>9}{unused:>8}{ordered[-1]:>9.2%}{ordered[0]:>9.2%}"
+                f"{half:>12}"
+            )
+        return "\n".join(rows)
+
+
+def plot_routing(routing: RoutingCensus, path: Path) -> None:
+    """Draw each expert's share of its layer's tokens, experts × layers, to the file ``path``.
+
+    Raises:
+        OutputError: as ``saved_figure``.
+    """
+    rows = np.array([sorted(shares, reverse=True) for shares in routing.shares.values()])
+    with saved_figure(path, 8, 0.8 + 4 * min(1, len(rows) / 24 + 0.3)) as figure:
+        axes = figure.subplots()
+        image = axes.imshow(100 * rows, aspect="auto", interpolation="nearest", vmin=0)
+        axes.set_yticks(range(len(rows)), list(map(str, routing.shares)))
+        axes.set(xlabel="experts of the layer, by their share", ylabel="layer")
+        axes.set_title(f"{Path(routing.model).name}: tokens by expert")
+        figure.colorbar(image, label="share of tokens (%)")

@@ -10,7 +10,7 @@ from typing import Any
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.fp8 import weight_of
 from surgery.errors import ADD_FAMILY, CheckpointError, FamilyError
-from surgery.families.schema import EXPERT, STACK, TIE_KEY, VOCAB, Dim, Family, Slot, template
+from surgery.families.schema import EXPERT, EXPERTS, TIE_KEY, VOCAB, Dim, Family, Slot, template
 from surgery.files.safetensors_header import TensorRef
 
 CARRIED = Slot("carried", "other")
@@ -35,7 +35,10 @@ class TensorRole:
     layer: int | None = None
     expert: int | None = None
     scales: bool = False
-    """Whether the tensor holds the scales of this FP8 weight; scales are not parameters."""
+    """Whether the tensor holds the scales of this weight, or what else is stored beside its codes;
+    scales are not parameters."""
+    opaque: bool = False
+    """Whether the tensor is part of a quantized weight that is only moved whole (``Opaque``)."""
 
     @property
     def dropped(self) -> bool:
@@ -68,9 +71,21 @@ class TensorRoles:
             FamilyError: the family has no such tensor.
             CheckpointError: it holds scales, but there is no FP8 weight for them.
         """
+        opaque = self.checkpoint.opaque
+        if opaque is not None:
+            stored = opaque.weight_of(tensor.name)
+            if stored is not None:
+                role = self._of_name(replace(tensor, name=stored[0]))
+                return replace(role, scales=stored[1], opaque=True)
+            role = self._of_name(tensor)
+            own_name = not opaque.codes or opaque.method == "compressed-tensors"
+            return replace(role, opaque=own_name and tensor.dtype not in FLOATS)
         weight = weight_of(self.checkpoint, tensor)
         if weight is not None:
             return replace(self.of(weight), scales=True)
+        return self._of_name(tensor)
+
+    def _of_name(self, tensor: TensorRef) -> TensorRole:
         for name in self.family.spellings(tensor.name):
             pattern, numbers = template(name)
             slot = self.family.by_name.get(pattern)
@@ -151,6 +166,8 @@ class Layout:
     """Whether lm_head and the embedding are one tensor, by config.json and by their values."""
     layers: tuple[int, ...] | None = None
     """Numbers of the layers whose parameters count; None means all layers."""
+    experts_left: int = 0
+    """How many of each layer's experts count; 0 means all experts."""
 
     def with_layers(self, groups: Sequence[Sequence[int]]) -> "Layout":
         """Return a layout where only the first layer of each group counts.
@@ -158,7 +175,17 @@ class Layout:
         ``groups`` are as in a plan. Other layers are removed, or merged into the first of their
         group. Without groups, all layers count.
         """
-        return replace(self, layers=tuple(group[0] for group in groups)) if groups else self
+        return self._counting(layers=tuple(group[0] for group in groups)) if groups else self
+
+    def with_experts(self, count: int) -> "Layout":
+        """Return a layout where only ``count`` experts of each layer count; 0 means all."""
+        return self._counting(experts_left=count) if count else self
+
+    def _counting(self, **changes: Any) -> "Layout":
+        """Return a layout of the same tensors, of which others count; they are matched once."""
+        made = replace(self, **changes)
+        made.__dict__.update(roles=self.roles, experts=self.experts)
+        return made
 
     @property
     def where(self) -> object:
@@ -235,9 +262,9 @@ class Layout:
         counts = [0]
         for name, role in self.roles.items():
             if role.slot.width == EXPERT:
-                packed = Dim(STACK) in role.slot.dims
                 shape = self.checkpoint.tensors[name].shape
-                counts.append(shape[0] if packed and shape else (role.expert or 0) + 1)
+                packed = role.slot.packed and shape
+                counts.append(shape[0] if packed else (role.expert or 0) + 1)
         return max(counts)
 
     def channels_of(self, axis: str) -> int:
@@ -258,7 +285,7 @@ class Layout:
         found: list[dict[str, int]] = [{} for _ in range(self.num_hidden_layers)]
         for role in self.roles.values():
             if role.slot.ffn_output and role.layer is not None and role.slot.width:
-                routed = role.expert is not None or Dim(STACK) in role.slot.dims
+                routed = role.slot.of_expert or role.slot.packed
                 found[role.layer][role.slot.width] = self.experts if routed else 1
         return tuple(found)
 
@@ -268,15 +295,24 @@ class Layout:
         return without_numbers([n for n, role in self.roles.items() if role.dropped])
 
     def axis_cost(self, key: str) -> int:
-        """Parameters that one row (VOCAB) or one channel of the width ``key`` costs."""
-        length = self.vocab_size if key == VOCAB else self.widths[key]
-        return self.weights[key] // length
+        """Parameters that one row (VOCAB), expert (EXPERTS) or channel of a width costs.
+
+        With ``with_experts``, a channel costs what it does in the experts that are left.
+        """
+        count = self.experts_left if key == EXPERTS else 0
+        return self.weights[key] // (count or self.length(key))
+
+    def length(self, key: str) -> int:
+        """Rows (VOCAB), experts of a layer (EXPERTS), or channels of a width, in the source."""
+        if key == VOCAB:
+            return self.vocab_size
+        return self.experts if key == EXPERTS else self.widths[key]
 
     def parameters(self, vocab_size: int, widths: Mapping[str, int]) -> int:
         """Parameters of the model with these sizes, tied embeddings counted once.
 
         The paper's eq. 1 and 2 are two of the terms: one row of the vocabulary costs D parameters
-        (2D if untied), one channel 3·L·D.
+        (2D if untied), one channel 3·L·D. The product of experts and channels is in ``axis_cost``.
         """
         return (
             self.groups.total()
@@ -289,27 +325,54 @@ class Layout:
         """Parameters per group of the census; their sum is ``parameters`` at the full sizes."""
         counts: Counter[str] = Counter()
         for tensor in self.counted:
-            counts[self.roles[tensor.name].slot.group] += tensor.parameters
+            counts[self.roles[tensor.name].slot.group] += self._count(tensor)
         return counts
 
+    def values_of(self, tensor: TensorRef) -> int:
+        """Return how many values a tensor holds; an element may hold several codes."""
+        opaque = self.checkpoint.opaque
+        if opaque is not None and self.roles[tensor.name].opaque:
+            return tensor.parameters * opaque.values_of(tensor.dtype)
+        return tensor.parameters
+
+    def shape_of(self, tensor: TensorRef) -> tuple[int, ...]:
+        """Return the shape that a tensor has in the unquantized model."""
+        role, opaque = self.roles[tensor.name], self.checkpoint.opaque
+        if opaque is not None and role.opaque and not role.scales:
+            return opaque.shape_of(tensor.shape, tensor.dtype)
+        return tensor.shape
+
+    def _count(self, tensor: TensorRef) -> int:
+        """Return the parameters of ``tensor`` in the experts that count."""
+        role, count = self.roles[tensor.name], self.values_of(tensor)
+        if self.experts_left and role.slot.counts_experts and self.family.experts:
+            return count * self.experts_left // self.experts
+        return count
+
     def key_of(self, dim: Dim | None) -> str | None:
-        """VOCAB, or config.json's key for the length of ``dim``; None where it is never pruned."""
-        if dim is None or dim.axis == STACK:
+        """VOCAB, EXPERTS, or config.json's key of a width; None where ``dim`` is never pruned."""
+        if dim is None:
             return None
         if dim.axis == VOCAB:
             return VOCAB
+        if dim.axis == EXPERTS:
+            return EXPERTS if self.family.experts else None
         width = self.family.widths.get(dim.axis)
         return width.key if width else None
 
     def unit(self, dim: Dim) -> int:
-        """Positions on the dimension per row (VOCAB) or per unit of its width in config.json."""
-        return dim.copies * (1 if dim.axis == VOCAB else self.times(dim.axis))
+        """Positions on the dimension per row (VOCAB), expert, or unit of its width."""
+        return dim.copies * (1 if dim.axis in (VOCAB, EXPERTS) else self.times(dim.axis))
 
     @cached_property
     def weights(self) -> Counter[str]:
-        """VOCAB, or key of a width → parameters of all tensors on that axis."""
+        """VOCAB, EXPERTS, or key of a width → parameters of all tensors on that axis."""
         found: Counter[str] = Counter()
         for tensor in self.counted:
-            for key in {self.key_of(dim) for dim in self.roles[tensor.name].slot.dims} - {None}:
-                found[str(key)] += tensor.parameters
+            slot = self.roles[tensor.name].slot
+            keys = {self.key_of(dim) for dim in slot.dims} - {None}
+            if slot.of_expert and self.family.experts:
+                keys.add(EXPERTS)
+            for key in keys:
+                found[str(key)] += self._count(tensor)
         return found

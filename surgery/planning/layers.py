@@ -17,8 +17,8 @@ GroupedLayers = Sequence[Sequence[int]]
 """For each layer of the output, the source's layers that it is made of; empty keeps all layers."""
 
 _SPEC = re.compile(r"\d{1,6}(-\d{1,6}|(\+\d{1,6})+)?(,\d{1,6}(-\d{1,6}|(\+\d{1,6})+)?)*")
-_NO_LAYERS = re.compile(r"_token_ids?$|^architectures$|^suppress_tokens$|^keys_to_ignore")
-"""Keys whose lists have no entry for each layer, whatever their length."""
+PLAIN_LISTS = re.compile(r"_token_ids?$|^architectures$|^suppress_tokens$|^keys_to_ignore")
+"""Keys whose lists have no entry for each layer or expert, whatever their length."""
 
 
 def parse_layers(text: str) -> list[list[int]]:
@@ -193,7 +193,7 @@ def layer_keys(
     known = {*changes, *(kind.key for kind in family.layer_rules)}
     for key, value in config.items():
         lists = isinstance(value, list) and len(value) == depth
-        if lists and key not in known and not _NO_LAYERS.search(key):
+        if lists and key not in known and not PLAIN_LISTS.search(key):
             raise FamilyError(
                 f"{where}: {key}",
                 "may have an entry for each layer; the table of families does not tell",

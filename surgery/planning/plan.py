@@ -60,6 +60,8 @@ class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Tied embeddings count once."""
     nbytes: int
     """Bytes of all tensors."""
+    experts: int = 0
+    """Routed experts of each layer that has some; 0 where none has."""
 
 
 class ChannelShares(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -88,6 +90,8 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the kept channels hold of the statistics; None where no channels are chosen."""
     layers_by_influence: bool = False
     """Whether the layers that are kept are those of largest block influence."""
+    expert_criterion: str | None = None
+    """Importance of an expert, a key of ``channels.EXPERT_CRITERIA``; None where all are kept."""
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -107,7 +111,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Added tokens with ids after the last row; they are kept after the last row."""
     kept_channels: list[dict[str, list[str]]]
     """For each layer of the output: channel axis → the channels to keep (``index_sets.encode``), an
-    entry for each expert. A dense FFN counts as one expert. Empty: none are chosen yet."""
+    entry for each kept expert. A dense FFN counts as one expert. Empty: none are chosen yet, or
+    all are kept."""
     dropped: list[str]
     """Tensors to remove, with ``{expert}`` for numbers: layers for multi-token prediction."""
     dequantize: bool
@@ -130,6 +135,9 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     untie: bool = False
     """Whether the source's lm_head differs from its embedding although its config.json ties them.
     The output's does not."""
+    kept_experts: list[str] = []
+    """For each layer of the output: the routed experts to keep (``index_sets.encode``), "" where it
+    has none. Empty: none are chosen yet, or all are kept."""
     format: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -163,8 +171,9 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def complete(self) -> bool:
-        """Whether the channels are chosen, so that the plan can be applied."""
-        return bool(self.kept_channels) or self.after.widths == self.before.widths
+        """Whether channels and experts are chosen, so that the plan can be applied."""
+        channels = bool(self.kept_channels) or self.after.widths == self.before.widths
+        return channels and (bool(self.kept_experts) or self.after.experts == self.before.experts)
 
     @property
     def base(self) -> str | None:
@@ -176,6 +185,27 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         kept = index_sets.decode(self.kept_tokens, self.before.vocab_size, "kept_tokens")
         return IdMap(kept, self.before.vocab_size, self.rowless_tokens)
 
+    def experts(self, layer: int) -> np.ndarray:
+        """Return the experts of ``layer``, numbered as in the output, to keep; ascending.
+
+        Raises:
+            PlanError: the plan lacks the layer, or keeps another number of experts.
+        """
+        if not self.kept_experts:
+            return np.arange(self.before.experts)
+        where = f"kept_experts of layer {layer}"
+        text = self.kept_experts[layer] if layer < len(self.kept_experts) else ""
+        kept = index_sets.decode(text, self.before.experts, where)
+        if len(kept) != self.after.experts:
+            raise PlanError(
+                where,
+                "does not match the rest of the plan",
+                expected=f"{self.after.experts} experts",
+                found=len(kept),
+                fix=MAKE_AGAIN,
+            )
+        return kept
+
     def channels(self, layer: int, axis: str, channels: int, experts: int = 1) -> list[np.ndarray]:
         """Return the channels of ``layer`` to keep, ascending, one array per expert.
 
@@ -183,7 +213,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             layer: Number of the layer in the output.
             axis: One of ``family.WIDTHS``.
             channels: Length of the axis in the source.
-            experts: How many experts the layer has on this axis.
+            experts: How many experts the layer keeps on this axis.
 
         Raises:
             PlanError: the plan lacks the layer, or has another number of experts.
@@ -207,6 +237,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         before, after = self.before, self.after
         sizes = [("vocab_size", before.vocab_size, after.vocab_size)]
         sizes += [(key, before.widths[key], after.widths[key]) for key in before.widths]
+        if after.experts != before.experts:
+            sizes.append(("experts of a layer", before.experts, after.experts))
         if self.layers:
             sizes.append(("layers", before.num_hidden_layers, after.num_hidden_layers))
         sizes.append(("parameters", before.parameters, after.parameters))
@@ -225,7 +257,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.dropped:
             rows.append(f"note: left out, for they only guess ahead: {', '.join(self.dropped)}")
         if not self.complete:
-            rows.append("note: sizes only; give `stats` to choose the channels and apply the plan")
+            rows.append("note: sizes only; give `stats` to choose what to keep and apply the plan")
         return "\n".join(rows)
 
     def channel_facts(self) -> list[dict[str, Any]]:

@@ -1,5 +1,8 @@
 """Make a plan from headers, sizes and statistics; no weights are read."""
 
+import math
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import TypeVar
@@ -7,29 +10,48 @@ from typing import TypeVar
 import numpy as np
 
 from surgery.checkpoint.checkpoint import same_weights
-from surgery.errors import StatsError
+from surgery.checkpoint.fp8 import opaque_matrices, weight_windows
+from surgery.errors import BudgetError, StatsError
 from surgery.families.schema import EXPERT
 from surgery.files import index_sets
 from surgery.files.model_files import ADAPTER_NAME
+from surgery.files.safetensors_header import TensorRef
+from surgery.hub.shards import Shards
 from surgery.layout.layout import Layout
 from surgery.planning.layers import check_layers, format_layers, kind_notes
 from surgery.planning.plan import ChannelShares, Plan, Provenance
 from surgery.planning.request import SizeChoice
-from surgery.planning.shapes import axis_lengths, blocks, check_blocks, shape_of
+from surgery.planning.shapes import (
+    KeptExperts,
+    axis_lengths,
+    blocks,
+    check_blocks,
+    check_experts,
+    expert_groups,
+    parameters_of,
+    shape_of,
+)
 from surgery.planning.sizes import TOLERANCE, Sizes, check_sizes, whole
 from surgery.stats.channel_stats import ChannelStats
 from surgery.stats.channels import (
+    AIMER,
     RANDOM,
     Kept,
     bucket_weights,
     choose_channels,
+    choose_experts,
+    expert_importance,
     kept_shares,
+    needs_stats,
     random_channels,
     too_few_tokens,
     unseen_experts,
 )
 from surgery.tokenizer.id_map import IdMap
 from surgery.vocabulary.cost import VocabularyCost
+
+SHOWN_EXPERTS = 8
+"""How many experts a note names."""
 
 
 def plan_cut(
@@ -57,35 +79,44 @@ def plan_cut(
     """
     sizes, channels = choice.sizes, choice.request.channels
     check_sizes(layout, sizes)
+    check_experts(layout, sizes.experts)
     check_blocks(layout, sizes)
     check_layers(layout, sizes.layers)
+    if sizes.experts == layout.experts:
+        sizes = replace(sizes, experts=0)
+    _check_repair(layout, sizes, channels.repair)
     ids = choice.rarity.id_map(sizes.vocab_size)
     notes = _notes(layout, choice, cost)
     kept_channels: list[dict[str, list[str]]] = []
     shares = None
     if stats is not None:
         check_stats(layout, stats)
+    experts_kept = kept_experts(layout, sizes, channels.expert_criterion, stats, ids)
+    if stats is not None:
         experts = layout.family.widths.get(EXPERT)
         if experts and sizes.widths.get(experts.key) != layout.widths.get(experts.key):
-            check_experts(stats, channels.min_expert_tokens)
+            check_tokens(stats, channels.min_expert_tokens, experts_kept)
         notes += _not_compared(layout, stats) + _approximations(stats, ids, channels.criterion)
-        if sizes.widths != layout.widths:
+        if sizes.widths != layout.widths or experts_kept:
             notes += _other_text(stats, ids) + _other_layers(sizes)
             if channels.criterion != RANDOM and (few := too_few_tokens(stats.info.tokens)):
                 notes.append(few)
+        if sizes.experts:
+            notes += _unseen(stats, channels.min_expert_tokens)
     if stats is not None or (channels.criterion == RANDOM and sizes.widths != layout.widths):
         kept = _kept_channels(layout, stats, ids, sizes, channels.criterion)
-        kept_channels = _encoded_channels(layout, sizes, kept)
-        shares = _shares(layout, stats, ids, sizes, kept)
+        kept_channels = _encoded_channels(layout, sizes, _of_experts(kept, experts_kept))
+        shares = _shares(layout, stats, ids, sizes, _without_experts(kept, experts_kept))
     return Plan(
         source=layout.checkpoint.source,
         fingerprint=layout.checkpoint.fingerprint,
         output=str(output.absolute()) if output else None,
         before=shape_of(layout, whole(layout)),
-        after=shape_of(layout, sizes),
+        after=shape_of(layout, sizes, experts_kept),
         kept_tokens=index_sets.encode(ids.kept, layout.vocab_size),
         rowless_tokens=choice.rarity.rowless,
         kept_channels=kept_channels,
+        kept_experts=_encoded_experts(layout, sizes, experts_kept),
         dropped=layout.dropped,
         dequantize=sizes.dequantize,
         untie=layout.unties,
@@ -103,8 +134,105 @@ def plan_cut(
             channel_shares=shares,
             layers_by_influence=bool(sizes.layers)
             and choice.request.sizes.num_hidden_layers is not None,
+            expert_criterion=channels.expert_criterion if sizes.experts else None,
         ),
     )
+
+
+def _check_repair(layout: Layout, sizes: Sizes, repair: str) -> None:
+    opaque = layout.checkpoint.opaque
+    if repair != "none" and opaque is not None and sizes.widths != layout.widths:
+        raise BudgetError(
+            "`repair`",
+            f"does not work with {opaque.method} weights",
+            fix="leave it out, or dequantize the checkpoint first",
+        )
+    if repair != "none" and sizes.experts and sizes.widths != layout.widths:
+        raise BudgetError(
+            "`repair`",
+            "does not work with removed experts: their tokens go to others, on which down_proj "
+            "was not fitted",
+            fix="leave it out, or keep all experts",
+        )
+
+
+def kept_experts(
+    layout: Layout,
+    sizes: Sizes,
+    criterion: str,
+    stats: ChannelStats | None,
+    ids: IdMap,
+) -> dict[int, np.ndarray]:
+    """Return layer of the source → the experts to keep; empty if none are removed or chosen."""
+    if not sizes.experts or (stats is None and needs_stats(criterion)):
+        return {}
+    layers = [layer for layer, axes in enumerate(layout.ffn_outputs) if EXPERT in axes]
+    groups = expert_groups(layout)
+    sums = {layer: stats.layers[layer][EXPERT] for layer in layers} if stats else {}
+    weights = bucket_weights(stats, ids) if stats else np.ones(1)
+    found = {}
+    with Shards.of(layout.checkpoint.path) as shards:
+        if criterion == AIMER:
+            refs = [ref for layer in layers for ref in _expert_matrices(layout, layer)]
+            shards.expect([{ref.path.name} for ref in refs])
+        for layer in layers:
+            if criterion == AIMER:
+                importance = -_aimer(layout, layer, shards)
+            else:
+                importance = expert_importance(
+                    criterion, sums.get(layer), weights, layout.experts, layer
+                )
+            found[layer] = choose_experts(importance, sizes.experts, groups)
+    return found
+
+
+def _aimer(layout: Layout, layer: int, shards: Shards) -> np.ndarray:
+    """Return ‖w‖₁ / (√N ‖w‖₂) of each expert's matrices, float64 ``[experts]``; reads them.
+
+    Source: arXiv 2603.18492, eq. 4, which removes the experts of the largest value.
+    """
+    sums = np.zeros((3, layout.experts))  # N, Σ|w| and Σw²
+    for ref in _expert_matrices(layout, layer):
+        role = layout.roles[ref.name]
+        total = math.prod(layout.shape_of(ref))
+        for first, values in _values(layout, ref, shards):
+            expert = role.expert or 0
+            if role.slot.packed:
+                expert = first * layout.experts // total
+            wide = values.astype(np.float64)
+            sums[:, expert] += len(wide), np.abs(wide).sum(), np.square(wide).sum()
+    count, absolute, square = sums
+    return absolute / np.sqrt(np.maximum(count * square, np.finfo(np.float64).tiny))
+
+
+def _values(layout: Layout, ref: TensorRef, shards: Shards) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the values of a weight in order, with the number of each window's first one."""
+    if not layout.roles[ref.name].opaque:
+        yield from weight_windows(layout.checkpoint, ref, shards)
+        return
+    first = 0
+    for matrix in opaque_matrices(layout.checkpoint, ref):
+        yield first, matrix.decode(shards).reshape(-1)
+        first += math.prod(matrix.shape)
+
+
+def _expert_matrices(layout: Layout, layer: int) -> list[TensorRef]:
+    """Return the tensors of a layer that hold its experts' matrices; their biases are none."""
+    return [
+        ref
+        for ref in layout.of_layer[layer].values()
+        if (slot := layout.roles[ref.name].slot).width == EXPERT
+        and len(layout.shape_of(ref)) == (3 if slot.packed else 2)
+    ]
+
+
+def _encoded_experts(layout: Layout, sizes: Sizes, kept: KeptExperts) -> list[str]:
+    """Return the experts to keep, as the plan holds them."""
+    if not kept:
+        return []
+    groups = sizes.layers or [[layer] for layer in range(layout.num_hidden_layers)]
+    none = np.zeros(0, dtype=np.int64)
+    return [index_sets.encode(kept.get(group[0], none), layout.experts) for group in groups]
 
 
 def _kept_channels(
@@ -117,6 +245,23 @@ def _kept_channels(
     if stats is None:
         return random_channels(_channel_sizes(layout), lengths, by_axis)
     return choose_channels(stats, ids, lengths, criterion, by_axis)
+
+
+def _of_experts(kept: Kept, experts: KeptExperts) -> Kept:
+    """Return ``kept`` without the entries of removed experts."""
+    found = [dict(axes) for axes in kept]
+    for layer, chosen in experts.items():
+        found[layer][EXPERT] = [kept[layer][EXPERT][expert] for expert in chosen]
+    return found
+
+
+def _without_experts(kept: Kept, experts: KeptExperts) -> Kept:
+    """Return ``kept`` with no channels of removed experts."""
+    found = [dict(axes) for axes in kept]
+    for layer, chosen in experts.items():
+        every = enumerate(kept[layer][EXPERT])
+        found[layer][EXPERT] = [own if n in chosen else own[:0] for n, own in every]
+    return found
 
 
 def _encoded_channels(layout: Layout, sizes: Sizes, kept: Kept) -> list[dict[str, list[str]]]:
@@ -190,13 +335,15 @@ def check_stats(layout: Layout, stats: ChannelStats) -> None:
         )
 
 
-def check_experts(stats: ChannelStats, least: int) -> None:
-    """Refuse to rank the channels of experts that saw too few tokens.
+def check_tokens(stats: ChannelStats, least: int, kept: KeptExperts) -> None:
+    """Refuse to rank the channels of kept experts that saw too few tokens.
 
     Raises:
         StatsError: an expert saw fewer than ``least``.
     """
-    few = unseen_experts(stats, least)
+    unseen = unseen_experts(stats, least)
+    stay = {n: np.intersect1d(few, kept.get(n, few)).tolist() for n, few in unseen.items()}
+    few = {layer: experts for layer, experts in stay.items() if experts}
     if few:
         layer = next(iter(few))
         raise StatsError(
@@ -214,8 +361,7 @@ def _notes(layout: Layout, choice: SizeChoice, vocabulary: VocabularyCost | None
     sizes, ratio = choice.sizes, choice.request.sizes.ratio
     notes = vocabulary.warnings() if vocabulary else []
     full = layout.parameters(layout.vocab_size, layout.widths)
-    left = layout.with_layers(sizes.layers).parameters(sizes.vocab_size, sizes.widths)
-    reached = 1 - left / full
+    reached = 1 - parameters_of(layout, sizes) / full
     if ratio is not None and abs(reached - ratio) > TOLERANCE:
         notes.append(f"the steps of the sizes reach {reached:.1%}, not {ratio:.1%}")
     notes += kind_notes(layout, sizes.layers) if sizes.layers else []
@@ -226,7 +372,9 @@ def _notes(layout: Layout, choice: SizeChoice, vocabulary: VocabularyCost | None
             "model fails on text with them"
         )
     if sizes.dequantize:
-        notes.append("FP8 weights become bf16, in which each has two bytes instead of one")
+        opaque = layout.checkpoint.opaque
+        what = "FP8 weights" if opaque is None else f"{opaque.method} weights"
+        notes.append(f"{what} become bf16, in which each has two bytes")
     if (layout.checkpoint.path / ADAPTER_NAME).exists():
         notes.append(
             f"the adapter beside the weights ({ADAPTER_NAME}) is not in the output, and the "
@@ -239,6 +387,16 @@ def _notes(layout: Layout, choice: SizeChoice, vocabulary: VocabularyCost | None
             "which whatever loads the output has to know"
         )
     return notes
+
+
+def _unseen(stats: ChannelStats, least: int) -> list[str]:
+    """Return a note on experts that saw too few tokens to be ranked well."""
+    few = unseen_experts(stats, least)
+    if not few:
+        return []
+    named = [f"expert {expert} of layer {layer}" for layer, some in few.items() for expert in some]
+    shown = ", ".join(named[:SHOWN_EXPERTS]) + (" and others" if named[SHOWN_EXPERTS:] else "")
+    return [f"{len(named)} experts saw fewer than {least} tokens: {shown}"]
 
 
 def _not_compared(layout: Layout, stats: ChannelStats) -> list[str]:

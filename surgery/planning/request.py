@@ -10,7 +10,7 @@ from surgery.errors import BudgetError, DataError, OptionError, TokenizerError, 
 from surgery.layout.layout import Layout
 from surgery.planning.layers import check_layers, layers_by_influence, parse_layers
 from surgery.planning.plan import HUB_NAME
-from surgery.planning.shapes import blocks
+from surgery.planning.shapes import blocks, check_experts, expert_choices
 from surgery.planning.sizes import (
     MULTIPLE_OF,
     TOLERANCE,
@@ -22,9 +22,10 @@ from surgery.planning.sizes import (
     parse_target,
     split,
     steps,
+    vocabulary_first,
     whole,
 )
-from surgery.stats.channels import RANDOM, ChannelOptions
+from surgery.stats.channels import RANDOM, ChannelOptions, needs_stats
 from surgery.tokenizer.tokenizer_file import TokenizerFile
 from surgery.vocabulary.order import (
     Rarity,
@@ -38,7 +39,7 @@ from surgery.vocabulary.order import (
 )
 from surgery.vocabulary.scripts import check_script
 
-VOCABULARY, CHANNELS, LAYERS = PARTS = ("vocabulary", "channels", "layers")
+VOCABULARY, CHANNELS, EXPERTS, LAYERS = PARTS = ("vocabulary", "channels", "experts", "layers")
 """What a ratio can be taken from."""
 
 
@@ -65,6 +66,8 @@ class SizeRequest:
     """Layers to keep or to merge, such as "0-20,21+22+23,24-29"."""
     num_hidden_layers: int | None = None
     """How many layers to keep, those of the largest block influence."""
+    num_experts: int | None = None
+    """E': routed experts of each layer to keep."""
     only: str | Sequence[str] = ()
     """What the ratio is taken from, of ``PARTS``; empty is the vocabulary and the channels."""
 
@@ -94,6 +97,11 @@ class SizeRequest:
         return self.num_hidden_layers is not None or LAYERS in self.parts
 
     @property
+    def removes_experts(self) -> bool:
+        """Whether whole experts are removed."""
+        return self.num_experts is not None or EXPERTS in self.parts
+
+    @property
     def by_rule(self) -> bool:
         """Whether the rule of thumb splits the ratio between the vocabulary and the channels."""
         splits = not self.parts or {VOCABULARY, CHANNELS} <= set(self.parts)
@@ -117,7 +125,13 @@ def _check_parts(request: SizeRequest) -> None:
         check_choice("only", part, PARTS)
     others = set(request.parts) - {LAYERS}
     by_layers = request.layers is not None or request.num_hidden_layers is not None
+    experts = EXPERTS in request.parts
     for wrong, problem, fix in (
+        (
+            experts and (CHANNELS in request.parts or request.num_experts is not None),
+            f"{EXPERTS} goes with {VOCABULARY} alone, not with a number of experts",
+            "give `num_experts`, and name the other parts",
+        ),
         (request.ratio is None, "has no effect without `ratio`", "give `ratio`, or leave it out"),
         (request.names_sizes, "and sizes exclude each other", "give one or the other"),
         (
@@ -163,10 +177,11 @@ class SizeChoice:
     """The request that led to them."""
 
     def needs_statistics(self, layout: Layout) -> bool:
-        """Whether channels or layers of ``layout`` are chosen by what a text shows."""
-        by_text = self.request.channels.criterion != RANDOM
-        removes_channels = dict(self.sizes.widths) != dict(layout.widths)
-        return self.request.sizes.ranks_layers or (removes_channels and by_text)
+        """Whether channels, experts or layers of ``layout`` are chosen by what a text shows."""
+        channels = self.request.channels
+        by_text = channels.criterion != RANDOM and dict(self.sizes.widths) != dict(layout.widths)
+        experts_by_text = bool(self.sizes.experts) and needs_stats(channels.expert_criterion)
+        return self.request.sizes.ranks_layers or by_text or experts_by_text
 
 
 def choose_sizes(
@@ -207,8 +222,10 @@ def choose_sizes(
             "has no effect where the whole vocabulary is kept",
             fix="leave it out, or let `ratio` or `vocab_size` remove rows",
         )
-    sizes = _split(layout, target, fixed, rarity.must_keep, layers)
-    sizes = replace(sizes, dequantize=target.dequantize, layers=layers)
+    left = layout.with_layers(layers)
+    experts = _chosen_experts(target, layout, left)
+    sizes = _split(layout, target, fixed, rarity.must_keep, left.with_experts(experts))
+    sizes = replace(sizes, dequantize=target.dequantize, layers=layers, experts=experts)
     return SizeChoice(rarity, sizes, tokenizer, request)
 
 
@@ -267,28 +284,80 @@ def _split(
     target: SizeRequest,
     fixed: FixedSizes,
     smallest: int,
-    layers: list[list[int]],
+    left: Layout,
 ) -> Sizes:
-    """Return the sizes; a ratio counts the removed layers, and chooses what is not fixed."""
-    steps, ratio, left = allowed_steps(layout, target), target.ratio, layout
+    """Return the sizes; a ratio counts what ``left`` lacks, and chooses what is not fixed.
+
+    ``left`` has the layers and experts that are kept.
+    """
+    steps, ratio = allowed_steps(layout, target), target.ratio
     if fixed.vocab_size is not None and len(fixed.widths) == len(layout.widths):
         return Sizes(fixed.vocab_size, {key: fixed.widths[key] for key in layout.widths})
     assert ratio is not None  # else all sizes are fixed
-    if layers:
-        left = layout.with_layers(layers)
+    if left is not layout:
         full, rest = (each.parameters(layout.vocab_size, layout.widths) for each in (layout, left))
         if abs(rest / full - (1 - ratio)) <= TOLERANCE and not target.names_sizes:
             return whole(layout)
         if rest < (1 - ratio) * full:
+            removed = ["layers"] * (left.layers is not None) + ["experts"] * bool(left.experts_left)
             raise BudgetError(
                 "`ratio`",
-                "is less than the removed layers take alone",
+                f"is less than the removed {' and '.join(removed)} take alone",
                 expected=f"at least {1 - rest / full:.4f}",
                 found=ratio,
-                fix="keep more layers, or choose a higher ratio",
+                fix="keep more of them, or choose a higher ratio",
             )
         ratio = 1 - (1 - ratio) * full / rest
     return split(left, ratio, smallest, steps, fixed)
+
+
+def _chosen_experts(target: SizeRequest, layout: Layout, left: Layout) -> int:
+    """Return the experts of a layer to keep, as in ``Sizes``; ``left`` has the kept layers.
+
+    Raises:
+        BudgetError: the routers cannot choose among so many, or the ratio cannot be met by experts.
+    """
+    count = target.num_experts
+    if count is not None:
+        if count < 1:
+            raise BudgetError(
+                "`num_experts`", "is below 1", expected="at least 1", found=count, fix="keep some"
+            )
+        check_experts(layout, count)
+    elif EXPERTS in target.parts:
+        count = experts_at(layout, left, target.ratio or 0.0, VOCABULARY in target.parts)
+    return 0 if count == layout.experts else count or 0
+
+
+def experts_at(layout: Layout, left: Layout, ratio: float, shares: bool = False) -> int:
+    """Return how many experts to keep, so that the ratio is met as nearly as whole ones can.
+
+    Args:
+        layout: The source.
+        left: The source without removed layers.
+        ratio: Share of all parameters to remove.
+        shares: Whether the vocabulary takes its share of it, by ``vocabulary_first``.
+
+    Raises:
+        BudgetError: experts do not hold so much, or less than half of one is to go.
+    """
+    full, now = (each.parameters(layout.vocab_size, layout.widths) for each in (layout, left))
+    limit = wanted = now - (1 - ratio) * full
+    choices, cost = expert_choices(layout), left.axis_cost(EXPERTS)
+    most, step = (layout.experts - choices[0]) * cost, choices.step * cost
+    if shares:
+        wanted -= vocabulary_first(left, wanted)
+        choices = choices[-int(limit // step) - 1 :]  # the rest comes from the vocabulary
+    elif not step / 2 <= wanted <= most + step / 2:
+        share = (full - now) / full
+        raise BudgetError(
+            "`ratio`",
+            "cannot be met by whole experts",
+            expected=f"{share + step / full:.4f} to {share + most / full:.4f}",
+            found=ratio,
+            fix="choose another ratio, or other parts with `only`",
+        )
+    return min(choices, key=lambda count: abs((layout.experts - count) * cost - wanted))
 
 
 def allowed_steps(layout: Layout, target: SizeRequest) -> Steps:
@@ -349,12 +418,12 @@ def _fixed_sizes(request: CutRequest, layout: Layout) -> FixedSizes:
     widths, vocab_size = _given_widths(target, layout), target.vocab_size
     if target.ratio is None:
         others = target.layers or target.num_hidden_layers or target.dequantize or drops
-        if not (target.names_sizes or others):
+        if not (target.names_sizes or others or target.num_experts is not None):
             raise BudgetError(
                 "sizes",
                 "nothing says how much to remove",
                 fix="give `ratio`, such as 0.2, or a size to keep, such as `vocab_size`, "
-                "`intermediate_size` or `num_hidden_layers`",
+                "`intermediate_size`, `num_experts` or `num_hidden_layers`",
             )
         if vocab_size is None and not drops:
             vocab_size = layout.vocab_size
@@ -373,6 +442,16 @@ def _fixed_sizes(request: CutRequest, layout: Layout) -> FixedSizes:
     if target.multiple_of or target.target:
         _check_steps(layout, fixed, _steps(target))
     return fixed
+
+
+def _given_experts(count: int, layout: Layout) -> int:
+    """Return the experts to keep, as in ``Sizes``."""
+    if count < 1:
+        raise BudgetError(
+            "`num_experts`", "is below 1", expected="at least 1", found=count, fix="keep some"
+        )
+    check_experts(layout, count)
+    return 0 if count == layout.experts else count
 
 
 def _given_widths(target: SizeRequest, layout: Layout) -> dict[str, int]:

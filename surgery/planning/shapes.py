@@ -1,4 +1,4 @@
-"""Shapes, parameters and bytes of an output, from headers alone; FP8 blocks are kept whole."""
+"""Shapes and bytes of an output from headers alone; what FP8 blocks and routers allow."""
 
 import math
 from collections.abc import Mapping
@@ -8,10 +8,17 @@ import numpy as np
 
 from surgery.checkpoint.fp8 import scale_grid
 from surgery.errors import BudgetError, PlanError
-from surgery.families.schema import VOCAB
+from surgery.families.schema import (
+    EXPERT_KEYS,
+    EXPERTS,
+    GROUP_KEYS,
+    PER_TOKEN_KEYS,
+    VOCAB,
+)
 from surgery.files.index_sets import MAKE_AGAIN
 from surgery.files.safetensors_header import ITEMSIZE, TensorRef
-from surgery.layout.layout import Layout
+from surgery.layout.layout import Layout, TensorRole, size_in
+from surgery.planning.layers import PLAIN_LISTS
 from surgery.planning.plan import Shape
 from surgery.planning.sizes import Sizes
 
@@ -45,13 +52,14 @@ def check_blocks(layout: Layout, sizes: Sizes) -> None:
             ``dequantize`` is asked of a checkpoint without FP8.
     """
     if sizes.dequantize:
-        if layout.checkpoint.quantization is None:
+        if layout.checkpoint.quantization is None and layout.checkpoint.opaque is None:
             raise BudgetError(
                 "`dequantize`",
                 "has no effect: the checkpoint is not quantized",
                 fix="leave it out",
             )
         return
+    _check_opaque(layout, sizes)
     found = blocks(layout)
     if VOCAB in found and sizes.vocab_size != layout.vocab_size:
         raise BudgetError(
@@ -73,6 +81,34 @@ def check_blocks(layout: Layout, sizes: Sizes) -> None:
             )
 
 
+def _check_opaque(layout: Layout, sizes: Sizes) -> None:
+    """Refuse to prune anything but whole experts and layers of weights that are moved as they are.
+
+    Raises:
+        BudgetError: naming the size.
+    """
+    opaque = layout.checkpoint.opaque
+    if opaque is None:
+        return
+    carried = {
+        layout.key_of(dim)
+        for role in layout.roles.values()
+        if role.opaque
+        for dim in role.slot.dims
+    }
+    given = {VOCAB: (sizes.vocab_size, layout.vocab_size)}
+    given |= {key: (size, layout.widths[key]) for key, size in sizes.widths.items()}
+    for key, (size, full) in given.items():
+        if key in carried and size != full:
+            raise BudgetError(
+                "`vocab_size`" if key == VOCAB else key,
+                f"cannot change: its weights are {opaque.method}, and are only moved whole",
+                expected=full,
+                found=size,
+                fix=f"remove experts or layers instead; or {DEQUANTIZE}",
+            )
+
+
 def whole_blocks(indices: np.ndarray, block: int, where: str) -> np.ndarray:
     """Return the ascending numbers of the blocks that the ascending ``indices`` are made of.
 
@@ -90,20 +126,157 @@ def whole_blocks(indices: np.ndarray, block: int, where: str) -> np.ndarray:
     return numbers
 
 
+def expert_groups(layout: Layout) -> int:
+    """Return the number of groups in which a token chooses experts; 1 where there are none.
+
+    Raises:
+        BudgetError: config.json has groups that the model's router does not know.
+    """
+    return _groups(layout)[0]
+
+
+def _groups(layout: Layout) -> tuple[int, int, int]:
+    """Return the number of groups, how many of them a token chooses, and a group's least experts.
+
+    Raises:
+        BudgetError: config.json has groups that the model's router does not know, or groups that
+            are not of the same size.
+    """
+    experts, config, where = layout.family.experts, layout.config, layout.where
+    found = {key: size_in(config, key, where, least=0) or 1 for key in GROUP_KEYS if key in config}
+    groups = experts.groups if experts else None
+    if groups is None:
+        for key, count in found.items():
+            if count > 1:
+                raise _cannot_follow(f"{where}: {key}", "names groups of experts", count)
+        return 1, 1, experts.least if experts else 1
+    own = found.pop("n_group", groups.count or 1)
+    chosen = size_in(config, "topk_group", where, least=0) or groups.chosen or 1
+    if layout.experts % own:
+        raise _cannot_follow(f"{where}: n_group", "does not divide the experts", own)
+    return own, min(chosen, own), groups.least
+
+
+def _cannot_follow(where: str, problem: str, found: object) -> BudgetError:
+    fix = "keep all experts"
+    return BudgetError(
+        where, f"{problem}, which experts cannot be removed from", found=found, fix=fix
+    )
+
+
+def check_experts(layout: Layout, count: int) -> None:
+    """Refuse a number of experts that the model's router cannot choose among.
+
+    Raises:
+        BudgetError: ``count`` is out of reach, or config.json ties experts to something unknown.
+    """
+    if count in (0, layout.experts):
+        return
+    full = layout.experts
+    choices = expert_choices(layout)
+    if count not in choices:
+        groups = choices.step
+        step = f" in steps of {groups}, for as many in each group" if groups > 1 else ""
+        raise BudgetError(
+            "`num_experts`",
+            f"is out of reach: a token goes to {_per_token(layout)}",
+            expected=f"{choices.start} to {full}{step}",
+            found=count,
+            fix="choose a number in this range",
+        )
+    _check_unknown_lists(layout)
+
+
+def expert_choices(layout: Layout) -> range:
+    """Return the numbers of experts that the model's router can choose among.
+
+    Each group keeps as many, and the groups that a token chooses must hold the experts it goes to.
+
+    Raises:
+        BudgetError: config.json ties experts to something unknown, or the model has none.
+    """
+    experts, full = layout.family.experts, layout.experts
+    if experts is None or not full:
+        raise BudgetError(
+            "`num_experts`",
+            "cannot change: the model has no routed experts"
+            if not full
+            else "cannot change: the table of families has no entry for this model's experts",
+            fix="leave it out",
+        )
+    groups, chosen, least = _groups(layout)
+    smallest = groups * max(least, -(-_per_token(layout) // chosen))
+    return range(min(smallest, full), full + 1, groups)
+
+
+def _per_token(layout: Layout) -> int:
+    experts, config = layout.family.experts, layout.config
+    found: list[int] = []
+    for key in PER_TOKEN_KEYS:
+        value = config.get(key)
+        for each in value if isinstance(value, list) else [value]:
+            found += [size_in({key: each}, key, layout.where) or 0]
+    default = experts.per_token if experts else None
+    if not max(found, default=0) and default is None:
+        raise _cannot_follow(f"{layout.where}: {PER_TOKEN_KEYS[0]}", "is missing", None)
+    return max(found, default=0) or default or 1
+
+
+def _check_unknown_lists(layout: Layout) -> None:
+    """Refuse config.json if a list of it may have an entry for each expert."""
+    rules = (rule.key for rule in layout.family.layer_rules or ())
+    known = {*EXPERT_KEYS, *PER_TOKEN_KEYS, *rules}
+    for key, value in layout.config.items():
+        if key in known or PLAIN_LISTS.search(key) or not isinstance(value, list | dict):
+            continue
+        of_experts = isinstance(value, list) and len(value) == layout.experts
+        named = "expert" in key and len(value) > 1
+        if (of_experts or named) and len(value) != layout.num_hidden_layers:
+            where = f"{layout.where}: {key}"
+            raise _cannot_follow(
+                where, "may have an entry for each expert", f"{len(value)} entries"
+            )
+
+
 def output_shape(layout: Layout, tensor: TensorRef, sizes: Sizes) -> tuple[int, ...]:
     """Return the shape of ``tensor`` under ``sizes``; scales follow their weight."""
     role, fp8 = layout.roles[tensor.name], layout.checkpoint.quantization
+    shape = list(tensor.shape)
+    if role.opaque and sizes.dequantize:
+        shape = list(layout.shape_of(tensor))
+    elif role.opaque:
+        count = sizes.experts if role.slot.packed else 0
+        return (count, *tensor.shape[1:]) if count else tensor.shape
     if role.scales and fp8 is not None:
         weight = layout.checkpoint.tensors[fp8.weight_of(tensor.name)]
         rows, columns = output_shape(layout, weight, sizes)
         return scale_grid((rows, columns), fp8.block_shape)
-    shape = list(tensor.shape)
     for number, dim in enumerate(role.slot.dims):
         key = layout.key_of(dim)
         if dim is not None and key is not None:
-            length = sizes.vocab_size if key == VOCAB else sizes.widths[key]
-            shape[number] = length * layout.unit(dim)
+            shape[number] = _length(layout, key, sizes) * layout.unit(dim)
     return tuple(shape)
+
+
+def _length(layout: Layout, key: str, sizes: Sizes) -> int:
+    if key == VOCAB:
+        return sizes.vocab_size
+    return sizes.experts or layout.experts if key == EXPERTS else sizes.widths[key]
+
+
+KeptExperts = Mapping[int, np.ndarray]
+"""Layer of the source → its kept experts, ascending."""
+
+
+def keeps(role: TensorRole, sizes: Sizes, kept: KeptExperts) -> bool:
+    """Whether the output has the expert that a tensor belongs to, if it belongs to one.
+
+    Where no experts are chosen yet, any are as good: the first of each layer.
+    """
+    if not (sizes.experts and role.slot.of_expert and role.layer is not None):
+        return True
+    experts, expert = kept.get(role.layer), role.expert or 0
+    return expert < sizes.experts if experts is None else bool(np.isin(expert, experts))
 
 
 def output_dtype(layout: Layout, tensor: TensorRef, sizes: Sizes) -> str | None:
@@ -114,24 +287,34 @@ def output_dtype(layout: Layout, tensor: TensorRef, sizes: Sizes) -> str | None:
     is_removed = sizes.layers and all(role.layer != group[0] for group in sizes.layers)
     if is_removed and role.layer is not None:
         return None
-    is_fp8 = layout.checkpoint.scales_of(tensor) is not None
-    return "BF16" if is_fp8 and sizes.dequantize else tensor.dtype
+    quantized = role.opaque or layout.checkpoint.scales_of(tensor) is not None
+    return "BF16" if quantized and sizes.dequantize else tensor.dtype
 
 
-def shape_of(layout: Layout, sizes: Sizes) -> Shape:
-    """Predict sizes, parameters and bytes of ``layout`` once it has ``sizes``."""
+def shape_of(layout: Layout, sizes: Sizes, kept: KeptExperts | None = None) -> Shape:
+    """Predict sizes, parameters and bytes of ``layout`` once it has ``sizes``.
+
+    ``kept`` are the kept experts, where they are chosen.
+    """
     nbytes = 0
     for tensor in layout.checkpoint.tensors.values():
         dtype = output_dtype(layout, tensor, sizes)
-        if dtype is not None:
+        if dtype is not None and keeps(layout.roles[tensor.name], sizes, kept or {}):
             nbytes += math.prod(output_shape(layout, tensor, sizes)) * ITEMSIZE[dtype]
     return Shape(
         sizes.vocab_size,
         dict(sizes.widths),
         len(sizes.layers) or layout.num_hidden_layers,
-        layout.with_layers(sizes.layers).parameters(sizes.vocab_size, sizes.widths),
+        parameters_of(layout, sizes),
         nbytes,
+        sizes.experts or layout.experts,
     )
+
+
+def parameters_of(layout: Layout, sizes: Sizes) -> int:
+    """Return the parameters of ``layout`` once it has ``sizes``."""
+    left = layout.with_layers(sizes.layers).with_experts(sizes.experts)
+    return left.parameters(sizes.vocab_size, sizes.widths)
 
 
 def axis_lengths(layout: Layout, widths: Mapping[str, int]) -> dict[str, int]:

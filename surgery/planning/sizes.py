@@ -122,6 +122,8 @@ class Sizes:
     """Whether FP8 weights become bf16, with twice the bytes and no blocks to keep whole."""
     layers: Sequence[Sequence[int]] = ()
     """As in a plan; empty keeps all layers."""
+    experts: int = 0
+    """E': routed experts of each layer to keep; 0 keeps all."""
 
 
 @dataclass(frozen=True)

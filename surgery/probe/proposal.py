@@ -20,7 +20,7 @@ from surgery.families.blocks import (
     router,
     transposed,
 )
-from surgery.families.schema import EXPERT, FFN, SHARED, STACK, Dim, Family, Slot, Width
+from surgery.families.schema import EXPERT, EXPERTS, FFN, SHARED, Dim, Family, Slot, Width
 from surgery.probe.evidence import (
     AxisLength,
     AxisUse,
@@ -151,7 +151,7 @@ def _map(evidence: Evidence, use: AxisUse, common: Mapping[str, Any], at: str) -
     axes: list[Dim | str | None] = [None] * len(found.shape)
     axes[use.dim] = channels if use.copies > 1 else common["axis"]
     if found.stacked:
-        axes[0] = STACK
+        axes[0] = EXPERTS
     block = "packed" if found.stacked else common["block"]
     piece = [_single(Slot(found.name, "ffn", tuple(axes), block=block, ffn_output=use.out))]
     if not found.stacked and not use.out:

@@ -27,8 +27,11 @@ MAX_BYTES = 1 << 33
 
 DTYPES = {"<f8": "F64", "<i8": "I64"}
 PARTS = ("sum_sq", "sum_abs", "tokens", "sum_l2", "weight_norm")
+ROUTED_PARTS = ("sum_gate", "sum_norm", "sum_norm_sq", "sum_added", "sum_added_sq")
 COSINES = "cosines"
-ARRAY = re.compile(rf"layers\.(0|[1-9][0-9]{{0,4}})\.({'|'.join(WIDTHS)})\.({'|'.join(PARTS)})")
+ARRAY = re.compile(
+    rf"layers\.(0|[1-9][0-9]{{0,4}})\.({'|'.join(WIDTHS)})\.({'|'.join(PARTS + ROUTED_PARTS)})"
+)
 
 
 class StatsInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -63,6 +66,26 @@ class StatsInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 @dataclass(frozen=True, eq=False)
+class RoutedSums:
+    """Sums over what the routed experts of a layer put out, each float64 ``[buckets, experts]``.
+
+    f is an expert's output for a token and g the weight that the router gives it. Where g scales
+    the expert's input, as in Llama 4, f has it already and is not multiplied by g again.
+    """
+
+    sum_gate: np.ndarray
+    """Σ g."""
+    sum_norm: np.ndarray
+    """Σ ‖f‖."""
+    sum_norm_sq: np.ndarray
+    """Σ ‖f‖²."""
+    sum_added: np.ndarray
+    """Σ g‖f‖."""
+    sum_added_sq: np.ndarray
+    """Σ g²‖f‖²."""
+
+
+@dataclass(frozen=True, eq=False)
 class AxisSums:
     """Sums over the input of down_proj on one channel axis of one layer."""
 
@@ -76,12 +99,34 @@ class AxisSums:
     """float64 ``[experts, I]``: Σ over windows of the norm √(Σ act²) over the window's tokens."""
     weight_norm: np.ndarray
     """float64 ``[experts, I]``: the norm of each channel's column of down_proj."""
+    routed: RoutedSums | None = None
+    """Of routed experts."""
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, np.ndarray], prefix: str = "") -> "AxisSums":
+        """Gather the arrays whose names begin with ``prefix``.
+
+        Raises:
+            KeyError: one is missing.
+        """
+        routed = None
+        if any(prefix + part in arrays for part in ROUTED_PARTS):
+            routed = RoutedSums(*(arrays[prefix + part] for part in ROUTED_PARTS))
+        found = (arrays[prefix + part] for part in PARTS)
+        sum_sq, sum_abs, tokens, sum_l2, weight_norm = found
+        return cls(sum_sq, sum_abs, tokens, sum_l2, weight_norm, routed)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the arrays by name."""
+        found: dict[str, np.ndarray] = {part: getattr(self, part) for part in PARTS}
+        if self.routed is not None:
+            found |= {part: getattr(self.routed, part) for part in ROUTED_PARTS}
+        return found
 
     @property
     def finite(self) -> bool:
         """Whether every sum is a finite number."""
-        real = (self.sum_sq, self.sum_abs, self.sum_l2, self.weight_norm)
-        return all(bool(np.isfinite(each).all()) for each in real)
+        return all(bool(np.isfinite(each).all()) for each in self.arrays().values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,8 +159,8 @@ class ChannelStats:
         }
         for layer, axes in enumerate(self.layers):
             for axis, sums in axes.items():
-                for part in PARTS:
-                    arrays[f"layers.{layer}.{axis}.{part}"] = getattr(sums, part)
+                for part, array in sums.arrays().items():
+                    arrays[f"layers.{layer}.{axis}.{part}"] = array
         metadata = {KEY: msgspec.json.encode(self.info).decode()}
         save_arrays(Path(path), arrays, metadata)
 
@@ -232,7 +277,7 @@ def _layers(arrays: dict[str, np.ndarray], path: Path) -> list[dict[str, AxisSum
         axes.setdefault(int(match[1]), set()).add(match[2])
     return [
         {
-            axis: AxisSums(*(arrays[f"layers.{layer}.{axis}.{part}"] for part in PARTS))
+            axis: AxisSums.of(arrays, f"layers.{layer}.{axis}.")
             for axis in sorted(axes.get(layer, ()))
         }
         for layer in range(max(axes, default=-1) + 1)
@@ -250,8 +295,17 @@ def _check_sums(sums: AxisSums, buckets: int, where: str) -> None:
             found=found,
             fix=AGAIN,
         )
+    routed = {part: array for part, array in sums.arrays().items() if part in ROUTED_PARTS}
+    if any(array.shape != shape[:2] for array in routed.values()):
+        raise StatsError(
+            where,
+            "arrays have different shapes",
+            expected=list(shape[:2]),
+            found=[array.shape for array in routed.values()],
+            fix=AGAIN,
+        )
     real = (sums.sum_sq, sums.sum_abs, sums.sum_l2, sums.weight_norm)
-    _check_dtypes(where, np.float64, *real)
+    _check_dtypes(where, np.float64, *real, *routed.values())
     _check_dtypes(where, np.int64, sums.tokens)
     if not sums.finite:
         raise StatsError(where, "has a sum that is not finite", fix=AGAIN)
@@ -356,12 +410,14 @@ def _add(total: ChannelStats, other: ChannelStats, path: Path) -> ChannelStats:
 def _add_sums(one: AxisSums, other: AxisSums, path: Path) -> AxisSums:
     if not np.allclose(one.weight_norm, other.weight_norm, rtol=NORM_TOLERANCE, atol=0):
         raise _refused(path, "has other weights", "the same norms", "others", SAME_MODEL)
-    return AxisSums(
-        one.sum_sq + other.sum_sq,
-        one.sum_abs + other.sum_abs,
-        one.tokens + other.tokens,
-        one.sum_l2 + other.sum_l2,
-        one.weight_norm,
+    mine, theirs = one.arrays(), other.arrays()
+    if mine.keys() != theirs.keys():
+        raise _refused(path, "has no sums of the experts' outputs", None, None, "calibrate again")
+    return AxisSums.of(
+        {
+            part: array if part == "weight_norm" else array + theirs[part]
+            for part, array in mine.items()
+        }
     )
 
 

@@ -1,19 +1,24 @@
-"""Which FFN channels to keep: statistics → importance → the best I' of each layer."""
+"""Which FFN channels and experts to keep: statistics → importance → the best of each layer."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from surgery.errors import check_choice, check_least
+from surgery.errors import StatsError, check_choice, check_least
 from surgery.families.schema import EXPERT, WIDTHS
-from surgery.stats.channel_stats import AxisSums, ChannelStats
+from surgery.stats.channel_stats import AxisSums, ChannelStats, RoutedSums
 from surgery.tokenizer.id_map import IdMap
 
 DEFAULT_CRITERION = "common-act2"
 
 RANDOM = "random"
 """The criterion that needs no statistics."""
+
+AIMER = "aimer"
+"""The criterion of experts that needs their weights, but no statistics."""
+
+DEFAULT_EXPERT_CRITERION = "reap"
 
 LEAST_TOKENS = 16
 """An expert's channels are not ranked by fewer tokens than this."""
@@ -41,10 +46,13 @@ class ChannelOptions:
     """Fewest tokens routed to an expert for its channels to be ranked."""
     repair: str = "none"
     """"none", or "least-squares": down_proj is refitted to the kept channels."""
+    expert_criterion: str = DEFAULT_EXPERT_CRITERION
+    """Importance of an expert, a key of ``EXPERT_CRITERIA``."""
 
     def __post_init__(self) -> None:
         check_choice("criterion", self.criterion, CRITERIA)
         check_choice("repair", self.repair, REPAIRS)
+        check_choice("expert_criterion", self.expert_criterion, EXPERT_CRITERIA)
         check_least("min_expert_tokens", self.min_expert_tokens, 0)
 
 
@@ -107,6 +115,74 @@ CRITERIA: dict[str, Criterion] = {
 - ``l2``: first stage of 2SSP (arXiv 2501.17771): the norm √(Σ act²) over a window's tokens, mean
   over windows. Here it is the sum over windows, which gives the same order of channels.
 """
+
+ExpertCriterion = Callable[[np.ndarray, RoutedSums, np.ndarray], np.ndarray]
+"""(tokens float64 ``[experts]``, sums, weights float64 ``[buckets]``) → importance ``[experts]``.
+Tokens and sums count by the weight of their bucket, so that removed tokens count nothing."""
+
+
+def _mean(total: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    return np.divide(total, tokens, out=np.zeros_like(total), where=tokens > 0)
+
+
+EXPERT_CRITERIA: dict[str, ExpertCriterion | None] = {
+    DEFAULT_EXPERT_CRITERION: lambda tokens, sums, weights: _mean(weights @ sums.sum_added, tokens),
+    "man": lambda tokens, sums, weights: _mean(weights @ sums.sum_norm, tokens),
+    "msan": lambda tokens, sums, weights: _mean(weights @ sums.sum_norm_sq, tokens),
+    "frequency": lambda tokens, sums, weights: tokens,
+    "gate": lambda tokens, sums, weights: weights @ sums.sum_gate,
+    AIMER: None,
+    "random": None,
+}
+"""Importance of a routed expert, over the tokens that the router sends to it and that the
+vocabulary keeps; None needs no statistics. f is the expert's output, g the router's weight for it.
+
+- ``reap``: the mean of g‖f‖ (arXiv 2510.13999, eq. 9).
+- ``man`` and ``msan``: the means of ‖f‖ and of ‖f‖² (arXiv 2606.15716).
+- ``frequency``: how many tokens there are; ``gate``: Σ g.
+- ``aimer``: −‖w‖₁ / (√N ‖w‖₂) over the N weights w of an expert's matrices, without a text
+  (arXiv 2603.18492, eq. 4): of weights of one size alike, an expert says least.
+- ``random``: seeded random numbers.
+
+An expert without tokens has importance 0.
+"""
+
+
+def needs_stats(criterion: str) -> bool:
+    """Whether experts are chosen by statistics."""
+    return EXPERT_CRITERIA[criterion] is not None
+
+
+def choose_experts(importance: np.ndarray, count: int, groups: int) -> np.ndarray:
+    """Return the ascending numbers of the ``count`` most important experts, of each group as many.
+
+    Of equal experts, the first are kept. Groups are neighbours.
+    """
+    size = len(importance) // groups
+    order = np.argsort(-importance.reshape(groups, size), axis=1, kind="stable")
+    chosen = np.sort(order[:, : count // groups], axis=1)
+    return (chosen + np.arange(groups)[:, None] * size).reshape(-1)
+
+
+def expert_importance(
+    criterion: str, sums: AxisSums | None, weights: np.ndarray, experts: int, layer: int
+) -> np.ndarray:
+    """Return the importance of each expert of a layer, float64 ``[experts]``.
+
+    Raises:
+        StatsError: the statistics lack the sums of the experts' outputs.
+    """
+    rule = EXPERT_CRITERIA[criterion]
+    if rule is None or sums is None:
+        return np.random.default_rng([layer]).random(experts)
+    if sums.routed is None:
+        raise StatsError(
+            f"layer {layer}: {EXPERT}",
+            "has no sums of the experts' outputs",
+            fix="calibrate again, or choose experts at `expert_criterion` random",
+        )
+    return rule(weights @ sums.tokens, sums.routed, weights)
+
 
 Kept = list[dict[str, list[np.ndarray]]]
 """Per layer: channel axis → per expert the ascending indices of the kept channels."""

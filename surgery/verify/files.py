@@ -292,6 +292,11 @@ def _check_sizes(layout: Layout, plan: Plan) -> list[str]:
     depth, after = layout.family.depth, plan.after
     found = {"vocab_size": layout.vocab_size, depth: layout.num_hidden_layers, **layout.widths}
     expected = {"vocab_size": after.vocab_size, depth: after.num_hidden_layers, **after.widths}
+    if after.experts:
+        found, expected = (
+            {**sizes, "experts": count}
+            for sizes, count in ((found, layout.experts), (expected, after.experts))
+        )
     return [] if found == expected else [f"expected {expected}, found {found}"]
 
 

@@ -65,7 +65,7 @@ class Origin:
         data = read_json(path)
         if name == "config.json":
             family = family_of(data, path, self.plan.family)
-            changes = config_changes(self.plan, family)
+            changes = config_changes(self.plan, family, family.text_config(data))
             data = rewrite_config(data, family, self.ids, changes, path)
         elif not self.ids.identity:
             data = rewrite_document(path, self.tokens, self.ids)

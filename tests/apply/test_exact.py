@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from surgery.api import apply_plan
-from surgery.apply.edits import kept_channels
+from surgery.apply.edits import kept_parts
 from tests.support import tiny
 from tests.support.command import Run
 from tests.support.contents import bits, weights
@@ -45,7 +45,7 @@ def test_kept_values_are_bit_identical(tmp_path: Path, dtype: torch.dtype, shard
     apply_plan(plan, source=source, output=tmp_path / "out", jobs=2)
     old, new = weights(source), weights(tmp_path / "out")
     rows = plan.ids().kept
-    kept = kept_channels(plan, layout_of(source))
+    kept = [part.channels for part in kept_parts(plan, layout_of(source))]
     assert list(old) == list(new)
     for name, tensor in old.items():
         channels = kept[int(name.split(".")[2]) if "layers" in name else 0]["ffn"][0]

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from surgery.api import apply_plan
-from surgery.apply.edits import kept_channels
+from surgery.apply.edits import kept_parts
 from surgery.planning.plan import Plan
 from surgery.stats.channel_stats import PARTS, ChannelStats
 from tests.support import tiny
@@ -90,7 +90,7 @@ def test_each_expert_keeps_the_channels_that_its_own_tokens_use(
     source, stats = tiny.save(tmp_path / "source", MOE), tmp_path / "stats.safetensors"
     calibrated(run, source, text, stats)
     run("plan", source, "--stats", stats, *SIZES, "--criterion", "act2", "-o", tmp_path / "p.json")
-    kept = kept_channels(Plan.load(tmp_path / "p.json"), layout_of(source))
+    kept = [part.channels for part in kept_parts(Plan.load(tmp_path / "p.json"), layout_of(source))]
     from calib.text.windows import token_windows
     from surgery.text.documents import read_documents
     from surgery.tokenizer.tokenizer_file import load_tokenizer
@@ -170,7 +170,7 @@ def test_layers_that_guess_ahead_are_left_out_and_said_to_be(
     assert run("verify", out, "--forward").exit_code == 0
     assert_equals_masked_dense(source, out, made, key)
     sizes = [o for k, n in made.after.widths.items() for o in ("--width", f"{k}={n}")]
-    said = run("plan", source, "--vocab-size", 512, *sizes, "-o", plan)
+    said = run("plan", source, "--vocab-size", 512, *sizes, "-o", plan, "--force")
     assert "left out, for they only guess ahead: " in said.output
     assert "model.layers.3.eh_proj.weight" in said.output
 
@@ -228,7 +228,8 @@ def test_every_tensor_is_used_exactly_once(tmp_path: Path) -> None:
 
 def test_widths_are_named_by_their_keys(tmp_path: Path, run: Run) -> None:
     source = tiny.save(tmp_path / "source", "qwen2_moe")
-    plan = ("plan", source, "--vocab-size", 512, "-o", tmp_path / "plan.json")
+    file = tmp_path / "plan.json"
+    plan = ("plan", source, "--vocab-size", 512, "--force", "-o", file)
     for options, words in (
         (("--width", "nothing=3"), ("--width", "moe_intermediate_size", "found nothing=3")),
         (("--width", "moe_intermediate_size"), ("is no width of this model",)),
@@ -248,7 +249,10 @@ def test_widths_are_named_by_their_keys(tmp_path: Path, run: Run) -> None:
     made = Plan.load(tmp_path / "plan.json")
     assert made.after.widths == {**made.before.widths, "intermediate_size": 48}
     several = tiny.save(tmp_path / "several", "llama4_text")
-    result = run("plan", several, "--vocab-size", 512, "--intermediate-size", 32, "-o", plan[-1])
+    result = run(
+        *("plan", several, "--vocab-size", 512, "--intermediate-size", 32),
+        *("--force", "-o", plan[-1]),
+    )
     assert result.exit_code == 0
     assert Plan.load(plan[-1]).after.widths["intermediate_size_mlp"] == 96
 
@@ -295,8 +299,8 @@ def test_names_without_the_first_word_are_known(
     layout = layout_of(source)
     widths = [o for k, n in layout.widths.items() for o in ("--width", f"{k}={n // 2}")]
     out = tmp_path / "out"
-    sizes = ("--vocab-size", 512, *widths)
-    result = run("prune", source, "--data", text, "--seq-len", 64, *sizes, "-o", out)
+    sizes = ("--vocab-size", 512, *widths, *(("--seq-len", 64) if widths else ()))
+    result = run("prune", source, "--data", text, *sizes, "-o", out)
     assert result.exit_code == 0, result.output
     assert run("verify", out, "--forward").exit_code == 0
     assert set(weights(out)) == set(layout.checkpoint.tensors)
@@ -330,12 +334,12 @@ def test_a_ratio_between_two_steps_of_the_experts_takes_the_nearer(
     config = MIXTURES["Qwen3-30B-A3B"]
     source = write_tokenizer(write_headers_only(tmp_path / "source", config), config)
     for ratio, width, note in ((0.3, 512, "reach 31.7%, not 30.0%"), (0.47, 384, "")):
-        result = run("plan", source, "--ratio", ratio, "-o", tmp_path / "plan.json")
+        result = run("plan", source, "--ratio", ratio, "-o", tmp_path / "plan.json", "--force")
         assert result.exit_code == 0, result.output
         made = Plan.load(tmp_path / "plan.json")
         assert made.after.widths["moe_intermediate_size"] == width
         assert note in result.output
         assert ("note: the steps" in result.output) == bool(note)
-    beyond = run("plan", source, "--ratio", 0.99, "-o", tmp_path / "plan.json")
+    beyond = run("plan", source, "--ratio", 0.99, "-o", tmp_path / "plan.json", "--force")
     assert beyond.exit_code == 2
     assert "cannot be met by sizes in steps of 128 and 128" in beyond.output

@@ -20,11 +20,11 @@ from calib.streaming.settings import PassSettings
 from calib.streaming.weights import WeightReader
 from surgery.api import apply_plan
 from surgery.apply.companions import pruned_config
-from surgery.apply.edits import Edit, Scaling, edits, kept_channels
+from surgery.apply.edits import Edit, Scaling, edits, kept_parts
 from surgery.apply.shard import WINDOW_BYTES, edit_windows, stream_edit
 from surgery.config.rewrite import dequantized_config
 from surgery.errors import PlanError
-from surgery.families.schema import Dim
+from surgery.families.schema import WIDTHS, Dim
 from surgery.families.table import family_of
 from surgery.files.model_files import INDEX_NAME
 from surgery.files.safetensors_header import read_header
@@ -73,14 +73,14 @@ def plan_of(path: Path, vocab_size: int, share: float, *, dequantize: bool, step
 
 def taken(layout: Layout, plan: Plan, tensors: fp8.Tensors) -> fp8.Tensors:
     """What the plan leaves of ``tensors``: the rows and columns of the weights that it keeps."""
-    kept = kept_channels(plan, layout)
+    kept = [part.channels for part in kept_parts(plan, layout)]
     found = {}
     for name, tensor in tensors.items():
         role = layout.roles[name]
         for number, dim in enumerate(role.slot.dims):
             if dim == Dim("vocab"):
                 tensor = tensor[torch.from_numpy(plan.ids().kept)]
-            elif dim is not None and role.layer is not None:
+            elif dim is not None and dim.axis in WIDTHS and role.layer is not None:
                 chosen = torch.from_numpy(kept[role.layer][dim.axis][role.expert or 0])
                 if role.scales:
                     chosen = chosen[:: fp8.BLOCK] // fp8.BLOCK
@@ -138,7 +138,7 @@ def test_whole_blocks_go_and_codes_and_scales_stay_as_they_are(
     found, layout = weights(out), layout_of(path)
     assert_same(found, taken(layout, plan, weights(path)))
     assert_sizes_are_as_predicted(out, plan)
-    for axes in kept_channels(plan, layout):
+    for axes in (part.channels for part in kept_parts(plan, layout)):
         for chosen in (chosen for of_axis in axes.values() for chosen in of_axis):
             starts = chosen[:: fp8.BLOCK]
             assert not (starts % fp8.BLOCK).any()
@@ -353,7 +353,7 @@ def test_dequantize_alone_cuts_nothing(qwen3: Path, tmp_path: Path, run: Run) ->
 
 def test_ratio_keeps_whole_blocks(tmp_path: Path, run: Run) -> None:
     path = fp8.save(tmp_path / "model", block=48, intermediate_size=768, hidden_size=64)
-    ratio = ("--ratio", 0.3, "--multiple-of", 16, "-o", tmp_path / "plan.json")
+    ratio = ("--ratio", 0.3, "--multiple-of", 16, "-o", tmp_path / "plan.json", "--force")
     assert run("plan", path, *ratio).exit_code == 0
     after = Plan.load(tmp_path / "plan.json").after
     assert after.widths["intermediate_size"] % 48 == 0

@@ -128,7 +128,7 @@ def test_notes_and_tables_have_flags(llama: Path, tmp_path: Path, run: Run) -> N
     sizes = ("--vocab-size", 512, "--intermediate-size", 64)
     result = run("plan", llama, *sizes, "-o", tmp_path / "plan.json")
     assert "note: --data shows how much longer text becomes" in result.stdout
-    assert "note: sizes only; give --stats to choose the channels" in result.stdout
+    assert "note: sizes only; give --stats to choose what to keep" in result.stdout
 
 
 def test_an_error_has_its_parts() -> None:

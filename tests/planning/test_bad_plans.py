@@ -100,7 +100,7 @@ CASES = [
     Case("plan predicts other bytes", plan_key("after", nbytes=1), APPLY,
          ("plan", "nbytes", "found 1", "plan again")),
     Case("plan without statistics", plan_key(None, kept_channels=[]), APPLY,
-         ("plan", "channels are not chosen", "--stats")),
+         ("plan", "are not chosen", "--stats")),
     Case("plan without a place", nothing, "apply plan.json", ("plan.json", "no output", "-o DIR")),
 ]  # fmt: skip
 

@@ -71,7 +71,7 @@ CASES = [
         Case(f"only {only}", nothing, f"plan model --only {only} -o new.json", ("--only", *words))
         for only, words in (
             ("vocabulary", ("no effect without --ratio",)),
-            ("rows --ratio 0.2", ("expected vocabulary, channels, layers", "found 'rows'")),
+            ("rows --ratio 0.2", ("vocabulary, channels, experts, layers", "found 'rows'")),
             (f"channels --ratio 0.2 {SIZES}", ("and sizes exclude each other",)),
             ("layers,channels --ratio 0.2", ("layers goes with no other part",)),
             ("layers --ratio 0.2", ("needs statistics",)),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery.apply.edits import kept_channels
+from surgery.apply.edits import kept_parts
 from surgery.planning.plan import Plan
 from surgery.planning.planner import plan_cut
 from surgery.planning.request import CutRequest, SizeRequest, choose_sizes
@@ -27,7 +27,7 @@ def test_channels_are_those_that_apply_keeps(key: str, layers: str | None, tmp_p
     request = CutRequest(SizeRequest(widths=widths, layers=layers))
     plan = plan_cut(layout, choose_sizes(layout, request), stats)
     facts = plan.channel_facts()
-    kept = kept_channels(plan, layout)
+    kept = [part.channels for part in kept_parts(plan, layout)]
     weights = bucket_weights(stats, plan.ids())
     assert len(facts) == len(kept) == plan.after.num_hidden_layers
     for number, (entry, expected) in enumerate(zip(facts, kept, strict=True)):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.config.rewrite import token_references
 from surgery.errors import SurgeryError, UnknownTypeError
-from surgery.families.schema import EXPERT, FFN, Dim, Family, Wrapper
+from surgery.families.schema import EXPERT, EXPERTS, FFN, Dim, Family, Wrapper
 from surgery.families.table import FAMILIES, family_of
 from surgery.files.safetensors_header import Header, TensorRef
 from surgery.layout.build import read_layout
@@ -56,11 +56,14 @@ def evaluated(proposal: Proposal) -> Any:
 
 
 def axes(layout: Layout) -> dict[str, Any]:
-    """Tensor → what its dimensions carry, whether its input is recorded; halves equal pairs."""
+    """Tensor → what its dimensions carry, whether its input is recorded; halves equal pairs.
+
+    Proposals keep all experts: how a router chooses does not show in names and shapes.
+    """
 
     def follows(dim: Dim | None) -> Any:
         key = layout.key_of(dim)
-        return (key, layout.unit(dim)) if dim and key else None
+        return (key, layout.unit(dim)) if dim and key and key != EXPERTS else None
 
     found = {}
     for name, role in layout.roles.items():

@@ -300,3 +300,21 @@ def test_spilled_states_are_never_in_memory(
     result = run(name, model, *more[name], *rest, *planned, *output, "--spill", spill)
     assert result.exit_code == 0, (result.output, result.exception)
     assert not list(spill.iterdir())
+
+
+def test_experts_are_compared_where_they_are_named(tmp_path: Path, run: Run) -> None:
+    source, text = tiny.save(tmp_path / "model", "qwen3_moe", num_experts=8), tmp_path / "t.txt"
+    text.write_text(tiny.prose(20_000))
+    take: list[Any] = ["--data", text, "--samples", 4, "--seq-len", 32, "--windows", 2]
+    take += ["--ratio", 0.2, "--multiple-of", 4]
+    names = "reap,man,msan,frequency,gate,aimer,random-experts"
+    found = run("compare", source, *take, "--methods", names, "--json")
+    assert found.exit_code == 0, found.output
+    rows = next(iter(json.loads(found.stdout).values()))
+    assert [row["name"] for row in rows] == ["dense", *names.split(",")]
+    assert [row["experts"] for row in rows] == [8] + [5] * 7
+    shown = run("compare", source, *take, "--methods", "reap,act2")
+    assert "experts" in shown.output
+    dense = run("compare", tiny.save(tmp_path / "llama"), *take, "--methods", "reap")
+    assert dense.exit_code == 2
+    assert "no routed experts" in dense.output

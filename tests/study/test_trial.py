@@ -12,16 +12,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calib.scoring.score import score_windows
+from calib.statistics.calibrate import Calibration, take_statistics
 from calib.streaming.settings import PassSettings
 from calib.study.repair import _entries, refit_hook
+from calib.study.study import Candidate, Study
 from calib.study.text import StudyText
 from calib.study.trial import Trial, Variant, try_all
 from calib.text.heldout import BLOCK_CHARACTERS, EVERY, LEAST_BLOCKS, Words, split_documents
 from surgery.api import apply_plan
-from surgery.apply.edits import kept_channels
+from surgery.apply.edits import kept_parts
 from surgery.planning.plan import Plan
+from surgery.planning.planner import plan_cut
 from surgery.planning.replacement import ReplacementWriter
+from surgery.planning.request import CutRequest, SizeChoice
 from surgery.planning.shapes import axis_lengths
+from surgery.planning.sizes import whole
+from surgery.stats.channels import ChannelOptions
 from surgery.tokenizer.tokenizer_file import load_tokenizer
 from surgery.verify.files import verify_files
 from surgery.vocabulary.order import open_vocabulary, rarity_of
@@ -53,7 +59,7 @@ def try_plan(
         plan.ids(),
         axis_lengths(layout, plan.after.widths),
         repair=repair,
-        kept=dict(enumerate(kept_channels(plan, layout))),
+        kept=dict(enumerate(part.channels for part in kept_parts(plan, layout))),
     )
     size = plan.after.vocab_size
     calibration_pass = study_text.calibration_pass(size, refits=repair)
@@ -80,6 +86,35 @@ def test_a_trial_is_what_apply_writes(tmp_path: Path, key: str, repair: bool) ->
     if repair:
         apply_plan(plan, source=path, output=tmp_path / "plain")
         assert bits != pytest.approx(bits_of(tmp_path / "plain", study_text), rel=1e-6)
+
+
+@pytest.mark.parametrize("criterion", ["reap", "aimer", "random"])
+@pytest.mark.parametrize("key", ["qwen3_moe", "gpt_oss", "llama4_text"])
+def test_a_trial_without_experts_is_what_apply_writes(
+    tmp_path: Path, key: str, criterion: str
+) -> None:
+    path = tiny.save(tmp_path / "model", key, num_local_experts=8)
+    study_text = study_text_of(path)
+    layout = study_text.layout
+    sizes = replace(whole(layout), experts=5)
+    candidate = Candidate("fewer", sizes, retokenize=False, expert_criterion=criterion)
+    study = Study(study_text, SETTINGS)
+    (row,) = study.rows([candidate])
+    assert row.experts == 5
+    stats = take_statistics(
+        Calibration(
+            layout,
+            study_text.calibration_pass(640).streams[0].windows,
+            *(64, np.zeros(640, dtype=np.int64), [640], SETTINGS),
+        )
+    )
+    request = CutRequest(channels=ChannelOptions(expert_criterion=criterion))
+    plan = plan_cut(layout, SizeChoice(study_text.rarity, sizes, None, request), stats)
+    apply_plan(plan, source=path, output=tmp_path / "out")
+    nbytes = sum(len(text.encode("utf-8")) for text in study_text.heldout)
+    expected = bits_of(tmp_path / "out", study_text) / nbytes
+    assert row.bits_per_byte == pytest.approx(expected, rel=1e-5)
+    assert row.parameters == plan.after.parameters
 
 
 def test_several_trials_do_not_disturb_each_other(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def bits(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def snapshot(directory: Path) -> dict[str, bytes]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from calib.streaming.batches import Tokens
+from calib.streaming.batches import Routed, Tokens
 from surgery.families.schema import EXPERT
 from surgery.layout.layout import Layout
 from surgery.tokenizer.tokenizer_file import load_tokenizer
@@ -33,6 +33,13 @@ class FullLoad:
     """Per layer: channel axis → float64 ``(experts, I)``, of the columns of its down_proj."""
     ids: torch.Tensor
     """int64 ``(windows, tokens)`` that are running."""
+    outputs: list[list[tuple[int, Tokens, Routed]]]
+    """Per layer: (expert, its tokens, what it puts out for them) as they came."""
+    scores: torch.Tensor | None = None
+    """What Llama 4's router gave last."""
+
+    def router(self, _: Any, __: Any, output: Any) -> None:
+        self.scores = output[0]
 
     def dense(self, layer: int, axis: str) -> Any:
         return lambda _, inputs: self.activations[layer][axis].append(
@@ -44,6 +51,10 @@ class FullLoad:
             for expert, tokens, act in expert_activations(module, *inputs, *named.values()):
                 shown = (expert, Tokens.at(self.ids, tokens), act)
                 self.activations[layer][EXPERT].append(shown)
+            for expert, tokens, routed in expert_outputs(
+                module, self.scores, *inputs, *named.values()
+            ):
+                self.outputs[layer].append((expert, Tokens.at(self.ids, tokens), routed))
 
         return hook
 
@@ -66,6 +77,7 @@ def hooked(path: Path, key: str, windows: Sequence[np.ndarray]) -> FullLoad:
         [0.0] * depth,
         [{} for _ in range(depth)],
         torch.empty(0),
+        [[] for _ in range(depth)],
     )
     modules = dict(model.named_modules())
     for layer, tensors in enumerate(layout.of_layer):
@@ -77,6 +89,8 @@ def hooked(path: Path, key: str, windows: Sequence[np.ndarray]) -> FullLoad:
         prefix = name_in(modules, f"{layout.family.layers}.{layer}.")
         modules[prefix.rstrip(".")].register_forward_hook(found.whole(layer), with_kwargs=True)
         for name, module in modules.items():
+            if name.startswith(prefix) and name.endswith("feed_forward.router"):
+                module.register_forward_hook(found.router)
             if name.startswith(prefix) and name.endswith(".experts"):
                 module.register_forward_pre_hook(found.routed(layer), with_kwargs=True)
                 inner = (
@@ -135,6 +149,27 @@ def expert_activations(
             act = module._apply_gate(gate_up)
         if len(tokens):
             yield expert, tokens, act
+
+
+@torch.no_grad()
+def expert_outputs(
+    module: Any, scores: Any, hidden: torch.Tensor, index: Any = None, weights: Any = None
+) -> Iterator[tuple[int, torch.Tensor, Routed]]:
+    """(expert, tokens, output) as the library's own code computes it for one expert at a time."""
+    if index is None:  # Llama 4: the router's scores have scaled the experts' input
+        outputs = module.forward(hidden).view(module.num_experts, -1, hidden.shape[-1])
+        for expert, rows in enumerate(hidden.view(*outputs.shape)):
+            tokens = rows.abs().sum(-1).nonzero().flatten()
+            gate = scores[tokens, expert]
+            yield expert, tokens, Routed(outputs[expert, tokens], gate, torch.ones_like(gate))
+        return
+    for expert in range(module.num_experts):
+        rank, tokens = (expert == index.T).nonzero(as_tuple=True)  # in the library's order
+        if len(tokens):
+            alone, ones = torch.full((len(tokens), 1), expert), torch.ones(len(tokens), 1)
+            output = module.forward(hidden[tokens], alone, ones)
+            gate = weights[tokens, rank]
+            yield expert, tokens, Routed(output, gate, gate)
 
 
 def full_load_bits(path: Path, key: str, texts: Sequence[str]) -> float:

@@ -1,16 +1,18 @@
 """Plans with channels chosen by chance, and the dense model that each must equal."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from surgery.apply.edits import kept_channels
+from surgery.apply.edits import kept_parts
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.families.schema import EXPERT, STACK, Dim
+from surgery.families.schema import EXPERT, Dim
 from surgery.layout.build import read_layout
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
@@ -45,7 +47,13 @@ def random_stats(layout: Layout, seed: int = 0) -> ChannelStats:
 
 
 def random_plan(
-    path: Path, vocab_size: int, widths: int | Mapping[str, int] | float, seed: int = 0
+    path: Path,
+    vocab_size: int,
+    widths: int | Mapping[str, int] | float,
+    seed: int = 0,
+    *,
+    experts: int = 0,
+    layers: Sequence[Sequence[int]] = (),
 ) -> Plan:
     """Plan a cut of ``path`` to ``widths``: one for all, one each, or a share of each."""
     layout = layout_of(path)
@@ -53,30 +61,36 @@ def random_plan(
         widths = {key: max(1, round(widths * size)) for key, size in layout.widths.items()}
     elif isinstance(widths, int):
         widths = dict.fromkeys(layout.widths, widths)
-    return plan_to(layout, Sizes(vocab_size, widths), random_stats(layout, seed))
+    sizes = Sizes(vocab_size, widths, layers=layers, experts=experts)
+    return plan_to(layout, sizes, random_stats(layout, seed))
 
 
 def plan_to(layout: Layout, sizes: Sizes, stats: ChannelStats | None) -> Plan:
-    """Plan a cut to ``sizes``, channels by all tokens alike."""
-    request = CutRequest(channels=ChannelOptions(criterion="act2"))
+    """Plan a cut to ``sizes``, channels by all tokens alike, experts by chance."""
+    channels = ChannelOptions(criterion="act2", expert_criterion="random")
+    request = CutRequest(channels=channels)
     return plan_cut(layout, SizeChoice(rarity_of(layout), sizes, request=request), stats)
 
 
 def masked_dense(source: Path, plan: Plan, output: Path) -> Path:
-    """Copy ``source`` with zeros where the removed channels go into each down_proj."""
+    """Copy ``source`` with zeros where the removed channels go into each down_proj.
+
+    Removed experts have zeros everywhere in it; ``without_experts`` keeps routers from them.
+    """
     layout = layout_of(source)
-    kept = kept_channels(plan, layout)
+    kept = kept_parts(plan, layout)
     shutil.copytree(source, output)
     for file in sorted(output.glob("*.safetensors")):
         tensors = load_file(file)
         for name, tensor in tensors.items():
             place = layout.roles[name]
             if place.slot.ffn_output and place.layer is not None and place.slot.width:
-                chosen = kept[place.layer][place.slot.width]
-                dim = place.slot.dims.index(Dim(place.slot.width))
-                parts = tensor if Dim(STACK) in place.slot.dims else [tensor]
-                dim -= Dim(STACK) in place.slot.dims
-                first = place.expert or 0 if place.slot.width == EXPERT else 0
+                axis = place.slot.width
+                chosen = kept[place.layer].of_source(axis, layout.experts)
+                dim = place.slot.dims.index(Dim(axis))
+                parts = tensor if place.slot.packed else [tensor]
+                dim -= place.slot.packed
+                first = place.expert or 0 if axis == EXPERT else 0
                 for number, part in enumerate(parts):
                     gone = np.setdiff1d(np.arange(part.shape[dim]), chosen[first + number])
                     part.index_fill_(dim, torch.from_numpy(gone), 0)
@@ -84,9 +98,51 @@ def masked_dense(source: Path, plan: Plan, output: Path) -> Path:
     return output
 
 
+def without_experts(model: Any, plan: Plan, source: Path) -> None:
+    """Let the routers of ``model`` choose none of the experts that ``plan`` removes.
+
+    Logits of removed experts are −inf, and so are their correction biases.
+    """
+    layout = layout_of(source)
+    for layer, kept in enumerate(kept_parts(plan, layout)):
+        gone = [e for e in range(layout.experts) if e not in kept.experts]
+        if not len(kept.experts) or not gone:
+            continue
+        prefix = f"{layout.family.layers}.{layer}."
+        inside = [(n, m) for n, m in model.named_modules() if prefix in f"{n}."]
+        (router,) = (m for n, m in inside if is_router(n, m, layout.experts))
+        router.forward = with_masked_logits(router.forward, gone)
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if prefix in name and name.endswith(("correction_bias", "expert_bias")):
+                tensor.data[..., gone] = float("-inf")
+
+
+def is_router(name: str, module: Any, experts: int) -> bool:
+    weight = getattr(module, "weight", None)
+    named = name.rpartition(".")[2] in ("gate", "router", "wg")
+    return named and weight is not None and weight.shape[0] == experts
+
+
+def with_masked_logits(forward: Any, gone: list[int]) -> Any:
+    linear = torch.nn.functional.linear
+
+    def masked(*inputs: Any) -> torch.Tensor:
+        logits = linear(*inputs)
+        logits[..., gone] = float("-inf")
+        return logits
+
+    def run(*inputs: Any, **named: Any) -> Any:
+        with patch("torch.nn.functional.linear", masked):
+            return forward(*inputs, **named)
+
+    return run
+
+
 def assert_equals_masked_dense(source: Path, output: Path, plan: Plan, key: str = "llama") -> None:
     kept = torch.from_numpy(plan.ids().kept)
     dense = tiny.load(masked_dense(source, plan, output.with_name("masked")), key)
+    if plan.after.experts != plan.before.experts:
+        without_experts(dense, plan, source)
     pruned = tiny.load(output, key)
     new = torch.randint(len(kept), (2, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

@@ -172,7 +172,7 @@ _DENSE: dict[str, Kwargs] = {
     "nanochat": {**_GQA, "final_logit_softcapping": 5.0},
 }
 
-_MOE: dict[str, Kwargs] = {
+MOE: dict[str, Kwargs] = {
     "mixtral": {**_GQA_HEAD, **_TOP2_LOCAL, "sliding_window": 16},
     "qwen2_moe": {
         **_GQA,
@@ -313,7 +313,7 @@ WRAPPERS: dict[str, Kwargs] = {
         "image_token_index": 4,
     },
     "llama4": {
-        "text_config": {"model_type": "llama4_text", **_MOE["llama4_text"]},
+        "text_config": {"model_type": "llama4_text", **MOE["llama4_text"]},
         "vision_config": {
             "model_type": "llama4_vision_model",
             **_IMAGE,
@@ -375,5 +375,5 @@ WRAPPERS: dict[str, Kwargs] = {
 }
 """Text models inside image models; what marks an image is a byte's token, which always stays."""
 
-TINY: dict[str, Kwargs] = {**_DENSE, **_MOE, **WRAPPERS}
+TINY: dict[str, Kwargs] = {**_DENSE, **MOE, **WRAPPERS}
 """Dense families, mixtures of experts, wrappers."""
