@@ -444,16 +444,6 @@ def _fixed_sizes(request: CutRequest, layout: Layout) -> FixedSizes:
     return fixed
 
 
-def _given_experts(count: int, layout: Layout) -> int:
-    """Return the experts to keep, as in ``Sizes``."""
-    if count < 1:
-        raise BudgetError(
-            "`num_experts`", "is below 1", expected="at least 1", found=count, fix="keep some"
-        )
-    check_experts(layout, count)
-    return 0 if count == layout.experts else count
-
-
 def _given_widths(target: SizeRequest, layout: Layout) -> dict[str, int]:
     """Return key of config.json → channels that are asked for."""
     for key, size in target.widths.items():
