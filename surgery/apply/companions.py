@@ -16,7 +16,7 @@ from surgery.config.rewrite import (
     untied_config,
 )
 from surgery.config.token_ids import visit_ids
-from surgery.errors import TokenizerError
+from surgery.errors import CheckpointError, TokenizerError
 from surgery.families.schema import EXPERT_KEYS, Family, renumbered
 from surgery.families.table import family_of
 from surgery.files.model_files import (
@@ -174,6 +174,13 @@ UNQUANTIZED = ("modules_to_not_convert", "ignored_layers", "ignore")
 
 EXPERT_OF = re.compile(r"\.experts\.([0-9]+)(?:\.|$)")
 
+MODULE = re.compile(r"[\w.*-]+")
+"""The name of a module, written out or with wildcards."""
+
+ANY_NUMBER = re.compile(r"(\[0-9\]|\\d)[+*]?")
+NUMBERED = re.compile(r"(layers|experts|h|blocks)\W+[0-9]")
+"""In a pattern: any number, and a number of a layer or an expert."""
+
 LAYER_OF = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.([0-9]+)(?:\.|$)")
 
 Content = bytes | Iterator[bytes]
@@ -271,6 +278,9 @@ def pruned_config(plan: Plan, checkpoint: Checkpoint) -> bytes:
     if plan.layers:
         config = relayered_config(config, family, plan, path)
     if plan.layers or plan.kept_experts:
+        if not plan.dequantize:
+            _check_rules(family.text_config(config).get("quantization_config"), path)
+            _check_rules(config.get("quantization_config"), path)
         config = _renumbered_modules(config, plan)
     if plan.dequantize:
         config = dequantized_config(config, family)
@@ -297,6 +307,29 @@ def relayered_config(
     text = dict(family.text_config(config))
     text |= layer_keys(text, family, plan.layers, plan.before.num_hidden_layers, where)
     return {**config, family.section: text} if family.section else text
+
+
+def _check_rules(value: Any, where: Path) -> None:
+    """Refuse patterns of modules that name a layer or an expert by its number.
+
+    Raises:
+        CheckpointError: a string in ``value``, part of a quantization_config, is such a pattern.
+    """
+    if isinstance(value, dict | list):
+        for child in [*value, *value.values()] if isinstance(value, dict) else value:
+            _check_rules(child, where)
+    elif isinstance(value, str) and _names_by_number(value):
+        raise CheckpointError(
+            f"{where}: quantization_config",
+            "has a pattern that names a layer or an expert by its number, which changes",
+            found=repr(value),
+            fix="write out the modules that it means, or keep all layers and experts",
+        )
+
+
+def _names_by_number(text: str) -> bool:
+    """Whether ``text`` is a pattern of modules with the number of a layer or an expert in it."""
+    return not MODULE.fullmatch(text) and bool(NUMBERED.search(ANY_NUMBER.sub("*", text)))
 
 
 def _renumbered_modules(data: dict[str, Any], plan: Plan) -> dict[str, Any]:

@@ -89,6 +89,31 @@ def test_only_whole_experts_go(tmp_path: Path, run: Run, kind: str) -> None:
     assert run("apply", file, "-o", tmp_path / "out").exit_code == 0
 
 
+@pytest.mark.parametrize(
+    ("rule", "refused"),
+    [
+        (r"re:.*layers\.1\.mlp\.experts\.3\..*", True),
+        (r"re:.*experts\.(0|1)\.down_proj", True),
+        (r"re:model\.layers\.(?:[0-9]|1[0-9])\..*", True),
+        (r"re:.*experts\.\d+\.down_proj", False),
+        (r"re:.*layers\.[0-9]+\.self_attn.*", False),
+        ("model.layers.1.mlp.gate", False),
+    ],
+)
+def test_patterns_that_name_experts_by_number_are_refused(
+    tmp_path: Path, run: Run, rule: str, refused: bool
+) -> None:
+    kind = next(iter(quantized.SECTIONS))
+    source, plan = save(tmp_path / "source", kind), tmp_path / "plan.json"
+    section = json.loads((source / "config.json").read_text())["quantization_config"]
+    quantized.set_section(source, section | {"ignore": [*section.get("ignore", []), rule]})
+    options = ("--num-experts", 6, "--expert-criterion", "random", "-o", plan)
+    made = run("plan", source, *options)
+    assert (made.exit_code == 2) == refused, made.output
+    assert ("has a pattern that names a layer or an expert" in made.stderr) == refused
+    assert run("plan", source, "--vocab-size", 600, "-o", plan, "--force").exit_code == 0
+
+
 def test_a_quantized_model_without_experts_is_refused_by_name(tmp_path: Path, run: Run) -> None:
     source = tiny.save(tmp_path / "source")
     quantized.set_section(source, quantized.SECTIONS["gptq"])
