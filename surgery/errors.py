@@ -37,7 +37,7 @@ def did_you_mean(path: Path | str) -> str:
 
     path = Path(path)
     try:
-        names = [found.name for found in path.absolute().parent.iterdir()]
+        names = [p.name for p in path.absolute().parent.iterdir() if p.name != path.name]
     except OSError:
         return ""
     close = get_close_matches(path.name, names, n=3, cutoff=0.7)

@@ -200,6 +200,8 @@ class ResumeDirectory:
             ) from error
         names = {**state.identity, **new.identity}
         other = [n for n in names if state.identity.get(n) != new.identity.get(n)]
+        if len(other) > 1:  # other options make another text
+            other = [name for name in other if name != "text"]
         if other or state.format != new.format:
             raise OutputError(
                 self.path,

@@ -169,12 +169,12 @@ def _write_checkpoint(
     files, checksums = prepared.files, prepared.checksums
     directory = OutputDirectory(output, plan.digest, source=source, resume=resume)
     todo = {name: shard for name, shard in by_shard.items() if name not in directory.finished}
-    if resume:
-        say_resumed(len(by_shard) - len(todo), len(by_shard), "shards")
     with directory:
         for name in by_shard.keys() & directory.finished:  # perhaps by a run that checked nothing
             checksums.check(sources(by_shard[name]) | {name})
         directory.check_space(sum(t.nbytes for shard in todo.values() for t in shard))
+        if resume:
+            say_resumed(len(by_shard) - len(todo), len(by_shard), "shards")
         for name, data in files.items():
             directory.write(name, data)
         files.clear()

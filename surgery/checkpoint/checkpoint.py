@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.quantization import Fp8, Opaque, opaque_of, quantization_of
-from surgery.errors import CheckpointError
+from surgery.errors import CheckpointError, did_you_mean
 from surgery.files.model_files import INDEX_NAME, SINGLE_NAME, tokenizer_files, weight_map_of
 from surgery.files.safetensors_header import Header, TensorRef, read_header
 from surgery.files.shard_file import open_shard
@@ -57,7 +57,16 @@ class Checkpoint:
         """
         if not path.is_dir():
             raise CheckpointError(
-                path, "is not a directory", fix="name a model directory or a hub id org/name"
+                path,
+                "is not a directory",
+                fix=f"{did_you_mean(path)}name a model's directory",
+            )
+        if not (path / "config.json").exists():
+            raise CheckpointError(
+                path,
+                "is no Hugging Face checkpoint, for it has no config.json",
+                found="GGUF, which is not read" if any(path.glob("*.gguf")) else None,
+                fix="name the directory that has config.json and the weights",
             )
         config = read_json(path / "config.json")
         opaque = opaque_of(config)

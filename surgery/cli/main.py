@@ -383,10 +383,13 @@ def plan(
     show_engines(made, layout, every=given.engines)
     if made.complete:
         click.echo(apply_cost(made, layout, JOBS).line())
-        then = f"apply {given.output}" + ("" if given.to else " -o DIR")
-        show_written(str(given.output), then)
+        there = () if given.to else ("-o", "DIR")
+        show_written(str(given.output), "apply", given.output, *there)
     else:
-        show_written(f"{given.output}, sizes only", f"calibrate {model.model} --data TEXT")
+        ratio = cut.sizes.ratio
+        sizes = ("SIZES",) if ratio is None else ("--ratio", f"{ratio:g}")
+        then = ("calibrate", model.model, "--data", "TEXT", *sizes)
+        show_written(f"{given.output}, sizes only", *then)
 
 
 @main.command()
@@ -462,7 +465,7 @@ def apply(
         click.echo(json.dumps(made.facts()))
     else:
         what = f"{made.output}: {made.parameters:,} parameters, {made.nbytes:,} bytes"
-        show_written(f"{what}, {spoken(made.seconds)}", f"verify {made.output}")
+        show_written(f"{what}, {spoken(made.seconds)}", "verify", made.output)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from calib.streaming.settings import ComputeOptions
 from surgery.apply.run import ApplyOptions
 from surgery.cli.options import (
     ModelOptions,
+    Refusal,
     capped_options,
     compute_options,
     cut_options,
@@ -132,11 +133,14 @@ def calibrate(
     if as_json:
         click.echo(json.dumps(facts))
     else:
-        then = f"plan {model.model} --stats {options.output} --ratio 0.2"
+        ratio = options.sizes.ratio or 0.2
+        by_sizes = not (options.sizes.empty or options.sizes.ratio)
+        sizes = ("SIZES",) if by_sizes else ("--ratio", f"{ratio:g}")
+        then = ("plan", model.model, "--stats", options.output, *sizes)
         took = spoken(time.perf_counter() - start)
         if few:
             print_text(f"note: {few}")
-        show_written(f"{options.output}: {_counts(stats)}, {took}", then)
+        show_written(f"{options.output}: {_counts(stats)}, {took}", *then)
 
 
 def _counts(stats: "ChannelStats") -> str:
@@ -218,7 +222,8 @@ def score(
 class PruneOptions:
     """The directory that prune writes, and how."""
 
-    output: Path
+    output: Path | None
+    """None only for a dry run."""
     resume: bool
     force: bool
     """Whether a plan and statistics that are there are replaced."""
@@ -237,12 +242,16 @@ class PruneOptions:
     "options",
     PruneOptions,
     click.option(
-        "-o", "--output", type=path_type, metavar="DIR", required=True, help="Directory to write."
+        "-o", "--output", type=path_type, metavar="DIR", help="Directory to write.  [required]"
     ),
     click.option(
         "--resume", is_flag=True, help="Continue what a killed run of the same command left."
     ),
-    force_option,
+    click.option(
+        "--force",
+        is_flag=True,
+        help="Replace the statistics and the plan beside DIR; DIR itself is never replaced.",
+    ),
     io_option,
     engines_option,
     click.option(
@@ -279,7 +288,9 @@ def prune(
         check_push(options.push_to)
     if not cut.sizes.removes_experts:
         refuse_idle("where no experts are removed", "expert_criterion")
-    output, resume = options.output, options.resume
+    if options.output is None and not options.dry_run:
+        raise Refusal("--output: is missing; name the directory to write, such as -o smaller")
+    output, resume = options.output or Path("pruned"), options.resume
     layout = model.layout()
     where = layout.checkpoint.path
     files = PlanFiles.beside(output, where, resume=resume, force=options.force)
@@ -295,7 +306,9 @@ def prune(
     if options.dry_run:
         forecast = forecast_prune(layout, choice, text, compute, files, applied)
         show_plan(forecast.plan, layout, cut.sizes)
-        print_text(f"\n{forecast.table()}\nnothing was written")
+        print_text(f"\n{forecast.table()}")
+        click.echo("compact-surgery compare shows what a cut of this size costs in quality")
+        click.echo("nothing was written")
         return
     with running() as progress:
         plan, first = calibrated_plan(layout, choice, text, compute, files, progress)
@@ -307,7 +320,8 @@ def prune(
     if report.ok:
         if options.push_to:
             click.echo(push(output, options.push_to))
-        show_written(f"{output} and {files.plan}", f"score {output} --data HELDOUT")
+        then = ("score", model.model, output, "--data", "HELDOUT")
+        show_written(f"{output} and {files.plan}", *then)
     sys.exit(0 if report.ok else 1)
 
 
@@ -330,4 +344,5 @@ def merge(paths: tuple[Path, ...], output: Path, force: bool) -> None:
     check_file(output, force=force)
     merged = merge_stats(paths)
     merged.save(output)
-    show_written(f"{output}: {_counts(merged)}", f"plan MODEL --stats {output} --ratio 0.2")
+    then = ("plan", "MODEL", "--stats", output, "--ratio", "0.2")
+    show_written(f"{output}: {_counts(merged)}", *then)

@@ -106,7 +106,7 @@ def search(
     if show.as_json:
         return
     if files is not None:
-        show_written(str(files.plan), f"apply {files.plan} -o DIR")
+        show_written(str(files.plan), "apply", files.plan, "-o", "DIR")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -116,9 +117,9 @@ def running() -> Iterator[Progress]:
         yield progress
 
 
-def show_written(what: str, then: str) -> None:
-    """Print, as a command's last line, what it wrote and the command that goes on from there."""
-    click.echo(f"wrote {what}; next: compact-surgery {then}")
+def show_written(what: str, *then: object) -> None:
+    """Print, as a command's last line, what it wrote and the words of the command to go on with."""
+    click.echo(f"wrote {what}; next: {shlex.join(['compact-surgery', *map(str, then)])}")
 
 
 class _Echo(logging.Handler):

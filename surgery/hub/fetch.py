@@ -206,7 +206,7 @@ def resolve_model(model: str) -> tuple[Path, str]:
         return path, str(path.resolve())
     if path.is_file():
         raise CheckpointError(
-            path, "is a file", expected="the directory of a model", fix=f"name {path.parent}"
+            path, "is a file", expected="the directory of a model", fix=_file_advice(path)
         )
     match = HUB_ID.fullmatch(model)
     if not match or path.exists():
@@ -225,6 +225,17 @@ def resolve_model(model: str) -> tuple[Path, str]:
             error.where, error.problem, found=error.found, fix=f"{close}{error.fix}"
         ) from error
     return directory, f"{match['repo']}@{commit}"
+
+
+def _file_advice(path: Path) -> str:
+    """What to do where a file is named in place of a model."""
+    if path.suffix == ".gguf":
+        return "GGUF files are not read: prune the Hugging Face checkpoint, then convert the result"
+    if (path.parent / "config.json").exists():
+        return f"name {path.parent}"
+    if path.suffix == ".json":
+        return "name the model's directory, or look into a plan with `removed` or `channels`"
+    return "name the directory that has config.json and the weights"
 
 
 def resolve_source(source: str, moved: Path | str | None = None) -> Path:

@@ -250,7 +250,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.vocabulary is not None:
             rows += ["", *_vocabulary_rows(self.vocabulary)]
         if self.layers:
-            rows.append(f"layers: {format_layers(self.layers)}")
+            rows.append(f"layers kept: {format_layers(self.layers)}")
         rows += [f"note: {note}" for note in self.provenance.notes]
         if self.vocabulary is not None and not self.vocabulary.text_bytes:
             rows.append("note: `data` shows how much longer text becomes")

@@ -169,7 +169,7 @@ def check_ratio(ratio: float) -> None:
     """
     if not isinstance(ratio, Real) or not 0 < ratio < 1:
         fix = "choose one, such as 0.2"
-        if isinstance(ratio, Real) and 1 <= ratio < 100:
+        if isinstance(ratio, Real) and 1 < ratio < 100:
             share = float(ratio)
             fix = f"{share:g} means {100 * share:g} %; did you mean {share / 100:g}?"
         raise BudgetError(

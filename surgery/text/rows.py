@@ -74,7 +74,7 @@ def _file_rows(file: Path, field: str | None) -> Iterator[Row]:
     if not kind:
         raise DataError(
             file,
-            "is not text",
+            "is not of a kind that is read",
             expected=f"{', '.join(KINDS)}, or {', '.join(INSIDE)} with {' or '.join(PACKED)}",
             fix="rename or convert it",
         )
@@ -255,13 +255,14 @@ def document_of(value: object, where: str, field: str | None = None) -> Row:
                 where, f"{subject}has half a character (a lone surrogate)", fix="correct the row"
             )
         return value
-    if isinstance(value, list) and value and all(map(_is_message, value)):
-        return Chat([_plain_message(message) for message in value], where)
+    messages = [_message(each) for each in value] if isinstance(value, list) else []
+    if messages and all(map(_is_message, messages)):
+        return Chat([_plain_message(message) for message in messages], where)
     return DataError(
         where,
         f"{subject}is not a string or a list of messages",
         expected='text, or [{"role": …, "content": …}, …]',
-        found=type(value).__name__,
+        found=_shown(value),
         fix="correct the row, or name another field",
     )
 
@@ -275,6 +276,25 @@ def _plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
     if not all(isinstance(text, str) for text in texts):
         return dict(message)
     return {**message, "content": "".join(map(str, texts))}
+
+
+SPEAKERS = {"human": "user", "gpt": "assistant"}
+"""Names in ShareGPT's form of a message, {"from": …, "value": …} → roles; others are the same."""
+
+
+def _message(value: Any) -> Any:
+    """A message in ShareGPT's form as one with a role; anything else as it is."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("from"), str):
+        return value
+    speaker = value["from"]
+    return {"role": SPEAKERS.get(speaker, speaker), "content": value.get("value")}
+
+
+def _shown(value: object) -> str:
+    """The beginning of a value that is no document, for an error."""
+    kind = type(value).__name__
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return f"{kind} {text[:SHOWN]}" if isinstance(value, list | dict) else kind
 
 
 def _is_message(value: object) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from surgery.config.rewrite import template_tokens, token_references
-from surgery.errors import BudgetError, DataError, TokenizerError, check_choice
+from surgery.errors import BudgetError, DataError, TokenizerError, check_choice, did_you_mean
 from surgery.files.strict_json import read_file
 from surgery.layout.layout import Layout
 from surgery.tokenizer.id_map import IdMap
@@ -387,6 +387,9 @@ def _lines(path: Path) -> list[str]:
         return read_file(path).decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise TokenizerError(path, "is not UTF-8 text", fix="save it as UTF-8") from error
+    except OSError as error:
+        fix = f"{did_you_mean(path)}name a file of tokens with `keep_tokens`"
+        raise TokenizerError(path, "cannot be read", found=error.strerror, fix=fix) from error
 
 
 def tokens_of_scripts(tokenizer: TokenizerFile, names: Sequence[str]) -> set[int]:

@@ -121,7 +121,7 @@ def check_script(name: str, option: str = "keep_scripts") -> str:
         return script
     from difflib import get_close_matches
 
-    close = [names[key] for key in get_close_matches(_loose(name), names, n=1)]
+    close = [names[key] for key in get_close_matches(_loose(name), names, n=1, cutoff=0.75)]
     raise TokenizerError(
         f"`{option}`",
         "is not a script of Unicode",

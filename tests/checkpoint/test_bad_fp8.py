@@ -112,7 +112,7 @@ def test_a_model_whose_channels_are_no_whole_blocks(tmp_path: Path, run: Run) ->
     assert run("plan", path, *whole).exit_code == 0
     assert run("apply", plan, "-o", tmp_path / "out").exit_code == 0
     assert bits(weights(tmp_path / "out")[GATE]) == bits(weights(path)[GATE])
-    assert run("plan", path, *sizes, "--dequantize").exit_code == 0
+    assert run("plan", path, *sizes, "--dequantize", "--force").exit_code == 0
 
 
 def test_nothing_to_dequantize(llama: Path, tmp_path: Path, run: Run) -> None:

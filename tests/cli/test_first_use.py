@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support import ROOT, tiny
-from tests.support.command import Run
+from tests.support.command import Run, assert_refused
 from tests.support.contents import snapshot
 from tests.support.json_files import change
 from tests.support.plans import layout_of
@@ -24,6 +24,7 @@ INTERRUPTED = """
 import os, signal, sys
 from calib.statistics.calibrate import _StatsAccumulator as layers
 from surgery.cli.main import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 real, calls = layers._finish, []
 def finish(self, layer):
     real(self, layer)
@@ -156,6 +157,19 @@ def test_chats_and_a_field_of_another_name(run: Run, data: str) -> None:
     typed(run, f"compact-surgery prune my-model {data} --ratio 0.2 -o smaller")
 
 
+def test_chats_in_the_form_of_sharegpt(here: Path, run: Run) -> None:
+    rows = [json.loads(line) for line in (here / "conversations.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["conversations"] = [
+            {"from": "human", "value": m["content"]} for m in row["conversations"]
+        ]
+    (here / "sharegpt.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("sharegpt", "conversations"):
+        data = f"--data {name}.jsonl --field conversations"
+        typed(run, f"compact-surgery calibrate my-model {data} --ratio 0.2 -o {name}.stats")
+    assert (here / "sharegpt.stats").read_bytes() == (here / "conversations.stats").read_bytes()
+
+
 @pytest.mark.usefixtures("here")
 def test_a_field_of_another_name_is_named(run: Run) -> None:
     line = "prune my-model --data conversations.jsonl --ratio 0.2 -o smaller"
@@ -167,7 +181,7 @@ def test_a_field_of_another_name_is_named(run: Run) -> None:
 
 def test_a_larger_cut_without_writing(here: Path, run: Run) -> None:
     before = contents(here)
-    line = "compact-surgery prune my-model --data text.txt --ratio 0.35 -o smaller --dry-run"
+    line = "compact-surgery prune my-model --data text.txt --ratio 0.35 --dry-run"
     shown = typed(run, line)
     assert contents(here) == before
     for word in ("parameters", "35.", "memory", "windows", "nothing was written"):
@@ -190,3 +204,41 @@ def test_scores_and_a_comparison(run: Run) -> None:
     line = "compact-surgery compare my-model --data text.txt --ratio 0.2 --methods act2,prune"
     rows = typed(run, f"{line} --seq-len 256 --windows 4")
     assert {"dense", "act2", "prune"} <= {line.split()[0] for line in rows.splitlines() if line}
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("inspect model.gguf", ("model.gguf: is a file", "GGUF files are not read")),
+        ("inspect ggufs", ("ggufs", "has no config.json", "GGUF, which is not read")),
+        ("inspect my-model/tokenizer.json", ("is a file", "name my-model")),
+        ("inspect plan.json", ("is a file", "--removed or --channels")),
+        ("inspect texts", ("texts: is no Hugging Face checkpoint",)),
+        ("prune my-model --data text.txt --ratio 0.2", ("--output: is missing", "-o smaller")),
+        ("verify my-modle", ("is not a directory", "did you mean my-model?")),
+        (
+            "plan my-model --vocab-size 400 --keep-tokens keep",
+            ("keep: cannot be read", "--keep-tokens"),
+        ),
+        (
+            "plan my-model --ratio 0.2 --keep-script Russian",
+            ("not a script", "name a script, not a"),
+        ),
+    ],
+)
+def test_mistakes_of_a_beginner(here: Path, run: Run, line: str, words: tuple[str, ...]) -> None:
+    for name in ("ggufs", "texts"):
+        (here / name).mkdir()
+    for name in ("model.gguf", "ggufs/model.gguf", "plan.json"):
+        (here / name).write_bytes(b"{}")
+    before = contents(here)
+    assert_refused(run(*shlex.split(line)), *words)
+    assert contents(here) == before
+
+
+def test_the_next_command_can_be_pasted(here: Path, run: Run) -> None:
+    made = typed(run, "compact-surgery plan my-model --vocab-size 600 -o 'my plan.json'")
+    then = made.splitlines()[-1].partition("; next: ")[2]
+    assert shlex.split(then) == ["compact-surgery", "apply", "my plan.json", "-o", "DIR"]
+    applied = typed(run, then.replace("DIR", "'my output'"))
+    typed(run, applied.splitlines()[-1].partition("; next: ")[2])

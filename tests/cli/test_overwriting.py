@@ -107,7 +107,7 @@ def test_a_picture_of_an_unknown_kind_is_refused_before_the_work(
         (("apply", "plan.json", "-o", "out"), "wrote out: "),
         (CASES["search"], "wrote kept; next: compact-surgery apply kept -o DIR"),
         (CASES["merge"], "wrote kept: "),
-        (CASES["prune"], "wrote out and out.plan.json; next: compact-surgery score out"),
+        (CASES["prune"], "wrote out and out.plan.json; next: compact-surgery score model out"),
     ],
 )
 def test_the_last_line_says_what_was_written(

@@ -49,7 +49,7 @@ def test_layers_by_name_through_all_commands(deep: Path, tmp_path: Path, run: Ru
     plan, out = tmp_path / "plan.json", tmp_path / "out"
     shown = run("plan", deep, "--layers", "0-1,2+3,5", "-o", plan)
     assert shown.exit_code == 0, shown.output
-    assert "layers: 0-1,2+3,5" in shown.output
+    assert "layers kept: 0-1,2+3,5" in shown.output
     assert ["layers", "6", "4", "33.33%"] in [line.split() for line in shown.output.splitlines()]
     assert Plan.load(plan).layers == [[0], [1], [2, 3], [5]]
     assert run("apply", plan, "-o", out).exit_code == 0
