@@ -217,12 +217,12 @@ def test_scores_and_a_comparison(run: Run) -> None:
         ("prune my-model --data text.txt --ratio 0.2", ("--output: is missing", "-o smaller")),
         ("verify my-modle", ("is not a directory", "did you mean my-model?")),
         (
-            "plan my-model --vocab-size 400 --keep-tokens keep",
+            "plan my-model --vocab-size 400 --keep-tokens keep -o new.json",
             ("keep: cannot be read", "--keep-tokens"),
         ),
         (
-            "plan my-model --ratio 0.2 --keep-script Russian",
-            ("not a script", "name a script, not a"),
+            "plan my-model --ratio 0.2 --keep-script Russian -o new.json",
+            ("is not a script", "name a script, not a language"),
         ),
     ],
 )
