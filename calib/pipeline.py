@@ -1,7 +1,7 @@
 """The whole pipeline: calibrate, plan, repair, apply and verify."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from calib.estimate import BASE_BYTES, MB, Prediction, over_cap
@@ -16,7 +16,7 @@ from calib.streaming.settings import ComputeOptions
 from calib.study.repair import repair_cost, repair_plan, repair_windows
 from calib.study.study import Study, open_study
 from surgery.api import plan_choice
-from surgery.apply.cost import PROGRAM_BYTES, with_spread_channels
+from surgery.apply.cost import PROGRAM_BYTES
 from surgery.apply.output_directory import check_output_path
 from surgery.apply.run import ApplyForecast, ApplyOptions, apply_to, forecast_apply
 from surgery.files.atomic import check_file, check_no_partial
@@ -25,7 +25,7 @@ from surgery.planning.plan import Plan
 from surgery.planning.replacement import replacement_file
 from surgery.planning.request import SizeChoice, choose_sizes
 from surgery.process import Progress, Seconds, Stopwatch, spoken_range
-from surgery.stats.channels import too_few_tokens
+from surgery.stats.channels import RANDOM, too_few_tokens
 from surgery.text.documents import TextOptions
 from surgery.verify.files import VerifyReport, verify_files
 
@@ -140,11 +140,13 @@ def forecast_prune(
 ) -> PruneForecast:
     """Check what ``prune`` checks before it works, and predict what it takes; write nothing.
 
+    Channels and experts at random stand for those that statistics will choose: any take as much.
     A few windows pass through one layer to estimate the time of the calibration.
     """
     shown = documents_or_none(layout, text) or ()
-    plan = plan_choice(layout, choice, documents=shown, output=files.output)
-    plan = with_spread_channels(plan, layout)
+    channels = replace(choice.request.channels, criterion=RANDOM, expert_criterion=RANDOM)
+    chosen = replace(choice, request=replace(choice.request, channels=channels))
+    plan = plan_choice(layout, chosen, documents=shown, output=files.output)
     made, pace, repair, repair_seconds = None, None, None, None
     if choice.needs_statistics(layout):
         asked, vocab_size = CalibrationOptions(output=files.stats), choice.sizes.vocab_size

@@ -5,10 +5,8 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from calib.statistics.calibrate import _StatsAccumulator
@@ -18,7 +16,7 @@ from surgery.stats.channels import ChannelOptions
 from tests.support import ROOT, tiny
 from tests.support.command import Run, assert_refused
 from tests.support.contents import digests, snapshot
-from tests.support.plans import layout_of, random_plan, random_stats
+from tests.support.plans import layout_of, random_stats
 
 KILLED = """
 import os, sys
@@ -123,8 +121,11 @@ def test_what_no_text_chooses_needs_no_text(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--intermediate-size", 64), ("--data", "is needed to choose channels or layers")),
-        (("--num-hidden-layers", 2), ("--data", "is needed to choose channels or layers")),
+        (
+            ("--intermediate-size", 64),
+            ("--data", "is needed to choose channels, experts"),
+        ),
+        (("--num-hidden-layers", 2), ("--data", "is needed to choose channels, experts")),
         (("--ratio", 0.2, "--multiple-of", 8), ("--data", "is needed")),
         (("--vocab-size", 512, "--vocab-by", "frequency"), ("needs a text to count tokens in",)),
         (("--vocab-size", 512, "--field", "text"), ("--field", "no effect without --data")),
@@ -243,20 +244,30 @@ def test_a_dry_run_says_what_prune_makes_and_writes_nothing(
     assert_refused(refused, "exists already")
 
 
-def test_a_dry_run_reads_and_writes_as_apply_does(tmp_path: Path) -> None:
-    """Channels at equal distances stand for those that statistics will choose."""
-    from surgery.apply.cost import apply_cost, with_spread_channels
-
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        ("--num-experts", 3),
+        ("--num-experts", 3, "--vocab-size", 512, "--intermediate-size", 64),
+        ("--ratio", 0.2, "--only", "experts"),
+    ],
+)
+def test_a_dry_run_of_removed_experts_has_the_sizes_of_the_result(
+    tmp_path: Path, text: Path, run: Run, sizes: tuple[object, ...]
+) -> None:
     model = tiny.save(tmp_path / "model", "mixtral")
-    layout, chosen = layout_of(model), random_plan(model, 512, 64)
-    open_plan = msgspec.structs.replace(chosen, kept_channels=[])
-    assert not open_plan.complete
-    stood_in = with_spread_channels(open_plan, layout)
-    found, expected = (apply_cost(plan, layout, 1) for plan in (stood_in, chosen))
-    # Nothing is read before the first channel that is kept, nor behind the last one.
-    assert found.read_bytes == pytest.approx(expected.read_bytes, rel=0.01)
-    assert replace(found, read_bytes=0) == replace(expected, read_bytes=0)
-    assert with_spread_channels(chosen, layout) == chosen
+    command = ("prune", model, "--data", text, *TAKE, *sizes, "-o", tmp_path / "out")
+    foretold = run(*command, "--dry-run")
+    assert foretold.exit_code == 0, foretold.output
+    assert not (tmp_path / "out").exists()
+    made = run(*command)
+    assert made.exit_code == 0, made.output
+    for line in ("parameters", "bytes of weights"):
+        before, after = (
+            next(row for row in shown.stdout.splitlines() if row.startswith(line))
+            for shown in (foretold, made)
+        )
+        assert before == after
 
 
 def test_a_finished_prune_says_the_time_of_each_stage(

@@ -55,7 +55,7 @@ def choose_before_calibration(layout: Layout, request: CutRequest, text: TextOpt
     if not text.data and (choice.needs_statistics(layout) or request.channels.repair != "none"):
         raise DataError(
             "`data`",
-            "is needed to choose channels or layers, and to repair",
+            "is needed to choose channels, experts or layers, and to repair",
             fix="give a text of the kind that the model is for",
         )
     return choice

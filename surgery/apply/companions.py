@@ -275,6 +275,9 @@ def pruned_config(plan: Plan, checkpoint: Checkpoint) -> bytes:
     family = family_of(checkpoint.config, path, checkpoint.family)
     changes = config_changes(plan, family, family.text_config(checkpoint.config))
     config = rewrite_config(checkpoint.config, family, plan.ids(), changes, path)
+    if plan.after.experts != plan.before.experts:  # copies beside the language model's section
+        copies = [key for key in EXPERT_KEYS if config.get(key) == plan.before.experts]
+        config |= dict.fromkeys(copies, plan.after.experts)
     if plan.layers:
         config = relayered_config(config, family, plan, path)
     if plan.layers or plan.kept_experts:

@@ -6,20 +6,15 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-import numpy as np
-
 from surgery.apply.edits import OutputTensor, edits
 from surgery.apply.shard import WINDOW_BYTES, bytes_read
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.files import index_sets
 from surgery.files.model_files import tokenizer_files
 from surgery.files.safetensors_header import TensorRef
 from surgery.files.shard_file import open_shard
 from surgery.hub.shards import Shards
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
-from surgery.planning.shapes import axis_lengths
 from surgery.process import PIECE_BYTES, PIECES, Seconds, with_slack, write_pace
 from surgery.tokenizer.legacy import is_legacy
 
@@ -73,27 +68,6 @@ class ApplyCost:
             f"apply will read {read}, write {written}, need {disk} of disk "
             f"and about {memory:,} MB of memory"
         )
-
-
-def with_spread_channels(plan: Plan, layout: Layout) -> Plan:
-    """Return ``plan`` with channels at equal distances where none are chosen yet.
-
-    Applying it takes what applying any choice takes, or little more, for few kept channels are
-    beside each other.
-    """
-    if plan.complete:
-        return plan
-    full, new = (axis_lengths(layout, each) for each in (layout.widths, plan.after.widths))
-    spread = {
-        axis: index_sets.encode(np.arange(new[axis]) * size // new[axis], size)
-        for axis, size in full.items()
-    }
-    groups = plan.layers or [[layer] for layer in range(layout.num_hidden_layers)]
-    kept = [
-        {axis: [spread[axis]] * experts for axis, experts in layout.ffn_outputs[group[0]].items()}
-        for group in groups
-    ]
-    return msgspec.structs.replace(plan, kept_channels=kept)
 
 
 def apply_cost(plan: Plan, layout: Layout, jobs: int, finished: Collection[str] = ()) -> ApplyCost:

@@ -195,7 +195,7 @@ def _write_checkpoint(
                 checksums.check(_needed(task))
             write_shards_on_ray(directory, tasks, progress)
         else:
-            _write_shards(directory, tasks, checksums, options.jobs, progress)
+            _write_shards(directory, tasks, checksums, options, progress)
         times.append(time.perf_counter())
         directory.write(PROVENANCE_NAME, _provenance(plan))
         directory.write("config.json", prepared.config)
@@ -325,14 +325,19 @@ def _write_shards(
     directory: OutputDirectory,
     tasks: Mapping[str, ShardTask],
     checksums: Checksums,
-    jobs: int,
+    options: ApplyOptions,
     progress: Advance,
 ) -> None:
-    """Write shards, ``jobs`` at a time; after an error, begin no other one."""
+    """Write shards, several at a time; after an error, begin no other one.
+
+    From the hub, shards are fetched whole where they are to be compared: no digest is known of a
+    part.
+    """
     stop = Event()
     shards = Shards.of(next(iter(tasks.values())).source.parent) if tasks else Shards()
 
-    parts = {name: spans_of(task) for name, task in tasks.items() if shards.remote}
+    fetches_parts = shards.remote and not options.checksum
+    parts = {name: spans_of(task) for name, task in tasks.items() if fetches_parts}
     spans = {
         name: part
         for name, part in parts.items()
@@ -357,7 +362,7 @@ def _write_shards(
             stop.set()
             raise
 
-    with shards, ThreadPoolExecutor(1 if shards.remote else jobs) as pool:
+    with shards, ThreadPoolExecutor(1 if shards.remote else options.jobs) as pool:
         shards.expect([sources(task.tensors) for name, task in tasks.items() if name not in spans])
         try:
             for _ in pool.map(write, tasks):

@@ -363,13 +363,15 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def load(cls, path: Path | str) -> "Plan":
-        """Read and validate a plan.
+        """Read and validate a plan, from its own file or from an output's compact_surgery.json.
 
         Raises:
             PlanError: the file is not a plan, or its parts contradict each other.
         """
         path = Path(path)
         try:
+            if path.name == PROVENANCE_NAME:
+                return msgspec.json.decode(read_file(path), type=ProvenanceFile).plan
             return msgspec.json.decode(read_file(path), type=cls)
         except PlanError as error:
             raise error.inside(path) from error

@@ -123,6 +123,8 @@ def _check_parts(request: SizeRequest) -> None:
     """
     for part in request.parts:
         check_choice("only", part, PARTS)
+    if len({*request.parts}) < len(request.parts):
+        raise BudgetError("`only`", "names a part twice", fix="name each part once")
     others = set(request.parts) - {LAYERS}
     by_layers = request.layers is not None or request.num_hidden_layers is not None
     experts = EXPERTS in request.parts
@@ -215,6 +217,12 @@ def choose_sizes(
         rarity = rarity_of(layout, choice, tokenizer)
         rarity.check(fixed.vocab_size)
         if fixed.vocab_size is None and target.ratio is None:
+            if not rarity.dropped:
+                raise BudgetError(
+                    "`drop_scripts` and `drop_reserved`",
+                    "name no token that can be removed",
+                    fix="leave them out, or name another script",
+                )
             fixed = replace(fixed, vocab_size=rarity.tokens - rarity.dropped)
     elif idle := request.vocabulary.given():
         raise BudgetError(
@@ -308,7 +316,15 @@ def _split(
                 fix="keep more of them, or choose a higher ratio",
             )
         ratio = 1 - (1 - ratio) * full / rest
-    return split(left, ratio, smallest, steps, fixed)
+    try:
+        return split(left, ratio, smallest, steps, fixed)
+    except BudgetError as error:
+        if left is layout:
+            raise
+        problem = f"{error.problem}, beside the layers or experts that are removed"
+        raise BudgetError(
+            error.where, problem, found=target.ratio, fix="choose another ratio, or other sizes"
+        ) from error
 
 
 def _chosen_experts(target: SizeRequest, layout: Layout, left: Layout) -> int:

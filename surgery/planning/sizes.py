@@ -374,5 +374,5 @@ def _unreachable(
         f"cannot be met by sizes in steps of {steps.vocab} and {steps.width}",
         expected=f"{bounds}; nearest is {nearest:.4f}",
         found=ratio,
-        fix="choose another ratio, or give `vocab_size` and `intermediate_size`",
+        fix="choose another ratio or other sizes, or smaller steps with `multiple_of`",
     )

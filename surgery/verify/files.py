@@ -1,5 +1,6 @@
 """Checks of an output by its files alone: tensors, sizes, ids, bytes and the tokenizer."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
@@ -7,6 +8,7 @@ from typing import get_args
 import msgspec
 import numpy as np
 
+from surgery.apply.companions import pruned_config
 from surgery.apply.edits import OutputTensor, check_source, edits, sources
 from surgery.apply.shard import edit_windows
 from surgery.checkpoint.checkpoint import Checkpoint
@@ -187,6 +189,7 @@ def plan_within(directory: Path) -> Plan | None:
     return msgspec.structs.replace(plan, replaced=replaced)
 
 
+SAME_CONFIG = "config.json is the source's with the plan's changes"
 SAME_BYTES = "kept rows and channels are bit-identical"
 SAME_TEXT = "tokenizer gives back text as the source does"
 
@@ -221,6 +224,8 @@ def verify_files(
         report.skipped["sizes are the plan's"] = "no plan"
     else:
         report.checks["sizes are the plan's"] = _check_sizes(layout, plan)
+    if origin is not None:
+        report.checks[SAME_CONFIG] = _check_config(checkpoint, origin)
     if origin is None or wanted is None:
         reason = (
             "no plan"
@@ -286,6 +291,18 @@ def _same_bytes(tensor: OutputTensor, found: TensorRef, io: IO) -> bool:
                         return False
                 offset += len(window)
     return True
+
+
+def _check_config(checkpoint: Checkpoint, origin: Origin) -> list[str]:
+    """Compare config.json with what apply makes of the source's."""
+    source = Checkpoint.open(origin.path, origin.plan.family)
+    expected = json.loads(pruned_config(origin.plan, source))
+    found = checkpoint.config
+    return [
+        f"config.json: {key}: expected {expected.get(key)!r}, found {found.get(key)!r}"
+        for key in sorted({*expected, *found})
+        if expected.get(key) != found.get(key)
+    ][:MOST_FAULTS]
 
 
 def _check_sizes(layout: Layout, plan: Plan) -> list[str]:

@@ -38,7 +38,7 @@ def assert_ordered(lines: list[str], result: str) -> None:
 def test_prune_ends_with_what_it_made(pruned: tuple[Path, str]) -> None:
     out, printed = pruned
     assert_ordered(printed.splitlines(), f"wrote {out} and {out}.plan.json; next: ")
-    assert "ok: 5 checks passed" in printed.splitlines()
+    assert "ok: 6 checks passed" in printed.splitlines()
 
 
 def test_plan_ends_with_what_it_wrote(llama: Path, tmp_path: Path, run: Run) -> None:
@@ -54,7 +54,7 @@ def test_plan_ends_with_what_it_wrote(llama: Path, tmp_path: Path, run: Run) -> 
 def test_verify_ends_with_its_checks_and_measures(pruned: tuple[Path, str], run: Run) -> None:
     out, _ = pruned
     lines = run("verify", out, "--forward").stdout.splitlines()
-    assert_ordered(lines, "ok: 6 checks passed")
+    assert_ordered(lines, "ok: 7 checks passed")
     (logits,) = (line for line in lines if "logits equal" in line)
     assert re.fullmatch(
         r"ok {7}logits equal the masked dense model's: largest difference \d[\d.e-]* of the "

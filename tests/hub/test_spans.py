@@ -60,6 +60,21 @@ def test_only_kept_bytes_are_downloaded(
     assert left == []
 
 
+def test_with_checksums_whole_shards_are_fetched_and_compared(
+    hub: Hub, plan: Path, tmp_path: Path
+) -> None:
+    hub.forget()
+    hub.faults += [Fault(r"\.safetensors$", damage=True, times=10**6)]
+    take = ("apply", plan, "-o", tmp_path / "out", "--checksum")
+    refused = command(hub.url, plan.parent, *take)
+    assert refused.returncode == 2, refused.stdout
+    assert "damaged" in refused.stderr
+    assert not (tmp_path / "out").exists()
+    hub.forget()
+    applied = command(hub.url, plan.parent, *take)
+    assert applied.returncode == 0, applied.stderr
+
+
 def test_a_broken_connection_ends_in_the_same_bytes(
     hub: Hub, mixture: Path, plan: Path, tmp_path: Path
 ) -> None:

@@ -52,7 +52,7 @@ CASES = [
                            ("1", "choose"), ("nan", "choose"))
     ),
     Case("ratio 0.99", nothing, "plan model --ratio 0.99 -o new.json",
-         ("ratio", "expected at most 0.", "found 0.99", "--vocab-size")),
+         ("ratio", "expected at most 0.", "found 0.99", "--multiple-of")),
     *(
         Case(f"nothing to remove: {given}", nothing, f"plan model {given} -o new.json",
              ("nothing says how much to remove", "give --ratio", "--vocab-size"))
