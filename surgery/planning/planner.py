@@ -99,7 +99,8 @@ def plan_cut(
         notes += _not_compared(layout, stats) + _approximations(stats, ids, channels.criterion)
         if sizes.widths != layout.widths or experts_kept:
             notes += _other_text(stats, ids) + _other_layers(sizes)
-            if channels.criterion != RANDOM and (few := too_few_tokens(stats.info.tokens)):
+            few = too_few_tokens(stats.info.tokens)
+            if few and channels.criterion != RANDOM and sizes.widths != layout.widths:
                 notes.append(few)
         if sizes.experts:
             notes += _unseen(stats, channels.min_expert_tokens)
