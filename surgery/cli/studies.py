@@ -1,6 +1,7 @@
 """The commands that try several sizes or methods: search and compare."""
 
 import json
+import shlex
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,6 +108,12 @@ def search(
         return
     if files is not None:
         show_written(str(files.plan), "apply", files.plan, "-o", "DIR")
+        return
+    widths = [f"--width={key}={size}" for key, size in found.best.widths.items()]
+    sizes = (f"--vocab-size={found.best.vocab_size}", *widths)
+    repair = [f"--repair={cut.channels.repair}"] * (cut.channels.repair != "none")
+    then = ("prune", model.model, "--data", "TEXT", *sizes, *repair, "-o", "DIR")
+    click.echo(f"best: {shlex.join(['compact-surgery', *then])}")
 
 
 @dataclass(frozen=True)

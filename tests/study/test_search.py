@@ -1,6 +1,7 @@
 """search, compare and --repair as commands."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,12 @@ def test_search_prints_the_table_plots_and_plans(
     assert len([line for line in text if line.endswith("best")]) == 1
     assert text[1].split()[0] == "dense"
     assert any(line.startswith("held out: ") for line in text)
-    assert text[-1].startswith("took ")
+    assert text[-2].startswith("took ")
+    words = shlex.split(text[-1].removeprefix("best: ").replace("TEXT", str(prose)))
+    words[-1] = str(tmp_path / "pruned")
+    made = run(*words[1:], *TEXT)
+    assert made.exit_code == 0, made.output
+    assert Plan.load(tmp_path / "pruned.plan.json").after == plan.after
 
 
 def test_candidates_are_tried_as_they_are(model: Path, prose: Path, run: Run) -> None:
