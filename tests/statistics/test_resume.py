@@ -144,6 +144,22 @@ def interrupted(path: Path, text: Path, out: Path, *extra: str) -> None:
     assert not out.with_name(f"{out.name}.partial.lock").exists()
 
 
+@pytest.mark.parametrize("key", ["qwen3_moe", "gpt_oss"])
+def test_a_mixture_resumes_to_the_same_bytes(
+    tmp_path: Path, text: Path, run: Run, key: str
+) -> None:
+    """What its routed experts put out is kept with the sums of their channels."""
+    model = tiny.save(tmp_path / "model", key)
+    whole, out = tmp_path / "whole.safetensors", tmp_path / "stats.safetensors"
+    take = ("calibrate", model, "--data", text, *ARGUMENTS)
+    assert run(*take, "-o", whole).exit_code == 0
+    interrupted(model, text, out)
+    resumed = run(*take, "-o", out, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert "resuming: 2 of" in resumed.stderr
+    assert out.read_bytes() == whole.read_bytes()
+
+
 def test_an_interrupted_run_is_not_overwritten(
     tmp_path: Path, llama: Path, text: Path, run: Run
 ) -> None:
