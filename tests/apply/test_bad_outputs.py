@@ -96,7 +96,7 @@ CASES = [
     Case("resume with a damaged journal", journal("{"), RESUME,
          ("out.partial.journal", "cannot be resumed", "found", "delete")),
     Case("verify nothing", nothing, "verify nowhere",
-         ("nowhere", "not a directory", "name a model directory")),
+         ("nowhere", "not a directory", "name a model's directory")),
     Case("verify --forward without a plan", nothing, "verify model --forward",
          ("model", "--forward", "needs the plan")),
     Case("verify with damaged provenance", write("model/compact_surgery.json", "{}"),

@@ -45,7 +45,7 @@ CASES = [
          ("config.json", "quantized", "expected bf16, fp16 or fp32", "found quant_method gptq",
           "prune the unquantized")),
     Case("config missing", remove("model/config.json"), INSPECT,
-         ("config.json", "cannot be read", "No such file", "check the model directory")),
+         ("config.json", "no Hugging Face checkpoint", "no config.json", "name the directory")),
     Case("truncated config", cut("model/config.json", 90), INSPECT,
          ("config.json", "not valid JSON", "found", "line", "download")),
     Case("config with a key twice", replace("model/config.json", "{", '{"vocab_size": 1,'),
