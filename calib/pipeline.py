@@ -44,11 +44,6 @@ class PlanFiles:
     force: bool = False
     """Whether to replace files that are there."""
 
-    @property
-    def replaced(self) -> Path:
-        """The file that a repair writes."""
-        return replacement_file(self.plan)
-
     @classmethod
     def beside(
         cls, output: Path, model: Path, *, resume: bool = False, force: bool = False
@@ -75,7 +70,7 @@ class PlanFiles:
         Raises:
             OutputError: it names the path.
         """
-        for path in (self.plan, self.stats, self.replaced):
+        for path in (self.plan, self.stats, replacement_file(self.plan)):
             if path is not None and path.absolute().parent.is_dir():  # else it is created
                 check_file(path, model, force=self.force or self.resume)
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,19 +70,22 @@ class ApplyCost:
         )
 
 
-def apply_cost(plan: Plan, layout: Layout, jobs: int, finished: Collection[str] = ()) -> ApplyCost:
-    """Predict what it takes to apply a complete ``plan`` with ``jobs`` shards at a time.
+def apply_cost(plan: Plan, layout: Layout, jobs: int) -> ApplyCost:
+    """Predict what it takes to apply a complete ``plan`` with ``jobs`` shards at a time."""
+    return cost_of(plan, layout.checkpoint, edits(plan, layout), jobs)
 
-    Shards that are ``finished`` cost nothing.
-    """
-    shards = {n: shard for n, shard in edits(plan, layout).items() if n not in finished}
+
+def cost_of(
+    plan: Plan, checkpoint: Checkpoint, shards: Mapping[str, Sequence[OutputTensor]], jobs: int
+) -> ApplyCost:
+    """Predict what it takes to write ``shards`` of the output of ``plan``, as ``apply_cost``."""
     tensors = [tensor for shard in shards.values() for tensor in shard]
     written = sum(tensor.nbytes for tensor in tensors)
     return ApplyCost(
         sum(bytes_read(edit) for tensor in tensors for edit in tensor.edits) + _scales(tensors),
         written,
         written,
-        _memory(plan, layout.checkpoint, min(jobs, len(shards)), _largest_matrix(tensors)),
+        _memory(plan, checkpoint, min(jobs, len(shards)), _largest_matrix(tensors)),
     )
 
 

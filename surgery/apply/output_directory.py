@@ -184,14 +184,6 @@ class OutputDirectory:
         else:
             self._journal.close()
 
-    def check_space(self, nbytes: int) -> None:
-        """Check that ``nbytes`` fit on the disk.
-
-        Raises:
-            OutputError: they do not; it names what is needed and what is free.
-        """
-        check_space(self.path, nbytes)
-
     def finish(self, name: str) -> None:
         """Record that the shard ``name`` is complete and synced; threads may call this."""
         self._journal.finish(name, (self.partial / name).stat().st_size)

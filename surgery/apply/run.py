@@ -13,7 +13,7 @@ from uuid import uuid4
 import msgspec
 
 from surgery.apply.companions import companion_files, model_card, pruned_config
-from surgery.apply.cost import ApplyCost, apply_cost, apply_seconds
+from surgery.apply.cost import ApplyCost, apply_seconds, cost_of
 from surgery.apply.edits import OutputTensor, edits, sources
 from surgery.apply.output_directory import (
     OutputDirectory,
@@ -172,7 +172,7 @@ def _write_checkpoint(
     with directory:
         for name in by_shard.keys() & directory.finished:  # perhaps by a run that checked nothing
             checksums.check(sources(by_shard[name]) | {name})
-        directory.check_space(sum(t.nbytes for shard in todo.values() for t in shard))
+        check_space(output, sum(t.nbytes for shard in todo.values() for t in shard))
         if resume:
             say_resumed(len(by_shard) - len(todo), len(by_shard), "shards")
         for name, data in files.items():
@@ -281,7 +281,8 @@ def forecast_apply(plan: Plan, source: Path, options: ApplyOptions) -> ApplyFore
         for _ in data if not isinstance(data, bytes) else ():
             pass
     layout, took = prepared.layout, time.perf_counter() - start
-    cost = apply_cost(plan, layout, options.jobs, finished)
+    todo = {name: shard for name, shard in prepared.by_shard.items() if name not in finished}
+    cost = cost_of(plan, layout.checkpoint, todo, options.jobs)
     local = options.engine == "local"
     return ApplyForecast(
         output,

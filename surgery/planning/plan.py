@@ -365,14 +365,16 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def load(cls, path: Path | str) -> "Plan":
         """Read and validate a plan, from its own file or from an output's compact_surgery.json.
 
+        The latter has no paths; the file of replacements is looked for beside the output.
+
         Raises:
             PlanError: the file is not a plan, or its parts contradict each other.
         """
         path = Path(path)
         try:
-            if path.name == PROVENANCE_NAME:
-                return msgspec.json.decode(read_file(path), type=ProvenanceFile).plan
-            return msgspec.json.decode(read_file(path), type=cls)
+            if path.name != PROVENANCE_NAME:
+                return msgspec.json.decode(read_file(path), type=cls)
+            plan = msgspec.json.decode(read_file(path), type=ProvenanceFile).plan
         except PlanError as error:
             raise error.inside(path) from error
         except OSError as error:
@@ -380,6 +382,11 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise PlanError(path, "cannot be read", found=error.strerror, fix=fix) from error
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise PlanError(path, "is not a plan", found=error, fix=MAKE_AGAIN) from error
+        if plan.replaced is None:
+            return plan
+        file = path.absolute().parent.parent / Path(plan.replaced.file).name
+        replaced = msgspec.structs.replace(plan.replaced, file=str(file))
+        return msgspec.structs.replace(plan, replaced=replaced)
 
 
 def _fitting(text: str, width: int) -> str:

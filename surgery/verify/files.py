@@ -1,11 +1,11 @@
 """Checks of an output by its files alone: tensors, sizes, ids, bytes and the tokenizer."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
-import msgspec
 import numpy as np
 
 from surgery.apply.companions import pruned_config
@@ -13,15 +13,14 @@ from surgery.apply.edits import OutputTensor, check_source, edits, sources
 from surgery.apply.shard import edit_windows
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.errors import PlanError, check_choice, printable
-from surgery.files.index_sets import MAKE_AGAIN
 from surgery.files.safetensors_header import TensorRef
 from surgery.files.shard_file import IO, Buffer, open_shard
-from surgery.files.strict_json import open_regular, read_file
+from surgery.files.strict_json import open_regular
 from surgery.hub.fetch import resolve_model, source_at_hand
 from surgery.hub.shards import Shards
 from surgery.layout.build import read_layout
 from surgery.layout.layout import Layout
-from surgery.planning.plan import PROVENANCE_NAME, Plan, ProvenanceFile
+from surgery.planning.plan import PROVENANCE_NAME, Plan
 from surgery.tokenizer.tokenizer_file import load_tokenizer, tokenizer_data
 from surgery.verify.engines import EngineNote, engine_notes, engine_table, facts_of
 from surgery.verify.ids import Origin, id_faults
@@ -172,21 +171,9 @@ def _plan_in(path: Path) -> Plan | None:
 
 
 def plan_within(directory: Path) -> Plan | None:
-    """Return the plan in compact_surgery.json; its file of replacements is beside the output."""
+    """Return the plan in an output's compact_surgery.json, or None where there is no such file."""
     path = directory / PROVENANCE_NAME
-    if not path.exists():
-        return None
-    try:
-        plan = msgspec.json.decode(read_file(path), type=ProvenanceFile).plan
-    except PlanError as error:
-        raise error.inside(path) from error
-    except (OSError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise PlanError(path, "holds no plan", found=error, fix=MAKE_AGAIN) from error
-    if plan.replaced is None:
-        return plan
-    file = directory.absolute().parent / Path(plan.replaced.file).name
-    replaced = msgspec.structs.replace(plan.replaced, file=str(file))
-    return msgspec.structs.replace(plan, replaced=replaced)
+    return Plan.load(path) if path.exists() else None
 
 
 SAME_CONFIG = "config.json is the source's with the plan's changes"
@@ -214,9 +201,8 @@ def verify_files(
     checkpoint = Checkpoint.open(directory, family)
     layout = read_layout(checkpoint)
     origin = Origin(source, plan) if plan is not None and source is not None else None
-    wanted = (
-        edits(origin.plan, read_layout(Checkpoint.open(origin.path, family))) if origin else None
-    )
+    source_layout = read_layout(Checkpoint.open(origin.path, family)) if origin else None
+    wanted = edits(origin.plan, source_layout) if origin and source_layout else None
     report = VerifyReport(engines=_engine_notes(layout, plan))
     report.checks["headers and config.json agree"] = []
     report.checks["ids in JSON files point at tokens"] = id_faults(layout, origin)[:MOST_FAULTS]
@@ -224,8 +210,9 @@ def verify_files(
         report.skipped["sizes are the plan's"] = "no plan"
     else:
         report.checks["sizes are the plan's"] = _check_sizes(layout, plan)
-    if origin is not None:
-        report.checks[SAME_CONFIG] = _check_config(checkpoint, origin)
+    if origin is not None and source_layout is not None:
+        expected = json.loads(pruned_config(origin.plan, source_layout.checkpoint))
+        report.checks[SAME_CONFIG] = _differences(expected, checkpoint.config)
     if origin is None or wanted is None:
         reason = (
             "no plan"
@@ -293,11 +280,8 @@ def _same_bytes(tensor: OutputTensor, found: TensorRef, io: IO) -> bool:
     return True
 
 
-def _check_config(checkpoint: Checkpoint, origin: Origin) -> list[str]:
-    """Compare config.json with what apply makes of the source's."""
-    source = Checkpoint.open(origin.path, origin.plan.family)
-    expected = json.loads(pruned_config(origin.plan, source))
-    found = checkpoint.config
+def _differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """Return the keys of config.json that are not as apply makes them of the source's."""
     return [
         f"config.json: {key}: expected {expected.get(key)!r}, found {found.get(key)!r}"
         for key in sorted({*expected, *found})
