@@ -12,8 +12,9 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from tools.synthetic_tokenizer import trained_tokenizer
 
 TEXT = Path(__file__).parent / "text" / "calibration.txt"
 VOCAB_SIZE, SEQ_LEN, BATCH = 2048, 128, 16
@@ -42,21 +43,6 @@ CONFIG = {
 }
 
 
-def trained_tokenizer(text: str) -> Tokenizer:
-    """Return a byte-level BPE of ``VOCAB_SIZE`` tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=["<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([text], trainer)
-    return tokenizer
-
-
 def rate_at(step: int) -> float:
     """Return the share of the learning rate: a warm-up, then a cosine to a tenth."""
     if step < WARMUP:
@@ -70,7 +56,7 @@ def main(output: Path) -> None:
     """Train it and save it to DIR."""
     torch.manual_seed(SEED)
     rng, text, start = np.random.default_rng(SEED), TEXT.read_text("utf-8"), time.perf_counter()
-    tokenizer = trained_tokenizer(text)
+    tokenizer = trained_tokenizer([text], VOCAB_SIZE, ["<|end|>"])
     ids = torch.tensor(tokenizer.encode(text).ids)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **CONFIG))
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.1, betas=(0.9, 0.95))

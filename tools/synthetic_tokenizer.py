@@ -1,7 +1,10 @@
-"""A byte-level BPE tokenizer.json of any size, made up instead of trained."""
+"""Byte-level BPE tokenizers: a tokenizer.json of any size, made up; or one that is trained."""
 
 import random
+from collections.abc import Iterable
 from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 SPECIAL_TOKENS = 256
 """Added tokens of the synthetic tokenizer; the first two are bos and eos."""
@@ -81,3 +84,23 @@ def _byte_alphabet() -> list[str]:
     """The symbols of the 256 bytes in byte-level BPE, in the order of GPT-2."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     return [chr(byte) for byte in plain] + [chr(0x100 + n) for n in range(256 - len(plain))]
+
+
+def trained_tokenizer(
+    texts: Iterable[str], vocab_size: int, special_tokens: Iterable[str] = ()
+) -> Tokenizer:
+    """Return a byte-level BPE of ``vocab_size`` tokens, trained on ``texts``.
+
+    ``special_tokens`` are its first ones.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special_tokens),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer

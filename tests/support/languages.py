@@ -3,9 +3,8 @@
 
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
 from surgery.tokenizer.tokenizer_file import TokenizerFile
+from tools.synthetic_tokenizer import trained_tokenizer
 
 SIZE = 1800
 """Tokens of ``multilingual``."""
@@ -49,14 +48,6 @@ ARTICLE_1 = {
 
 def multilingual(directory: Path) -> TokenizerFile:
     """Save a byte-level BPE of SIZE tokens, trained on all the languages, and open it."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=SIZE,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(ARTICLE_1.values(), trainer)
+    tokenizer = trained_tokenizer(ARTICLE_1.values(), SIZE)
     tokenizer.save(str(directory / "tokenizer.json"))
     return TokenizerFile.open(directory)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, processors
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -16,6 +16,7 @@ from transformers import (
 
 from tests.support import ROOT
 from tests.support.tiny_configs import TINY, WRAPPERS
+from tools.synthetic_tokenizer import trained_tokenizer
 
 TEXT = ROOT / "tools" / "text" / "heldout.txt"
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
@@ -34,16 +35,9 @@ def prose(size: int = 60_000) -> str:
 
 @cache
 def _trained(special_first: bool, bos: bool) -> str:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=TOKENS - (0 if special_first else len(SPECIAL)),
-        special_tokens=list(SPECIAL) if special_first else [],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([prose()], trainer)
+    first = SPECIAL if special_first else ()
+    learned = TOKENS - (0 if special_first else len(SPECIAL))
+    tokenizer = trained_tokenizer([prose()], learned, first)
     tokenizer.add_special_tokens(list(SPECIAL))
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.errors import BudgetError, TokenizerError
@@ -21,6 +21,7 @@ from surgery.vocabulary.cost import vocabulary_cost
 from surgery.vocabulary.order import Rarity, VocabularyOptions, order_rows, rarity_of
 from surgery.vocabulary.scripts import characters_with, lost_text
 from tests.support import tiny
+from tools.synthetic_tokenizer import trained_tokenizer
 
 
 def byte_level(tokenizer: Tokenizer) -> Tokenizer:
@@ -30,15 +31,7 @@ def byte_level(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def train(lines: list[str], vocab_size: int) -> Tokenizer:
-    tokenizer = byte_level(Tokenizer(models.BPE()))
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(lines, trainer)
-    return tokenizer
+    return trained_tokenizer(lines, vocab_size, ["<s>", "</s>"])
 
 
 def as_file(tokenizer: Tokenizer, directory: Path = Path("x")) -> TokenizerFile:
