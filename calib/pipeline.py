@@ -25,7 +25,7 @@ from surgery.planning.plan import Plan
 from surgery.planning.replacement import replacement_file
 from surgery.planning.request import SizeChoice, choose_sizes
 from surgery.process import Progress, Seconds, Stopwatch, spoken_range
-from surgery.stats.channels import RANDOM, too_few_tokens
+from surgery.stats.channels import RANDOM, ChannelOptions, too_few_tokens
 from surgery.text.documents import TextOptions
 from surgery.verify.files import VerifyReport, verify_files
 
@@ -140,7 +140,7 @@ def forecast_prune(
     """
     shown = documents_or_none(layout, text) or ()
     channels = replace(choice.request.channels, criterion=RANDOM, expert_criterion=RANDOM)
-    chosen = replace(choice, request=replace(choice.request, channels=channels))
+    chosen = _with_channels(choice, channels)
     plan = plan_choice(layout, chosen, documents=shown, output=files.output)
     made, pace, repair, repair_seconds = None, None, None, None
     if choice.needs_statistics(layout):
@@ -157,6 +157,11 @@ def forecast_prune(
     seconds = pace.seconds(made.prediction(), made.tokens) if made and pace else None
     ranks = choice.request.sizes.ranks_layers
     return PruneForecast(plan, made, seconds, repair, repair_seconds, applied, ranks)
+
+
+def _with_channels(choice: SizeChoice, channels: ChannelOptions) -> SizeChoice:
+    """Return the choice of the same sizes, whose channels and experts are chosen otherwise."""
+    return replace(choice, request=replace(choice.request, channels=channels))
 
 
 REFITTING = 2
@@ -180,7 +185,8 @@ def calibrated_plan(
     Returns the plan, and the seconds of each stage.
     """
     watch = Stopwatch()
-    sizes_only = plan_choice(layout, choice, output=files.output)
+    channels = replace(choice.request.channels, expert_criterion=RANDOM)  # aimer reads weights
+    sizes_only = plan_choice(layout, _with_channels(choice, channels), output=files.output)
     repairs = choice.request.channels.repair != "none"
     if repairs and (compute.max_memory, compute.max_gpu_memory) != (None, None):
         _repair_within_caps(sizes_only, open_study(layout, choice, text, compute), compute)

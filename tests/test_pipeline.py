@@ -7,10 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from calib.statistics.calibrate import _StatsAccumulator
 from surgery.api import plan_model
+from surgery.hub.shards import Shards
+from surgery.layout.layout import Layout
+from surgery.planning import planner
 from surgery.planning.request import CutRequest, SizeRequest
 from surgery.stats.channels import ChannelOptions
 from tests.support import ROOT, tiny
@@ -280,3 +284,20 @@ def test_a_finished_prune_says_the_time_of_each_stage(
     assert_refused(
         run(*command, "-o", tmp_path / "other", "--dry-run", "--resume"), "has no effect"
     )
+
+
+def test_a_criterion_of_weights_alone_reads_them_once(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, read = tiny.save(tmp_path / "model", "mixtral"), list[int]()
+
+    def noted(layout: Layout, layer: int, shards: Shards) -> np.ndarray:
+        read.append(layer)
+        return measured(layout, layer, shards)
+
+    measured = planner._aimer
+    monkeypatch.setattr(planner, "_aimer", noted)
+    by = ("--num-experts", 3, "--expert-criterion", "aimer")
+    made = run("prune", model, *by, "-o", tmp_path / "out")
+    assert made.exit_code == 0, made.output
+    assert read == list(range(tiny.LAYERS))
