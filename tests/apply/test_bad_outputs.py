@@ -100,7 +100,7 @@ CASES = [
     Case("verify --forward without a plan", nothing, "verify model --forward",
          ("model", "--forward", "needs the plan")),
     Case("verify with damaged provenance", write("model/compact_surgery.json", "{}"),
-         "verify model", ("compact_surgery.json", "no plan", "found", "plan again")),
+         "verify model", ("compact_surgery.json", "is not a plan", "found", "plan again")),
 ]  # fmt: skip
 
 
