@@ -10,7 +10,7 @@ import numpy as np
 from calib.streaming.settings import ComputeOptions, PassSettings
 from surgery.errors import BudgetError
 from surgery.families.blocks import BUFFER
-from surgery.families.schema import EXPERT
+from surgery.families.schema import EXPERT, FFN
 from surgery.layout.layout import FLOATS, Layout
 from surgery.process import Seconds, with_slack
 
@@ -281,7 +281,7 @@ def predict_repair(
         full, kept = layout.channels_of(axis), widths[width.key] * layout.times(axis)
         experts = layout.experts if axis == EXPERT else 1
         matrix, pruned = depth * full, depth * kept
-        sums = 4 * (full**2 + matrix) if experts == 1 else 8 * experts * full**2
+        sums = 4 * (full * kept + pruned) if axis == FFN else 8 * experts * full**2
         equations = sums + 8 * kept**2 + 4 * kept * (full - kept) + 4 * pruned
         solving = 16 * kept**2 + 8 * pruned + 16 * SOLVED_ROWS * kept
         weights = 2 * experts * matrix * settings.dtype.itemsize

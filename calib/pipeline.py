@@ -13,8 +13,8 @@ from calib.statistics.prepare import (
     run_calibration,
 )
 from calib.streaming.settings import ComputeOptions
-from calib.study.repair import repair_cost, repair_plan, repair_windows
-from calib.study.study import Study, open_study
+from calib.study.repair import open_repair, repair_cost, repair_plan, repair_windows
+from calib.study.study import Study
 from surgery.api import plan_choice
 from surgery.apply.cost import PROGRAM_BYTES
 from surgery.apply.output_directory import check_output_path
@@ -148,7 +148,7 @@ def forecast_prune(
         made = prepare_calibration(layout, choice.rarity, text, compute, asked, vocab_size)
         pace = made.pace()
     if choice.request.channels.repair != "none":
-        study = open_study(layout, choice, text, compute)
+        study = open_repair(layout, choice, text, compute)
         repair = _repair_within_caps(plan, study, compute)
         if pace is not None:
             low, high = pace.seconds(repair, repair_windows(plan, study).tokens)
@@ -189,7 +189,7 @@ def calibrated_plan(
     sizes_only = plan_choice(layout, _with_channels(choice, channels), output=files.output)
     repairs = choice.request.channels.repair != "none"
     if repairs and (compute.max_memory, compute.max_gpu_memory) != (None, None):
-        _repair_within_caps(sizes_only, open_study(layout, choice, text, compute), compute)
+        _repair_within_caps(sizes_only, open_repair(layout, choice, text, compute), compute)
     files.plan.absolute().parent.mkdir(parents=True, exist_ok=True)
     stats = None
     if choice.needs_statistics(layout):
@@ -206,7 +206,7 @@ def calibrated_plan(
         plan = plan_choice(layout, choice, stats, documents=shown, output=files.output)
     if repairs:
         with watch.timed("repair"):
-            study = open_study(layout, choice, text, compute)
+            study = open_repair(layout, choice, text, compute)
             plan = repair_plan(plan, study, files.plan, progress)
     plan.save(files.plan)
     return plan, watch.seconds

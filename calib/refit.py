@@ -27,20 +27,36 @@ class GramSums:
     to W a, if anything.
     """
 
-    def __init__(self, channels: int, device: torch.device) -> None:
-        self.act_act = torch.zeros((channels, channels), device=device)
-        """G = Σ aᵀa: ``[I, I]``."""
+    def __init__(
+        self, channels: int, device: torch.device, kept: torch.Tensor | None = None
+    ) -> None:
+        """Start at zero.
+
+        Args:
+            channels: I.
+            device: Where the sums are.
+            kept: int64 ``(K,)`` where the kept channels are known: only their columns are summed.
+        """
+        self.kept = kept
+        columns = channels if kept is None else len(kept)
+        self.act_act = torch.zeros((channels, columns), device=device)
+        """G = Σ aᵀa: ``[I, I]``, or G[:, K]: ``[I, K]``."""
         self.drift_act: torch.Tensor | None = None
-        """Σ dᵀa: ``[D, I]``; None without drift."""
+        """Σ dᵀa: ``[D, I]`` or ``[D, K]``; None without drift."""
 
     def add(self, act: torch.Tensor, drift: torch.Tensor | None = None) -> None:
         """Add activations ``(tokens, I)`` and their drift ``(tokens, D)``."""
         act = act.float()
-        self.act_act.addmm_(act.T, act)
+        part = act if self.kept is None else act[:, self.kept]
+        self.act_act.addmm_(act.T, part)
         if drift is not None:
             if self.drift_act is None:
-                self.drift_act = act.new_zeros((drift.shape[1], act.shape[1]))
-            self.drift_act.addmm_(drift.float().T, act)
+                self.drift_act = act.new_zeros((drift.shape[1], part.shape[1]))
+            self.drift_act.addmm_(drift.float().T, part)
+
+    def columns(self, kept: torch.Tensor) -> torch.Tensor:
+        """Return the columns of the sums that stand for the channels ``kept``."""
+        return kept if self.kept is None else torch.arange(len(kept), device=kept.device)
 
 
 def normal_equations(
@@ -52,19 +68,19 @@ def normal_equations(
 
     Args:
         weight: W, ``[D, I]``.
-        gram: Of ``I`` channels.
+        gram: Of ``I`` channels, or of the ``kept`` ones.
         kept: int64 ``(K,)``, ascending.
         ridge: λ over the mean diagonal of G[K, K].
     """
     is_removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     is_removed[kept] = False
-    removed = torch.nonzero(is_removed).flatten()
-    wanted = weight[:, removed].float() @ gram.act_act[removed[:, None], kept]
+    removed, columns = torch.nonzero(is_removed).flatten(), gram.columns(kept)
+    wanted = weight[:, removed].float() @ gram.act_act[removed[:, None], columns]
     if gram.drift_act is not None:
-        wanted += gram.drift_act[:, kept]
+        wanted += gram.drift_act[:, columns]
     inner = torch.empty((len(kept), len(kept)), dtype=torch.float64, device=weight.device)
     for into, rows in zip(inner.split(ROWS), kept.split(ROWS), strict=True):
-        into.copy_(gram.act_act[rows[:, None], kept])
+        into.copy_(gram.act_act[rows[:, None], columns])
     diagonal = inner.diagonal()
     diagonal += ridge * diagonal.mean() + torch.finfo(torch.float32).tiny
     return inner, wanted
@@ -144,6 +160,7 @@ class PrunedPrefix:
         """Take the windows of ``dense``: first those to fit by, then those to judge by."""
         self.streams = [Stream(stream.windows) for stream in dense]
         self._dense = dense
+        self._additive: dict[type[torch.nn.Module], bool] = {}
 
     def refit(
         self,
@@ -161,8 +178,11 @@ class PrunedPrefix:
         """
         weight = decoder.layer(index).get_parameter(down_name(ffn_module)).data
         (matrix,) = down_matrices(decoder.layer(index), ffn_module, weight)
-        pull = PULL if self._adds(decoder, index, ffn_module, matrix) else 0.0
-        gram = GramSums(matrix.shape[1], matrix.device)
+        kind = type(decoder.layer(index))
+        if kind not in self._additive:
+            self._additive[kind] = self._adds(decoder, index, ffn_module, matrix)
+        pull = PULL if self._additive[kind] else 0.0
+        gram = GramSums(matrix.shape[1], matrix.device, kept)
         for act, drift in self._tokens(decoder, index, 0):
             gram.add(act, pull * drift if pull else None)
         inner, wanted = normal_equations(matrix, gram, kept)

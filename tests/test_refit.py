@@ -30,6 +30,9 @@ def test_refit_solves_the_ridge_problem(seed: int, channels: int, ridge: float) 
     weight = torch.randn(5, channels, generator=torch.Generator().manual_seed(seed + 1))
     kept = torch.arange(channels)[torch.arange(channels) % 3 != 1]
     found = refit(weight, gram_of(act), kept, ridge)
+    of_kept = GramSums(channels, CPU, kept)
+    of_kept.add(act)
+    assert torch.allclose(refit(weight, of_kept, kept, ridge), found, rtol=1e-4, atol=1e-4)
 
     inside, every = act[:, kept].double().numpy(), act.double().numpy()
     before = weight[:, kept].double().numpy()

@@ -212,6 +212,10 @@ class StreamedDecoder:
         """Return the modules of a layer that have channels."""
         return self._layers.ffn_modules(index)
 
+    def channel_dims(self, index: int, axis: str) -> dict[str, int]:
+        """Return the parameters of a layer that carry a channel axis, each with its dimension."""
+        return self._layers.channel_dims(index, axis)
+
     def routers(self, index: int) -> dict[str, int]:
         """Return the tensors of a layer's router, each with its dimension that counts experts."""
         return self._layers.routers(index)

@@ -120,6 +120,21 @@ class Layers:
                 found[target] = slot.dims.index(Dim(EXPERTS))
         return found
 
+    def channel_dims(self, index: int, axis: str) -> dict[str, int]:
+        """Return the parameters of a layer that carry a channel axis, each with its dimension.
+
+        Empty where one of them has the axis twice, as a fused gate and up projection has.
+        """
+        prefix, found = f"{self._layout.family.layers}.{index}.", dict[str, int]()
+        for name, ref in self._layout.of_layer[index].items():
+            slot = self._layout.roles[ref.name].slot
+            dims = [dim for dim, each in enumerate(slot.dims) if each and each.axis == axis]
+            if dims and slot.dims[dims[0]] != Dim(axis):
+                return {}
+            if dims:
+                found[self._conversion.target(name)[0].removeprefix(prefix)] = dims[0]
+        return found
+
     def ffn_modules(self, index: int) -> list[FfnModule]:
         """Return the modules of a layer that have channels."""
         prefix = f"{self._layout.family.layers}.{index}."

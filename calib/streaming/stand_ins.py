@@ -56,7 +56,7 @@ class ReplayHidden(nn.Module):
 
 @contextmanager
 def swapped(layer: nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Replace tensors of ``layer``, by name and with equal shapes, until the block ends."""
+    """Replace tensors of ``layer``, by name, until the block ends."""
     own = {name: held_tensor(layer, name).data for name in weights}
     for name, value in weights.items():
         held_tensor(layer, name).data = value

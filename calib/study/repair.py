@@ -10,8 +10,9 @@ import torch
 
 from calib.estimate import Prediction, WindowLengths, predict_repair
 from calib.streaming.ffn import ExpertKey, down_proj_tensors, file_matrices
+from calib.streaming.settings import ComputeOptions
 from calib.streaming.weights import TORCH_DTYPE, raw
-from calib.study.study import Study
+from calib.study.study import Study, open_study
 from calib.study.trial import RefitHook, Trial, Variant
 from surgery.apply.edits import kept_parts, layer_groups
 from surgery.errors import BudgetError, PlanError
@@ -19,13 +20,34 @@ from surgery.families.schema import renumbered
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
 from surgery.planning.replacement import Entry, ReplacementWriter, replacement_file
+from surgery.planning.request import SizeChoice
 from surgery.planning.shapes import axis_lengths, output_dtype, output_shape
 from surgery.planning.sizes import Sizes
 from surgery.process import Advance, Progress, no_advance, peak_rss_bytes, stage
+from surgery.text.documents import TextOptions
 
 LOG = logging.getLogger(__name__)
 
 WHAT = "least squares"
+
+JUDGE_WINDOWS = 16
+"""Most windows of held-out text that judge a repair.
+
+They run through the model twice. Their bits differ by far more than chance where a repair helps:
+on SmolLM2-135M (V' 24,960, I' 896) by 9 %.
+"""
+
+
+def open_repair(
+    layout: Layout, choice: SizeChoice, text: TextOptions, compute: ComputeOptions
+) -> Study:
+    """Return the study of a repair: the text to refit on, and held-out text that judges it.
+
+    Raises:
+        SurgeryError: as ``open_study``.
+    """
+    text = replace(text, windows=min(text.windows, JUDGE_WINDOWS))
+    return open_study(layout, choice, text, compute)
 
 
 def repair_plan(

@@ -11,7 +11,13 @@ from calib.refit import PrunedPrefix, refit_if_better
 from calib.scoring.score import token_bits
 from calib.streaming.batches import Stream, spilled
 from calib.streaming.decoder import StreamedDecoder
-from calib.streaming.ffn import ExpertKey, FfnModule, down_matrices, down_name, masked_down_proj
+from calib.streaming.ffn import (
+    ExpertKey,
+    FfnModule,
+    down_matrices,
+    down_name,
+    pruned_parameters,
+)
 from calib.streaming.layer_groups import LayerGroups
 from calib.streaming.settings import PassSettings
 from calib.streaming.stand_ins import masked_router
@@ -133,11 +139,11 @@ class Trial:
         return masked_router(decoder.layer(index), decoder.routers(index), removed)
 
     def _pruned_weights(self, decoder: StreamedDecoder, index: int) -> dict[str, torch.Tensor]:
-        """Return down_proj with zeros for removed channels, refitted if asked and if that helps."""
+        """Return parameters of the kept channels, down_proj refitted if asked and if that helps."""
         if self.calibration_pass is None:
             return {}
         chosen = self._choose(self.calibration_pass, index)
-        layer, found = decoder.layer(index), {}
+        layer, found = decoder.layer(index), dict[str, torch.Tensor]()
         refitted: dict[ExpertKey, torch.Tensor] = {}
         for ffn_module in decoder.ffn_modules(index):
             if ffn_module.axis in chosen:
@@ -145,8 +151,9 @@ class Trial:
                     refitted |= self._refit(
                         decoder, index, ffn_module, self.calibration_pass, chosen[ffn_module.axis]
                     )
-                found[down_name(ffn_module)] = masked_down_proj(
-                    layer, ffn_module, chosen[ffn_module.axis], refitted
+                dims = decoder.channel_dims(index, ffn_module.axis)
+                found |= pruned_parameters(
+                    layer, ffn_module, dims, chosen[ffn_module.axis], refitted
                 )
         self._on_refit(index, refitted)
         return found

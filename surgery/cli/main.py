@@ -371,12 +371,11 @@ def plan(
             raise Refusal(
                 "--repair needs --stats and --data, to choose the channels and to refit on"
             )
-        from calib.study.repair import repair_plan
-        from calib.study.study import open_study
+        from calib.study.repair import open_repair, repair_plan
 
         repair_text = replace(text, samples=stats.info.samples, seq_len=stats.info.seq_len)
         with running() as progress:
-            study = open_study(layout, choice, repair_text, compute)
+            study = open_repair(layout, choice, repair_text, compute)
             made = repair_plan(made, study, given.output, progress)
     made.save(given.output)
     show_plan(made, layout, cut.sizes)
