@@ -91,6 +91,8 @@ def search(
         files.check(layout.checkpoint.path)
     if options.candidates:
         refuse_idle("with --candidates", "multiple_of", "target")
+    if not layout.experts:
+        refuse_idle("for a model without routed experts", "expert_criterion")
     space = search_space(layout, cut, options.candidates, documents_of(layout, text))
     with running() as progress:
         study = open_study(layout, space.choice, text, compute)

@@ -214,6 +214,10 @@ def test_compare_by_amount_of_text(model: Path, prose: Path, tmp_path: Path, run
         (("search",), "--ratio: is not given; give one, such as 0.2, or --candidates"),
         (("search", "--ratio", 0.2, "--candidates", "450:512"), "and --candidates exclude each"),
         (("search", "--multiple-of", 8, "--candidates", "450:512"), "--multiple-of: has no effect"),
+        (
+            ("search", "--ratio", 0.2, "--expert-criterion", "man"),
+            "--expert-criterion: has no effect for a model without routed experts",
+        ),
         (("search", "--candidates", "1"), "--candidates: are no pairs of sizes"),
         (("search", "--candidates", "9:9"), "--vocab-size: is out of reach"),
         (("search", "--candidates", "1536:9999"), "is out of reach"),
