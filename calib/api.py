@@ -20,7 +20,7 @@ from calib.statistics.prepare import (
 )
 from calib.streaming.settings import ComputeOptions
 from calib.study.compare import check_methods, check_ratios, compare_methods, usable_methods
-from calib.study.search import SearchResult, candidates_request, search_pairs
+from calib.study.search import SearchResult, search_sizes, search_space
 from calib.study.study import open_study
 from calib.study.table import Row
 from calib.text.chat import documents_of
@@ -29,7 +29,7 @@ from surgery.apply.run import ApplyOptions
 from surgery.errors import PlanError
 from surgery.files.shard_file import IO
 from surgery.planning.plan import Plan
-from surgery.planning.request import CutRequest, SizeRequest, allowed_steps, choose_sizes
+from surgery.planning.request import CutRequest, SizeRequest, allowed_steps, choose_vocabulary
 from surgery.process import Progress
 from surgery.stats.channel_stats import ChannelStats
 from surgery.stats.channels import (
@@ -209,6 +209,7 @@ def search(  # noqa: PLR0913
     *,
     data: Text,
     ratio: float | None = None,
+    only: str | Sequence[str] = (),
     candidates: str | None = None,
     multiple_of: int | None = None,
     target: str | None = None,
@@ -226,15 +227,17 @@ def search(  # noqa: PLR0913
     keep_scripts: Sequence[str] = (),
     drop_scripts: Sequence[str] = (),
     criterion: str = DEFAULT_CRITERION,
+    expert_criterion: str = DEFAULT_EXPERT_CRITERION,
     device: str = "auto",
     dtype: str = "auto",
     spill: Path | str | None = None,
     family: str | None = None,
     progress: Progress | None = None,
 ) -> SearchResult:
-    """Try several splits between V' and I', and find the one that loses least.
+    """Try several splits between V', I' and, of a mixture, E'; find the one that loses least.
 
-    Every fourth block of the text is held out to judge by. Channels are chosen by the rest.
+    Every fourth block of the text is held out to judge by. Channels and experts are chosen by the
+    rest.
 
     Example:
         >>> found = calib.search(model, data="tools/text/calibration.txt", ratio=0.2)
@@ -244,11 +247,14 @@ def search(  # noqa: PLR0913
         model: From ``surgery.open_model``, or anything that it takes.
         data: The text: a path, ``hub:name``, documents, or several ``Source`` with weights.
         ratio: Share of all parameters to remove; None with ``candidates``.
-        candidates: Pairs to try, such as "32768:864,24576:928", instead of those of the ratio.
+        only: What to take the ratio from: some of vocabulary, channels and experts; empty is all
+            that the model has.
+        candidates: Sizes V:I to try, such as "32768:864,24576:928", instead of those of the ratio;
+            of a mixture also V:E:I.
         multiple_of: As for ``surgery.make_plan``.
         target: As for ``surgery.make_plan``.
         dequantize: As for ``surgery.make_plan``.
-        repair: "none", or "least-squares" to refit down_proj for every pair.
+        repair: "none", or "least-squares" to refit down_proj for all sizes.
         samples: Most windows of text to choose channels by.
         seq_len: Tokens of such a window.
         windows: Most held-out windows, of 2,048 bytes each.
@@ -261,6 +267,7 @@ def search(  # noqa: PLR0913
         keep_scripts: As for ``surgery.make_plan``.
         drop_scripts: As for ``surgery.make_plan``.
         criterion: Importance of a channel.
+        expert_criterion: Importance of a routed expert.
         device: auto, cpu, cuda or mps.
         dtype: auto, float32, bfloat16 or float16.
         spill: Directory for files of hidden states.
@@ -273,14 +280,15 @@ def search(  # noqa: PLR0913
     """
     layout = as_layout(model, family)
     text = TextOptions(sources_of(data), samples, seq_len, windows, seed, field, strict)
-    sizes = SizeRequest(ratio, multiple_of=multiple_of, target=target, dequantize=dequantize)
+    sizes = SizeRequest(
+        ratio, multiple_of=multiple_of, target=target, dequantize=dequantize, only=only
+    )
     order = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts, drop_scripts)
-    asked = CutRequest(sizes, order, ChannelOptions(criterion, repair=repair))
-    compute = _compute(device, dtype, spill=spill)
-    request = candidates_request(asked, candidates, layout)
-    choice = choose_sizes(layout, request, documents_of(layout, text))
-    study = open_study(layout, choice, text, compute)
-    return search_pairs(study, choice, candidates, progress)
+    channels = ChannelOptions(criterion, repair=repair, expert_criterion=expert_criterion)
+    request, compute = CutRequest(sizes, order, channels), _compute(device, dtype, spill=spill)
+    space = search_space(layout, request, candidates, documents_of(layout, text))
+    study = open_study(layout, space.choice, text, compute)
+    return search_sizes(study, space, progress)
 
 
 def compare(  # noqa: PLR0913
@@ -358,7 +366,8 @@ def compare(  # noqa: PLR0913
     sizes = SizeRequest(ratios[0], multiple_of=multiple_of, target=target, dequantize=dequantize)
     order = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts, drop_scripts)
     compute = _compute(device, dtype, spill=spill)
-    choice = choose_sizes(layout, CutRequest(sizes, order), documents_of(layout, text))
+    documents = documents_of(layout, text)
+    choice = choose_vocabulary(layout, CutRequest(sizes, order), documents=documents)
     study = open_study(layout, choice, text, compute)
     return compare_methods(study, allowed_steps(layout, sizes), ratios, names, progress)
 

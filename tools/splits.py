@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from calib.streaming.settings import ComputeOptions
-from calib.study.search import MOST, try_pairs
+from calib.study.search import MOST, search_sizes, search_space
 from calib.study.study import Candidate, Study, open_study
 from calib.study.table import Row, table
 from calib.study.text import WINDOW_BYTES
@@ -26,9 +26,10 @@ from calib.text.windows import byte_windows
 from surgery.api import open_layout
 from surgery.cli.options import gathered
 from surgery.cli.terminal import bars
-from surgery.planning.request import CutRequest, SizeRequest, allowed_steps, choose_sizes
+from surgery.planning.request import CutRequest, SizeRequest
 from surgery.planning.shapes import axis_lengths
-from surgery.planning.sizes import Sizes, pairs_at
+from surgery.planning.sizes import Sizes, nearest_to_rule
+from surgery.stats.channels import ChannelOptions
 from surgery.text.documents import Source, TextOptions, read_documents
 
 
@@ -89,19 +90,18 @@ def main(model: str, ratios: str, unseen: str, text: TextOptions, options: Split
     layout, text = open_layout(model), replace(text, seed=0)
     texts = byte_windows(read_documents(unseen), text.windows, WINDOW_BYTES)
     for ratio in map(float, ratios.split(",")):
-        asked = SizeRequest(ratio=ratio)
-        choice = choose_sizes(layout, CutRequest(asked))
-        pairs = pairs_at(layout, ratio, choice.rarity.must_keep, allowed_steps(layout, asked))
-        study = open_study(layout, choice, text, ComputeOptions())
+        channels = ChannelOptions(repair="least-squares" if options.repair else "none")
+        asked = SizeRequest(ratio, only="vocabulary,channels")
+        space = search_space(layout, CutRequest(asked, channels=channels))
+        study = open_study(layout, space.choice, text, ComputeOptions())
         forward = forward_seconds(study)
         start = time.perf_counter()
-        like = Candidate("", choice.sizes, repair=options.repair)
         with bars() as progress:
-            found = try_pairs(study, pairs, like, options.most, progress)
+            found = search_sizes(study, replace(space, most=options.most), progress)
         rows = found.rows
         took = time.perf_counter() - start
-        named = {"search": found.best, "channels": pairs[-1], "vocabulary": pairs[0]}
-        named["rule"] = choice.sizes
+        named = {"search": found.best, "channels": space.sizes[-1], "vocabulary": space.sizes[0]}
+        named["rule"] = nearest_to_rule(layout, ratio, space.sizes)
         judged = on_unseen(study, texts, named, options.repair)
         facts: dict[str, Any] = {
             "ratio": ratio,

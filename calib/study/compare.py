@@ -13,7 +13,7 @@ from surgery.layout.layout import Layout
 from surgery.planning.layers import check_layers, layers_by_influence
 from surgery.planning.request import experts_at
 from surgery.planning.shapes import expert_choices
-from surgery.planning.sizes import Sizes, Steps, check_ratio, pairs_at, split, whole
+from surgery.planning.sizes import Sizes, Steps, check_ratio, sizes_at, split, whole
 from surgery.process import Progress, stage
 
 LOG = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ def compare_methods(
     layout, smallest = study.text.layout, study.text.rarity.must_keep
     for ratio in ratios:
         others = {*methods} - {*EXPERT_METHODS}
-        pairs = pairs_at(layout, ratio, smallest, steps) if others else []
+        pairs = sizes_at(layout, ratio, smallest, steps) if others else []
         usual = split(layout, ratio, smallest, steps) if others else whole(layout)
         experts = experts_at(layout, layout, ratio) if {*methods} & {*EXPERT_METHODS} else 0
         target = RatioTarget(ratio, pairs, usual, replace(whole(layout), experts=experts))
@@ -165,7 +165,7 @@ def _candidates(method: str, target: RatioTarget) -> list[Candidate]:
         criterion = EXPERT_METHODS[method]
         sizes = target.fewer_experts
         return [Candidate(method, sizes, retokenize=False, expert_criterion=criterion)]
-    pairs = coarse(target.pairs, target.pairs[0])
+    pairs = coarse(target.pairs)
     if method in FFN_CRITERIA:
         return [Candidate(method, pairs[-1], method, retokenize=False)]
     if method == "vocabulary":

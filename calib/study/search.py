@@ -1,167 +1,297 @@
-"""Find the best split of a ratio between vocabulary and FFN by trying pairs, coarse to fine."""
+"""Find the sizes that lose least at a ratio by trying several (V', E', I'), coarse to fine."""
 
-from collections.abc import Sequence
+import logging
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from calib.study.study import Candidate, Study
-from calib.study.table import Row, legend, plot_pairs, table
+from calib.study.table import Row, legend, plot_sizes, table
 from surgery.errors import BudgetError
+from surgery.families.schema import VOCAB
 from surgery.layout.layout import Layout
-from surgery.planning.request import CutRequest, SizeChoice, allowed_steps, main_width
-from surgery.planning.sizes import Sizes, check_sizes, pairs_at
+from surgery.planning.request import (
+    EXPERTS,
+    LAYERS,
+    PARTS,
+    CutRequest,
+    SizeChoice,
+    SizeRequest,
+    allowed_steps,
+    choose_vocabulary,
+    fixed_sizes,
+    main_width,
+)
+from surgery.planning.shapes import blocks, check_experts, expert_choices, unprunable
+from surgery.planning.sizes import (
+    FixedSizes,
+    Sizes,
+    check_sizes,
+    nearest_to_rule,
+    sizes_at,
+    whole,
+)
 from surgery.process import Progress, stage
 
+LOG = logging.getLogger(__name__)
+
 MOST = 8
-"""Pairs that are tried in one pass; each costs a forward pass."""
+"""Sizes that are tried in one pass, besides the rule of thumb's; each costs a forward pass."""
+
+Item = TypeVar("Item")
 
 
-def coarse(pairs: Sequence[Sizes], also: Sizes, most: int = MOST) -> list[Sizes]:
-    """Return ``most`` of ``pairs`` at equal distances, with both ends, and ``also``."""
-    indices = np.linspace(0, len(pairs) - 1, min(most, len(pairs))).round().astype(int)
-    chosen = {int(index) for index in indices}
-    if also in pairs:
-        chosen.add(pairs.index(also))
-    return [pairs[index] for index in sorted(chosen)]
+def coarse(found: Sequence[Sizes], also: Sequence[Sizes] = (), most: int = MOST) -> list[Sizes]:
+    """Return ``most`` of ``found`` at equal distances, with both ends, and ``also``.
+
+    Where they have several numbers of experts, some of these are at equal distances, and so are the
+    V' of each.
+    """
+    if len(found) <= most:
+        return list(found)
+    lines: dict[int, list[Sizes]] = {}
+    for sizes in found:
+        lines.setdefault(sizes.experts, []).append(sizes)
+    counts = _evenly(list(lines), max(1, most // 2))
+    chosen = []
+    for line in map(lines.__getitem__, counts):
+        ends = _evenly(line, most // len(counts))
+        chosen += [sizes for sizes in line if sizes in ends or sizes in also]
+    return chosen
+
+
+def _evenly(items: Sequence[Item], most: int) -> list[Item]:
+    """Return ``most`` of ``items`` at equal distances, with both ends."""
+    indices = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
+    return [items[index] for index in sorted(set(indices.tolist()))]
 
 
 def fine(
-    pairs: Sequence[Sizes], tried: Sequence[Sizes], best: Sizes, most: int = MOST
+    found: Sequence[Sizes], tried: Sequence[Sizes], best: Sizes, most: int = MOST
 ) -> list[Sizes]:
-    """Return up to ``most`` untried pairs between the neighbours of ``best``."""
-    index = tried.index(best)
-    low = pairs.index(tried[index - 1]) if index else 0
-    high = pairs.index(tried[index + 1]) if index + 1 < len(tried) else len(pairs) - 1
-    between = [pair for pair in pairs[low : high + 1] if pair not in tried]
-    return coarse(between, best, most) if between else []
+    """Return about ``most`` untried sizes between the neighbours of ``best``, on every axis."""
+    counts = [_experts(sizes) for sizes in tried]
+    rows = [sizes.vocab_size for sizes in tried if sizes.experts == best.experts]
+    between = [
+        sizes
+        for sizes in found
+        if sizes not in tried
+        and _near(_experts(sizes), counts, _experts(best))
+        and _near(sizes.vocab_size, rows, best.vocab_size)
+    ]
+    return coarse(between, most=most) if between else []
+
+
+def _near(size: int, tried: Sequence[int], best: int) -> bool:
+    """Whether ``size`` is no farther from ``best`` than the next that was tried on its side."""
+    low = max((other for other in tried if other < best), default=0)
+    high = min((other for other in tried if other > best), default=sys.maxsize)
+    return low <= size <= high
+
+
+def _experts(sizes: Sizes) -> int:
+    """Return the number of experts, to order sizes by."""
+    return sizes.experts or sys.maxsize
+
+
+def _order(sizes: Sizes) -> tuple[int, int]:
+    return _experts(sizes), sizes.vocab_size
 
 
 def parse_candidates(text: str, layout: Layout, main_width: str) -> list[Sizes]:
-    """Return the pairs in "V:I,V:I,…". I is the size of ``main_width``; other widths shrink alike.
+    """Return the sizes in "V:I,V:E:I,…". I is that of ``main_width``; other widths shrink alike.
 
     Raises:
-        BudgetError: they are no pairs of sizes, or not within the model's sizes.
+        BudgetError: they are no sizes, or not within the model's.
     """
     found: list[Sizes] = []
     full = layout.widths[main_width]
     for part in text.split(","):
-        vocab, _, width = part.partition(":")
-        if not (vocab.isdecimal() and width.isdecimal() and len(part) < 20):
+        numbers = part.split(":")
+        if len(part) > 29 or len(numbers) not in (2, 3) or not all(map(str.isdecimal, numbers)):
             raise BudgetError(
                 "`candidates`",
                 "are no pairs of sizes",
-                expected="V:I,V:I,… such as 32768:864,24576:928",
+                expected="V:I,V:I,… such as 32768:864,24576:928; of a mixture also V:E:I,…",
                 found=part[:40],
                 fix="correct them",
             )
-        share = int(width) / full
-        widths = {key: max(1, round(share * size)) for key, size in layout.widths.items()}
-        sizes = Sizes(int(vocab), widths | {main_width: int(width)})
+        vocab_size, *experts, width = map(int, numbers)
+        widths = {key: max(1, round(width / full * n)) for key, n in layout.widths.items()}
+        sizes = Sizes(vocab_size, widths | {main_width: width})
         check_sizes(layout, sizes)
+        for count in experts:
+            check_experts(layout, count)
+            sizes = replace(sizes, experts=0 if count == layout.experts else count)
         if sizes not in found:
             found.append(sizes)
-    return sorted(found, key=lambda sizes: sizes.vocab_size)
+    return sorted(found, key=_order)
+
+
+@dataclass(frozen=True, eq=False)
+class SearchSpace:
+    """The sizes among which a search looks."""
+
+    choice: SizeChoice
+    """The order of rarity, and the request; its sizes are the source's."""
+    sizes: Sequence[Sizes]
+    """All of them, by E', then by V'."""
+    most: int
+    """Sizes in a pass, besides the rule of thumb's."""
+
+
+def search_space(
+    layout: Layout,
+    request: CutRequest,
+    candidates: str | None = None,
+    documents: Iterable[str] | None = None,
+) -> SearchSpace:
+    """Return the sizes that meet the request's ratio, or ``candidates`` such as "32768:864,…".
+
+    ``only`` limits what the ratio is taken from. Without it, that is whatever the model allows.
+
+    Raises:
+        BudgetError: there are both a ratio and candidates, or neither; the ratio is out of reach;
+            or the candidates are not within the model's sizes.
+        DataError, TokenizerError: as ``choose_sizes``.
+    """
+    asked = request.sizes
+    if (asked.ratio is None) == (candidates is None):
+        raise BudgetError(
+            "`ratio`",
+            "and `candidates` exclude each other" if candidates else "is not given",
+            fix="give one of them" if candidates else "give one, such as 0.2, or `candidates`",
+        )
+    if candidates is not None:
+        sizes = parse_candidates(candidates, layout, main_width(layout))
+        smallest = min(each.vocab_size for each in sizes)
+        choice = choose_vocabulary(layout, request, smallest, documents)
+        most = len(sizes)
+    else:
+        fixed, most = _fixed(layout, request), MOST
+        choice = choose_vocabulary(layout, request, fixed.vocab_size, documents)
+        sizes = sizes_at(
+            layout,
+            asked.ratio or 0.0,
+            choice.rarity.must_keep,
+            allowed_steps(layout, asked),
+            fixed,
+            _expert_counts(layout, asked),
+        )
+    if request.channels.repair != "none":
+        sizes = [each for each in sizes if not _removes_both(layout, each)]
+    found = [replace(each, dequantize=asked.dequantize) for each in sizes]
+    return SearchSpace(choice, found, most)
+
+
+def _removes_both(layout: Layout, sizes: Sizes) -> bool:
+    """Whether experts and channels are removed, which cannot be repaired."""
+    return bool(sizes.experts) and dict(sizes.widths) != dict(layout.widths)
+
+
+def _fixed(layout: Layout, request: CutRequest) -> FixedSizes:
+    """Return the sizes that stay: of parts that are not named, and of weights only moved whole."""
+    asked = request.sizes
+    if LAYERS in asked.parts:
+        names = ", ".join(PARTS[:-1])
+        raise BudgetError("`only`", f"{LAYERS} cannot be searched", fix=f"name some of {names}")
+    fixed, full = fixed_sizes(request, layout), whole(layout)
+    if asked.dequantize:
+        return fixed
+    moved = {*unprunable(layout), *({VOCAB} & blocks(layout).keys())}
+    widths = {key: size for key, size in full.widths.items() if key in moved}
+    vocab_size = full.vocab_size if VOCAB in moved else fixed.vocab_size
+    return FixedSizes(vocab_size, {**fixed.widths, **widths})
+
+
+def _expert_counts(layout: Layout, asked: SizeRequest) -> list[int]:
+    """Return the numbers of experts to try, as in ``Sizes``.
+
+    Raises:
+        BudgetError: experts are asked for, and cannot be removed.
+    """
+    if not (EXPERTS in asked.parts if asked.parts else layout.experts):
+        return [0]
+    try:
+        counts = list(expert_choices(layout))
+        check_experts(layout, counts[0])
+    except BudgetError as error:
+        if asked.parts:
+            raise
+        LOG.info("note: all experts are kept: %s", error)
+        return [0]
+    return [0 if count == layout.experts else count for count in counts]
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The pairs that a search tried."""
+    """The sizes that a search tried."""
 
     dense: Row
     """The model itself."""
     rows: Sequence[Row]
-    """One for each pair, in order of V'."""
+    """One for each choice of sizes, in order of E', then of V'."""
     best: Sizes
-    """The pair with the best score."""
+    """Those with the best score."""
 
     def table(self) -> str:
         """Return the rows as text for people, with a legend; the best score is marked."""
         return f"{table([self.dense, *self.rows])}\n\n{legend(self.dense)}"
 
     def plot(self, path: Path) -> None:
-        """Draw the loss of each pair over its V'."""
-        plot_pairs(self.rows, path)
+        """Draw the loss of each row over its V', or over its E' where these differ."""
+        plot_sizes(self.rows, path)
 
 
-def candidates_request(request: CutRequest, candidates: str | None, layout: Layout) -> CutRequest:
-    """Return the request with the sizes of the smallest of ``candidates``, if there are any.
-
-    Raises:
-        BudgetError: there are both a ratio and candidates, or neither; or these are not within the
-            model's sizes.
-    """
-    sizes = request.sizes
-    if (sizes.ratio is None) == (candidates is None):
-        raise BudgetError(
-            "`ratio`",
-            "and `candidates` exclude each other" if candidates else "is not given",
-            fix="give one of them" if candidates else "give one, such as 0.2, or `candidates`",
-        )
-    if candidates is None:
-        return request
-    first = parse_candidates(candidates, layout, main_width(layout))[0]
-    sizes = replace(sizes, vocab_size=first.vocab_size, widths=first.widths)
-    return replace(request, sizes=sizes)
-
-
-def search_pairs(
-    study: Study,
-    choice: SizeChoice,
-    candidates: str | None = None,
-    progress: Progress | None = None,
+def search_sizes(
+    study: Study, space: SearchSpace, progress: Progress | None = None
 ) -> SearchResult:
-    """Try the pairs that meet the requested ratio, or ``candidates`` such as "32768:864,…".
-
-    Raises:
-        BudgetError: the ratio is out of reach, or the candidates are not within the model's sizes.
-    """
-    layout, asked = study.text.layout, choice.request
-    if candidates is None:
-        steps = allowed_steps(layout, asked.sizes)
-        pairs = pairs_at(layout, asked.sizes.ratio or 0.0, choice.rarity.must_keep, steps)
-    else:
-        pairs = parse_candidates(candidates, layout, main_width(layout))
-    repair = asked.channels.repair != "none"
-    like = Candidate("", choice.sizes, asked.channels.criterion, repair=repair)
-    found = try_pairs(study, pairs, like, MOST if candidates is None else len(pairs), progress)
-    return replace(found, best=replace(found.best, dequantize=asked.sizes.dequantize))
-
-
-def try_pairs(
-    study: Study,
-    pairs: Sequence[Sizes],
-    like: Candidate,
-    most: int = MOST,
-    progress: Progress | None = None,
-) -> SearchResult:
-    """Try ``pairs`` coarse to fine, in two passes at most.
+    """Try the sizes of ``space``, coarse to fine, in two passes at most.
 
     Args:
         study: The text, and compute settings.
-        pairs: All pairs that meet the target, in order of V'.
-        like: How the channels are chosen. Its own sizes are tried too if they are among the pairs.
-        most: Pairs in a pass.
+        space: The sizes, and how channels and experts are chosen.
         progress: Called with "search", finished windows × layers of a pass, and their total.
     """
+    layout, request = study.text.layout, space.choice.request
+    channels, ratio = request.channels, request.sizes.ratio
+    usual = []
+    if ratio is not None:
+        of_experts = [[s for s in space.sizes if s.experts == n] for n in _counts(space.sizes)]
+        usual = [nearest_to_rule(layout, ratio, pairs) for pairs in of_experts]
+    like = Candidate(
+        "",
+        space.choice.sizes,
+        channels.criterion,
+        repair=channels.repair != "none",
+        expert_criterion=channels.expert_criterion,
+    )
 
     def attempt(chosen: Sequence[Sizes]) -> list[tuple[Row, Sizes]]:
-        candidates = [replace(like, name=_name(sizes), sizes=sizes) for sizes in chosen]
+        candidates = [replace(like, name=_name(layout, sizes), sizes=sizes) for sizes in chosen]
         advance = stage(progress, "search", study.windows(len(candidates)))
         return list(zip(study.rows(candidates, advance), chosen, strict=True))
 
-    first = coarse(pairs, like.sizes, most)
+    first = coarse(space.sizes, usual, space.most)
     tried = attempt(first)
-    if second := fine(pairs, first, _best(tried), most):
+    if second := fine(space.sizes, first, _best(tried), space.most):
         tried += attempt(second)
-    rows = sorted((row for row, _ in tried), key=lambda row: row.vocab_size)
-    return SearchResult(study.dense, rows, _best(tried))
+    tried.sort(key=lambda pair: _order(pair[1]))
+    return SearchResult(study.dense, [row for row, _ in tried], _best(tried))
+
+
+def _counts(found: Sequence[Sizes]) -> list[int]:
+    return list(dict.fromkeys(sizes.experts for sizes in found))
 
 
 def _best(tried: Sequence[tuple[Row, Sizes]]) -> Sizes:
     return min(tried, key=lambda pair: pair[0].score)[1]
 
 
-def _name(sizes: Sizes) -> str:
-    return ":".join(map(str, (sizes.vocab_size, *sizes.widths.values())))
+def _name(layout: Layout, sizes: Sizes) -> str:
+    experts = [sizes.experts or layout.experts] * bool(layout.experts)
+    return ":".join(map(str, (sizes.vocab_size, *experts, *sizes.widths.values())))

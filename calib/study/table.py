@@ -124,31 +124,55 @@ def legend(row: Row, *, marked: bool = False) -> str:
     return "\n".join(lines)
 
 
-def plot_pairs(rows: Sequence[Row], path: Path) -> None:
-    """Draw the loss of each pair over its V', for all bytes and for words tokenized alike.
+def plot_sizes(rows: Sequence[Row], path: Path) -> None:
+    """Draw what the sizes of a search lose: over their E' where these differ, else over V'.
 
     Raises:
         OutputError: as ``saved_figure``.
     """
     ordered = sorted(rows, key=lambda row: row.vocab_size)
     best = min(ordered, key=lambda row: row.score)
-    sizes = [row.vocab_size for row in ordered]
+    by_experts = len({row.experts for row in rows}) > 1
     with saved_figure(path, 7, 4) as figure:
         axes = figure.subplots()
-        for label, values in (
-            ("all bytes", [row.loss for row in ordered]),
-            ("words tokenized alike", [row.alike_loss for row in ordered]),
-            ("score", [row.score for row in ordered]),
-        ):
-            axes.plot(sizes, [100 * value for value in values], marker="o", label=label)
-        axes.axvline(best.vocab_size, color="grey", linestyle=":")
-        widths = ", ".join(f"{key} {size:,}" for key, size in best.widths.items())
+        (_plot_experts if by_experts else _plot_losses)(axes, ordered)
+        axes.axvline(best.experts if by_experts else best.vocab_size, color="grey", linestyle=":")
+        sizes = [f"V' {best.vocab_size:,}", *[f"E' {best.experts}"] * by_experts]
+        sizes += [f"{key} {size:,}" for key, size in best.widths.items()]
         axes.set(
-            xlabel="V', rows of the embedding",
             ylabel="bits over the dense model's (%)",
-            title=f"{best.removed:.0%} fewer parameters; best: V' {best.vocab_size:,}, {widths}",
+            title=f"{best.removed:.0%} fewer parameters; best: {', '.join(sizes)}",
         )
+        axes.title.set_fontsize("medium")
         axes.legend(frameon=False)
+
+
+def _plot_losses(axes: Any, rows: Sequence[Row]) -> None:
+    """Draw the loss over V', for all bytes and for words tokenized alike, and the score."""
+    for label, values in (
+        ("all bytes", [row.loss for row in rows]),
+        ("words tokenized alike", [row.alike_loss for row in rows]),
+        ("score", [row.score for row in rows]),
+    ):
+        sizes = [row.vocab_size for row in rows]
+        axes.plot(sizes, [100 * value for value in values], marker="o", label=label)
+    axes.set(xlabel="V', rows of the embedding")
+
+
+def _plot_experts(axes: Any, rows: Sequence[Row]) -> None:
+    """Draw the score over E': a dot for each row, as dark as its V' is large, and the best line."""
+    counts = sorted({row.experts for row in rows})
+    best = [min(row.score for row in rows if row.experts == count) for count in counts]
+    axes.plot(counts, [100 * score for score in best], color="grey", label="best score of each E'")
+    dots = axes.scatter(
+        [row.experts for row in rows],
+        [100 * row.score for row in rows],
+        c=[row.vocab_size for row in rows],
+        cmap="viridis_r",
+        zorder=3,
+    )
+    axes.figure.colorbar(dots, ax=axes, label="V', rows of the embedding")
+    axes.set(xlabel="E', routed experts of each layer")
 
 
 def plot_methods(found: Mapping[float, Sequence[Row]], path: Path) -> None:

@@ -349,14 +349,9 @@ capped_options = gathered(
     "compute", ComputeOptions, device_option, dtype_option, cap_options, spill_option
 )
 
-expert_option = click.option(
-    "--expert-criterion",
-    default=DEFAULT_EXPERT_CRITERION,
-    show_default=True,
-    type=click.Choice(list(EXPERT_CRITERIA)),
-    help="Importance of a routed expert.",
-)
-_CHANNEL_OPTIONS = (
+channel_options = gathered(
+    "channels",
+    ChannelOptions,
     click.option(
         "--criterion",
         default=DEFAULT_CRITERION,
@@ -378,9 +373,14 @@ _CHANNEL_OPTIONS = (
         type=click.Choice(REPAIRS),
         help="Refit down_proj to the kept channels on --data, if it helps on held-out text.",
     ),
+    click.option(
+        "--expert-criterion",
+        default=DEFAULT_EXPERT_CRITERION,
+        show_default=True,
+        type=click.Choice(list(EXPERT_CRITERIA)),
+        help="Importance of a routed expert.",
+    ),
 )
-channel_options = gathered("channels", ChannelOptions, *_CHANNEL_OPTIONS)
-kept_options = gathered("channels", ChannelOptions, *_CHANNEL_OPTIONS, expert_option)
 vocabulary_options = gathered(
     "vocabulary",
     VocabularyOptions,
@@ -479,10 +479,17 @@ size_options = gathered(
     ),
     click.option("--num-experts", type=int, help="E': routed experts per layer to keep."),
 )
-ratio_options = gathered(
+search_size_options = gathered(
     "sizes",
     SizeRequest,
     click.option("--ratio", type=Ratio(), help="Share of all parameters to remove."),
+    click.option(
+        "--only",
+        default="",
+        metavar="PART[,PART]",
+        help="Take --ratio from these alone: vocabulary, channels, whole experts of a mixture.  "
+        "[default: all that the model has]",
+    ),
     step_options,
 )
 base_model_option = click.option(
@@ -491,9 +498,11 @@ base_model_option = click.option(
     help="Model on the hub that the model card names as the base.  [default: MODEL, if it is one]",
 )
 cut_options = gathered(
-    "cut", CutRequest, size_options, vocabulary_options, kept_options, base_model_option
+    "cut", CutRequest, size_options, vocabulary_options, channel_options, base_model_option
 )
-ratio_cut_options = gathered("cut", CutRequest, ratio_options, vocabulary_options, channel_options)
+search_cut_options = gathered(
+    "cut", CutRequest, search_size_options, vocabulary_options, channel_options
+)
 step_cut_options = gathered(
     "cut", CutRequest, gathered("sizes", SizeRequest, step_options), vocabulary_options
 )

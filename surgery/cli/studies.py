@@ -3,7 +3,7 @@
 import json
 import shlex
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import click
@@ -17,8 +17,8 @@ from surgery.cli.options import (
     gathered,
     model_options,
     path_type,
-    ratio_cut_options,
     refuse_idle,
+    search_cut_options,
     share,
     show_options,
     spilling_options,
@@ -27,13 +27,15 @@ from surgery.cli.options import (
 )
 from surgery.cli.terminal import print_text, running, show_written
 from surgery.planning.request import CutRequest
+from surgery.planning.sizes import Sizes
 from surgery.process import spoken, spoken_stages
+from surgery.stats.channels import ChannelOptions
 from surgery.text.documents import TextOptions
 
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """The pairs to try, and the file that the best one is planned to."""
+    """The sizes to try, and the file that the best ones are planned to."""
 
     candidates: str | None
     output: Path | None
@@ -43,21 +45,22 @@ class SearchOptions:
 @model_options
 @study_text_options
 @spilling_options
-@ratio_cut_options
+@search_cut_options
 @gathered(
     "options",
     SearchOptions,
     click.option(
         "--candidates",
         metavar="V:I,V:I,…",
-        help="Pairs to try in one pass instead of those that meet the ratio, coarse to fine.",
+        help="Sizes to try in one pass instead of those that meet the ratio, coarse to fine; of a "
+        "mixture also V:E:I.",
     ),
     click.option(
         "-o",
         "--output",
         type=path_type,
         metavar="PLAN",
-        help="File to write a plan of the best pair to.",
+        help="File to write a plan of the best sizes to.",
     ),
 )
 @show_options
@@ -69,16 +72,15 @@ def search(
     options: SearchOptions,
     show: ShowOptions,
 ) -> None:
-    """Find the split between V' and I' that loses least, by trying several.
+    """Find the split between V', I' and experts that loses least, by trying several.
 
-    All pairs are tried together, so that each layer's weights are read once. Every fourth block of
-    TEXT scores the pairs; the rest of TEXT chooses their channels.
+    All sizes of a pass are tried together, so that each layer's weights are read once. Every fourth
+    block of TEXT scores them; the rest of TEXT chooses their channels and experts.
     """
     from calib.pipeline import PlanFiles, calibrated_plan
-    from calib.study.search import candidates_request, search_pairs
+    from calib.study.search import search_sizes, search_space
     from calib.study.study import open_study
     from calib.text.chat import documents_of
-    from surgery.planning.request import choose_sizes
 
     show.check()
     start, layout = time.perf_counter(), model.layout()
@@ -89,18 +91,19 @@ def search(
         files.check(layout.checkpoint.path)
     if options.candidates:
         refuse_idle("with --candidates", "multiple_of", "target")
-    request = candidates_request(cut, options.candidates, layout)
-    choice = choose_sizes(layout, request, documents_of(layout, text))
+    if not layout.experts:
+        refuse_idle("for a model without routed experts", "expert_criterion")
+    space = search_space(layout, cut, options.candidates, documents_of(layout, text))
     with running() as progress:
-        study = open_study(layout, choice, text, compute)
-        found = search_pairs(study, choice, options.candidates, progress)
+        study = open_study(layout, space.choice, text, compute)
+        found = search_sizes(study, space, progress)
     rows = json.dumps([row.facts() for row in found.rows])
     took = f"took {spoken(time.perf_counter() - start)}"
     click.echo(rows if show.as_json else f"{found.table()}\n{took}")
     if show.plot is not None:
         found.plot(show.plot)
     if files is not None:
-        best = replace(choice, sizes=found.best, request=cut)
+        best = replace(space.choice, sizes=found.best)
         with running() as progress:
             made, stages = calibrated_plan(layout, best, text, compute, files, progress)
         print_text(f"{made.table()}\n{spoken_stages(stages)}", err=show.as_json)
@@ -109,11 +112,22 @@ def search(
     if files is not None:
         show_written(str(files.plan), "apply", files.plan, "-o", "DIR")
         return
-    widths = [f"--width={key}={size}" for key, size in found.best.widths.items()]
-    sizes = (f"--vocab-size={found.best.vocab_size}", *widths)
-    repair = [f"--repair={cut.channels.repair}"] * (cut.channels.repair != "none")
-    then = ("prune", model.model, "--data", "TEXT", *sizes, *repair, "-o", "DIR")
-    click.echo(f"best: {shlex.join(['compact-surgery', *then])}")
+    click.echo(f"best: {shlex.join(_prune_to(model.model, found.best, cut))}")
+
+
+def _prune_to(model: str, sizes: Sizes, cut: CutRequest) -> list[str]:
+    """Return the command that prunes to ``sizes`` as ``cut`` chooses tokens, channels, experts."""
+    given = [f"--vocab-size={sizes.vocab_size}"]
+    given += [f"--num-experts={sizes.experts}"] * bool(sizes.experts)
+    given += [f"--width={key}={size}" for key, size in sizes.widths.items()]
+    given += ["--dequantize"] * sizes.dequantize
+    usual = ChannelOptions()
+    given += [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in asdict(cut.channels).items()
+        if value != getattr(usual, name)
+    ]
+    return ["compact-surgery", "prune", model, "--data", "TEXT", *given, "-o", "DIR"]
 
 
 @dataclass(frozen=True)
@@ -180,7 +194,7 @@ def compare(
     from calib.study.study import open_study
     from calib.study.table import legend, missed, plot_methods, plot_samples, table
     from calib.text.chat import documents_of
-    from surgery.planning.request import allowed_steps, choose_sizes
+    from surgery.planning.request import allowed_steps, choose_vocabulary
 
     if show.plot is None:
         refuse_idle("without --plot", "force")
@@ -195,7 +209,7 @@ def compare(
     names = options.methods.split(",") if options.methods else usable_methods(layout)
     check_methods(layout, names)
     cut = replace(cut, sizes=replace(cut.sizes, ratio=ratios[0]))
-    choice = choose_sizes(layout, cut, documents_of(layout, text))
+    choice = choose_vocabulary(layout, cut, documents=documents_of(layout, text))
     steps = allowed_steps(layout, cut.sizes)
     with running() as progress:
         study = open_study(layout, choice, text, compute)

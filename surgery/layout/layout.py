@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -179,7 +179,11 @@ class Layout:
 
     def with_experts(self, count: int) -> "Layout":
         """Return a layout where only ``count`` experts of each layer count; 0 means all."""
-        return self._counting(experts_left=count) if count else self
+        if not count:
+            return self
+        made = self._counting(experts_left=count)
+        made.__dict__.update(by_slot=self.by_slot)
+        return made
 
     def _counting(self, **changes: Any) -> "Layout":
         """Return a layout of the same tensors, of which others count; they are matched once."""
@@ -324,8 +328,8 @@ class Layout:
     def groups(self) -> Counter[str]:
         """Parameters per group of the census; their sum is ``parameters`` at the full sizes."""
         counts: Counter[str] = Counter()
-        for tensor in self.counted:
-            counts[self.roles[tensor.name].slot.group] += self._count(tensor)
+        for slot, count in self._counts():
+            counts[slot.group] += count
         return counts
 
     def values_of(self, tensor: TensorRef) -> int:
@@ -342,12 +346,19 @@ class Layout:
             return opaque.shape_of(tensor.shape, tensor.dtype)
         return tensor.shape
 
-    def _count(self, tensor: TensorRef) -> int:
-        """Return the parameters of ``tensor`` in the experts that count."""
-        role, count = self.roles[tensor.name], self.values_of(tensor)
-        if self.experts_left and role.slot.counts_experts and self.family.experts:
-            return count * self.experts_left // self.experts
-        return count
+    @cached_property
+    def by_slot(self) -> Counter[Slot]:
+        """Parameters per slot, in all experts and in the layers that count."""
+        counts: Counter[Slot] = Counter()
+        for tensor in self.counted:
+            counts[self.roles[tensor.name].slot] += self.values_of(tensor)
+        return counts
+
+    def _counts(self) -> Iterator[tuple[Slot, int]]:
+        """Yield the parameters per slot in the experts that count."""
+        for slot, count in self.by_slot.items():
+            fewer = self.experts_left and slot.counts_experts and self.family.experts
+            yield slot, count * self.experts_left // self.experts if fewer else count
 
     def key_of(self, dim: Dim | None) -> str | None:
         """VOCAB, EXPERTS, or config.json's key of a width; None where ``dim`` is never pruned."""
@@ -368,11 +379,10 @@ class Layout:
     def weights(self) -> Counter[str]:
         """VOCAB, EXPERTS, or key of a width → parameters of all tensors on that axis."""
         found: Counter[str] = Counter()
-        for tensor in self.counted:
-            slot = self.roles[tensor.name].slot
+        for slot, count in self._counts():
             keys = {self.key_of(dim) for dim in slot.dims} - {None}
             if slot.of_expert and self.family.experts:
                 keys.add(EXPERTS)
             for key in keys:
-                found[str(key)] += self._count(tensor)
+                found[str(key)] += count
         return found

@@ -127,11 +127,10 @@ def _check_parts(request: SizeRequest) -> None:
         raise BudgetError("`only`", "names a part twice", fix="name each part once")
     others = set(request.parts) - {LAYERS}
     by_layers = request.layers is not None or request.num_hidden_layers is not None
-    experts = EXPERTS in request.parts
     for wrong, problem, fix in (
         (
-            experts and (CHANNELS in request.parts or request.num_experts is not None),
-            f"{EXPERTS} goes with {VOCABULARY} alone, not with a number of experts",
+            EXPERTS in request.parts and request.num_experts is not None,
+            f"{EXPERTS} and a number of experts exclude each other",
             "give `num_experts`, and name the other parts",
         ),
         (request.ratio is None, "has no effect without `ratio`", "give `ratio`, or leave it out"),
@@ -207,34 +206,57 @@ def choose_sizes(
         TokenizerError: the vocabulary cannot be pruned, or lacks a token to keep.
     """
     target = request.sizes
-    fixed = _fixed_sizes(request, layout)
+    fixed = fixed_sizes(request, layout)
     check_sizes(layout, Sizes(layout.vocab_size, fixed.widths))
     layers = _chosen_layers(target, layout, influence)
-    tokenizer, rarity = None, identity_rarity(layout.vocab_size)
-    if fixed.vocab_size != layout.vocab_size:
-        tokenizer = open_vocabulary(layout)
-        choice = _vocabulary_choice(layout, tokenizer, request.vocabulary, documents)
-        rarity = rarity_of(layout, choice, tokenizer)
-        rarity.check(fixed.vocab_size)
-        if fixed.vocab_size is None and target.ratio is None:
-            if not rarity.dropped:
-                raise BudgetError(
-                    "`drop_scripts` and `drop_reserved`",
-                    "name no token that can be removed",
-                    fix="leave them out, or name another script",
-                )
-            fixed = replace(fixed, vocab_size=rarity.tokens - rarity.dropped)
-    elif idle := request.vocabulary.given():
-        raise BudgetError(
-            ", ".join(f"`{name}`" for name in idle),
-            "has no effect where the whole vocabulary is kept",
-            fix="leave it out, or let `ratio` or `vocab_size` remove rows",
-        )
+    choice = choose_vocabulary(layout, request, fixed.vocab_size, documents)
+    rarity = choice.rarity
+    if fixed.vocab_size is None and target.ratio is None:
+        if not rarity.dropped:
+            raise BudgetError(
+                "`drop_scripts` and `drop_reserved`",
+                "name no token that can be removed",
+                fix="leave them out, or name another script",
+            )
+        fixed = replace(fixed, vocab_size=rarity.tokens - rarity.dropped)
     left = layout.with_layers(layers)
     experts = _chosen_experts(target, layout, left)
     sizes = _split(layout, target, fixed, rarity.must_keep, left.with_experts(experts))
     sizes = replace(sizes, dequantize=target.dequantize, layers=layers, experts=experts)
-    return SizeChoice(rarity, sizes, tokenizer, request)
+    return replace(choice, sizes=sizes)
+
+
+def choose_vocabulary(
+    layout: Layout,
+    request: CutRequest,
+    vocab_size: int | None = None,
+    documents: Iterable[str] | None = None,
+) -> SizeChoice:
+    """Return the order of rarity, and no size but the source's.
+
+    Args:
+        layout: The model.
+        request: Which tokens to keep.
+        vocab_size: V'; None leaves it open.
+        documents: As for ``choose_sizes``.
+
+    Raises:
+        BudgetError: the whole vocabulary is kept, and options say how to prune it.
+        DataError, TokenizerError: as ``choose_sizes``.
+    """
+    if vocab_size == layout.vocab_size:
+        if idle := request.vocabulary.given():
+            raise BudgetError(
+                ", ".join(f"`{name}`" for name in idle),
+                "has no effect where the whole vocabulary is kept",
+                fix="leave it out, or let `ratio` or `vocab_size` remove rows",
+            )
+        return SizeChoice(identity_rarity(layout.vocab_size), whole(layout), None, request)
+    tokenizer = open_vocabulary(layout)
+    choice = _vocabulary_choice(layout, tokenizer, request.vocabulary, documents)
+    rarity = rarity_of(layout, choice, tokenizer)
+    rarity.check(vocab_size)
+    return SizeChoice(rarity, whole(layout), tokenizer, request)
 
 
 def _chosen_layers(
@@ -340,6 +362,12 @@ def _chosen_experts(target: SizeRequest, layout: Layout, left: Layout) -> int:
                 "`num_experts`", "is below 1", expected="at least 1", found=count, fix="keep some"
             )
         check_experts(layout, count)
+    elif {EXPERTS, CHANNELS} <= {*target.parts}:
+        raise BudgetError(
+            "`only`",
+            f"names {EXPERTS} and {CHANNELS}, and no rule splits the ratio between them",
+            fix="name one of them, give `num_experts`, or search for the best split",
+        )
     elif EXPERTS in target.parts:
         count = experts_at(layout, left, target.ratio or 0.0, VOCABULARY in target.parts)
     return 0 if count == layout.experts else count or 0
@@ -425,7 +453,7 @@ def _steps(target: SizeRequest) -> Steps:
     return parse_target(target.target, multiple_of) if target.target else steps(multiple_of)
 
 
-def _fixed_sizes(request: CutRequest, layout: Layout) -> FixedSizes:
+def fixed_sizes(request: CutRequest, layout: Layout) -> FixedSizes:
     """Return the sizes that are given. Without a ratio, the others keep their full size.
 
     V' stays open where the vocabulary is to lose certain tokens, however many these are.

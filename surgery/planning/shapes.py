@@ -81,6 +81,16 @@ def check_blocks(layout: Layout, sizes: Sizes) -> None:
             )
 
 
+def unprunable(layout: Layout) -> set[str | None]:
+    """Return VOCAB and keys of widths that quantized weights carry which are only moved whole."""
+    return {
+        layout.key_of(dim)
+        for role in layout.roles.values()
+        if role.opaque
+        for dim in role.slot.dims
+    }
+
+
 def _check_opaque(layout: Layout, sizes: Sizes) -> None:
     """Refuse to prune anything but whole experts and layers of weights that are moved as they are.
 
@@ -90,12 +100,7 @@ def _check_opaque(layout: Layout, sizes: Sizes) -> None:
     opaque = layout.checkpoint.opaque
     if opaque is None:
         return
-    carried = {
-        layout.key_of(dim)
-        for role in layout.roles.values()
-        if role.opaque
-        for dim in role.slot.dims
-    }
+    carried = unprunable(layout)
     given = {VOCAB: (sizes.vocab_size, layout.vocab_size)}
     given |= {key: (size, layout.widths[key]) for key, size in sizes.widths.items()}
     for key, (size, full) in given.items():

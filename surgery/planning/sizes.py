@@ -1,14 +1,14 @@
-"""The two sizes (V', I') that meet a ratio, in steps that engines can split."""
+"""The sizes (V', E', I') that meet a ratio, in steps that engines can split."""
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import floor, lcm
 from numbers import Integral, Real
 
 from surgery.errors import BudgetError
-from surgery.families.schema import VOCAB
+from surgery.families.schema import EXPERTS, VOCAB
 from surgery.layout.layout import Layout
 
 VOCAB_PADDING = 64
@@ -231,8 +231,7 @@ def split(
     target = vocabulary_first(layout, ratio * total)
     found: list[tuple[float, float, Sizes]] = []
     for error, sizes in _pairs(layout, ratio, smallest_vocab, steps, fixed):
-        removed = (layout.vocab_size - sizes.vocab_size) * row
-        found.append((error, max(target - removed, (removed - target) * EXCESS_WEIGHT), sizes))
+        found.append((error, _off_rule(layout, sizes, target), sizes))
     exact = [(distance, error, sizes) for error, distance, sizes in found if error <= TOLERANCE]
     if exact:
         return min(exact, key=lambda pair: pair[:2])[2]
@@ -247,26 +246,88 @@ def split(
     return sizes
 
 
-def pairs_at(
-    layout: Layout, ratio: float, smallest_vocab: int, steps: Steps = STEPS
+def sizes_at(
+    layout: Layout,
+    ratio: float,
+    smallest_vocab: int,
+    steps: Steps = STEPS,
+    fixed: FixedSizes = NOTHING_FIXED,
+    experts: Iterable[int] = (0,),
 ) -> list[Sizes]:
-    """Return every pair within ``TOLERANCE`` of the target, the smallest vocabulary first.
+    """Return all sizes within ``TOLERANCE`` of the target, by E', then by V'.
 
-    A vocabulary that need not shrink is kept whole. Where a step of I' is so large that there is no
-    such pair, the only one is that of ``split``.
+    For each E' of ``experts``, as in ``Sizes``, every I' is paired with the V' that removes what
+    the experts leave of the ratio. A vocabulary that need not shrink is kept whole.
+
+    Where a step is so large that there are no such sizes, there is one choice: as many experts as
+    come nearest if that is within half a step of them, else that of ``split``.
 
     Raises:
         BudgetError: as ``split``.
     """
-    found = [
-        sizes for error, sizes in _pairs(layout, ratio, smallest_vocab, steps) if error <= TOLERANCE
-    ]
-    found = found or [split(layout, ratio, smallest_vocab, steps)]
+    full = layout.parameters(layout.vocab_size, layout.widths)
+    found: list[Sizes] = []
+    alone: list[tuple[float, Sizes]] = []
+    for count in sorted(experts, key=lambda count: count or layout.experts):
+        left, only = layout.with_experts(count), replace(whole(layout), experts=count)
+        rest = left.parameters(layout.vocab_size, layout.widths) / full
+        share = 1 - (1 - ratio) / rest if count else ratio
+        if share > 0:
+            pairs = _exact_pairs(left, share, smallest_vocab, steps, fixed)
+            found += [replace(sizes, experts=count) for sizes in pairs]
+        elif -share <= TOLERANCE:
+            found.append(only)
+        if count:
+            alone.append((abs(1 - rest - ratio), only))
+    if found or not alone:
+        return found or [split(layout, ratio, smallest_vocab, steps, fixed)]
+    error, nearest = min(alone, key=lambda pair: pair[0])
+    step = layout.axis_cost(EXPERTS) * (layout.experts - alone[-1][1].experts) / full
+    if error <= step / 2:
+        return [nearest]
+    fewest = layout.with_experts(alone[0][1].experts)
+    rows = smallest_vocab if fixed.vocab_size is None else fixed.vocab_size
+    least = fewest.parameters(rows, _width_choices(layout, steps, fixed)[0])
+    raise BudgetError(
+        "`ratio`",
+        "cannot be met by whole experts and the sizes beside them",
+        expected=f"at most {1 - least / full:.4f}",
+        found=ratio,
+        fix="choose another ratio, or smaller steps with `multiple_of`",
+    )
+
+
+def _exact_pairs(
+    layout: Layout, ratio: float, smallest_vocab: int, steps: Steps, fixed: FixedSizes
+) -> list[Sizes]:
+    """Return every pair within ``TOLERANCE``, in order of V', which is V where it need not shrink.
+
+    Raises:
+        BudgetError: the ratio is no share.
+    """
     total = layout.parameters(layout.vocab_size, layout.widths)
-    for index, sizes in enumerate(found):
-        if abs(_removed(layout, sizes.widths) / total - ratio) <= TOLERANCE:
-            found[index] = Sizes(layout.vocab_size, sizes.widths)
+    found = [
+        replace(sizes, vocab_size=layout.vocab_size)
+        if abs(_removed(layout, sizes.widths) / total - ratio) <= TOLERANCE
+        else sizes
+        for error, sizes in _pairs(layout, ratio, smallest_vocab, steps, fixed)
+        if error <= TOLERANCE
+    ]
     return sorted(found, key=lambda sizes: sizes.vocab_size)
+
+
+def nearest_to_rule(layout: Layout, ratio: float, pairs: Sequence[Sizes]) -> Sizes:
+    """Return the one of ``pairs``, all with the same experts, that ``split`` would choose."""
+    left = layout.with_experts(pairs[0].experts)
+    full, rest = (each.parameters(layout.vocab_size, layout.widths) for each in (layout, left))
+    target = vocabulary_first(left, max(0.0, rest - (1 - ratio) * full))
+    return min(pairs, key=lambda sizes: _off_rule(left, sizes, target))
+
+
+def _off_rule(layout: Layout, sizes: Sizes, target: float) -> float:
+    """Return how far the removed rows are from ``target`` parameters; too many count more."""
+    removed = (layout.vocab_size - sizes.vocab_size) * layout.axis_cost(VOCAB)
+    return max(target - removed, (removed - target) * EXCESS_WEIGHT)
 
 
 def _pairs(

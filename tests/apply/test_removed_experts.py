@@ -302,7 +302,7 @@ def test_a_ratio_is_taken_from_experts(tmp_path: Path, run: Run) -> None:
         (("--ratio", 0.9, "--only", "experts"), ("--ratio", "cannot be met by whole experts")),
         (
             ("--ratio", 0.2, "--only", "experts,channels"),
-            ("--only", "experts goes with vocabulary"),
+            ("--only", "names experts and channels", "search for the best split"),
         ),
         (
             ("--ratio", 0.2, "--only", "experts", "--num-experts", 6),

@@ -17,6 +17,7 @@ from surgery.planning.plan import Plan
 from surgery.text.documents import read_documents
 from tests.support import tiny
 from tests.support.command import Run, assert_refused
+from tests.support.plans import layout_of
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -213,6 +214,10 @@ def test_compare_by_amount_of_text(model: Path, prose: Path, tmp_path: Path, run
         (("search",), "--ratio: is not given; give one, such as 0.2, or --candidates"),
         (("search", "--ratio", 0.2, "--candidates", "450:512"), "and --candidates exclude each"),
         (("search", "--multiple-of", 8, "--candidates", "450:512"), "--multiple-of: has no effect"),
+        (
+            ("search", "--ratio", 0.2, "--expert-criterion", "man"),
+            "--expert-criterion: has no effect for a model without routed experts",
+        ),
         (("search", "--candidates", "1"), "--candidates: are no pairs of sizes"),
         (("search", "--candidates", "9:9"), "--vocab-size: is out of reach"),
         (("search", "--candidates", "1536:9999"), "is out of reach"),
@@ -324,3 +329,94 @@ def test_experts_are_compared_where_they_are_named(tmp_path: Path, run: Run) -> 
     dense = run("compare", tiny.save(tmp_path / "llama"), *take, "--methods", "reap")
     assert dense.exit_code == 2
     assert "no routed experts" in dense.output
+
+
+TAKE = ("--samples", 12, "--seq-len", 64, "--min-expert-tokens", 0)
+
+
+def test_search_of_a_mixture_varies_experts_and_plans_the_best(
+    tmp_path: Path, prose: Path, run: Run
+) -> None:
+    source = tiny.save(tmp_path / "model", "qwen3_moe", num_experts=8)
+    options = ("--ratio", 0.3, "--data", prose, *TAKE, "--windows", 3, "--multiple-of", 8)
+    best, picture = tmp_path / "best.json", tmp_path / "p.png"
+    result = run("search", source, *options, "-o", best, "--plot", picture, "--json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout.splitlines()[0])
+    assert len({row["experts"] for row in rows}) > 2
+    assert [row["experts"] for row in rows] == sorted(row["experts"] for row in rows)
+    assert all(row["removed"] == pytest.approx(0.3, abs=0.0051) for row in rows)
+    assert len({row["name"] for row in rows}) == len(rows)
+    winner = min(rows, key=lambda row: row["score"])
+    plan = Plan.load(best)
+    for key in ("vocab_size", "experts", "widths", "parameters"):
+        assert getattr(plan.after, key) == winner[key]
+    assert picture.stat().st_size > 5000
+    shown = run("search", source, *options, "--expert-criterion", "man").stdout.splitlines()
+    assert "experts" in shown[0]
+    words = shlex.split(shown[-1].removeprefix("best: ").replace("TEXT", str(prose)))
+    words[-1] = str(tmp_path / "pruned")
+    made = run(*words[1:], *TAKE[:4])
+    assert made.exit_code == 0, made.output
+    plan = Plan.load(tmp_path / "pruned.plan.json")
+    (marked,) = [line.split() for line in shown if line.endswith("best")]
+    sizes = (plan.after.vocab_size, plan.after.experts, *plan.after.widths.values())
+    assert marked[0] == ":".join(map(str, sizes))
+    assert plan.provenance.expert_criterion in ("man", None)
+    assert run("verify", tmp_path / "pruned", "--forward").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "sizes"),
+    [
+        ("qwen3_moe", "640:5:24,500:6:32"),
+        ("deepseek_v3", "640:6:24"),
+    ],
+)
+def test_a_triple_is_what_plan_and_score_make_of_it(
+    tmp_path: Path, prose: Path, run: Run, key: str, sizes: str
+) -> None:
+    """Of the same text, without what search holds out."""
+    source = tiny.save(tmp_path / "model", key, num_local_experts=8)
+    options = ("--data", prose, *TAKE, "--windows", 3, "--candidates", sizes)
+    result = run("search", source, *options, "--json")
+    assert result.exit_code == 0, result.output
+    kept, held = split_documents(read_documents(str(prose)))
+    texts = {"kept": kept, "held": held}
+    for name, parts in texts.items():
+        lines = "".join(json.dumps({"text": part}) + "\n" for part in parts)
+        (tmp_path / f"{name}.jsonl").write_text(lines, "utf-8")
+    for number, row in enumerate(json.loads(result.stdout)):
+        out = tmp_path / str(number)
+        widths = [f"--width={name}={size}" for name, size in row["widths"].items()]
+        made = run(
+            *("prune", source, "--data", tmp_path / "kept.jsonl", *TAKE, "-o", out, *widths),
+            *("--vocab-size", row["vocab_size"], "--num-experts", row["experts"]),
+        )
+        assert made.exit_code == 0, made.output
+        assert Plan.load(tmp_path / f"{number}.plan.json").after.parameters == row["parameters"]
+        held_out = ("--data", tmp_path / "held.jsonl", "--samples", 3, "--json")
+        score = json.loads(run("score", out, *held_out).stdout)
+        assert score["bits_per_byte"] == pytest.approx(row["bits_per_byte"], rel=1e-5)
+
+
+def test_only_limits_the_axes_of_a_search(tmp_path: Path, prose: Path, run: Run) -> None:
+    source = tiny.save(tmp_path / "model", "qwen3_moe", num_experts=8)
+    options = ("--data", prose, *TAKE, "--windows", 2, "--multiple-of", 2, "--ratio", 0.3, "--json")
+    layout = layout_of(source)
+    full = {"vocab_size": 640, "experts": 8, "widths": dict(layout.widths)}
+    keys = {"vocabulary": "vocab_size", "experts": "experts", "channels": "widths"}
+    for only in ("vocabulary,channels", "experts,channels", "experts"):
+        result = run("search", source, *options, "--only", only)
+        assert result.exit_code == 0, result.output
+        rows = json.loads(result.stdout)
+        changed = {part for part, key in keys.items() if any(row[key] != full[key] for row in rows)}
+        assert changed == {*only.split(",")}
+    for only, words in (
+        ("layers", "layers cannot be searched"),
+        ("rows", "found 'rows'"),
+    ):
+        assert_refused(run("search", source, *options, "--only", only), words, "--only")
+    dense = tiny.save(tmp_path / "dense", intermediate_size=96)
+    refused = run("search", dense, *options, "--only", "experts,vocabulary")
+    assert_refused(refused, "no routed experts")

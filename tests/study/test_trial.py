@@ -88,15 +88,18 @@ def test_a_trial_is_what_apply_writes(tmp_path: Path, key: str, repair: bool) ->
         assert bits != pytest.approx(bits_of(tmp_path / "plain", study_text), rel=1e-6)
 
 
-@pytest.mark.parametrize("criterion", ["reap", "aimer", "random"])
+@pytest.mark.parametrize(
+    ("criterion", "part"), [("reap", 1), ("reap", 2), ("aimer", 1), ("random", 1)]
+)
 @pytest.mark.parametrize("key", ["qwen3_moe", "gpt_oss", "llama4_text"])
 def test_a_trial_without_experts_is_what_apply_writes(
-    tmp_path: Path, key: str, criterion: str
+    tmp_path: Path, key: str, criterion: str, part: int
 ) -> None:
     path = tiny.save(tmp_path / "model", key, num_local_experts=8)
     study_text = study_text_of(path)
     layout = study_text.layout
-    sizes = replace(whole(layout), experts=5)
+    widths = {width: size // part for width, size in layout.widths.items()}
+    sizes = replace(whole(layout), experts=5, widths=widths)
     candidate = Candidate("fewer", sizes, retokenize=False, expert_criterion=criterion)
     study = Study(study_text, SETTINGS)
     (row,) = study.rows([candidate])
@@ -108,7 +111,8 @@ def test_a_trial_without_experts_is_what_apply_writes(
             *(64, np.zeros(640, dtype=np.int64), [640], SETTINGS),
         )
     )
-    request = CutRequest(channels=ChannelOptions(expert_criterion=criterion))
+    channels = ChannelOptions(expert_criterion=criterion, min_expert_tokens=0)
+    request = CutRequest(channels=channels)
     plan = plan_cut(layout, SizeChoice(study_text.rarity, sizes, None, request), stats)
     apply_plan(plan, source=path, output=tmp_path / "out")
     nbytes = sum(len(text.encode("utf-8")) for text in study_text.heldout)
