@@ -139,6 +139,8 @@ class FfnModule:
     """Of the down_proj, or of the experts, inside the layer."""
     routed: bool
     """Whether it holds experts."""
+    alone: bool = False
+    """Whether the module above it holds this FFN and nothing else, so that it can run in pieces."""
 
 
 RoutedOutputHook = Callable[[int, Tokens, Routed], object]
@@ -170,7 +172,7 @@ def hooked_ffn(
                 block = layer.get_submodule(above)
                 stack.enter_context(_routed(ffn_module.axis, block, module, ids, hook, outputs))
             else:
-                ffn = layer.get_submodule(above) if above and len(ffn_modules) == 1 else None
+                ffn = layer.get_submodule(above) if ffn_module.alone else None
                 stack.enter_context(_dense(ffn_module, module, ffn, ids, hook))
         yield
 
