@@ -9,7 +9,7 @@ import numpy as np
 
 from calib.streaming.settings import ComputeOptions, PassSettings
 from surgery.errors import BudgetError
-from surgery.families.blocks import BUFFER
+from surgery.families.blocks import OUTSIDE
 from surgery.families.schema import EXPERT, FFN
 from surgery.layout.layout import FLOATS, Layout
 from surgery.process import Seconds, with_slack
@@ -332,7 +332,7 @@ class _LayerBytes:
         alone, ready, copied = 0, 0, False
         for ref in layout.of_layer[index].values():
             role = layout.roles[ref.name]
-            if role.slot.block == BUFFER:
+            if role.slot.block in OUTSIDE:
                 continue
             count = layout.values_of(ref)
             size = _waiting_itemsize(ref.dtype, ref.itemsize, itemsize)
@@ -359,7 +359,7 @@ def _stored_bytes(layout: Layout) -> list[int]:
     """Return the bytes of each layer in the file."""
     roles = layout.roles
     return [
-        sum(ref.nbytes for ref in layer.values() if roles[ref.name].slot.block != BUFFER)
+        sum(ref.nbytes for ref in layer.values() if roles[ref.name].slot.block not in OUTSIDE)
         for layer in layout.of_layer
     ]
 
@@ -372,6 +372,7 @@ def _outer_bytes(layout: Layout) -> int:
         ref.nbytes
         for name, ref in layout.by_name.items()
         if layout.roles[ref.name].layer is None and name not in apart
+        if layout.roles[ref.name].slot.block not in OUTSIDE
     )
 
 

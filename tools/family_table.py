@@ -4,6 +4,7 @@ from surgery.families.schema import EXPERT, FFN, SHARED, Family, Wrapper
 from surgery.families.table import FAMILIES
 from tests.support.loading import NOT_IN_4
 from tests.support.tiny_configs import TINY
+from tests.support.tiny_encoders import ENCODERS
 
 MODELS = {
     "llama": "Llama 1, 2, 3; Falcon 3; SmolLM2; Yi",
@@ -85,6 +86,16 @@ MODELS = {
     "qwen2_vl": "Qwen2-VL",
     "qwen2_5_vl": "Qwen2.5-VL",
     "qwen3_vl": "Qwen3-VL dense",
+    "bert": "BERT, LaBSE, BGE, E5, GTE, MiniLM",
+    "distilbert": "DistilBERT",
+    "roberta": "RoBERTa",
+    "xlm-roberta": "XLM-R, multilingual E5, BGE-M3",
+    "camembert": "CamemBERT",
+    "mpnet": "MPNet, all-mpnet-base",
+    "electra": "ELECTRA",
+    "deberta-v2": "DeBERTa V3, mDeBERTa",
+    "modernbert": "ModernBERT, GTE ModernBERT",
+    "eurobert": "EuroBERT",
 }
 """Model type → well-known models of it."""
 
@@ -102,7 +113,7 @@ def family_table() -> str:
     ]
     for name, entry in FAMILIES.items():
         cut = "what its language model has" if isinstance(entry, Wrapper) else widths(entry)
-        majors = "5" if name in NOT_IN_4 else "5 and 4.57"
+        majors = "5" if name in NOT_IN_4 or name in ENCODERS else "5 and 4.57"
         rows.append(f"| {name} | {MODELS[name]} | {cut} | {majors} | {REAL.get(name, '')} |")
     return "\n".join(rows) + "\n"
 
@@ -117,4 +128,4 @@ def widths(family: Family) -> str:
 
 def untested() -> set[str]:
     """Entries of FAMILIES that no tiny checkpoint stands for."""
-    return set(FAMILIES) - {key.partition(":")[0] for key in TINY}
+    return set(FAMILIES) - {key.partition(":")[0] for key in (*TINY, *ENCODERS)}

@@ -46,18 +46,22 @@ class Equality:
 
     tokens: int
     largest: float
-    """max |difference| / max |logit|."""
+    """max |difference| / max |value|."""
+    allowed: float = TOLERANCE
+    values: str = "logit"
+    """What was compared: "logit", or "hidden state" where the model predicts no token."""
 
     @property
     def ok(self) -> bool:
         """Whether the difference is no more than rounding."""
-        return self.largest <= TOLERANCE
+        return self.largest <= self.allowed
 
     def line(self) -> str:
         """Return the difference, the tolerance and the number of tokens, as text for people."""
         return (
-            f"largest difference {self.largest:.2g} of the largest logit, at most {TOLERANCE:.0e} "
-            f"allowed, over {self.tokens} tokens"
+            f"largest difference {self.largest:.2g} of the largest {self.values}, "
+            f"{f'at most {self.allowed:.0e}' if self.allowed else 'none'} allowed, "
+            f"over {self.tokens} tokens"
         )
 
     def faults(self) -> list[str]:
@@ -67,6 +71,9 @@ class Equality:
 
 def compare_forward(plan: Plan, dense: Layout, pruned: Layout, device: torch.device) -> Equality:
     """Run seeded random kept tokens through both models in fp32 and compare their logits.
+
+    Of models that predict no token, the last hidden states are compared: they must be equal bit for
+    bit where only the vocabulary was pruned.
 
     The dense model has zeros in down_proj for the removed channels, and only the logits of kept
     tokens are computed: this is what COMPACT's pruning means (paper Algorithm 1). Its routers
@@ -80,12 +87,14 @@ def compare_forward(plan: Plan, dense: Layout, pruned: Layout, device: torch.dev
     chosen = np.random.default_rng(0).integers(0, len(kept), (WINDOWS, tokens))
     fp8 = torch.bfloat16 if plan.dequantize else None
     masked = LayerGroups(layer_groups(plan, dense), _MaskedLayers(plan, dense).change)
+    values = "logit" if dense.predicts else "hidden state"
     with WeightReader(dense.checkpoint, device, torch.float32, dequantize=fp8) as reader:
-        expected = _logits(StreamedDecoder(dense, reader), kept[chosen], kept, masked.run)
+        expected = _outputs(StreamedDecoder(dense, reader), kept[chosen], kept, masked.run)
     with WeightReader(pruned.checkpoint, device, torch.float32) as reader:
-        found = _logits(StreamedDecoder(pruned, reader), chosen, np.arange(len(kept)))
+        found = _outputs(StreamedDecoder(pruned, reader), chosen, np.arange(len(kept)))
     difference = (expected - found).abs().max() / expected.abs().max()
-    return Equality(chosen.size, float(difference))
+    exact = not dense.predicts and plan.before.widths == plan.after.widths and not plan.layers
+    return Equality(chosen.size, float(difference), 0.0 if exact else TOLERANCE, values)
 
 
 def compare_logits(plan: Plan, source: Path, directory: Path, device: str) -> Equality:
@@ -144,17 +153,19 @@ class _MaskedLayers:
         }
 
 
-def _logits(
+def _outputs(
     decoder: StreamedDecoder,
     windows: np.ndarray,
     rows: np.ndarray,
     run: Callable[[StreamedDecoder, int, Stream], object] = StreamedDecoder.run,
 ) -> torch.Tensor:
-    """Return logits ``(windows, tokens, len(rows))`` in fp32, on the CPU."""
+    """Return logits ``(windows, tokens, len(rows))`` in fp32, on the CPU; or last hidden states."""
     stream = Stream(list(windows))
     decoder.embed([stream])
     for index in decoder.layers():
         run(decoder, index, stream)
     hidden = stream.batches[0].hidden
+    if not decoder.layout.predicts:
+        return decoder.outputs(hidden).cpu()
     blocks = [block.cpu() for _, _, block in decoder.logits([(hidden, rows)])]
     return torch.cat(blocks, dim=-1)

@@ -20,8 +20,9 @@ from calib.streaming.settings import ComputeOptions, PassSettings
 from calib.streaming.weights import WeightReader, choose_settings
 from calib.text.chat import documents_of
 from calib.text.windows import byte_windows, scored_windows
-from surgery.errors import CheckpointError, DataError
+from surgery.errors import CheckpointError, DataError, FamilyError
 from surgery.families.default_ids import fill_defaults
+from surgery.families.schema import ENCODER
 from surgery.layout.layout import Layout
 from surgery.process import Progress, spoken
 from surgery.text.documents import TextOptions
@@ -263,8 +264,11 @@ def score_models(
     The text of all models is read and compared before the first one is scored.
 
     Raises:
+        FamilyError: a model predicts no token.
         DataError: there is no text; or chats become another text under another model's template.
     """
+    for layout in layouts:
+        check_predicts(layout)
     every = [byte_windows(documents_of(each, text), text.samples, window_bytes) for each in layouts]
     if any(texts != every[0] for texts in every):
         raise _other_text()
@@ -272,6 +276,23 @@ def score_models(
         tokenizer = load_tokenizer(layout.checkpoint.path)
         settings = choose_settings(compute, layout.checkpoint)
         yield score_windows(layout, every[0], tokenizer, settings, progress)
+
+
+def check_predicts(layout: Layout) -> None:
+    """Refuse a model that predicts no next token, so that there are no bits to count.
+
+    Raises:
+        FamilyError: it is an encoder, or was saved without its head.
+    """
+    if not layout.predicts:
+        kind = layout.checkpoint.config.get("model_type")
+        is_encoder = layout.family.kind == ENCODER
+        what = "is an encoder" if is_encoder else "was saved without its head"
+        raise FamilyError(
+            layout.checkpoint.path,
+            f"{kind} {what}, so it predicts no next token that could be scored",
+            fix="prune with sizes, and compare the two models on a task of your own",
+        )
 
 
 @torch.no_grad()

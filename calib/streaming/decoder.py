@@ -24,6 +24,8 @@ from calib.streaming.layers import Layers, broken_tensor, move_buffers, not_fini
 from calib.streaming.settings import PassSettings, Timings
 from calib.streaming.stand_ins import ArgumentCapture, Arguments, CaptureDone, ReplayHidden, swapped
 from calib.streaming.weights import WeightReader
+from surgery.families.blocks import OUTSIDE
+from surgery.families.schema import DECODER
 from surgery.files.safetensors_header import TensorRef
 from surgery.layout.layout import Layout
 from surgery.process import Advance, no_advance, release_freed_memory
@@ -35,7 +37,7 @@ NO_WEIGHTS: Mapping[str, torch.Tensor] = {}
 
 
 class StreamedDecoder:
-    """A causal LM that reads each decoder layer, runs all text through it, and frees it."""
+    """A causal LM, or an encoder, that reads each layer, runs all text through it, and frees it."""
 
     def __init__(
         self,
@@ -60,6 +62,7 @@ class StreamedDecoder:
         self._captures[-1].last = True
         self._channels = max((layout.channels_of(axis) for axis in layout.family.widths), default=1)
         self._returns_tuple = False
+        self._options = {"use_cache": False} if layout.family.kind == DECODER else {}
         self._set_layers(self._captures)
         reader.expect(self._reading_order())
         self._load_outer()
@@ -247,7 +250,8 @@ class StreamedDecoder:
         name = self._tensor(family.embedding if self.layout.tied else family.head)
         bias = self.layout.by_name.get(family.head.removesuffix("weight") + "bias")
         width = self.layout.by_name[family.embedding].shape[1]
-        head, replay = self._model.get_output_embeddings(), ReplayHidden(self._returns_tuple)
+        head = self._model.get_output_embeddings()
+        replay = ReplayHidden(self.layer(0), self._returns_tuple)
         every = np.unique(np.concatenate([rows for _, rows in hidden]))
         self.reader.expect([name] * -(-len(every) // HEAD_ROWS))
         self._set_layers([replay])
@@ -268,7 +272,7 @@ class StreamedDecoder:
                     replay.hidden = states.to(self.reader.device)
                     begin = replay.hidden.new_zeros((*states.shape[:2], width))
                     with library_errors(self.layout):
-                        logits = self._model(inputs_embeds=begin, use_cache=False).logits
+                        logits = self._model(inputs_embeds=begin, **self._options).logits
                     if stop - first < len(block):
                         wanted = torch.from_numpy(np.searchsorted(block, rows[first:stop]))
                         logits = logits[..., wanted.to(logits.device)]
@@ -276,6 +280,25 @@ class StreamedDecoder:
         finally:
             self._set_layers(self._captures)
             head.to("meta")
+
+    @torch.no_grad()
+    def outputs(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what the model without its head makes of the states after the last layer.
+
+        Both are ``(windows, tokens, D)``; a final norm makes the difference.
+        """
+        width = self.layout.by_name[self.layout.family.embedding].shape[1]
+        replay = ReplayHidden(self.layer(0), self._returns_tuple)
+        replay.hidden = hidden.to(self.reader.device)
+        self._set_layers([replay])
+        try:
+            begin = replay.hidden.new_zeros((*hidden.shape[:2], width))
+            with library_errors(self.layout):
+                made = self._model.base_model(inputs_embeds=begin, **self._options)
+        finally:
+            self._set_layers(self._captures)
+        last: torch.Tensor = made.last_hidden_state
+        return last
 
     def _tensor(self, name: str) -> str:
         """Return the name that a tensor of the text model has in the file."""
@@ -299,7 +322,11 @@ class StreamedDecoder:
         layout, family = self.layout, self.layout.family
         apart = (family.embedding, family.head, family.head.removesuffix("weight") + "bias")
         outside = {n: r for n, r in layout.by_name.items() if layout.roles[r.name].layer is None}
-        return {name: ref for name, ref in outside.items() if name not in apart}
+        return {
+            name: ref
+            for name, ref in outside.items()
+            if name not in apart and layout.roles[ref.name].slot.block not in OUTSIDE
+        }
 
     def _load_outer(self) -> None:
         outer = self._outer_tensors()
@@ -313,7 +340,7 @@ class StreamedDecoder:
     def _capture_arguments(self, embeds: torch.Tensor) -> tuple[torch.Tensor, list[Arguments]]:
         """Run the model up to its layers; return the hidden states and each layer's arguments."""
         with library_errors(self.layout), suppress(CaptureDone):
-            self._model(inputs_embeds=embeds, use_cache=False)
+            self._model(inputs_embeds=embeds, **self._options)
         first = self._captures[0]
         return first.hidden, [capture.arguments for capture in self._captures]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -19,8 +19,8 @@ from transformers.core_model_loading import (
 
 from calib.streaming.ffn import IMPLEMENTATION
 from surgery.errors import CheckpointError, SurgeryError
-from surgery.families.blocks import BUFFER
-from surgery.families.schema import TIE_KEY
+from surgery.families.blocks import OUTSIDE
+from surgery.families.schema import DECODER, TIE_KEY
 from surgery.layout.layout import Layout
 
 
@@ -106,13 +106,23 @@ def empty_model(layout: Layout, dtype: torch.dtype) -> tuple[Any, Conversion]:
         config = AutoConfig.for_model(**_text_config(layout))
         config._experts_implementation = IMPLEMENTATION
         with torch.device("meta"):
-            sketch = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            sketch = _model(config, layout, dtype)
         _check_shapes(sketch, Conversion(sketch), layout)
         _check_buffers(sketch, layout)
         with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = _model(config, layout, dtype)
         conversion = Conversion(model)
     return model.eval().requires_grad_(False), conversion
+
+
+def _model(config: Any, layout: Layout, dtype: torch.dtype) -> Any:
+    """Return the library's model that runs a text; an encoder without its pooler and heads."""
+    if layout.family.kind == DECODER:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = AutoModel.from_config(config, dtype=dtype)
+    if hasattr(model, "pooler"):
+        model.pooler = None
+    return model
 
 
 def positions(layout: Layout) -> int | None:
@@ -126,7 +136,7 @@ def positions(layout: Layout) -> int | None:
     for key in POSITIONS:
         value = getattr(config, key, None)
         if isinstance(value, int) and value > 0:
-            return value
+            return value - (config.pad_token_id + 1 if layout.family.positions_after_pad else 0)
     return None
 
 
@@ -147,7 +157,7 @@ def _check_shapes(model: nn.Module, conversion: Conversion, layout: Layout) -> N
     head = conversion.target(layout.family.head)[0]
     for name, parameter in parameters.items():
         value = found.get(name)
-        if value is None and layout.tied and name == head:
+        if value is None and name == head and (layout.tied or layout.without_head):
             continue
         if value is None or value.shape != parameter.shape:
             ref = tensors.get(name)
@@ -159,7 +169,7 @@ def _check_shapes(model: nn.Module, conversion: Conversion, layout: Layout) -> N
                 fix="check config.json",
             )
     for name, ref in tensors.items():
-        needed = layout.roles[ref.name].slot.block != BUFFER
+        needed = layout.roles[ref.name].slot.block not in OUTSIDE
         if needed and conversion.target(name)[0] not in parameters:
             raise CheckpointError(
                 f"{ref.path}: tensor {ref.name}",

@@ -139,6 +139,8 @@ class FfnModule:
     """Of the down_proj, or of the experts, inside the layer."""
     routed: bool
     """Whether it holds experts."""
+    alone: bool = False
+    """Whether the module above it holds this FFN and nothing else, so that it can run in pieces."""
 
 
 RoutedOutputHook = Callable[[int, Tokens, Routed], object]
@@ -170,7 +172,7 @@ def hooked_ffn(
                 block = layer.get_submodule(above)
                 stack.enter_context(_routed(ffn_module.axis, block, module, ids, hook, outputs))
             else:
-                ffn = layer.get_submodule(above) if above and len(ffn_modules) == 1 else None
+                ffn = layer.get_submodule(above) if ffn_module.alone else None
                 stack.enter_context(_dense(ffn_module, module, ffn, ids, hook))
         yield
 
@@ -323,15 +325,13 @@ def pruned_parameters(
     down = down_name(ffn_module)
     above = ffn_module.path.rpartition(".")[0]
     owners = {name: layer.get_submodule(name.rpartition(".")[0]) for name in channel_dims}
-    plain = all(isinstance(owner, nn.Linear) for owner in owners.values())
+    plain = all(isinstance(each, nn.Linear) and n.startswith(above) for n, each in owners.items())
     if ffn_module.routed or down not in channel_dims or not plain:
         return {down: masked_down_proj(layer, ffn_module, kept, refitted)}
     found = {}
     for name, dim in channel_dims.items():
-        if name.startswith(above):
-            own = layer.get_parameter(name).data
-            columns = torch.from_numpy(kept[0]).to(own.device)
-            found[name] = own.index_select(dim, columns)
+        own = layer.get_parameter(name).data
+        found[name] = own.index_select(dim, torch.from_numpy(kept[0]).to(own.device))
     better = refitted.get((ffn_module.axis, 0))
     if better is not None:
         found[down] = better.to(found[down].device, found[down].dtype)

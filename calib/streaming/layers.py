@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from calib.streaming.ffn import FfnModule
 from calib.streaming.settings import PassSettings, Timings
 from calib.streaming.weights import Transfer, WeightReader
 from surgery.errors import CheckpointError
-from surgery.families.blocks import BUFFER, adds_up
+from surgery.families.blocks import OUTSIDE, adds_up
 from surgery.families.schema import EXPERTS, Dim
 from surgery.files.safetensors_header import TensorRef
 from surgery.layout.layout import Layout
@@ -73,7 +74,7 @@ class Layers:
         """Return the tensors of a layer by their names in the text model."""
         roles = self._layout.roles
         tensors = self._layout.of_layer[index].items()
-        return {n: ref for n, ref in tensors if roles[ref.name].slot.block != BUFFER}
+        return {n: ref for n, ref in tensors if roles[ref.name].slot.block not in OUTSIDE}
 
     def _read(self, index: int) -> dict[str, torch.Tensor]:
         """Read the tensors of a layer; with a device, they are on it when this returns.
@@ -139,13 +140,17 @@ class Layers:
         """Return the modules of a layer that have channels."""
         prefix = f"{self._layout.family.layers}.{index}."
         ffn_modules: dict[str, FfnModule] = {}
+        above: set[str] = set()
         for name, ref in self._layout.of_layer[index].items():
             slot = self._layout.roles[ref.name].slot
-            if slot.ffn_output and slot.width:
+            if slot.width:
                 target = self._conversion.target(name)[0].removeprefix(prefix)
                 path, _, leaf = target.rpartition(".")
-                ffn_modules[path] = FfnModule(slot.width, path, leaf != "weight")
-        return list(ffn_modules.values())
+                above.add(path.rpartition(".")[0])
+                if slot.ffn_output:
+                    ffn_modules[path] = FfnModule(slot.width, path, leaf != "weight")
+        alone = len(ffn_modules) == 1 and len(above) == 1 and above != {""}
+        return [replace(each, alone=alone) for each in ffn_modules.values()]
 
 
 def weights_stage(progress: Progress | None, name: str, layout: Layout, windows: int) -> Advance:

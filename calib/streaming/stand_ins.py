@@ -16,42 +16,46 @@ class CaptureDone(Exception):
     """Ends a forward pass once the last layer's arguments are known."""
 
 
-class ArgumentCapture(nn.Module):
-    """Replaces a layer and keeps the arguments that the model passes to it.
-
-    All other attributes are the layer's.
-    """
+class StandIn(nn.Module):
+    """Replaces a layer; all attributes that it lacks are the layer's."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.__dict__["_layer"] = layer  # not a submodule, so that it has no weights
-        self.last = False
 
     def __getattr__(self, name: str) -> Any:
         # Models read attributes of their layers, such as attention_type.
         return getattr(self.__dict__["_layer"], name)
 
-    def forward(self, *positional: Any, **named: Any) -> tuple[torch.Tensor]:
+
+class ArgumentCapture(StandIn):
+    """Replaces a layer and keeps the arguments that the model passes to it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
+        self.last = False
+
+    def forward(self, *positional: Any, **named: Any) -> tuple[torch.Tensor, None]:
         """Keep hidden states and arguments. A tuple also works in models that expect a tensor."""
         hidden = positional[0] if positional else named.pop("hidden_states")
         self.hidden: torch.Tensor = hidden[0] if isinstance(hidden, tuple) else hidden
         self.arguments: Arguments = (positional[1:], named)
         if self.last:
             raise CaptureDone
-        return (self.hidden,)
+        return (self.hidden, None)
 
 
-class ReplayHidden(nn.Module):
+class ReplayHidden(StandIn):
     """Replaces all layers when the output of the last one is known."""
 
-    def __init__(self, returns_tuple: bool) -> None:
-        super().__init__()
+    def __init__(self, layer: nn.Module, returns_tuple: bool) -> None:
+        super().__init__(layer)
         self.hidden = torch.empty(0)
         self._returns_tuple = returns_tuple
 
     def forward(self, *_: Any, **__: Any) -> Any:
         """Return ``hidden`` as the library's layers return theirs."""
-        return (self.hidden,) if self._returns_tuple else self.hidden
+        return (self.hidden, None) if self._returns_tuple else self.hidden
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from calib.scoring.score import check_predicts
 from calib.statistics.prepare import check_channels
 from calib.streaming.settings import ComputeOptions, PassSettings
 from calib.streaming.weights import choose_settings
@@ -69,9 +70,11 @@ def open_study(
     """Hold out a part of a text, and choose device and dtype.
 
     Raises:
+        FamilyError: the model predicts no token, by which candidates could be judged.
         BudgetError: the model has no channels to choose.
         DataError: the text is too short.
     """
+    check_predicts(layout)
     check_channels(layout)
     study_text = StudyText.split(layout, choice, text)
     return Study(study_text, choose_settings(compute, layout.checkpoint))

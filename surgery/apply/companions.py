@@ -17,15 +17,17 @@ from surgery.config.rewrite import (
 )
 from surgery.config.token_ids import visit_ids
 from surgery.errors import CheckpointError, TokenizerError
-from surgery.families.schema import EXPERT_KEYS, Family, renumbered
+from surgery.families.schema import DECODER, EXPERT_KEYS, Family, renumbered
 from surgery.families.table import family_of
 from surgery.files.model_files import (
     DOCUMENTS,
     INDEX_NAME,
     JSON_NAMES,
+    SENTENCEPIECE_NAMES,
     TEMPLATE_FOLDER,
     TOKEN_TABLES,
     TOKENIZER_NAME,
+    WORDPIECE_NAME,
     named_templates,
 )
 from surgery.files.strict_json import dump_json, dump_table, read_file, read_json, table_pieces
@@ -38,17 +40,26 @@ from surgery.tokenizer.sentencepiece_model import is_sentencepiece, prune_senten
 from surgery.tokenizer.tokenizer_file import TokenizerFile
 
 LICENSE = re.compile(r"^license: *(\S+) *$", re.MULTILINE)
+PIPELINE = re.compile(r"^pipeline_tag: *([\w-]+) *$", re.MULTILINE)
 
 
 def model_card(plan: Plan, checkpoint: Checkpoint) -> bytes:
-    """Return README.md of the output; its license is the one that the source's card names."""
+    """Return README.md of the output; its license is the one that the source's card names.
+
+    So is the task of an encoder.
+    """
     base = plan.base or plan.published().source
     before, after = plan.before, plan.after
     removed = 1 - after.parameters / before.parameters
     head = ["---"] + ([f"base_model: {json.dumps(base)}"] if plan.base else [])
-    card = checkpoint.path / "README.md"
-    if card.exists() and (found := LICENSE.search(read_file(card).decode("utf-8", "replace"))):
+    path, task = checkpoint.path / "README.md", "text-generation"
+    card = read_file(path).decode("utf-8", "replace") if path.exists() else ""
+    if found := LICENSE.search(card):
         head.append(f"license: {found[1]}")
+    where = checkpoint.path / "config.json"
+    if family_of(checkpoint.config, where, checkpoint.family).kind != DECODER:
+        found = PIPELINE.search(card)
+        task = found[1] if found else "feature-extraction"
     sizes = [(key, size, after.widths[key]) for key, size in before.widths.items()]
     sizes += [("experts of a layer", before.experts, after.experts)] * bool(before.experts)
     widths = "\n".join(f"| {key} | {old:,} | {new:,} |" for key, old, new in sizes)
@@ -61,7 +72,7 @@ def model_card(plan: Plan, checkpoint: Checkpoint) -> bytes:
         claims.append("Layers for multi-token prediction were left out.")
     text = f"""{chr(10).join(head)}
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 tags:
 {"- pruned" + chr(10) if removed else ""}- compact-surgery
 ---
@@ -158,15 +169,16 @@ def _over_text(plan: Plan) -> str:
 
 
 CARRIED = re.compile(
-    r".+\.jinja|merges\.txt|tokenizer\.model|(LICENSE|NOTICE|USE_POLICY|COPYRIGHT).*",
+    r".+\.jinja|merges\.txt|(LICENSE|NOTICE|USE_POLICY|COPYRIGHT).*",
     re.IGNORECASE,
 )
 """Files that an output may have besides ``JSON_NAMES``; all others are left out
 (``files_left_out``)."""
 
-SENTENCEPIECE_NAME = "tokenizer.model"
+PLAIN = (*SENTENCEPIECE_NAMES, WORDPIECE_NAME)
+"""Vocabulary files that are no JSON."""
 
-SHADOWING = ("tekken.json", SENTENCEPIECE_NAME)
+SHADOWING = ("tekken.json", *SENTENCEPIECE_NAMES)
 """Vocabulary files that other loaders prefer silently; none may stay stale beside a pruned one."""
 
 UNQUANTIZED = ("modules_to_not_convert", "ignored_layers", "ignore")
@@ -222,7 +234,7 @@ def companion_files(plan: Plan, checkpoint: Checkpoint) -> dict[str, Content]:
         return {name: _copy(directory / name) for name in names}
     source = TokenizerFile.reopen(directory)
     tokens = ChainMap(source.added, source.vocab)
-    names.sort(key=SENTENCEPIECE_NAME.__eq__)  # last: it takes much memory
+    names.sort(key=SENTENCEPIECE_NAMES.__contains__)  # last: it takes much memory
     files = {
         name: _rewrite(directory / name, tokens, ids)
         for name in names
@@ -248,7 +260,7 @@ def check_companions(plan: Plan, checkpoint: Checkpoint, source: TokenizerFile |
     if ids.identity or source is None:
         return
     for path in (directory / name for name in _carried(directory, ids)):
-        if path.name in (*DOCUMENTS, *TOKEN_TABLES, SENTENCEPIECE_NAME):
+        if path.name in (*DOCUMENTS, *TOKEN_TABLES, *PLAIN):
             _rewrite(path, source.token_ids, ids)
 
 
@@ -371,7 +383,7 @@ def _carried(directory: Path, ids: IdMap) -> list[str]:
     return [
         name
         for name in names
-        if (name in JSON_NAMES or CARRIED.fullmatch(name))
+        if (name in (*JSON_NAMES, *PLAIN) or CARRIED.fullmatch(name))
         and name not in OWN
         and not name.endswith(".safetensors")
         and not _leaves_model(directory / name, directory)
@@ -394,7 +406,7 @@ def _leaves_model(path: Path, directory: Path) -> bool:
 
 def _can_be_pruned(path: Path) -> bool:
     """Whether ``path`` is a SentencePiece model; other kinds of file have the same name."""
-    return path.name == SENTENCEPIECE_NAME and is_sentencepiece(read_file(path))
+    return path.name in SENTENCEPIECE_NAMES and is_sentencepiece(read_file(path))
 
 
 def _copy(path: Path) -> bytes:
@@ -421,11 +433,35 @@ FROM_TOKENIZER: dict[str, Callable[[dict[str, Any]], Iterator[bytes]]] = {
 def _rewrite(path: Path, tokens: Mapping[str, int], ids: IdMap) -> bytes:
     if path.name in TOKEN_TABLES:
         return dump_table(_rewrite_table(path, tokens, ids))
-    if path.name == SENTENCEPIECE_NAME:
+    if path.name in SENTENCEPIECE_NAMES:
         return prune_sentencepiece(read_file(path), path, tokens, ids)
+    if path.name == WORDPIECE_NAME:
+        return _rewrite_lines(path, tokens, ids)
     if path.name in DOCUMENTS:
         return dump_json(rewrite_document(path, tokens, ids))
     return read_file(path)
+
+
+def _rewrite_lines(path: Path, tokens: Mapping[str, int], ids: IdMap) -> bytes:
+    """Keep the lines of vocab.txt whose tokens are kept; each must stand at its token's id."""
+    lines = read_file(path).decode("utf-8", "replace").removesuffix("\n").split("\n")
+    for old, line in enumerate(lines):
+        if tokens.get(line.removesuffix("\r")) != old:
+            raise _contradicts(path, line.removesuffix("\r"), old, tokens)
+    kept = (f"{line}\n" for old, line in enumerate(lines) if ids.new(old) is not None)
+    return "".join(kept).encode()
+
+
+def _contradicts(
+    path: Path, token: str, found: object, tokens: Mapping[str, int]
+) -> TokenizerError:
+    return TokenizerError(
+        f"{path}: token {token!r}",
+        "has another id than in tokenizer.json",
+        expected=tokens.get(token),
+        found=found,
+        fix="save the tokenizer again with transformers' AutoTokenizer",
+    )
 
 
 def _rewrite_table(path: Path, tokens: Mapping[str, int], ids: IdMap) -> dict[str, int]:
@@ -433,11 +469,5 @@ def _rewrite_table(path: Path, tokens: Mapping[str, int], ids: IdMap) -> dict[st
     table = read_json(path)
     for token, old in table.items():
         if tokens.get(token) != old:
-            raise TokenizerError(
-                f"{path}: token {token!r}",
-                "has another id than in tokenizer.json",
-                expected=tokens.get(token),
-                found=old,
-                fix="save the tokenizer again with transformers' AutoTokenizer",
-            )
+            raise _contradicts(path, token, old, tokens)
     return {token: new for token, old in table.items() if (new := ids.new(old)) is not None}

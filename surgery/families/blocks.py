@@ -3,11 +3,14 @@
 from collections.abc import Iterable
 from dataclasses import replace
 
-from surgery.families.schema import EXPERT, EXPERTS, FFN, SHARED, VOCAB, Dim, Slot
+from surgery.families.schema import EXPERT, EXPERTS, FFN, HEAD, SHARED, VOCAB, Dim, Slot
 
 LAYER = "model.layers.{layer}."
 BUFFER = "buffer"
 """Block of tensors that no model needs."""
+
+OUTSIDE = (BUFFER, HEAD)
+"""Blocks of tensors that no pass over a text needs."""
 
 
 def adds_up(slot: Slot) -> bool:

@@ -29,6 +29,8 @@ _GPT2 = {"bos_token_id": 50256, "eos_token_id": 50256}
 _OLMO = {"pad_token_id": 1, "eos_token_id": 50279}
 _COHERE = {"pad_token_id": 0, "bos_token_id": 5, "eos_token_id": 255001}
 _ZERO_ONE_TWO = {"pad_token_id": 0, **_ONE_TWO}
+_PAD = {"pad_token_id": 0}
+_ROBERTA = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
 _LLAMA3 = {"bos_token_id": 128000, "eos_token_id": 128001}
 
 Default = int | list[int]
@@ -48,12 +50,23 @@ DEFAULT_IDS: Mapping[str, Mapping[str, Default]] = {
     "cohere": _COHERE,
     "cohere2": _COHERE,
     "cohere2_moe": _COHERE,
+    "bert": _PAD,
+    "camembert": _ROBERTA,
+    "deberta-v2": _PAD,
     "deepseek_v2": _ONE_TWO,
     "deepseek_v3": {"bos_token_id": 0, "eos_token_id": 1},
     "diffllama": _ONE_TWO,
+    "distilbert": _PAD,
     "dots1": {},
+    "electra": _PAD,
     "ernie4_5": _ZERO_ONE_TWO,
     "ernie4_5_moe": _ZERO_ONE_TWO,
+    "eurobert": {
+        "pad_token_id": 128001,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+        "mask_token_id": 128002,
+    },
     "exaone4": {"bos_token_id": 0, "eos_token_id": 2},
     "exaone_moe": {"bos_token_id": 1, "eos_token_id": 53, "pad_token_id": 0},
     "falcon": {"bos_token_id": 11, "eos_token_id": 11},
@@ -112,6 +125,14 @@ DEFAULT_IDS: Mapping[str, Mapping[str, Default]] = {
         "eos_token_id": 128001,
         "pad_token_id": 128004,
     },
+    "modernbert": {
+        "pad_token_id": 50283,
+        "bos_token_id": 50281,
+        "eos_token_id": 50282,
+        "cls_token_id": 50281,
+        "sep_token_id": 50282,
+    },
+    "mpnet": _ROBERTA,
     "mpt": {},
     "nanochat": {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1},
     "nemotron": {"bos_token_id": 2, "eos_token_id": 3},
@@ -136,12 +157,14 @@ DEFAULT_IDS: Mapping[str, Mapping[str, Default]] = {
     "qwen3_next": {},
     "qwen3_vl": _QWEN_VL,
     "qwen3_vl_text": {},
+    "roberta": _ROBERTA,
     "seed_oss": {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
     "smollm3": {"pad_token_id": 128004, "bos_token_id": 128000, "eos_token_id": 128001},
     "solar_open": {},
     "stablelm": {"bos_token_id": 0, "eos_token_id": 0},
     "starcoder2": _GPT2,
     "vaultgemma": _GEMMA,
+    "xlm-roberta": _ROBERTA,
     "youtu": _LLAMA3,
 }
 """model_type → key → id; vocab_offset and vocab_size_per_layer_input are numbers of ids."""

@@ -19,6 +19,12 @@ EXPERTS = "experts"
 """The axis of the routed experts: rows of a router, and matrices of a packed tensor. Experts in
 tensors of their own have a number in place of a dimension."""
 
+DECODER, ENCODER = KINDS = ("decoder", "encoder")
+"""What a family makes of a text: the next token, or a state for each token."""
+
+HEAD = "head"
+"""Block of the tensors of an encoder's head for masked tokens. Its pass over a text needs none."""
+
 TIE_KEY = "tie_word_embeddings"
 """The key of config.json for whether lm_head and the embedding are one tensor."""
 
@@ -148,6 +154,10 @@ class Family:
     """Channel axis → its key in config.json; an axis without a key cannot be pruned."""
     experts: Experts | None = None
     """The routed experts; without an entry, none can be removed."""
+    kind: str = DECODER
+    """One of KINDS."""
+    positions_after_pad: bool = False
+    """Whether the table of positions has its first one after the id of the padding token."""
     depth: str = "num_hidden_layers"
     """Key of config.json for the number of layers."""
     embedding: str = "model.embed_tokens.weight"
@@ -184,6 +194,13 @@ class Family:
             0
         ]
 
+    @property
+    def base(self) -> str:
+        """First part of every name, which a decoder saved without its head lacks; "" for others."""
+        if self.kind != DECODER or self.section:
+            return ""
+        return f"{self.embedding.partition('.')[0]}."
+
     def text_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """The part of config.json that describes the language model."""
         section = config.get(self.section) if self.section else config
@@ -194,6 +211,7 @@ class Family:
         return [
             *(new + name[len(old) :] for old, new in self.prefixes if name.startswith(old)),
             name,
+            *([self.base + name] if self.base else []),
         ]
 
 

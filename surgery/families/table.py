@@ -39,6 +39,7 @@ from surgery.families.blocks import (
     transposed,
 )
 from surgery.families.default_ids import SECTION_TYPES
+from surgery.families.encoder_table import ENCODERS
 from surgery.families.layer_rules import LAYER_RULES
 from surgery.families.schema import (
     EXPERT,
@@ -69,8 +70,6 @@ _GPT = ends("transformer.wte", "transformer.ln_f")
 _GPTJ = _GPT + norms("ln_1", at=_H) + into("mlp.fc_in", at=_H) + out_of("mlp.fc_out", at=_H)
 _GPTJ_MASKS = buffers("attn.bias", "attn.masked_bias", "attn.causal_mask", at=_H)
 _FAIRSEQ_NORMS = ("self_attn_layer_norm", "final_layer_norm")
-_BASE_ONLY = (("", "transformer."),)
-"""A checkpoint of the model without its head lacks the first part of every name."""
 
 _N_INNER = {FFN: Width("n_inner")}
 _FFN_DIM = {FFN: Width("ffn_dim")}
@@ -259,7 +258,6 @@ FAMILIES: dict[str, Family | Wrapper] = {
         widths=_N_INNER,
         depth="n_layer",
         embedding="transformer.wte.weight",
-        prefixes=_BASE_ONLY,
     ),
     "gpt_bigcode": Family(
         _GPT
@@ -325,7 +323,6 @@ FAMILIES: dict[str, Family | Wrapper] = {
         tied=True,
         widths=_FFN_DIM,
         embedding="model.decoder.embed_tokens.weight",
-        prefixes=(("decoder.", "model.decoder."),),
     ),
     "biogpt": Family(
         ends("biogpt.embed_tokens", "biogpt.layer_norm", "output_projection")
@@ -364,7 +361,6 @@ FAMILIES: dict[str, Family | Wrapper] = {
         widths={},
         depth="n_layer",
         embedding="transformer.word_embeddings.weight",
-        prefixes=_BASE_ONLY,
     ),
     "mpt": Family(
         ends("transformer.wte", "transformer.norm_f")
@@ -593,6 +589,7 @@ FAMILIES: dict[str, Family | Wrapper] = {
     "qwen3_vl": Wrapper(
         ("visual.",), _UNDER_PREFIX, False, {"qwen3_vl_text": "qwen3"}, by_number=True
     ),
+    **ENCODERS,
 }
 """model_type → family, or ``Wrapper`` for a model with a language model in it."""
 

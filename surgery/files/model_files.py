@@ -18,6 +18,18 @@ LEGACY_NAMES = (
 )
 """A tokenizer without tokenizer.json is built from these; the first two are required."""
 
+SENTENCEPIECE_NAMES = (
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "sentencepiece.model",
+    "spiece.model",
+    "spm.model",
+)
+"""Names of the SentencePiece protobuf beside tokenizer.json."""
+
+WORDPIECE_NAME = "vocab.txt"
+"""WordPiece's tokens, one a line, in the order of their ids."""
+
 DOCUMENTS = (
     "config.json",
     "generation_config.json",

@@ -180,7 +180,7 @@ def _check_complete(layout: Layout) -> None:
 
 def _needs(layout: Layout, slot: Slot, blocks: set[str]) -> bool:
     if slot.name == layout.family.head:
-        return not layout.tied
+        return not layout.tied and not layout.without_head
     conditions = (*slot.beside, slot.block) if slot.block else slot.beside
     return slot.required and (not conditions or not blocks.isdisjoint(conditions))
 

@@ -10,7 +10,17 @@ from typing import Any
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.fp8 import weight_of
 from surgery.errors import ADD_FAMILY, CheckpointError, FamilyError
-from surgery.families.schema import EXPERT, EXPERTS, TIE_KEY, VOCAB, Dim, Family, Slot, template
+from surgery.families.schema import (
+    DECODER,
+    EXPERT,
+    EXPERTS,
+    TIE_KEY,
+    VOCAB,
+    Dim,
+    Family,
+    Slot,
+    template,
+)
 from surgery.files.safetensors_header import TensorRef
 
 CARRIED = Slot("carried", "other")
@@ -211,6 +221,20 @@ class Layout:
     def unties(self) -> bool:
         """Whether the stored lm_head differs from the embedding, although config.json ties them."""
         return self.says_tied and not self.tied
+
+    @property
+    def without_head(self) -> bool:
+        """Whether the model may lack its head: an encoder, or a decoder saved without one."""
+        stored = self.by_name.get(self.family.embedding)
+        return self.family.kind != DECODER or (
+            stored is not None and self.family.base + stored.name == self.family.embedding
+        )
+
+    @property
+    def predicts(self) -> bool:
+        """Whether it gives a text's next token: a decoder with a head, or with a tied one."""
+        has_head = self.tied or self.family.head in self.by_name
+        return self.family.kind == DECODER and has_head
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -135,9 +135,12 @@ def alphabet(kind: Kind, vocab: Mapping[str, int], *, byte_fallback: bool) -> se
     """Ids to keep so that any text can still be written, and those of runs of white space.
 
     These are all bytes: the byte-level characters, or ``<0xXX>``. Where a character has no bytes
-    to fall back to, they are all single characters: ``c`` and ``##c``. ``▁`` is kept even where
-    bytes exist: decoders turn it into a space before they join bytes.
+    to fall back to, they are all single characters: ``c`` and ``##c``; and all pieces that have a
+    character which is not among these. ``▁`` is kept even where bytes exist: decoders turn it into
+    a space before they join bytes.
     """
+    if kind is WORDPIECE:
+        return {id_ for token, id_ in vocab.items() if not _spelled_by_others(token, vocab)}
     if kind is SENTENCEPIECE or kind is UNIGRAM:
         bytes_ = {f"<0x{byte:02X}>" for byte in range(256)} if byte_fallback else set()
         return {
@@ -146,14 +149,18 @@ def alphabet(kind: Kind, vocab: Mapping[str, int], *, byte_fallback: bool) -> se
             if token in bytes_
             or kind.whitespace.issuperset(token)
             or (len(token) == 1 and not byte_fallback)
+            or (kind is UNIGRAM and not byte_fallback and not all(c in vocab for c in token))
         }
     return {
-        id_
-        for token, id_ in vocab.items()
-        if len(token) == 1
-        or kind.whitespace.issuperset(token)
-        or (kind is WORDPIECE and len(token) == 3 and token.startswith("##"))
+        id_ for token, id_ in vocab.items() if len(token) == 1 or kind.whitespace.issuperset(token)
     }
+
+
+def _spelled_by_others(token: str, vocab: Mapping[str, int]) -> bool:
+    """Whether a WordPiece token is longer than a character, each of which is a token of its own."""
+    first, inside = ("##", token[2:]) if token.startswith("##") else ("", token)
+    characters = [f"{first}{inside[:1]}", *(f"##{char}" for char in inside[1:])]
+    return len(inside) > 1 and all(character in vocab for character in characters)
 
 
 def _refusal(path: Path, found: str) -> TokenizerError:

@@ -129,7 +129,10 @@ class TokenizerFile:
     def alphabet(self) -> set[int]:
         """Ids without which some text could not be written, or only with unknown tokens."""
         byte_fallback = bool(self.data["model"].get("byte_fallback"))
-        return self.unknown | alphabet(self.kind, self.vocab, byte_fallback=byte_fallback)
+        found = self.unknown | alphabet(self.kind, self.vocab, byte_fallback=byte_fallback)
+        if self.scores is not None:  # the library scores unknown text by the least likely piece
+            found.add(int(self.scores.argmin()))
+        return found
 
     @property
     def missing_bytes(self) -> list[int]:

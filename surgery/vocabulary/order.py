@@ -11,6 +11,7 @@ import numpy as np
 
 from surgery.config.rewrite import template_tokens, token_references
 from surgery.errors import BudgetError, DataError, TokenizerError, check_choice, did_you_mean
+from surgery.families.default_ids import fill_defaults
 from surgery.files.strict_json import read_file
 from surgery.layout.layout import Layout
 from surgery.tokenizer.id_map import IdMap
@@ -139,7 +140,7 @@ DEAD = np.iinfo(np.int64).max
 RESERVED = re.compile(
     r"<unused_?\d+>|<\|?reserved_special_token_\d+\|?>|<\|reserved_token_\d+\|>"
     r"|<[｜|]place[▁_]holder[▁_]no[▁_]\d+[｜|]>|<\|placeholder\d+\|>|<\|dummy_\d+\|>"
-    r"|\[control_\d+\]|<SPECIAL_\d+>"
+    r"|\[control_\d+\]|<SPECIAL_\d+>|\[unused_?\d+\]"
 )
 """Names of tokens that are reserved for later use."""
 
@@ -235,6 +236,9 @@ def rarity_of(
     referenced = token_references(layout.checkpoint, tokenizer.token_ids)
     reserved = reserved_tokens(tokenizer) if choice.drop_reserved else {}
     referenced |= template_tokens(layout.checkpoint.path, reserved)
+    if layout.family.positions_after_pad:  # the padding token must keep its id
+        filled = fill_defaults(layout.checkpoint.config, lambda old: old, layout.checkpoint.family)
+        referenced |= set(range(filled["pad_token_id"] or 0))
     return order_rows(tokenizer, layout.vocab_size, referenced, choice)
 
 

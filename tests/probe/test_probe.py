@@ -178,7 +178,7 @@ COMMANDS = ("inspect {}", "calibrate {} --data text", "score {} --data text",
 def test_every_command_refuses_in_one_line(renamed: Path, run: Run, command: str) -> None:
     result = run(*command.format(renamed).split())
     assert_refused(result, "config.json", "not supported", f"found {UNKNOWN}", "llama, mistral",
-                   "and 12 more", "--family llama")  # fmt: skip
+                   "and 13 more", "--family llama")  # fmt: skip
 
 
 def test_where_nothing_fits_the_line_names_the_probe(renamed: Path, run: Run) -> None:

@@ -1,0 +1,175 @@
+"""Encoders: BERT and its kin. Slots have the names of the model without a head."""
+
+from dataclasses import replace
+
+from surgery.families.blocks import attention, buffers, fused, into, one, optional, out_of
+from surgery.families.schema import ENCODER, FFN, HEAD, VOCAB, Family, Slot, Width
+
+_BERT = "encoder.layer.{layer}."
+_DISTIL = "transformer.layer.{layer}."
+_MODERN = "layers.{layer}."
+
+_TASKS = ("pooler.", "classifier.", "qa_outputs.", "pre_classifier.", "dense.", "dropout.")
+"""Heads of tasks: they know nothing of the vocabulary, and are copied as they are."""
+
+
+def _norms(*names: str, at: str = "") -> tuple[Slot, ...]:
+    """Norms, each with a weight and a bias; the first checkpoints call them gamma and beta."""
+    leaves = ("weight", "bias", "gamma", "beta")
+    return tuple(
+        Slot(f"{at}{name}.{leaf}", "norms", required=False) for name in names for leaf in leaves
+    )
+
+
+def _table(name: str) -> tuple[Slot, ...]:
+    """The embedding of tokens."""
+    return (Slot(f"{name}.weight", "vocabulary", (VOCAB, None)),)
+
+
+def _embeddings() -> tuple[Slot, ...]:
+    """The embedding of tokens, and tables of positions and segments, which are never pruned."""
+    return (
+        *_table("embeddings.word_embeddings"),
+        *one("embeddings.position_embeddings.weight", required=False),
+        *one("embeddings.token_type_embeddings.weight", required=False),
+        *buffers("embeddings.position_ids", "embeddings.token_type_ids", at=""),
+        *_norms("embeddings.LayerNorm"),
+    )
+
+
+def _head(decoder: str, *biases: str) -> tuple[Slot, ...]:
+    """The head that predicts masked tokens, where a checkpoint has it; no pass runs it."""
+    return (
+        Slot(f"{decoder}.weight", "vocabulary", (VOCAB, None), required=False, block=HEAD),
+        *(
+            Slot(name, "vocabulary", (VOCAB,), required=False, block=HEAD)
+            for name in (f"{decoder}.bias", *biases)
+        ),
+    )
+
+
+def _encoder(
+    slots: tuple[Slot, ...],
+    prefix: str,
+    decoder: str,
+    *biases: str,
+    carried: tuple[str, ...] = (),
+    embedding: str = "embeddings.word_embeddings.weight",
+    **rest: object,
+) -> Family:
+    """Return an encoder whose names begin with ``prefix`` where a checkpoint has a head."""
+    return replace(
+        Family(
+            slots + _head(decoder, *biases),
+            tied=True,
+            kind=ENCODER,
+            embedding=embedding,
+            head=f"{decoder}.weight",
+            prefixes=((prefix, ""),),
+            carried=(*carried, *_TASKS, f"{prefix}pooler."),
+        ),
+        **rest,  # type: ignore[arg-type]
+    )
+
+
+_BERT_FFN = into("intermediate.dense", at=_BERT) + out_of("output.dense", at=_BERT)
+_BERT_LAYERS = (
+    attention(
+        *(f"attention.self.{name}" for name in ("query", "key", "value")),
+        "attention.output.dense",
+        at=_BERT,
+    )
+    + _norms("attention.output.LayerNorm", "output.LayerNorm", at=_BERT)
+    + _BERT_FFN
+)
+_BERT_LIKE = _embeddings() + _BERT_LAYERS
+_CLS = ("cls.predictions.decoder", "cls.predictions.bias")
+_LM_HEAD = ("lm_head.decoder", "lm_head.bias")
+_ROBERTA = _encoder(
+    _BERT_LIKE, "roberta.", *_LM_HEAD, carried=("lm_head.",), positions_after_pad=True
+)
+
+ENCODERS: dict[str, Family] = {
+    "bert": _encoder(_BERT_LIKE, "bert.", *_CLS, carried=("cls.",)),
+    "distilbert": _encoder(
+        _embeddings()
+        + attention(*(f"attention.{name}_lin" for name in ("q", "k", "v", "out")), at=_DISTIL)
+        + _norms("sa_layer_norm", "output_layer_norm", at=_DISTIL)
+        + into("ffn.lin1", at=_DISTIL)
+        + out_of("ffn.lin2", at=_DISTIL),
+        "distilbert.",
+        "vocab_projector",
+        carried=("vocab_transform.", "vocab_layer_norm."),
+        widths={FFN: Width("hidden_dim")},
+        depth="n_layers",
+    ),
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "camembert": _ROBERTA,
+    "mpnet": _encoder(
+        _embeddings()
+        + attention(*(f"attention.attn.{name}" for name in "qkvo"), at=_BERT)
+        + one("encoder.relative_attention_bias.weight")
+        + _norms("attention.LayerNorm", "output.LayerNorm", at=_BERT)
+        + _BERT_FFN,
+        "mpnet.",
+        *_LM_HEAD,
+        carried=("lm_head.",),
+        positions_after_pad=True,
+    ),
+    "electra": _encoder(
+        _BERT_LIKE
+        + one("embeddings_project.weight", required=False)
+        + one("embeddings_project.bias", required=False),
+        "electra.",
+        "generator_lm_head",
+        carried=("generator_predictions.", "discriminator_predictions."),
+    ),
+    "deberta-v2": _encoder(
+        _embeddings()
+        + attention(
+            *(f"attention.self.{name}_proj" for name in ("query", "key", "value")),
+            "attention.output.dense",
+            at=_BERT,
+        )
+        + optional(
+            "attention",
+            attention(*(f"attention.self.pos_{name}_proj" for name in ("key", "query")), at=_BERT),
+        )
+        + _norms("attention.output.LayerNorm", "output.LayerNorm", at=_BERT)
+        + _BERT_FFN
+        + one("embeddings.embed_proj.weight", required=False)
+        + one("encoder.rel_embeddings.weight", required=False)
+        + _norms("encoder.LayerNorm"),
+        "deberta.",
+        *_CLS,
+        "lm_predictions.lm_head.bias",
+        carried=("cls.", "lm_predictions.", "mask_predictions."),
+    ),
+    "modernbert": _encoder(
+        _table("embeddings.tok_embeddings")
+        + _norms("embeddings.norm", "final_norm")
+        + attention("attn.Wqkv", "attn.Wo", at=_MODERN)
+        + _norms("attn_norm", "mlp_norm", at=_MODERN)
+        + fused("mlp.Wi", at=_MODERN)
+        + out_of("mlp.Wo", at=_MODERN),
+        "model.",
+        "decoder",
+        carried=("head.",),
+        embedding="embeddings.tok_embeddings.weight",
+    ),
+    "eurobert": _encoder(
+        _table("embed_tokens")
+        + _norms("norm")
+        + attention(*(f"self_attn.{name}_proj" for name in "qkvo"), at=_MODERN)
+        + _norms("input_layernorm", "post_attention_layernorm", at=_MODERN)
+        + into("mlp.gate_proj", at=_MODERN)
+        + into("mlp.up_proj", at=_MODERN)
+        + out_of("mlp.down_proj", at=_MODERN),
+        "model.",
+        "lm_head",
+        embedding="embed_tokens.weight",
+        tied=False,
+    ),
+}
+"""model_type → family."""

@@ -1,0 +1,129 @@
+"""Encoders: hidden states of kept tokens are the source's; statistics equal hooks on all layers."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from calib.statistics.calibrate import Calibration, take_statistics
+from calib.statistics.sums import ChannelSums
+from calib.streaming.batches import Tokens
+from calib.streaming.settings import PassSettings
+from calib.text.windows import token_windows
+from surgery.api import apply_plan
+from surgery.tokenizer.tokenizer_file import load_tokenizer
+from surgery.vocabulary.order import rarity_of
+from tests.support import tiny, tiny_encoders
+from tests.support.command import Run
+from tests.support.plans import layout_of, masked_dense, random_plan
+from tests.support.tiny_encoders import ENCODERS, VOCAB_SIZE
+
+CPU = torch.device("cpu")
+EDGES = [400, VOCAB_SIZE]
+SMALLER = 400
+
+
+def states(path: Path, ids: torch.Tensor, head: str = "base") -> torch.Tensor:
+    """The last hidden states, or what the head makes of them."""
+    with torch.no_grad():
+        made = tiny_encoders.load(path, head)(input_ids=ids)
+    return made.last_hidden_state if head == "base" else made.logits
+
+
+def random_ids(count: int) -> torch.Tensor:
+    """Ids of kept tokens, in two windows."""
+    return torch.randint(5, count, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("head", ["masked", "base", "classifier"])
+@pytest.mark.parametrize("key", ENCODERS)
+def test_a_smaller_vocabulary_changes_no_bit(tmp_path: Path, key: str, head: str) -> None:
+    source, out = tiny_encoders.save(tmp_path / "source", key, head), tmp_path / "out"
+    plan = random_plan(source, SMALLER, dict(layout_of(source).widths))
+    apply_plan(plan, source=source, output=out)
+    kept, new = torch.from_numpy(plan.ids().kept), random_ids(SMALLER)
+    for made in ("base", head):
+        expected, found = states(source, kept[new], made), states(out, new, made)
+        if made == "masked":
+            expected = expected[..., kept]
+        assert expected.std() > 0.05
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("key", ENCODERS)
+def test_pruned_equals_masked_dense(tmp_path: Path, key: str) -> None:
+    source, out = tiny_encoders.save(tmp_path / "source", key), tmp_path / "out"
+    plan = random_plan(source, SMALLER, 0.6)
+    apply_plan(plan, source=source, output=out)
+    kept, new = torch.from_numpy(plan.ids().kept), random_ids(SMALLER)
+    dense = states(masked_dense(source, plan, tmp_path / "masked"), kept[new])
+    found = states(out, new)
+    assert (found - dense).abs().max() <= 1e-4 * dense.abs().max()
+    assert not torch.allclose(states(source, kept[new]), dense, rtol=1e-3)
+
+
+def activations(path: Path, windows: list[np.ndarray]) -> list[list[tuple[Tokens, Any]]]:
+    """Per layer: the tokens and the input of its down_proj, by hooks on the whole model."""
+    model, layout = tiny_encoders.load(path), layout_of(path)
+    seen: list[list[tuple[Tokens, Any]]] = [[] for _ in layout.of_layer]
+    running = [torch.empty(0)]
+    for layer, tensors in enumerate(layout.of_layer):
+        (name,) = (n for n, r in tensors.items() if is_down(layout, r.name))
+
+        def hook(_: Any, inputs: Any, layer: int = layer) -> None:
+            seen[layer].append((Tokens.of(running[0]), inputs[0].flatten(0, -2).clone()))
+
+        model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(hook)
+    for length in dict.fromkeys(map(len, windows)):
+        running[0] = torch.from_numpy(np.stack([w for w in windows if len(w) == length]))
+        with torch.no_grad():
+            model(input_ids=running[0])
+    return seen
+
+
+def is_down(layout: Any, name: str) -> bool:
+    slot = layout.roles[name].slot
+    return bool(slot.ffn_output and slot.width)
+
+
+@pytest.mark.parametrize("key", ENCODERS)
+def test_streamed_statistics_equal_hooks(tmp_path: Path, key: str) -> None:
+    path = tiny_encoders.save(tmp_path / "model", key)
+    layout = layout_of(path)
+    documents = [tiny.prose(600), tiny.prose(640)[600:]]
+    windows = token_windows(documents, load_tokenizer(path), 30, 24)
+    buckets = rarity_of(layout).buckets(EDGES)
+    settings = PassSettings(CPU, torch.float32)
+    stats = take_statistics(Calibration(layout, windows, 24, buckets, EDGES, settings))
+    for layer, seen in enumerate(activations(path, windows)):
+        (axis,) = layout.ffn_outputs[layer]
+        sums = ChannelSums(len(EDGES), 1, layout.channels_of(axis), CPU)
+        for tokens, act in seen:
+            sums.add(0, tokens, torch.from_numpy(buckets)[tokens.ids], act)
+        found = stats.layers[layer][axis]
+        assert np.array_equal(found.tokens, sums.tokens.numpy())
+        assert np.allclose(found.sum_sq, sums.sum_sq.total.numpy(), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("key", ENCODERS)
+def test_the_whole_command_line(tmp_path: Path, text: Path, run: Run, key: str) -> None:
+    source = tiny_encoders.save(tmp_path / "source", key)
+    (width,) = layout_of(source).widths
+    stats, plan, out = (tmp_path / name for name in ("stats.safetensors", "plan.json", "out"))
+    sizes = ("--vocab-size", SMALLER, "--width", f"{width}=48")
+    steps = (
+        ("inspect", source),
+        ("calibrate", source, "--data", text, "--seq-len", 32, "--samples", 8, "-o", stats),
+        ("plan", source, "--stats", stats, *sizes, "-o", plan),
+        ("apply", plan, "-o", out),
+        ("verify", out, "--forward"),
+    )
+    for step in steps:
+        result = run(*step)
+        assert result.exit_code == 0, (step, result.output, result.exception)
+    assert "hidden state" in result.output
+    refused = run("score", out, "--data", text)
+    assert refused.exit_code == 2
+    assert "is an encoder" in refused.output

@@ -1,0 +1,183 @@
+"""Tiny encoders with the tokenizers of their kind, built in memory and saved by transformers."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from tests.support import tiny
+
+Kwargs = dict[str, Any]
+
+VOCAB_SIZE = 640
+TOKENS = 630
+"""The other rows are padding."""
+
+_PLAIN: Kwargs = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 64,
+}
+
+ENCODERS: dict[str, Kwargs] = {
+    "bert": _PLAIN,
+    "distilbert": {
+        "vocab_size": VOCAB_SIZE,
+        "dim": 32,
+        "n_layers": 3,
+        "n_heads": 4,
+        "hidden_dim": 96,
+        "max_position_embeddings": 64,
+    },
+    "roberta": {**_PLAIN, "type_vocab_size": 1},
+    "xlm-roberta": {**_PLAIN, "type_vocab_size": 1},
+    "camembert": {**_PLAIN, "type_vocab_size": 1},
+    "mpnet": _PLAIN,
+    "electra": {**_PLAIN, "embedding_size": 16},
+    "deberta-v2": {
+        **_PLAIN,
+        "relative_attention": True,
+        "position_biased_input": False,
+        "pos_att_type": ["p2c", "c2p"],
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "position_buckets": 16,
+        "type_vocab_size": 0,
+    },
+    "deberta-v2:own_positions": {
+        **_PLAIN,
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "embedding_size": 16,
+    },
+    "modernbert": {**_PLAIN, "global_attn_every_n_layers": 2, "local_attention": 16},
+    "eurobert": {**_PLAIN, "num_key_value_heads": 2},
+}
+"""Keyword arguments for ``AutoConfig.for_model``; keys are as in ``tiny_configs``."""
+
+WORDPIECE, UNIGRAM, BYTE_LEVEL = "WordPiece", "Unigram", "BPE"
+
+TOKENIZERS = {
+    "roberta": BYTE_LEVEL,
+    "modernbert": BYTE_LEVEL,
+    "eurobert": BYTE_LEVEL,
+    "xlm-roberta": UNIGRAM,
+    "camembert": UNIGRAM,
+    "deberta-v2": UNIGRAM,
+}
+"""Model type → kind of its tokenizer; WordPiece for the others."""
+
+ROLES = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+_BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_ROBERTA = ("<pad>", "<unk>", "<s>", "</s>", "<mask>")
+IN_ROBERTA = (2, 0, 3, 1, 4)
+"""The order of the roles where the table of positions begins after the padding token: it is 1."""
+
+MODELS = {
+    "masked": AutoModelForMaskedLM,
+    "base": AutoModel,
+    "classifier": AutoModelForSequenceClassification,
+}
+"""Heads with which encoders are published."""
+
+
+def kind_of(key: str) -> str:
+    """The kind of tokenizer of a tiny encoder."""
+    return TOKENIZERS.get(key.partition(":")[0], WORDPIECE)
+
+
+def names_of(kind: str) -> tuple[str, ...]:
+    """The special tokens of a kind of tokenizer, in the order of ROLES."""
+    return _BERT if kind == WORDPIECE else _ROBERTA
+
+
+@cache
+def _trained(kind: str, pad_first: bool) -> str:
+    named = names_of(kind)
+    special = list(named if pad_first else [named[i] for i in IN_ROBERTA])
+    text = [tiny.prose(30_000), "Привет, мир! 東京 è una città. Ünïcödé, наука и жизнь"]
+    if kind == WORDPIECE:
+        made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        made.normalizer = normalizers.BertNormalizer(lowercase=False)
+        made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        made.decoder = decoders.WordPiece()
+        trainer: Any = trainers.WordPieceTrainer(
+            vocab_size=TOKENS, special_tokens=special, show_progress=False
+        )
+    elif kind == UNIGRAM:
+        made = Tokenizer(models.Unigram())
+        made.normalizer = normalizers.NFKC()
+        made.pre_tokenizer = pre_tokenizers.Metaspace()
+        made.decoder = decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(
+            vocab_size=TOKENS, special_tokens=special, unk_token="<unk>", show_progress=False
+        )
+    else:
+        made = Tokenizer(models.BPE())
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=TOKENS,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+    made.train_from_iterator(text, trainer)
+    _, _, first, last, _ = named
+    ids = [(token, made.token_to_id(token)) for token in (first, last)]
+    made.post_processor = TemplateProcessing(
+        single=f"{first} $A {last}", pair=f"{first} $A {last} $B:1 {last}:1", special_tokens=ids
+    )
+    return str(made.to_str())
+
+
+def tokenizer(key: str) -> Tokenizer:
+    """The tokenizer of a tiny encoder, of TOKENS tokens or fewer."""
+    pads_first = key.partition(":")[0] in ("bert", "distilbert", "electra", "deberta-v2")
+    return Tokenizer.from_str(_trained(kind_of(key), pads_first))
+
+
+def save(path: Path, key: str, head: str = "masked", **changes: Any) -> Path:
+    """Save a seeded random encoder with its tokenizer; ``head`` is a key of MODELS."""
+    fast, names = tokenizer(key), names_of(kind_of(key))
+    ids = {role: fast.token_to_id(name) for role, name in zip(ROLES, names, strict=True)}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        key.partition(":")[0],
+        **{
+            **ENCODERS[key],
+            "pad_token_id": ids["pad_token"],
+            "bos_token_id": ids["cls_token"],
+            "eos_token_id": ids["sep_token"],
+            "cls_token_id": ids["cls_token"],
+            "sep_token_id": ids["sep_token"],
+            "mask_token_id": ids["mask_token"],
+            **changes,
+        },
+    )
+    model = MODELS[head].from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(path)
+    roles = dict(zip(ROLES, names, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=fast, **roles).save_pretrained(path)
+    return path
+
+
+def load(path: Path, head: str = "base") -> Any:
+    """Load an encoder in fp32."""
+    return MODELS[head].from_pretrained(path, dtype=torch.float32).eval()
