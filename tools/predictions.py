@@ -21,7 +21,7 @@ from surgery.planning.shapes import shape_of
 from surgery.planning.sizes import split, whole
 from surgery.stats.channels import ChannelOptions
 from surgery.vocabulary.order import identity_rarity
-from tools.published import MIXTURES, PUBLISHED
+from tools.published import MIXTURES, PUBLISHED, QUANTIZED
 from tools.shapes import write_headers_only
 
 MODELS = {
@@ -49,30 +49,41 @@ def prediction_table() -> str:
 
 
 def experts_table() -> str:
-    """Return the table of mixtures, as bf16, that lose a quarter of their experts."""
+    """Return the table of mixtures, as published, that lose a quarter of their experts."""
     rows = [
-        "| model | parameters (G) | after | calibrate, CPU, fp32, spilled: memory | disk | read "
+        "| model | parameters | after | on disk | calibrate, CPU, fp32: memory | disk | read "
         "| `apply`: memory (MB) | read, or from the hub | written |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *map(experts_row, PRUNED),
     ]
-    for name, config in MIXTURES.items():
-        with tempfile.TemporaryDirectory() as directory:
-            layout = read_layout(Checkpoint.open(write_headers_only(Path(directory), config, 30)))
-            text = WindowLengths.full(SAMPLES, SEQ_LEN, layout.vocab_size)
-            settings = PassSettings(torch.device("cpu"), torch.float32, hidden="file")
-            passed = predict(layout, text, settings, buckets=BUCKETS, journal=True)
-            sizes = replace(whole(layout), experts=layout.experts * 3 // 4)
-            channels = ChannelOptions(expert_criterion="random")
-            rarity = identity_rarity(layout.vocab_size)
-            request = CutRequest(channels=channels)
-            plan = plan_cut(layout, SizeChoice(rarity, sizes, None, request))
-            cost = apply_cost(plan, layout, JOBS)
-        figures = [plan.before.parameters, plan.after.parameters]
-        figures += [passed.peak_memory, passed.disk, passed.read]
-        cells = [f"{n / GB:,.1f}" for n in figures] + [f"{cost.memory_bytes / 1e6:,.0f}"]
-        cells += [f"{n / GB:,.1f}" for n in (cost.read_bytes, cost.written_bytes)]
-        rows.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
+
+
+PRUNED = MIXTURES | QUANTIZED
+"""Name → config.json of the mixtures in the table of experts, as published."""
+
+
+def experts_row(name: str) -> str:
+    """The row of one mixture in the table of experts."""
+    config = PRUNED[name]
+    with tempfile.TemporaryDirectory() as directory:
+        layout = read_layout(Checkpoint.open(write_headers_only(Path(directory), config, 30)))
+        text = WindowLengths.full(SAMPLES, SEQ_LEN, layout.vocab_size)
+        settings = PassSettings(torch.device("cpu"), torch.float32, hidden="file")
+        passed = predict(layout, text, settings, buckets=BUCKETS, journal=True)
+        sizes = replace(whole(layout), experts=layout.experts * 3 // 4)
+        request = CutRequest(channels=ChannelOptions(expert_criterion="random"))
+        rarity = identity_rarity(layout.vocab_size)
+        plan = plan_cut(layout, SizeChoice(rarity, sizes, None, request))
+        cost = apply_cost(plan, layout, JOBS)
+        nbytes = layout.checkpoint.nbytes
+    figures = [plan.before.parameters, plan.after.parameters, nbytes]
+    figures += [passed.peak_memory, passed.disk, passed.read]
+    cells = [f"{n / GB:,.1f}" for n in figures] + [f"{cost.memory_bytes / 1e6:,.0f}"]
+    cells += [f"{n / GB:,.1f}" for n in (cost.read_bytes, cost.written_bytes)]
+    method = config.get("quantization_config", {}).get("quant_method", "")
+    shown = f"{name}, {method.upper()}" if method else name
+    return f"| {shown} | " + " | ".join(cells) + " |"
 
 
 def row(name: str) -> str:

@@ -72,15 +72,6 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 """The paper's models, all dense: name → a config with the published dimensions."""
 
 MIXTURES: dict[str, dict[str, Any]] = {
-    "Mixtral-8x7B": llama_config(
-        *(4096, 14336, 32, 32, 8, 32000),
-        model_type="mixtral",
-        architectures=["MixtralForCausalLM"],
-        num_local_experts=8,
-        num_experts_per_tok=2,
-        max_position_embeddings=32768,
-        rope_theta=1000000.0,
-    ),
     "Qwen3-30B-A3B": llama_config(
         *(2048, 6144, 48, 32, 4, 151936),
         model_type="qwen3_moe",
@@ -93,27 +84,26 @@ MIXTURES: dict[str, dict[str, Any]] = {
         rms_norm_eps=1e-06,
         rope_theta=1000000.0,
     ),
-    "DeepSeek-V3": llama_config(
-        *(7168, 18432, 61, 128, 128, 129280),
-        model_type="deepseek_v3",
-        architectures=["DeepseekV3ForCausalLM"],
-        first_k_dense_replace=3,
-        n_routed_experts=256,
-        n_shared_experts=1,
-        num_experts_per_tok=8,
-        moe_intermediate_size=2048,
-        n_group=8,
-        topk_group=4,
-        norm_topk_prob=True,
-        routed_scaling_factor=2.5,
-        q_lora_rank=1536,
-        kv_lora_rank=512,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
-        num_nextn_predict_layers=0,
-        rms_norm_eps=1e-06,
-        rope_theta=10000.0,
+    "Mixtral-8x7B": llama_config(
+        *(4096, 14336, 32, 32, 8, 32000),
+        model_type="mixtral",
+        architectures=["MixtralForCausalLM"],
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=32768,
+        rope_theta=1000000.0,
+    ),
+    "GPT-OSS-120B": llama_config(
+        *(2880, 2880, 36, 64, 8, 201088),
+        model_type="gpt_oss",
+        architectures=["GptOssForCausalLM"],
+        head_dim=64,
+        attention_bias=True,
+        num_local_experts=128,
+        num_experts_per_tok=4,
+        layer_types=["sliding_attention", "full_attention"] * 18,
+        sliding_window=128,
+        rope_theta=150000.0,
     ),
     "Qwen3-235B-A22B": llama_config(
         *(4096, 12288, 94, 64, 4, 151936),
@@ -140,6 +130,28 @@ MIXTURES: dict[str, dict[str, Any]] = {
         n_group=1,
         topk_group=1,
     ),
+    "DeepSeek-V3": llama_config(
+        *(7168, 18432, 61, 128, 128, 129280),
+        model_type="deepseek_v3",
+        architectures=["DeepseekV3ForCausalLM"],
+        first_k_dense_replace=3,
+        n_routed_experts=256,
+        n_shared_experts=1,
+        num_experts_per_tok=8,
+        moe_intermediate_size=2048,
+        n_group=8,
+        topk_group=4,
+        norm_topk_prob=True,
+        routed_scaling_factor=2.5,
+        q_lora_rank=1536,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        num_nextn_predict_layers=0,
+        rms_norm_eps=1e-06,
+        rope_theta=10000.0,
+    ),
     "Kimi-K2": llama_config(
         *(7168, 18432, 61, 64, 64, 163840),
         model_type="deepseek_v3",
@@ -158,4 +170,26 @@ MIXTURES: dict[str, dict[str, Any]] = {
         v_head_dim=128,
     ),
 }
-"""Mixtures of experts, likewise; DeepSeek-V3 without the layer that only guesses ahead."""
+"""Mixtures of experts, likewise, the smallest first. DeepSeek-V3 is without the layer that only
+guesses ahead."""
+
+FP8 = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [128, 128],
+}
+MXFP4 = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
+}
+QUANTIZED: dict[str, dict[str, Any]] = {
+    name: MIXTURES[name] | {"quantization_config": section}
+    for name, section in {"DeepSeek-V3": FP8, "Kimi-K2": FP8, "GPT-OSS-120B": MXFP4}.items()
+}
+"""The mixtures that are published quantized, as they are."""

@@ -5,7 +5,8 @@ headers, at the size of the largest models. ``write_random`` fills the same dire
 bfloat16 weights. ``synthetic_tokenizer`` makes a byte-level BPE of any size.
 
 The model types are those of ``tools/published.py`` and their like: attention by q, k, v and o or
-DeepSeek's latent one, FFNs that are gated, experts one by one.
+DeepSeek's latent one, FFNs that are gated, experts one by one or packed. A config with a
+``quantization_config`` has its weights as published: in FP8 with block scales, or MXFP4.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from surgery.checkpoint.fp8 import scale_grid
+from surgery.checkpoint.quantization import SCALE_SUFFIX
 from surgery.families.blocks import BUFFER
 from surgery.families.schema import EXPERTS, VOCAB, Dim, Family, Slot
 from surgery.families.table import family_of
@@ -34,24 +37,48 @@ SMALLEST_EXPONENT = 127 - 8
 BIASED = {"qwen2": ("q_proj", "k_proj", "v_proj")}
 """Model type → projections that have a bias whatever the config says."""
 
+MXFP4_GROUP, MXFP4_SCALE = 32, 127 - 7
+"""Values that share a scale in MXFP4, two in a byte, and the code of the scale 2⁻⁷."""
+
 Config = Mapping[str, Any]
 Shapes = dict[str, tuple[int, ...]]
+Tensors = dict[str, tuple[str, tuple[int, ...]]]
+"""Name → safetensors dtype and shape."""
 
 
-def tensor_shapes(config: Config) -> Shapes:
-    """Return name → shape of every tensor, in the order in which checkpoints store them."""
+def stored_tensors(config: Config) -> Tensors:
+    """Return every tensor of a checkpoint, in the order in which files store them."""
     family = family_of(config, "config")
-    shapes: Shapes = {family.embedding: _shape(family.by_name[family.embedding], config, family)}
+    embedding = family.by_name[family.embedding]
+    found: Tensors = {embedding.name: (DTYPE, _shape(embedding, config, family))}
     for layer in range(config["num_hidden_layers"]):
         slots = [s for s in family.slots if "{layer}" in s.name and _present(s, config, layer)]
         for slot, expert in _with_experts(slots, _experts(config)):
-            shapes[slot.name.format(layer=layer, expert=expert)] = _shape(slot, config, family)
+            name = slot.name.format(layer=layer, expert=expert)
+            found |= _quantized(name, slot, _shape(slot, config, family), config)
     for slot in family.slots:
         if "{layer}" not in slot.name and slot.name != family.embedding:
             tied = slot.name == family.head and config.get("tie_word_embeddings", family.tied)
             if not tied and not slot.name.endswith("bias"):
-                shapes[slot.name] = _shape(slot, config, family)
-    return shapes
+                found[slot.name] = (DTYPE, _shape(slot, config, family))
+    return found
+
+
+def _quantized(name: str, slot: Slot, shape: tuple[int, ...], config: Config) -> Tensors:
+    """Return what a file stores of a layer's tensor, quantized as the config says.
+
+    FP8 with block scales has all matrices but the router's. MXFP4 has the packed matrices
+    ``[experts, in, out]`` alone, as codes ``[experts, out, groups, bytes]``.
+    """
+    section = config.get("quantization_config", {})
+    if section.get("quant_method") == "fp8" and len(shape) == 2 and not slot.router:
+        grid = scale_grid((shape[0], shape[1]), section["weight_block_size"])
+        return {name: ("F8_E4M3", shape), f"{name}{SCALE_SUFFIX}": ("F32", grid)}
+    if section.get("quant_method") == "mxfp4" and slot.packed and len(shape) == 3:
+        groups = (shape[0], shape[2], shape[1] // MXFP4_GROUP)
+        codes = (*groups, MXFP4_GROUP // 2)
+        return {f"{name}_blocks": ("U8", codes), f"{name}_scales": ("U8", groups)}
+    return {name: (DTYPE, shape)}
 
 
 def write_headers_only(path: Path, config: Config, shards: int = 1) -> Path:
@@ -73,18 +100,21 @@ def write_random(
     """Write a checkpoint of seeded random weights, each shard below about ``max_shard_bytes``.
 
     Weights are finite and lie between 2⁻⁸ and 2⁻⁴ in absolute value, so that a forward pass stays
-    finite; those of norms are 1.
+    finite; those of norms are 1. Codes of MXFP4 are any, and below 2⁻⁴ with their scales. FP8
+    is not written.
     """
-    shards = -(-_nbytes(tensor_shapes(config)) // max_shard_bytes)
+    shards = -(-_nbytes(stored_tensors(config)) // max_shard_bytes)
     block, place = _random_block(seed).data.cast("B"), 0
     for name, tensors in _start(path, config, shards).items():
         with open(path / name, "wb") as file:
             file.write(_header(tensors))
-            for tensor, shape in tensors.items():
+            for tensor, (dtype, shape) in tensors.items():
                 if "norm" in tensor:
                     file.write(np.full(shape, ONE, dtype=np.uint16).tobytes())
+                elif dtype == "U8" and tensor.endswith("_scales"):
+                    file.write(np.full(shape, MXFP4_SCALE, dtype=np.uint8).tobytes())
                 else:
-                    place = _fill(file, _nbytes({tensor: shape}), block, place)
+                    place = _fill(file, _nbytes({tensor: (dtype, shape)}), block, place)
     return path
 
 
@@ -112,8 +142,9 @@ def _present(slot: Slot, config: Config, layer: int) -> bool:
     """Whether layer ``layer`` of the model that ``config`` describes has the tensor of ``slot``."""
     module, kind = slot.name.split(".")[-2:]
     sparse = _experts(config) > 0 and layer >= config.get("first_k_dense_replace", 0)
+    one_by_one = any(each.of_expert for each in family_of(config, "config").slots)
     blocks = {
-        "packed": False,
+        "packed": sparse and not one_by_one,
         BUFFER: False,
         "dense": not sparse,
         "experts": sparse,
@@ -123,7 +154,7 @@ def _present(slot: Slot, config: Config, layer: int) -> bool:
         return False
     if kind == "bias" and slot.group == "attention":
         return module in BIASED.get(config["model_type"], ()) or bool(config.get("attention_bias"))
-    if kind == "bias":
+    if kind == "bias" and not slot.router:
         return slot.group == "ffn" and bool(config.get("mlp_bias"))
     if module in ("q_a_proj", "q_a_layernorm", "q_b_proj"):
         return bool(config.get("q_lora_rank"))
@@ -178,17 +209,18 @@ def _attention_shapes(config: Config) -> Shapes:
         "o_proj": (hidden, queries),
         "q_norm": (head,),
         "k_norm": (head,),
+        "self_attn": (heads,),  # its sinks
     }
 
 
-def _start(path: Path, config: Config, count: int) -> dict[str, Shapes]:
+def _start(path: Path, config: Config, count: int) -> dict[str, Tensors]:
     """Write config.json and the index; return shard name → its tensors, of about equal bytes."""
-    shapes = tensor_shapes(config)
-    share, place = _nbytes(shapes) / count, 0
-    shards: list[Shapes] = [{} for _ in range(count)]
-    for name, shape in shapes.items():
-        shards[min(int(place / share), count - 1)][name] = shape
-        place += _nbytes({name: shape})
+    stored = stored_tensors(config)
+    share, place = _nbytes(stored) / count, 0
+    shards: list[Tensors] = [{} for _ in range(count)]
+    for name, tensor in stored.items():
+        shards[min(int(place / share), count - 1)][name] = tensor
+        place += _nbytes({name: tensor})
     used = [shard for shard in shards if shard]
     names = [f"model-{n:05}-of-{len(used):05}.safetensors" for n in range(1, len(used) + 1)]
     result = dict(zip(names if len(used) > 1 else [SINGLE_NAME], used, strict=True))
@@ -201,13 +233,13 @@ def _start(path: Path, config: Config, count: int) -> dict[str, Shapes]:
     return result
 
 
-def _header(tensors: Shapes) -> bytes:
-    entries = [(name, DTYPE, shape) for name, shape in tensors.items()]
+def _header(tensors: Tensors) -> bytes:
+    entries = [(name, dtype, shape) for name, (dtype, shape) in tensors.items()]
     return encode_header(entries, {"format": "pt"})
 
 
-def _nbytes(tensors: Shapes) -> int:
-    return sum(prod(shape) for shape in tensors.values()) * ITEMSIZE[DTYPE]
+def _nbytes(tensors: Tensors) -> int:
+    return sum(prod(shape) * ITEMSIZE[dtype] for dtype, shape in tensors.values())
 
 
 def _random_block(seed: int) -> np.ndarray:

@@ -9,12 +9,16 @@ from tokenizers import Tokenizer
 
 from calib.streaming.empty_model import empty_model
 from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.checkpoint.fp8 import opaque_matrices
+from surgery.hub.shards import Shards
 from surgery.layout.build import read_layout
 from surgery.vocabulary.order import rarity_of
+from tests.support import ROOT
 from tests.support.tiny import MODEL_TYPES
 from tools.bench.child import measure
 from tools.bench.hub import PeakDisk
-from tools.published import MIXTURES, PUBLISHED, llama_config
+from tools.predictions import PRUNED, experts_row
+from tools.published import MIXTURES, MXFP4, PUBLISHED, QUANTIZED, llama_config
 from tools.shapes import write_headers_only, write_random, write_tokenizer
 
 
@@ -41,6 +45,23 @@ def test_headers_have_the_published_number_of_parameters(
     empty_model(layout, torch.bfloat16)  # transformers expects the same tensors, by their headers
 
 
+def test_quantized_mixtures_have_the_published_bytes(tmp_path: Path) -> None:
+    """The index of openai/gpt-oss-120b says this total size."""
+    config = QUANTIZED["GPT-OSS-120B"]
+    layout = read_layout(Checkpoint.open(write_headers_only(tmp_path, config, shards=2)))
+    assert layout.checkpoint.nbytes == 65_248_815_744
+    assert layout.parameters(layout.vocab_size, layout.widths) == 116_829_156_672
+    empty_model(layout, torch.bfloat16)
+
+
+def test_rows_of_mixtures_are_those_of_the_page() -> None:
+    page = (ROOT / "docs" / "experts.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith(tuple(f"| {n}" for n in PRUNED))]
+    assert len(rows) == len(PRUNED)
+    for name in ("Mixtral-8x7B", "GPT-OSS-120B"):
+        assert experts_row(name) in rows
+
+
 SPARSE: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
@@ -52,6 +73,19 @@ SPARSE: dict[str, dict[str, Any]] = {
     },
 }
 """Model type → what its config has beside a dense one's."""
+
+
+def test_random_weights_in_mxfp4_are_small_and_finite(tmp_path: Path) -> None:
+    config = llama_config(64, 96, 2, 4, 2, 640, head_dim=8, model_type="gpt_oss")
+    config |= {"num_local_experts": 4, "attention_bias": True, "quantization_config": MXFP4}
+    layout = read_layout(Checkpoint.open(write_random(tmp_path, config)))
+    ref = layout.checkpoint.tensors["model.layers.1.mlp.experts.down_proj_blocks"]
+    assert layout.shape_of(ref) == (4, 96, 64)
+    with Shards.of(tmp_path) as shards:
+        (first, *_) = opaque_matrices(layout.checkpoint, ref)
+        values = first.decode(shards)
+    assert 0 < np.abs(values).max() < 2**-4
+    assert len(np.unique(values)) > 10
 
 
 @pytest.mark.parametrize("model_type", [*MODEL_TYPES, *SPARSE])

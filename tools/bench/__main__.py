@@ -1,8 +1,10 @@
 """Measure what the project claims: the speed and memory of apply, calibrate, hub and start.
 
     python -m tools.bench apply --work DIR
+    python -m tools.bench experts --work DIR
     python -m tools.bench calibrate MODEL --data TEXT
     python -m tools.bench large --layers N --work DIR
+    python -m tools.bench mixture --work DIR
     python -m tools.bench hub --work DIR
     python -m tools.bench start --work DIR
     python -m tools.bench wide --work DIR
@@ -24,7 +26,7 @@ from typing import Any
 
 import click
 
-from tools.bench.child import Usage, compact_surgery, measure, python_module, summary
+from tools.bench.child import ROOT, Usage, compact_surgery, measure, python_module, summary
 from tools.bench.hub import COMMIT, NAME, PeakDisk, on_hub, running_hub
 
 MB = 10**6
@@ -41,6 +43,7 @@ COLUMNS = {
 """Fact of a stage → its heading in the table."""
 START_RUNS = 5
 WORDS = "one surgeon cut the model and the other one held the lamp, and none of them slept. "
+PROSE = ROOT / "tools" / "text" / "calibration.txt"
 ASK_FOR_MODULES = """
 import sys
 from surgery.cli.main import main
@@ -76,14 +79,42 @@ def bench_apply(
 ) -> None:
     """Prune an 8B-shaped checkpoint to the paper's 35 % sizes, against cp of the result."""
     measure(python_module("make", "plan", work, str(layers)))
-    plan, out, copy = work / "plan.json", work / "out", work / "copy"
-    stages: dict[str, tuple[Sequence[str | Path], Path]] = {
-        "apply": (compact_surgery("apply", plan, "-o", out, "--jobs", str(jobs)), out),
-        "cp": (["cp", "-r", out, copy], copy),
-    }
+    beside = {}
     if full_load:
         full = work / "full"
-        stages["full load"] = (python_module("full_load", plan, full), full)
+        beside["full load"] = (python_module("full_load", work / "plan.json", full), full)
+    facts = {"layers": layers, "jobs": jobs, "repeat": repeat}
+    facts |= _against_cp(work, jobs, repeat, beside)
+    _show(facts, as_json, ["apply", "cp", *beside])
+
+
+@main.command("experts")
+@click.option("--layers", default=4, show_default=True, help="Of Qwen3-30B-A3B's shape.")
+@click.option("--repeat", default=3, show_default=True, type=click.IntRange(1))
+@work_option
+@json_option
+def bench_experts(layers: int, repeat: int, work: Path, as_json: bool) -> None:
+    """Remove a quarter of the experts of a mixture, against cp of the result."""
+    measure(python_module("make", "experts", work, str(layers)))
+    facts = {"layers": layers, "repeat": repeat, **_against_cp(work, 4, repeat)}
+    _show(facts, as_json, ["apply", "cp"])
+
+
+Stage = tuple[Sequence[str | Path], Path]
+"""A command, and the directory that it writes."""
+
+
+def _against_cp(
+    work: Path, jobs: int, repeat: int, beside: Mapping[str, Stage] | None = None
+) -> Facts:
+    """Apply ``plan.json`` to ``model``, both in ``work``, in turns with cp and ``beside``."""
+    out, copy = work / "out", work / "copy"
+    apply = compact_surgery("apply", work / "plan.json", "-o", out, "--jobs", str(jobs), "--json")
+    stages: dict[str, Stage] = {
+        "apply": (apply, out),
+        "cp": (["cp", "-r", out, copy], copy),
+        **(beside or {}),
+    }
     _warm(work / "model")
     runs: dict[str, list[tuple[Usage, float]]] = {name: [] for name in stages}
     for _ in range(repeat):
@@ -92,20 +123,16 @@ def bench_apply(
             os.sync()
             usage = measure(command)
             runs[name].append((usage, _sync(place)))
-    facts: Facts = {
-        "layers": layers,
-        "jobs": jobs,
-        "repeat": repeat,
-        "source_bytes": _nbytes(work / "model"),
-        "output_bytes": _nbytes(out),
-    }
+    facts: Facts = {"source_bytes": _nbytes(work / "model"), "output_bytes": _nbytes(out)}
     _remove(place for _, place in stages.values())
+    applied = [json.loads(usage.output.splitlines()[-1]) for usage, _ in runs["apply"]]
+    facts["read_over_kept"] = max(each["read_bytes"] / each["nbytes"] for each in applied)
     for name, measured in runs.items():
         synced = [usage.seconds + seconds for usage, seconds in measured]
         facts[name] = summary([u for u, _ in measured]) | {"synced_seconds": median(synced)}
     for key in ("seconds", "synced_seconds"):
         facts[f"{key}_over_cp"] = facts["apply"][key] / facts["cp"][key]
-    _show(facts, as_json, list(stages))
+    return facts
 
 
 @main.command("calibrate")
@@ -169,6 +196,45 @@ def bench_large(
         }
         stats.unlink()
     _show(facts, as_json, names)
+
+
+@main.command("mixture")
+@click.option("--samples", default=16, show_default=True, type=click.IntRange(1))
+@click.option("--seq-len", default=256, show_default=True, type=click.IntRange(2))
+@work_option
+@json_option
+def bench_mixture(samples: int, seq_len: int, work: Path, as_json: bool) -> None:
+    """Calibrate two and four layers of DeepSeek-V3's shape, with 256 narrow experts each.
+
+    Memory is measured in one run and compared with the prediction. What the statistics take is
+    measured in another one.
+    """
+    facts: Facts = {"tokens": samples * seq_len}
+    names = {count: f"{count} layers" for count in (2, 4)}
+    for count, name in names.items():
+        model, stats = work / f"mixture-{count}", work / "mixture.stats"
+        measure(python_module("make", "mixture", model, str(count)))
+        stats.unlink(missing_ok=True)
+        sizes = ("--samples", str(samples), "--seq-len", str(seq_len))
+        options = ("--data", PROSE, *sizes, "-o", stats, "--json")
+        usage = measure(compact_surgery("calibrate", model, *options))
+        found = json.loads(usage.output)
+        took, predicted = found["measured"], found["predicted"]
+        stats.unlink()
+        asked = (model, PROSE, str(samples), str(seq_len), stats)
+        shares = measure(python_module("calibrate", "shares", *asked))
+        stats.unlink()
+        facts[name] = {
+            **summary([usage]),
+            "source_bytes": _nbytes(model),
+            "predicted_bytes": predicted["peak_memory"],
+            "peak_over_predicted": took["peak_memory"] / predicted["peak_memory"],
+            "read_over_once": took["read"] / predicted["read"],
+            **json.loads(shares.output.splitlines()[-1]),
+        }
+    two, four = (facts[name]["peak_rss_bytes"] for name in names.values())
+    facts["four_layers_over_two"] = four / two
+    _show(facts, as_json, list(names.values()))
 
 
 @main.command("hub")

@@ -1,6 +1,6 @@
-"""Children of the calibration benchmark: both take the same statistics and print their figures.
+"""Children of the calibration benchmarks: all take the same statistics and print their figures.
 
-python -m tools.bench.calibrate streamed|full MODEL TEXT SAMPLES SEQ_LEN STATS
+python -m tools.bench.calibrate streamed|full|shares MODEL TEXT SAMPLES SEQ_LEN STATS
 """
 
 import json
@@ -68,6 +68,32 @@ def streamed(model: str, text: str, samples: int, seq_len: int, stats: Path) -> 
         "pass_seconds": seconds[0],
         "bytes_read": readers[0].bytes_read,
         **_sizes(layout, result),
+    }
+
+
+def shares(model: str, text: str, samples: int, seq_len: int, stats: Path) -> Figures:
+    """Calibrate as the command does; say how much of the pass its statistics take."""
+    taken = dict.fromkeys(("_add_channels", "_add_outputs", "_add_cosines", "_finish"), 0.0)
+    accumulator = calib_calibrate._StatsAccumulator
+
+    def timed(name: str) -> Any:
+        inner = getattr(accumulator, name)
+
+        def call(*arguments: Any) -> None:
+            start = time.perf_counter()
+            inner(*arguments)
+            taken[name] += time.perf_counter() - start
+
+        return call
+
+    for name in taken:
+        setattr(accumulator, name, timed(name))
+    figures = streamed(model, text, samples, seq_len, stats)
+    total = figures["pass_seconds"]
+    return {
+        "pass_seconds": total,
+        "statistics_over_pass": sum(taken.values()) / total,
+        **{f"{name.strip('_')}_over_pass": seconds / total for name, seconds in taken.items()},
     }
 
 
@@ -160,5 +186,5 @@ def _sizes(layout: Layout, stats: ChannelStats) -> Figures:
 
 if __name__ == "__main__":
     mode, model, text, samples, seq_len, stats = sys.argv[1:]
-    run = {"streamed": streamed, "full": full}[mode]
+    run = {"streamed": streamed, "full": full, "shares": shares}[mode]
     print(json.dumps(run(model, text, int(samples), int(seq_len), Path(stats))))
