@@ -18,7 +18,7 @@ from transformers.core_model_loading import (
 )
 
 from calib.streaming.ffn import IMPLEMENTATION
-from surgery.errors import CheckpointError, SurgeryError
+from surgery.errors import CheckpointError, FamilyError, SurgeryError
 from surgery.families.blocks import OUTSIDE
 from surgery.families.schema import DECODER, TIE_KEY
 from surgery.layout.layout import Layout
@@ -101,7 +101,15 @@ def empty_model(layout: Layout, dtype: torch.dtype) -> tuple[Any, Conversion]:
 
     Raises:
         CheckpointError: config.json makes no model, or one with other tensors.
+        FamilyError: the model cannot run layer by layer.
     """
+    for name in layout.family.between_layers:
+        if name in layout.by_name:
+            raise FamilyError(
+                f"{layout.checkpoint.path}: tensor {layout.by_name[name].name}",
+                "computes between two layers, so that the model cannot run layer by layer",
+                fix="plan the vocabulary alone, with `vocab_size`",
+            )
     with library_errors(layout):
         config = AutoConfig.for_model(**_text_config(layout))
         config._experts_implementation = IMPLEMENTATION

@@ -28,9 +28,18 @@ from surgery.files.model_files import (
     TOKEN_TABLES,
     TOKENIZER_NAME,
     WORDPIECE_NAME,
+    module_files,
     named_templates,
 )
-from surgery.files.strict_json import dump_json, dump_table, read_file, read_json, table_pieces
+from surgery.files.strict_json import (
+    PIECE_BYTES,
+    dump_json,
+    dump_table,
+    open_regular,
+    read_file,
+    read_json,
+    table_pieces,
+)
 from surgery.planning.layers import format_layers, layer_keys
 from surgery.planning.plan import Plan
 from surgery.stats.channels import DEFAULT_CRITERION
@@ -208,10 +217,11 @@ def files_left_out(checkpoint: Checkpoint, ids: IdMap) -> list[str]:
     Its shards are not named: what they hold is in the output's.
     """
     directory = checkpoint.path
-    included = {*OWN, *checkpoint.shards, *_carried(directory, ids)}
-    folder = directory / TEMPLATE_FOLDER
-    paths = [path for path in directory.iterdir() if path != folder]
-    paths += folder.iterdir() if folder.is_dir() else ()
+    included = {*OWN, *checkpoint.shards, *_carried(directory, ids), *module_files(directory)}
+    folders = {directory / TEMPLATE_FOLDER, *((directory / name).parent for name in included)}
+    folders = {folder for folder in folders if folder.is_dir() and folder != directory}
+    paths = [path for path in directory.iterdir() if path not in folders]
+    paths += [path for folder in folders for path in folder.iterdir()]
     names = {path.relative_to(directory).as_posix(): path for path in sorted(paths)}
     return [
         name
@@ -230,12 +240,17 @@ def companion_files(plan: Plan, checkpoint: Checkpoint) -> dict[str, Content]:
     """
     directory, ids = checkpoint.path, plan.ids()
     names = _carried(directory, ids)
+    files: dict[str, Content] = {
+        name: _pieces(directory / name)
+        for name in module_files(directory)
+        if not _leaves_model(directory / name, directory)
+    }
     if ids.identity:
-        return {name: _copy(directory / name) for name in names}
+        return files | {name: _copy(directory / name) for name in names}
     source = TokenizerFile.reopen(directory)
     tokens = ChainMap(source.added, source.vocab)
     names.sort(key=SENTENCEPIECE_NAMES.__contains__)  # last: it takes much memory
-    files = {
+    files |= {
         name: _rewrite(directory / name, tokens, ids)
         for name in names
         if name not in FROM_TOKENIZER
@@ -415,6 +430,13 @@ def _copy(path: Path) -> bytes:
     if path.name not in DOCUMENTS or not any(key.encode() in raw for key in CODE):
         return raw
     return dump_json({key: value for key, value in read_json(path).items() if key not in CODE})
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    """Yield the content of a file, which may be weights, in pieces."""
+    with open_regular(path) as file:
+        while piece := file.read(PIECE_BYTES):
+            yield piece
 
 
 def _merge_lines(tokenizer: dict[str, Any]) -> Iterator[bytes]:

@@ -9,7 +9,7 @@ _BERT = "encoder.layer.{layer}."
 _DISTIL = "transformer.layer.{layer}."
 _MODERN = "layers.{layer}."
 
-_TASKS = ("pooler.", "classifier.", "qa_outputs.", "pre_classifier.", "dense.", "dropout.")
+_TASKS = ("pooler.", "classifier.", "qa_outputs.", "pre_classifier.", "dense.")
 """Heads of tasks: they know nothing of the vocabulary, and are copied as they are."""
 
 
@@ -140,11 +140,14 @@ ENCODERS: dict[str, Family] = {
         + _BERT_FFN
         + one("embeddings.embed_proj.weight", required=False)
         + one("encoder.rel_embeddings.weight", required=False)
-        + _norms("encoder.LayerNorm"),
+        + _norms("encoder.LayerNorm", "encoder.conv.LayerNorm")
+        + one("encoder.conv.conv.weight", required=False)
+        + one("encoder.conv.conv.bias", required=False),
         "deberta.",
         *_CLS,
         "lm_predictions.lm_head.bias",
         carried=("cls.", "lm_predictions.", "mask_predictions."),
+        between_layers=("encoder.conv.conv.weight",),
     ),
     "modernbert": _encoder(
         _table("embeddings.tok_embeddings")

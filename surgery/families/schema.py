@@ -158,6 +158,8 @@ class Family:
     """One of KINDS."""
     positions_after_pad: bool = False
     """Whether the table of positions has its first one after the id of the padding token."""
+    between_layers: tuple[str, ...] = ()
+    """Tensors that compute between two layers: a model with one cannot run layer by layer."""
     depth: str = "num_hidden_layers"
     """Key of config.json for the number of layers."""
     embedding: str = "model.embed_tokens.weight"
