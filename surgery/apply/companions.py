@@ -17,7 +17,7 @@ from surgery.config.rewrite import (
 )
 from surgery.config.token_ids import visit_ids
 from surgery.errors import CheckpointError, TokenizerError
-from surgery.families.schema import DECODER, EXPERT_KEYS, Family, renumbered
+from surgery.families.schema import DECODER, ENCODER, EXPERT_KEYS, Family, renumbered
 from surgery.families.table import family_of
 from surgery.files.model_files import (
     DOCUMENTS,
@@ -66,9 +66,10 @@ def model_card(plan: Plan, checkpoint: Checkpoint) -> bytes:
     if found := LICENSE.search(card):
         head.append(f"license: {found[1]}")
     where = checkpoint.path / "config.json"
-    if family_of(checkpoint.config, where, checkpoint.family).kind != DECODER:
-        found = PIPELINE.search(card)
-        task = found[1] if found else "feature-extraction"
+    kind = family_of(checkpoint.config, where, checkpoint.family).kind
+    if kind != DECODER:
+        usual = "feature-extraction" if kind == ENCODER else "text2text-generation"
+        task = found[1] if (found := PIPELINE.search(card)) else usual
     sizes = [(key, size, after.widths[key]) for key, size in before.widths.items()]
     sizes += [("experts of a layer", before.experts, after.experts)] * bool(before.experts)
     widths = "\n".join(f"| {key} | {old:,} | {new:,} |" for key, old, new in sizes)
@@ -178,7 +179,7 @@ def _over_text(plan: Plan) -> str:
 
 
 CARRIED = re.compile(
-    r".+\.jinja|merges\.txt|(LICENSE|NOTICE|USE_POLICY|COPYRIGHT).*",
+    r".+\.jinja|.+\.spm|merges\.txt|(LICENSE|NOTICE|USE_POLICY|COPYRIGHT).*",
     re.IGNORECASE,
 )
 """Files that an output may have besides ``JSON_NAMES``; all others are left out
@@ -402,7 +403,7 @@ def _carried(directory: Path, ids: IdMap) -> list[str]:
         and name not in OWN
         and not name.endswith(".safetensors")
         and not _leaves_model(directory / name, directory)
-        and (ids.identity or name not in SHADOWING or _can_be_pruned(directory / name))
+        and (ids.identity or not _shadows(name) or _can_be_pruned(directory / name))
     ]
 
 
@@ -417,6 +418,11 @@ def _leaves_model(path: Path, directory: Path) -> bool:
         return False
     target, model = path.resolve(), directory.resolve()
     return not (target.is_relative_to(model) or target.parent == model.parent.parent / "blobs")
+
+
+def _shadows(name: str) -> bool:
+    """Whether loaders prefer the file silently, so that it must not stay stale."""
+    return name in SHADOWING or name.endswith(".spm")
 
 
 def _can_be_pruned(path: Path) -> bool:

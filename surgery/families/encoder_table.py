@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from surgery.families.blocks import attention, buffers, fused, into, one, optional, out_of
-from surgery.families.schema import ENCODER, FFN, HEAD, VOCAB, Family, Slot, Width
+from surgery.families.schema import ENCODER, ENCODER_DECODER, FFN, HEAD, VOCAB, Family, Slot, Width
 
 _BERT = "encoder.layer.{layer}."
 _DISTIL = "transformer.layer.{layer}."
@@ -174,5 +174,56 @@ ENCODERS: dict[str, Family] = {
         embedding="embed_tokens.weight",
         tied=False,
     ),
+}
+"""model_type → family."""
+
+_TABLES = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
+_STACKS = ("encoder.", "decoder.")
+
+
+def _both(
+    head: str = "lm_head",
+    *,
+    prefix: str = "model.",
+    tables: tuple[str, ...] = _TABLES,
+    carried: tuple[str, ...] = (),
+    **rest: object,
+) -> Family:
+    """Return an encoder with a decoder, of which the vocabulary is pruned and nothing else.
+
+    The first of ``tables`` is the embedding. Files may hold it several times, under each name.
+    """
+    slots = tuple(
+        Slot(f"{name}.weight", "vocabulary", (VOCAB, None), required=name == tables[0])
+        for name in (*tables, head)
+    )
+    bias = Slot("final_logits_bias", "vocabulary", (None, VOCAB), required=False)
+    made = Family(
+        (*slots, replace(bias, is_parameter=False)),
+        tied=True,
+        widths={},
+        kind=ENCODER_DECODER,
+        embedding=f"{tables[0]}.weight",
+        head=f"{head}.weight",
+        prefixes=((prefix, ""),) if prefix else (),
+        carried=(*_STACKS, *(prefix + stack for stack in _STACKS if prefix), *carried),
+        depth="encoder_layers",
+    )
+    return replace(made, **rest)  # type: ignore[arg-type]
+
+
+_T5 = _both(prefix="", depth="num_layers")
+_BART = _both(carried=("classification_head.", "qa_outputs."))
+
+ENCODER_DECODERS: dict[str, Family] = {
+    "t5": _T5,
+    "mt5": _T5,
+    "umt5": _T5,
+    "bart": _BART,
+    "mbart": _BART,
+    "m2m_100": _both(positions_after_pad=True),
+    "marian": _both(),
+    "pegasus": _both(),
+    "whisper": _both("proj_out", tables=("decoder.embed_tokens",)),
 }
 """model_type → family."""
