@@ -77,9 +77,21 @@ MODULE_FILE = re.compile(r"[0-9]+_[A-Za-z]\w*/(config\.json|model\.safetensors)"
 
 
 def module_files(directory: Path) -> list[str]:
-    """Return the files in folders of ``directory`` that ``MODULES_NAME`` makes part of a model."""
+    """Return the files in folders of ``directory`` that ``MODULES_NAME`` makes part of a model.
+
+    Raises:
+        CheckpointError: one of them has its weights only as a pickle.
+    """
     if not (directory / MODULES_NAME).exists():
         return []
+    for pickle in sorted(directory.glob("[0-9]*_*/pytorch_model.bin")):
+        if not pickle.with_name(SINGLE_NAME).exists():
+            raise CheckpointError(
+                pickle,
+                "weights are pickled, and a pickle can run code",
+                expected=SINGLE_NAME,
+                fix="save the model again with sentence-transformers, which writes safetensors",
+            )
     found = sorted(path for path in directory.glob("[0-9]*_*/*") if path.is_file())
     names = (f"{path.parent.name}/{path.name}" for path in found)
     return [name for name in names if MODULE_FILE.fullmatch(name)]

@@ -107,6 +107,14 @@ def test_what_follows_the_model_is_carried(tmp_path: Path, rows: int) -> None:
     assert "pipeline_tag: feature-extraction" in (out / "README.md").read_text("utf-8")
 
 
+def test_a_module_whose_weights_are_pickled_is_refused(tmp_path: Path, run: Run) -> None:
+    source = sentence_transformer(tmp_path / "source")
+    (source / "2_Dense" / "model.safetensors").unlink()
+    refused = run("plan", source, "--vocab-size", 400, "-o", tmp_path / "plan.json")
+    assert refused.exit_code == 2
+    assert "2_Dense/pytorch_model.bin: weights are pickled" in refused.output
+
+
 def test_folders_alone_are_no_part_of_a_model(tmp_path: Path) -> None:
     source = sentence_transformer(tmp_path / "source")
     (source / "modules.json").unlink()
