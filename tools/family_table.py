@@ -4,7 +4,7 @@ from surgery.families.schema import EXPERT, FFN, SHARED, Family, Wrapper
 from surgery.families.table import FAMILIES
 from tests.support.loading import NOT_IN_4
 from tests.support.tiny_configs import TINY
-from tests.support.tiny_encoders import ENCODERS
+from tests.support.tiny_encoders import ENCODER_DECODERS, ENCODERS
 
 MODELS = {
     "llama": "Llama 1, 2, 3; Falcon 3; SmolLM2; Yi",
@@ -96,6 +96,15 @@ MODELS = {
     "deberta-v2": "DeBERTa V3, mDeBERTa",
     "modernbert": "ModernBERT, GTE ModernBERT",
     "eurobert": "EuroBERT",
+    "t5": "T5, Flan-T5, Sentence-T5",
+    "mt5": "mT5",
+    "umt5": "UMT5",
+    "bart": "BART",
+    "mbart": "mBART-25, mBART-50",
+    "m2m_100": "NLLB-200; M2M-100 with a tokenizer.json",
+    "marian": "Marian with a tokenizer.json",
+    "pegasus": "PEGASUS",
+    "whisper": "Whisper",
 }
 """Model type → well-known models of it."""
 
@@ -113,7 +122,7 @@ def family_table() -> str:
     ]
     for name, entry in FAMILIES.items():
         cut = "what its language model has" if isinstance(entry, Wrapper) else widths(entry)
-        majors = "5" if name in NOT_IN_4 or name in ENCODERS else "5 and 4.57"
+        majors = "5" if name in NOT_IN_4 or name in (*ENCODERS, *ENCODER_DECODERS) else "5 and 4.57"
         rows.append(f"| {name} | {MODELS[name]} | {cut} | {majors} | {REAL.get(name, '')} |")
     return "\n".join(rows) + "\n"
 
@@ -128,4 +137,4 @@ def widths(family: Family) -> str:
 
 def untested() -> set[str]:
     """Entries of FAMILIES that no tiny checkpoint stands for."""
-    return set(FAMILIES) - {key.partition(":")[0] for key in (*TINY, *ENCODERS)}
+    return set(FAMILIES) - {key.partition(":")[0] for key in (*TINY, *ENCODERS, *ENCODER_DECODERS)}

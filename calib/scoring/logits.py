@@ -36,10 +36,6 @@ TOLERANCE = 1e-4
 """Relative to the largest logit, in fp32."""
 
 
-SAME_LOGITS = "logits equal the masked dense model's"
-"""Name of the check in ``VerifyReport``."""
-
-
 @dataclass(frozen=True)
 class Equality:
     """The difference between two models' logits on the same tokens."""
@@ -50,6 +46,11 @@ class Equality:
     allowed: float = TOLERANCE
     values: str = "logit"
     """What was compared: "logit", or "hidden state" where the model predicts no token."""
+
+    @property
+    def check(self) -> str:
+        """Name of the check in ``VerifyReport``."""
+        return f"{self.values}s equal the masked dense model's"
 
     @property
     def ok(self) -> bool:

@@ -22,7 +22,7 @@ from calib.text.chat import documents_of
 from calib.text.windows import byte_windows, scored_windows
 from surgery.errors import CheckpointError, DataError, FamilyError
 from surgery.families.default_ids import fill_defaults
-from surgery.families.schema import ENCODER
+from surgery.families.schema import DECODER
 from surgery.layout.layout import Layout
 from surgery.process import Progress, spoken
 from surgery.text.documents import TextOptions
@@ -286,11 +286,11 @@ def check_predicts(layout: Layout) -> None:
     """
     if not layout.predicts:
         kind = layout.checkpoint.config.get("model_type")
-        is_encoder = layout.family.kind == ENCODER
-        what = "is an encoder" if is_encoder else "was saved without its head"
+        made = layout.family.kind
+        what = "was saved without its head" if made == DECODER else f"is an {made}"
         raise FamilyError(
             layout.checkpoint.path,
-            f"{kind} {what}, so it predicts no next token that could be scored",
+            f"{kind} {what}, which is not scored: bits count what a decoder alone predicts",
             fix="prune with sizes, and compare the two models on a task of your own",
         )
 

@@ -11,7 +11,7 @@ import numpy as np
 from calib.estimate import WindowLengths, within_caps
 from calib.statistics.calibrate import Calibration, take_statistics
 from calib.statistics.options import CalibrationOptions
-from calib.streaming.empty_model import positions
+from calib.streaming.empty_model import check_runs, positions
 from calib.streaming.layers import weights_stage
 from calib.streaming.settings import ComputeOptions, PassSettings
 from calib.streaming.weights import choose_settings
@@ -164,6 +164,7 @@ def check_channels(layout: Layout) -> None:
     Raises:
         BudgetError: it has none.
     """
+    check_runs(layout)
     if not layout.widths:
         raise BudgetError(
             layout.checkpoint.path / "config.json",

@@ -18,9 +18,9 @@ from transformers.core_model_loading import (
 )
 
 from calib.streaming.ffn import IMPLEMENTATION
-from surgery.errors import CheckpointError, SurgeryError
+from surgery.errors import CheckpointError, FamilyError, SurgeryError
 from surgery.families.blocks import OUTSIDE
-from surgery.families.schema import DECODER, TIE_KEY
+from surgery.families.schema import DECODER, ENCODER_DECODER, TIE_KEY
 from surgery.layout.layout import Layout
 
 
@@ -101,7 +101,9 @@ def empty_model(layout: Layout, dtype: torch.dtype) -> tuple[Any, Conversion]:
 
     Raises:
         CheckpointError: config.json makes no model, or one with other tensors.
+        FamilyError: the model cannot run layer by layer.
     """
+    check_runs(layout)
     with library_errors(layout):
         config = AutoConfig.for_model(**_text_config(layout))
         config._experts_implementation = IMPLEMENTATION
@@ -113,6 +115,29 @@ def empty_model(layout: Layout, dtype: torch.dtype) -> tuple[Any, Conversion]:
             model = _model(config, layout, dtype)
         conversion = Conversion(model)
     return model.eval().requires_grad_(False), conversion
+
+
+def check_runs(layout: Layout) -> None:
+    """Refuse a model that does not run layer by layer.
+
+    Raises:
+        FamilyError: it is an encoder with a decoder, or computes between two layers.
+    """
+    fix = "plan the vocabulary alone, with `vocab_size`; `forward` is not needed to verify it"
+    if layout.family.kind == ENCODER_DECODER:
+        raise FamilyError(
+            layout.checkpoint.path,
+            f"{layout.checkpoint.config.get('model_type')} is an {ENCODER_DECODER}, of which only "
+            "the vocabulary is pruned: its two stacks of layers are not run one by one",
+            fix=fix,
+        )
+    for name in layout.family.between_layers:
+        if name in layout.by_name:
+            raise FamilyError(
+                f"{layout.checkpoint.path}: tensor {layout.by_name[name].name}",
+                "computes between two layers, so that the model cannot run layer by layer",
+                fix=fix,
+            )
 
 
 def _model(config: Any, layout: Layout, dtype: torch.dtype) -> Any:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from calib.scoring.score import check_predicts
 from calib.study.laco import collapse_layers
 from calib.study.search import coarse
 from calib.study.study import Candidate, Study
@@ -50,8 +51,9 @@ def check_methods(layout: Layout, methods: Sequence[str]) -> None:
 
     Raises:
         DataError: a method is unknown.
-        BudgetError, FamilyError: layers of this model cannot be removed.
+        BudgetError, FamilyError: layers of this model cannot be removed, or it is not scored.
     """
+    check_predicts(layout)
     known = [*METHODS, *EXPERT_METHODS]
     for method in methods:
         if method not in known:

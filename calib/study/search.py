@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from calib.scoring.score import check_predicts
 from calib.study.study import Candidate, Study
 from calib.study.table import Row, legend, plot_sizes, table
 from surgery.errors import BudgetError
@@ -155,10 +156,12 @@ def search_space(
     ``only`` limits what the ratio is taken from. Without it, that is whatever the model allows.
 
     Raises:
+        FamilyError: the model is not scored.
         BudgetError: there are both a ratio and candidates, or neither; the ratio is out of reach;
             or the candidates are not within the model's sizes.
         DataError, TokenizerError: as ``choose_sizes``.
     """
+    check_predicts(layout)
     asked = request.sizes
     if (asked.ratio is None) == (candidates is None):
         raise BudgetError(

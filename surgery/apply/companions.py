@@ -17,7 +17,7 @@ from surgery.config.rewrite import (
 )
 from surgery.config.token_ids import visit_ids
 from surgery.errors import CheckpointError, TokenizerError
-from surgery.families.schema import DECODER, EXPERT_KEYS, Family, renumbered
+from surgery.families.schema import DECODER, ENCODER, EXPERT_KEYS, Family, renumbered
 from surgery.families.table import family_of
 from surgery.files.model_files import (
     DOCUMENTS,
@@ -28,9 +28,18 @@ from surgery.files.model_files import (
     TOKEN_TABLES,
     TOKENIZER_NAME,
     WORDPIECE_NAME,
+    module_files,
     named_templates,
 )
-from surgery.files.strict_json import dump_json, dump_table, read_file, read_json, table_pieces
+from surgery.files.strict_json import (
+    PIECE_BYTES,
+    dump_json,
+    dump_table,
+    open_regular,
+    read_file,
+    read_json,
+    table_pieces,
+)
 from surgery.planning.layers import format_layers, layer_keys
 from surgery.planning.plan import Plan
 from surgery.stats.channels import DEFAULT_CRITERION
@@ -57,9 +66,10 @@ def model_card(plan: Plan, checkpoint: Checkpoint) -> bytes:
     if found := LICENSE.search(card):
         head.append(f"license: {found[1]}")
     where = checkpoint.path / "config.json"
-    if family_of(checkpoint.config, where, checkpoint.family).kind != DECODER:
-        found = PIPELINE.search(card)
-        task = found[1] if found else "feature-extraction"
+    kind = family_of(checkpoint.config, where, checkpoint.family).kind
+    if kind != DECODER:
+        usual = "feature-extraction" if kind == ENCODER else "text2text-generation"
+        task = found[1] if (found := PIPELINE.search(card)) else usual
     sizes = [(key, size, after.widths[key]) for key, size in before.widths.items()]
     sizes += [("experts of a layer", before.experts, after.experts)] * bool(before.experts)
     widths = "\n".join(f"| {key} | {old:,} | {new:,} |" for key, old, new in sizes)
@@ -169,7 +179,7 @@ def _over_text(plan: Plan) -> str:
 
 
 CARRIED = re.compile(
-    r".+\.jinja|merges\.txt|(LICENSE|NOTICE|USE_POLICY|COPYRIGHT).*",
+    r".+\.jinja|.+\.spm|merges\.txt|(LICENSE|NOTICE|USE_POLICY|COPYRIGHT).*",
     re.IGNORECASE,
 )
 """Files that an output may have besides ``JSON_NAMES``; all others are left out
@@ -208,10 +218,11 @@ def files_left_out(checkpoint: Checkpoint, ids: IdMap) -> list[str]:
     Its shards are not named: what they hold is in the output's.
     """
     directory = checkpoint.path
-    included = {*OWN, *checkpoint.shards, *_carried(directory, ids)}
-    folder = directory / TEMPLATE_FOLDER
-    paths = [path for path in directory.iterdir() if path != folder]
-    paths += folder.iterdir() if folder.is_dir() else ()
+    included = {*OWN, *checkpoint.shards, *_carried(directory, ids), *module_files(directory)}
+    folders = {directory / TEMPLATE_FOLDER, *((directory / name).parent for name in included)}
+    folders = {folder for folder in folders if folder.is_dir() and folder != directory}
+    paths = [path for path in directory.iterdir() if path not in folders]
+    paths += [path for folder in folders for path in folder.iterdir()]
     names = {path.relative_to(directory).as_posix(): path for path in sorted(paths)}
     return [
         name
@@ -230,12 +241,17 @@ def companion_files(plan: Plan, checkpoint: Checkpoint) -> dict[str, Content]:
     """
     directory, ids = checkpoint.path, plan.ids()
     names = _carried(directory, ids)
+    files: dict[str, Content] = {
+        name: _pieces(directory / name)
+        for name in module_files(directory)
+        if not _leaves_model(directory / name, directory)
+    }
     if ids.identity:
-        return {name: _copy(directory / name) for name in names}
+        return files | {name: _copy(directory / name) for name in names}
     source = TokenizerFile.reopen(directory)
     tokens = ChainMap(source.added, source.vocab)
     names.sort(key=SENTENCEPIECE_NAMES.__contains__)  # last: it takes much memory
-    files = {
+    files |= {
         name: _rewrite(directory / name, tokens, ids)
         for name in names
         if name not in FROM_TOKENIZER
@@ -387,7 +403,7 @@ def _carried(directory: Path, ids: IdMap) -> list[str]:
         and name not in OWN
         and not name.endswith(".safetensors")
         and not _leaves_model(directory / name, directory)
-        and (ids.identity or name not in SHADOWING or _can_be_pruned(directory / name))
+        and (ids.identity or not _shadows(name) or _can_be_pruned(directory / name))
     ]
 
 
@@ -404,6 +420,11 @@ def _leaves_model(path: Path, directory: Path) -> bool:
     return not (target.is_relative_to(model) or target.parent == model.parent.parent / "blobs")
 
 
+def _shadows(name: str) -> bool:
+    """Whether loaders prefer the file silently, so that it must not stay stale."""
+    return name in SHADOWING or name.endswith(".spm")
+
+
 def _can_be_pruned(path: Path) -> bool:
     """Whether ``path`` is a SentencePiece model; other kinds of file have the same name."""
     return path.name in SENTENCEPIECE_NAMES and is_sentencepiece(read_file(path))
@@ -415,6 +436,13 @@ def _copy(path: Path) -> bytes:
     if path.name not in DOCUMENTS or not any(key.encode() in raw for key in CODE):
         return raw
     return dump_json({key: value for key, value in read_json(path).items() if key not in CODE})
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    """Yield the content of a file, which may be weights, in pieces."""
+    with open_regular(path) as file:
+        while piece := file.read(PIECE_BYTES):
+            yield piece
 
 
 def _merge_lines(tokenizer: dict[str, Any]) -> Iterator[bytes]:

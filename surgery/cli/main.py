@@ -491,7 +491,9 @@ class VerifyOptions:
         help="The source model, if it has moved, or if only the plan within DIR names it.",
     ),
     click.option(
-        "--forward", is_flag=True, help="Also compare logits with the masked dense model."
+        "--forward",
+        is_flag=True,
+        help="Also compare logits, or an encoder's hidden states, with the masked dense model.",
     ),
     device_option,
     io_option,
@@ -508,12 +510,12 @@ def verify(directory: Path, options: VerifyOptions) -> None:
         raise Refusal(f"{directory}: --forward needs the plan and its source")
     report = verify_files(directory, plan, source, io=options.io)
     if options.forward and report.ok and plan and source:
-        from calib.scoring.logits import SAME_LOGITS, compare_logits
+        from calib.scoring.logits import compare_logits
 
         with running():
             found = compare_logits(plan, source, directory, options.device)
-        report.checks[SAME_LOGITS] = found.faults()
-        report.details[SAME_LOGITS] = found.line()
+        report.checks[found.check] = found.faults()
+        report.details[found.check] = found.line()
     print_text(report.table(engines=options.engines))
     sys.exit(0 if report.ok else 1)
 

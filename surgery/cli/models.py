@@ -42,6 +42,7 @@ from surgery.process import peak_rss_bytes, spoken, spoken_range, spoken_stages
 from surgery.text.documents import TextOptions
 
 if TYPE_CHECKING:
+    from surgery.layout.layout import Layout
     from surgery.stats.channel_stats import ChannelStats
 
 NO_TIME = "not estimated for models on the hub or on a cluster"
@@ -233,6 +234,13 @@ class PruneOptions:
     push_to: str | None
 
 
+def _next_command(layout: "Layout", source: str, output: Path) -> tuple[object, ...]:
+    """The words of the command that measures an output."""
+    if layout.predicts:
+        return ("score", source, output, "--data", "HELDOUT")
+    return ("verify", output, "--forward")
+
+
 @click.command()
 @model_options
 @prune_text_options
@@ -320,8 +328,7 @@ def prune(
     if report.ok:
         if options.push_to:
             click.echo(push(output, options.push_to))
-        then = ("score", model.model, output, "--data", "HELDOUT")
-        show_written(f"{output} and {files.plan}", *then)
+        show_written(f"{output} and {files.plan}", *_next_command(layout, model.model, output))
     sys.exit(0 if report.ok else 1)
 
 

@@ -153,6 +153,14 @@ def _visit_decoder(value: dict[str, Any], change: ChangeAt, path: JsonPath) -> d
     return result
 
 
+def _visit_named(value: dict[str, Any], change: ChangeAt, path: JsonPath) -> dict[str, Any]:
+    """Map token → id of the tokens that name a language or a task (Whisper)."""
+    new = {token: _visit(old, change, (*path, token)) for token, old in value.items()}
+    if None in new.values():
+        raise _no_token(path, value)
+    return new
+
+
 def _visit_map(value: dict[str, Any], change: ChangeAt, path: JsonPath) -> dict[str, Any]:
     """Map token → id of the whole vocabulary (Chameleon, Emu3): the keys are texts, never ids."""
     result = {}
@@ -169,6 +177,7 @@ _OBJECTS: dict[str, Callable[[dict[str, Any], ChangeAt, JsonPath], dict[str, Any
     **dict.fromkeys(SECTIONS, _visit_object),
     "added_tokens_decoder": _visit_decoder,
     "sequence_bias": _visit_bias_keys,
+    **dict.fromkeys(("lang_to_id", "task_to_id"), _visit_named),
     "vocabulary_map": _visit_map,
 }
 """Key → how its object is visited; other objects do not change."""

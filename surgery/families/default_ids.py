@@ -30,6 +30,7 @@ _OLMO = {"pad_token_id": 1, "eos_token_id": 50279}
 _COHERE = {"pad_token_id": 0, "bos_token_id": 5, "eos_token_id": 255001}
 _ZERO_ONE_TWO = {"pad_token_id": 0, **_ONE_TWO}
 _PAD = {"pad_token_id": 0}
+_T5 = {"pad_token_id": 0, "eos_token_id": 1}
 _ROBERTA = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
 _LLAMA3 = {"bos_token_id": 128000, "eos_token_id": 128001}
 
@@ -50,6 +51,7 @@ DEFAULT_IDS: Mapping[str, Mapping[str, Default]] = {
     "cohere": _COHERE,
     "cohere2": _COHERE,
     "cohere2_moe": _COHERE,
+    "bart": {**_ROBERTA, "decoder_start_token_id": 2, "forced_eos_token_id": 2},
     "bert": _PAD,
     "camembert": _ROBERTA,
     "deberta-v2": _PAD,
@@ -113,6 +115,14 @@ DEFAULT_IDS: Mapping[str, Mapping[str, Default]] = {
     "llama4": {"boi_token_index": 200080, "eoi_token_index": 200081, "image_token_index": 200092},
     "llama4_text": _ONE_TWO,
     "llava": {"image_token_index": 32000},
+    "m2m_100": {**_ROBERTA, "decoder_start_token_id": 2},
+    "marian": {
+        "pad_token_id": 58100,
+        "eos_token_id": 0,
+        "decoder_start_token_id": 58100,
+        "forced_eos_token_id": 0,
+    },
+    "mbart": {**_ROBERTA, "forced_eos_token_id": 2},
     "minimax_m2": {"bos_token_id": 200034, "eos_token_id": 200020},
     "ministral": _ONE_TWO,
     "ministral3": {"pad_token_id": 11, **_ONE_TWO},
@@ -134,6 +144,7 @@ DEFAULT_IDS: Mapping[str, Mapping[str, Default]] = {
     },
     "mpnet": _ROBERTA,
     "mpt": {},
+    "mt5": {**_T5, "decoder_start_token_id": 0},
     "nanochat": {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1},
     "nemotron": {"bos_token_id": 2, "eos_token_id": 3},
     "olmo": _OLMO,
@@ -141,6 +152,7 @@ DEFAULT_IDS: Mapping[str, Mapping[str, Default]] = {
     "olmo3": _OLMO,
     "olmoe": _OLMO,
     "opt": {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2},
+    "pegasus": {**_T5, "decoder_start_token_id": 0, "forced_eos_token_id": 1},
     "persimmon": _ONE_TWO,
     "phi": _ONE_TWO,
     "phi3": {"bos_token_id": 1, "eos_token_id": 32000, "pad_token_id": 32000},
@@ -163,7 +175,16 @@ DEFAULT_IDS: Mapping[str, Mapping[str, Default]] = {
     "solar_open": {},
     "stablelm": {"bos_token_id": 0, "eos_token_id": 0},
     "starcoder2": _GPT2,
+    "t5": _T5,
+    "umt5": {**_T5, "decoder_start_token_id": 0},
     "vaultgemma": _GEMMA,
+    "whisper": {
+        "pad_token_id": 50256,
+        "bos_token_id": 50256,
+        "eos_token_id": 50256,
+        "decoder_start_token_id": 50257,
+        "begin_suppress_tokens": [220, 50256],
+    },
     "xlm-roberta": _ROBERTA,
     "youtu": _LLAMA3,
 }
@@ -190,6 +211,7 @@ SECTION_TYPES: Mapping[str, Mapping[str, str]] = {
 
 NULLABLE = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Keys where null means "no such token". For other keys the classes accept only a number: -1.
+Those of lists, such as begin_suppress_tokens, accept an empty one.
 
 Where the default is a list of ids, null would mean that list: -1 again."""
 
@@ -222,7 +244,8 @@ def fill_defaults(
         if key not in config and _other_name(key) not in config:
             kept = key in COUNTS or _is_kept(old, change)
             nullable = key in NULLABLE and isinstance(old, int)
-            result[key] = old if kept else None if nullable else -1
+            listed = key.endswith("_tokens")
+            result[key] = old if kept else None if nullable else [] if listed else -1
     return result
 
 

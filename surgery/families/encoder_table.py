@@ -3,13 +3,13 @@
 from dataclasses import replace
 
 from surgery.families.blocks import attention, buffers, fused, into, one, optional, out_of
-from surgery.families.schema import ENCODER, FFN, HEAD, VOCAB, Family, Slot, Width
+from surgery.families.schema import ENCODER, ENCODER_DECODER, FFN, HEAD, VOCAB, Family, Slot, Width
 
 _BERT = "encoder.layer.{layer}."
 _DISTIL = "transformer.layer.{layer}."
 _MODERN = "layers.{layer}."
 
-_TASKS = ("pooler.", "classifier.", "qa_outputs.", "pre_classifier.", "dense.", "dropout.")
+_TASKS = ("pooler.", "classifier.", "qa_outputs.", "pre_classifier.", "dense.")
 """Heads of tasks: they know nothing of the vocabulary, and are copied as they are."""
 
 
@@ -140,11 +140,14 @@ ENCODERS: dict[str, Family] = {
         + _BERT_FFN
         + one("embeddings.embed_proj.weight", required=False)
         + one("encoder.rel_embeddings.weight", required=False)
-        + _norms("encoder.LayerNorm"),
+        + _norms("encoder.LayerNorm", "encoder.conv.LayerNorm")
+        + one("encoder.conv.conv.weight", required=False)
+        + one("encoder.conv.conv.bias", required=False),
         "deberta.",
         *_CLS,
         "lm_predictions.lm_head.bias",
         carried=("cls.", "lm_predictions.", "mask_predictions."),
+        between_layers=("encoder.conv.conv.weight",),
     ),
     "modernbert": _encoder(
         _table("embeddings.tok_embeddings")
@@ -171,5 +174,56 @@ ENCODERS: dict[str, Family] = {
         embedding="embed_tokens.weight",
         tied=False,
     ),
+}
+"""model_type → family."""
+
+_TABLES = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
+_STACKS = ("encoder.", "decoder.")
+
+
+def _both(
+    head: str = "lm_head",
+    *,
+    prefix: str = "model.",
+    tables: tuple[str, ...] = _TABLES,
+    carried: tuple[str, ...] = (),
+    **rest: object,
+) -> Family:
+    """Return an encoder with a decoder, of which the vocabulary is pruned and nothing else.
+
+    The first of ``tables`` is the embedding. Files may hold it several times, under each name.
+    """
+    slots = tuple(
+        Slot(f"{name}.weight", "vocabulary", (VOCAB, None), required=name == tables[0])
+        for name in (*tables, head)
+    )
+    bias = Slot("final_logits_bias", "vocabulary", (None, VOCAB), required=False)
+    made = Family(
+        (*slots, replace(bias, is_parameter=False)),
+        tied=True,
+        widths={},
+        kind=ENCODER_DECODER,
+        embedding=f"{tables[0]}.weight",
+        head=f"{head}.weight",
+        prefixes=((prefix, ""),) if prefix else (),
+        carried=(*_STACKS, *(prefix + stack for stack in _STACKS if prefix), *carried),
+        depth="encoder_layers",
+    )
+    return replace(made, **rest)  # type: ignore[arg-type]
+
+
+_T5 = _both(prefix="", depth="num_layers")
+_BART = _both(carried=("classification_head.", "qa_outputs."))
+
+ENCODER_DECODERS: dict[str, Family] = {
+    "t5": _T5,
+    "mt5": _T5,
+    "umt5": _T5,
+    "bart": _BART,
+    "mbart": _BART,
+    "m2m_100": _both(positions_after_pad=True),
+    "marian": _both(),
+    "pegasus": _both(),
+    "whisper": _both("proj_out", tables=("decoder.embed_tokens",)),
 }
 """model_type → family."""

@@ -19,8 +19,8 @@ EXPERTS = "experts"
 """The axis of the routed experts: rows of a router, and matrices of a packed tensor. Experts in
 tensors of their own have a number in place of a dimension."""
 
-DECODER, ENCODER = KINDS = ("decoder", "encoder")
-"""What a family makes of a text: the next token, or a state for each token."""
+DECODER, ENCODER, ENCODER_DECODER = KINDS = ("decoder", "encoder", "encoder with a decoder")
+"""What a family makes of a text: the next token, a state for each token, or another text."""
 
 HEAD = "head"
 """Block of the tensors of an encoder's head for masked tokens. Its pass over a text needs none."""
@@ -158,6 +158,8 @@ class Family:
     """One of KINDS."""
     positions_after_pad: bool = False
     """Whether the table of positions has its first one after the id of the padding token."""
+    between_layers: tuple[str, ...] = ()
+    """Tensors that compute between two layers: a model with one cannot run layer by layer."""
     depth: str = "num_hidden_layers"
     """Key of config.json for the number of layers."""
     embedding: str = "model.embed_tokens.weight"
@@ -189,10 +191,9 @@ class Family:
 
     @cached_property
     def layers(self) -> str:
-        """Module that holds the decoder layers."""
-        return next(s.name for s in self.slots if _PLACEHOLDERS[0] in s.name).partition(".{layer}")[
-            0
-        ]
+        """Module that holds the layers that are run one by one; "" where none are."""
+        named = (slot.name for slot in self.slots if _PLACEHOLDERS[0] in slot.name)
+        return next(named, "").partition(".{layer}")[0]
 
     @property
     def base(self) -> str:

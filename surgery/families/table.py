@@ -39,7 +39,7 @@ from surgery.families.blocks import (
     transposed,
 )
 from surgery.families.default_ids import SECTION_TYPES
-from surgery.families.encoder_table import ENCODERS
+from surgery.families.encoder_table import ENCODER_DECODERS, ENCODERS
 from surgery.families.layer_rules import LAYER_RULES
 from surgery.families.schema import (
     EXPERT,
@@ -590,6 +590,7 @@ FAMILIES: dict[str, Family | Wrapper] = {
         ("visual.",), _UNDER_PREFIX, False, {"qwen3_vl_text": "qwen3"}, by_number=True
     ),
     **ENCODERS,
+    **ENCODER_DECODERS,
 }
 """model_type → family, or ``Wrapper`` for a model with a language model in it."""
 

@@ -46,7 +46,18 @@ DOCUMENTS = (
 TOKEN_TABLES = ("vocab.json", "added_tokens.json")
 """JSON files of token → id."""
 
-COPIED_JSON = ("configuration.json", "normalizer.json", "tekken.json")
+PROMPTS_NAME = "config_sentence_transformers.json"
+MODULES_NAME = "modules.json"
+"""Names the folders with what sentence-transformers runs after the model, such as its pooling."""
+
+SENTENCE_NAMES = (
+    MODULES_NAME,
+    PROMPTS_NAME,
+    *(f"sentence_{kind}_config.json" for kind in ("bert", "roberta", "xlm-roberta", "distilbert")),
+)
+"""JSON files of sentence-transformers; no token's id is in them."""
+
+COPIED_JSON = ("configuration.json", "normalizer.json", "tekken.json", *SENTENCE_NAMES)
 """Other JSON files that loaders read; they are never parsed here."""
 
 JSON_NAMES = (TOKENIZER_NAME, INDEX_NAME, *DOCUMENTS, *TOKEN_TABLES, *COPIED_JSON)
@@ -59,6 +70,31 @@ ADAPTER_NAME = "adapter_config.json"
 TEMPLATE_FOLDER = "additional_chat_templates"
 TEMPLATE = re.compile(rf"{TEMPLATE_FOLDER}/\w[\w .-]*\.jinja")
 """Chat templates that a caller asks for by name, such as ``tool_use``; the file's name is its."""
+
+
+MODULE_FILE = re.compile(r"[0-9]+_[A-Za-z]\w*/(config\.json|model\.safetensors)")
+"""Files of a module of sentence-transformers, such as ``1_Pooling`` and ``2_Dense``."""
+
+
+def module_files(directory: Path) -> list[str]:
+    """Return the files in folders of ``directory`` that ``MODULES_NAME`` makes part of a model.
+
+    Raises:
+        CheckpointError: one of them has its weights only as a pickle.
+    """
+    if not (directory / MODULES_NAME).exists():
+        return []
+    for pickle in sorted(directory.glob("[0-9]*_*/pytorch_model.bin")):
+        if not pickle.with_name(SINGLE_NAME).exists():
+            raise CheckpointError(
+                pickle,
+                "weights are pickled, and a pickle can run code",
+                expected=SINGLE_NAME,
+                fix="save the model again with sentence-transformers, which writes safetensors",
+            )
+    found = sorted(path for path in directory.glob("[0-9]*_*/*") if path.is_file())
+    names = (f"{path.parent.name}/{path.name}" for path in found)
+    return [name for name in names if MODULE_FILE.fullmatch(name)]
 
 
 def named_templates(directory: Path) -> list[str]:

@@ -13,6 +13,8 @@ from surgery.files.model_files import (
     ADAPTER_NAME,
     INDEX_NAME,
     JSON_NAMES,
+    MODULE_FILE,
+    MODULES_NAME,
     SINGLE_NAME,
     TEMPLATE,
     weight_map_of,
@@ -22,12 +24,12 @@ from surgery.hub.remote_file import TRIES, RemoteFile, client_errors, hub_error,
 from surgery.hub.skeleton import LIBRARY, Skeleton, download_small
 
 PATTERNS = [*JSON_NAMES, ADAPTER_NAME, "*.safetensors", "merges.txt", "vocab.txt", "*.jinja"]
-PATTERNS += ["*.model", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*", "COPYRIGHT*"]
+PATTERNS += ["*.model", "*.spm", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*", "COPYRIGHT*"]
 """Files that pruning reads or carries over, or says something about."""
 
 IGNORED = ["*/*", ".*", "consolidated*"]
-"""Folders, and weights a second time in another layout; "*" alone matches across folders. The one
-folder that is wanted is that of ``TEMPLATE``."""
+"""Folders, and weights a second time in another layout; "*" alone matches across folders. The
+folders that are wanted are those of ``TEMPLATE`` and of ``MODULE_FILE``."""
 
 FIRST_TRIES = 2
 """Attempts to reach the hub before it has answered once; most names without an answer are typos."""
@@ -66,7 +68,7 @@ def fetch_model(repo: str, revision: str | None) -> tuple[Path, str]:
         raise hub_error(where, error) from error
     _record_commit(repo, revision or "main", commit)
     if snapshot := _complete_snapshot(repo, commit):
-        names = [file.name for file in files if not file.name.endswith(".safetensors")]
+        names = [file.name for file in files if not _is_shard(file)]
         download_snapshot(repo, commit, names)
         return snapshot, commit
     path = _assets(repo, commit)
@@ -108,6 +110,7 @@ def _listing(repo: str, revision: str | None) -> tuple[str, list[RemoteFile]]:
     names = {sibling.rfilename: sibling for sibling in info.siblings or []}
     wanted = [*filter_repo_objects(names, allow_patterns=PATTERNS, ignore_patterns=IGNORED)]
     wanted += filter(TEMPLATE.fullmatch, names)
+    wanted += filter(MODULE_FILE.fullmatch, names) if MODULES_NAME in names else ()
     return str(info.sha), [_remote_file(repo, str(info.sha), names[name]) for name in wanted]
 
 
@@ -120,8 +123,13 @@ def _remote_file(repo: str, commit: str, sibling: Any) -> RemoteFile:
     return RemoteFile(repo, commit, sibling.rfilename, size, digest)
 
 
+def _is_shard(file: RemoteFile) -> bool:
+    """Whether a file holds weights of the model; those of a module after it are small."""
+    return file.name.endswith(".safetensors") and not MODULE_FILE.fullmatch(file.name)
+
+
 def _build_skeleton(path: Path, where: str, files: Sequence[RemoteFile]) -> None:
-    weights = {file.name: file for file in files if file.name.endswith(".safetensors")}
+    weights = {file.name: file for file in files if _is_shard(file)}
     small = {file.name: file for file in files if file.name not in weights}
     if SINGLE_NAME in weights:
         shards = [weights[SINGLE_NAME]]

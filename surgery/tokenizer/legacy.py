@@ -10,7 +10,12 @@ import msgspec
 
 from surgery.errors import AMEND, TokenizerError
 from surgery.files.index_sets import MAX_SIZE
-from surgery.files.model_files import LEGACY_NAMES, TOKENIZER_NAME, tokenizer_files
+from surgery.files.model_files import (
+    LEGACY_NAMES,
+    SENTENCEPIECE_NAMES,
+    TOKENIZER_NAME,
+    tokenizer_files,
+)
 from surgery.files.strict_json import read_file, read_json
 from surgery.tokenizer.checks import check_tokenizer
 
@@ -200,6 +205,7 @@ def build_tokenizer(directory: Path) -> dict[str, Any]:
         CheckpointError: one of the files is not a JSON object.
     """
     if not is_legacy(directory):
+        _refuse_sentencepiece(directory)
         alone = [name for name in (VOCAB_NAME, MERGES_NAME) if (directory / name).exists()]
         raise TokenizerError(
             directory / TOKENIZER_NAME,
@@ -221,6 +227,24 @@ def build_tokenizer(directory: Path) -> dict[str, Any]:
     data["model"]["vocab"] = vocab  # the library keeps only one of two tokens with the same id
     check_tokenizer(data, directory / VOCAB_NAME)
     return data
+
+
+def _refuse_sentencepiece(directory: Path) -> None:
+    """Refuse a tokenizer of SentencePiece models alone, as Marian's and M2M100's.
+
+    Raises:
+        TokenizerError: there is such a model.
+    """
+    found = [path.name for path in sorted(directory.glob("*.spm"))]
+    found += [name for name in SENTENCEPIECE_NAMES if (directory / name).exists()]
+    if found:
+        raise TokenizerError(
+            directory / TOKENIZER_NAME,
+            f"is missing: the tokens are made by {' and '.join(found)}, which is pruned only "
+            "together with it",
+            fix="where transformers can make one, save it with AutoTokenizer; else keep the "
+            "vocabulary whole",
+        )
 
 
 def _known_class(directory: Path, named: Any) -> TokenizerClass:

@@ -12,7 +12,8 @@ import numpy as np
 from surgery.config.rewrite import template_tokens, token_references
 from surgery.errors import BudgetError, DataError, TokenizerError, check_choice, did_you_mean
 from surgery.families.default_ids import fill_defaults
-from surgery.files.strict_json import read_file
+from surgery.files.model_files import PROMPTS_NAME
+from surgery.files.strict_json import read_file, read_json
 from surgery.layout.layout import Layout
 from surgery.tokenizer.id_map import IdMap
 from surgery.tokenizer.kinds import SENTENCEPIECE, WORDPIECE
@@ -236,10 +237,24 @@ def rarity_of(
     referenced = token_references(layout.checkpoint, tokenizer.token_ids)
     reserved = reserved_tokens(tokenizer) if choice.drop_reserved else {}
     referenced |= template_tokens(layout.checkpoint.path, reserved)
+    referenced |= prompt_tokens(layout.checkpoint.path, tokenizer)
     if layout.family.positions_after_pad:  # the padding token must keep its id
         filled = fill_defaults(layout.checkpoint.config, lambda old: old, layout.checkpoint.family)
         referenced |= set(range(filled["pad_token_id"] or 0))
     return order_rows(tokenizer, layout.vocab_size, referenced, choice)
+
+
+def prompt_tokens(directory: Path, tokenizer: TokenizerFile) -> set[int]:
+    """Ids of the tokens of an embedding model's prompts, which sentence-transformers prepends."""
+    path = directory / PROMPTS_NAME
+    prompts = read_json(path).get("prompts") if path.exists() else None
+    texts = [text for text in prompts.values() if text] if isinstance(prompts, dict) else []
+    if not all(isinstance(text, str) for text in texts):
+        raise TokenizerError(
+            f"{path}: prompts", "has an entry that is no text", fix="correct it, or remove it"
+        )
+    found = encoded(tokenizer.library(), texts) if texts else ()
+    return {int(id_) for ids in found for id_ in ids}
 
 
 def reserved_tokens(tokenizer: TokenizerFile) -> dict[str, int]:

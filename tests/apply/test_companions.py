@@ -58,7 +58,6 @@ def test_a_folder_of_templates_out_of_the_model_is_not_copied(source: Path, tmp_
 
 UNRELATED = {
     "trainer_state.json": b'{"log_history": [{"loss": NaN, "pad_token_id": 700}], "step": 3}',
-    "modules.json": b'[{"idx": 0, "path": "1_Pooling", "type": "sentence_transformers.models"}]',
     "results.json": b'{"a": 1}\n{"a": 2}\n',
     "deep.json": b"[" * 5_000,
     "latin.json": b'{"name": "\xe9"}',
@@ -142,10 +141,12 @@ def test_every_file_that_the_output_names_is_there(
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         data = json.loads((source / name).read_text())
         (source / name).write_text(json.dumps(data | code))
-    for name in ("modeling_x.py", "pipeline_x.py", "adapter_model.safetensors", "1_Pooling"):
+    for name in ("modeling_x.py", "pipeline_x.py", "adapter_model.safetensors", "2_Dense"):
         (source / name).touch()
-    for name in ("modules.json", "adapter_config.json"):
-        (source / name).write_bytes(UNRELATED[name])
+    (source / "adapter_config.json").write_bytes(UNRELATED["adapter_config.json"])
+    (source / "modules.json").write_bytes(b'[{"path": "1_Pooling", "type": "Pooling"}]')
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_bytes(b"{}")
     out = tmp_path / "out"
     apply_plan(make_plan(source, vocab_size=vocab_size), output=out)
     named = {
@@ -155,7 +156,8 @@ def test_every_file_that_the_output_names_is_there(
         for text in strings(json.loads(path.read_text()))
     }
     lost = {path.stem for path in source.iterdir() if not (out / path.name).exists()}
-    assert {"modeling_x", "pipeline_x", "1_Pooling", "adapter_model"} <= lost
+    assert {"modeling_x", "pipeline_x", "2_Dense", "adapter_model"} <= lost
+    assert "1_Pooling" in named
     assert not named & lost
 
 

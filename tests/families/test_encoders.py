@@ -107,6 +107,19 @@ def test_streamed_statistics_equal_hooks(tmp_path: Path, key: str) -> None:
         assert np.allclose(found.sum_sq, sums.sum_sq.total.numpy(), rtol=1e-4, atol=1e-9)
 
 
+def test_a_convolution_between_layers_runs_in_no_pass(tmp_path: Path, text: Path, run: Run) -> None:
+    """As in DeBERTa V2 xlarge: its vocabulary can be pruned, its channels cannot be ranked."""
+    convolution: dict[str, Any] = {"conv_kernel_size": 3, "conv_act": "gelu"}
+    source = tiny_encoders.save(tmp_path / "source", "deberta-v2", **convolution)
+    refused = run("calibrate", source, "--data", text, "-o", tmp_path / "stats.safetensors")
+    assert refused.exit_code == 2
+    assert "encoder.conv.conv.weight: computes between two layers" in refused.output
+    plan = random_plan(source, SMALLER, dict(layout_of(source).widths))
+    apply_plan(plan, source=source, output=tmp_path / "out")
+    kept, new = torch.from_numpy(plan.ids().kept), random_ids(SMALLER)
+    assert torch.equal(states(tmp_path / "out", new), states(source, kept[new]))
+
+
 @pytest.mark.parametrize("key", ENCODERS)
 def test_the_whole_command_line(tmp_path: Path, text: Path, run: Run, key: str) -> None:
     source = tiny_encoders.save(tmp_path / "source", key)

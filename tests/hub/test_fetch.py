@@ -24,12 +24,14 @@ UNWANTED = (
     "onnx/config.json",
     "onnx/template.jinja",
     "trainer_state.json",
-    "modules.json",
     "corpus.txt",
 )
 """Files of real repositories that are large or that pruning has no use for."""
 
 TEMPLATE = "additional_chat_templates/tool_use.jinja"
+
+MODULES = ("1_Pooling/config.json", "2_Dense/model.safetensors")
+"""What follows an embedding model, as modules.json lists it."""
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,10 @@ def hub(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         (tiny / name).write_bytes(b"unwanted")
     (tiny / TEMPLATE).parent.mkdir()
     (tiny / TEMPLATE).write_text("tools")
+    (tiny / "modules.json").write_text("[]")
+    for name in MODULES:
+        (tiny / name).parent.mkdir()
+        (tiny / name).write_text(name)
     repos = {
         "models/org/tiny": Repo(tiny),
         "models/gpt2": Repo(tiny),
@@ -101,6 +107,7 @@ def test_every_file_but_the_weights_is_downloaded(skeleton: Path, llama: Path) -
         if path.suffix != ".safetensors":
             assert (skeleton / path.name).read_bytes() == path.read_bytes()
     assert (skeleton / TEMPLATE).read_text() == "tools"
+    assert all((skeleton / name).read_text() == name for name in MODULES)
     assert list(skeleton.glob("*.safetensors")) == []
 
 
@@ -143,7 +150,8 @@ def test_a_snapshot_in_the_cache_is_used_as_it_is(hub: Hub, tmp_path: Path) -> N
     snapshot = tmp_path / "hub" / "models--org--tiny" / "snapshots" / COMMIT
     result = command(hub.url, tmp_path, "plan", "org/tiny", *SIZES, "-o", tmp_path / "plan.json")
     assert result.returncode == 0, result.stderr
-    assert [path for path in asked_for_files(hub) if not path.endswith(TEMPLATE)] == []
+    folders = (TEMPLATE, *MODULES)
+    assert [path for path in asked_for_files(hub) if not path.endswith(folders)] == []
     assert (snapshot / TEMPLATE).read_text() == "tools"
     assert list((tmp_path / "assets").rglob("*.json")) == []
     offline = command(hub.url, tmp_path, "inspect", "org/tiny", HF_HUB_OFFLINE="1")

@@ -11,7 +11,9 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
     PreTrainedTokenizerFast,
 )
 
@@ -68,6 +70,44 @@ ENCODERS: dict[str, Kwargs] = {
 }
 """Keyword arguments for ``AutoConfig.for_model``; keys are as in ``tiny_configs``."""
 
+_BART: Kwargs = {
+    "vocab_size": VOCAB_SIZE,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 64,
+    "max_position_embeddings": 64,
+}
+_T5: Kwargs = {
+    "vocab_size": VOCAB_SIZE,
+    "d_model": 32,
+    "num_layers": 2,
+    "num_decoder_layers": 1,
+    "num_heads": 4,
+    "d_ff": 96,
+    "d_kv": 8,
+}
+
+ENCODER_DECODERS: dict[str, Kwargs] = {
+    "t5": _T5,
+    "mt5": {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "umt5": {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "bart": _BART,
+    "mbart": _BART,
+    "m2m_100": _BART,
+    "marian": _BART,
+    "pegasus": _BART,
+    "whisper": {
+        **_BART,
+        "num_mel_bins": 8,
+        "max_source_positions": 20,
+        "max_target_positions": 64,
+    },
+}
+
 WORDPIECE, UNIGRAM, BYTE_LEVEL = "WordPiece", "Unigram", "BPE"
 
 TOKENIZERS = {
@@ -77,6 +117,9 @@ TOKENIZERS = {
     "xlm-roberta": UNIGRAM,
     "camembert": UNIGRAM,
     "deberta-v2": UNIGRAM,
+    **dict.fromkeys(ENCODER_DECODERS, UNIGRAM),
+    "bart": BYTE_LEVEL,
+    "whisper": BYTE_LEVEL,
 }
 """Model type → kind of its tokenizer; WordPiece for the others."""
 
@@ -90,8 +133,10 @@ MODELS = {
     "masked": AutoModelForMaskedLM,
     "base": AutoModel,
     "classifier": AutoModelForSequenceClassification,
+    "text": AutoModelForSeq2SeqLM,
+    "speech": AutoModelForSpeechSeq2Seq,
 }
-"""Heads with which encoders are published."""
+"""Heads with which encoders are published, and what a decoder beside one makes."""
 
 
 def kind_of(key: str) -> str:
@@ -158,13 +203,15 @@ def save(path: Path, key: str, head: str = "masked", **changes: Any) -> Path:
     config = AutoConfig.for_model(
         key.partition(":")[0],
         **{
-            **ENCODERS[key],
+            **{**ENCODERS, **ENCODER_DECODERS}[key],
             "pad_token_id": ids["pad_token"],
             "bos_token_id": ids["cls_token"],
             "eos_token_id": ids["sep_token"],
             "cls_token_id": ids["cls_token"],
             "sep_token_id": ids["sep_token"],
             "mask_token_id": ids["mask_token"],
+            "decoder_start_token_id": ids["sep_token"],
+            "forced_eos_token_id": ids["sep_token"],
             **changes,
         },
     )
