@@ -25,7 +25,6 @@ from calib.streaming.stand_ins import masked_router, swapped
 from calib.streaming.weights import WeightReader, choose_device
 from surgery.apply.edits import kept_parts, layer_groups
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.families.schema import renumbered
 from surgery.layout.build import read_layout
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
@@ -134,14 +133,15 @@ class _MaskedLayers:
         self, decoder: StreamedDecoder, number: int, layer: nn.Module
     ) -> dict[str, torch.Tensor]:
         """Return the masked down_projs of a layer."""
-        index = self._sources[number]
+        index, kept = self._sources[number], self._kept[number]
         replaced: dict[ExpertKey, torch.Tensor] = {}
         for name in down_proj_tensors(self._layout, index):
-            ref = self._refs.get(renumbered(name, number))
+            role = self._layout.roles[name]
+            ref = self._refs.get(kept.name_of(name, role, number)) if kept.keeps(role) else None
             if ref is not None:
                 with safe_open(ref.path, framework="pt") as file:
-                    replaced |= file_matrices(self._layout, name, file.get_tensor(ref.name))
-        kept = self._kept[number]
+                    tensor = file.get_tensor(ref.name)
+                replaced |= file_matrices(self._layout, name, tensor, kept.experts)
         return {
             down_name(ffn_module): masked_down_proj(
                 layer,

@@ -344,12 +344,21 @@ def down_proj_tensors(layout: Layout, index: int) -> list[str]:
     return [n for n in names if layout.roles[n].slot.ffn_output and layout.roles[n].slot.width]
 
 
-def file_matrices(layout: Layout, name: str, tensor: torch.Tensor) -> dict[ExpertKey, torch.Tensor]:
-    """Return views ``[D, channels]`` of ``tensor``, laid out as the file's tensor ``name``."""
+def file_matrices(
+    layout: Layout, name: str, tensor: torch.Tensor, experts: np.ndarray | None = None
+) -> dict[ExpertKey, torch.Tensor]:
+    """Return views ``[D, channels]`` of ``tensor``, laid out as the source's tensor ``name``.
+
+    ``experts`` are those that a packed tensor holds, by their numbers in the source; None is all.
+    """
     role = layout.roles[name]
     axis, dims = role.slot.width, list(role.slot.dims)
     assert axis is not None
     packed = role.slot.packed
     transposed = dims.index(Dim(axis)) - packed == 0
-    parts = enumerate(tensor) if packed else [(role.expert or 0, tensor)]
+    matrices = list(tensor) if packed else [tensor]
+    numbers = [role.expert or 0]
+    if packed:
+        numbers = list(range(len(tensor))) if experts is None else experts.tolist()
+    parts = zip(numbers, matrices, strict=True)
     return {(axis, expert): part.T if transposed else part for expert, part in parts}

@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 
 from calib.scoring.score import check_predicts
 from calib.study.laco import collapse_layers
-from calib.study.search import coarse
+from calib.study.search import coarse, expert_counts
 from calib.study.study import Candidate, Study
 from calib.study.table import EXPERT_METHODS, FFN_CRITERIA, LAYER_METHODS, METHODS, Row
 from surgery.errors import BudgetError, DataError, SurgeryError
 from surgery.layout.layout import Layout
 from surgery.planning.layers import check_layers, layers_by_influence
-from surgery.planning.request import experts_at
+from surgery.planning.request import SizeRequest, experts_at
 from surgery.planning.shapes import expert_choices
 from surgery.planning.sizes import Sizes, Steps, check_ratio, sizes_at, split, whole
 from surgery.process import Progress, stage
@@ -30,6 +30,8 @@ class RatioTarget:
     ratio: float
     pairs: Sequence[Sizes]
     """In order of V'. The last has the largest V', which is V if the ratio allows that."""
+    searched: Sequence[Sizes]
+    """Those that a search would try first; of a mixture they have several E'."""
     usual: Sizes
     """Those of the rule of thumb."""
     fewer_experts: Sizes
@@ -108,8 +110,8 @@ def compare_methods(
     Methods of experts remove whole experts alone, as near to the ratio as these come. ``compact``
     is the paper's method at the best of the pairs: the source's own tokenizer tokenizes the text.
     ``prune`` is what the command makes by default: the rule of thumb's pair, the pruned tokenizer
-    tokenizes the text. ``search`` is this tool's best: of several pairs, with down_proj
-    refitted.
+    tokenizes the text. ``search`` is this tool's best: of several pairs, or triples of a mixture,
+    with down_proj refitted.
 
     Returns:
         Ratio → the dense model's row, then one row for each method, in their order.
@@ -120,8 +122,13 @@ def compare_methods(
         others = {*methods} - {*EXPERT_METHODS}
         pairs = sizes_at(layout, ratio, smallest, steps) if others else []
         usual = split(layout, ratio, smallest, steps) if others else whole(layout)
+        searched = list(pairs)
+        if "search" in methods and layout.experts:
+            counts = expert_counts(layout, SizeRequest())
+            searched = sizes_at(layout, ratio, smallest, steps, experts=counts)
         experts = experts_at(layout, layout, ratio) if {*methods} & {*EXPERT_METHODS} else 0
-        target = RatioTarget(ratio, pairs, usual, replace(whole(layout), experts=experts))
+        fewer_experts = replace(whole(layout), experts=experts)
+        target = RatioTarget(ratio, pairs, coarse(searched), usual, fewer_experts)
         first = [candidate for method in methods for candidate in _candidates(method, target)]
         best = _try(study, first, progress)
         fewer = [_fewer_layers(study, m, target) for m in methods if m in LAYER_METHODS]
@@ -177,7 +184,7 @@ def _candidates(method: str, target: RatioTarget) -> list[Candidate]:
     if method == "compact":
         return [Candidate(method, sizes, retokenize=False) for sizes in pairs]
     if method == "search":
-        return [Candidate(method, sizes, repair=True) for sizes in pairs]
+        return [Candidate(method, sizes, repair=True) for sizes in target.searched]
     return [Candidate("act2", pairs[-1], "act2", retokenize=False, influence=True)]
 
 

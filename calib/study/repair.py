@@ -13,10 +13,9 @@ from calib.streaming.ffn import ExpertKey, down_proj_tensors, file_matrices
 from calib.streaming.settings import ComputeOptions
 from calib.streaming.weights import TORCH_DTYPE, raw
 from calib.study.study import Study, open_study
-from calib.study.trial import RefitHook, Trial, Variant
-from surgery.apply.edits import kept_parts, layer_groups
+from calib.study.trial import ExpertChoice, RefitHook, Trial, Variant
+from surgery.apply.edits import KeptParts, kept_parts, layer_groups
 from surgery.errors import BudgetError, PlanError
-from surgery.families.schema import renumbered
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
 from surgery.planning.replacement import Entry, ReplacementWriter, replacement_file
@@ -24,6 +23,7 @@ from surgery.planning.request import SizeChoice
 from surgery.planning.shapes import axis_lengths, output_dtype, output_shape
 from surgery.planning.sizes import Sizes
 from surgery.process import Advance, Progress, no_advance, peak_rss_bytes, stage
+from surgery.stats.channels import RANDOM
 from surgery.text.documents import TextOptions
 
 LOG = logging.getLogger(__name__)
@@ -99,16 +99,13 @@ def repair(plan: Plan, study: Study, path: Path, progress: Advance = no_advance)
     """
     text = study.text
     layout, vocab_size = text.layout, plan.after.vocab_size
-    lengths = axis_lengths(layout, plan.after.widths)
-    sources = [group[0] for group in layer_groups(plan, layout)]
-    parts = (part.channels for part in kept_parts(plan, layout))
-    kept = dict(zip(sources, parts, strict=True))
-    plain = Variant(plan.ids(), lengths, kept=kept, layers=plan.layers)
+    parts = parts_by_source(plan, layout)
+    plain = plain_variant(plan, layout, parts)
     calibration_pass = text.calibration_pass(vocab_size, refits=True)
     encoded = text.encoded(vocab_size)
     entries = _entries(plan, layout)
     with ReplacementWriter(path, entries) as writer:
-        write = refit_hook(layout, sources, entries, writer)
+        write = refit_hook(layout, parts, entries, writer)
         trials = [
             Trial(plain, encoded, calibration_pass),
             Trial(replace(plain, repair=True), encoded, calibration_pass, write),
@@ -126,13 +123,40 @@ def repair(plan: Plan, study: Study, path: Path, progress: Advance = no_advance)
     return msgspec.structs.replace(plan, replaced=made, provenance=provenance)
 
 
+Parts = Mapping[int, KeptParts]
+"""The source's layer → what is kept of it, in the order of the output's layers."""
+
+
+def parts_by_source(plan: Plan, layout: Layout) -> Parts:
+    """Return what a plan keeps, by layers of the source."""
+    sources = [group[0] for group in layer_groups(plan, layout)]
+    return dict(zip(sources, kept_parts(plan, layout), strict=True))
+
+
+def plain_variant(plan: Plan, layout: Layout, parts: Parts) -> Variant:
+    """Return what a plan makes of the model, without a repair."""
+    channels = {
+        source: {axis: part.of_source(axis, layout.experts) for axis in part.channels}
+        for source, part in parts.items()
+    }
+    choice = None
+    if plan.kept_experts:
+        kept = {source: part.experts for source, part in parts.items() if len(part.experts)}
+        choice = ExpertChoice(RANDOM, plan.after.experts, 1, kept)  # chosen already
+    lengths = axis_lengths(layout, plan.after.widths)
+    return Variant(plan.ids(), lengths, kept=channels, layers=plan.layers, experts=choice)
+
+
 def _entries(plan: Plan, layout: Layout) -> list[Entry]:
     """Return name, dtype and shape of every down_proj of the output."""
-    sizes = Sizes(plan.after.vocab_size, plan.after.widths, plan.dequantize)
+    experts = plan.after.experts if plan.kept_experts else 0
+    sizes = Sizes(plan.after.vocab_size, plan.after.widths, plan.dequantize, experts=experts)
     found = []
-    for number, group in enumerate(layer_groups(plan, layout)):
-        for name in down_proj_tensors(layout, group[0]):
-            ref = layout.checkpoint.tensors[name]
+    for number, (source, part) in enumerate(parts_by_source(plan, layout).items()):
+        for name in down_proj_tensors(layout, source):
+            ref, role = layout.checkpoint.tensors[name], layout.roles[name]
+            if not part.keeps(role):
+                continue
             dtype = output_dtype(layout, ref, sizes)
             if dtype not in TORCH_DTYPE:
                 raise PlanError(
@@ -140,7 +164,8 @@ def _entries(plan: Plan, layout: Layout) -> list[Entry]:
                     "is kept in FP8, which cannot hold refitted weights",
                     fix="plan with `dequantize`, or without `repair`",
                 )
-            found.append((renumbered(name, number), dtype, output_shape(layout, ref, sizes)))
+            shape = output_shape(layout, ref, sizes)
+            found.append((part.name_of(name, role, number), dtype, shape))
     return found
 
 
@@ -163,25 +188,29 @@ def repair_cost(plan: Plan, study: Study) -> Prediction:
 
 
 def refit_hook(
-    layout: Layout, sources: Sequence[int], entries: Sequence[Entry], writer: ReplacementWriter
+    layout: Layout, parts: Parts, entries: Sequence[Entry], writer: ReplacementWriter
 ) -> RefitHook:
     """Return a hook that writes refitted matrices in the file's layout.
 
     Args:
         layout: The source.
-        sources: The source's layer that each output layer comes from.
+        parts: What is kept of its layers.
         entries: Name, dtype and shape of the tensors that ``writer`` can write.
         writer: Writes the file.
     """
-    numbers = {source: number for number, source in enumerate(sources)}
+    numbers = {source: number for number, source in enumerate(parts)}
     shapes = {name: (dtype, shape) for name, dtype, shape in entries}
 
     def write(index: int, refitted: Mapping[ExpertKey, torch.Tensor]) -> None:
+        part = parts[index]
         for name in down_proj_tensors(layout, index):
-            written = renumbered(name, numbers[index])
+            role = layout.roles[name]
+            if not part.keeps(role):
+                continue
+            written = part.name_of(name, role, numbers[index])
             dtype, shape = shapes[written]
             tensor = torch.zeros(shape, dtype=TORCH_DTYPE[dtype])
-            views = file_matrices(layout, name, tensor)
+            views = file_matrices(layout, name, tensor, part.experts)
             if views.keys() <= refitted.keys():
                 for key, view in views.items():
                     view.copy_(refitted[key])

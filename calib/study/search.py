@@ -183,17 +183,10 @@ def search_space(
             choice.rarity.must_keep,
             allowed_steps(layout, asked),
             fixed,
-            _expert_counts(layout, asked),
+            expert_counts(layout, asked),
         )
-    if request.channels.repair != "none":
-        sizes = [each for each in sizes if not _removes_both(layout, each)]
     found = [replace(each, dequantize=asked.dequantize) for each in sizes]
     return SearchSpace(choice, found, most)
-
-
-def _removes_both(layout: Layout, sizes: Sizes) -> bool:
-    """Whether experts and channels are removed, which cannot be repaired."""
-    return bool(sizes.experts) and dict(sizes.widths) != dict(layout.widths)
 
 
 def _fixed(layout: Layout, request: CutRequest) -> FixedSizes:
@@ -211,7 +204,7 @@ def _fixed(layout: Layout, request: CutRequest) -> FixedSizes:
     return FixedSizes(vocab_size, {**fixed.widths, **widths})
 
 
-def _expert_counts(layout: Layout, asked: SizeRequest) -> list[int]:
+def expert_counts(layout: Layout, asked: SizeRequest) -> list[int]:
     """Return the numbers of experts to try, as in ``Sizes``.
 
     Raises:

@@ -120,7 +120,9 @@ def legend(row: Row, *, marked: bool = False) -> str:
         "score: two parts loss, one part alike; search minimizes it",
     ]
     if marked:
-        lines.append("*: not the share asked for, but the nearest that whole layers or steps reach")
+        lines.append(
+            "*: not the share asked for, but the nearest that whole layers, experts or steps reach"
+        )
     return "\n".join(lines)
 
 

@@ -113,21 +113,20 @@ class Trial:
     def run(self, decoder: StreamedDecoder, index: int) -> None:
         """Run the text through the variant's version of a layer."""
         if not self.variant.layers or [index] in self.variant.layers:
-            weights = self._pruned_weights(decoder, index)
-            with self._without_experts(decoder, index):
+            experts = self._kept_experts(decoder, index)
+            weights = self._pruned_weights(decoder, index, experts)
+            with self._without_experts(decoder, index, experts):
                 decoder.run(index, self.stream, weights=weights)
-            if self._prefix is not None:
-                self._prefix.advance(decoder, index, weights)
+                if self._prefix is not None:
+                    self._prefix.advance(decoder, index, weights)
             return
         self._groups.run(decoder, index, self.stream)
 
-    def _without_experts(
-        self, decoder: StreamedDecoder, index: int
-    ) -> AbstractContextManager[None]:
-        """Keep the layer's router from the experts that the variant removes."""
+    def _kept_experts(self, decoder: StreamedDecoder, index: int) -> np.ndarray | None:
+        """Return the experts of a layer that the variant keeps; None where it keeps all."""
         choice, layout = self.variant.experts, decoder.layout
         if choice is None or EXPERT not in layout.ffn_outputs[index]:
-            return nullcontext()
+            return None
         kept = choice.kept.get(index)
         if kept is None:
             assert self.calibration_pass is not None
@@ -135,11 +134,25 @@ class Trial:
             weights = self.calibration_pass.weights(self.variant.ids.new_size)
             importance = expert_importance(choice.criterion, sums, weights, layout.experts, index)
             kept = choose_experts(importance, choice.count, choice.groups)
-        removed = torch.from_numpy(np.setdiff1d(np.arange(layout.experts), kept))
+        return kept
+
+    @staticmethod
+    def _without_experts(
+        decoder: StreamedDecoder, index: int, kept: np.ndarray | None
+    ) -> AbstractContextManager[None]:
+        """Keep the layer's router from the experts that are not kept."""
+        if kept is None:
+            return nullcontext()
+        removed = torch.from_numpy(np.setdiff1d(np.arange(decoder.layout.experts), kept))
         return masked_router(decoder.layer(index), decoder.routers(index), removed)
 
-    def _pruned_weights(self, decoder: StreamedDecoder, index: int) -> dict[str, torch.Tensor]:
-        """Return parameters of the kept channels, down_proj refitted if asked and if that helps."""
+    def _pruned_weights(
+        self, decoder: StreamedDecoder, index: int, experts: np.ndarray | None
+    ) -> dict[str, torch.Tensor]:
+        """Return parameters of the kept channels, down_proj refitted if asked and if that helps.
+
+        ``experts`` are the kept ones; None is all.
+        """
         if self.calibration_pass is None:
             return {}
         chosen = self._choose(self.calibration_pass, index)
@@ -148,9 +161,10 @@ class Trial:
         for ffn_module in decoder.ffn_modules(index):
             if ffn_module.axis in chosen:
                 if self.variant.repair:
-                    refitted |= self._refit(
-                        decoder, index, ffn_module, self.calibration_pass, chosen[ffn_module.axis]
-                    )
+                    kept = dict(enumerate(chosen[ffn_module.axis]))
+                    if ffn_module.routed and experts is not None:
+                        kept = {expert: kept[expert] for expert in experts.tolist()}
+                    refitted |= self._refit(decoder, index, ffn_module, self.calibration_pass, kept)
                 dims = decoder.channel_dims(index, ffn_module.axis)
                 found |= pruned_parameters(
                     layer, ffn_module, dims, chosen[ffn_module.axis], refitted
@@ -164,16 +178,21 @@ class Trial:
         index: int,
         ffn_module: FfnModule,
         calibration_pass: CalibrationPass,
-        kept: Sequence[np.ndarray],
+        kept: Mapping[int, np.ndarray],
     ) -> dict[ExpertKey, torch.Tensor]:
-        """Return the refitted matrices ``[D, K]`` of a module; empty if refitting helps none."""
+        """Return the refitted matrices ``[D, K]`` of a module; empty if refitting helps none.
+
+        ``kept`` has the kept channels of each expert that is kept. It is fitted to the tokens that
+        the dense model routes to it.
+        """
         layer, helped = decoder.layer(index), 0
         found: dict[ExpertKey, torch.Tensor] = {}
         prefix = self._prefix if has_one_ffn(decoder.ffn_modules(index)) else None
         dtype = down_dtype(decoder.layout, index, ffn_module.axis)
         weight = layer.get_parameter(down_name(ffn_module)).data
-        for expert, matrix in enumerate(down_matrices(layer, ffn_module, weight)):
-            key = ffn_module.axis, expert
+        matrices = down_matrices(layer, ffn_module, weight)
+        for expert in kept:
+            key, matrix = (ffn_module.axis, expert), matrices[expert]
             columns = torch.from_numpy(kept[expert]).to(matrix.device)
             grams = [grams[key] for grams in calibration_pass.grams if key in grams]
             if prefix is not None:

@@ -116,6 +116,16 @@ class KeptParts:
         """Return the number that a kept expert of the source has in the output."""
         return int(np.searchsorted(self.experts, expert))
 
+    def keeps(self, role: TensorRole) -> bool:
+        """Whether the output has the expert that a tensor belongs to, if it belongs to one."""
+        return not role.slot.of_expert or role.expert in self.experts
+
+    def name_of(self, name: str, role: TensorRole, layer: int) -> str:
+        """Return the name of a layer's tensor in the output, with its new numbers."""
+        if not role.slot.of_expert:
+            return renumbered(name, layer)
+        return renumbered(name, layer, self.position(role.expert or 0))
+
 
 def edits(plan: Plan, layout: Layout) -> dict[str, list[OutputTensor]]:
     """Return what ``plan`` makes of ``layout``: shard → output tensors in the source's order.
@@ -142,7 +152,7 @@ def edits(plan: Plan, layout: Layout) -> dict[str, list[OutputTensor]]:
             name, group, of_layer = tensor.name, [layer or 0], outside
             if layer is not None:
                 group, of_layer = groups[numbers[layer]], kept[numbers[layer]]
-                name = _output_name(tensor.name, role, numbers[layer], of_layer)
+                name = of_layer.name_of(tensor.name, role, numbers[layer])
             if name in replaced:
                 edit = Edit(replaced.pop(name), replaces=True)
                 check_replaced(edit.source, dtype, shape)
@@ -169,13 +179,6 @@ def edits(plan: Plan, layout: Layout) -> dict[str, list[OutputTensor]]:
     for ref in replaced.values():
         check_replaced(ref, None, None)
     return by_shard
-
-
-def _output_name(name: str, role: TensorRole, layer: int, kept: KeptParts) -> str:
-    """Return the name of a layer's tensor in the output, with its new numbers."""
-    if not role.slot.of_expert:
-        return renumbered(name, layer)
-    return renumbered(name, layer, kept.position(role.expert or 0))
 
 
 def sources(shard: Sequence[OutputTensor]) -> frozenset[str]:

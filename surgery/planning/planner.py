@@ -148,13 +148,6 @@ def _check_repair(layout: Layout, sizes: Sizes, repair: str) -> None:
             f"does not work with {opaque.method} weights",
             fix="leave it out, or dequantize the checkpoint first",
         )
-    if repair != "none" and sizes.experts and sizes.widths != layout.widths:
-        raise BudgetError(
-            "`repair`",
-            "does not work with removed experts: their tokens go to others, on which down_proj "
-            "was not fitted",
-            fix="leave it out, or keep all experts",
-        )
 
 
 def kept_experts(

@@ -336,15 +336,18 @@ def test_config_json_must_have_as_many_experts_as_the_tensors(tmp_path: Path, ru
     assert "num_experts is not the number of experts that the tensors have" in refused.output
 
 
-def test_repair_of_removed_experts_is_refused(tmp_path: Path, text: Path, run: Run) -> None:
+def test_experts_and_channels_are_removed_and_repaired(
+    tmp_path: Path, text: Path, run: Run
+) -> None:
     source = eight(tmp_path / "source", MOE)
-    sizes = ("--num-experts", 6, "--width", "moe_intermediate_size=32")
+    sizes = ("--num-experts", 6, "--width", "moe_intermediate_size=32", "--min-expert-tokens", 0)
     made = run(
         *("prune", source, "--data", text, *sizes, "--repair", "least-squares"),
         *("-o", tmp_path / "out"),
     )
-    assert made.exit_code == 2
-    assert "--repair: does not work with removed experts" in made.output
+    assert made.exit_code == 0, made.output
+    assert "repaired" in made.output
+    assert run("verify", tmp_path / "out", "--forward").exit_code == 0
 
 
 def test_a_plan_that_keeps_other_experts_is_refused(tmp_path: Path, run: Run) -> None:

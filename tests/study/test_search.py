@@ -324,8 +324,11 @@ def test_experts_are_compared_where_they_are_named(tmp_path: Path, run: Run) -> 
     rows = next(iter(json.loads(found.stdout).values()))
     assert [row["name"] for row in rows] == ["dense", *names.split(",")]
     assert [row["experts"] for row in rows] == [8] + [5] * 7
-    shown = run("compare", source, *take, "--methods", "reap,act2")
-    assert "experts" in shown.output
+    shown = run("compare", source, *take, "--methods", "reap,act2,search")
+    lines = {line.split()[0]: line.split() for line in shown.output.splitlines() if line}
+    column = lines["cut"].index("experts")
+    assert lines["act2"][column] == "8"
+    assert lines["search"][column] in [str(count) for count in range(2, 9)]
     dense = run("compare", tiny.save(tmp_path / "llama"), *take, "--methods", "reap")
     assert dense.exit_code == 2
     assert "no routed experts" in dense.output

@@ -11,16 +11,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from calib.scoring.logits import compare_logits
 from calib.scoring.score import score_windows
 from calib.statistics.calibrate import Calibration, take_statistics
 from calib.streaming.settings import PassSettings
-from calib.study.repair import _entries, refit_hook
+from calib.study.repair import _entries, parts_by_source, plain_variant, refit_hook
 from calib.study.study import Candidate, Study
 from calib.study.text import StudyText
 from calib.study.trial import Trial, Variant, try_all
 from calib.text.heldout import BLOCK_CHARACTERS, EVERY, LEAST_BLOCKS, Words, split_documents
 from surgery.api import apply_plan
-from surgery.apply.edits import kept_parts
 from surgery.planning.plan import Plan
 from surgery.planning.planner import plan_cut
 from surgery.planning.replacement import ReplacementWriter
@@ -55,17 +55,13 @@ def try_plan(
 ) -> tuple[float, Plan]:
     """Bits of a trial of ``plan``, and the plan with what the trial has refitted."""
     layout = study_text.layout
-    variant = Variant(
-        plan.ids(),
-        axis_lengths(layout, plan.after.widths),
-        repair=repair,
-        kept=dict(enumerate(part.channels for part in kept_parts(plan, layout))),
-    )
+    parts = parts_by_source(plan, layout)
+    variant = replace(plain_variant(plan, layout, parts), repair=repair)
     size = plan.after.vocab_size
     calibration_pass = study_text.calibration_pass(size, refits=repair)
     entries = _entries(plan, layout)
     with ReplacementWriter(output, entries) as writer:
-        write = refit_hook(layout, range(layout.num_hidden_layers), entries, writer)
+        write = refit_hook(layout, parts, entries, writer)
         trial = Trial(variant, study_text.encoded(size), calibration_pass, write)
         (bits,) = try_all(layout, [trial], SETTINGS)
     made = msgspec.structs.replace(plan, replaced=writer.replacement("test"))
@@ -86,6 +82,20 @@ def test_a_trial_is_what_apply_writes(tmp_path: Path, key: str, repair: bool) ->
     if repair:
         apply_plan(plan, source=path, output=tmp_path / "plain")
         assert bits != pytest.approx(bits_of(tmp_path / "plain", study_text), rel=1e-6)
+
+
+@pytest.mark.parametrize("key", ["qwen3_moe", "gpt_oss", "llama4_text", "deepseek_v3"])
+def test_a_repaired_trial_without_experts_is_what_apply_writes(tmp_path: Path, key: str) -> None:
+    path = tiny.save(tmp_path / "model", key, num_local_experts=8)
+    study_text = study_text_of(path)
+    plan = random_plan(path, 420, 0.5, experts=6)
+    bits, made = try_plan(plan, study_text, tmp_path / "new.safetensors", repair=True)
+    assert made.replaced is not None
+    assert any(".experts." in name for name in made.replaced.tensors)
+    apply_plan(made, source=path, output=tmp_path / "out")
+    assert bits == pytest.approx(bits_of(tmp_path / "out", study_text), rel=1e-5)
+    assert verify_files(tmp_path / "out", made, path).ok
+    assert compare_logits(made, path, tmp_path / "out", "cpu").ok
 
 
 @pytest.mark.parametrize(
