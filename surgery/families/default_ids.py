@@ -30,6 +30,12 @@ _OLMO = {"pad_token_id": 1, "eos_token_id": 50279}
 _COHERE = {"pad_token_id": 0, "bos_token_id": 5, "eos_token_id": 255001}
 _ZERO_ONE_TWO = {"pad_token_id": 0, **_ONE_TWO}
 _PAD = {"pad_token_id": 0}
+_BLENDERBOT = {
+    "pad_token_id": 0,
+    **_ONE_TWO,
+    "decoder_start_token_id": 1,
+    "forced_eos_token_id": 2,
+}
 _T5 = {"pad_token_id": 0, "eos_token_id": 1}
 _ROBERTA = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
 _LLAMA3 = {"bos_token_id": 128000, "eos_token_id": 128001}
@@ -46,6 +52,8 @@ DEFAULT_IDS: Mapping[str, Mapping[str, Default]] = {
     "apertus": {"pad_token_id": 3, **_ONE_TWO},
     "arcee": _LLAMA3,
     "biogpt": {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
+    "blenderbot": _BLENDERBOT,
+    "blenderbot-small": _BLENDERBOT,
     "bloom": _ONE_TWO,
     "codegen": _GPT2,
     "cohere": _COHERE,
@@ -53,7 +61,14 @@ DEFAULT_IDS: Mapping[str, Mapping[str, Default]] = {
     "cohere2_moe": _COHERE,
     "bart": {**_ROBERTA, "decoder_start_token_id": 2, "forced_eos_token_id": 2},
     "bert": _PAD,
+    "bigbird_pegasus": {
+        "pad_token_id": 0,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 2,
+    },
     "camembert": _ROBERTA,
+    "data2vec-text": _ROBERTA,
     "deberta-v2": _PAD,
     "deepseek_v2": _ONE_TWO,
     "deepseek_v3": {"bos_token_id": 0, "eos_token_id": 1},
@@ -63,6 +78,7 @@ DEFAULT_IDS: Mapping[str, Mapping[str, Default]] = {
     "electra": _PAD,
     "ernie4_5": _ZERO_ONE_TWO,
     "ernie4_5_moe": _ZERO_ONE_TWO,
+    "ernie": _PAD,
     "eurobert": {
         "pad_token_id": 128001,
         "bos_token_id": 128000,
@@ -123,6 +139,7 @@ DEFAULT_IDS: Mapping[str, Mapping[str, Default]] = {
         "forced_eos_token_id": 0,
     },
     "mbart": {**_ROBERTA, "forced_eos_token_id": 2},
+    "megatron-bert": _PAD,
     "minimax_m2": {"bos_token_id": 200034, "eos_token_id": 200020},
     "ministral": _ONE_TWO,
     "ministral3": {"pad_token_id": 11, **_ONE_TWO},
@@ -145,6 +162,7 @@ DEFAULT_IDS: Mapping[str, Mapping[str, Default]] = {
     "mpnet": _ROBERTA,
     "mpt": {},
     "mt5": {**_T5, "decoder_start_token_id": 0},
+    "mvp": {**_ROBERTA, "decoder_start_token_id": 2},
     "nanochat": {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1},
     "nemotron": {"bos_token_id": 2, "eos_token_id": 3},
     "olmo": _OLMO,
@@ -157,6 +175,7 @@ DEFAULT_IDS: Mapping[str, Mapping[str, Default]] = {
     "phi": _ONE_TWO,
     "phi3": {"bos_token_id": 1, "eos_token_id": 32000, "pad_token_id": 32000},
     "phimoe": _ONE_TWO,
+    "plbart": {**_ROBERTA, "forced_eos_token_id": 2},
     "qwen2": {},
     "qwen2_5_vl": _QWEN_VL,
     "qwen2_5_vl_text": _QWEN_VL_TEXT,
@@ -169,7 +188,10 @@ DEFAULT_IDS: Mapping[str, Mapping[str, Default]] = {
     "qwen3_next": {},
     "qwen3_vl": _QWEN_VL,
     "qwen3_vl_text": {},
+    "rembert": {"pad_token_id": 0, "bos_token_id": 312, "eos_token_id": 313},
     "roberta": _ROBERTA,
+    "roberta-prelayernorm": _ROBERTA,
+    "roformer": _PAD,
     "seed_oss": {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
     "smollm3": {"pad_token_id": 128004, "bos_token_id": 128000, "eos_token_id": 128001},
     "solar_open": {},
@@ -186,6 +208,7 @@ DEFAULT_IDS: Mapping[str, Mapping[str, Default]] = {
         "begin_suppress_tokens": [220, 50256],
     },
     "xlm-roberta": _ROBERTA,
+    "xlm-roberta-xl": _ROBERTA,
     "youtu": _LLAMA3,
 }
 """model_type → key → id; vocab_offset and vocab_size_per_layer_input are numbers of ids."""

@@ -83,6 +83,7 @@ _BERT_LAYERS = (
     + _BERT_FFN
 )
 _BERT_LIKE = _embeddings() + _BERT_LAYERS
+_BERT_MAPS = tuple(slot for slot in _BERT_LAYERS if slot.group != "norms")
 _CLS = ("cls.predictions.decoder", "cls.predictions.bias")
 _LM_HEAD = ("lm_head.decoder", "lm_head.bias")
 _ROBERTA = _encoder(
@@ -91,6 +92,36 @@ _ROBERTA = _encoder(
 
 ENCODERS: dict[str, Family] = {
     "bert": _encoder(_BERT_LIKE, "bert.", *_CLS, carried=("cls.",)),
+    "ernie": _encoder(
+        _BERT_LIKE + one("embeddings.task_type_embeddings.weight", required=False),
+        "ernie.",
+        *_CLS,
+        carried=("cls.",),
+    ),
+    "megatron-bert": _encoder(
+        _embeddings() + _BERT_MAPS + _norms("attention.ln", "ln", at=_BERT) + _norms("encoder.ln"),
+        "bert.",
+        *_CLS,
+        carried=("cls.",),
+    ),
+    "rembert": _encoder(
+        _BERT_LIKE
+        + one("encoder.embedding_hidden_mapping_in.weight")
+        + one("encoder.embedding_hidden_mapping_in.bias"),
+        "rembert.",
+        *_CLS,
+        carried=("cls.",),
+        tied=False,
+    ),
+    "roformer": _encoder(
+        _BERT_LIKE
+        + one("encoder.embed_positions.weight", required=False)
+        + one("embeddings_project.weight", required=False)
+        + one("embeddings_project.bias", required=False),
+        "roformer.",
+        *_CLS,
+        carried=("cls.",),
+    ),
     "distilbert": _encoder(
         _embeddings()
         + attention(*(f"attention.{name}_lin" for name in ("q", "k", "v", "out")), at=_DISTIL)
@@ -106,6 +137,33 @@ ENCODERS: dict[str, Family] = {
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
     "camembert": _ROBERTA,
+    "data2vec-text": _encoder(
+        _BERT_LIKE,
+        "data2vec_text.",
+        *_LM_HEAD,
+        carried=("lm_head.",),
+        positions_after_pad=True,
+    ),
+    "roberta-prelayernorm": _encoder(
+        _embeddings()
+        + _BERT_MAPS
+        + _norms("attention.LayerNorm", "intermediate.LayerNorm", at=_BERT)
+        + _norms("LayerNorm"),
+        "roberta_prelayernorm.",
+        *_LM_HEAD,
+        carried=("lm_head.",),
+        positions_after_pad=True,
+    ),
+    "xlm-roberta-xl": _encoder(
+        _embeddings()
+        + _BERT_MAPS
+        + _norms("attention.self_attn_layer_norm", "LayerNorm", at=_BERT)
+        + _norms("encoder.LayerNorm"),
+        "roberta.",
+        *_LM_HEAD,
+        carried=("lm_head.",),
+        positions_after_pad=True,
+    ),
     "mpnet": _encoder(
         _embeddings()
         + attention(*(f"attention.attn.{name}" for name in "qkvo"), at=_BERT)
@@ -221,6 +279,11 @@ ENCODER_DECODERS: dict[str, Family] = {
     "umt5": _T5,
     "bart": _BART,
     "mbart": _BART,
+    "mvp": _BART,
+    "plbart": _BART,
+    "blenderbot": _BART,
+    "blenderbot-small": _BART,
+    "bigbird_pegasus": _BART,
     "m2m_100": _both(positions_after_pad=True),
     "marian": _both(),
     "pegasus": _both(),

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from surgery.cli.main import main
 from surgery.planning.plan import Plan, ProvenanceFile
 from surgery.stats.channel_stats import StatsInfo
-from tests.support import ROOT, tiny
+from tests.support import ROOT, tiny, tiny_encoders
 from tools import demo
 from tools import pages as generated
 from tools.family_table import untested
@@ -84,6 +84,7 @@ def save_material(folder: Path) -> Path:
     tiny.save(
         folder / "my-model", hidden_size=64, intermediate_size=512, vocab_size=1536, tied=True
     )
+    tiny_encoders.save(folder / "my-encoder", "xlm-roberta")
     for name in ("text.txt", "heldout.txt"):
         (folder / name).write_text(tiny.prose(9_000), encoding="utf-8")
     return folder

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from surgery.families.table import FAMILIES
 from tests.support import tiny
 
 Kwargs = dict[str, Any]
@@ -67,6 +68,13 @@ ENCODERS: dict[str, Kwargs] = {
     },
     "modernbert": {**_PLAIN, "global_attn_every_n_layers": 2, "local_attention": 16},
     "eurobert": {**_PLAIN, "num_key_value_heads": 2},
+    "ernie": {**_PLAIN, "use_task_id": True},
+    "megatron-bert": _PLAIN,
+    "rembert": {**_PLAIN, "input_embedding_size": 16, "output_embedding_size": 24},
+    "roformer": {**_PLAIN, "embedding_size": 16},
+    "data2vec-text": _PLAIN,
+    "roberta-prelayernorm": _PLAIN,
+    "xlm-roberta-xl": _PLAIN,
 }
 """Keyword arguments for ``AutoConfig.for_model``; keys are as in ``tiny_configs``."""
 
@@ -97,6 +105,11 @@ ENCODER_DECODERS: dict[str, Kwargs] = {
     "umt5": {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     "bart": _BART,
     "mbart": _BART,
+    "mvp": _BART,
+    "plbart": _BART,
+    "blenderbot": _BART,
+    "blenderbot-small": _BART,
+    "bigbird_pegasus": {**_BART, "attention_type": "original_full"},
     "m2m_100": _BART,
     "marian": _BART,
     "pegasus": _BART,
@@ -112,9 +125,13 @@ WORDPIECE, UNIGRAM, BYTE_LEVEL = "WordPiece", "Unigram", "BPE"
 
 TOKENIZERS = {
     "roberta": BYTE_LEVEL,
+    "data2vec-text": BYTE_LEVEL,
+    "roberta-prelayernorm": BYTE_LEVEL,
     "modernbert": BYTE_LEVEL,
     "eurobert": BYTE_LEVEL,
     "xlm-roberta": UNIGRAM,
+    "xlm-roberta-xl": UNIGRAM,
+    "rembert": UNIGRAM,
     "camembert": UNIGRAM,
     "deberta-v2": UNIGRAM,
     **dict.fromkeys(ENCODER_DECODERS, UNIGRAM),
@@ -191,7 +208,7 @@ def _trained(kind: str, pad_first: bool) -> str:
 
 def tokenizer(key: str) -> Tokenizer:
     """The tokenizer of a tiny encoder, of TOKENS tokens or fewer."""
-    pads_first = key.partition(":")[0] in ("bert", "distilbert", "electra", "deberta-v2")
+    pads_first = not FAMILIES[key.partition(":")[0]].positions_after_pad
     return Tokenizer.from_str(_trained(kind_of(key), pads_first))
 
 
