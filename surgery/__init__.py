@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from surgery.api import (
         Model,
         apply_plan,
+        export_gguf,
         make_plan,
         open_model,
         removed_tokens,
@@ -28,6 +29,7 @@ __all__ = [
     "SurgeryError",
     "__version__",
     "apply_plan",
+    "export_gguf",
     "make_plan",
     "merge_stats",
     "open_model",

@@ -8,6 +8,7 @@ from surgery.apply.companions import check_companions
 from surgery.apply.run import JOBS, Applied, ApplyOptions, apply_to
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.errors import UnknownTypeError
+from surgery.export.gguf_file import Exported, ExportOptions, export_layout
 from surgery.files.shard_file import IO
 from surgery.hub.fetch import resolve_model, resolve_source
 from surgery.layout.build import read_layout
@@ -304,6 +305,44 @@ def apply_plan(  # noqa: PLR0913
     directory = Path(output) if output is not None else None
     options = ApplyOptions(directory, resume, jobs, engine, io, checksum)
     return apply_to(loaded, resolve_source(loaded.source, source), options, progress)
+
+
+def export_gguf(
+    model: Model | str | Path,
+    output: Path | str,
+    *,
+    type: str | None = None,
+    pre: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write a checkpoint as one GGUF file for llama.cpp (extra ``gguf``).
+
+    The file appears whole at the end, or not at all. Memory is bounded by some windows and the
+    tokenizer, not by the model.
+
+    Example:
+        >>> surgery.export_gguf("smaller", "smaller.gguf", type="q8_0")
+
+    Args:
+        model: The checkpoint, pruned or not: an open model or its directory.
+        output: File to write.
+        type: What weights become: f32, f16, bf16 or q8_0; None is what most of them are.
+        pre: llama.cpp's name for the way that the tokenizer splits text. It is found where the
+            vocabulary is whole, or where the plan that pruned it has kept it.
+        force: Replace a file that is there.
+        progress: Called with "export", the bytes written so far, and all bytes to write.
+
+    Returns:
+        What was written.
+
+    Raises:
+        FamilyError: llama.cpp would run the model as another one, or its type is not known.
+        TokenizerError: nobody knows ``pre``, or this kind of tokenizer cannot be exported.
+        OutputError: the file is there, or cannot be written.
+    """
+    options = ExportOptions(type, pre, force)
+    return export_layout(as_layout(model), Path(output), options, progress)
 
 
 def removed_tokens(

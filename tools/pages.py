@@ -24,6 +24,7 @@ READ_ON = {
     "plan": "sizes.md",
     "apply": "large-models.md#memory-of-apply",
     "verify": "quickstart.md#step-by-step",
+    "export": "llama-cpp.md",
     "score": "evaluation.md#bits-per-byte",
     "search": "search-repair-compare.md#search",
     "compare": "search-repair-compare.md#compare",

@@ -93,7 +93,7 @@ def stream_edit(edit: Edit, source: ShardFile, output: int) -> None:
             write_all(output, window)
         return
     for offset, length in ranges:
-        _copy_range(source, output, offset, length)
+        copy_range(source, output, offset, length)
 
 
 def bytes_read(edit: Edit) -> int:
@@ -277,7 +277,7 @@ def _blocks(edit: Edit) -> Iterator[tuple[int, int, int, int]]:
             yield row, 1, start, min(start + step, positions)
 
 
-def _copy_range(source: ShardFile, output: int, offset: int, length: int) -> None:
+def copy_range(source: ShardFile, output: int, offset: int, length: int) -> None:
     """Append ``length`` bytes, inside the kernel as long as that works.
 
     After a failure, read and write instead: then the error shows which side failed.

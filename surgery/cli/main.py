@@ -49,6 +49,8 @@ from surgery.cli.terminal import (
     with_flags,
 )
 from surgery.errors import SurgeryError, is_panic, printable, shortened
+from surgery.export.gguf_file import ExportOptions
+from surgery.export.tensors import TYPES
 from surgery.files.shard_file import IO
 from surgery.planning.request import CutRequest
 from surgery.process import spoken
@@ -518,6 +520,43 @@ def verify(directory: Path, options: VerifyOptions) -> None:
         report.details[found.check] = found.line()
     print_text(report.table(engines=options.engines))
     sys.exit(0 if report.ok else 1)
+
+
+@main.command()
+@click.argument("directory", metavar="DIR", type=path_type)
+@click.option(
+    "-o", "--output", type=path_type, metavar="FILE.gguf", required=True, help="File to write."
+)
+@gathered(
+    "options",
+    ExportOptions,
+    click.option(
+        "--type",
+        type=click.Choice(TYPES),
+        help="What weights become.  [default: what most of them are]",
+    ),
+    click.option(
+        "--pre",
+        metavar="NAME",
+        help="llama.cpp's name for the way the tokenizer splits text, where nobody knows it.",
+    ),
+    force_option,
+)
+@json_option
+def export(directory: Path, output: Path, options: ExportOptions, as_json: bool) -> None:
+    """Write a checkpoint as one GGUF file for llama.cpp (extra 'gguf')."""
+    from surgery.api import open_layout
+    from surgery.export.gguf_file import export_layout
+
+    layout = open_layout(directory)
+    with bars() as progress:
+        made = export_layout(layout, output, options, progress)
+    if as_json:
+        click.echo(json.dumps(made.facts()))
+        return
+    for note in made.notes:
+        print_text(f"note: {note}")
+    click.echo(made.line())
 
 
 for command in (calibrate, score, prune, search, compare, stats):

@@ -21,7 +21,7 @@ from surgery.verify.engines import engine_table, planned_notes
 RULE = "V' and I' follow a rule of thumb; compact-surgery search finds the split for your model"
 """Note on sizes that follow from a ratio."""
 
-BYTE_STAGES = ("calibrate", "score", "apply")
+BYTE_STAGES = ("calibrate", "score", "apply", "export")
 """Stages that count bytes of weights; the others count windows times layers."""
 
 PARAMETER = re.compile(r"`([a-z_]+)`")

@@ -135,6 +135,9 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     untie: bool = False
     """Whether the source's lm_head differs from its embedding although its config.json ties them.
     The output's does not."""
+    pre_tokenizer: str | None = None
+    """llama.cpp's name for the way that the source splits text before BPE, where the vocabulary is
+    pruned, so that an export knows it; None where it is not known, or not needed."""
     kept_experts: list[str] = []
     """For each layer of the output: the routed experts to keep (``index_sets.encode``), "" where it
     has none. Empty: none are chosen yet, or all are kept."""
@@ -387,6 +390,14 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         file = path.absolute().parent.parent / Path(plan.replaced.file).name
         replaced = msgspec.structs.replace(plan.replaced, file=str(file))
         return msgspec.structs.replace(plan, replaced=replaced)
+
+
+def recorded_pre_tokenizer(directory: Path) -> str | None:
+    """Return ``pre_tokenizer`` of the plan that made ``directory``; None where there is none."""
+    try:
+        return Plan.load(directory / PROVENANCE_NAME).pre_tokenizer
+    except PlanError:  # it was not made by this tool, or by another version
+        return None
 
 
 def _fitting(text: str, width: int) -> str:

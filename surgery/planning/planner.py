@@ -19,7 +19,7 @@ from surgery.files.safetensors_header import TensorRef
 from surgery.hub.shards import Shards
 from surgery.layout.layout import Layout
 from surgery.planning.layers import check_layers, format_layers, kind_notes
-from surgery.planning.plan import ChannelShares, Plan, Provenance
+from surgery.planning.plan import ChannelShares, Plan, Provenance, recorded_pre_tokenizer
 from surgery.planning.request import SizeChoice
 from surgery.planning.shapes import (
     KeptExperts,
@@ -126,6 +126,7 @@ def plan_cut(
         weights=layout.checkpoint.weights,
         family=layout.checkpoint.family,
         base_model=choice.request.base_model,
+        pre_tokenizer=_pre_tokenizer(layout, choice, ids),
         provenance=Provenance(
             criterion=channels.criterion,
             ratio=choice.request.sizes.ratio,
@@ -138,6 +139,14 @@ def plan_cut(
             expert_criterion=channels.expert_criterion if sizes.experts else None,
         ),
     )
+
+
+def _pre_tokenizer(layout: Layout, choice: SizeChoice, ids: IdMap) -> str | None:
+    """Return llama.cpp's name for the source's pre-tokenizer; no table knows the output's hash."""
+    recorded = recorded_pre_tokenizer(layout.checkpoint.path)
+    if recorded or ids.identity or choice.tokenizer is None:
+        return recorded
+    return choice.tokenizer.pre_tokenizer
 
 
 def _check_repair(layout: Layout, sizes: Sizes, repair: str) -> None:

@@ -73,6 +73,12 @@ def prune_sentencepiece(data: bytes, path: Path, tokens: Mapping[str, int], ids:
     return _rewrite(data, model, [new is not None for new in new_ids()])
 
 
+def pieces_of(data: bytes) -> Iterator[Any] | None:
+    """Return the pieces of a tokenizer.model in their order; None where it is another format."""
+    model = _Model.of(data) if is_sentencepiece(data) else None
+    return model.pieces if model is not None else None
+
+
 class _Model:
     """A ModelProto that parses some thousand pieces at a time: all would take 4 times ``data``."""
 

@@ -1,5 +1,6 @@
 """tokenizer.json: opened, rewritten for the kept tokens, and loaded by the tokenizers library."""
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress
@@ -20,6 +21,10 @@ from surgery.tokenizer.merges import MergeRules, merge_entries, rule_ids
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+
+PRE_TOKENIZERS = Path(__file__).with_name("pre_tokenizers.json")
+"""llama.cpp's table of pre-tokenizers (MIT): a check text, and name → hashes of its ids."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +73,11 @@ class TokenizerFile:
     def library(self) -> "Tokenizer":
         """The tokenizers library's tokenizer of this file."""
         return _library(self.data, self.path)
+
+    @cached_property
+    def pre_tokenizer(self) -> str | None:
+        """``pre_tokenizer_name`` of byte-level BPE; other kinds need no name."""
+        return pre_tokenizer_name(self.library()) if self.kind is BYTE_LEVEL else None
 
     @cached_property
     def kind(self) -> Kind:
@@ -241,6 +251,31 @@ def load_tokenizer(directory: Path) -> "Tokenizer":
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def pre_tokenizer_name(tokenizer: "Tokenizer") -> str | None:
+    """Return llama.cpp's name for the way that text is split before BPE; None where it has none.
+
+    Its converter knows a tokenizer by the ids of a check text. So it knows no pruned one.
+    """
+    table = read_json(PRE_TOKENIZERS)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    ids = tokenizer.encode(table["text"]).ids
+    digest = hashlib.sha256(str(ids).encode()).hexdigest()
+    return next((name for name, known in table["names"].items() if digest in known), None)
+
+
+def read_pre_tokenizer(directory: Path) -> str | None:
+    """Return ``pre_tokenizer_name`` of a directory's tokenizer.
+
+    The library reads the file itself: that takes a third of the memory of a ``TokenizerFile``'s.
+    """
+    from tokenizers import Tokenizer
+
+    if is_legacy(directory):
+        return pre_tokenizer_name(load_tokenizer(directory))
+    return pre_tokenizer_name(Tokenizer.from_file(str(directory / TOKENIZER_NAME)))
 
 
 def _library(data: dict[str, Any], path: Path) -> "Tokenizer":

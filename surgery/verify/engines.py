@@ -173,7 +173,7 @@ CONSTRAINTS = (
         "vocab_size",
         never,
         "is a pruned byte-level BPE that the converter does not know, so it stops",
-        "add the hash that it prints to its table",
+        "compact-surgery export writes the GGUF file",
         "ggml-org/llama.cpp conversion/base.py (get_vocab_base_pre)",
         applies=lambda facts: facts.vocab_pruned and facts.byte_level,
     ),

@@ -40,3 +40,11 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]:
+    """Return the values and the tensors of a GGUF file, by key and by name."""
+    reader = gguf.GGUFReader(path)
+    return {k: field.contents() for k, field in reader.fields.items()}, {
+        tensor.name: tensor for tensor in reader.tensors
+    }

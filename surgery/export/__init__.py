@@ -1,0 +1,1 @@
+"""Write a checkpoint as one file for another runtime: GGUF for llama.cpp."""

@@ -1,0 +1,260 @@
+"""Write a checkpoint as one GGUF file, tensor by tensor; it appears whole or not at all."""
+
+import re
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from surgery.apply.output_directory import check_space
+from surgery.apply.shard import copy_range, write_all
+from surgery.errors import CheckpointError, OptionError, OutputError, check_choice
+from surgery.export.architectures import Architecture, architecture_of
+from surgery.export.description import Description, describe
+from surgery.export.tensors import BLOCK, MXFP4, OWN_TYPE, TYPES, GgufTensor, pieces, tensors_of
+from surgery.export.vocabulary import Vocabulary, find_pre_tokenizer, read_vocabulary
+from surgery.files.atomic import check_file, new_file
+from surgery.files.shard_file import open_shard
+from surgery.hub.skeleton import Skeleton
+from surgery.layout.layout import CARRIED, Layout
+from surgery.planning.plan import recorded_pre_tokenizer
+from surgery.process import Advance, Progress, spoken, stage
+
+ALIGNMENT = 32
+"""Tensors begin at multiples of it, counted from the first."""
+
+FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32, MXFP4: 38}
+"""Type of most weights → ``general.file_type``, one of gguf's ``LlamaFileType``."""
+
+PRE_NAME = re.compile(r"[a-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a file is written."""
+
+    type: str | None = None
+    """What weights become, one of ``TYPES``; None is what most of them are."""
+    pre: str | None = None
+    """llama.cpp's name for the way that the tokenizer splits text; None where it can be found."""
+    force: bool = False
+    """Whether a file that is there is replaced."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export has written."""
+
+    output: Path
+    nbytes: int
+    """Of the file."""
+    type: str
+    """What the weights are."""
+    pre: str
+    """llama.cpp's name for the way that the tokenizer splits text."""
+    tensors: dict[str, int]
+    """Type → tensors of it."""
+    seconds: float
+    notes: tuple[str, ...] = ()
+    """What the user should know, one sentence each."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return the result for JSON."""
+        return {**asdict(self), "output": str(self.output)}
+
+    def line(self) -> str:
+        """Return the result in one line."""
+        counted = ", ".join(f"{count} in {type_}" for type_, count in self.tensors.items())
+        return (
+            f"wrote {self.output}: {self.nbytes:,} bytes, tensors: {counted}; "
+            f"pre-tokenizer {self.pre}; {spoken(self.seconds)}"
+        )
+
+
+def export_layout(
+    layout: Layout, output: Path, options: ExportOptions, progress: Progress | None = None
+) -> Exported:
+    """Write the checkpoint of ``layout`` as one GGUF file.
+
+    Memory is bounded by some windows and the tokenizer. ``progress`` is called with "export", the
+    bytes written so far, and all bytes to write.
+
+    Raises:
+        OutputError: the file cannot be written, or the package gguf (extra ``gguf``) is missing.
+        FamilyError: llama.cpp would run the model as another one, or its type is not in the table.
+        TokenizerError: the tokenizer cannot be exported, or its pre-tokenizer is not known.
+        CheckpointError: the weights are not on this disk, or are quantized.
+    """
+    started = time.perf_counter()
+    type_ = options.type or _own_type(layout)
+    _check(layout, output, options, type_)
+    source = layout.checkpoint.path
+    pre = options.pre or recorded_pre_tokenizer(source) or find_pre_tokenizer(source)
+    architecture = architecture_of(layout, pre)
+    description = describe(layout, architecture)
+    tensors = tensors_of(layout, architecture, type_, _names(architecture, layout))
+    for name, values in description.tensors.items():
+        tensors.append(GgufTensor(name, "f32", values.shape, values=values))
+    vocabulary = read_vocabulary(layout.checkpoint, layout.vocab_size, pre)
+    pre, total = vocabulary.pre, sum(_padded(tensor.nbytes) for tensor in tensors)
+    if options.pre not in (None, pre):
+        raise OptionError(
+            "`pre`", f"has no effect, for this tokenizer needs {pre!r}", fix="leave it out"
+        )
+    check_space(output, total)
+    with new_file(output) as made:
+        writer = _writer(layout, architecture, description, type_)
+        _add_vocabulary(writer, vocabulary)
+        _write_header(writer, made.file, tensors)
+        del vocabulary, writer
+        _write_tensors(made.file, tensors, stage(progress, "export", total))
+    return Exported(
+        output=output,
+        nbytes=output.stat().st_size,
+        type=type_,
+        pre=pre,
+        tensors=dict(Counter(tensor.type for tensor in tensors)),
+        seconds=time.perf_counter() - started,
+        notes=(*description.notes, *_notes(layout, tensors, type_)),
+    )
+
+
+def _check(layout: Layout, output: Path, options: ExportOptions, type_: str) -> None:
+    """Refuse, before the work, what could not be written after it."""
+    source = layout.checkpoint.path
+    check_file(output, source, force=options.force)
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        fix = "pip install 'compact-surgery[gguf]'"
+        raise OutputError(output, "needs the package gguf", fix=fix) from error
+    check_choice("type", type_, TYPES)
+    if options.pre is not None and not PRE_NAME.fullmatch(options.pre):
+        raise OptionError("`pre`", "is no such name", found=options.pre, fix="correct it")
+    if Skeleton.at(source) is not None:
+        raise CheckpointError(source, "has no weights on this disk", fix="download the model first")
+
+
+def _own_type(layout: Layout) -> str:
+    """The type that most of the weights have."""
+    sizes: Counter[str] = Counter()
+    for ref in layout.by_name.values():
+        sizes[OWN_TYPE.get(ref.dtype, "bf16")] += ref.nbytes
+    return sizes.most_common(1)[0][0]
+
+
+def _names(architecture: Architecture, layout: Layout) -> Any:
+    """Return gguf's map of names, from transformers' to its own."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
+    return get_tensor_name_map(numbers[architecture.name], layout.num_hidden_layers)
+
+
+def _padded(nbytes: int) -> int:
+    return nbytes + -nbytes % ALIGNMENT
+
+
+def _writer(
+    layout: Layout, architecture: Architecture, description: Description, type_: str
+) -> Any:
+    """Return gguf's writer with all keys but the tokenizer's."""
+    from gguf import GGML_QUANT_VERSION, GGUFValueType, GGUFWriter
+
+    writer = GGUFWriter(None, architecture.name)
+    writer.add_type("model")
+    writer.add_name(layout.checkpoint.path.resolve().name)
+    opaque = layout.checkpoint.opaque
+    writer.add_file_type(FILE_TYPES[MXFP4 if opaque is not None else type_])
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    for key, value in description.values.items():
+        if isinstance(value, list):
+            writer.add_key_value(key, value, GGUFValueType.ARRAY, GGUFValueType.BOOL)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        else:
+            writer.add_uint32(key, value)
+    return writer
+
+
+def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
+    """Add the tokenizer's keys."""
+    from gguf import GGUFValueType as Kind
+
+    def add_array(key: str, values: Sequence[Any], kind: Kind) -> None:
+        if len(values):
+            writer.add_key_value(f"tokenizer.ggml.{key}", values, Kind.ARRAY, kind)
+
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    add_array("tokens", vocabulary.texts.tolist(), Kind.STRING)
+    add_array("token_type", vocabulary.kinds.tolist(), Kind.INT32)
+    if vocabulary.scores is not None:
+        add_array("scores", vocabulary.scores.tolist(), Kind.FLOAT32)
+    if vocabulary.merges is not None:
+        add_array("merges", vocabulary.merges, Kind.STRING)
+    for key, value in vocabulary.settings.items():
+        add = writer.add_bool if isinstance(value, bool) else writer.add_uint32
+        add(f"tokenizer.ggml.{key}", value)
+    if vocabulary.templates:
+        named = [{"name": n, "template": t} for n, t in vocabulary.templates.items()]
+        writer.add_chat_template(named)
+
+
+def _write_header(writer: Any, file: BinaryIO, tensors: Sequence[GgufTensor]) -> None:
+    """Write keys and the list of tensors, up to where the first tensor begins."""
+    from gguf import GGMLQuantizationType
+    from gguf.gguf_writer import WriterState
+
+    for tensor in tensors:
+        kind = GGMLQuantizationType[tensor.type.upper()]
+        # Any dtype but uint8, which would say that the shape is in bytes.
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype("f4"), tensor.nbytes, kind)
+    # The writer takes a path only; this is what it does with one.
+    writer.fout, writer.state = [file], WriterState.EMPTY
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    file.write(bytes(-file.tell() % ALIGNMENT))
+    file.flush()
+
+
+def _write_tensors(file: BinaryIO, tensors: Sequence[GgufTensor], advance: Advance) -> None:
+    """Append the tensors, each padded."""
+    output = file.fileno()
+    paths = {part.ref.path for tensor in tensors for part in tensor.parts}
+    with ExitStack() as stack:
+        shards = {path: stack.enter_context(open_shard(path, "mmap")) for path in sorted(paths)}
+        for tensor in tensors:
+            ref = tensor.copied
+            if ref is not None:
+                copy_range(shards[ref.path], output, ref.start, ref.nbytes)
+                advance(ref.nbytes)
+            else:
+                for piece in pieces(tensor, shards):
+                    write_all(output, np.ascontiguousarray(piece).reshape(-1).data.cast("B"))
+                    advance(piece.nbytes)
+            padding = _padded(tensor.nbytes) - tensor.nbytes
+            write_all(output, memoryview(bytes(padding)))
+            advance(padding)
+
+
+def _notes(layout: Layout, tensors: Sequence[GgufTensor], type_: str) -> list[str]:
+    notes = []
+    values, _ = BLOCK[type_]
+    wide = [t for t in tensors if t.type == "f16" != type_]
+    if wide:
+        notes.append(
+            f"{len(wide)} matrices are f16, for their rows are no multiple of {values}: "
+            f"{wide[0].name} has rows of {wide[0].shape[-1]:,}"
+        )
+    if any(role.slot is CARRIED for role in layout.roles.values()):
+        notes.append("the language model alone is in the file; encoders are left out")
+    return notes
