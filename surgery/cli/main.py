@@ -37,7 +37,7 @@ from surgery.cli.options import (
     show_options,
     spilling_options,
 )
-from surgery.cli.studies import compare, search
+from surgery.cli.studies import add_logits, compare, report, search
 from surgery.cli.terminal import (
     bars,
     print_text,
@@ -508,17 +508,12 @@ def verify(directory: Path, options: VerifyOptions) -> None:
     plan, source = origin_of(directory, options.plan, options.source)
     if options.forward and (plan is None or source is None):
         raise Refusal(f"{directory}: --forward needs the plan and its source")
-    report = verify_files(directory, plan, source, io=options.io)
-    if options.forward and report.ok and plan and source:
-        from calib.scoring.logits import compare_logits
-
-        with running():
-            found = compare_logits(plan, source, directory, options.device)
-        report.checks[found.check] = found.faults()
-        report.details[found.check] = found.line()
-    print_text(report.table(engines=options.engines))
-    sys.exit(0 if report.ok else 1)
+    checks = verify_files(directory, plan, source, io=options.io)
+    if options.forward and checks.ok and plan and source:
+        add_logits(checks, plan, source, directory, options.device)
+    print_text(checks.table(engines=options.engines))
+    sys.exit(0 if checks.ok else 1)
 
 
-for command in (calibrate, score, prune, search, compare, stats):
+for command in (calibrate, score, prune, search, compare, stats, report):
     main.add_command(command)
