@@ -7,7 +7,7 @@ from pathlib import Path
 from surgery.apply.companions import check_companions
 from surgery.apply.run import JOBS, Applied, ApplyOptions, apply_to
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.errors import PlanError, UnknownTypeError
+from surgery.errors import BudgetError, PlanError, UnknownTypeError
 from surgery.files.shard_file import IO
 from surgery.hub.fetch import resolve_model, resolve_source
 from surgery.layout.build import read_layout
@@ -385,7 +385,7 @@ def verify_checkpoint(
 
 
 RATIO = 0.2
-"""Share of the parameters that a page on a model starts from."""
+"""Share of the parameters that a page on a model starts from, where it can be removed."""
 
 
 def report_subject(
@@ -418,7 +418,11 @@ def report_subject(
             fix="give `stats`, or name a plan or an output",
         )
     layout = as_layout(subject)
-    plan = plan_model(layout, CutRequest(SizeRequest(ratio=RATIO)), stats)
+    check_stats(layout, stats)
+    try:
+        plan = plan_model(layout, CutRequest(SizeRequest(ratio=RATIO)), stats)
+    except BudgetError:
+        plan = plan_model(layout, CutRequest(SizeRequest(vocab_size=layout.vocab_size)), stats)
     return ReportSubject(plan, layout, subject.name if isinstance(subject, Model) else str(subject))
 
 

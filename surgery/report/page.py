@@ -24,10 +24,12 @@ from surgery.report.proof import Bill, Results, bill_of, commands_of
 from surgery.report.spelling import packed, packed_json, script_json, spelling_of
 from surgery.report.vocabulary import Vocabulary, VocabularyFacts, vocabulary_facts
 from surgery.stats.channel_stats import ChannelStats
+from surgery.stats.channels import DEFAULT_CRITERION, DEFAULT_EXPERT_CRITERION
 from surgery.tokenizer.tokenizer_file import TokenizerFile
 from surgery.verify.files import VerifyReport
 from surgery.version import __version__
 from surgery.vocabulary.order import (
+    Rarity,
     VocabularyChoice,
     identity_rarity,
     open_vocabulary,
@@ -190,18 +192,39 @@ def _choices(
     rarity = identity_rarity(layout.vocab_size)
     if tokenizer is not None:
         rarity = rarity_of(layout, VocabularyChoice(), tokenizer)
-    size, named = plan.after.vocab_size, plan.layers and not plan.provenance.layers_by_influence
-    if size != layout.vocab_size and not (
-        rarity.must_keep <= size and np.array_equal(rarity.id_map(size).kept, plan.ids().kept)
-    ):
-        return None, "The sliders remove tokens in the order of merges; this plan removes others."
-    if named:
-        return None, "The sliders rank layers by their influence; this plan names its layers."
-    if plan.dequantize:
-        return None, "The sliders keep the format of the weights; this plan changes it."
+    if why := _made_otherwise(plan, layout, rarity):
+        return None, f"The sliders {why}."
     best = sources.results.best
     marks = [Mark("search's best", best.vocab_size, best.widths)] if best else []
     return choices_of(layout, plan, stats, rarity, marks), ""
+
+
+def _made_otherwise(plan: Plan, layout: Layout, rarity: Rarity) -> str:
+    """Return how the sliders choose, where a plan was made otherwise; else nothing."""
+    size, made = plan.after.vocab_size, plan.provenance
+    ids = rarity.id_map(size) if rarity.must_keep <= size < layout.vocab_size else None
+    checks = [
+        (
+            size != layout.vocab_size
+            and (ids is None or not np.array_equal(ids.kept, plan.ids().kept)),
+            "remove tokens in the order of merges; this plan removes others",
+        ),
+        (
+            bool(plan.layers) and not made.layers_by_influence,
+            "rank layers by their influence; this plan names its layers",
+        ),
+        (
+            plan.after.widths != plan.before.widths and made.criterion != DEFAULT_CRITERION,
+            f"rank channels by {DEFAULT_CRITERION}; this plan ranks them by {made.criterion}",
+        ),
+        (
+            made.expert_criterion not in (None, DEFAULT_EXPERT_CRITERION),
+            f"rank experts by {DEFAULT_EXPERT_CRITERION}; this plan ranks them by "
+            f"{made.expert_criterion}",
+        ),
+        (plan.dequantize, "keep the format of the weights; this plan changes it"),
+    ]
+    return next((why for differs, why in checks if differs), "")
 
 
 def _render(facts: ReportFacts, data: Mapping[str, Any], tables: Mapping[str, str]) -> str:

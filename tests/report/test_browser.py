@@ -1,6 +1,8 @@
 """The page in Chromium: it tokenizes as the library does, and its sliders say what plan says."""
 
+import os
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +18,15 @@ from surgery.planning.plan import Plan
 from surgery.report.page import Report
 from surgery.stats.channel_stats import RoutedSums
 from surgery.tokenizer.tokenizer_file import TokenizerFile, prune_tokenizer
-from tests.support import tiny
-from tests.support.browser import Opened, chromium, open_page
+from tests.support import ROOT, tiny
+from tests.support.browser import REQUIRED, Opened, chromium, open_page
 from tests.support.languages import ARTICLE_1
 from tests.support.plans import layout_of, random_stats
+from tests.support.published_tokenizers import PUBLISHED, save_tiny
+from tools import real_tokenizers
 
 WORDS = 1000
+MOST_BYTES = 3_000_000
 HOSTILE = (
     "</script><script>document.title='taken'</script>",
     "\u202etxt.exe",
@@ -303,3 +308,53 @@ def test_the_sliders_say_what_plan_says(browser: Any, tmp_path: Path, key: str, 
     opened = open_page(browser, tmp_path / "page.html")
     assert assert_follows(opened, model, stats, text, report, step) >= 5
     assert_quiet(opened, tmp_path / "page.html")
+
+
+@pytest.fixture(scope="module")
+def published(request: pytest.FixtureRequest) -> dict[str, Path]:
+    """Name → directory with a published tokenizer's files."""
+    assert request.config.cache is not None
+    named = os.environ.get("COMPACT_SURGERY_TOKENIZERS")
+    folder = Path(named) if named else request.config.cache.mkdir("real_tokenizers")
+    try:
+        return real_tokenizers.fetch(folder)
+    except real_tokenizers.FetchError as error:
+        pytest.skip(f"needs published tokenizers: {error.message}")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_page_spells_as_published_tokenizers(
+    browser: Any, name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if not os.environ.get(REQUIRED):
+        pytest.skip("takes a minute: make test-page runs it")
+    model, files = tmp_path / name, request.getfixturevalue("published")
+    save_tiny(PUBLISHED[name], model)
+    for file in real_tokenizers.FILES:
+        shutil.copy(files[name] / file, model / file)
+    rows = PUBLISHED[name].rows
+    plan = surgery.make_plan(model, vocab_size=rows // 4 // 128 * 128)
+    report = surgery.make_report(plan)
+    report.save(tmp_path / "page.html")
+    assert (tmp_path / "page.html").stat().st_size < MOST_BYTES
+    opened = open_page(browser, tmp_path / "page.html")
+    assert_spells(opened, model, plan, some_words())
+    assert_quiet(opened, tmp_path / "page.html")
+
+
+def test_the_page_of_smollm2(browser: Any, tmp_path: Path) -> None:
+    """A real model: its sliders over a grid, and a thousand words."""
+    model = ROOT / "build" / "smollm2"
+    if not model.exists():
+        pytest.skip("build/smollm2 is not there: make test-page builds it")
+    stats, text = random_stats(layout_of(model)), tiny.prose(20_000)
+    report = surgery.make_report(surgery.open_model(model), stats=stats, data=[text])
+    path = tmp_path / "page.html"
+    report.save(path)
+    assert path.stat().st_size < MOST_BYTES
+    opened = open_page(browser, path)
+    step = 997 if os.environ.get(REQUIRED) else 4999
+    assert assert_follows(opened, model, stats, text, report, step) >= 3
+    opened.page.click(".marks button >> nth=0")
+    assert_spells(opened, model, report.facts.plan, some_words())
+    assert_quiet(opened, path)
