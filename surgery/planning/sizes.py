@@ -287,7 +287,7 @@ def sizes_at(
         return [nearest]
     fewest = layout.with_experts(alone[0][1].experts)
     rows = smallest_vocab if fixed.vocab_size is None else fixed.vocab_size
-    least = fewest.parameters(rows, _width_choices(layout, steps, fixed)[0])
+    least = fewest.parameters(rows, width_choices(layout, steps, fixed)[0])
     raise BudgetError(
         "`ratio`",
         "cannot be met by whole experts and the sizes beside them",

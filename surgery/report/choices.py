@@ -57,6 +57,8 @@ class Mark:
     name: str
     vocab_size: int
     widths: dict[str, int]
+    experts: int = 0
+    """0 is all of them."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,13 @@ def choices_of(
     fixed = _fixed(layout, rarity, steps)
     marks = [*_rule_of_thumb(layout, rarity, steps, fixed), *best]
     most = MOST_STOPS_OF_MIXTURES if layout.experts else MOST_STOPS
-    start = Mark("start", plan.after.vocab_size, dict(plan.after.widths))
+    after = plan.after
+    start = Mark("start", after.vocab_size, dict(after.widths), after.experts)
     marked = [mark for mark in (*marks, start) if rarity.must_keep <= mark.vocab_size]
     vocab = _vocab_stops(layout, rarity, steps, fixed, most["vocab"], marked)
     widths = _width_stops(layout, steps, fixed, most["widths"], marked)
-    experts = _expert_stops(layout, stats, most["experts"], plan.after.experts)
+    counts = {mark.experts or layout.experts for mark in marked}
+    experts = _expert_stops(layout, stats, most["experts"], counts)
     layers = _layer_stops(layout, stats)
     sizes = _sizes_by_kind(layout, widths, experts)
     rows = [(n, axis) for n, axes in enumerate(stats.layers) for axis in WIDTHS if axis in axes]
@@ -104,15 +108,22 @@ def choices_of(
         "rows": [[layer, axis] for layer, axis in rows],
         "only_width": "intermediate_size" if [*layout.widths] == ["intermediate_size"] else None,
         "marks": [
-            {"name": m.name, "vocab": m.vocab_size, "widths": m.widths}
+            {
+                "name": m.name,
+                "vocab": m.vocab_size,
+                "widths": m.widths,
+                "experts": m.experts or layout.experts,
+            }
             for m in marks
-            if m.vocab_size in vocab and m.widths in widths
+            if m.vocab_size in vocab
+            and m.widths in widths
+            and (m.experts or layout.experts) in experts
         ],
         "start": {
-            "vocab": vocab.index(plan.after.vocab_size),
-            "widths": widths.index(dict(plan.after.widths)),
-            "experts": experts.index(plan.after.experts),
-            "layers": plan.after.num_hidden_layers,
+            "vocab": vocab.index(after.vocab_size),
+            "widths": widths.index(dict(after.widths)),
+            "experts": experts.index(after.experts),
+            "layers": after.num_hidden_layers,
         },
         **sizes,
     }
@@ -190,16 +201,16 @@ def _width_stops(
     return sorted(unique.values(), key=lambda each: [each[key] for key in layout.widths])
 
 
-def _expert_stops(layout: Layout, stats: ChannelStats, most: int, start: int) -> list[int]:
+def _expert_stops(layout: Layout, stats: ChannelStats, most: int, marked: set[int]) -> list[int]:
     """Return the stops of E', ascending; only the source's where experts cannot be chosen."""
     full = layout.experts
     routed = all(axes[EXPERT].routed is not None for axes in stats.layers if EXPERT in axes)
     if not full or not routed:
-        return sorted({full, start})
+        return [full]
     try:
-        return sorted({*_thinned(list(expert_choices(layout)), most), full, start})
+        return sorted({*_thinned(list(expert_choices(layout)), most), full, *marked})
     except SurgeryError:
-        return sorted({full, start})
+        return [full]
 
 
 def _layer_stops(layout: Layout, stats: ChannelStats) -> list[int]:

@@ -195,7 +195,7 @@ def _choices(
     if why := _made_otherwise(plan, layout, rarity):
         return None, f"The sliders {why}."
     best = sources.results.best
-    marks = [Mark("search's best", best.vocab_size, best.widths)] if best else []
+    marks = [Mark("search's best", best.vocab_size, best.widths, best.experts)] if best else []
     return choices_of(layout, plan, stats, rarity, marks), ""
 
 

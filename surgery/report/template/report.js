@@ -557,9 +557,9 @@
     const start = { vocab: choices.start.vocab, widths: choices.start.widths, experts: choices.start.experts,
       layers: choices.layers.indexOf(choices.start.layers) };
     const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);
-    const whole = { experts: choices.experts.length - 1, layers: choices.layers.length - 1 };
     const places = [["this page's cut", start], ...choices.marks.map((mark) => [mark.name, {
-      vocab: choices.vocab.indexOf(mark.vocab), widths: choices.widths.findIndex((w) => same(w, mark.widths)), ...whole }])];
+      vocab: choices.vocab.indexOf(mark.vocab), widths: choices.widths.findIndex((w) => same(w, mark.widths)),
+      experts: choices.experts.indexOf(mark.experts), layers: choices.layers.length - 1 }])];
     for (const [name, sizes] of places) {
       const button = element("button", { type: "button" }, name);
       button.same = () => Object.keys(sizes).every((key) => state[key] === sizes[key]);
