@@ -261,7 +261,7 @@ def inspect(
         tokens = opened.vocabulary()
         click.echo(json.dumps(asdict(tokens)) if show.as_json else tokens.table())
         if show.plot is not None:
-            plot_vocab_census(tokens, show.plot)
+            plot_vocab_census(tokens, show.plot, opened.name)
         return
     census = opened.census()
     click.echo(json.dumps(asdict(census)) if show.as_json else census.table())

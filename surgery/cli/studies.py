@@ -111,7 +111,7 @@ def search(
     took = f"took {spoken(time.perf_counter() - start)}"
     click.echo(rows if show.as_json else f"{found.table()}\n{took}")
     if show.plot is not None:
-        found.plot(show.plot)
+        found.plot(show.plot, model.model)
     if files is not None:
         best = replace(space.choice, sizes=found.best)
         with running() as progress:
@@ -238,9 +238,9 @@ def compare(
     )
     click.echo(json.dumps(facts) if show.as_json else "\n\n".join(texts))
     if show.plot is not None and options.counts:
-        plot_samples(rows, show.plot)
+        plot_samples(rows, show.plot, model.model)
     elif show.plot is not None:
-        plot_methods(found, show.plot)
+        plot_methods(found, show.plot, model.model)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import shlex
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,13 +15,14 @@ import numpy as np
 from surgery.errors import TokenizerError, printable
 from surgery.files.atomic import write_atomic
 from surgery.layout.layout import Layout
+from surgery.planning.layers import format_layers
 from surgery.planning.plan import Plan
 from surgery.planning.planner import check_stats
 from surgery.report import charts
 from surgery.report.choices import Choices, Mark, choices_of
 from surgery.report.layers import LayerFacts, layer_facts
 from surgery.report.passages import TextFacts, Texts, text_facts, text_words
-from surgery.report.proof import Bill, Results, bill_of, commands_of
+from surgery.report.proof import Bill, Results, bill_of
 from surgery.report.spelling import packed, packed_json, script_json, spelling_of
 from surgery.report.vocabulary import Vocabulary, VocabularyFacts, vocabulary_facts
 from surgery.stats.channel_stats import ChannelStats
@@ -77,17 +79,21 @@ class ReportFacts:
     """All figures that a page shows."""
 
     name: str
-    plan: Plan
+    """Of the model, as people call it."""
+    subject: ReportSubject
     bill: Bill
     vocabulary: VocabularyFacts
     text: TextFacts
     layers: LayerFacts
     sources: ReportSources
-    commands: list[str]
-    """The commands that make the output."""
     choices: dict[str, Any] | None
     """``Choices.facts``; None where there is nothing to choose."""
     why_no_choices: str
+
+    @property
+    def plan(self) -> Plan:
+        """The cut."""
+        return self.subject.plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,13 +151,12 @@ def report_on(subject: ReportSubject, sources: ReportSources) -> Report:
         tables |= choices.tables
     facts = ReportFacts(
         printable(plan.base or Path(plan.source).name),
-        plan,
+        subject,
         bill_of(layout, plan),
         vocabulary,
         text,
         layer_facts(layout, plan, stats),
         sources,
-        commands_of(plan, subject.plan_file, subject.model, subject.output),
         choices.facts if choices else None,
         why,
     )
@@ -244,6 +249,8 @@ def _render(facts: ReportFacts, data: Mapping[str, Any], tables: Mapping[str, st
         "size": _size,
         "change": _change,
         "ticked": _ticked,
+        "quoted": lambda word: shlex.quote(str(word)),
+        "layers": format_layers,
     }
     source = environment.loader
     assert source is not None

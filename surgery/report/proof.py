@@ -1,7 +1,6 @@
-"""The proof in a report: the bill of a cut, its commands, and measured results from JSON files."""
+"""The proof in a report: the bill of a cut, and measured results from JSON files."""
 
 import json
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,6 @@ from surgery.errors import DataError, did_you_mean, printable
 from surgery.families.schema import EXPERTS, GROUPS, VOCAB
 from surgery.files.strict_json import read_file
 from surgery.layout.layout import Layout
-from surgery.planning.layers import format_layers
 from surgery.planning.plan import Plan
 
 CONTEXT = 8192
@@ -107,42 +105,6 @@ def _memory(layout: Layout, plan: Plan) -> tuple[list[BillRow], int]:
     depth = plan.before.num_hidden_layers, plan.after.num_hidden_layers
     rows.append(BillRow("cache of keys and values", each * depth[0], each * depth[1]))
     return rows, context
-
-
-def commands_of(plan: Plan, plan_file: Path | None, name: str, directory: Path | None) -> list[str]:
-    """Return the commands that make the output of a plan.
-
-    Args:
-        plan: The plan.
-        plan_file: Its file; None where it was made for the page alone.
-        name: The source, as a command names it.
-        directory: The output, if there is one.
-    """
-    output = str(directory or plan.output or "DIR")
-    if plan_file is not None:
-        return [_command("apply", plan_file, "-o", output), _command("verify", output)]
-    return [
-        _command("prune", name, "--data", "TEXT", *size_options(plan), "-o", output),
-        _command("verify", output, "--forward"),
-    ]
-
-
-def size_options(plan: Plan) -> list[str]:
-    """Return the options of ``prune`` that keep the sizes of a plan."""
-    before, after, found = plan.before, plan.after, list[str]()
-    if after.vocab_size != before.vocab_size:
-        found.append(f"--vocab-size={after.vocab_size}")
-    changed = {key: n for key, n in after.widths.items() if n != before.widths[key]}
-    found += [f"--width={key}={size}" for key, size in changed.items()]
-    if after.experts != before.experts:
-        found.append(f"--num-experts={after.experts}")
-    if plan.layers:
-        found.append(f"--layers={format_layers(plan.layers)}")
-    return found
-
-
-def _command(*words: object) -> str:
-    return shlex.join(["compact-surgery", *map(str, words)])
 
 
 class Change(msgspec.Struct, frozen=True):

@@ -313,3 +313,36 @@ def test_patterns_are_written_as_javascript_reads_them() -> None:
     for pattern in (r"a++", r"(?>a)", r"\bword", r"[[:alpha:]]", r"a.b", "^a", r"[a&&b]"):
         with pytest.raises(Exception, match="Split by"):
             javascript_regex(pattern)
+
+
+def test_notebooks_show_what_the_library_returns(llama: Path, report: Report) -> None:
+    plan, stats = report.facts.plan, report.facts.sources.stats
+    assert stats is not None
+    model = surgery.open_model(llama)
+    for shown, words in (
+        (plan, ("vocab_size", "640", "512", "20.00%", "tokens of Latin")),
+        (stats, ("0 ffn", "block influence")),
+        (model.census(), ("vocabulary", "model: llama")),
+        (model.vocabulary(), ("ordinary", "620 tokens")),
+        (surgery.verify_checkpoint(llama), ("no plan", "skipped")),
+    ):
+        html = shown._repr_html_()
+        assert [tag for tag, _ in Elements(html).found].count("table") == 1
+        for word in words:
+            assert word in html, (shown, word)
+
+
+@pytest.mark.parametrize("ending", ["svg", "png"])
+def test_every_picture_takes_svg_and_png_and_names_its_model(
+    llama: Path, tmp_path: Path, run: Run, ending: str
+) -> None:
+    for number, more in enumerate(((), ("--vocab",))):
+        path = tmp_path / f"{number}.{ending}"
+        done = run("inspect", llama, *more, "--plot", path)
+        assert done.exit_code == 0, done.output
+        raw = path.read_bytes()
+        if ending == "svg":
+            assert b">model: " in raw
+            assert b"#0072b2" in raw
+        else:
+            assert raw.startswith(b"\x89PNG")
