@@ -8,6 +8,7 @@ from calib.pipeline import (
     PlanFiles,
     apply_and_verify,
     calibrated_plan,
+    write_page,
 )
 from calib.scoring.logits import Equality
 from calib.scoring.logits import compare_logits as compare_logits_of
@@ -426,6 +427,7 @@ def prune(  # noqa: PLR0913
     io: IO = "mmap",
     resume: bool = False,
     force: bool = False,
+    report: bool = False,
     base_model: str | None = None,
     family: str | None = None,
     progress: Progress | None = None,
@@ -477,6 +479,7 @@ def prune(  # noqa: PLR0913
         spill: As for ``calibrate``.
         resume: Whether to continue what a killed run of the same call left, if anything.
         force: Whether to replace a plan and statistics that are there; never the output.
+        report: Whether to write ``OUTPUT.report.html`` also, a page that shows the cut.
         io: "mmap", or "read" for network file systems.
         base_model: As for ``surgery.make_plan``.
         family: As for ``surgery.open_model``.
@@ -507,11 +510,13 @@ def prune(  # noqa: PLR0913
     channels = ChannelOptions(criterion, min_expert_tokens, repair, expert_criterion)
     asked = CutRequest(sizes, order, channels, base_model)
     where, path = layout.checkpoint.path, Path(output)
-    files = PlanFiles.beside(path, where, resume=resume, force=force)
+    files = PlanFiles.beside(path, where, resume=resume, force=force, report=report)
     choice = choose_before_calibration(layout, asked, text)
     plan, first = calibrated_plan(layout, choice, text, compute, files, progress)
-    report, last = apply_and_verify(plan, layout, applied, progress)
-    return Pruned(Path(output), plan, report, {**first, **last})
+    checks, last = apply_and_verify(plan, layout, applied, progress)
+    name = model.name if isinstance(model, Model) else str(model)
+    write_page(plan, layout, text, files, name, checks)
+    return Pruned(Path(output), plan, checks, {**first, **last})
 
 
 def read_documents(

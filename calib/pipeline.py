@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from calib.estimate import BASE_BYTES, MB, Prediction, over_cap
@@ -15,6 +16,7 @@ from calib.statistics.prepare import (
 from calib.streaming.settings import ComputeOptions
 from calib.study.repair import open_repair, repair_cost, repair_plan, repair_windows
 from calib.study.study import Study
+from calib.text.chat import documents_of
 from surgery.api import plan_choice
 from surgery.apply.cost import PROGRAM_BYTES
 from surgery.apply.output_directory import check_output_path
@@ -25,6 +27,9 @@ from surgery.planning.plan import Plan
 from surgery.planning.replacement import replacement_file
 from surgery.planning.request import SizeChoice, choose_sizes
 from surgery.process import Progress, Seconds, Stopwatch, spoken_range
+from surgery.report.page import ReportSources, ReportSubject, report_on
+from surgery.report.passages import read_texts
+from surgery.stats.channel_stats import ChannelStats
 from surgery.stats.channels import RANDOM, ChannelOptions, too_few_tokens
 from surgery.text.documents import TextOptions
 from surgery.verify.files import VerifyReport, verify_files
@@ -43,12 +48,22 @@ class PlanFiles:
     """Whether to continue what a killed run left, if it left anything."""
     force: bool = False
     """Whether to replace files that are there."""
+    page: Path | None = None
+    """File of a page on the cut; None writes none."""
 
     @classmethod
     def beside(
-        cls, output: Path, model: Path, *, resume: bool = False, force: bool = False
+        cls,
+        output: Path,
+        model: Path,
+        *,
+        resume: bool = False,
+        force: bool = False,
+        report: bool = False,
     ) -> "PlanFiles":
         """Return ``DIR.plan.json`` and ``DIR.stats.safetensors`` beside the directory ``output``.
+
+        With ``report``, also ``DIR.report.html``.
 
         Raises:
             OutputError: ``output`` cannot be written, or is inside the directory ``model``; or it
@@ -57,10 +72,11 @@ class PlanFiles:
         """
         if not (resume and output.is_dir()):
             check_output_path(output, model)
-        plan, stats = (output.with_name(output.name + end) for end in (PLAN_END, STATS_END))
+        ends = (PLAN_END, STATS_END, PAGE_END)
+        plan, stats, page = (output.with_name(output.name + end) for end in ends)
         for interrupted in (output, stats):
             check_no_partial(interrupted, resume=resume)
-        files = cls(plan, stats, output, resume, force)
+        files = cls(plan, stats, output, resume, force, page if report else None)
         files.check(model)
         return files
 
@@ -70,12 +86,12 @@ class PlanFiles:
         Raises:
             OutputError: it names the path.
         """
-        for path in (self.plan, self.stats, replacement_file(self.plan)):
+        for path in (self.plan, self.stats, replacement_file(self.plan), self.page):
             if path is not None and path.absolute().parent.is_dir():  # else it is created
                 check_file(path, model, force=self.force or self.resume)
 
 
-PLAN_END, STATS_END = ".plan.json", ".stats.safetensors"
+PLAN_END, STATS_END, PAGE_END = ".plan.json", ".stats.safetensors", ".report.html"
 
 
 @dataclass(frozen=True)
@@ -233,3 +249,31 @@ def apply_and_verify(
     with watch.timed("verify"):
         report = verify_files(made.output, plan, path, download=False, io=options.io)
     return report, watch.seconds
+
+
+def write_page(
+    plan: Plan,
+    layout: Layout,
+    text: TextOptions,
+    files: PlanFiles,
+    model: str,
+    checks: VerifyReport,
+) -> None:
+    """Write the page on a cut that ``files`` names, if it names one.
+
+    Args:
+        plan: The cut.
+        layout: The model that it was made from.
+        text: What the page shows before and after.
+        files: Files beside the output.
+        model: The model, as a command names it.
+        checks: What verify said of the output.
+    """
+    if files.page is None:
+        return
+    stats = None
+    if plan.provenance.text_digest is not None and files.stats is not None:
+        stats = ChannelStats.load(files.stats)
+    texts = read_texts(text, partial(documents_of, layout))
+    subject = ReportSubject(plan, layout, model, files.plan, files.output)
+    report_on(subject, ReportSources(stats, texts, checks)).save(files.page)

@@ -7,18 +7,21 @@ from pathlib import Path
 from surgery.apply.companions import check_companions
 from surgery.apply.run import JOBS, Applied, ApplyOptions, apply_to
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.errors import UnknownTypeError
+from surgery.errors import BudgetError, PlanError, UnknownTypeError
 from surgery.export.gguf_file import Exported, ExportOptions, export_layout
 from surgery.files.shard_file import IO
 from surgery.hub.fetch import resolve_model, resolve_source
 from surgery.layout.build import read_layout
 from surgery.layout.census import Census, RoutingCensus
 from surgery.layout.layout import Layout
-from surgery.planning.plan import Plan
+from surgery.planning.plan import PROVENANCE_NAME, Plan
 from surgery.planning.planner import check_stats, plan_cut
 from surgery.planning.request import CutRequest, SizeChoice, SizeRequest, choose_sizes
 from surgery.probe.probe import Proposal, propose, unknown_type
 from surgery.process import Progress
+from surgery.report.page import Report, ReportSources, ReportSubject, report_on
+from surgery.report.passages import Texts, read_texts
+from surgery.report.proof import read_results
 from surgery.stats.channel_stats import ChannelStats
 from surgery.stats.channels import (
     DEFAULT_CRITERION,
@@ -418,3 +421,89 @@ def verify_checkpoint(
     directory = Path(output)
     loaded, found = origin_of(directory, plan, source)
     return verify_files(directory, loaded, found, download=download, io=io)
+
+
+RATIO = 0.2
+"""Share of the parameters that a page on a model starts from, where it can be removed."""
+
+
+def report_subject(
+    subject: Plan | Model | Path | str,
+    stats: ChannelStats | None = None,
+    source: Path | str | None = None,
+) -> ReportSubject:
+    """Return the cut that a page is about.
+
+    Args:
+        subject: A plan, its file, an output's directory, or a model.
+        stats: Statistics of the model; the rule of thumb then chooses the cut of a model.
+        source: The plan's model, if it has moved.
+
+    Raises:
+        PlanError: ``subject`` is a model, and there are no statistics; or the plan's source is not
+            at hand.
+    """
+    path = Path(subject) if isinstance(subject, str | Path) else None
+    output = path if path is not None and (path / PROVENANCE_NAME).exists() else None
+    if isinstance(subject, Plan) or output is not None or (path is not None and path.is_file()):
+        plan, layout = plan_and_source(subject, source)  # type: ignore[arg-type]
+        name = str(source) if source is not None else plan.hub_id or layout.checkpoint.source
+        file = output / PROVENANCE_NAME if output is not None else path
+        return ReportSubject(plan, layout, name, file, output)
+    if stats is None:
+        raise PlanError(
+            subject.name if isinstance(subject, Model) else subject,
+            "is a model: nothing says what to remove from it",
+            fix="give `stats`, or name a plan or an output",
+        )
+    layout = as_layout(subject)
+    check_stats(layout, stats)
+    try:
+        plan = plan_model(layout, CutRequest(SizeRequest(ratio=RATIO)), stats)
+    except BudgetError:
+        plan = plan_model(layout, CutRequest(SizeRequest(vocab_size=layout.vocab_size)), stats)
+    return ReportSubject(plan, layout, subject.name if isinstance(subject, Model) else str(subject))
+
+
+def make_report(  # noqa: PLR0913
+    subject: Plan | Model | Path | str,
+    *,
+    stats: ChannelStats | Path | str | None = None,
+    data: Text | None = None,
+    field: str | None = None,
+    strict: bool = False,
+    results: Sequence[Path | str] = (),
+    source: Path | str | None = None,
+) -> Report:
+    """Make one page that shows what a cut keeps and loses.
+
+    Example:
+        >>> surgery.make_report(plan, stats=stats, data="heldout.txt").save("report.html")
+
+    Args:
+        subject: A plan, its file, the directory of an output that was made by it, or a model. Of a
+            model, the rule of thumb removes a fifth; the page's sliders choose other sizes.
+        stats: Channel statistics of the model, or their file.
+        data: Text to show before and after; several ``Source`` are shown one by one.
+        field: Field of a row that holds its document; None means ``text``.
+        strict: Refuse the first bad row instead of skipping all of them.
+        results: Files of what score, search and compare print as JSON.
+        source: The plan's model, if it has moved.
+
+    Raises:
+        PlanError: there is no plan, or its source is not at hand.
+        StatsError: the statistics belong to another model.
+        DataError: a text or a file of results cannot be read.
+    """
+    loaded = ChannelStats.load(stats) if isinstance(stats, str | Path) else stats
+    opened = report_subject(subject, loaded, source)
+    texts: Texts = {}
+    if data is not None:
+        options = TextOptions(sources_of(data), field=field, strict=strict)
+        texts = read_texts(options, lambda each: each.documents())
+    checks = None
+    if opened.output is not None:
+        where = opened.layout.checkpoint.path
+        checks = verify_files(opened.output, opened.plan, where, download=False)
+    found = read_results([Path(path) for path in results])
+    return report_on(opened, ReportSources(loaded, texts, checks, found))

@@ -29,6 +29,7 @@ READ_ON = {
     "search": "search-repair-compare.md#search",
     "compare": "search-repair-compare.md#compare",
     "stats": "large-models.md#several-machines",
+    "report": "see-before-you-cut.md",
 }
 """Command → the page that explains it, in the order in which pages name the commands."""
 

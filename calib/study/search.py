@@ -238,9 +238,12 @@ class SearchResult:
         """Return the rows as text for people, with a legend; the best score is marked."""
         return f"{table([self.dense, *self.rows])}\n\n{legend(self.dense)}"
 
-    def plot(self, path: Path) -> None:
-        """Draw the loss of each row over its V', or over its E' where these differ."""
-        plot_sizes(self.rows, path)
+    def plot(self, path: Path, model: str = "") -> None:
+        """Draw the loss of each row over its V', or over its E' where these differ.
+
+        The title names ``model``.
+        """
+        plot_sizes(self.rows, path, model)
 
 
 def search_sizes(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.planning.sizes import TOLERANCE
-from surgery.plot import saved_figure
+from surgery.plot import saved_figure, titled
 
 FFN_CRITERIA = ("random", "abs-act", "act2", "wanda", "l2")
 """Criteria that are compared with the whole vocabulary kept."""
@@ -126,8 +126,10 @@ def legend(row: Row, *, marked: bool = False) -> str:
     return "\n".join(lines)
 
 
-def plot_sizes(rows: Sequence[Row], path: Path) -> None:
+def plot_sizes(rows: Sequence[Row], path: Path, model: str = "") -> None:
     """Draw what the sizes of a search lose: over their E' where these differ, else over V'.
+
+    The title names ``model``.
 
     Raises:
         OutputError: as ``saved_figure``.
@@ -143,7 +145,7 @@ def plot_sizes(rows: Sequence[Row], path: Path) -> None:
         sizes += [f"{key} {size:,}" for key, size in best.widths.items()]
         axes.set(
             ylabel="bits over the dense model's (%)",
-            title=f"{best.removed:.0%} fewer parameters; best: {', '.join(sizes)}",
+            title=titled(model, f"{best.removed:.0%} fewer parameters\nbest: {', '.join(sizes)}"),
         )
         axes.title.set_fontsize("medium")
         axes.legend(frameon=False)
@@ -177,7 +179,7 @@ def _plot_experts(axes: Any, rows: Sequence[Row]) -> None:
     axes.set(xlabel="E', routed experts of each layer")
 
 
-def plot_methods(found: Mapping[float, Sequence[Row]], path: Path) -> None:
+def plot_methods(found: Mapping[float, Sequence[Row]], path: Path, model: str = "") -> None:
     """Draw the loss of each method, with one bar for each ratio.
 
     A bar of a method that misses the ratio says which share it removed. The dense model, which
@@ -211,12 +213,15 @@ def plot_methods(found: Mapping[float, Sequence[Row]], path: Path) -> None:
         right = max(100 * (row.loss + (0.35 if long else 0.12) * worst) for row, long in every)
         first = every[0][0]
         size = f"{first.heldout_windows:,} windows, {first.heldout_bytes:,} bytes"
-        axes.set(xlabel=f"bits of held-out text ({size}), over the dense model's (%)")
+        axes.set(
+            xlabel=f"bits of held-out text ({size}), over the dense model's (%)",
+            title=titled(model, "what each method loses"),
+        )
         axes.set_xlim(right=right)
         figure.legend(loc="outside lower center", ncols=len(found), frameon=False)
 
 
-def plot_samples(rows: Sequence[Row], path: Path) -> None:
+def plot_samples(rows: Sequence[Row], path: Path, model: str = "") -> None:
     """Draw the loss over the number of calibration windows, each row's name (paper figure 3).
 
     Raises:
@@ -232,4 +237,5 @@ def plot_samples(rows: Sequence[Row], path: Path) -> None:
         axes.set(
             xlabel="windows of calibration text",
             ylabel="bits per byte over the dense model's (%)",
+            title=titled(model, "loss by windows of calibration text"),
         )

@@ -37,7 +37,7 @@ from surgery.cli.options import (
     show_options,
     spilling_options,
 )
-from surgery.cli.studies import compare, search
+from surgery.cli.studies import add_logits, compare, report, search
 from surgery.cli.terminal import (
     bars,
     print_text,
@@ -263,7 +263,7 @@ def inspect(
         tokens = opened.vocabulary()
         click.echo(json.dumps(asdict(tokens)) if show.as_json else tokens.table())
         if show.plot is not None:
-            plot_vocab_census(tokens, show.plot)
+            plot_vocab_census(tokens, show.plot, opened.name)
         return
     census = opened.census()
     click.echo(json.dumps(asdict(census)) if show.as_json else census.table())
@@ -510,16 +510,11 @@ def verify(directory: Path, options: VerifyOptions) -> None:
     plan, source = origin_of(directory, options.plan, options.source)
     if options.forward and (plan is None or source is None):
         raise Refusal(f"{directory}: --forward needs the plan and its source")
-    report = verify_files(directory, plan, source, io=options.io)
-    if options.forward and report.ok and plan and source:
-        from calib.scoring.logits import compare_logits
-
-        with running():
-            found = compare_logits(plan, source, directory, options.device)
-        report.checks[found.check] = found.faults()
-        report.details[found.check] = found.line()
-    print_text(report.table(engines=options.engines))
-    sys.exit(0 if report.ok else 1)
+    checks = verify_files(directory, plan, source, io=options.io)
+    if options.forward and checks.ok and plan and source:
+        add_logits(checks, plan, source, directory, options.device)
+    print_text(checks.table(engines=options.engines))
+    sys.exit(0 if checks.ok else 1)
 
 
 @main.command()
@@ -559,5 +554,5 @@ def export(directory: Path, output: Path, options: ExportOptions, as_json: bool)
     click.echo(made.line())
 
 
-for command in (calibrate, score, prune, search, compare, stats):
+for command in (calibrate, score, prune, search, compare, stats, report):
     main.add_command(command)

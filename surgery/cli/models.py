@@ -232,6 +232,8 @@ class PruneOptions:
     dry_run: bool
     engines: bool
     push_to: str | None
+    report: bool
+    """Whether to write a page beside the directory."""
 
 
 def _next_command(layout: "Layout", source: str, output: Path) -> tuple[object, ...]:
@@ -268,6 +270,11 @@ def _next_command(layout: "Layout", source: str, output: Path) -> tuple[object, 
         help="Show the sizes and what is lost, predict time, memory and disk; write nothing.",
     ),
     push_option,
+    click.option(
+        "--report",
+        is_flag=True,
+        help="Also write DIR.report.html, a page that shows what the cut keeps and loses.",
+    ),
 )
 def prune(
     model: ModelOptions,
@@ -286,12 +293,13 @@ def prune(
         apply_and_verify,
         calibrated_plan,
         forecast_prune,
+        write_page,
     )
     from calib.statistics.prepare import choose_before_calibration
     from surgery.hub.upload import check_push, push
 
     if options.dry_run:
-        refuse_idle("with --dry-run", "resume", "push_to")
+        refuse_idle("with --dry-run", "resume", "push_to", "report")
     if options.push_to:
         check_push(options.push_to)
     if not cut.sizes.removes_experts:
@@ -301,7 +309,9 @@ def prune(
     output, resume = options.output or Path("pruned"), options.resume
     layout = model.layout()
     where = layout.checkpoint.path
-    files = PlanFiles.beside(output, where, resume=resume, force=options.force)
+    files = PlanFiles.beside(
+        output, where, resume=resume, force=options.force, report=options.report
+    )
     choice = choose_before_calibration(layout, cut, text)
     calibrates = choice.needs_statistics(layout) or cut.channels.repair != "none"
     if not calibrates and not cut.sizes.by_rule:
@@ -326,9 +336,12 @@ def prune(
     click.echo(spoken_stages({**first, **last}))
     print_text(report.table(engines=options.engines))
     if report.ok:
+        write_page(plan, layout, text, files, model.model, report)
         if options.push_to:
             click.echo(push(output, options.push_to))
-        show_written(f"{output} and {files.plan}", *_next_command(layout, model.model, output))
+        also = f", {files.page}" if files.page else ""
+        then = _next_command(layout, model.model, output)
+        show_written(f"{output}{also} and {files.plan}", *then)
     sys.exit(0 if report.ok else 1)
 
 

@@ -217,7 +217,7 @@ engines_option = click.option(
     help="Show all that engines are known to do with the sizes, not only with those that change.",
 )
 plot_option = click.option(
-    "--plot", type=path_type, metavar="FILE.png", help="Write a picture (extra 'plot')."
+    "--plot", type=path_type, metavar="FILE", help="Write a picture, .png or .svg (extra 'plot')."
 )
 force_option = click.option("--force", is_flag=True, help="Replace files that are there.")
 show_options = gathered("show", ShowOptions, plot_option, json_option, force_option)

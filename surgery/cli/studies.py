@@ -1,10 +1,12 @@
-"""The commands that try several sizes or methods: search and compare."""
+"""The commands that try several sizes or methods, or show a cut: search, compare and report."""
 
 import json
 import shlex
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,6 +16,9 @@ from surgery.cli.options import (
     Numbers,
     Refusal,
     ShowOptions,
+    data_options,
+    device_option,
+    force_option,
     gathered,
     model_options,
     path_type,
@@ -31,6 +36,11 @@ from surgery.planning.sizes import Sizes
 from surgery.process import spoken, spoken_stages
 from surgery.stats.channels import ChannelOptions
 from surgery.text.documents import TextOptions
+
+if TYPE_CHECKING:
+    from surgery.planning.plan import Plan
+    from surgery.report.page import ReportSubject
+    from surgery.verify.files import VerifyReport
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,7 @@ def search(
     took = f"took {spoken(time.perf_counter() - start)}"
     click.echo(rows if show.as_json else f"{found.table()}\n{took}")
     if show.plot is not None:
-        found.plot(show.plot)
+        found.plot(show.plot, model.model)
     if files is not None:
         best = replace(space.choice, sizes=found.best)
         with running() as progress:
@@ -228,6 +238,109 @@ def compare(
     )
     click.echo(json.dumps(facts) if show.as_json else "\n\n".join(texts))
     if show.plot is not None and options.counts:
-        plot_samples(rows, show.plot)
+        plot_samples(rows, show.plot, model.model)
     elif show.plot is not None:
-        plot_methods(found, show.plot)
+        plot_methods(found, show.plot, model.model)
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What a page is made from, and its file."""
+
+    stats: Path | None
+    results: tuple[Path, ...]
+    source: str | None
+    forward: bool
+    device: str
+    output: Path
+    force: bool
+
+
+@click.command()
+@click.argument("subject", metavar="SOURCE")
+@gathered(
+    "options",
+    ReportOptions,
+    click.option(
+        "--stats",
+        type=path_type,
+        help="From calibrate: shows the layers, and makes the sliders of What if.",
+    ),
+    click.option(
+        "--results",
+        type=path_type,
+        multiple=True,
+        metavar="FILE",
+        help="What score, search or compare printed with --json. May be given several times.",
+    ),
+    click.option("--source", metavar="MODEL", help="The plan's model, if it has moved."),
+    click.option(
+        "--forward", is_flag=True, help="Also compare an output's logits, as verify --forward does."
+    ),
+    device_option,
+    click.option(
+        "-o",
+        "--output",
+        type=path_type,
+        default="report.html",
+        show_default=True,
+        help="File that the page is written to.",
+    ),
+    force_option,
+)
+@gathered("text", TextOptions, data_options(required=False, use="Text to show before and after. "))
+def report(subject: str, options: ReportOptions, text: TextOptions) -> None:
+    """Make one HTML page that shows what a cut keeps and loses.
+
+    SOURCE is a plan's file, an output's directory, or a model with --stats. Of a model, the rule of
+    thumb removes a fifth, and the sliders of the page choose other sizes.
+    """
+    from calib.text.chat import documents_of
+    from surgery.api import report_subject
+    from surgery.files.atomic import check_file
+    from surgery.report.page import ReportSources, report_on
+    from surgery.report.passages import read_texts
+    from surgery.report.proof import read_results
+    from surgery.stats.channel_stats import ChannelStats
+
+    if not text.data:
+        refuse_idle("without --data", "field", "strict")
+    if not options.forward:
+        refuse_idle("without --forward", "device")
+    check_file(options.output, force=options.force)
+    stats = ChannelStats.load(options.stats) if options.stats else None
+    opened = report_subject(subject, stats, options.source)
+    if opened.output is None:
+        refuse_idle("where no output is given", "forward")
+    check_file(options.output, opened.layout.checkpoint.path, force=options.force)
+    results = read_results(options.results)
+    texts = read_texts(text, partial(documents_of, opened.layout))
+    made = report_on(opened, ReportSources(stats, texts, checks_of(opened, options), results))
+    made.save(options.output)
+    size = options.output.stat().st_size
+    click.echo(f"wrote {options.output}: {size:,} bytes; open it in a browser")
+
+
+def checks_of(opened: "ReportSubject", options: ReportOptions) -> "VerifyReport | None":
+    """Return what verify says of an output; None where there is none."""
+    from surgery.verify.files import verify_files
+
+    if opened.output is None:
+        return None
+    source = opened.layout.checkpoint.path
+    found = verify_files(opened.output, opened.plan, source, download=False)
+    if options.forward and found.ok:
+        add_logits(found, opened.plan, source, opened.output, options.device)
+    return found
+
+
+def add_logits(
+    report: "VerifyReport", plan: "Plan", source: Path, output: Path, device: str
+) -> None:
+    """Add to a report how far an output's logits are from the masked dense model's."""
+    from calib.scoring.logits import compare_logits
+
+    with running():
+        found = compare_logits(plan, source, output, device)
+    report.checks[found.check] = found.faults()
+    report.details[found.check] = found.line()

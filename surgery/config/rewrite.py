@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.config.token_ids import referenced_ids, visit_ids
+from surgery.config.token_ids import reference_paths, visit_ids
 from surgery.errors import TokenizerError
 from surgery.families.default_ids import OFFSET_SECTIONS, SECTIONS, fill_defaults
 from surgery.families.schema import TIE_KEY, Family
@@ -28,16 +28,23 @@ CODE = ("auto_map", "custom_pipelines")
 """Keys that point at Python files of a checkpoint, which are never run and are left out."""
 
 
-def token_references(checkpoint: Checkpoint, tokens: dict[str, int]) -> set[int]:
-    """Ids of ``tokens`` that a JSON file beside the weights needs, by number or by text."""
-    found: set[int] = set()
+def token_references(checkpoint: Checkpoint, tokens: dict[str, int]) -> dict[int, list[str]]:
+    """Id of each of ``tokens`` that a JSON file beside the weights needs → the files and keys.
+
+    A file names a token by its number or by its text.
+    """
+    found: dict[int, list[str]] = {}
     for path in _documents(checkpoint.path):
         data = read_json(path)
+        named = {token: tokens[token] for token in referenced_tokens(data) if token in tokens}
         if path.name == "config.json":
             data = fill_defaults(data, lambda old: old, checkpoint.family)
-        found |= referenced_ids(data, path)
-        found |= {tokens[token] for token in referenced_tokens(data) if token in tokens}
-    return found & set(tokens.values())
+        for keys, id_ in reference_paths(data, path).items():
+            where = ".".join(map(str, keys[1:]))
+            found.setdefault(id_, []).append(f"{path.name}: {where}")
+        for id_ in named.values():
+            found.setdefault(id_, []).append(path.name)
+    return {id_: found[id_] for id_ in sorted(found.keys() & set(tokens.values()))}
 
 
 def referenced_tokens(data: Mapping[str, Any]) -> set[str]:

@@ -55,9 +55,9 @@ def id_paths(data: dict[str, Any], where: object) -> dict[JsonPath, int]:
     return found
 
 
-def referenced_ids(data: dict[str, Any], where: object) -> set[int]:
-    """Every token id that ``data`` refers to; a mere listing is not a reference."""
-    return {i for path, i in id_paths(data, where).items() if not _is_listing(path)}
+def reference_paths(data: dict[str, Any], where: object) -> dict[JsonPath, int]:
+    """Path → id, for every token id that ``data`` refers to; a mere listing is not a reference."""
+    return {path: i for path, i in id_paths(data, where).items() if not _is_listing(path)}
 
 
 def _is_listing(path: JsonPath) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 from surgery.errors import StatsError, printable
 from surgery.families.schema import EXPERT, GROUPS
 from surgery.layout.layout import Layout
-from surgery.plot import saved_figure
+from surgery.plot import html_table, saved_figure, titled
 from surgery.stats.channel_stats import ChannelStats
 
 
@@ -72,6 +72,13 @@ class Census:
         rows.append(f"{'bytes':<{wide}}{self.nbytes:>16,}")
         return "\n".join(rows)
 
+    def _repr_html_(self) -> str:
+        rows = [(name, n, n / self.parameters) for name, n in self.groups.items()]
+        rows.append(("all", self.parameters, 1.0))
+        return html_table(
+            titled(self.model, self.model_type), ("part", "parameters", "share"), rows
+        )
+
 
 def plot_census(census: Census, path: Path) -> None:
     """Draw the groups' shares as a bar and save it to the image file ``path``.
@@ -88,8 +95,11 @@ def plot_census(census: Census, path: Path) -> None:
             left += share
         axes.set(xlim=(0, 100), yticks=[], xlabel="share of parameters (%)")
         axes.set_title(
-            f"{Path(census.model).name}: {census.parameters / 1e6:,.1f} M parameters, "
-            f"{'tied' if census.tied else 'untied'} embeddings"
+            titled(
+                census.model,
+                f"{census.parameters / 1e6:,.1f} M parameters, "
+                f"{'tied' if census.tied else 'untied'} embeddings",
+            )
         )
         figure.legend(loc="outside lower center", ncols=len(census.groups), frameon=False)
 
@@ -150,5 +160,5 @@ def plot_routing(routing: RoutingCensus, path: Path) -> None:
         image = axes.imshow(100 * rows, aspect="auto", interpolation="nearest", vmin=0)
         axes.set_yticks(range(len(rows)), list(map(str, routing.shares)))
         axes.set(xlabel="experts of the layer, by their share", ylabel="layer")
-        axes.set_title(f"{Path(routing.model).name}: tokens by expert")
+        axes.set_title(titled(routing.model, "tokens by expert"))
         figure.colorbar(image, label="share of tokens (%)")

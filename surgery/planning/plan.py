@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from surgery.files.index_sets import MAKE_AGAIN
 from surgery.files.strict_json import dump_table, read_file
 from surgery.planning.layers import format_layers
 from surgery.planning.replacement import Replacement
+from surgery.plot import html_table
 from surgery.tokenizer.id_map import IdMap
 from surgery.vocabulary.cost import (
     LINE,
@@ -235,8 +237,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             )
         return [index_sets.decode(text, channels, f"{where}: {axis}") for text in texts]
 
-    def table(self) -> str:
-        """Return each size before and after with its removed share, then the notes, as text."""
+    def sizes(self) -> list[tuple[str, int, int]]:
+        """Return the name of each size, and the size before and after."""
         before, after = self.before, self.after
         sizes = [("vocab_size", before.vocab_size, after.vocab_size)]
         sizes += [(key, before.widths[key], after.widths[key]) for key in before.widths]
@@ -246,6 +248,28 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             sizes.append(("layers", before.num_hidden_layers, after.num_hidden_layers))
         sizes.append(("parameters", before.parameters, after.parameters))
         sizes.append(("bytes of weights", before.nbytes, after.nbytes))
+        return sizes
+
+    def _repr_html_(self) -> str:
+        rows = [(name, old, new, 1 - new / old) for name, old, new in self.sizes()]
+        lost = self.vocabulary.scripts if self.vocabulary is not None else []
+        rows += [
+            (
+                f"tokens of {s.script}",
+                s.tokens_before,
+                s.tokens_after,
+                1 - s.tokens_after / s.tokens_before,
+            )
+            for s in lost
+            if s.tokens_before > s.tokens_after
+        ]
+        heads = ("size", "before", "after", "removed")
+        notes = "".join(f"<li>{escape(note)}</li>" for note in self.provenance.notes)
+        return html_table(f"plan for {_last_part(self.source)}", heads, rows) + f"<ul>{notes}</ul>"
+
+    def table(self) -> str:
+        """Return each size before and after with its removed share, then the notes, as text."""
+        sizes = self.sizes()
         wide = max(20, 2 + max(len(label) for label, _, _ in sizes))
         rows = [f"{'':<{wide}}{'before':>18}{'after':>18}{'removed':>10}"]
         for label, old, new in sizes:

@@ -236,7 +236,7 @@ def split(
     if exact:
         return min(exact, key=lambda pair: pair[:2])[2]
     error, _, sizes = min(found, key=lambda pair: pair[:2])
-    shares = [_removed(layout, each) / total for each in _width_choices(layout, steps, fixed)]
+    shares = [_removed(layout, each) / total for each in width_choices(layout, steps, fixed)]
     given = (layout.vocab_size - (fixed.vocab_size or layout.vocab_size)) * row / total + min(
         shares
     )
@@ -287,7 +287,7 @@ def sizes_at(
         return [nearest]
     fewest = layout.with_experts(alone[0][1].experts)
     rows = smallest_vocab if fixed.vocab_size is None else fixed.vocab_size
-    least = fewest.parameters(rows, _width_choices(layout, steps, fixed)[0])
+    least = fewest.parameters(rows, width_choices(layout, steps, fixed)[0])
     raise BudgetError(
         "`ratio`",
         "cannot be met by whole experts and the sizes beside them",
@@ -346,7 +346,7 @@ def _pairs(
     check_ratio(ratio)
     row = layout.axis_cost(VOCAB)
     found = []
-    for widths in _width_choices(layout, steps, fixed):
+    for widths in width_choices(layout, steps, fixed):
         rest = ratio * total - _removed(layout, widths)
         wanted = layout.vocab_size - rest / row
         vocab_size = fixed.vocab_size
@@ -368,7 +368,7 @@ def candidate_vocab_sizes(layout: Layout, smallest_vocab: int) -> list[int]:
     return sorted(sizes)
 
 
-def _width_choices(layout: Layout, steps: Steps, fixed: FixedSizes) -> list[dict[str, int]]:
+def width_choices(layout: Layout, steps: Steps, fixed: FixedSizes) -> list[dict[str, int]]:
     """Return every I' of the costliest open width, with the other open ones at the same share."""
     first = next((key for key in layout.widths if key not in fixed.widths), None)
     if first is None:
@@ -413,7 +413,7 @@ def _unreachable(
 ) -> BudgetError:
     total = layout.parameters(layout.vocab_size, layout.widths)
     row, full = layout.axis_cost(VOCAB), layout.vocab_size
-    channels = [_removed(layout, widths) for widths in _width_choices(layout, steps, fixed)]
+    channels = [_removed(layout, widths) for widths in width_choices(layout, steps, fixed)]
 
     def rows(wanted: float) -> list[int]:
         if fixed.vocab_size is not None:

@@ -18,12 +18,15 @@ from surgery.families.schema import WIDTHS
 from surgery.files.atomic import errors_name, new_file
 from surgery.files.safetensors_header import encode_header
 from surgery.files.strict_json import open_regular
+from surgery.plot import html_table
 
 FORMAT = 3
 KEY = "compact_surgery"
 AGAIN = "calibrate again"
 MAX_BYTES = 1 << 33
 """Twice what 60 layers of 384 experts with 2,048 channels have in five buckets."""
+
+TINY = float(np.finfo(np.float64).tiny)
 
 DTYPES = {"<f8": "F64", "<i8": "I64"}
 PARTS = ("sum_sq", "sum_abs", "tokens", "sum_l2", "weight_norm")
@@ -149,6 +152,19 @@ class ChannelStats:
     def block_influence(self) -> np.ndarray:
         """float64 ``[L]``: 1 − the mean cosine, the importance of a layer by ShortGPT (eq. 1)."""
         return 1 - self.cosines / max(1, self.info.tokens)
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for layer, axes in enumerate(self.layers):
+            for axis, sums in axes.items():
+                ordered = -np.sort(-sums.sum_sq.sum(axis=(0, 1)))
+                half = float(ordered[: len(ordered) // 2].sum() / max(ordered.sum(), TINY))
+                _, experts, channels = sums.sum_sq.shape
+                influence = f"{self.block_influence[layer]:.3f}"
+                rows.append((f"{layer} {axis}", experts, channels, half, influence))
+        heads = ("layer", "experts", "channels", "act² of the better half", "block influence")
+        title = f"statistics of {self.info.tokens:,} tokens in {self.info.samples:,} windows"
+        return html_table(title, heads, rows)
 
     def save(self, path: Path | str) -> None:
         """Write the file atomically, an array at a time."""

@@ -264,6 +264,22 @@ def best(importance: np.ndarray, count: int, block: int) -> np.ndarray:
     return inside[:count]
 
 
+def best_sums(importance: np.ndarray, counts: Sequence[int], block: int) -> np.ndarray:
+    """float64 ``[experts, len(counts)]``: the importance of the channels that ``best`` chooses.
+
+    Args:
+        importance: float64 ``[experts, channels]``.
+        counts: How many channels of each expert to choose.
+        block: They are chosen in whole blocks of this length.
+    """
+    if block > 1:
+        importance = np.add.reduceat(importance, np.arange(0, importance.shape[1], block), axis=1)
+    ordered = -np.sort(-importance, axis=1)
+    sums = np.concatenate([np.zeros((len(ordered), 1)), ordered.cumsum(axis=1)], axis=1)
+    found: np.ndarray = sums[:, [-(-count // block) for count in counts]]
+    return found
+
+
 def too_few_tokens(tokens: int) -> str | None:
     """Return a note if channels are ranked on fewer ``tokens`` than suffice."""
     if tokens >= ENOUGH_TOKENS:

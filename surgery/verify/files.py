@@ -21,6 +21,7 @@ from surgery.hub.shards import Shards
 from surgery.layout.build import read_layout
 from surgery.layout.layout import Layout
 from surgery.planning.plan import PROVENANCE_NAME, Plan
+from surgery.plot import html_table
 from surgery.tokenizer.tokenizer_file import load_tokenizer, tokenizer_data
 from surgery.verify.engines import EngineNote, engine_notes, engine_table, facts_of
 from surgery.verify.ids import Origin, id_faults
@@ -67,6 +68,14 @@ class VerifyReport:
         rows += [f"FAULT    {n}: {fault}" for n, faults in self.checks.items() for fault in faults]
         rows += [text] if (text := engine_table(self.engines, every=engines)) else []
         return "\n".join([*rows, self.result()])
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (name, "FAULT" if faults else "ok", "; ".join(faults) or self.details.get(name, ""))
+            for name, faults in self.checks.items()
+        ]
+        rows += [(name, "skipped", why) for name, why in self.skipped.items()]
+        return html_table(self.result(), ("check", "result", ""), rows)
 
     def result(self) -> str:
         """Return how many checks passed, or found faults, and were skipped, on one line."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from surgery.layout.layout import Layout
-from surgery.plot import saved_figure
+from surgery.plot import html_table, saved_figure, titled
 from surgery.tokenizer.merges import MergeTree
 from surgery.tokenizer.tokenizer_file import TokenizerFile
 from surgery.vocabulary.order import DEAD, merge_ranks, open_vocabulary, reserved_tokens
@@ -101,6 +101,12 @@ class VocabCensus:
             rows.append(self._line(_others(others), list(others)))
         return "\n".join(rows)
 
+    def _repr_html_(self) -> str:
+        rows = [(name, count, _share(count, self.tokens)) for name, count in self.kinds.items()]
+        rows += [(f"ordinary: {n}", c, _share(c, self.tokens)) for n, c in self.scripts.items()]
+        title = f"{self.tokens:,} tokens, {self.rows:,} embedding rows"
+        return html_table(title, ("tokens", "count", "share"), rows)
+
     def _line(self, label: str, scripts: list[str]) -> str:
         """One line of the table: tokens, share, mean and longest length of some scripts."""
         count = sum(self.scripts[script] for script in scripts)
@@ -132,8 +138,10 @@ def _bars(census: VocabCensus) -> tuple[dict[str, int], dict[str, int]]:
     return scripts, {label: count for label, count in rest.items() if count}
 
 
-def plot_vocab_census(census: VocabCensus, path: Path) -> None:
+def plot_vocab_census(census: VocabCensus, path: Path, model: str = "") -> None:
     """Write a bar for each script, kind of token and the padding rows to the image ``path``.
+
+    The title names ``model``.
 
     Raises:
         OutputError: as ``saved_figure``.
@@ -153,7 +161,7 @@ def plot_vocab_census(census: VocabCensus, path: Path) -> None:
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set(
             xlabel="tokens (share of all)",
-            title=f"{census.tokens:,} tokens, {census.rows:,} embedding rows",
+            title=titled(model, f"{census.tokens:,} tokens, {census.rows:,} embedding rows"),
         )
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
 

@@ -135,16 +135,13 @@ def vocabulary_cost(
         documents: Text that both tokenizers tokenize.
     """
     ids = rarity.id_map(vocab_size)
-    lines: dict[str, list[str]] = {}
-    for text in _first(documents):
-        for line in text.splitlines(keepends=True):
-            lines.setdefault(script_of(line), []).append(line)
+    lines = lines_by_script(documents)
     nbytes = {name: sum(len(line.encode("utf-8")) for line in lines[name]) for name in lines}
     old, new = dict.fromkeys(lines, 0), dict.fromkeys(lines, 0)
     counts = np.zeros(ids.old_size + ids.rowless, dtype=np.int64)
     if lines:
-        old = _counts(tokenizer.library(), lines, counts)
-        new = _counts(prune_tokenizer(tokenizer, ids)[0], lines)
+        old = tokens_by_script(tokenizer.library(), lines, counts)
+        new = tokens_by_script(prune_tokenizer(tokenizer, ids)[0], lines)
     removed = list_removed(tokenizer, ids, rarity.ranks, counts)
     asked = dict.fromkeys(map(check_script, options.keep_scripts), "kept")
     asked |= dict.fromkeys(map(check_script, options.drop_scripts), "dropped")
@@ -197,17 +194,20 @@ def _rows_to_keep(tokenizer: TokenizerFile, rows: int, script: str) -> int:
     return len(set(closed.tolist()) - tokenizer.alphabet)
 
 
-def _first(documents: Iterable[str]) -> Iterable[str]:
-    """The first ``TEXT_CHARACTERS`` of ``documents``."""
+def lines_by_script(documents: Iterable[str]) -> dict[str, list[str]]:
+    """Script of most of a line's letters → such lines of the first ``TEXT_CHARACTERS``."""
+    lines: dict[str, list[str]] = {}
     left = TEXT_CHARACTERS
     for document in documents:
-        yield document[:left]
+        for line in document[:left].splitlines(keepends=True):
+            lines.setdefault(script_of(line), []).append(line)
         left -= len(document)
         if left <= 0:
-            return
+            break
+    return lines
 
 
-def _counts(
+def tokens_by_script(
     tokenizer: "Tokenizer", lines: dict[str, list[str]], counts: np.ndarray | None = None
 ) -> dict[str, int]:
     """Script → tokens of its lines. How often each token occurs is added to ``counts``."""

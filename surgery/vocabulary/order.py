@@ -234,8 +234,8 @@ def rarity_of(
         TokenizerError: the tokenizer cannot be pruned.
     """
     tokenizer = tokenizer or open_vocabulary(layout)
-    referenced = token_references(layout.checkpoint, tokenizer.token_ids)
     reserved = reserved_tokens(tokenizer) if choice.drop_reserved else {}
+    referenced = set(token_references(layout.checkpoint, tokenizer.token_ids))
     referenced |= template_tokens(layout.checkpoint.path, reserved)
     referenced |= prompt_tokens(layout.checkpoint.path, tokenizer)
     if layout.family.positions_after_pad:  # the padding token must keep its id

@@ -166,7 +166,8 @@ def test_llama_without_bos_keeps_the_default_ids_that_its_config_class_fills_in(
     result = rewrite_config(config, LLAMA, ids, {"intermediate_size": 64}, HERE)
     assert result["eos_token_id"] == 1
     assert result["bos_token_id"] is None  # its row is removed: the old 1 would be another token
-    assert {1, 2} <= token_references(Checkpoint.open(model), {"a": 0, "b": 1, "c": 2, "d": 3})
+    found = token_references(Checkpoint.open(model), {"a": 0, "b": 1, "c": 2, "d": 3})
+    assert {1, 2} <= found.keys()
     assert list(result)[: len(config)] == list(config)
 
 
@@ -252,7 +253,7 @@ def test_every_file_beside_the_weights_keeps_its_tokens(model: Path) -> None:
     (model / "special_tokens_map.json").write_text(json.dumps({"pad_token": {"content": rare[3]}}))
     (model / "processor_config.json").write_text(json.dumps({"image_token_id": tokens[rare[4]]}))
     found = token_references(Checkpoint.open(model), tokens)
-    assert {tokens[token] for token in rare[:5]} <= found
+    assert {tokens[token] for token in rare[:5]} <= found.keys()
     assert tokens[rare[5]] not in found  # only listed
     assert 639 not in found
 
