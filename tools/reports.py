@@ -37,6 +37,13 @@ def compact_surgery(*arguments: object) -> str:
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
+def pages_of(output: Path) -> Path:
+    """The folder of the pages, made where it is missing; the site has what is in ``pages``."""
+    folder = output / "pages" / "reports"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def smollm2(model: Path, output: Path) -> None:
     """Prune SmolLM2 by a fifth, score it, and write its page; all that is made stays beside it."""
     pruned, heldout = output / "smollm2-pruned", TEXTS / "heldout.txt"
@@ -49,7 +56,7 @@ def smollm2(model: Path, output: Path) -> None:
             compact_surgery("score", model, pruned, "--data", heldout, "--samples", 32, "--json")
         )
     given = ("--stats", stats, "--results", scores, "--forward", "--data", heldout)
-    plan = ("--source", model, *given, "--force", "-o", output / "smollm2.html")
+    plan = ("--source", model, *given, "--force", "-o", pages_of(output) / "smollm2.html")
     compact_surgery("report", pruned, *plan)
 
 
@@ -67,7 +74,7 @@ def gemma3(model: Path, output: Path) -> None:
         compact_surgery("calibrate", model, *CALIBRATION, "--samples", 36, "-o", stats)
     cut = ("--vocab-size", 65536, "--stats", stats, *data, "--force", "-o", plan)
     compact_surgery("plan", model, *cut)
-    page = ("--stats", stats, *data, "--force", "-o", output / "gemma3.html")
+    page = ("--stats", stats, *data, "--force", "-o", pages_of(output) / "gemma3.html")
     compact_surgery("report", plan, *page)
 
 
@@ -92,12 +99,12 @@ def screenshots(page: Path, output: Path) -> None:
 @click.option("--screenshots", "shots", type=click.Path(path_type=Path), help="Also save pictures.")
 def main(small: Path, gemma: Path, output: Path, shots: Path | None) -> None:
     """Make both pages."""
-    output.mkdir(parents=True, exist_ok=True)
+    pages_of(output)
     smollm2(small, output)
     gemma3(gemma, output)
     if shots is not None:
-        screenshots(output / "gemma3.html", shots)
-    for page in sorted(output.glob("*.html")):
+        screenshots(pages_of(output) / "gemma3.html", shots)
+    for page in sorted(pages_of(output).glob("*.html")):
         click.echo(f"{page}: {page.stat().st_size:,} bytes")
 
 
