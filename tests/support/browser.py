@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,13 @@ class Opened:
 
 
 def need_chromium() -> str:
-    """Return where Chromium is; skip the test where it is not installed."""
-    if CHROMIUM is None:
-        reason = "chromium is not installed (make test-page installs it)"
-        if os.environ.get(REQUIRED):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return CHROMIUM
+    """Return where Chromium is; skip the test where it, or what drives it, is not installed."""
+    missing = "chromium" if CHROMIUM is None else "" if find_spec("playwright") else "playwright"
+    if missing and os.environ.get(REQUIRED):
+        pytest.fail(f"{missing} is not installed")
+    if missing:
+        pytest.skip(f"{missing} is not installed (make test-page installs it)")
+    return str(CHROMIUM)
 
 
 @contextmanager

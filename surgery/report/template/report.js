@@ -501,6 +501,9 @@
       showLayers(rows, mean);
     }
     outcome.replaceChildren(...tiles);
+    // For screen readers, in one sentence: the tiles are replaced at each step.
+    byId("outcome-said").textContent = tiles.map((each) =>
+      `${each.dataset.name} ${each.querySelector("dd").firstChild.textContent}`).join(", ");
     const byScript = new Map(grown.map((row) => [row[0], row]));
     const lost = lostScripts().filter((row) => row[1] > row[2]).slice(0, 10);
     const text = (name) => {
