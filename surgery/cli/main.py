@@ -171,6 +171,7 @@ class Shown:
     probe: bool
     removed: bool
     channels: bool
+    predict_serving: bool
     stats: Path | None
 
 
@@ -202,6 +203,11 @@ LISTED = 20
         "--channels",
         is_flag=True,
         help="Show the channels that a plan keeps, and their share of the statistics, by layer.",
+    ),
+    click.option(
+        "--predict-serving",
+        is_flag=True,
+        help="Show the bytes of weights, cache and logits; of a plan, before and after it.",
     ),
 )
 @gathered(
@@ -238,11 +244,10 @@ def inspect(
     from surgery.layout.census import plot_census, plot_routing
     from surgery.vocabulary.census import plot_vocab_census
 
-    if show.plot is None:
-        refuse_idle("without --plot", "force")
-    show.check()
-    if not shown.removed:
-        refuse_idle("without --removed", "script", "limit", "source", "data", "field", "strict")
+    check_shown(shown, show)
+    if shown.predict_serving:
+        show_serving(model, listed.source, show.as_json)
+        return
     if shown.removed or shown.channels:
         show_plan_of(model.model, shown, listed, text, show.as_json)
         return
@@ -269,6 +274,40 @@ def inspect(
     click.echo(json.dumps(asdict(census)) if show.as_json else census.table())
     if show.plot is not None:
         plot_census(census, show.plot)
+
+
+def check_shown(shown: Shown, show: ShowOptions) -> None:
+    """Refuse options of ``inspect`` that what it shows does not look at."""
+    if show.plot is None:
+        refuse_idle("without --plot", "force")
+    show.check()
+    if not shown.removed:
+        refuse_idle("without --removed", "script", "limit", "data", "field", "strict")
+    if shown.predict_serving:
+        names = ("vocab", "probe", "removed", "channels", "stats", "plot")
+        refuse_idle("with --predict-serving", *names)
+    elif not shown.removed:
+        refuse_idle("without --removed or --predict-serving", "source")
+
+
+def show_serving(model: ModelOptions, source: str | None, as_json: bool) -> None:
+    """Print what a model takes where it is served; of a plan or an output, before and after."""
+    from surgery.planning.shapes import serving_of, serving_table, sizes_of
+    from surgery.planning.sizes import whole
+    from surgery.verify.files import plan_and_source, plan_within
+
+    path = Path(model.model)
+    if path.is_file() or (path.is_dir() and plan_within(path) is not None):
+        refuse_idle("where MODEL is a plan or an output", "family")
+        plan, layout = plan_and_source(path, source)
+        before, after = serving_of(layout, whole(layout)), serving_of(layout, sizes_of(plan))
+        facts = {"before": asdict(before), "after": asdict(after)}
+        click.echo(json.dumps(facts) if as_json else serving_table(before, after))
+        return
+    refuse_idle("where MODEL is no plan and no output", "source")
+    layout = model.layout()
+    found = serving_of(layout, whole(layout))
+    click.echo(json.dumps(asdict(found)) if as_json else serving_table(found))
 
 
 def show_plan_of(

@@ -45,6 +45,29 @@ def _wrong(key: str, expected: str, found: object, where: object) -> FamilyError
 
 
 @dataclass(frozen=True)
+class Period:
+    """Kinds of layers that take turns: what a config class fills in for a missing list."""
+
+    default: int
+    """Every layer whose number + 1 is a multiple of the period is of the kind ``last``."""
+    keys: tuple[str, ...] = ()
+    """Keys of config.json that may hold another period."""
+    last: object = "full_attention"
+    others: object = "sliding_attention"
+    counted_by: tuple[str, ...] = ()
+    """Engines that count like this even where config.json has a list."""
+
+    def length(self, config: Mapping[str, Any]) -> int:
+        """The period of a config."""
+        return next((config[k] for k in self.keys if _is_number(config.get(k))), self.default)
+
+    def kinds(self, config: Mapping[str, Any], depth: int) -> list[object]:
+        """The kinds of ``depth`` layers."""
+        period = self.length(config)
+        return [self.others if (n + 1) % period else self.last for n in range(depth)]
+
+
+@dataclass(frozen=True)
 class PerLayer:
     """A list with an entry per layer; any other value applies to all layers."""
 
@@ -55,13 +78,23 @@ class PerLayer:
     """(key, its default): while that key is false or null, all layers are alike."""
     keeps: str = ""
     """An entry that at least one kept layer must have: transformers runs no model without one."""
+    period: Period | None = None
+    """How the config class fills in a missing list, where it does."""
+
+    def kinds(self, config: Mapping[str, Any]) -> list[object] | None:
+        """The list of a config, filled in where it is missing; None where there is none."""
+        value, depth = config.get(self.key), config.get("num_hidden_layers")
+        if isinstance(value, list) and value:
+            return value
+        counts = value is None and self.period and isinstance(depth, int)
+        return self.period.kinds(config, depth) if counts and self.period and depth else None
 
     def renumbered(
         self, config: Mapping[str, Any], firsts: Sequence[int], where: object
     ) -> dict[str, Any]:
         """The entries of the kept layers."""
-        value, (key, default) = config.get(self.key), self.unless
-        if not isinstance(value, list) or not value:
+        value, (key, default) = self.kinds(config), self.unless
+        if value is None:
             if self.needed and config.get(key, default):
                 raise FamilyError(
                     f"{where}: {self.key}",
@@ -172,7 +205,20 @@ class RequiredValue:
         return {}
 
 
+LLAMA_CPP, MLX = "llama.cpp's converter", "mlx-lm"
+
 _TYPES = (PerLayer("layer_types"),)
+_WINDOWS_BY = {
+    "gemma2": Period(2, counted_by=(LLAMA_CPP,)),
+    "gemma3_text": Period(6, ("sliding_window_pattern",), counted_by=(LLAMA_CPP, MLX)),
+    "vaultgemma": Period(2),
+    "olmo3": Period(4),
+    "cohere2": Period(4, ("sliding_window_pattern",), counted_by=(LLAMA_CPP, MLX)),
+    "gpt_oss": Period(2, counted_by=(LLAMA_CPP,)),
+}
+"""Model type → how its layers with windows take turns."""
+_NO_ROPE = Period(4, ("no_rope_layer_interval",), last=0, others=1, counted_by=("llama.cpp",))
+_LINEAR = Period(4, ("full_attention_interval",), others="linear_attention", counted_by=(MLX,))
 _WINDOWS = (PerLayer("layer_types", unless=("use_sliding_window", False)),)
 _MLP_ONLY = (LayerNumbers("mlp_only_layers"), RequiredValue("decoder_sparse_step", 1))
 
@@ -187,20 +233,16 @@ _ALIKE = """
 LAYER_RULES: dict[str, tuple[LayerRule, ...]] = {
     **dict.fromkeys(_ALIKE, ()),
     "gpt2": (RequiredValue("scale_attn_by_inverse_layer_idx", False),),
+    **{key: (PerLayer("layer_types", period=by),) for key, by in _WINDOWS_BY.items()},
     "ministral": (PerLayer("layer_types", needed=False),),
     "qwen2": _WINDOWS,
     "qwen3": _WINDOWS,
-    "gemma2": _TYPES,
-    "gemma3_text": _TYPES,
-    "vaultgemma": _TYPES,
     "granite_swa": (*_TYPES, PerLayer("layer_rope_theta", needed=False)),
-    "olmo3": _TYPES,
-    "smollm3": (PerLayer("no_rope_layers"), PerLayer("layer_types", needed=False)),
-    "cohere2": _TYPES,
+    "smollm3": (PerLayer("no_rope_layers", period=_NO_ROPE), PerLayer("layer_types", needed=False)),
     "exaone4": _TYPES,
     "qwen2_moe": (*_WINDOWS, *_MLP_ONLY),
     "qwen3_moe": _MLP_ONLY,
-    "qwen3_next": (PerLayer("layer_types", keeps="full_attention"), *_MLP_ONLY),
+    "qwen3_next": (PerLayer("layer_types", keeps="full_attention", period=_LINEAR), *_MLP_ONLY),
     "deepseek_v2": (LeadingCount("first_k_dense_replace", 0),),
     "deepseek_v3": (LeadingCount("first_k_dense_replace", 3),),
     "glm4_moe": (LeadingCount("first_k_dense_replace", 1),),
@@ -221,7 +263,6 @@ LAYER_RULES: dict[str, tuple[LayerRule, ...]] = {
     ),
     "hunyuan_v1_moe": (PerLayer("num_experts", needed=False), PerLayer("moe_topk", needed=False)),
     "cohere2_moe": (*_TYPES, PerLayer("mlp_layer_types")),
-    "gpt_oss": _TYPES,
     "llama4_text": (
         LayerNumbers("moe_layers", (RequiredValue("interleave_moe_layer_step", 1),)),
         PerLayer("no_rope_layers"),

@@ -149,19 +149,61 @@ def _shapes(layout: Layout, layer: int) -> dict[tuple[str, int | None], tuple[st
 def kind_notes(layout: Layout, groups: GroupedLayers) -> list[str]:
     """Return notes on layers that are of several kinds according to config.json."""
     notes = []
-    for kind in layout.family.layer_rules or ():
-        value = layout.config.get(kind.key)
-        if not isinstance(kind, PerLayer) or not isinstance(value, list):
+    for rule in layout.family.layer_rules or ():
+        kinds = rule.kinds(layout.config) if isinstance(rule, PerLayer) else None
+        if kinds is None or not isinstance(rule, PerLayer):
             continue
-        mixed = [group for group in groups if len({str(value[n]) for n in group}) > 1]
+        mixed = [group for group in groups if len({str(kinds[n]) for n in group}) > 1]
         if mixed:
-            notes.append(f"{format_layers(mixed)} differ in {kind.key}; each becomes as its first")
-        if len(set(map(str, value))) > 1:
-            notes.append(
-                f"{kind.key} says which kind each layer is; an engine that counts layers instead "
-                "runs another model"
-            )
+            notes.append(f"{format_layers(mixed)} differ in {rule.key}; each becomes as its first")
+        if len(set(map(str, kinds))) > 1:
+            notes += _counting(layout, rule, kinds, [group[0] for group in groups])
     return notes
+
+
+def _counting(
+    layout: Layout, rule: PerLayer, kinds: Sequence[object], firsts: Sequence[int]
+) -> list[str]:
+    """Say which engines run another model, for they count layers, and which layers avoid that."""
+    if rule.period is None:
+        return [
+            f"{rule.key} says which kind each layer is; an engine that counts layers instead "
+            "runs another model"
+        ]
+    counted = rule.period.kinds(layout.config, len(firsts))
+    if [kinds[first] for first in firsts] == counted:
+        return []
+    every, last = rule.period.length(layout.config), rule.period.last
+    who = " and ".join(rule.period.counted_by) or "an engine that counts layers"
+    note = f"{rule.key}: {who} would take each {every}. layer for one of {last!r}, and run another "
+    note += "model; compact-surgery export tells llama.cpp, or refuses"
+    kept = nearest_layers(kinds, counted, firsts)
+    if kept is not None:
+        note += f"; `layers` {format_layers([[n] for n in kept])} keeps the pattern"
+    return [note]
+
+
+def nearest_layers(
+    kinds: Sequence[object], wanted: Sequence[object], firsts: Sequence[int]
+) -> list[int] | None:
+    """Return layers of the ``wanted`` kinds, in order, with as many of ``firsts`` as can be.
+
+    None where there are no such layers.
+
+    Args:
+        kinds: The kind of each of the source's layers.
+        wanted: The kinds of the layers to keep.
+        firsts: Layers that were chosen without regard to their kinds.
+    """
+    chosen, none = set(firsts), -len(kinds) - 1
+    # most[n]: of the best choice of the first n wanted, how many are chosen; and the choice
+    most: list[tuple[int, list[int]]] = [(0, []), *((none, list[int]()) for _ in wanted)]
+    for layer, kind in enumerate(kinds):
+        for n in range(min(layer + 1, len(wanted)), 0, -1):
+            count, before = most[n - 1]
+            if kind == wanted[n - 1] and count + (layer in chosen) > most[n][0]:
+                most[n] = (count + (layer in chosen), [*before, layer])
+    return most[-1][1] if most[-1][0] >= 0 else None
 
 
 def layer_keys(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import lcm
 
 import numpy as np
@@ -17,9 +18,9 @@ from surgery.families.schema import (
 )
 from surgery.files.index_sets import MAKE_AGAIN
 from surgery.files.safetensors_header import ITEMSIZE, TensorRef
-from surgery.layout.layout import Layout, TensorRole, size_in
+from surgery.layout.layout import CARRIED, Layout, TensorRole, size_in
 from surgery.planning.layers import PLAIN_LISTS
-from surgery.planning.plan import Shape
+from surgery.planning.plan import Plan, Shape
 from surgery.planning.sizes import Sizes
 
 DEQUANTIZE = "`dequantize` writes bf16, which can be pruned anywhere"
@@ -314,6 +315,75 @@ def shape_of(layout: Layout, sizes: Sizes, kept: KeptExperts | None = None) -> S
         nbytes,
         sizes.experts or layout.experts,
     )
+
+
+def sizes_of(plan: Plan) -> Sizes:
+    """Return the sizes that a plan leads to."""
+    experts = plan.after.experts if plan.after.experts != plan.before.experts else 0
+    return Sizes(plan.after.vocab_size, plan.after.widths, plan.dequantize, plan.layers, experts)
+
+
+CACHED = ("k_proj.weight", "v_proj.weight", "kv_a_proj_with_mqa.weight")
+"""Endings of the maps whose outputs the cache of keys and values holds."""
+
+CACHE_ITEMSIZE, LOGIT_ITEMSIZE = 2, 4
+"""Bytes of a value in a bf16 cache, and of a float32 logit."""
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What a model takes where it is served, predicted from headers; all in bytes."""
+
+    weights: int
+    """Of the language model's weights in memory, in the checkpoint's dtype."""
+    decoded: int
+    """Weights read for each token that a single sequence decodes. Of the embedding that is one row,
+    unless it is the head, too; of routed experts, those of the token."""
+    cache: int | None
+    """Keys and values of each position, in bf16; layers with windows keep only the last ones. None
+    where headers do not tell."""
+    logits: int
+    """float32 logits of each position of a batch."""
+
+
+def serving_of(layout: Layout, sizes: Sizes) -> Serving:
+    """Predict what ``layout`` takes where it is served, once it has ``sizes``."""
+    total = embedding = routed = cached = 0
+    for tensor in layout.checkpoint.tensors.values():
+        role, dtype = layout.roles[tensor.name], output_dtype(layout, tensor, sizes)
+        tied_head = layout.tied and role.name == layout.family.head
+        if dtype is None or role.slot is CARRIED or tied_head or not keeps(role, sizes, {}):
+            continue
+        nbytes = math.prod(output_shape(layout, tensor, sizes)) * ITEMSIZE[dtype]
+        total += nbytes
+        embedding += nbytes if role.name == layout.family.embedding else 0
+        routed += nbytes if role.slot.of_expert or role.slot.packed else 0
+        cached += tensor.shape[0] if role.name.endswith(CACHED) and not role.scales else 0
+    count = sizes.experts or layout.experts
+    idle = routed * (count - min(_per_token(layout), count)) // count if count else 0
+    looked_up = 0 if layout.tied else embedding - embedding // sizes.vocab_size
+    return Serving(
+        weights=total,
+        decoded=total - idle - looked_up,
+        cache=cached * CACHE_ITEMSIZE or None,
+        logits=sizes.vocab_size * LOGIT_ITEMSIZE,
+    )
+
+
+def serving_table(before: Serving, after: Serving | None = None) -> str:
+    """Return predictions as text for people, side by side where there are two."""
+    names = ("weights", "read for each decoded token", "cache of each position", "logits")
+    keys = ("weights", "decoded", "cache", "logits")
+    head = f"{'bytes':<28}{'before' if after else '':>18}"
+    rows = [head + f"{'after':>18}{'removed':>10}" if after else head.rstrip()]
+    for name, key in zip(names, keys, strict=True):
+        old, new = getattr(before, key), getattr(after, key) if after else None
+        row = f"{name:<28}{'unknown' if old is None else f'{old:,}':>18}"
+        if after is not None:
+            share = f"{1 - new / old:.2%}" if old and new is not None else ""
+            row += f"{'unknown' if new is None else f'{new:,}':>18}{share:>10}"
+        rows.append(row)
+    return "\n".join(rows)
 
 
 def parameters_of(layout: Layout, sizes: Sizes) -> int:

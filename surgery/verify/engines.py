@@ -32,7 +32,8 @@ class ModelFacts:
     expert_keys: tuple[str, ...] = ()
     """Keys of ``widths`` that belong to routed experts."""
     tokens: int | None = None
-    """Highest id of the tokenizer, plus one."""
+    """Highest id of the tokenizer, plus one; None where there is a tokenizer.model, of which
+    llama.cpp's converter leaves out tokens that have no row."""
     source_vocab_size: int | None = None
     """V of the source."""
     misread_vocab_sizes: Collection[int] = ()
@@ -163,7 +164,7 @@ CONSTRAINTS = (
         "tokens",
         never,
         "are more than the embedding has rows, so the converter stops",
-        "give the embedding a row for every token",
+        "compact-surgery export leaves them out",
         "ggml-org/llama.cpp conversion/base.py (get_vocab_base)",
         applies=lambda facts: facts.tokens is not None and facts.tokens > facts.vocab_size,
     ),
@@ -379,8 +380,14 @@ def facts_of(layout: Layout, source_vocab_size: int | None) -> ModelFacts:
         num_attention_heads=size("num_attention_heads"),
         num_key_value_heads=size("num_key_value_heads"),
         expert_keys=(experts.key,) if experts and experts.key in layout.widths else (),
-        tokens=max(tokenizer.token_ids.values(), default=-1) + 1 if tokenizer else None,
+        tokens=_converted_tokens(tokenizer),
         source_vocab_size=source_vocab_size,
         misread_vocab_sizes=layout.family.misread_vocab_sizes,
         byte_level=tokenizer is not None and tokenizer.kind is BYTE_LEVEL,
     )
+
+
+def _converted_tokens(tokenizer: TokenizerFile | None) -> int | None:
+    if tokenizer is None or tokenizer.path.with_name("tokenizer.model").is_file():
+        return None
+    return max(tokenizer.token_ids.values(), default=-1) + 1

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoConfig
 
 from surgery.api import apply_plan
 from surgery.apply.cost import COLLAPSING, apply_cost
@@ -20,7 +21,7 @@ from surgery.families.layer_rules import LAYER_RULES
 from surgery.families.table import family_of
 from surgery.files.safetensors_header import read_header
 from surgery.files.shard_file import IO, open_shard
-from surgery.planning.layers import check_layers, layer_keys
+from surgery.planning.layers import check_layers, layer_keys, nearest_layers
 from surgery.planning.plan import Plan
 from surgery.stats.channel_stats import ChannelStats
 from tests.support import fp8, tiny
@@ -174,7 +175,7 @@ def test_options_that_do_not_fit_are_refused(
         ("diffllama", {}, "layers of model type diffllama cannot be removed"),
         ("gpt_neo", {}, "layers of model type gpt_neo cannot be removed"),
         ("qwen3_vl", {}, "layers of model type qwen3 cannot be removed"),
-        ("gemma3_text", {"layer_types": None}, "layer_types: is missing"),
+        ("exaone4", {"layer_types": None}, "layer_types: is missing"),
         ("qwen3", {"layer_types": None}, "layer_types: is missing"),
         ("qwen3", {"layer_types": ["full_attention"]}, "does not have an entry for every layer"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step: makes layers differ"),
@@ -237,8 +238,40 @@ def test_a_plan_says_what_to_know_of_several_kinds(tmp_path: Path) -> None:
     notes = plan_of(source, [[0, 1], [2]]).provenance.notes
     assert "0+1 differ in layer_types; each becomes as its first" in notes
     assert "channels of 0+1 are chosen by the first layer's" in notes
-    assert any("an engine that counts layers instead runs another model" in n for n in notes)
+    assert not any(note.startswith("layer_types: ") for note in notes)  # 0 and 2 keep the pattern
+    counted = plan_of(source, [[0], [1]]).provenance.notes
+    assert (
+        "layer_types: llama.cpp's converter and mlx-lm would take each 6. layer for one of "
+        "'full_attention', and run another model; compact-surgery export tells llama.cpp, or "
+        "refuses; `layers` 0,2 keeps the pattern"
+    ) in counted
     assert not any("layer" in note for note in plan_of(source, []).provenance.notes)
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        *((key, "layer_types") for key in ("gemma2", "gemma3_text", "vaultgemma", "olmo3")),
+        *((key, "layer_types") for key in ("cohere2", "gpt_oss", "qwen3_next")),
+        ("smollm3", "no_rope_layers"),
+    ],
+)
+def test_a_missing_list_is_written_as_the_config_class_fills_it_in(key: str, name: str) -> None:
+    config = AutoConfig.for_model(key, num_hidden_layers=13)
+    given = {"num_hidden_layers": 13}
+    kept = [[n] for n in (0, 1, 3, 5, 7, 11, 12)]
+    changes = layer_keys(given, family_of({"model_type": key}, "config.json"), kept, 13, "config")
+    assert changes[name] == [getattr(config, name)[group[0]] for group in kept]
+
+
+def test_the_nearest_layers_that_keep_a_pattern() -> None:
+    kinds, last = "sssssfsssssfssssss", [0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13]
+    wanted = [("f" if (n + 1) % 6 == 0 else "s") for n in range(12)]
+    found = nearest_layers(kinds, wanted, last)
+    assert found is not None
+    assert [kinds[n] for n in found] == wanted
+    assert len({*found} & {*last}) == 10
+    assert nearest_layers("ssss", ["f", "s"], [0, 1]) is None
 
 
 def test_what_is_taken_for_all_layers_alike_is_so_in_the_library(tmp_path: Path) -> None:

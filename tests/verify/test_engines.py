@@ -20,9 +20,11 @@ from surgery.verify.engines import (
     by_engine,
     engine_notes,
     engine_table,
+    facts_of,
     planned_notes,
     shared,
 )
+from tests.support import tiny
 from tests.support.plans import layout_of
 
 SERVED = ModelFacts(
@@ -286,6 +288,13 @@ def test_a_whole_byte_level_vocabulary_is_known_to_llama_cpp() -> None:
 )
 def test_key_value_heads_are_split_or_repeated(heads: int, served: tuple[int, ...]) -> None:
     assert tuple(tp for tp in TP if shared(heads, tp)) == served
+
+
+def test_tokens_without_a_row_are_left_out_where_there_is_a_tokenizer_model(tmp_path: Path) -> None:
+    source = tiny.save(tmp_path / "model")
+    assert facts_of(layout_of(source), None).tokens == tiny.TOKENS
+    (source / "tokenizer.model").write_bytes(b"")
+    assert facts_of(layout_of(source), None).tokens is None
 
 
 @pytest.mark.parametrize("unknown", [None, 0])

@@ -1,0 +1,57 @@
+"""What serving takes, predicted from headers: weights, bytes a token, cache, logits."""
+
+import json
+from pathlib import Path
+
+from surgery.layout.layout import Layout
+from surgery.planning.shapes import Serving, serving_of
+from surgery.planning.sizes import Sizes, whole
+from tests.support import tiny
+from tests.support.command import Run
+from tests.support.plans import layout_of, random_plan
+
+
+def dense(layout: Layout) -> Serving:
+    return serving_of(layout, whole(layout))
+
+
+def test_an_untied_embedding_is_looked_up_and_a_tied_one_is_the_head(tmp_path: Path) -> None:
+    untied = layout_of(tiny.save(tmp_path / "untied"))
+    found = dense(untied)
+    assert found.weights == untied.checkpoint.nbytes
+    assert found.decoded == found.weights - 639 * 32 * 4
+    assert found.cache == 3 * 2 * 2 * 8 * 2  # layers, keys and values, heads, head_dim, bf16
+    assert found.logits == 640 * 4
+    tied = dense(layout_of(tiny.save(tmp_path / "tied", tied=True)))
+    assert tied.decoded == tied.weights == found.weights - 640 * 32 * 4
+
+
+def test_a_token_reads_its_own_experts(tmp_path: Path) -> None:
+    layout = layout_of(tiny.save(tmp_path / "model", "qwen3_moe"))
+    found, one = dense(layout), 3 * 64 * 32 * 4
+    assert found.weights - found.decoded == 639 * 32 * 4 + 2 * 2 * one  # two of four, two layers
+    fewer = serving_of(layout, Sizes(640, layout.widths, experts=2))
+    assert found.weights - fewer.weights == 2 * (2 * one + 2 * 32 * 4)  # and rows of the router
+    assert found.decoded - fewer.decoded == 2 * 2 * 32 * 4
+
+
+def test_latent_attention_keeps_latents(tmp_path: Path) -> None:
+    found = dense(layout_of(tiny.save(tmp_path / "model", "deepseek_v2")))
+    assert found.cache == 3 * (12 + 4) * 2
+
+
+def test_the_command(tmp_path: Path, llama: Path, run: Run) -> None:
+    plan = random_plan(llama, 512, 64, layers=[[0], [2]])
+    plan.save(tmp_path / "plan.json")
+    shown = run("inspect", tmp_path / "plan.json", "--predict-serving", "--json")
+    facts = json.loads(shown.output)
+    assert facts["after"]["weights"] == plan.after.nbytes
+    assert facts["before"]["weights"] == plan.before.nbytes
+    assert facts["after"]["cache"] * 3 == facts["before"]["cache"] * 2
+    table = run("inspect", tmp_path / "plan.json", "--predict-serving").output
+    assert "read for each decoded token" in table
+    assert "20.00%" in table  # of the logits
+    alone = run("inspect", llama, "--predict-serving")
+    assert alone.exit_code == 0, alone.output
+    assert "before" not in alone.output
+    assert run("inspect", llama, "--predict-serving", "--vocab").exit_code == 2
