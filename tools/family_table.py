@@ -134,7 +134,7 @@ def family_table() -> str:
     ]
     for name, entry in FAMILIES.items():
         cut = "what its language model has" if isinstance(entry, Wrapper) else widths(entry)
-        majors = "5" if name in NOT_IN_4 or name in (*ENCODERS, *ENCODER_DECODERS) else "5 and 4.57"
+        majors = "5" if name in NOT_IN_4 or name in ENCODER_DECODERS else "5 and 4.57"
         rows.append(f"| {name} | {MODELS[name]} | {cut} | {majors} | {REAL.get(name, '')} |")
     return "\n".join(rows) + "\n"
 

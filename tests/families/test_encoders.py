@@ -17,12 +17,23 @@ from surgery.tokenizer.tokenizer_file import load_tokenizer
 from surgery.vocabulary.order import rarity_of
 from tests.support import tiny, tiny_encoders
 from tests.support.command import Run
+from tests.support.loading import NOT_IN_4, Job, load_with_transformers4
 from tests.support.plans import layout_of, masked_dense, random_plan
+from tests.support.published import as_published_before_5
 from tests.support.tiny_encoders import ENCODERS, VOCAB_SIZE
 
 CPU = torch.device("cpu")
 EDGES = [400, VOCAB_SIZE]
 SMALLER = 400
+HEADS = [
+    *((key, "masked") for key in ENCODERS),
+    *(
+        (key, head)
+        for key in ("bert", "deberta-v2", "modernbert")
+        for head in ("base", "classifier")
+    ),
+]
+"""Every encoder with the head for masked tokens, some without one and with a task's."""
 
 
 def states(path: Path, ids: torch.Tensor, head: str = "base") -> torch.Tensor:
@@ -37,8 +48,7 @@ def random_ids(count: int) -> torch.Tensor:
     return torch.randint(5, count, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("head", ["masked", "base", "classifier"])
-@pytest.mark.parametrize("key", ENCODERS)
+@pytest.mark.parametrize(("key", "head"), HEADS)
 def test_a_smaller_vocabulary_changes_no_bit(tmp_path: Path, key: str, head: str) -> None:
     source, out = tiny_encoders.save(tmp_path / "source", key, head), tmp_path / "out"
     plan = random_plan(source, SMALLER, dict(layout_of(source).widths))
@@ -140,3 +150,27 @@ def test_the_whole_command_line(tmp_path: Path, text: Path, run: Run, key: str) 
     refused = run("score", out, "--data", text)
     assert refused.exit_code == 2
     assert "is an encoder" in refused.output
+
+
+def test_transformers_4_computes_the_same(tmp_path: Path) -> None:
+    """What is written of every encoder loads in 4.57, where it knows the type."""
+    jobs, expected = [], []
+    for key in ENCODERS:
+        source, out = (tmp_path / f"{key.replace(':', '-')}-{name}" for name in ("source", "out"))
+        tiny_encoders.save(source, key)
+        if key not in NOT_IN_4:
+            as_published_before_5(source)
+        apply_plan(random_plan(source, SMALLER, 0.5), source=source, output=out)
+        new = random_ids(SMALLER)
+        jobs.append(Job(str(out), new.tolist(), "AutoModelForMaskedLM"))
+        expected.append(states(out, new, "masked").numpy())
+    for key, found, logits in zip(
+        ENCODERS, load_with_transformers4(jobs, tmp_path), expected, strict=True
+    ):
+        if key in NOT_IN_4:
+            assert found.error is not None
+            continue
+        assert found.error is None, (key, found.error)
+        assert found.logits is not None
+        assert np.abs(found.logits - logits).max() <= 1e-4 * np.abs(logits).max(), key
+        assert not {"missing_keys", "mismatched_keys"} & found.faults.keys(), (key, found.faults)

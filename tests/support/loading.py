@@ -18,6 +18,7 @@ VARIABLE = "COMPACT_SURGERY_TRANSFORMERS4"
 NOT_IN_4 = (
     "afmoe",
     "cohere2_moe",
+    "eurobert",
     "exaone_moe",
     "granite_swa",
     "internlm3",
