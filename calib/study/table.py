@@ -142,7 +142,7 @@ def plot_sizes(rows: Sequence[Row], path: Path) -> None:
         sizes = [f"V' {best.vocab_size:,}", *[f"E' {best.experts}"] * by_experts]
         sizes += [f"{key} {size:,}" for key, size in best.widths.items()]
         axes.set(
-            ylabel="bits over the dense model's (%)",
+            ylabel="score (%)" if by_experts else "bits over the dense model's (%)",
             title=f"{best.removed:.0%} fewer parameters; best: {', '.join(sizes)}",
         )
         axes.title.set_fontsize("medium")
