@@ -144,8 +144,9 @@ def plot_sizes(rows: Sequence[Row], path: Path, model: str = "") -> None:
         sizes = [f"V' {best.vocab_size:,}", *[f"E' {best.experts}"] * by_experts]
         sizes += [f"{key} {size:,}" for key, size in best.widths.items()]
         axes.set(
-            ylabel="bits over the dense model's (%)",
-            title=titled(model, f"{best.removed:.0%} fewer parameters\nbest: {', '.join(sizes)}"),
+            ylabel="score (%)" if by_experts else "bits over the dense model's (%)",
+            title=titled(model, f"{best.removed:.0%} fewer parameters
+best: {', '.join(sizes)}"),
         )
         axes.title.set_fontsize("medium")
         axes.legend(frameon=False)

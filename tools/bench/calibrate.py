@@ -73,23 +73,27 @@ def streamed(model: str, text: str, samples: int, seq_len: int, stats: Path) -> 
 
 def shares(model: str, text: str, samples: int, seq_len: int, stats: Path) -> Figures:
     """Calibrate as the command does; say how much of the pass its statistics take."""
-    taken = dict.fromkeys(("_add_channels", "_add_outputs", "_add_cosines", "_finish"), 0.0)
     accumulator = calib_calibrate._StatsAccumulator
+    places: list[tuple[Any, str]] = [
+        (accumulator, "_add_channels"),
+        (accumulator, "_add_outputs"),
+        (accumulator, "_add_cosines"),
+        (calib_calibrate, "weight_norms"),
+    ]
+    taken = {name: 0.0 for _, name in places}
 
-    def timed(name: str) -> Any:
-        inner = getattr(accumulator, name)
-
-        def call(*arguments: Any) -> None:
+    def timed(name: str, inner: Any) -> Any:
+        def call(*arguments: Any) -> Any:
             start = time.perf_counter()
-            inner(*arguments)
+            result = inner(*arguments)
             taken[name] += time.perf_counter() - start
+            return result
 
         return call
 
-    for name in taken:
-        setattr(accumulator, name, timed(name))
-    figures = streamed(model, text, samples, seq_len, stats)
-    total = figures["pass_seconds"]
+    for place, name in places:
+        setattr(place, name, timed(name, getattr(place, name)))
+    total = streamed(model, text, samples, seq_len, stats)["pass_seconds"]
     return {
         "pass_seconds": total,
         "statistics_over_pass": sum(taken.values()) / total,
