@@ -1,6 +1,6 @@
 """The library's own model of a config without weights, and how files store its parameters."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from threading import Lock, get_ident
@@ -152,9 +152,7 @@ def check_runs(layout: Layout) -> None:
 def _model(config: Any, layout: Layout, dtype: torch.dtype) -> Any:
     """Return the library's model that runs a text; an encoder without its pooler and heads."""
     if layout.family.kind == DECODER:
-        whole = type(config) in AutoModelForImageTextToText._model_mapping
-        auto_class = AutoModelForImageTextToText if whole else AutoModelForCausalLM
-        return auto_class.from_config(config, dtype=dtype)
+        return _whole_class(config).from_config(config, dtype=dtype)
     model = AutoModel.from_config(config, dtype=dtype)
     if hasattr(model, "pooler"):
         model.pooler = None
@@ -223,6 +221,44 @@ def _check_shapes(model: nn.Module, conversion: Conversion, layout: Layout) -> N
                 "is not in the model that transformers makes of config.json",
                 fix="check config.json, such as its flags for biases",
             )
+
+
+def shape_faults(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """Say which tensors do not fit the library's whole model of a config.json, built empty.
+
+    Weights whose codes are packed are not compared: their shapes are those of no parameter.
+
+    Args:
+        config: Content of config.json.
+        shapes: Name of each tensor in the files → its shape.
+    """
+    method = (config.get("quantization_config") or {}).get("quant_method", "fp8")
+    if method != "fp8":
+        return []
+    kept = {key: value for key, value in config.items() if key not in IGNORED_KEYS}
+    try:
+        made = AutoConfig.for_model(**PreTrainedConfig._decode_special_floats(kept))
+        with torch.device("meta"):
+            model = _whole_class(made).from_config(made)
+    except Exception as error:  # whatever the library makes of a wrong value
+        return [f"transformers builds no model: {type(error).__name__}: {str(error)[:MESSAGE]}"]
+    empty = {name: torch.empty(list(shape), device="meta") for name, shape in shapes.items()}
+    found = Conversion(model).convert(empty)
+    inside, tied = f"{model.base_model_prefix}.", set(model.all_tied_weights_keys)
+    faults = []
+    for name, parameter in model.named_parameters():
+        value = found.get(name)
+        if value is None and name.startswith(inside) and name not in tied:
+            faults.append(f"{name} is missing")
+        elif value is not None and value.shape != parameter.shape:
+            wanted, there = list(parameter.shape), list(value.shape)
+            faults.append(f"{name} is {there}, where config.json makes it {wanted}")
+    return faults
+
+
+def _whole_class(config: Any) -> Any:
+    autos = (AutoModelForImageTextToText, AutoModelForCausalLM)
+    return next((auto for auto in autos if type(config) in auto._model_mapping), AutoModel)
 
 
 def _check_buffers(sketch: nn.Module, layout: Layout) -> None:

@@ -509,6 +509,14 @@ def verify(directory: Path, options: VerifyOptions) -> None:
     if options.forward and (plan is None or source is None):
         raise Refusal(f"{directory}: --forward needs the plan and its source")
     report = verify_files(directory, plan, source, io=options.io)
+    if report.ok:
+        from calib.streaming.empty_model import shape_faults
+        from surgery.checkpoint.checkpoint import Checkpoint
+
+        with running():
+            made = Checkpoint.open(directory)
+            shapes = {name: tensor.shape for name, tensor in made.tensors.items()}
+            report.checks["transformers builds the same shapes"] = shape_faults(made.config, shapes)
     if options.forward and report.ok and plan and source:
         from calib.scoring.logits import compare_logits
 

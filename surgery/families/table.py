@@ -146,7 +146,8 @@ REFUSED: Mapping[str, str] = {
     "phi4_multimodal": _LORA,
     "xlstm": "no tiny model of it runs yet, and nothing else would prove an entry",
     **dict.fromkeys(
-        ("jetmoe", "inkling2", "inkling2_text", "inkling_mm_model", "inkling_text"), _UNSEEN
+        ("jetmoe", "step3p7", "inkling2", "inkling2_text", "inkling_mm_model", "inkling_text"),
+        _UNSEEN,
     ),
     **dict.fromkeys(("fast_vlm", "perception_lm"), _TIMM),
     **dict.fromkeys(
