@@ -1,5 +1,6 @@
 """The whole pipeline: calibrate, plan, repair, apply and verify."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,14 +14,18 @@ from calib.statistics.prepare import (
     prepare_calibration,
     run_calibration,
 )
+from calib.streaming.empty_model import shape_faults
 from calib.streaming.settings import ComputeOptions
 from calib.study.repair import open_repair, repair_cost, repair_plan, repair_windows
 from calib.study.study import Study
 from calib.text.chat import documents_of
 from surgery.api import plan_choice
+from surgery.apply.companions import pruned_config
 from surgery.apply.cost import PROGRAM_BYTES
+from surgery.apply.edits import edits
 from surgery.apply.output_directory import check_output_path
 from surgery.apply.run import ApplyForecast, ApplyOptions, apply_to, forecast_apply
+from surgery.errors import CheckpointError
 from surgery.files.atomic import check_file, check_no_partial
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
@@ -236,6 +241,24 @@ def _repair_within_caps(plan: Plan, study: Study, compute: ComputeOptions) -> Pr
     return made
 
 
+def check_output(plan: Plan, layout: Layout) -> None:
+    """Build the model of the output's config.json without weights, and compare every shape.
+
+    Raises:
+        CheckpointError: transformers would not load the output of ``plan``.
+    """
+    config = json.loads(pruned_config(plan, layout.checkpoint))
+    shapes = {tensor.name: tensor.shape for made in edits(plan, layout).values() for tensor in made}
+    faults = shape_faults(config, shapes)
+    if faults:
+        raise CheckpointError(
+            layout.checkpoint.path,
+            "transformers would not load the output, so that nothing is written",
+            found=faults[0],
+            fix="its entry in the table of families may be wrong: report it",
+        )
+
+
 def apply_and_verify(
     plan: Plan, layout: Layout, options: ApplyOptions, progress: Progress | None = None
 ) -> tuple[VerifyReport, dict[str, float]]:
@@ -244,6 +267,7 @@ def apply_and_verify(
     Returns the report, and the seconds of each stage.
     """
     path, watch = layout.checkpoint.path, Stopwatch()
+    check_output(plan, layout)
     with watch.timed("apply"):
         made = apply_to(plan, path, options, progress)
     with watch.timed("verify"):

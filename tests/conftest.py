@@ -14,6 +14,18 @@ from surgery.cli.main import main
 from tests.support import tiny
 from tests.support.command import Run
 from tests.support.plans import layout_of, random_plan, random_stats
+from tests.support.sample import ALL, SEED, seed
+
+
+def pytest_configure() -> None:
+    """Choose the seed before workers start, which inherit it."""
+    seed()
+
+
+def pytest_report_header() -> str:
+    """Say which types a run covers, so that it can be repeated."""
+    every = os.environ.get(ALL) == "all"
+    return "model types: all" if every else f"model types: a sample; {SEED}={seed()} repeats it"
 
 
 @pytest.fixture(scope="session")

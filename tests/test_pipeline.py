@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 
 from calib.statistics.calibrate import _StatsAccumulator
 from surgery.api import plan_model
+from surgery.families.schema import Family
+from surgery.families.table import FAMILIES
 from surgery.hub.shards import Shards
 from surgery.layout.layout import Layout
 from surgery.planning import planner
@@ -301,3 +304,25 @@ def test_a_criterion_of_weights_alone_reads_them_once(
     made = run("prune", model, *by, "-o", tmp_path / "out")
     assert made.exit_code == 0, made.output
     assert read == list(range(tiny.LAYERS))
+
+
+def test_what_transformers_would_not_load_is_not_written(
+    tmp_path: Path, llama: Path, text: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An entry forgets the channels of up_proj; plan and apply cannot see that."""
+    family = FAMILIES["llama"]
+    assert isinstance(family, Family)
+    wrong = tuple(
+        replace(slot, axes=()) if "up_proj.weight" in slot.name else slot for slot in family.slots
+    )
+    monkeypatch.setitem(FAMILIES, "llama", replace(family, slots=wrong))
+    out, plan = tmp_path / "out", tmp_path / "plan.json"
+    result = run("prune", llama, "--data", text, *TEXT[2:], *SIZES, "-o", out)
+    assert_refused(result, "would not load the output", "up_proj.weight is [96, 32]", "[64, 32]")
+    assert not out.exists()
+    drawn = ("--criterion", "random", *SIZES)
+    assert run("plan", llama, *drawn, "-o", plan).exit_code == 0
+    assert run("apply", plan, "-o", out).exit_code == 0
+    verified = run("verify", out)
+    assert verified.exit_code == 1
+    assert "FAULT    transformers builds the same shapes" in verified.output

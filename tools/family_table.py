@@ -1,8 +1,9 @@
 """The table of families, made from the table of axes and from what the tests cover."""
 
 from surgery.families.schema import EXPERT, FFN, SHARED, Family, Wrapper
-from surgery.families.table import FAMILIES
+from surgery.families.table import FAMILIES, REFUSED
 from tests.support.loading import NOT_IN_4
+from tests.support.sample import KEYS
 from tests.support.tiny_configs import TINY
 from tests.support.tiny_encoders import ENCODER_DECODERS, ENCODERS
 
@@ -86,6 +87,43 @@ MODELS = {
     "qwen2_vl": "Qwen2-VL",
     "qwen2_5_vl": "Qwen2.5-VL",
     "qwen3_vl": "Qwen3-VL dense",
+    "aya_vision": "Aya Vision",
+    "bailing_hybrid": "Ling, Ring with linear attention",
+    "bamba": "Bamba",
+    "deepseek_v32": "DeepSeek V3.2",
+    "falcon_h1": "Falcon H1",
+    "falcon_mamba": "Falcon Mamba",
+    "gemma4": "Gemma 4",
+    "gemma4_text": "Gemma 4, text",
+    "glm4_moe_lite": "GLM-4.7 Flash",
+    "glm4v": "GLM-4.1V",
+    "glm4v_moe": "GLM-4.5V",
+    "glm_moe_dsa": "GLM-5",
+    "granitemoehybrid": "Granite 4",
+    "idefics3": "Idefics 3",
+    "jamba": "Jamba",
+    "kimi_k25": "Kimi K2.5",
+    "kimi_linear": "Kimi Linear",
+    "lfm2": "LFM2",
+    "lfm2_moe": "LFM2 mixtures",
+    "lfm2_vl": "LFM2-VL",
+    "llava_next": "LLaVA-NeXT",
+    "llava_onevision": "LLaVA-OneVision",
+    "mamba": "Mamba",
+    "mamba2": "Mamba 2",
+    "mimo_v2_flash": "MiMo V2 Flash",
+    "mistral4": "Mistral 4",
+    "mistral_large4": "Mistral Large 4",
+    "nemotron_h": "Nemotron H, Nemotron 3",
+    "olmo_hybrid": "OLMo Hybrid",
+    "paligemma": "PaliGemma",
+    "qwen3_5": "Qwen 3.5",
+    "qwen3_5_moe": "Qwen 3.5 mixtures",
+    "qwen3_5_moe_text": "Qwen 3.5 mixtures, text",
+    "qwen3_5_text": "Qwen 3.5, text",
+    "qwen3_omni_moe_thinker": "Qwen3-Omni",
+    "qwen3_vl_moe": "Qwen3-VL mixtures",
+    "smolvlm": "SmolVLM",
     "bert": "BERT, LaBSE, BGE, E5, GTE, MiniLM",
     "distilbert": "DistilBERT",
     "roberta": "RoBERTa",
@@ -127,16 +165,29 @@ PARTS = {FFN: "FFN", EXPERT: "experts", SHARED: "shared expert"}
 
 
 def family_table() -> str:
-    """Return the table in Markdown, one row for each entry of FAMILIES."""
+    """Return the tables in Markdown: a row for each entry of FAMILIES; then what is refused."""
     rows = [
         "| model_type | such as | cut, beside the vocabulary | loads in | real weights |",
         "|---|---|---|---|---|",
     ]
+    by_hand = {key.partition(":")[0] for key in (*TINY, *ENCODERS)}
     for name, entry in FAMILIES.items():
         cut = "what its language model has" if isinstance(entry, Wrapper) else widths(entry)
-        majors = "5" if name in NOT_IN_4 or name in ENCODER_DECODERS else "5 and 4.57"
-        rows.append(f"| {name} | {MODELS[name]} | {cut} | {majors} | {REAL.get(name, '')} |")
-    return "\n".join(rows) + "\n"
+        majors = "5 and 4.57" if name in by_hand and name not in NOT_IN_4 else "5"
+        rows.append(
+            f"| {name} | {MODELS.get(name, '')} | {cut} | {majors} | {REAL.get(name, '')} |"
+        )
+    return "\n".join([*rows, "", *_refused()]) + "\n"
+
+
+def _refused() -> list[str]:
+    """A row for each reason to refuse a type."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in REFUSED.items():
+        if name not in FAMILIES:
+            by_reason.setdefault(reason, []).append(name)
+    rows = [f"| {reason} | {', '.join(names)} |" for reason, names in by_reason.items()]
+    return ["| why not | model_type |", "|---|---|", *rows]
 
 
 def widths(family: Family) -> str:
@@ -149,4 +200,4 @@ def widths(family: Family) -> str:
 
 def untested() -> set[str]:
     """Entries of FAMILIES that no tiny checkpoint stands for."""
-    return set(FAMILIES) - {key.partition(":")[0] for key in (*TINY, *ENCODERS, *ENCODER_DECODERS)}
+    return set(FAMILIES) - {key.partition(":")[0] for key in (*KEYS, *ENCODERS, *ENCODER_DECODERS)}

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,6 +95,8 @@ class Batch:
     """The first row of ``states`` that belongs to these windows."""
     arguments: dict[int, list[Arguments]] = field(default_factory=dict)
     """Windows of a micro-batch → the arguments of each layer."""
+    passed_on: dict[int, Any] = field(default_factory=dict)
+    """First window of a micro-batch → what the last layer returned beside its hidden states."""
 
     @property
     def hidden(self) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from functools import partial
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,14 +19,23 @@ from calib.streaming.batches import (
     micro_batches,
     tokens_of,
 )
-from calib.streaming.empty_model import empty_model, library_errors
+from calib.streaming.empty_model import empty_model, layers_path, library_errors
 from calib.streaming.ffn import FfnModule, hooked_ffn
 from calib.streaming.layers import Layers, broken_tensor, move_buffers, not_finite
 from calib.streaming.settings import PassSettings, Timings
-from calib.streaming.stand_ins import ArgumentCapture, Arguments, CaptureDone, ReplayHidden, swapped
+from calib.streaming.stand_ins import (
+    ArgumentCapture,
+    Arguments,
+    CaptureDone,
+    ReplayHidden,
+    swapped,
+    takes_passed,
+    with_passed,
+)
 from calib.streaming.weights import WeightReader
+from surgery.errors import CheckpointError
 from surgery.families.blocks import OUTSIDE
-from surgery.families.schema import DECODER
+from surgery.families.schema import DECODER, VOCAB, Dim
 from surgery.files.safetensors_header import TensorRef
 from surgery.layout.layout import Layout
 from surgery.process import Advance, no_advance, release_freed_memory
@@ -52,7 +62,7 @@ class StreamedDecoder:
         self.settings = settings or PassSettings(reader.device, reader.dtype)
         self.timings = timings or Timings()
         self._model, self._conversion = empty_model(layout, reader.dtype)
-        parent, _, self._list_name = layout.family.layers.rpartition(".")
+        parent, _, self._list_name = layers_path(layout, self._conversion).rpartition(".")
         self._parent = self._model.get_submodule(parent)
         modules = list(getattr(self._parent, self._list_name))
         self._layers = Layers(
@@ -60,9 +70,10 @@ class StreamedDecoder:
         )
         self._captures = [ArgumentCapture(layer) for layer in modules]
         self._captures[-1].last = True
-        self._channels = max((layout.channels_of(axis) for axis in layout.family.widths), default=1)
+        self._channels = max([1, *map(layout.channels_of, layout.family.widths)])
         self._returns_tuple = False
         self._options = {"use_cache": False} if layout.family.kind == DECODER else {}
+        self._streams: tuple[int, ...] = (-1,)
         self._set_layers(self._captures)
         reader.expect(self._reading_order())
         self._load_outer()
@@ -84,32 +95,38 @@ class StreamedDecoder:
             DataError: there is no token, or one without a row in the embedding.
         """
         used = tokens_of(streams, self.layout.vocab_size)
-        embedding = self._model.get_input_embeddings()
-        ref = self.layout.by_name[self.layout.family.embedding]
-        rows = self.reader.rows(ref.name, used)
-        self._check(ref, rows)
-        embedding.weight = nn.Parameter(rows, requires_grad=False)
-        embedding.padding_idx = None
+        for name, table in self._tables.items():
+            ref = self.layout.by_name[name]
+            rows = self.reader.rows(ref.name, used)
+            self._check(ref, rows)
+            table.weight = nn.Parameter(rows, requires_grad=False)
+            table.padding_idx = None
         for stream in streams:
             stream.batches = []
             for length in dict.fromkeys(map(len, stream.windows)):
                 ids = torch.from_numpy(np.stack([w for w in stream.windows if len(w) == length]))
                 first = sum(each.ids.numel() for each in stream.batches)
                 stream.batches.append(Batch(ids, stream.states, first))
-                self._embed(embedding, stream, used, passed)
+                self._embed(stream, used, passed)
             if passed:
                 stream.states.restore(passed)
-        embedding.to("meta")
+        self._free_tables()
 
-    def _embed(self, embedding: nn.Module, stream: Stream, used: np.ndarray, passed: int) -> None:
+    def _embed(self, stream: Stream, used: np.ndarray, passed: int) -> None:
         """Fill the last batch's hidden states and capture the arguments of the layers."""
         batch, states = stream.batches[-1], stream.states
         for part in self._micro_batches([batch]):
             rows = torch.from_numpy(np.searchsorted(used, part.ids.numpy()))
-            hidden, arguments = self._capture_arguments(embedding(rows.to(self.reader.device)))
+            hidden, arguments = self._capture_arguments(rows.to(self.reader.device))
             if not len(states.before):
                 states.allocate(stream.tokens, hidden.shape[-1], hidden.dtype)
-            batch.arguments.setdefault(len(part.ids), arguments)
+            if passed and takes_passed(arguments[passed]):
+                raise CheckpointError(
+                    self.layout.checkpoint.path,
+                    "its layers pass on more than hidden states, which no interrupted run keeps",
+                    fix="start again without `resume`",
+                )
+            batch.arguments.setdefault(self._key(part), arguments)
             if not passed:
                 states.before[part.rows].view(hidden.shape).copy_(hidden)
                 states.give_back(part.rows)
@@ -249,12 +266,14 @@ class StreamedDecoder:
         family = self.layout.family
         name = self._tensor(family.embedding if self.layout.tied else family.head)
         bias = self.layout.by_name.get(family.head.removesuffix("weight") + "bias")
-        width = self.layout.by_name[family.embedding].shape[1]
         head = self._model.get_output_embeddings()
         replay = ReplayHidden(self.layer(0), self._returns_tuple)
         every = np.unique(np.concatenate([rows for _, rows in hidden]))
         self.reader.expect([name] * -(-len(every) // HEAD_ROWS))
         self._set_layers([replay])
+        for table in self._tables.values():
+            row = torch.zeros(1, table.embedding_dim, dtype=self.reader.dtype)
+            table.weight = nn.Parameter(self.reader.to_device(row), requires_grad=False)
         try:
             for start in range(0, len(every), HEAD_ROWS):
                 block = every[start : start + HEAD_ROWS]
@@ -269,10 +288,10 @@ class StreamedDecoder:
                     first, stop = np.searchsorted(rows, (block[0], block[-1] + 1)).tolist()
                     if first == stop:
                         continue
-                    replay.hidden = states.to(self.reader.device)
-                    begin = replay.hidden.new_zeros((*states.shape[:2], width))
+                    replay.hidden = states.to(self.reader.device).unflatten(-1, self._streams)
+                    begin = torch.zeros(states.shape[:2], dtype=torch.int64)
                     with library_errors(self.layout):
-                        logits = self._model(inputs_embeds=begin, **self._options).logits
+                        logits = self._forward(begin.to(self.reader.device)).logits
                     if stop - first < len(block):
                         wanted = torch.from_numpy(np.searchsorted(block, rows[first:stop]))
                         logits = logits[..., wanted.to(logits.device)]
@@ -280,6 +299,7 @@ class StreamedDecoder:
         finally:
             self._set_layers(self._captures)
             head.to("meta")
+            self._free_tables()
 
     @torch.no_grad()
     def outputs(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -289,7 +309,7 @@ class StreamedDecoder:
         """
         width = self.layout.by_name[self.layout.family.embedding].shape[1]
         replay = ReplayHidden(self.layer(0), self._returns_tuple)
-        replay.hidden = hidden.to(self.reader.device)
+        replay.hidden = hidden.to(self.reader.device).unflatten(-1, self._streams)
         self._set_layers([replay])
         try:
             begin = replay.hidden.new_zeros((*hidden.shape[:2], width))
@@ -315,12 +335,13 @@ class StreamedDecoder:
     def _reading_order(self) -> list[str]:
         """Return the file's names of all tensors up to the last layer, in reading order."""
         outer = [ref.name for ref in self._outer_tensors().values()]
-        return [*outer, self._tensor(self.layout.family.embedding), *self._layers.names()]
+        tables = map(self._tensor, self._tables)
+        return [*outer, *tables, *self._layers.names()]
 
     def _outer_tensors(self) -> dict[str, TensorRef]:
-        """Return the tensors before and after the layers, without embedding and head."""
+        """Return the tensors before and after the layers, without embeddings and head."""
         layout, family = self.layout, self.layout.family
-        apart = (family.embedding, family.head, family.head.removesuffix("weight") + "bias")
+        apart = (*self._tables, family.head, family.head.removesuffix("weight") + "bias")
         outside = {n: r for n, r in layout.by_name.items() if layout.roles[r.name].layer is None}
         return {
             name: ref
@@ -337,12 +358,40 @@ class StreamedDecoder:
         self._model.load_state_dict(weights, strict=False, assign=True)
         move_buffers(self._model, self.reader.device)
 
-    def _capture_arguments(self, embeds: torch.Tensor) -> tuple[torch.Tensor, list[Arguments]]:
+    @cached_property
+    def _tables(self) -> dict[str, nn.Embedding]:
+        """Names of the tensors with a row for each token → their modules; the head is none."""
+        layout, family = self.layout, self.layout.family
+        found = {}
+        for name, ref in layout.by_name.items():
+            role = layout.roles[ref.name]
+            if role.slot.dims == (Dim(VOCAB), None) and name != family.head:
+                path = self._conversion.target(name)[0].removesuffix(".weight")
+                found[name] = self._model.get_submodule(path)
+        return found
+
+    def _free_tables(self) -> None:
+        for table in self._tables.values():
+            table.weight = nn.Parameter(table.weight.to("meta"), requires_grad=False)
+
+    def _key(self, part: MicroBatch) -> int:
+        """Key of a micro-batch's arguments: they depend on its tokens if there are more tables."""
+        return part.windows.start if len(self._tables) > 1 else len(part.ids)
+
+    def _forward(self, rows: torch.Tensor) -> Any:
+        """Run the library's model on ``rows`` of its tables, int64 ``(windows, tokens)``."""
+        if len(self._tables) > 1:
+            return self._model(input_ids=rows, **self._options)
+        (embedding,) = self._tables.values()
+        return self._model(inputs_embeds=embedding(rows), **self._options)
+
+    def _capture_arguments(self, rows: torch.Tensor) -> tuple[torch.Tensor, list[Arguments]]:
         """Run the model up to its layers; return the hidden states and each layer's arguments."""
         with library_errors(self.layout), suppress(CaptureDone):
-            self._model(inputs_embeds=embeds, **self._options)
+            self._forward(rows)
         first = self._captures[0]
-        return first.hidden, [capture.arguments for capture in self._captures]
+        self._streams = tuple(first.hidden.shape[2:])
+        return first.hidden.flatten(2), [capture.arguments for capture in self._captures]
 
     def _run(
         self,
@@ -352,9 +401,14 @@ class StreamedDecoder:
         hooked: AbstractContextManager[None],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return input and output of a layer, ``(windows, tokens, D)`` each."""
-        positional, named = part.batch.arguments[len(part.ids)][index]
+        batch, first = part.batch, part.windows.start
+        every = batch.arguments[self._key(part)]
         hidden = part.read().to(self.reader.device)
+        positional, named = with_passed(every[index], batch.passed_on.get(first))
         with library_errors(self.layout), hooked:
-            result = layer(hidden, *positional, **named)
-        self._returns_tuple = isinstance(result, tuple)
-        return hidden, result[0] if self._returns_tuple else result
+            result = layer(hidden.unflatten(-1, self._streams), *positional, **named)
+        self._returns_tuple = isinstance(result, tuple | list)
+        after = result[0] if self._returns_tuple else result
+        if index + 1 < len(every) and takes_passed(every[index + 1]):
+            batch.passed_on[first] = result[1]
+        return hidden, after.flatten(2)

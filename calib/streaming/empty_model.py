@@ -1,6 +1,6 @@
 """The library's own model of a config without weights, and how files store its parameters."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from threading import Lock, get_ident
@@ -8,7 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -97,7 +103,9 @@ POSITIONS = ("max_position_embeddings", "max_seq_len")
 
 
 def empty_model(layout: Layout, dtype: torch.dtype) -> tuple[Any, Conversion]:
-    """Build the library's model of a checkpoint's text config: real buffers, no weights.
+    """Build the library's model that runs a checkpoint's text: real buffers, no weights.
+
+    It is the language model alone where the library has a class for that, else the whole model.
 
     Raises:
         CheckpointError: config.json makes no model, or one with other tensors.
@@ -105,8 +113,9 @@ def empty_model(layout: Layout, dtype: torch.dtype) -> tuple[Any, Conversion]:
     """
     check_runs(layout)
     with library_errors(layout):
-        config = AutoConfig.for_model(**_text_config(layout))
-        config._experts_implementation = IMPLEMENTATION
+        config = AutoConfig.for_model(**_model_config(layout))
+        for part in (config, config.get_text_config()):
+            part._experts_implementation = IMPLEMENTATION
         with torch.device("meta"):
             sketch = _model(config, layout, dtype)
         _check_shapes(sketch, Conversion(sketch), layout)
@@ -143,11 +152,17 @@ def check_runs(layout: Layout) -> None:
 def _model(config: Any, layout: Layout, dtype: torch.dtype) -> Any:
     """Return the library's model that runs a text; an encoder without its pooler and heads."""
     if layout.family.kind == DECODER:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return _whole_class(config).from_config(config, dtype=dtype)
     model = AutoModel.from_config(config, dtype=dtype)
     if hasattr(model, "pooler"):
         model.pooler = None
     return model
+
+
+def layers_path(layout: Layout, conversion: Conversion) -> str:
+    """Return the path of the module that holds the layers in the library's model."""
+    name = next(name for name in layout.by_name if name.startswith(f"{layout.family.layers}.0."))
+    return conversion.target(name)[0].partition(".0.")[0]
 
 
 def positions(layout: Layout) -> int | None:
@@ -157,7 +172,7 @@ def positions(layout: Layout) -> int | None:
         CheckpointError: config.json makes no model.
     """
     with library_errors(layout):
-        config = AutoConfig.for_model(**_text_config(layout))
+        config = AutoConfig.for_model(**_model_config(layout)).get_text_config()
     for key in POSITIONS:
         value = getattr(config, key, None)
         if isinstance(value, int) and value > 0:
@@ -165,17 +180,22 @@ def positions(layout: Layout) -> int | None:
     return None
 
 
-def _text_config(layout: Layout) -> dict[str, Any]:
-    """Return config.json's keys of the language model, with the model type of the text model."""
-    family, text = layout.family, dict(layout.config)
-    text["model_type"] = family.text_type or family.model_type or text.get("model_type")
-    text[TIE_KEY] = layout.tied
-    return {key: value for key, value in text.items() if key not in IGNORED_KEYS}
+def _model_config(layout: Layout) -> dict[str, Any]:
+    """Return config.json's keys of the model that runs a text, with its model type."""
+    family = layout.family
+    keys, tie = dict(layout.config), {TIE_KEY: layout.tied}
+    if layout.runs_whole:
+        keys = {**layout.checkpoint.config, family.section: {**keys, **tie}}
+    keys["model_type"] = family.text_type or family.model_type or keys.get("model_type")
+    keys |= tie
+    kept = {key: value for key, value in keys.items() if key not in IGNORED_KEYS}
+    decoded: dict[str, Any] = PreTrainedConfig._decode_special_floats(kept)
+    return decoded
 
 
 def _check_shapes(model: nn.Module, conversion: Conversion, layout: Layout) -> None:
     """Refuse a checkpoint whose tensors differ from what the library expects by config.json."""
-    tensors = layout.by_name
+    tensors = layout.by_name | layout.beside
     empty = {n: torch.empty(layout.shape_of(t), device="meta") for n, t in tensors.items()}
     found = conversion.convert(empty)
     parameters = model.state_dict()
@@ -193,7 +213,7 @@ def _check_shapes(model: nn.Module, conversion: Conversion, layout: Layout) -> N
                 found=list(value.shape) if value is not None else None,
                 fix="check config.json",
             )
-    for name, ref in tensors.items():
+    for name, ref in layout.by_name.items():
         needed = layout.roles[ref.name].slot.block not in OUTSIDE
         if needed and conversion.target(name)[0] not in parameters:
             raise CheckpointError(
@@ -201,6 +221,44 @@ def _check_shapes(model: nn.Module, conversion: Conversion, layout: Layout) -> N
                 "is not in the model that transformers makes of config.json",
                 fix="check config.json, such as its flags for biases",
             )
+
+
+def shape_faults(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """Say which tensors do not fit the library's whole model of a config.json, built empty.
+
+    Weights whose codes are packed are not compared: their shapes are those of no parameter.
+
+    Args:
+        config: Content of config.json.
+        shapes: Name of each tensor in the files → its shape.
+    """
+    method = (config.get("quantization_config") or {}).get("quant_method", "fp8")
+    if method != "fp8":
+        return []
+    kept = {key: value for key, value in config.items() if key not in IGNORED_KEYS}
+    try:
+        made = AutoConfig.for_model(**PreTrainedConfig._decode_special_floats(kept))
+        with torch.device("meta"):
+            model = _whole_class(made).from_config(made)
+    except Exception as error:  # whatever the library makes of a wrong value
+        return [f"transformers builds no model: {type(error).__name__}: {str(error)[:MESSAGE]}"]
+    empty = {name: torch.empty(list(shape), device="meta") for name, shape in shapes.items()}
+    found = Conversion(model).convert(empty)
+    inside, tied = f"{model.base_model_prefix}.", set(model.all_tied_weights_keys)
+    faults = []
+    for name, parameter in model.named_parameters():
+        value = found.get(name)
+        if value is None and name.startswith(inside) and name not in tied:
+            faults.append(f"{name} is missing")
+        elif value is not None and value.shape != parameter.shape:
+            wanted, there = list(parameter.shape), list(value.shape)
+            faults.append(f"{name} is {there}, where config.json makes it {wanted}")
+    return faults
+
+
+def _whole_class(config: Any) -> Any:
+    autos = (AutoModelForImageTextToText, AutoModelForCausalLM)
+    return next((auto for auto in autos if type(config) in auto._model_mapping), AutoModel)
 
 
 def _check_buffers(sketch: nn.Module, layout: Layout) -> None:

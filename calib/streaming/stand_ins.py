@@ -12,6 +12,13 @@ Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 """Arguments of a layer besides the hidden states: masks, rotary tables."""
 
 
+class PassedOn:
+    """Stands for what a layer returns beside the hidden states, and the next one takes."""
+
+
+PASSED_ON = PassedOn()
+
+
 class CaptureDone(Exception):
     """Ends a forward pass once the last layer's arguments are known."""
 
@@ -35,14 +42,14 @@ class ArgumentCapture(StandIn):
         super().__init__(layer)
         self.last = False
 
-    def forward(self, *positional: Any, **named: Any) -> tuple[torch.Tensor, None]:
+    def forward(self, *positional: Any, **named: Any) -> tuple[torch.Tensor, PassedOn]:
         """Keep hidden states and arguments. A tuple also works in models that expect a tensor."""
         hidden = positional[0] if positional else named.pop("hidden_states")
         self.hidden: torch.Tensor = hidden[0] if isinstance(hidden, tuple) else hidden
         self.arguments: Arguments = (positional[1:], named)
         if self.last:
             raise CaptureDone
-        return (self.hidden, None)
+        return (self.hidden, PASSED_ON)
 
 
 class ReplayHidden(StandIn):
@@ -56,6 +63,21 @@ class ReplayHidden(StandIn):
     def forward(self, *_: Any, **__: Any) -> Any:
         """Return ``hidden`` as the library's layers return theirs."""
         return (self.hidden, None) if self._returns_tuple else self.hidden
+
+
+def with_passed(arguments: Arguments, passed: Any) -> Arguments:
+    """Return ``arguments`` with what the layer before returned in its place."""
+    positional, named = arguments
+    return (
+        tuple(passed if value is PASSED_ON else value for value in positional),
+        {key: passed if value is PASSED_ON else value for key, value in named.items()},
+    )
+
+
+def takes_passed(arguments: Arguments) -> bool:
+    """Whether a layer takes what the layer before returns beside the hidden states."""
+    positional, named = arguments
+    return any(value is PASSED_ON for value in (*positional, *named.values()))
 
 
 @contextmanager

@@ -324,6 +324,7 @@ def config_changes(plan: Plan, family: Family, text: Mapping[str, Any]) -> dict[
     """Return key of config.json → new number: changed widths, the number of experts under each of
     its names, and 0 layers that predict ahead."""
     changes = {k: n for k, n in plan.after.widths.items() if n != plan.before.widths.get(k)}
+    changes |= {family.rounds: False} if changes and family.rounds else {}
     if plan.after.experts != plan.before.experts and family.experts is not None:
         names = [key for key in EXPERT_KEYS if key in text] or [family.experts.key]
         changes |= dict.fromkeys(names, plan.after.experts)

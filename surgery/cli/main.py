@@ -550,6 +550,14 @@ def verify(directory: Path, options: VerifyOptions) -> None:
     if options.forward and (plan is None or source is None):
         raise Refusal(f"{directory}: --forward needs the plan and its source")
     checks = verify_files(directory, plan, source, io=options.io)
+    if checks.ok:
+        from calib.streaming.empty_model import shape_faults
+        from surgery.checkpoint.checkpoint import Checkpoint
+
+        with running():
+            made = Checkpoint.open(directory)
+            shapes = {name: tensor.shape for name, tensor in made.tensors.items()}
+            checks.checks["transformers builds the same shapes"] = shape_faults(made.config, shapes)
     if options.forward and checks.ok and plan and source:
         add_logits(checks, plan, source, directory, options.device)
     print_text(checks.table(engines=options.engines))

@@ -181,6 +181,10 @@ class Family:
     layer_rules: tuple[LayerRule, ...] | None = None
     """Keys by which layers differ; ``family_of`` sets them. None: layers cannot be removed, for a
     layer's kind may follow from its number."""
+    rounds: str = ""
+    """Flag by which the class rounds the width of config.json; a cut config has it off."""
+    mixed: bool = False
+    """Whether a layer may have no FFN."""
     misread_vocab_sizes: tuple[int, ...] = ()
     """Sizes V' by which llama.cpp's converter tells other models of the family."""
 
@@ -229,6 +233,8 @@ class Wrapper:
     text_types: Mapping[str, str] = field(default_factory=dict)
     """Model type of the section → an equal one, for text, that stands alone."""
     section: str = "text_config"
+    left_out: tuple[str, ...] = ()
+    """Prefixes of tensors for multi-token prediction (MTP) beside it; not copied."""
     by_number: bool = False
     """Whether other parts of the model feed into the language model's layers by their number."""
 
@@ -241,6 +247,7 @@ class Wrapper:
             carried=(*self.carried, *(f"model.{name}" for name in self.carried)),
             section=self.section,
             text_type=text_type,
+            left_out=(*family.left_out, *self.left_out),
             layer_rules=None if self.by_number else family.layer_rules,
         )
 

@@ -34,7 +34,7 @@ def read_layout(checkpoint: Checkpoint, family: Family | None = None) -> Layout:
     config = family.text_config(checkpoint.config)
     if checkpoint.opaque is not None and family.experts is None:
         quantization_of(checkpoint.config, where)  # refuses it: no experts could be removed
-    depth = size_in(config, family.depth, where)
+    depth = _depth(config, family.depth, where)
     if depth is None:
         raise no_size(where, family.depth, config.get(family.depth))
     if depth > len(checkpoint.tensors):
@@ -54,6 +54,12 @@ def read_layout(checkpoint: Checkpoint, family: Family | None = None) -> Layout:
     _check(layout)
     _check_experts(layout)
     return layout
+
+
+def _depth(config: Mapping[str, Any], key: str, where: object) -> int | None:
+    """The number of layers: a number, or a list with an entry for each."""
+    listed = config.get(key)
+    return len(listed) if isinstance(listed, list) and listed else size_in(config, key, where)
 
 
 def _check_experts(layout: Layout) -> None:
@@ -93,6 +99,8 @@ def _lengths(layout: Layout, config: Mapping[str, Any], where: object) -> dict[s
             if dim is None or key in (None, EXPERTS) or key in found or role.scales:
                 continue
             configured = size_in(config, "vocab_size" if key == VOCAB else key, where)
+            if key != VOCAB and config.get(layout.family.rounds, bool(layout.family.rounds)):
+                configured = None
             shape = layout.checkpoint.tensors[name].shape
             if role.opaque and configured is None:
                 raise no_size(where, key, None)
@@ -174,7 +182,7 @@ def _check_complete(layout: Layout) -> None:
                     raise _missing(layout, slot.name.format(layer=layer, expert=expert))
     outputs = [slot.name for slot in layout.family.slots if slot.ffn_output]
     for layer, axes in enumerate(layout.ffn_outputs):
-        if outputs and not axes:
+        if outputs and not axes and not layout.family.mixed:
             raise _missing(layout, outputs[0].format(layer=layer, expert=0))
 
 

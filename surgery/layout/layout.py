@@ -259,6 +259,19 @@ class Layout:
             if role.slot not in (CARRIED, DRAFT) and not role.scales
         }
 
+    @property
+    def runs_whole(self) -> bool:
+        """Whether a text runs through the whole model, for its language model has no own class."""
+        return bool(self.family.section) and not self.family.text_type
+
+    @cached_property
+    def beside(self) -> dict[str, TensorRef]:
+        """Tensors beside the language model that a model which ``runs_whole`` has."""
+        if not self.runs_whole:
+            return {}
+        tensors = self.checkpoint.tensors.items()
+        return {name: ref for name, ref in tensors if self.roles[name].slot is CARRIED}
+
     @cached_property
     def of_layer(self) -> list[dict[str, TensorRef]]:
         """Per layer, its part of ``by_name``."""

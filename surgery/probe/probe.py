@@ -71,7 +71,8 @@ def fitting(checkpoint: Checkpoint) -> tuple[str, ...]:
         if _keys_fit(layout.widths, layout.config):
             used = {role.slot.name for role in layout.roles.values()}
             slots = layout.family.slots
-            unused[name] = sum(s.name not in used and s.block != BUFFER for s in slots)
+            expected = [s for s in slots if s.block != BUFFER and not s.name.endswith(".bias")]
+            unused[name] = sum(slot.name not in used for slot in expected)
     return tuple(sorted(unused, key=unused.__getitem__))
 
 

@@ -24,6 +24,7 @@ from tests.support import tiny
 from tests.support.contents import bits, weights
 from tests.support.layers import merged_layers, plan_of
 from tests.support.plans import layout_of, masked_dense
+from tests.support.sample import sampled
 from tests.support.tiny_configs import TINY
 
 CPU = torch.device("cpu")
@@ -67,7 +68,7 @@ def whole_plan(source: Path, layers: Sequence[Sequence[int]]) -> Plan:
     return plan_of(source, layers, tiny.VOCAB_SIZE, 1.0)
 
 
-@pytest.mark.parametrize("key", TINY)
+@pytest.mark.parametrize("key", sampled(TINY))
 def test_dropped_equals_bypassed_or_is_refused(tmp_path: Path, key: str) -> None:
     source = tiny.save(tmp_path / "source", key, sharded=True)
     if layout_of(source).family.layer_rules is None:

@@ -39,7 +39,7 @@ CASES = [
     Case("git-lfs pointer", write(f"model/{SHARD_1}", "version https://git-lfs\noid sha256:0\n"),
          INSPECT, (SHARD_1, "git-lfs pointer", "git lfs pull")),
     Case("no model_type", no_config_key("model_type"), INSPECT,
-         ("config.json", "names no model_type", "expected one of llama", "add it")),
+         ("config.json", "names no model_type", "such as llama", "add it")),
     Case("shard is no safetensors", write(f"model/{SHARD_1}", "<html>Not found</html>"), INSPECT,
          (SHARD_1, "not safetensors", "expected", "found", "download")),
     Case("shard with bytes after its last tensor", append(f"model/{SHARD_1}", b"1234"), INSPECT,

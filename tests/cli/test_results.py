@@ -54,7 +54,7 @@ def test_plan_ends_with_what_it_wrote(llama: Path, tmp_path: Path, run: Run) -> 
 def test_verify_ends_with_its_checks_and_measures(pruned: tuple[Path, str], run: Run) -> None:
     out, _ = pruned
     lines = run("verify", out, "--forward").stdout.splitlines()
-    assert_ordered(lines, "ok: 7 checks passed")
+    assert_ordered(lines, "ok: 8 checks passed")
     (logits,) = (line for line in lines if "logits equal" in line)
     assert re.fullmatch(
         r"ok {7}logits equal the masked dense model's: largest difference \d[\d.e-]* of the "

@@ -1,8 +1,7 @@
-"""CONTRIBUTING.md's ten lines add a family, which then works from inspect to verify."""
+"""A model type that transformers has gained is derived, and works from inspect to verify."""
 
 import re
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,18 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 from surgery.families.default_ids import DEFAULT_IDS
-from surgery.families.table import FAMILIES
+from surgery.families.table import FAMILIES, read_entry
 from surgery.planning.plan import Plan
 from tests.support import ROOT, tiny
 from tests.support.command import Run
 from tests.support.plans import assert_equals_masked_dense, layout_of
-from tests.support.tiny_configs import TINY
+from tools.derive import configs
+from tools.derive.entry import derive
 
 NAME = "newmodel"
+NORM = "model.layers.{layer}.post_feedforward_layernorm.weight"
 BRANCH = re.compile(r"(?<!trainer_spec\.)model_type\b\W*(==|!=|\bin\b)|\bmatch\b.*model_type")
 """SentencePiece calls its kind of vocabulary so, too."""
-LOCATION = re.compile(r"# ([\w/]+)\.py, in (\w+):.*")
 
 
 class NewLayer(LlamaDecoderLayer):
@@ -57,44 +57,23 @@ class NewForCausalLM(LlamaForCausalLM):
         self.post_init()
 
 
-def documented() -> dict[tuple[str, str], dict[str, Any]]:
-    """(Module, table) → entries that the code block of CONTRIBUTING.md adds to it."""
-    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
-    lines = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0].splitlines()
-    assert len(lines) <= 10
-    found: dict[tuple[str, str], list[str]] = {}
-    for line in lines:
-        if match := LOCATION.fullmatch(line):
-            found[match[1].replace("/", "."), match[2]] = []
-        else:
-            list(found.values())[-1].append(line)
-    return {
-        table: eval("{" + "\n".join(code) + "}", dict(vars(import_module(table[0]))))
-        for table, code in found.items()
-    }
-
-
 @pytest.fixture
 def added(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The family is in the tables, and transformers knows the model."""
-    for (module, table), entries in documented().items():
-        assert list(entries) == [NAME]
-        monkeypatch.setitem(getattr(import_module(module), table), NAME, entries[NAME])
-        if module == "tests.support.tiny_configs":
-            monkeypatch.setitem(TINY, NAME, entries[NAME])
+    """transformers knows the model, and so do the tables, by what was derived of it."""
     AutoConfig.register(NAME, NewConfig)
     AutoModelForCausalLM.register(NewConfig, NewForCausalLM)
+    monkeypatch.setitem(configs.CAUSAL, NAME, "NewForCausalLM")
+    entry = derive(NAME)
+    assert entry["tensors"][NORM] == "norms"
+    monkeypatch.setitem(FAMILIES, NAME, read_entry(NAME, entry))
+    monkeypatch.setitem(DEFAULT_IDS, NAME, entry["ids"])
     yield
     CONFIG_MAPPING._extra_content.pop(NAME)
     MODEL_FOR_CAUSAL_LM_MAPPING._extra_content.pop(NewConfig)
 
 
-def test_the_lines_name_the_tables() -> None:
-    assert list(documented()) == [
-        ("surgery.families.table", "FAMILIES"),
-        ("surgery.families.default_ids", "DEFAULT_IDS"),
-        ("tests.support.tiny_configs", "_DENSE"),
-    ]
+def test_contributing_names_the_command() -> None:
+    assert "python -m tools.derive" in (ROOT / "CONTRIBUTING.md").read_text("utf-8")
 
 
 @pytest.mark.usefixtures("added")

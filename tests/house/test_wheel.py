@@ -59,10 +59,11 @@ def test_the_wheel_holds_every_file_of_the_packages_and_no_other(wheel: Path) ->
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == files_of(ROOT)
     assert names >= {f"{package}/py.typed" for package in PACKAGES}
+    assert "surgery/families/derived.json" in names
     assert len(names) > 50
 
 
-def test_the_command_runs_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
+def test_the_command_runs_from_the_wheel(wheel: Path, tmp_path: Path, llama: Path) -> None:
     """In an environment of its own, which takes the dependencies from this one."""
     place = tmp_path / "env"
     venv.create(place, symlinks=os.name != "nt")
@@ -79,3 +80,4 @@ def test_the_command_runs_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
     shown = call(scripts / "compact-surgery", "--help", cwd=tmp_path)
     assert "Usage: compact-surgery" in shown
     assert "apply" in shown
+    assert "vocabulary" in call(scripts / "compact-surgery", "inspect", llama, cwd=tmp_path)

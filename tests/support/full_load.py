@@ -124,10 +124,15 @@ def watched_modules(layout: Layout, tensors: dict[str, Any]) -> Iterator[tuple[s
 
 
 def name_in(modules: dict[str, Any], name: str) -> str:
-    """What a module of the language model is called inside a wrapper."""
-    if "model.language_model" in modules:
-        return "model.language_model." + name.removeprefix("model.")
-    return f"language_model.{name}" if "language_model.model" in modules else name
+    """What a module of the language model is called inside a whole model."""
+    inside = [
+        name,
+        f"model.language_model.{name.removeprefix('model.')}",
+        f"model.language_model.{name.removeprefix('language_model.model.')}",
+        f"language_model.{name}",
+        f"model.text_model.{name.removeprefix('model.')}",
+    ]
+    return next(each for each in inside if each.rstrip(".") in modules)
 
 
 def expert_activations(

@@ -10,12 +10,14 @@ from tokenizers import Tokenizer, processors
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     PreTrainedTokenizerFast,
 )
 
+from surgery.families.table import FAMILIES
 from tests.support import ROOT
-from tests.support.tiny_configs import TINY, WRAPPERS
+from tests.support.tiny_configs import TINY
+from tools.derive.configs import registered
+from tools.derive.tiny import tiny_config
 from tools.synthetic_tokenizer import trained_tokenizer
 
 TEXT = ROOT / "tools" / "text" / "heldout.txt"
@@ -52,16 +54,18 @@ def tokenizer(*, special_first: bool = True, bos: bool = True) -> Tokenizer:
 
 
 def config(key: str, *, tied: bool, specials: dict[str, int], **changes: Any) -> Any:
-    """Return the tiny config of ``key``, as in ``tiny_configs.TINY``."""
+    """Return the tiny config of ``key``: as in ``tiny_configs.TINY``, or as the class has it."""
     ids = {
         "bos_token_id": specials["<s>"],
         "eos_token_id": specials["</s>"],
         "pad_token_id": specials["<pad>"],
     }
-    values = {"tie_word_embeddings": tied, **deepcopy(TINY[key])}
-    text = values.get("text_config", values)
+    model_type = key.partition(":")[0]
+    values = {"tie_word_embeddings": tied, **deepcopy(TINY.get(key) or tiny_config(model_type))}
+    section = getattr(FAMILIES.get(model_type), "section", "")
+    text = values[section] if section else values
     text |= ids | changes | {"tie_word_embeddings": tied}
-    return AutoConfig.for_model(key.partition(":")[0], **values)
+    return AutoConfig.for_model(**{**values, "model_type": model_type})
 
 
 def save(
@@ -100,7 +104,7 @@ def save(
 
 def auto_class(key: str) -> Any:
     """The class of transformers that loads a model of ``key``."""
-    return AutoModelForImageTextToText if key in WRAPPERS else AutoModelForCausalLM
+    return registered().get(key.partition(":")[0], AutoModelForCausalLM)
 
 
 def load(path: Path, key: str = "llama") -> Any:
@@ -109,3 +113,15 @@ def load(path: Path, key: str = "llama") -> Any:
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")
     return model.eval()
+
+
+WANT_IMAGES = ("blip-2", "instructblip", "instructblipvideo")
+"""Model types whose class runs no text without an image; their language model does."""
+
+
+def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Run ``ids`` through a model, or through its language model where it wants an image, too."""
+    alone = model.config.model_type in WANT_IMAGES
+    with torch.no_grad():
+        found: torch.Tensor = (model.language_model if alone else model)(input_ids=ids).logits
+    return found

@@ -1,0 +1,1 @@
+"""Derive the table of model types from the installed transformers."""
