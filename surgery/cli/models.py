@@ -236,6 +236,9 @@ class PruneOptions:
     """Whether to write a page beside the directory."""
 
 
+_COMPARE = "compact-surgery compare shows what a cut of this size costs in quality\n"
+
+
 def _next_command(layout: "Layout", source: str, output: Path) -> tuple[object, ...]:
     """The words of the command that measures an output."""
     if layout.predicts:
@@ -325,8 +328,7 @@ def prune(
         forecast = forecast_prune(layout, choice, text, compute, files, applied)
         show_plan(forecast.plan, layout, cut.sizes)
         print_text(f"\n{forecast.table()}")
-        click.echo("compact-surgery compare shows what a cut of this size costs in quality")
-        click.echo("nothing was written")
+        click.echo(_COMPARE * layout.predicts + "nothing was written")
         return
     with running() as progress:
         plan, first = calibrated_plan(layout, choice, text, compute, files, progress)

@@ -148,7 +148,7 @@ def show_plan(plan: Plan, layout: Layout, request: SizeRequest) -> None:
     print_text(plan.table())
     if names := files_left_out(layout.checkpoint, plan.ids()):
         click.echo(f"note: left out of the output: {printable(', '.join(names))}")
-    if request.by_rule:
+    if request.by_rule and layout.predicts:
         click.echo(f"note: {RULE}")
 
 

@@ -227,6 +227,8 @@ _ALIKE = """
     falcon bloom phi ernie4_5 hunyuan_v1_dense seed_oss arcee nemotron starcoder2 helium
     persimmon gptj codegen gpt_bigcode internlm3 apertus mpt biogpt jais2 youtu nanochat mixtral
     olmoe granitemoe granitemoeshared phimoe minimax_m2 flex_olmo solar_open
+    bert ernie megatron-bert rembert roformer distilbert roberta xlm-roberta camembert
+    data2vec-text roberta-prelayernorm xlm-roberta-xl mpnet electra eurobert
 """.split()  # noqa: SIM905
 """Types whose layers differ in nothing but their weights."""
 
@@ -239,6 +241,8 @@ LAYER_RULES: dict[str, tuple[LayerRule, ...]] = {
     "qwen3": _WINDOWS,
     "granite_swa": (*_TYPES, PerLayer("layer_rope_theta", needed=False)),
     "smollm3": (PerLayer("no_rope_layers", period=_NO_ROPE), PerLayer("layer_types", needed=False)),
+    "modernbert": _TYPES,
+    "deberta-v2": (RequiredValue("conv_kernel_size", 0),),
     "exaone4": _TYPES,
     "qwen2_moe": (*_WINDOWS, *_MLP_ONLY),
     "qwen3_moe": _MLP_ONLY,

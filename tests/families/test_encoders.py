@@ -152,6 +152,30 @@ def test_the_whole_command_line(tmp_path: Path, text: Path, run: Run, key: str) 
     assert "is an encoder" in refused.output
 
 
+@pytest.mark.parametrize("key", ["bert", "distilbert", "deberta-v2", "modernbert", "eurobert"])
+def test_layers_are_removed(tmp_path: Path, run: Run, key: str) -> None:
+    source = tiny_encoders.save(tmp_path / "source", key)
+    plan, out = tmp_path / "plan.json", tmp_path / "out"
+    steps = (
+        ("plan", source, "--layers", "0,2", "--vocab-size", SMALLER, "-o", plan),
+        ("apply", plan, "-o", out),
+        ("verify", out, "--forward"),
+    )
+    for step in steps:
+        result = run(*step)
+        assert result.exit_code == 0, (step, result.output)
+    whole, made = tiny_encoders.load(source), tiny_encoders.load(out)
+    layers = [
+        (layout_of(path).family.layers, model) for path, model in ((source, whole), (out, made))
+    ]
+    kept = [
+        model.get_submodule(f"{name}.{i}").state_dict()
+        for (name, model), i in zip(layers, (2, 1), strict=True)
+    ]
+    assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
+    assert layout_of(out).num_hidden_layers == 2
+
+
 def test_transformers_4_computes_the_same(tmp_path: Path) -> None:
     """What is written of every encoder loads in 4.57, where it knows the type."""
     jobs, expected = [], []
