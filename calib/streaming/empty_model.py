@@ -1,5 +1,6 @@
 """The library's own model of a config without weights, and how files store its parameters."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -13,6 +14,8 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
     PreTrainedConfig,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -245,9 +248,12 @@ def shape_faults(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]])
     empty = {name: torch.empty(list(shape), device="meta") for name, shape in shapes.items()}
     found = Conversion(model).convert(empty)
     inside, tied = f"{model.base_model_prefix}.", set(model.all_tied_weights_keys)
+    computed = model._keys_to_ignore_on_load_missing or ()  # such as Marian's table of positions
     faults = []
     for name, parameter in model.named_parameters():
         value = found.get(name)
+        if value is None and any(re.search(pattern, name) for pattern in computed):
+            continue
         if value is None and name.startswith(inside) and name not in tied:
             faults.append(f"{name} is missing")
         elif value is not None and value.shape != parameter.shape:
@@ -257,7 +263,8 @@ def shape_faults(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]])
 
 
 def _whole_class(config: Any) -> Any:
-    autos = (AutoModelForImageTextToText, AutoModelForCausalLM)
+    both = (AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq) if config.is_encoder_decoder else ()
+    autos = (*both, AutoModelForImageTextToText, AutoModelForCausalLM)
     return next((auto for auto in autos if type(config) in auto._model_mapping), AutoModel)
 
 
