@@ -145,8 +145,7 @@ def plot_sizes(rows: Sequence[Row], path: Path, model: str = "") -> None:
         sizes += [f"{key} {size:,}" for key, size in best.widths.items()]
         axes.set(
             ylabel="score (%)" if by_experts else "bits over the dense model's (%)",
-            title=titled(model, f"{best.removed:.0%} fewer parameters
-best: {', '.join(sizes)}"),
+            title=titled(model, f"{best.removed:.0%} fewer parameters\nbest: {', '.join(sizes)}"),
         )
         axes.title.set_fontsize("medium")
         axes.legend(frameon=False)
