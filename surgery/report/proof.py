@@ -13,6 +13,8 @@ from surgery.families.schema import EXPERTS, GROUPS, VOCAB
 from surgery.files.strict_json import read_file
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
+from surgery.planning.shapes import serving_of, sizes_of
+from surgery.planning.sizes import whole
 
 CONTEXT = 8192
 """Tokens of the one text that the predicted memory for serving is for."""
@@ -86,25 +88,16 @@ def bill_of(layout: Layout, plan: Plan) -> Bill:
 
 
 def _memory(layout: Layout, plan: Plan) -> tuple[list[BillRow], int]:
-    """Return the bytes to serve one text, and how many tokens of it.
-
-    The cache holds a key and a value of ``head_dim`` numbers for each key-value head, layer and
-    token. Layers with sliding windows take less; a compressed cache is not predicted.
-    """
-    rows = [BillRow("weights", plan.before.nbytes, plan.after.nbytes)]
-    config, most = layout.config, layout.config.get("max_position_embeddings")
-    heads = config.get("num_key_value_heads") or config.get("num_attention_heads")
-    size = config.get("head_dim")
-    if size is None and type(config.get("hidden_size")) is int and heads:
-        queries = config.get("num_attention_heads")
-        size = config["hidden_size"] // queries if type(queries) is int and queries else None
+    """Return the bytes to serve one text, and how many tokens of it; 0 where that is not known."""
+    before, after = serving_of(layout, whole(layout)), serving_of(layout, sizes_of(plan))
+    rows = [BillRow("weights", before.weights, after.weights)]
+    most = layout.config.get("max_position_embeddings")
     context = min(CONTEXT, most) if type(most) is int and most > 0 else CONTEXT
-    if type(heads) is not int or type(size) is not int or config.get("kv_lora_rank"):
+    if before.cache is None or after.cache is None:
         return rows, 0
-    each = 2 * heads * size * 2 * context  # keys and values, two bytes a number
-    depth = plan.before.num_hidden_layers, plan.after.num_hidden_layers
-    rows.append(BillRow("cache of keys and values", each * depth[0], each * depth[1]))
-    return rows, context
+    cache = BillRow("cache of keys and values", before.cache * context, after.cache * context)
+    together = BillRow("together", rows[0].before + cache.before, rows[0].after + cache.after)
+    return [*rows, cache, together], context
 
 
 class Change(msgspec.Struct, frozen=True):
