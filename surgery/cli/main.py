@@ -53,6 +53,7 @@ from surgery.export.gguf_file import ExportOptions
 from surgery.export.tensors import TYPES
 from surgery.files.shard_file import IO
 from surgery.planning.request import CutRequest
+from surgery.probe.probe import Proposal
 from surgery.process import spoken
 from surgery.stats.channels import RANDOM
 from surgery.text.documents import TextOptions
@@ -253,7 +254,7 @@ def inspect(
         return
     if shown.probe:
         refuse_idle("with --probe", "family", "vocab", "stats", "plot")
-        proposal = probe_model(model.model)
+        proposal = _that_load(probe_model(model.model), model.model)
         print_text(json.dumps(asdict(proposal)) if show.as_json else proposal.table())
         return
     opened = Model(model.layout(), model.model)
@@ -308,6 +309,20 @@ def show_serving(model: ModelOptions, source: str | None, as_json: bool) -> None
     layout = model.layout()
     found = serving_of(layout, whole(layout))
     click.echo(json.dumps(asdict(found)) if as_json else serving_table(found))
+
+
+def _that_load(proposal: Proposal, model: Path | str) -> Proposal:
+    """Return a proposal without families as which transformers would not load the model."""
+    from calib.streaming.empty_model import shape_faults
+    from surgery.checkpoint.checkpoint import Checkpoint
+    from surgery.hub.fetch import resolve_model
+
+    made = Checkpoint.open(resolve_model(str(model))[0])
+    shapes = {name: tensor.shape for name, tensor in made.tensors.items()}
+    kinds = ((name, made.config | {"model_type": name}) for name in proposal.families)
+    return replace(
+        proposal, families=tuple(name for name, keys in kinds if not shape_faults(keys, shapes))
+    )
 
 
 def show_plan_of(

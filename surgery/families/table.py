@@ -124,6 +124,7 @@ _UNSEEN = "its experts run in code of their own, where calibration sees no activ
 _LORA = "adapters lie beside every linear map"
 _ENCODER = "not a decoder alone: it has an encoder, or is one"
 _TIMM = "its vision tower needs the package timm, which no test has"
+_UNPROVEN = "no tiny model of it runs yet, and nothing else would prove an entry"
 _OTHER = "no text goes in, or none comes out, by way of one decoder"
 
 REFUSED: Mapping[str, str] = {
@@ -144,7 +145,7 @@ REFUSED: Mapping[str, str] = {
     "zamba2": _SHARED,
     "rwkv": "its layers pass on a state and more",
     "phi4_multimodal": _LORA,
-    "xlstm": "no tiny model of it runs yet, and nothing else would prove an entry",
+    **dict.fromkeys(("dots3_note", "xlstm"), _UNPROVEN),
     **dict.fromkeys(
         ("jetmoe", "step3p7", "inkling2", "inkling2_text", "inkling_mm_model", "inkling_text"),
         _UNSEEN,

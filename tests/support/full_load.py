@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from calib.streaming.batches import Routed, Tokens
+from calib.streaming.empty_model import Conversion
 from surgery.families.schema import EXPERT
 from surgery.layout.layout import Layout
 from surgery.tokenizer.tokenizer_file import load_tokenizer
@@ -61,8 +62,9 @@ class FullLoad:
     def whole(self, layer: int) -> Any:
         def hook(_: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
             before = inputs[0] if inputs else named["hidden_states"]
-            after = output[0] if isinstance(output, tuple) else output
-            cosines = torch.cosine_similarity(before.double(), after.double(), dim=-1)
+            after = output[0] if isinstance(output, tuple | list) else output
+            states = before.double().flatten(2), after.double().flatten(2)
+            cosines = torch.cosine_similarity(states[0], states[1], dim=-1)
             self.cosines[layer] += float(cosines.sum())
 
         return hook
@@ -79,14 +81,20 @@ def hooked(path: Path, key: str, windows: Sequence[np.ndarray]) -> FullLoad:
         torch.empty(0),
         [[] for _ in range(depth)],
     )
-    modules = dict(model.named_modules())
+    modules, conversion = dict(model.named_modules()), Conversion(model)
+
+    def path_of(name: str) -> str:
+        """The parameter of the whole model that a tensor of the language model becomes."""
+        return conversion.target(layout.by_name[name].name)[0]
+
     for layer, tensors in enumerate(layout.of_layer):
         for axis, name in watched_modules(layout, tensors):
-            module = modules[name_in(modules, name)]
+            module = modules[path_of(name).removesuffix(".weight")]
             module.register_forward_pre_hook(found.dense(layer, axis))
             columns = module.weight if isinstance(module, nn.Linear) else module.weight.T
             found.norms[layer][axis] = columns.detach().double().norm(dim=0)[None]
-        prefix = name_in(modules, f"{layout.family.layers}.{layer}.")
+        first, between, _ = path_of(next(iter(tensors))).partition(f".{layer}.")
+        prefix = first + between
         modules[prefix.rstrip(".")].register_forward_hook(found.whole(layer), with_kwargs=True)
         for name, module in modules.items():
             if name.startswith(prefix) and name.endswith("feed_forward.router"):
@@ -100,7 +108,7 @@ def hooked(path: Path, key: str, windows: Sequence[np.ndarray]) -> FullLoad:
     for length in dict.fromkeys(map(len, windows)):
         found.ids = torch.from_numpy(np.stack([w for w in windows if len(w) == length]))
         with torch.no_grad():
-            model(input_ids=found.ids)
+            tiny.logits_of(model, found.ids)
     return found
 
 
@@ -116,23 +124,11 @@ def window_norms(
 
 
 def watched_modules(layout: Layout, tensors: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(axis, module) of every down_proj of a layer that is no expert's."""
+    """(axis, tensor) of every down_proj of a layer that is no expert's."""
     for name, ref in tensors.items():
         slot = layout.roles[ref.name].slot
         if slot.ffn_output and slot.width and slot.width != EXPERT:
-            yield slot.width, name.removesuffix(".weight")
-
-
-def name_in(modules: dict[str, Any], name: str) -> str:
-    """What a module of the language model is called inside a whole model."""
-    inside = [
-        name,
-        f"model.language_model.{name.removeprefix('model.')}",
-        f"model.language_model.{name.removeprefix('language_model.model.')}",
-        f"language_model.{name}",
-        f"model.text_model.{name.removeprefix('model.')}",
-    ]
-    return next(each for each in inside if each.rstrip(".") in modules)
+            yield slot.width, name
 
 
 def expert_activations(
@@ -140,7 +136,8 @@ def expert_activations(
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """(expert, tokens, activations) from an experts module's own weights and its input."""
     for expert in range(module.num_experts):
-        weight = module.gate_up_proj[expert].detach()
+        weight = getattr(module, "gate_up_proj", None)
+        weight = (module.up_proj if weight is None else weight)[expert].detach()
         if index is None:  # Llama 4: all tokens for each expert, those of others zero
             rows = hidden.view(module.num_experts, -1, module.hidden_size)[expert]
             tokens = rows.abs().sum(-1).nonzero().flatten()
@@ -151,7 +148,7 @@ def expert_activations(
             gate_up = hidden[tokens] @ (weight if module.is_transposed else weight.T)
             if module.has_bias:
                 gate_up = gate_up + module.gate_up_proj_bias[expert].detach()
-            act = module._apply_gate(gate_up)
+            act = module._apply_gate(gate_up) if module.has_gate else module.act_fn(gate_up)
         if len(tokens):
             yield expert, tokens, act
 
@@ -184,7 +181,7 @@ def full_load_bits(path: Path, key: str, texts: Sequence[str]) -> float:
     for text in texts:
         ids = [bos, *tokenizer.encode(text, add_special_tokens=False).ids]
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([ids])).logits[0, :-1].double()
+            logits = tiny.logits_of(model, torch.tensor([ids]))[0, :-1].double()
         nats = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum")
         bits += float(nats) / math.log(2)
     return bits

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, processors
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -110,8 +111,9 @@ def auto_class(key: str) -> Any:
 def load(path: Path, key: str = "llama") -> Any:
     """Load a checkpoint in fp32; experts run in the library's plain loop."""
     model = auto_class(key).from_pretrained(path, dtype=torch.float32)
-    if model._can_set_experts_implementation():
-        model.set_experts_implementation("eager")
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part._can_set_experts_implementation():
+            part.set_experts_implementation("eager")
     return model.eval()
 
 

@@ -16,6 +16,9 @@ from tools.derive.tiny import tiny_configs
 GATE_UP_PAIRS = ("gpt_oss", "inkling_mm_model", "inkling_text", "inkling2", "inkling2_text")
 """Types whose fused tensors have gate and up of a channel as neighbours, which no shape shows."""
 
+COMPUTES_APART = ("aya_vision", "cohere2_vision")
+"""Models that compute logits otherwise than the language model inside them does alone."""
+
 UNDER_PREFIX = (("language_model.", ""), ("model.language_model.", "model."))
 """Spellings of a language model inside another: published before transformers 5, and since."""
 
@@ -29,7 +32,7 @@ def derive(model_type: str) -> dict[str, Any]:
         seen.models(config, auto_class)
     if seen.section:
         inner = value_at(default_config(model_type), seen.section).get("model_type")
-        if inner in CAUSAL and inner != model_type:
+        if inner in CAUSAL and inner != model_type and model_type not in COMPUTES_APART:
             with suppress(ValueError):
                 return _wrapper(seen, inner) | _tokens(model_type)
     return _family(seen) | _tokens(model_type)

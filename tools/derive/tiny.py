@@ -58,10 +58,6 @@ CHANGES: dict[str, Kwargs] = {
     "granite4_vision": {"vision_config": {"hidden_size": 64}, "downsample_rate": "2/4"},
     "bamba": {"attn_layer_indices": [1]},
     "deepseek_ocr2": {"text_config": {"num_experts_per_tok": 2}},
-    "dots3_note": {
-        "text_config": {"head_dim": 12},
-        "vision_config": {"adapter_in_dim": 32, "adapter_out_dim": 32},
-    },
     "dots3_note_text": {"head_dim": 12},
     "falcon_h1": {"mamba_d_ssm": 32},
     "glm46v": {"text_config": {"rope_parameters": _MROPE}},
@@ -77,8 +73,8 @@ CHANGES: dict[str, Kwargs] = {
     },
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "use_mamba_kernels": False},
     "mamba2": {"head_dim": 16},
-    "step3p7": {"text_config": {"sliding_window": 16}},
     "paddleocr_vl": {"text_config": {"rope_parameters": _MROPE}},
+    "xglm": {"max_position_embeddings": 1024},
     "qwen2_5_omni_thinker": {"text_config": {"rope_parameters": _MROPE}},
 }
 """Model type → keys with other values."""
