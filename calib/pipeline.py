@@ -249,7 +249,7 @@ def check_output(plan: Plan, layout: Layout) -> None:
     """
     config = json.loads(pruned_config(plan, layout.checkpoint))
     shapes = {tensor.name: tensor.shape for made in edits(plan, layout).values() for tensor in made}
-    faults = shape_faults(config, shapes)
+    faults = shape_faults(config, shapes, plan.family)
     if faults:
         raise CheckpointError(
             layout.checkpoint.path,

@@ -226,7 +226,9 @@ def _check_shapes(model: nn.Module, conversion: Conversion, layout: Layout) -> N
             )
 
 
-def shape_faults(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> list[str]:
+def shape_faults(
+    config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], family: str | None = None
+) -> list[str]:
     """Say which tensors do not fit the library's whole model of a config.json, built empty.
 
     Weights whose codes are packed are not compared: their shapes are those of no parameter.
@@ -234,11 +236,13 @@ def shape_faults(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]])
     Args:
         config: Content of config.json.
         shapes: Name of each tensor in the files → its shape.
+        family: Model type to treat it as; None is the config's own.
     """
     method = (config.get("quantization_config") or {}).get("quant_method", "fp8")
     if method != "fp8":
         return []
     kept = {key: value for key, value in config.items() if key not in IGNORED_KEYS}
+    kept |= {"model_type": family} if family else {}
     try:
         made = AutoConfig.for_model(**PreTrainedConfig._decode_special_floats(kept))
         with torch.device("meta"):

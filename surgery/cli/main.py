@@ -319,10 +319,8 @@ def _that_load(proposal: Proposal, model: Path | str) -> Proposal:
 
     made = Checkpoint.open(resolve_model(str(model))[0])
     shapes = {name: tensor.shape for name, tensor in made.tensors.items()}
-    kinds = ((name, made.config | {"model_type": name}) for name in proposal.families)
-    return replace(
-        proposal, families=tuple(name for name, keys in kinds if not shape_faults(keys, shapes))
-    )
+    loaded = (name for name in proposal.families if not shape_faults(made.config, shapes, name))
+    return replace(proposal, families=tuple(loaded))
 
 
 def show_plan_of(
@@ -572,7 +570,8 @@ def verify(directory: Path, options: VerifyOptions) -> None:
         with running():
             made = Checkpoint.open(directory)
             shapes = {name: tensor.shape for name, tensor in made.tensors.items()}
-            checks.checks["transformers builds the same shapes"] = shape_faults(made.config, shapes)
+            faults = shape_faults(made.config, shapes, plan.family if plan else None)
+            checks.checks["transformers builds the same shapes"] = faults
     if options.forward and checks.ok and plan and source:
         add_logits(checks, plan, source, directory, options.device)
     print_text(checks.table(engines=options.engines))

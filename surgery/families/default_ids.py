@@ -163,9 +163,19 @@ SECTION_TYPES: Mapping[str, Mapping[str, str]] = _TYPES_BY_HAND | _types()
 
 NULLABLE = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Keys where null means "no such token". For other keys the classes accept only a number: -1.
-Those of lists, such as begin_suppress_tokens, accept an empty one.
+Those of lists, named in the plural such as begin_suppress_tokens, accept an empty one.
 
 Where the default is a list of ids, null would mean that list: -1 again."""
+
+STRICT = (
+    ("cwm", "bos_token_id"),
+    ("emu3_text_model", "bos_token_id"),
+    ("emu3_text_model", "pad_token_id"),
+    ("mllama_text_model", "bos_token_id"),
+    ("modernbert-decoder", "bos_token_id"),
+    ("modernbert-decoder", "pad_token_id"),
+)
+"""Those of them, by model type, for which the class accepts only a number, too."""
 
 COUNTS = ("vocab_offset", "vocab_size_per_layer_input")
 """Keys of the table whose values are not ids."""
@@ -195,8 +205,8 @@ def fill_defaults(
     for key, old in {**DEFAULT_IDS.get(kind, {}), **flat}.items():
         if key not in config and _other_name(key) not in config:
             kept = key in COUNTS or _is_kept(old, change)
-            nullable = key in NULLABLE and isinstance(old, int)
-            listed = key.endswith("_tokens")
+            nullable = key in NULLABLE and isinstance(old, int) and (kind, key) not in STRICT
+            listed = key.endswith(("_tokens", "_ids"))
             result[key] = old if kept else None if nullable else [] if listed else -1
     return result
 

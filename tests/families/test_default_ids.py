@@ -20,8 +20,6 @@ from surgery.families.table import FAMILIES
 
 KEY = re.compile(f"{ID_KEY.pattern}|{'|'.join(COUNTS)}")
 MODEL_TYPES = sorted({*DEFAULT_IDS, *FAMILIES})
-STRICT_BOS = ("mllama_text_model", "bos_token_id")
-"""The one role that a class requires; its 128000 is a token of every Mllama."""
 
 
 def even(old: int) -> int | None:
@@ -60,10 +58,9 @@ def test_the_config_class_accepts_what_is_written_for_removed_tokens(model_type:
     written = fill_defaults({"model_type": model_type, "text_config": {}}, lambda old: None)
     del written["text_config"]
     for key in DEFAULT_IDS.get(model_type, {}):
-        if (model_type, key) != STRICT_BOS:
-            config = AutoConfig.for_model(model_type, **{key: written[key]})
-            assert getattr(config, key) == written[key]
-            assert (written[key] in (None, -1, [])) == (key not in COUNTS)
+        config = AutoConfig.for_model(model_type, **{key: written[key]})
+        assert getattr(config, key) == written[key]
+        assert (written[key] in (None, -1, [])) == (key not in COUNTS)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
