@@ -57,8 +57,8 @@ def read_texts(
 
 
 def _name(source: Source, taken: Collection[str]) -> str:
-    """The last part of a source's name, or all of it where another source has the same."""
-    short = printable(Path(source.name).name or source.name)
+    """The name of a source's file without its ending, or all of it where another is the same."""
+    short = printable(Path(source.name).stem or source.name)
     return printable(source.name) if short in taken else short
 
 

@@ -497,7 +497,7 @@
     if (rows.length) {
       const least = rows.reduce((a, b) => (b[2] < a[2] ? b : a));
       const mean = rows.reduce((sum, row) => sum + row[2], 0) / rows.length;
-      tiles.push(tile("act² kept in layers", percent(mean), `at least ${percent(least[2])}, in layer ${least[0]}`, mean));
+      tiles.push(tile("act² kept in layers", percent(mean), least[2] < 1 ? `at least ${percent(least[2])}, in layer ${least[0]}` : "all channels are kept", mean));
       showLayers(rows, mean);
     }
     outcome.replaceChildren(...tiles);
