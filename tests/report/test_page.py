@@ -4,14 +4,18 @@ import base64
 import hashlib
 import json
 import re
+import shlex
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
+import click
 import pytest
 
 import calib
 import surgery
+from surgery.cli.main import main as compact_surgery
 from surgery.report.page import Report
 from surgery.report.spelling import javascript_regex, script_json
 from tests.support import tiny
@@ -182,6 +186,21 @@ def test_layers_that_lose_much_stand_out(llama: Path) -> None:
     assert [row.share for row in rows] == [layer["ffn"] for layer in shares.kept]
 
 
+def parse(command: list[str]) -> None:
+    """Refuse a command with options that it does not have; run nothing."""
+    context = click.Context(compact_surgery)
+    _, child, rest = compact_surgery.resolve_command(context, command[1:])
+    assert child is not None
+    child.make_context(command[1], rest)
+
+
+def commands_on(page: str) -> list[list[str]]:
+    """The words of the commands that make the output again."""
+    found = re.findall(r"<pre tabindex=\"0\"><code>(compact-surgery .*?)</code>", page)
+    assert len(found) == 2
+    return [shlex.split(unescape(command)) for command in found]
+
+
 def test_from_a_model_to_pages_by_commands(
     llama: Path, text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,7 +212,13 @@ def test_from_a_model_to_pages_by_commands(
     page = Path("out.report.html").read_text("utf-8")
     assert "verify says: ok" in page
     assert "What if?" in page
-    assert "compact-surgery apply out.plan.json -o out" in page
+    for command in commands_on(page):
+        again = run(*(word.replace("DIR", "again") for word in command[1:]))
+        assert again.exit_code == 0, (command, again.output)
+    made_again, made_first = (
+        [path.read_bytes() for path in sorted(Path(name).iterdir())] for name in ("again", "out")
+    )
+    assert made_again == made_first
     for subject, more in (
         ("out", ()),
         ("out.plan.json", ("--data", text)),
@@ -202,6 +227,8 @@ def test_from_a_model_to_pages_by_commands(
         made = run("report", subject, *more, "-o", "page.html", "--force")
         assert made.exit_code == 0, made.output
         assert made.output.startswith("wrote page.html: ")
+        for command in commands_on(Path("page.html").read_text("utf-8")):
+            parse(command)
     again = run("report", "out", "-o", "page.html")
     assert_refused(again, "page.html", "--force")
     deep = run("report", "out", "--forward", "-o", "deep.html")
