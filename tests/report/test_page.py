@@ -1,6 +1,7 @@
 """What a page holds: figures of the plan, the commands that make pages, results, refusals."""
 
 import base64
+import gzip
 import hashlib
 import json
 import re
@@ -373,3 +374,21 @@ def test_every_picture_takes_svg_and_png_and_names_its_model(
             assert b"#0072b2" in raw
         else:
             assert raw.startswith(b"\x89PNG")
+
+
+def test_a_page_holds_only_as_many_words_as_it_has_room_for(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stats, data = random_stats(layout_of(llama)), [tiny.prose(9000)]
+    plan = surgery.make_plan(llama, stats=stats, vocab_size=512)
+    sizes = []
+    for room in (3_000_000, 0):
+        monkeypatch.setattr("surgery.report.page.MOST_BYTES", room)
+        page = surgery.make_report(plan, stats=stats, data=data).html
+        table = re.search(r'id="table-words">([^<]+)<', page)
+        assert table
+        words = json.loads(gzip.decompress(base64.b64decode(table[1])))
+        sizes.append(sum(words["nbytes"]))
+        assert f'"text_bytes":{len(data[0].encode())}' in page
+    assert sizes[0] == len(data[0].encode())
+    assert sizes[1] < 5000

@@ -491,7 +491,10 @@
     if (words) {
       grown = growth();
       const [before, after] = [1, 2].map((n) => grown.reduce((sum, row) => sum + row[n], 0));
-      tiles.push(tile("your text takes", signed(after / before - 1), `tokens, ${number(before)} → ${number(after)}`, after));
+      const counted = grown.reduce((sum, row) => sum + row[3], 0);
+      const about = `tokens, ${number(before)} → ${number(after)}`
+        + (counted < data.text_bytes ? `, in its first ${sized(counted)}` : "");
+      tiles.push(tile("your text takes", signed(after / before - 1), about, after));
     }
     const rows = shareRows();
     if (rows.length) {
