@@ -74,8 +74,8 @@ def gemma3(model: Path, output: Path) -> None:
         compact_surgery("calibrate", model, *CALIBRATION, "--samples", 36, "-o", stats)
     cut = ("--vocab-size", 65536, "--stats", stats, *data, "--force", "-o", plan)
     compact_surgery("plan", model, *cut)
-    page = ("--stats", stats, *data, "--force", "-o", pages_of(output) / "gemma3.html")
-    compact_surgery("report", plan, *page)
+    given = ("--source", model, "--stats", stats, *data)
+    compact_surgery("report", plan, *given, "--force", "-o", pages_of(output) / "gemma3.html")
 
 
 def screenshots(page: Path, output: Path) -> None:
@@ -84,10 +84,10 @@ def screenshots(page: Path, output: Path) -> None:
 
     with chromium() as browser:
         for width, height in WIDTHS.items():
-            opened = open_page(browser, page, viewport={"width": width, "height": height})
+            size = {"width": width, "height": height}
+            opened = open_page(browser, page, viewport=size, reduced_motion="reduce")
             opened.page.screenshot(path=output / f"report-{width}.png")
             opened.page.wait_for_selector("#choose[data-ready]")
-            opened.page.locator("#whatif").scroll_into_view_if_needed()
             opened.page.evaluate("document.getElementById('whatif').scrollIntoView()")
             opened.page.screenshot(path=output / f"report-what-if-{width}.png")
 

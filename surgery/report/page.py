@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,7 +22,13 @@ from surgery.planning.planner import check_stats
 from surgery.report import charts
 from surgery.report.choices import Choices, Mark, choices_of
 from surgery.report.layers import LayerFacts, layer_facts
-from surgery.report.passages import TextFacts, Texts, text_facts, text_words
+from surgery.report.passages import (
+    MOST_WORD_CHARACTERS,
+    TextFacts,
+    Texts,
+    text_facts,
+    text_words,
+)
 from surgery.report.proof import Bill, Results, bill_of
 from surgery.report.spelling import packed, packed_json, script_json, spelling_of
 from surgery.report.vocabulary import Vocabulary, VocabularyFacts, vocabulary_facts
@@ -41,6 +47,15 @@ from surgery.vocabulary.order import (
 
 SPACE = "\u00a0"
 """Between a number and its unit: a line does not break there."""
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+MOST_BYTES = 2_850_000
+"""The tables of a page take no more, so that all of it stays below 3 MB."""
+
+LEAST_WORD_CHARACTERS = 1 << 12
+"""The sliders count the tokens of so much text at least, if there is as much."""
 
 NOTEBOOK_HEIGHT = 720
 """Pixels of a page within a notebook."""
@@ -145,7 +160,9 @@ def report_on(subject: ReportSubject, sources: ReportSources) -> Report:
         tables |= {**spelling.tables, "groups": packed(gathered.group_numbers().tobytes())}
         tables["kept"] = packed(np.packbits(ids.keep_mask(), bitorder="little").tobytes())
         if sources.texts and stats is not None and spelling.able:
-            tables["words"] = packed_json(text_words(tokenizer, library, sources.texts).facts())
+            room = MOST_BYTES - sum(map(len, tables.values()))
+            tables["words"] = _words(tokenizer, library, sources.texts, room)
+            data["text_bytes"] = text.total.nbytes
     choices, why = _choices(subject, sources, tokenizer)
     if choices is not None:
         data["choices"] = {**choices.facts, "model": subject.model}
@@ -162,6 +179,19 @@ def report_on(subject: ReportSubject, sources: ReportSources) -> Report:
         why,
     )
     return Report(_render(facts, data, tables), facts)
+
+
+def _words(tokenizer: TokenizerFile, library: "Tokenizer", texts: Texts, room: int) -> str:
+    """Return the words of as much of the texts as takes no more than ``room`` characters, packed.
+
+    Text without spaces has long words, each of them once.
+    """
+    characters = MOST_WORD_CHARACTERS
+    while True:
+        found = packed_json(text_words(tokenizer, library, texts, characters).facts())
+        if len(found) <= room or characters <= LEAST_WORD_CHARACTERS:
+            return found
+        characters //= 4
 
 
 def _tokenizer(layout: Layout, plan: Plan) -> TokenizerFile | None:

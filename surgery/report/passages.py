@@ -57,8 +57,8 @@ def read_texts(
 
 
 def _name(source: Source, taken: Collection[str]) -> str:
-    """The last part of a source's name, or all of it where another source has the same."""
-    short = printable(Path(source.name).name or source.name)
+    """The name of a source's file without its ending, or all of it where another is the same."""
+    short = printable(Path(source.name).stem or source.name)
     return printable(source.name) if short in taken else short
 
 
@@ -235,8 +235,13 @@ class Words:
         return asdict(self)
 
 
-def text_words(tokenizer: TokenizerFile, library: "Tokenizer", texts: Texts) -> Words:
-    """Return the words of the first ``MOST_WORD_CHARACTERS`` of the texts.
+def text_words(
+    tokenizer: TokenizerFile,
+    library: "Tokenizer",
+    texts: Texts,
+    characters: int = MOST_WORD_CHARACTERS,
+) -> Words:
+    """Return the words of the first ``characters`` of the texts.
 
     A word is what merges cannot cross. Its spelling is that of its tokens, joined.
     """
@@ -245,7 +250,7 @@ def text_words(tokenizer: TokenizerFile, library: "Tokenizer", texts: Texts) -> 
         fixed |= {id_ for token, id_ in tokenizer.vocab.items() if _BYTE.fullmatch(token)}
     crosses = any(_INSIDE.search(token) for token in tokenizer.vocab)
     result = Words([], [], [], [], [])
-    for script, lines in _first_lines(texts).items():
+    for script, lines in _first_lines(texts, characters).items():
         counts, constant = _count_words(library, lines, fixed)
         if not crosses:
             whole, counts = counts, Counter()
@@ -266,9 +271,9 @@ _INSIDE = re.compile("(?<=[^\u2581])(?=\u2581)")
 """Between a word and the next: no merge crosses it where no token does."""
 
 
-def _first_lines(texts: Texts) -> dict[str, list[str]]:
-    """Script → lines of the first ``MOST_WORD_CHARACTERS`` of the texts."""
-    lines, left = dict[str, list[str]](), MOST_WORD_CHARACTERS
+def _first_lines(texts: Texts, characters: int) -> dict[str, list[str]]:
+    """Script → lines of the first ``characters`` of the texts."""
+    lines, left = dict[str, list[str]](), characters
     for documents in texts.values():
         for script, found in lines_by_script(documents).items():
             for line in found:

@@ -1,17 +1,22 @@
 """What a page holds: figures of the plan, the commands that make pages, results, refusals."""
 
 import base64
+import gzip
 import hashlib
 import json
 import re
+import shlex
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
+import click
 import pytest
 
 import calib
 import surgery
+from surgery.cli.main import main as compact_surgery
 from surgery.report.page import Report
 from surgery.report.spelling import javascript_regex, script_json
 from tests.support import tiny
@@ -182,6 +187,21 @@ def test_layers_that_lose_much_stand_out(llama: Path) -> None:
     assert [row.share for row in rows] == [layer["ffn"] for layer in shares.kept]
 
 
+def parse(command: list[str]) -> None:
+    """Refuse a command with options that it does not have; run nothing."""
+    context = click.Context(compact_surgery)
+    _, child, rest = compact_surgery.resolve_command(context, command[1:])
+    assert child is not None
+    child.make_context(command[1], rest)
+
+
+def commands_on(page: str) -> list[list[str]]:
+    """The words of the commands that make the output again."""
+    found = re.findall(r"<pre tabindex=\"0\"><code>(compact-surgery .*?)</code>", page)
+    assert len(found) == 2
+    return [shlex.split(unescape(command)) for command in found]
+
+
 def test_from_a_model_to_pages_by_commands(
     llama: Path, text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,7 +213,13 @@ def test_from_a_model_to_pages_by_commands(
     page = Path("out.report.html").read_text("utf-8")
     assert "verify says: ok" in page
     assert "What if?" in page
-    assert "compact-surgery apply out.plan.json -o out" in page
+    for command in commands_on(page):
+        again = run(*(word.replace("DIR", "again") for word in command[1:]))
+        assert again.exit_code == 0, (command, again.output)
+    made_again, made_first = (
+        [path.read_bytes() for path in sorted(Path(name).iterdir())] for name in ("again", "out")
+    )
+    assert made_again == made_first
     for subject, more in (
         ("out", ()),
         ("out.plan.json", ("--data", text)),
@@ -202,6 +228,8 @@ def test_from_a_model_to_pages_by_commands(
         made = run("report", subject, *more, "-o", "page.html", "--force")
         assert made.exit_code == 0, made.output
         assert made.output.startswith("wrote page.html: ")
+        for command in commands_on(Path("page.html").read_text("utf-8")):
+            parse(command)
     again = run("report", "out", "-o", "page.html")
     assert_refused(again, "page.html", "--force")
     deep = run("report", "out", "--forward", "-o", "deep.html")
@@ -346,3 +374,21 @@ def test_every_picture_takes_svg_and_png_and_names_its_model(
             assert b"#0072b2" in raw
         else:
             assert raw.startswith(b"\x89PNG")
+
+
+def test_a_page_holds_only_as_many_words_as_it_has_room_for(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stats, data = random_stats(layout_of(llama)), [tiny.prose(9000)]
+    plan = surgery.make_plan(llama, stats=stats, vocab_size=512)
+    sizes = []
+    for room in (3_000_000, 0):
+        monkeypatch.setattr("surgery.report.page.MOST_BYTES", room)
+        page = surgery.make_report(plan, stats=stats, data=data).html
+        table = re.search(r'id="table-words">([^<]+)<', page)
+        assert table
+        words = json.loads(gzip.decompress(base64.b64decode(table[1])))
+        sizes.append(sum(words["nbytes"]))
+        assert f'"text_bytes":{len(data[0].encode())}' in page
+    assert sizes[0] == len(data[0].encode())
+    assert sizes[1] < 5000

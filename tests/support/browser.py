@@ -55,5 +55,5 @@ def open_page(browser: Any, path: Path, **settings: Any) -> Opened:
     opened.page.on("console", lambda message: opened.faults.append(message.text))
     opened.page.on("pageerror", lambda error: opened.faults.append(str(error)))
     opened.page.on("request", lambda request: opened.requests.append(request.url))
-    opened.page.goto(path.as_uri())
+    opened.page.goto(path.absolute().as_uri())
     return opened

@@ -491,13 +491,16 @@
     if (words) {
       grown = growth();
       const [before, after] = [1, 2].map((n) => grown.reduce((sum, row) => sum + row[n], 0));
-      tiles.push(tile("your text takes", signed(after / before - 1), `tokens, ${number(before)} → ${number(after)}`, after));
+      const counted = grown.reduce((sum, row) => sum + row[3], 0);
+      const about = `tokens, ${number(before)} → ${number(after)}`
+        + (counted < data.text_bytes ? `, in its first ${sized(counted)}` : "");
+      tiles.push(tile("your text takes", signed(after / before - 1), about, after));
     }
     const rows = shareRows();
     if (rows.length) {
       const least = rows.reduce((a, b) => (b[2] < a[2] ? b : a));
       const mean = rows.reduce((sum, row) => sum + row[2], 0) / rows.length;
-      tiles.push(tile("act² kept in layers", percent(mean), `at least ${percent(least[2])}, in layer ${least[0]}`, mean));
+      tiles.push(tile("act² kept in layers", percent(mean), least[2] < 1 ? `at least ${percent(least[2])}, in layer ${least[0]}` : "all channels are kept", mean));
       showLayers(rows, mean);
     }
     outcome.replaceChildren(...tiles);
