@@ -11,12 +11,13 @@ SUDO    := $(if $(filter 0,$(shell id -u)),,sudo)
 PYTHON4 := $(VENV)/transformers4/$(BINARIES)/python
 PLATLIB := import sysconfig; print(sysconfig.get_path("platlib"))
 
-.PHONY: help demo test test-models test-page lint docs reports lowest clean
+.PHONY: help demo test test-models test-engines test-page lint docs reports lowest clean
 
 help:
 	@echo "make demo    shrink SmolLM2-135M by 20 % and compare it with the original"
 	@echo "make test    lint, type check, build the pages and run the tests"
 	@echo "make test-models  take every model type through all commands: an hour"
+	@echo "make test-engines  try pruned checkpoints in engines, and write docs/engines.md"
 	@echo "make lint    lint and type check only"
 	@echo "make docs    build the pages as a site in build/docs; a broken link fails"
 	@echo "make reports make the pages of report on SmolLM2 and Gemma 3, and the site that shows them"
@@ -40,6 +41,9 @@ test-models: $(VENV)/dev.stamp $(VENV)/transformers4.stamp
 	COMPACT_SURGERY_TRANSFORMERS4=$(abspath $(PYTHON4)) COMPACT_SURGERY_MODELS=all \
 		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/families tests/layout tests/tools/test_derive.py \
 		tests/apply/test_layers.py tests/apply/test_removed_experts.py
+
+test-engines: $(VENV)/demo.stamp $(MODEL)/config.json
+	$(BIN)/python -m tools.engines --model $(MODEL) --work build/engines
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -147,13 +147,26 @@ def _check_counted(
 
 
 def _notes(architecture: Architecture, config: Config) -> tuple[str, ...]:
-    window = config.get("sliding_window")
-    if not architecture.full_beyond or not window or window >= config["max_position_embeddings"]:
-        return ()
-    return (
-        f"llama.cpp has no windows for this type: after {window:,} tokens it attends to the whole "
-        "text, transformers to the last ones",
-    )
+    notes, window = [], config.get("sliding_window")
+    if architecture.full_beyond and window and window < config["max_position_embeddings"]:
+        notes.append(
+            f"llama.cpp has no windows for this type: after {window:,} tokens it attends to the "
+            "whole text, transformers to the last ones"
+        )
+    rope = _full(config)
+    if rope.get("rope_type") == "yarn" and rope.get("truncate") is False:
+        notes.append(
+            "llama.cpp rounds YaRN's range to whole dimensions, and config.json says not to: "
+            "logits differ a little"
+        )
+    return tuple(notes)
+
+
+def _full(config: Config) -> Config:
+    """The rotary embedding of layers without a window."""
+    rope: Config = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    full: Config = rope.get("full_attention", rope)
+    return full
 
 
 Tensors = dict[str, np.ndarray]
@@ -165,10 +178,7 @@ def _rotary(config: Config, head: int, where: object) -> tuple[dict[str, Value],
     Raises:
         FamilyError: the runtime does not know the kind of scaling.
     """
-    rope: Config = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    full: Config
-    local: Config
-    full, local = rope.get("full_attention", rope), rope.get("sliding_attention") or {}
+    full, local = _full(config), (config.get("rope_parameters") or {}).get("sliding_attention", {})
     base = float(full.get("rope_theta", config["rope_theta"]))
     part = full.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     size = int(head * part)

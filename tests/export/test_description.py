@@ -102,6 +102,15 @@ def test_a_window_that_llama_cpp_does_not_have_is_said(tmp_path: Path) -> None:
     assert note.startswith("llama.cpp has no windows for this type: after 16 tokens")
 
 
+def test_a_range_of_yarn_that_llama_cpp_rounds_is_said(tmp_path: Path) -> None:
+    rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "truncate": False}
+    source = gguf_models.save(tmp_path / "model", "gpt_oss", rope_parameters=rope)
+    made = described(source)
+    assert made.notes[0].startswith("llama.cpp rounds YaRN's range")
+    assert made.values["gpt-oss.rope.scaling.type"] == "yarn"
+    assert made.values["gpt-oss.rope.scaling.factor"] == 4.0
+
+
 def test_llama_3s_frequencies(tmp_path: Path) -> None:
     rope = {
         "rope_type": "llama3",
