@@ -14,6 +14,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSpeechSeq2Seq,
     PreTrainedConfig,
@@ -268,7 +269,8 @@ def shape_faults(
 
 def _whole_class(config: Any) -> Any:
     both = (AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq) if config.is_encoder_decoder else ()
-    autos = (*both, AutoModelForImageTextToText, AutoModelForCausalLM)
+    alone = (AutoModelForImageTextToText, AutoModelForMaskedLM, AutoModelForCausalLM)
+    autos = (*both, *alone)
     return next((auto for auto in autos if type(config) in auto._model_mapping), AutoModel)
 
 
