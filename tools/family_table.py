@@ -158,7 +158,11 @@ MODELS = {
 }
 """Model type → well-known models of it."""
 
-REAL = {"llama": "SmolLM2-135M", "gemma3_text": "Gemma 3 270M"}
+REAL = {
+    "llama": "SmolLM2-135M",
+    "gemma3_text": "Gemma 3 270M",
+    "bert": "all-MiniLM-L6-v2",
+}
 """Model type → the published weights that were taken through the command line."""
 
 PARTS = {FFN: "FFN", EXPERT: "experts", SHARED: "shared expert"}
