@@ -257,8 +257,10 @@ def shape_faults(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]])
 
 
 def _whole_class(config: Any) -> Any:
+    """The auto class of a whole model; one with an encoder and a decoder is built without head."""
     autos = (AutoModelForImageTextToText, AutoModelForCausalLM)
-    return next((auto for auto in autos if type(config) in auto._model_mapping), AutoModel)
+    fit = [auto for auto in autos if type(config) in auto._model_mapping]
+    return fit[0] if fit and not config.is_encoder_decoder else AutoModel
 
 
 def _check_buffers(sketch: nn.Module, layout: Layout) -> None:

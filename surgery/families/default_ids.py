@@ -196,7 +196,7 @@ def fill_defaults(
         if key not in config and _other_name(key) not in config:
             kept = key in COUNTS or _is_kept(old, change)
             nullable = key in NULLABLE and isinstance(old, int)
-            listed = key.endswith("_tokens")
+            listed = key.endswith(("_tokens", "_token_ids"))
             result[key] = old if kept else None if nullable else [] if listed else -1
     return result
 

@@ -39,8 +39,8 @@ DEEP_ID = '"eos_token_id": ' + "[" * 900 + "2" + "]" * 900
 
 
 CASES = [
-    Case("unknown model type", config(model_type="mamba"), INSPECT,
-         ("config.json", "model type", "not supported", "found mamba", "--family llama")),
+    Case("unknown model type", config(model_type="mystery"), INSPECT,
+         ("config.json", "model type", "not supported", "found mystery", "--family llama")),
     Case("quantized", config(quantization_config={"quant_method": "gptq"}), INSPECT,
          ("config.json", "quantized", "expected bf16, fp16 or fp32", "found quant_method gptq",
           "prune the unquantized")),
