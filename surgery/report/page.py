@@ -51,7 +51,7 @@ SPACE = "\u00a0"
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-MOST_BYTES = 2_850_000
+MOST_BYTES = 2_600_000
 """The tables of a page take no more, so that all of it stays below 3 MB."""
 
 LEAST_WORD_CHARACTERS = 1 << 12
@@ -146,6 +146,7 @@ def report_on(subject: ReportSubject, sources: ReportSources) -> Report:
     vocabulary, text = VocabularyFacts(ids.old_size, ids.new_size), TextFacts()
     data: dict[str, Any] = {"rows": ids.old_size}
     tables: dict[str, str] = {}
+    library, can_spell = None, False
     if tokenizer is not None:
         gathered = Vocabulary.of(tokenizer, layout.vocab_size)
         library = tokenizer.library()
@@ -159,14 +160,15 @@ def report_on(subject: ReportSubject, sources: ReportSources) -> Report:
         data |= {"spelling": spelling.settings, "groups": gathered.group_names}
         tables |= {**spelling.tables, "groups": packed(gathered.group_numbers().tobytes())}
         tables["kept"] = packed(np.packbits(ids.keep_mask(), bitorder="little").tobytes())
-        if sources.texts and stats is not None and spelling.able:
-            room = MOST_BYTES - sum(map(len, tables.values()))
-            tables["words"] = _words(tokenizer, library, sources.texts, room)
-            data["text_bytes"] = text.total.nbytes
+        can_spell = spelling.able
     choices, why = _choices(subject, sources, tokenizer)
     if choices is not None:
         data["choices"] = {**choices.facts, "model": subject.model}
         tables |= choices.tables
+    if tokenizer and library and choices and can_spell and sources.texts:
+        room = MOST_BYTES - sum(map(len, tables.values()))
+        tables["words"] = _words(tokenizer, library, sources.texts, room)
+        data["text_bytes"] = text.total.nbytes
     facts = ReportFacts(
         printable(plan.base or Path(plan.source).name),
         subject,
