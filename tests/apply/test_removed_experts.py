@@ -380,6 +380,16 @@ def test_the_table_has_the_defaults_of_the_config_classes() -> None:
         assert groups == table, key
 
 
+def test_parameters_are_counted_exactly_whatever_the_sizes(tmp_path: Path) -> None:
+    """Five of seven experts of an odd width: no tensor's share is a whole number."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    tiny.save(source, MOE, num_experts=7, moe_intermediate_size=9)
+    plan = random_plan(source, 640, 1.0, experts=5)
+    apply_plan(plan, source=source, output=out)
+    made = layout_of(out)
+    assert plan.after.parameters == made.parameters(made.vocab_size, made.widths)
+
+
 def test_mixtures_without_an_entry_keep_their_experts(tmp_path: Path, run: Run) -> None:
     """What a router does with groups and biases is not derived: each entry is written by hand."""
     source = tiny.save(tmp_path / "source", "mistral4")
