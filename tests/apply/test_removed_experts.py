@@ -17,6 +17,7 @@ from calib.api import compare_logits
 from surgery.api import apply_plan
 from surgery.apply.companions import pruned_config
 from surgery.apply.edits import kept_parts
+from surgery.families.schema import EXPERTS as EXPERTS_AXIS
 from surgery.families.schema import Experts, Family
 from surgery.families.table import FAMILIES
 from surgery.planning.plan import Plan
@@ -83,8 +84,8 @@ def test_kept_experts_are_bit_identical_and_numbered_anew(tmp_path: Path, key: s
                 number = experts.index(role.expert)
                 expected[name.replace(f"experts.{role.expert}.", f"experts.{number}.")] = tensor
             continue
-        for dim, axis in enumerate(role.slot.axes):
-            if axis == "experts":
+        for dim, axis in enumerate(role.slot.dims):
+            if axis is not None and axis.axis == EXPERTS_AXIS:
                 tensor = tensor.index_select(dim, torch.tensor(experts))
         expected[name] = tensor
     assert new.keys() == expected.keys()
@@ -379,9 +380,22 @@ def test_the_table_has_the_defaults_of_the_config_classes() -> None:
         assert groups == table, key
 
 
-def test_all_mixtures_have_an_entry() -> None:
-    widths = {k for k, e in FAMILIES.items() if isinstance(e, Family) and "expert" in e.widths}
-    assert widths == set(MIXTURES)
+def test_parameters_are_counted_exactly_whatever_the_sizes(tmp_path: Path) -> None:
+    """Five of seven experts of an odd width: no tensor's share is a whole number."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    tiny.save(source, MOE, num_experts=7, moe_intermediate_size=9)
+    plan = random_plan(source, 640, 1.0, experts=5)
+    apply_plan(plan, source=source, output=out)
+    made = layout_of(out)
+    assert plan.after.parameters == made.parameters(made.vocab_size, made.widths)
+
+
+def test_mixtures_without_an_entry_keep_their_experts(tmp_path: Path, run: Run) -> None:
+    """What a router does with groups and biases is not derived: each entry is written by hand."""
+    source = tiny.save(tmp_path / "source", "mistral4")
+    refused = run("plan", source, "--num-experts", 2, "-o", tmp_path / "plan.json")
+    assert refused.exit_code == 2
+    assert "the table of families has no entry for this model's experts" in refused.output
 
 
 def test_verify_sees_a_router_that_chooses_other_experts(tmp_path: Path) -> None:
