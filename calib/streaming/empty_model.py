@@ -239,8 +239,8 @@ def shape_faults(
         shapes: Name of each tensor in the files → its shape.
         family: Model type to treat it as; None is the config's own.
     """
-    method = (config.get("quantization_config") or {}).get("quant_method", "fp8")
-    if method != "fp8":
+    quantized = config.get("quantization_config")
+    if isinstance(quantized, dict) and quantized.get("quant_method") != "fp8":
         return []
     kept = {key: value for key, value in config.items() if key not in IGNORED_KEYS}
     kept |= {"model_type": family} if family else {}
@@ -248,10 +248,10 @@ def shape_faults(
         made = AutoConfig.for_model(**PreTrainedConfig._decode_special_floats(kept))
         with torch.device("meta"):
             model = _whole_class(made).from_config(made)
+        empty = {name: torch.empty(list(shape), device="meta") for name, shape in shapes.items()}
+        found = Conversion(model).convert(empty)
     except Exception as error:  # whatever the library makes of a wrong value
         return [f"transformers builds no model: {type(error).__name__}: {str(error)[:MESSAGE]}"]
-    empty = {name: torch.empty(list(shape), device="meta") for name, shape in shapes.items()}
-    found = Conversion(model).convert(empty)
     inside, tied = f"{model.base_model_prefix}.", set(model.all_tied_weights_keys)
     computed = model._keys_to_ignore_on_load_missing or ()  # such as Marian's table of positions
     faults = []
