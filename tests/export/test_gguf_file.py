@@ -180,7 +180,7 @@ def test_llama_cpp_gives_the_same_texts(tmp_path: Path, key: str) -> None:
     source, file = gguf_models.save(tmp_path / "model", key), tmp_path / "model.gguf"
     surgery.export_gguf(source, file, pre="gpt-2")
     prompts = torch.randint(4, 600, (6, 20), generator=torch.Generator().manual_seed(1)).tolist()
-    jobs = {"prompts": prompts, "new_tokens": 8}
+    jobs = {"prompts": prompts, "new_tokens": 8, "past_end": True}
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     script = Path(__file__).parents[2] / "tools" / "engines" / "llama_cpp.py"
     subprocess.run([python, script, file, tmp_path / "jobs.json"], check=True, timeout=120)

@@ -17,6 +17,7 @@ import sysconfig
 import venv
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import click
@@ -136,8 +137,18 @@ def variants_of(model: Path, work: Path) -> dict[str, Path]:
     return made
 
 
+def ends_of(model: Path) -> set[int]:
+    """Return the ids of a checkpoint's end-of-text tokens."""
+    found: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        path = model / name
+        ids = json.loads(path.read_text("utf-8")).get("eos_token_id") if path.exists() else None
+        found |= set(ids if isinstance(ids, list) else () if ids is None else (ids,))
+    return found
+
+
 def completions(engine: Engine, python: Path, model: Path, work: Path) -> list[list[int]]:
-    """Return the greedy completions of the prompts."""
+    """Return the greedy completions of the prompts, up to a token that ends the text."""
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     prompts = PROMPTS.read_text("utf-8").splitlines()
     jobs = {"prompts": [tokenizer.encode(text).ids for text in prompts], "new_tokens": NEW_TOKENS}
@@ -152,7 +163,8 @@ def completions(engine: Engine, python: Path, model: Path, work: Path) -> list[l
     if engine.gguf:
         target.unlink()
     found: list[list[int]] = json.loads(path.read_text("utf-8"))["completions"]
-    return found
+    ends = ends_of(model)
+    return [list(takewhile(lambda id_: id_ not in ends, ids)) for ids in found]
 
 
 def rows_of(model: Path, work: Path, engines: Sequence[Engine]) -> list[str]:

@@ -4,7 +4,7 @@
 
 JOBS.json has ``prompts`` (lists of token ids), ``new_tokens`` and, if wanted, ``texts``. The
 results are written into it: ``completions``, the ids that follow each prompt by greedy choice, and
-``ids``, those of each text. End-of-text tokens do not end a completion.
+``ids``, those of each text. End-of-text tokens end a completion, unless ``past_end`` is true.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def main(model: str, jobs_path: str) -> None:
 
     def complete(prompt: list[int]) -> list[int]:
         greedy = {"temperature": 0, "top_k": 1, "repeat_penalty": 1.0}
-        body = {"prompt": prompt, "n_predict": jobs["new_tokens"], **greedy}
-        return list(
-            post("completion", {**body, "ignore_eos": True, "return_tokens": True})["tokens"]
-        )
+        body = {"prompt": prompt, "n_predict": jobs["new_tokens"], "return_tokens": True, **greedy}
+        if jobs.get("past_end"):
+            body["ignore_eos"] = True  # then no end-of-text token is ever chosen
+        return list(post("completion", body)["tokens"])
 
     jobs["ids"] = [tokenize(text) for text in jobs.get("texts", [])]
     jobs["completions"] = [complete(prompt) for prompt in jobs["prompts"]]
