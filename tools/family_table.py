@@ -199,7 +199,7 @@ def widths(family: Family) -> str:
     by_key: dict[str, list[str]] = {}
     for axis, width in family.widths.items():
         by_key.setdefault(width.key, []).append(PARTS[axis])
-    return "; ".join(f"{' and '.join(p)} (`{k}`)" for k, p in by_key.items()) or "nothing"
+    return "; ".join(f"{' and '.join(p)} (`{k}`)" for k, p in by_key.items()) or "nothing else"
 
 
 def untested() -> set[str]:
