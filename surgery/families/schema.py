@@ -110,7 +110,7 @@ class Width:
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """All names that config classes have for the number of routed experts in a layer."""
 
-PER_TOKEN_KEYS = ("num_experts_per_tok", "moe_topk", "moe_k")
+PER_TOKEN_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 """All names for how many of them a token goes to."""
 
 GROUP_KEYS = ("n_group", "num_expert_groups", "num_expert_group")
@@ -122,11 +122,13 @@ class ExpertGroups:
     """Experts in groups of neighbours: a token first chooses groups, then experts in these."""
 
     count: int | None
-    """What the config class takes for ``n_group`` where config.json has no such key."""
+    """What the config class takes for ``key`` where config.json has no such key."""
     chosen: int | None
     """Likewise ``topk_group``, the number of groups that a token chooses."""
     least: int
     """Fewest experts of a group: 2 where its score is the sum of its two best experts'."""
+    key: str = "n_group"
+    """The class's own name for their number, one of ``GROUP_KEYS``."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,8 @@ class Family:
     """Channel axis → its key in config.json; an axis without a key cannot be pruned."""
     experts: Experts | None = None
     """The routed experts; without an entry, none can be removed."""
+    experts_stay: str = "the table of families has no entry for this model's experts"
+    """Why none can be removed where there is no entry."""
     kind: str = DECODER
     """One of KINDS."""
     positions_after_pad: bool = False

@@ -28,8 +28,6 @@ from surgery.families.schema import (
 
 _H = "transformer.h.{layer}."
 _GPTJ_MASKS = buffers("attn.bias", "attn.masked_bias", "attn.causal_mask", at=_H)
-_SUM_OF_TWO = ExpertGroups(1, 1, least=2)
-"""Groups scored by the sum of their two best experts; one group by default."""
 
 BUFFERS: Mapping[str, tuple[Slot, ...]] = {
     "llama": buffers("self_attn.rotary_emb.inv_freq"),
@@ -48,31 +46,19 @@ BUFFERS: Mapping[str, tuple[Slot, ...]] = {
 OPTIONAL: Mapping[str, tuple[str, ...]] = {"granite_swa": ("self_attn.sinks",)}
 """Ends of the names of tensors that published checkpoints may lack."""
 
-EXPERTS_OF: Mapping[str, Experts] = {
-    "mixtral": Experts("num_local_experts", 2),
-    "phimoe": Experts("num_local_experts", 2, least=2),
-    "minimax_m2": Experts("num_local_experts", 8),
-    "olmoe": Experts("num_experts", 8),
-    "flex_olmo": Experts("num_experts", 5),
-    "qwen2_moe": Experts("num_experts", 4),
-    "qwen3_moe": Experts("num_experts", 8),
-    "qwen3_next": Experts("num_experts", 10),
-    "deepseek_v2": Experts("n_routed_experts", None, ExpertGroups(None, None, least=1)),
-    "deepseek_v3": Experts("n_routed_experts", 8, ExpertGroups(8, 4, least=2)),
-    "glm4_moe": Experts("n_routed_experts", 8, _SUM_OF_TWO),
-    "dots1": Experts("n_routed_experts", None, _SUM_OF_TWO),
-    "solar_open": Experts("n_routed_experts", 8, _SUM_OF_TWO),
-    "exaone_moe": Experts("num_experts", 8, _SUM_OF_TWO),
-    "afmoe": Experts("num_experts", 6),
-    "ernie4_5_moe": Experts("moe_num_experts", 6),
-    "hunyuan_v1_moe": Experts("num_experts", 1),
-    "cohere2_moe": Experts("num_experts", 2),
-    "granitemoe": Experts("num_local_experts", 2),
-    "granitemoeshared": Experts("num_local_experts", 2),
-    "gpt_oss": Experts("num_local_experts", 4),
-    "llama4_text": Experts("num_local_experts", 1),
+EXPERTS_KEY: Mapping[str, str] = dict.fromkeys(("qwen3_moe", "qwen3_vl_moe"), "num_experts")
+"""Key for the number of experts that transformers 4 reads, too, unlike the class's own."""
+
+LEAST_EXPERTS: Mapping[str, int] = {"phimoe": 2}
+"""Fewest experts that a router's code can choose among, where one is too few."""
+
+BEST_OF_GROUP = ("deepseek_v2", "deepseek_ocr2", "unlimited_ocr")
+"""Types that score a group by its best expert. All others take the sum of the two best."""
+
+EXPERTS_STAY: Mapping[str, str] = {
+    "zaya": "its router has a row that belongs to no expert",
 }
-"""How a router chooses; without an entry, whole experts cannot be removed."""
+"""Model type → why whole experts cannot be removed."""
 
 _NEXTN = (
     *("deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "hy_v3"),
@@ -209,11 +195,13 @@ def _family(name: str, data: Mapping[str, Any]) -> Family:
         slots = tuple(replace(s, required=s.required and not s.name.endswith(ends)) for s in slots)
     widths = {axis: Width(*key.split(" * ")) for axis, key in data["widths"].items()}
     told = {key: data[key] for key in ("depth", "embedding", "head", "section") if key in data}
+    if name in EXPERTS_STAY:
+        told["experts_stay"] = EXPERTS_STAY[name]
     return Family(
         slots + BUFFERS.get(name, ()),
         data["tied"],
         widths,
-        EXPERTS_OF.get(name),
+        None if name in EXPERTS_STAY else _experts(name, data.get("experts")),
         left_out=LEFT_OUT.get(name, ()),
         carried=tuple(data.get("carried", ())),
         draft_layers=DRAFT_LAYERS.get(name, ""),
@@ -222,6 +210,15 @@ def _family(name: str, data: Mapping[str, Any]) -> Family:
         misread_vocab_sizes=MISREAD if name in MISREAD_TYPES else (),
         **told,
     )
+
+
+def _experts(name: str, data: Mapping[str, Any] | None) -> Experts | None:
+    if data is None:
+        return None
+    told, least = data.get("groups"), 1 if name in BEST_OF_GROUP else 2
+    groups = ExpertGroups(told["count"], told["chosen"], least, told["key"]) if told else None
+    key = EXPERTS_KEY.get(name, data["key"])
+    return Experts(key, data["per_token"], groups, LEAST_EXPERTS.get(name, 1))
 
 
 def read_entry(name: str, data: Mapping[str, Any]) -> Family | Wrapper:

@@ -156,10 +156,11 @@ def _groups(layout: Layout) -> tuple[int, int, int]:
             if count > 1:
                 raise _cannot_follow(f"{where}: {key}", "names groups of experts", count)
         return 1, 1, experts.least if experts else 1
-    own = found.pop("n_group", groups.count or 1)
+    named = [found[key] for key in (groups.key, GROUP_KEYS[0]) if key in found]
+    own = named[0] if named else groups.count or 1
     chosen = size_in(config, "topk_group", where, least=0) or groups.chosen or 1
     if layout.experts % own:
-        raise _cannot_follow(f"{where}: n_group", "does not divide the experts", own)
+        raise _cannot_follow(f"{where}: {groups.key}", "does not divide the experts", own)
     return own, min(chosen, own), groups.least
 
 
@@ -201,15 +202,10 @@ def expert_choices(layout: Layout) -> range:
     Raises:
         BudgetError: config.json ties experts to something unknown, or the model has none.
     """
-    experts, full = layout.family.experts, layout.experts
-    if experts is None or not full:
-        raise BudgetError(
-            "`num_experts`",
-            "cannot change: the model has no routed experts"
-            if not full
-            else "cannot change: the table of families has no entry for this model's experts",
-            fix="leave it out",
-        )
+    full = layout.experts
+    if layout.family.experts is None or not full:
+        why = layout.family.experts_stay if full else "the model has no routed experts"
+        raise BudgetError("`num_experts`", f"cannot change: {why}", fix="leave it out")
     groups, chosen, least = _groups(layout)
     smallest = groups * max(least, -(-_per_token(layout) // chosen))
     return range(min(smallest, full), full + 1, groups)

@@ -18,8 +18,8 @@ from surgery.api import apply_plan
 from surgery.apply.companions import pruned_config
 from surgery.apply.edits import kept_parts
 from surgery.families.schema import EXPERTS as EXPERTS_AXIS
-from surgery.families.schema import Experts, Family
-from surgery.families.table import FAMILIES
+from surgery.families.schema import Family
+from surgery.families.table import BEST_OF_GROUP, EXPERTS_STAY, FAMILIES
 from surgery.planning.plan import Plan
 from surgery.stats.channels import choose_experts
 from surgery.verify.files import verify_files
@@ -27,12 +27,8 @@ from tests.support import fp8, tiny
 from tests.support.command import Run
 from tests.support.contents import bits, weights
 from tests.support.plans import assert_equals_masked_dense, layout_of, random_plan
+from tests.support.sample import MIXTURES, sampled, text_family
 
-MIXTURES: dict[str, Experts] = {
-    key: entry.experts
-    for key, entry in FAMILIES.items()
-    if isinstance(entry, Family) and entry.experts is not None
-}
 EXPERTS, LEFT = 8, 6
 """In two groups of four in families with groups; then three of each group are left."""
 
@@ -41,8 +37,10 @@ MOE = "qwen3_moe"
 
 def eight(path: Path, key: str, **changes: Any) -> Path:
     """Save a tiny mixture of eight experts, with correction biases that decide some choices."""
-    own = MIXTURES["llama4_text" if key == "llama4" else key].key
-    tiny.save(path, key, **{own: EXPERTS, **changes})
+    groups = MIXTURES[key].groups
+    two = {groups.key: 2, "topk_group": 1} if groups else {}
+    limited = {"topk_method": "group_limited_greedy"} if key in BEST_OF_GROUP else {}
+    tiny.save(path, key, **{tiny.expert_key(key): EXPERTS, **two, **limited, **changes})
     generator = torch.Generator().manual_seed(2)
     for file in sorted(path.glob("*.safetensors")):
         tensors = load_file(file)
@@ -53,7 +51,7 @@ def eight(path: Path, key: str, **changes: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("key", [*MIXTURES, "llama4"])
+@pytest.mark.parametrize("key", sampled(MIXTURES))
 @pytest.mark.parametrize("share", [1.0, 0.5], ids=["experts", "all"])
 def test_pruned_equals_a_dense_model_that_cannot_choose_them(
     tmp_path: Path, run: Run, key: str, share: float
@@ -370,7 +368,8 @@ def test_a_plan_that_keeps_other_experts_is_refused(tmp_path: Path, run: Run) ->
 
 def test_the_table_has_the_defaults_of_the_config_classes() -> None:
     for key, experts in MIXTURES.items():
-        made = AutoConfig.for_model(key)
+        config = AutoConfig.for_model(key)
+        made = getattr(config, text_family(key).section or "text_config", config)
         names = ("num_experts_per_tok", "moe_topk", "moe_k")
         found = next(getattr(made, name) for name in names if hasattr(made, name))
         assert experts.per_token == found, key
@@ -390,12 +389,17 @@ def test_parameters_are_counted_exactly_whatever_the_sizes(tmp_path: Path) -> No
     assert plan.after.parameters == made.parameters(made.vocab_size, made.widths)
 
 
+def test_every_mixture_loses_experts_or_says_why() -> None:
+    for name, entry in FAMILIES.items():
+        if isinstance(entry, Family) and any(slot.counts_experts for slot in entry.slots):
+            assert (entry.experts is None) == (name in EXPERTS_STAY), name
+
+
 def test_mixtures_without_an_entry_keep_their_experts(tmp_path: Path, run: Run) -> None:
-    """What a router does with groups and biases is not derived: each entry is written by hand."""
-    source = tiny.save(tmp_path / "source", "mistral4")
+    source = tiny.save(tmp_path / "source", "zaya")
     refused = run("plan", source, "--num-experts", 2, "-o", tmp_path / "plan.json")
     assert refused.exit_code == 2
-    assert "the table of families has no entry for this model's experts" in refused.output
+    assert "cannot change: its router has a row that belongs to no expert" in refused.output
 
 
 def test_verify_sees_a_router_that_chooses_other_experts(tmp_path: Path) -> None:

@@ -108,12 +108,12 @@ def without_experts(model: Any, plan: Plan, source: Path) -> None:
         gone = [e for e in range(layout.experts) if e not in kept.experts]
         if not len(kept.experts) or not gone:
             continue
-        prefix = f"{layout.family.layers}.{layer}."
-        inside = [(n, m) for n, m in model.named_modules() if prefix in f"{n}."]
-        (router,) = (m for n, m in inside if is_router(n, m, layout.experts))
+        inside = f".layers.{layer}."
+        modules = [(n, m) for n, m in model.named_modules() if inside in n]
+        (router,) = (m for n, m in modules if is_router(n, m, layout.experts))
         router.forward = with_masked_logits(router.forward, gone)
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if prefix in name and name.endswith(("correction_bias", "expert_bias")):
+            if inside in name and name.endswith(("correction_bias", "expert_bias")):
                 tensor.data[..., gone] = float("-inf")
 
 

@@ -8,8 +8,11 @@ import datetime
 import os
 import random
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from surgery.families.default_ids import derived
+from surgery.families.schema import Experts, Family, Wrapper
+from surgery.families.table import FAMILIES, family_of
 from tests.support.tiny_configs import TINY
 
 ALL, SEED = "COMPACT_SURGERY_MODELS", "COMPACT_SURGERY_SEED"
@@ -26,6 +29,20 @@ SAMPLED = 8
 
 KEYS = (*TINY, *sorted(derived().keys() - {key.partition(":")[0] for key in TINY}))
 """Every tiny decoder: those with a config by hand, and all other types of the derived table."""
+
+
+def text_family(key: str) -> Family:
+    """Return the family of a tiny decoder: of its language model, if it has one inside."""
+    model_type = key.partition(":")[0]
+    inside = isinstance(FAMILIES[model_type], Wrapper)
+    section: dict[str, Any] = {"text_config": {}} if inside else {}
+    return family_of({"model_type": model_type, **section}, "")
+
+
+MIXTURES: dict[str, Experts] = {
+    key: experts for key in KEYS if (experts := text_family(key).experts) is not None
+}
+"""Every tiny mixture that can lose whole experts."""
 
 
 def seed() -> str:

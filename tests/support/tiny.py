@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from surgery.families.schema import EXPERT_KEYS
 from surgery.families.table import FAMILIES
 from tests.support import ROOT
 from tests.support.tiny_configs import TINY
@@ -61,12 +62,24 @@ def config(key: str, *, tied: bool, specials: dict[str, int], **changes: Any) ->
         "eos_token_id": specials["</s>"],
         "pad_token_id": specials["<pad>"],
     }
-    model_type = key.partition(":")[0]
-    values = {"tie_word_embeddings": tied, **deepcopy(TINY.get(key) or tiny_config(model_type))}
-    section = getattr(FAMILIES.get(model_type), "section", "")
-    text = values[section] if section else values
+    values, text = _values(key)
+    values.setdefault("tie_word_embeddings", tied)
     text |= ids | changes | {"tie_word_embeddings": tied}
-    return AutoConfig.for_model(**{**values, "model_type": model_type})
+    return AutoConfig.for_model(**{**values, "model_type": key.partition(":")[0]})
+
+
+def _values(key: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the tiny config of ``key``, and the part of it for the language model."""
+    model_type = key.partition(":")[0]
+    values = deepcopy(TINY.get(key) or tiny_config(model_type))
+    section = getattr(FAMILIES.get(model_type), "section", "")
+    return values, values[section] if section else values
+
+
+def expert_key(key: str) -> str:
+    """Return the name that the tiny config of a mixture has for the number of experts."""
+    _, text = _values(key)
+    return next(name for name in EXPERT_KEYS if name in text)
 
 
 def save(

@@ -7,7 +7,7 @@ from transformers import AutoConfig
 
 from surgery.config.token_ids import ID_KEY
 from surgery.families.default_ids import COUNTS, OFFSET_SECTIONS, SECTIONS
-from surgery.families.schema import Dim, Family, Slot
+from surgery.families.schema import GROUP_KEYS, PER_TOKEN_KEYS, Dim, Family, Slot
 from tools.derive.axes import Built, template, value_at
 from tools.derive.configs import CAUSAL, default_config, registered
 from tools.derive.seen import Seen, prefixes_of
@@ -64,6 +64,7 @@ def _family(seen: Seen) -> dict[str, Any]:
         "section": seen.section,
         "carried": list(seen.carried),
         "mixed": seen.mixed,
+        "experts": _experts(seen),
     }
     slots = sorted(seen.slots(), key=lambda slot: not slot.name.startswith(seen.layers))
     return {
@@ -72,6 +73,20 @@ def _family(seen: Seen) -> dict[str, Any]:
         **{k: v for k, v in options.items() if v and v != getattr(plain, k)},
         "tensors": {slot.name: spec(slot) for slot in slots},
     }
+
+
+def _experts(seen: Seen) -> dict[str, Any] | None:
+    """How the class's config describes the routed experts, with its defaults; None without any."""
+    config = AutoConfig.for_model(seen.model_type)
+    keys = (getattr(config, seen.section) if seen.section else config).to_dict()
+    per_token = next((key for key in PER_TOKEN_KEYS if key in keys), None)
+    if not seen.experts or per_token is None:
+        return None
+    found = {"key": seen.experts, "per_token": keys[per_token]}
+    groups = next((key for key in GROUP_KEYS if key in keys), None)
+    if groups is None:
+        return found
+    return found | {"groups": {"key": groups, "count": keys[groups], "chosen": keys["topk_group"]}}
 
 
 def spec(slot: Slot) -> str:

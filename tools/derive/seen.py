@@ -55,6 +55,8 @@ class Seen:
     tied: bool = False
     section: str = ""
     depth: str = ""
+    experts: str = ""
+    """Key of the config for the number of routed experts."""
 
     def models(self, config: Kwargs, auto_class: Any) -> None:
         """Take in the model of ``config``, and those of its other switches."""
@@ -95,6 +97,7 @@ class Seen:
                 for (name, dim), unit in found.by_key[path].items():
                     if unit == 1:
                         self.axes[template(name)].setdefault(dim, Dim(EXPERTS))
+                        self.experts = _last(path)
         for path, places in channel_keys(found).items():
             null = value_at(found.config, path) is None
             for (name, dim), unit in places.items():
