@@ -37,6 +37,8 @@ _BY_HAND: dict[str, Mapping[str, Default]] = {
     "blenderbot-small": _BLENDERBOT,
     "bart": {**_ROBERTA, "decoder_start_token_id": 2, "forced_eos_token_id": 2},
     "bert": _PAD,
+    "bert-generation": {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1},
+    "big_bird": {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 66},
     "bigbird_pegasus": {
         "pad_token_id": 0,
         "bos_token_id": 2,
@@ -79,6 +81,7 @@ _BY_HAND: dict[str, Mapping[str, Default]] = {
     "rembert": {"pad_token_id": 0, "bos_token_id": 312, "eos_token_id": 313},
     "roberta": _ROBERTA,
     "roberta-prelayernorm": _ROBERTA,
+    "roc_bert": _PAD,
     "roformer": _PAD,
     "t5": _T5,
     "umt5": {**_T5, "decoder_start_token_id": 0},

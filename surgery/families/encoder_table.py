@@ -104,6 +104,18 @@ ENCODERS: dict[str, Family] = {
         *_CLS,
         carried=("cls.",),
     ),
+    "big_bird": _encoder(_BERT_LIKE, "bert.", *_CLS, carried=("cls.",)),
+    "bert-generation": _encoder(_BERT_LIKE, "bert.", *_LM_HEAD, carried=("lm_head.",)),
+    "roc_bert": _encoder(
+        _BERT_LIKE
+        + one("embeddings.pronunciation_embed.weight")
+        + one("embeddings.shape_embed.weight")
+        + one("embeddings.map_inputs_layer.weight", required=False)
+        + one("embeddings.map_inputs_layer.bias", required=False),
+        "roc_bert.",
+        *_CLS,
+        carried=("cls.",),
+    ),
     "rembert": _encoder(
         _BERT_LIKE
         + one("encoder.embedding_hidden_mapping_in.weight")

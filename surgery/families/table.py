@@ -161,10 +161,10 @@ REFUSED: Mapping[str, str] = {
     ),
     **dict.fromkeys(
         (
-            *("bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "blenderbot"),
+            *("bart", "bert", "bigbird_pegasus", "blenderbot"),
             *("blenderbot-small", "camembert", "data2vec-text", "electra", "ernie", "marian"),
             *("mbart", "megatron-bert", "mvp", "pegasus", "plbart", "prophetnet", "reformer"),
-            *("rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "trocr"),
+            *("rembert", "roberta", "roberta-prelayernorm", "roformer", "trocr"),
             *("whisper", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod", "florence2"),
             *("pix2struct", "pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder"),
         ),

@@ -10,6 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -76,6 +77,15 @@ ENCODERS: dict[str, Kwargs] = {
     "data2vec-text": _PLAIN,
     "roberta-prelayernorm": _PLAIN,
     "xlm-roberta-xl": _PLAIN,
+    "big_bird": _PLAIN,
+    "bert-generation": _PLAIN,
+    "roc_bert": {
+        **_PLAIN,
+        "pronunciation_vocab_size": 20,
+        "pronunciation_embed_dim": 8,
+        "shape_vocab_size": 20,
+        "shape_embed_dim": 8,
+    },
 }
 """Keyword arguments for ``AutoConfig.for_model``; keys are as in ``tiny_configs``."""
 
@@ -133,6 +143,8 @@ TOKENIZERS = {
     "xlm-roberta": UNIGRAM,
     "xlm-roberta-xl": UNIGRAM,
     "rembert": UNIGRAM,
+    "big_bird": UNIGRAM,
+    "bert-generation": UNIGRAM,
     "camembert": UNIGRAM,
     "deberta-v2": UNIGRAM,
     **dict.fromkeys(ENCODER_DECODERS, UNIGRAM),
@@ -155,6 +167,12 @@ MODELS = {
     "speech": AutoModelForSpeechSeq2Seq,
 }
 """Heads with which encoders are published, and what a decoder beside one makes."""
+
+
+def class_of(config: Any, head: str) -> Any:
+    """The class with a head; BertGeneration predicts its tokens as a decoder would."""
+    alone = head == "masked" and type(config) not in AutoModelForMaskedLM._model_mapping
+    return AutoModelForCausalLM if alone else MODELS[head]
 
 
 def kind_of(key: str) -> str:
@@ -234,7 +252,7 @@ def save(path: Path, key: str, head: str = "masked", **changes: Any) -> Path:
             **changes,
         },
     )
-    model = MODELS[head].from_config(config)
+    model = class_of(config, head).from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -246,4 +264,5 @@ def save(path: Path, key: str, head: str = "masked", **changes: Any) -> Path:
 
 def load(path: Path, head: str = "base") -> Any:
     """Load an encoder in fp32."""
-    return MODELS[head].from_pretrained(path, dtype=torch.float32).eval()
+    made = class_of(AutoConfig.from_pretrained(path), head)
+    return made.from_pretrained(path, dtype=torch.float32).eval()
