@@ -14,7 +14,7 @@ from typing import Any
 from surgery.errors import FamilyError, UnknownTypeError
 from surgery.families.blocks import buffers
 from surgery.families.default_ids import DERIVED, SECTION_TYPES, derived
-from surgery.families.encoder_table import ENCODER_DECODERS, ENCODERS
+from surgery.families.encoder_table import ENCODER_DECODERS, ENCODERS, UNDIVIDED_MODELS
 from surgery.families.layer_rules import LAYER_RULES
 from surgery.families.schema import (
     Dim,
@@ -161,10 +161,10 @@ REFUSED: Mapping[str, str] = {
     ),
     **dict.fromkeys(
         (
-            *("bart", "bert", "bigbird_pegasus", "blenderbot"),
+            *("bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "blenderbot"),
             *("blenderbot-small", "camembert", "data2vec-text", "electra", "ernie", "marian"),
             *("mbart", "megatron-bert", "mvp", "pegasus", "plbart", "prophetnet", "reformer"),
-            *("rembert", "roberta", "roberta-prelayernorm", "roformer", "trocr"),
+            *("rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "trocr"),
             *("whisper", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod", "florence2"),
             *("pix2struct", "pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder"),
         ),
@@ -241,7 +241,7 @@ def read_entry(name: str, data: Mapping[str, Any]) -> Family | Wrapper:
 _DERIVED: dict[str, Family | Wrapper] = {
     name: WRAPPERS.get(name) or read_entry(name, data) for name, data in derived().items()
 }
-FAMILIES = {**_DERIVED, **ENCODERS, **ENCODER_DECODERS}
+FAMILIES = {**_DERIVED, **ENCODERS, **ENCODER_DECODERS, **UNDIVIDED_MODELS}
 """model_type → family, or ``Wrapper`` for a model with a language model in it."""
 
 
