@@ -5,7 +5,7 @@ from surgery.families.table import FAMILIES, REFUSED
 from tests.support.loading import NOT_IN_4
 from tests.support.sample import KEYS
 from tests.support.tiny_configs import TINY
-from tests.support.tiny_encoders import ENCODER_DECODERS, ENCODERS
+from tests.support.tiny_encoders import ENCODERS, VOCABULARY_ALONE
 
 MODELS = {
     "llama": "Llama 1, 2, 3; Falcon 3; SmolLM2; Yi",
@@ -137,6 +137,9 @@ MODELS = {
     "ernie": "ERNIE 2, 3",
     "megatron-bert": "Megatron-BERT",
     "rembert": "RemBERT",
+    "big_bird": "BigBird",
+    "bert-generation": "BertGeneration",
+    "roc_bert": "RoCBert",
     "roformer": "RoFormer",
     "data2vec-text": "data2vec, text",
     "roberta-prelayernorm": "efficient_mlm",
@@ -155,6 +158,21 @@ MODELS = {
     "marian": "Marian with a tokenizer.json",
     "pegasus": "PEGASUS",
     "whisper": "Whisper",
+    "prophetnet": "ProphetNet",
+    "udop": "UDOP",
+    "pix2struct": "Pix2Struct, DePlot, MatCha",
+    "pp_formulanet": "PP-FormulaNet",
+    "florence2": "Florence 2",
+    "xlm": "XLM",
+    "xlnet": "XLNet",
+    "reformer": "Reformer",
+    "xmod": "X-MOD",
+    "trocr": "the decoder of TrOCR",
+    "git": "GIT",
+    "blip": "BLIP, captions",
+    "idefics2": "Idefics 2",
+    "kosmos-2": "Kosmos 2",
+    "kosmos-2.5": "Kosmos 2.5",
 }
 """Model type → well-known models of it."""
 
@@ -204,4 +222,4 @@ def widths(family: Family) -> str:
 
 def untested() -> set[str]:
     """Entries of FAMILIES that no tiny checkpoint stands for."""
-    return set(FAMILIES) - {key.partition(":")[0] for key in (*KEYS, *ENCODERS, *ENCODER_DECODERS)}
+    return set(FAMILIES) - {key.partition(":")[0] for key in (*KEYS, *ENCODERS, *VOCABULARY_ALONE)}

@@ -30,7 +30,7 @@ from transformers.core_model_loading import (
 from calib.streaming.ffn import IMPLEMENTATION
 from surgery.errors import CheckpointError, FamilyError, SurgeryError
 from surgery.families.blocks import OUTSIDE
-from surgery.families.schema import DECODER, ENCODER_DECODER, TIE_KEY
+from surgery.families.schema import DECODER, ENCODER_DECODER, TIE_KEY, UNDIVIDED
 from surgery.layout.layout import Layout
 
 
@@ -134,14 +134,15 @@ def check_runs(layout: Layout) -> None:
     """Refuse a model that does not run layer by layer.
 
     Raises:
-        FamilyError: it is an encoder with a decoder, or computes between two layers.
+        FamilyError: it is undivided, an encoder with a decoder, or computes between two layers.
     """
     fix = "plan the vocabulary alone, with `vocab_size`; `forward` is not needed to verify it"
-    if layout.family.kind == ENCODER_DECODER:
+    kind = layout.family.kind
+    if kind in (ENCODER_DECODER, UNDIVIDED):
         raise FamilyError(
             layout.checkpoint.path,
-            f"{layout.checkpoint.config.get('model_type')} is an {ENCODER_DECODER}, of which only "
-            "the vocabulary is pruned: its two stacks of layers are not run one by one",
+            f"{layout.checkpoint.config.get('model_type')} is an {kind}, of which only "
+            "the vocabulary is pruned: its layers are not run one by one",
             fix=fix,
         )
     for name in layout.family.between_layers:
@@ -269,8 +270,9 @@ def shape_faults(
 
 def _whole_class(config: Any) -> Any:
     both = (AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq) if config.is_encoder_decoder else ()
-    alone = (AutoModelForImageTextToText, AutoModelForMaskedLM, AutoModelForCausalLM)
-    autos = (*both, *alone)
+    alone = (AutoModelForMaskedLM, AutoModelForCausalLM)
+    masked_last = getattr(config, "is_decoder", False)  # Reformer is one or the other
+    autos = (*both, AutoModelForImageTextToText, *(reversed(alone) if masked_last else alone))
     return next((auto for auto in autos if type(config) in auto._model_mapping), AutoModel)
 
 

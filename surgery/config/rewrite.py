@@ -15,7 +15,9 @@ from surgery.files.model_files import DOCUMENTS, named_templates
 from surgery.files.strict_json import read_file, read_json
 from surgery.tokenizer.id_map import IdMap
 
-SIZE_KEY = re.compile(r"((src|tgt|decoder)_)?vocab_size|vocab_size_per_layer_input|vocab_offset")
+SIZE_KEY = re.compile(
+    r"((src|tgt|decoder)_)?vocab_size|n_words|n_token|vocab_size_per_layer_input|vocab_offset"
+)
 """Keys for the number of the text vocabulary's rows; type_vocab_size counts something else."""
 
 DTYPE_KEYS = ("dtype", "torch_dtype")

@@ -3,7 +3,17 @@
 from dataclasses import replace
 
 from surgery.families.blocks import attention, buffers, fused, into, one, optional, out_of
-from surgery.families.schema import ENCODER, ENCODER_DECODER, FFN, HEAD, VOCAB, Family, Slot, Width
+from surgery.families.schema import (
+    ENCODER,
+    ENCODER_DECODER,
+    FFN,
+    HEAD,
+    UNDIVIDED,
+    VOCAB,
+    Family,
+    Slot,
+    Width,
+)
 
 _BERT = "encoder.layer.{layer}."
 _DISTIL = "transformer.layer.{layer}."
@@ -101,6 +111,18 @@ ENCODERS: dict[str, Family] = {
     "megatron-bert": _encoder(
         _embeddings() + _BERT_MAPS + _norms("attention.ln", "ln", at=_BERT) + _norms("encoder.ln"),
         "bert.",
+        *_CLS,
+        carried=("cls.",),
+    ),
+    "big_bird": _encoder(_BERT_LIKE, "bert.", *_CLS, carried=("cls.",)),
+    "bert-generation": _encoder(_BERT_LIKE, "bert.", *_LM_HEAD, carried=("lm_head.",)),
+    "roc_bert": _encoder(
+        _BERT_LIKE
+        + one("embeddings.pronunciation_embed.weight")
+        + one("embeddings.shape_embed.weight")
+        + one("embeddings.map_inputs_layer.weight", required=False)
+        + one("embeddings.map_inputs_layer.bias", required=False),
+        "roc_bert.",
         *_CLS,
         carried=("cls.",),
     ),
@@ -236,7 +258,37 @@ ENCODERS: dict[str, Family] = {
 """model_type → family."""
 
 _TABLES = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
+_WORDS = ("word_embeddings", "encoder.word_embeddings", "decoder.word_embeddings")
 _STACKS = ("encoder.", "decoder.")
+
+
+def _undivided(
+    tables: tuple[str, ...],
+    head: str,
+    *biases: str,
+    prefix: str = "",
+    carried: tuple[str, ...] = (),
+    **rest: object,
+) -> Family:
+    """Return a model of which the vocabulary is pruned and nothing else.
+
+    The first of ``tables`` is the embedding. Files may hold it several times, under each name.
+    """
+    weights = tuple(
+        Slot(f"{name}.weight", "vocabulary", (VOCAB, None), required=name == tables[0])
+        for name in (*tables, head)
+    )
+    made = Family(
+        weights + tuple(Slot(name, "vocabulary", (VOCAB,), required=False) for name in biases),
+        tied=True,
+        widths={},
+        kind=UNDIVIDED,
+        embedding=f"{tables[0]}.weight",
+        head=f"{head}.weight",
+        prefixes=((prefix, ""),) if prefix else (),
+        carried=(*carried, *(prefix + name for name in carried if prefix)),
+    )
+    return replace(made, **rest)  # type: ignore[arg-type]
 
 
 def _both(
@@ -247,27 +299,12 @@ def _both(
     carried: tuple[str, ...] = (),
     **rest: object,
 ) -> Family:
-    """Return an encoder with a decoder, of which the vocabulary is pruned and nothing else.
-
-    The first of ``tables`` is the embedding. Files may hold it several times, under each name.
-    """
-    slots = tuple(
-        Slot(f"{name}.weight", "vocabulary", (VOCAB, None), required=name == tables[0])
-        for name in (*tables, head)
-    )
+    """Return an encoder with a decoder."""
+    made = _undivided(tables, head, prefix=prefix, carried=(*_STACKS, *carried))
     bias = Slot("final_logits_bias", "vocabulary", (None, VOCAB), required=False)
-    made = Family(
-        (*slots, replace(bias, is_parameter=False)),
-        tied=True,
-        widths={},
-        kind=ENCODER_DECODER,
-        embedding=f"{tables[0]}.weight",
-        head=f"{head}.weight",
-        prefixes=((prefix, ""),) if prefix else (),
-        carried=(*_STACKS, *(prefix + stack for stack in _STACKS if prefix), *carried),
-        depth="encoder_layers",
-    )
-    return replace(made, **rest)  # type: ignore[arg-type]
+    known = {"kind": ENCODER_DECODER, "depth": "encoder_layers"}
+    slots = (*made.slots, replace(bias, is_parameter=False))
+    return replace(made, slots=slots, **{**known, **rest})  # type: ignore[arg-type]
 
 
 _T5 = _both(prefix="", depth="num_layers")
@@ -288,5 +325,118 @@ ENCODER_DECODERS: dict[str, Family] = {
     "marian": _both(),
     "pegasus": _both(),
     "whisper": _both("proj_out", tables=("decoder.embed_tokens",)),
+    "prophetnet": _both(
+        prefix="prophetnet.",
+        tables=_WORDS,
+        depth="num_encoder_layers",
+    ),
+    "udop": _both(prefix="", carried=("patch_embed.",), depth="num_layers"),
+    "pix2struct": _both(
+        "decoder.lm_head",
+        prefix="",
+        tables=("decoder.embed_tokens",),
+        section="text_config",
+        depth="num_layers",
+        tied=False,
+    ),
+    "pp_formulanet": _both(
+        tables=("decoder.embed_tokens",),
+        section="text_config",
+        depth="decoder_layers",
+        tied=False,
+    ),
+    "florence2": _both(
+        prefix="model.language_model.",
+        carried=tuple(
+            f"{at}{name}"
+            for at in ("model.", "")
+            for name in ("vision_tower.", "multi_modal_projector.")
+        ),
+        section="text_config",
+    ),
+}
+"""model_type → family."""
+
+_KOSMOS = _undivided(
+    ("text_model.model.embed_tokens",),
+    "text_model.lm_head",
+    carried=("text_model.model.", "vision_model.", "image_to_text_projection."),
+    section="text_config",
+    depth="layers",
+    positions_after_pad=True,
+)
+
+UNDIVIDED_MODELS: dict[str, Family] = {
+    "xlm": _undivided(
+        ("embeddings",),
+        "pred_layer.proj",
+        "pred_layer.proj.bias",
+        prefix="transformer.",
+        carried=(
+            *("attentions.", "ffns.", "layer_norm1.", "layer_norm2.", "layer_norm_emb."),
+            *("position_embeddings.", "lang_embeddings.", "position_ids"),
+        ),
+        depth="n_layers",
+    ),
+    "xlnet": _undivided(
+        ("word_embedding",),
+        "lm_loss",
+        "lm_loss.bias",
+        prefix="transformer.",
+        carried=("layer.", "mask_emb"),
+        depth="n_layer",
+    ),
+    "reformer": _undivided(
+        ("embeddings.word_embeddings",),
+        "lm_head.decoder",
+        "lm_head.decoder.bias",
+        "lm_head.bias",
+        prefix="reformer.",
+        carried=("embeddings.position_embeddings.", "encoder."),
+        depth="attn_layers",
+        tied=False,
+    ),
+    "xmod": _undivided(
+        ("embeddings.word_embeddings",),
+        *("lm_head.decoder", "lm_head.decoder.bias", "lm_head.bias"),
+        prefix="roberta.",
+        carried=("embeddings.", "encoder.", "lm_head.", *_TASKS),
+        positions_after_pad=True,
+    ),
+    "trocr": _undivided(
+        ("decoder.embed_tokens",),
+        "output_projection",
+        prefix="model.",
+        carried=("decoder.",),
+        depth="decoder_layers",
+        positions_after_pad=True,
+    ),
+    "git": _undivided(
+        ("embeddings.word_embeddings",),
+        "output",
+        "output.bias",
+        prefix="git.",
+        carried=(
+            *("embeddings.", "encoder.", "image_encoder.", "visual_projection."),
+            "img_temporal_embedding.",
+        ),
+        tied=False,
+    ),
+    "blip": _undivided(
+        ("text_decoder.bert.embeddings.word_embeddings",),
+        "text_decoder.cls.predictions.decoder",
+        *("text_decoder.cls.predictions.decoder.bias", "text_decoder.cls.predictions.bias"),
+        carried=("text_decoder.", "vision_model."),
+        section="text_config",
+    ),
+    "idefics2": _undivided(
+        ("model.text_model.embed_tokens",),
+        "lm_head",
+        carried=("model.text_model.", "model.connector.", "model.vision_model."),
+        section="text_config",
+        tied=False,
+    ),
+    "kosmos-2": _KOSMOS,
+    "kosmos-2.5": _KOSMOS,
 }
 """model_type → family."""

@@ -19,8 +19,12 @@ EXPERTS = "experts"
 """The axis of the routed experts: rows of a router, and matrices of a packed tensor. Experts in
 tensors of their own have a number in place of a dimension."""
 
-DECODER, ENCODER, ENCODER_DECODER = KINDS = ("decoder", "encoder", "encoder with a decoder")
-"""What a family makes of a text: the next token, a state for each token, or another text."""
+DECODER, ENCODER, ENCODER_DECODER, UNDIVIDED = KINDS = (
+    *("decoder", "encoder", "encoder with a decoder"),
+    "undivided model",
+)
+"""What a family makes of a text: the next token, a state for each token, or another text. Of the
+last two, only the vocabulary is pruned, and no pass runs their layers one by one."""
 
 HEAD = "head"
 """Block of the tensors of an encoder's head for masked tokens. Its pass over a text needs none."""

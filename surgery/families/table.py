@@ -14,7 +14,7 @@ from typing import Any
 from surgery.errors import FamilyError, UnknownTypeError
 from surgery.families.blocks import buffers
 from surgery.families.default_ids import DERIVED, SECTION_TYPES, derived
-from surgery.families.encoder_table import ENCODER_DECODERS, ENCODERS
+from surgery.families.encoder_table import ENCODER_DECODERS, ENCODERS, UNDIVIDED_MODELS
 from surgery.families.layer_rules import LAYER_RULES
 from surgery.families.schema import (
     Dim,
@@ -238,7 +238,7 @@ def read_entry(name: str, data: Mapping[str, Any]) -> Family | Wrapper:
 _DERIVED: dict[str, Family | Wrapper] = {
     name: WRAPPERS.get(name) or read_entry(name, data) for name, data in derived().items()
 }
-FAMILIES = {**_DERIVED, **ENCODERS, **ENCODER_DECODERS}
+FAMILIES = {**_DERIVED, **ENCODERS, **ENCODER_DECODERS, **UNDIVIDED_MODELS}
 """model_type → family, or ``Wrapper`` for a model with a language model in it."""
 
 

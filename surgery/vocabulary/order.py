@@ -240,7 +240,8 @@ def rarity_of(
     referenced |= prompt_tokens(layout.checkpoint.path, tokenizer)
     if layout.family.positions_after_pad:  # the padding token must keep its id
         filled = fill_defaults(layout.checkpoint.config, lambda old: old, layout.checkpoint.family)
-        referenced |= set(range(filled["pad_token_id"] or 0))
+        padding = {**filled, **layout.family.text_config(filled)}["pad_token_id"]
+        referenced |= set(range(padding or 0))
     return order_rows(tokenizer, layout.vocab_size, referenced, choice)
 
 

@@ -1,4 +1,4 @@
-"""Encoders with a decoder: of a smaller vocabulary, all that is computed is the source's."""
+"""Models that lose vocabulary alone: all that is computed of kept tokens is the source's."""
 
 import json
 from pathlib import Path
@@ -13,29 +13,45 @@ from tests.support import tiny_encoders
 from tests.support.command import Run
 from tests.support.json_files import change
 from tests.support.plans import layout_of, random_plan
-from tests.support.tiny_encoders import ENCODER_DECODERS
+from tests.support.tiny_encoders import ENCODER_DECODERS, VOCABULARY_ALONE, head_of
 
 SMALLER = 400
 
 
-def head_of(key: str) -> str:
-    return "speech" if key == "whisper" else "text"
+SEEN: dict[str, dict[str, tuple[int, ...]]] = {
+    "whisper": {"input_features": (2, 8, 40)},
+    "udop": {"bbox": (2, 12, 4)},
+    "pix2struct": {"flattened_patches": (2, 6, 18)},
+    "pp_formulanet": {"pixel_values": (2, 3, 64, 64)},
+    "blip": {"pixel_values": (2, 3, 16, 16)},
+    "kosmos-2": {"pixel_values": (2, 3, 16, 16)},
+}
+"""What models read or hear beside text; numbers from 0 to 1."""
+
+NO_TEXT = ("whisper", "pix2struct", "pp_formulanet")
+"""Models whose encoder is given no text."""
 
 
 def logits(path: Path, key: str, ids: torch.Tensor) -> torch.Tensor:
-    """Of a decoder that is given ``ids``, as is the encoder; or noise, where that hears."""
-    given: dict[str, Any] = {"input_ids": ids}
-    if key == "whisper":
-        given = {
-            "input_features": torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(1))
-        }
+    """Of a decoder that is given ``ids``, as is the encoder; or noise, where that sees or hears."""
+    given: dict[str, Any] = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        for name, shape in SEEN.get(key, {}).items():
+            given[name] = torch.rand(shape)
+    if key == "kosmos-2":  # four of the tokens are the image
+        given["image_embeds_position_mask"] = torch.arange(ids.shape[1]).expand(ids.shape) < 4
+    if key not in NO_TEXT:
+        given["input_ids"] = ids
+    if key in ENCODER_DECODERS:
+        given["decoder_input_ids"] = ids.flip(0)
     with torch.no_grad():
-        made = tiny_encoders.load(path, head_of(key))(**given, decoder_input_ids=ids.flip(0))
+        made = tiny_encoders.load(path, head_of(key))(**given)
     result: torch.Tensor = made.logits
     return result
 
 
-@pytest.mark.parametrize("key", ENCODER_DECODERS)
+@pytest.mark.parametrize("key", VOCABULARY_ALONE)
 def test_a_smaller_vocabulary_changes_no_bit(tmp_path: Path, run: Run, key: str) -> None:
     source = tiny_encoders.save(tmp_path / "source", key, head_of(key))
     plan, out = tmp_path / "plan.json", tmp_path / "out"
@@ -50,15 +66,16 @@ def test_a_smaller_vocabulary_changes_no_bit(tmp_path: Path, run: Run, key: str)
     assert expected.std() > 0.05
     assert torch.equal(logits(out, key, new), expected)
     old, made = (json.loads((path / "config.json").read_text("utf-8")) for path in (source, out))
+    old, made = (config.get("text_config", config) for config in (old, made))
     ids = [(made[name], old[name]) for name in old if name.endswith("_token_id") and old[name]]
     assert len(ids) > 2
     assert all(int(kept[new_id]) == old_id for new_id, old_id in ids)
 
 
-@pytest.mark.parametrize("key", ["t5", "bart"])
+@pytest.mark.parametrize("key", ["t5", "bart", "xlnet"])
 def test_what_runs_layers_is_refused(tmp_path: Path, text: Path, run: Run, key: str) -> None:
-    source = tiny_encoders.save(tmp_path / "source", key, "text")
-    out = tmp_path / "out"
+    source = tiny_encoders.save(tmp_path / "source", key, head_of(key))
+    out, kind = tmp_path / "out", layout_of(source).family.kind
     apply_plan(random_plan(source, SMALLER, {}), source=source, output=out)
     (tmp_path / "out.plan.json").unlink(missing_ok=True)
     for command in (
@@ -70,7 +87,7 @@ def test_what_runs_layers_is_refused(tmp_path: Path, text: Path, run: Run, key: 
     ):
         refused = run(*command)
         assert refused.exit_code == 2, (command, refused.output)
-        assert f"{key} is an encoder with a decoder" in refused.output
+        assert f"{key} is an {kind}" in refused.output
 
 
 def test_a_bias_of_logits_and_a_table_under_each_name(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -76,6 +78,15 @@ ENCODERS: dict[str, Kwargs] = {
     "data2vec-text": _PLAIN,
     "roberta-prelayernorm": _PLAIN,
     "xlm-roberta-xl": _PLAIN,
+    "big_bird": _PLAIN,
+    "bert-generation": _PLAIN,
+    "roc_bert": {
+        **_PLAIN,
+        "pronunciation_vocab_size": 20,
+        "pronunciation_embed_dim": 8,
+        "shape_vocab_size": 20,
+        "shape_embed_dim": 8,
+    },
 }
 """Keyword arguments for ``AutoConfig.for_model``; keys are as in ``tiny_configs``."""
 
@@ -100,6 +111,40 @@ _T5: Kwargs = {
     "d_kv": 8,
 }
 
+_SMALL: Kwargs = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
+_REFORMER: Kwargs = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "attention_head_size": 8,
+    "num_attention_heads": 4,
+    "feed_forward_size": 96,
+    "attn_layers": ["local", "lsh"],
+    "axial_pos_shape": [8, 8],
+    "axial_pos_embds_dim": [16, 16],
+    "max_position_embeddings": 64,
+    "local_attn_chunk_length": 4,
+    "lsh_attn_chunk_length": 4,
+    "num_buckets": 4,
+    "hash_seed": 0,
+}
+_KOSMOS: Kwargs = {
+    "text_config": {
+        "vocab_size": VOCAB_SIZE,
+        "embed_dim": 32,
+        "layers": 2,
+        "attention_heads": 4,
+        "ffn_dim": 96,
+        "max_position_embeddings": 64,
+    },
+    "vision_config": {**_SMALL, "image_size": 16, "patch_size": 8},
+    "latent_query_num": 4,
+}
+
 ENCODER_DECODERS: dict[str, Kwargs] = {
     "t5": _T5,
     "mt5": {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
@@ -120,7 +165,126 @@ ENCODER_DECODERS: dict[str, Kwargs] = {
         "max_source_positions": 20,
         "max_target_positions": 64,
     },
+    "prophetnet": {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "num_encoder_layers": 2,
+        "num_decoder_layers": 1,
+        "num_encoder_attention_heads": 4,
+        "num_decoder_attention_heads": 4,
+        "encoder_ffn_dim": 96,
+        "decoder_ffn_dim": 64,
+        "max_position_embeddings": 64,
+    },
+    "udop": {**_T5, "image_size": 32, "max_2d_position_embeddings": 64},
+    "pix2struct": {
+        "text_config": {
+            "vocab_size": VOCAB_SIZE,
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "d_ff": 96,
+            "d_kv": 8,
+        },
+        "vision_config": {
+            "hidden_size": 32,
+            "patch_embed_hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "d_ff": 64,
+            "d_kv": 8,
+            "seq_len": 16,
+        },
+    },
+    "pp_formulanet": {
+        "text_config": _BART,
+        "vision_config": {
+            **_SMALL,
+            "image_size": 64,
+            "patch_size": 16,
+            "mlp_dim": 64,
+            "output_channels": 16,
+            "window_size": 2,
+            "global_attn_indexes": [1],
+            "post_conv_in_channels": 16,
+            "post_conv_mid_channels": 24,
+            "post_conv_out_channels": 32,
+            "decoder_hidden_size": 32,
+        },
+    },
+    "florence2": {
+        "text_config": {"model_type": "bart", **_BART},
+        "vision_config": {
+            "embed_dim": [16, 16],
+            "depths": [1, 1],
+            "num_heads": [2, 2],
+            "num_groups": [2, 2],
+            "patch_size": [7, 3],
+            "patch_stride": [4, 2],
+            "patch_padding": [3, 1],
+            "patch_prenorm": [False, True],
+            "projection_dim": 32,
+        },
+        "image_token_id": 7,
+    },
 }
+
+UNDIVIDED: dict[str, Kwargs] = {
+    "xlm": {
+        "vocab_size": VOCAB_SIZE,
+        "emb_dim": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "max_position_embeddings": 64,
+        "n_langs": 2,
+    },
+    "xlnet": {"vocab_size": VOCAB_SIZE, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 96},
+    "reformer": _REFORMER,
+    "reformer:decoder": {**_REFORMER, "is_decoder": True},
+    "xmod": {**_PLAIN, "languages": ["en_XX", "de_DE"], "default_language": "de_DE"},
+    "trocr": {
+        "vocab_size": VOCAB_SIZE,
+        "d_model": 32,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 4,
+        "decoder_ffn_dim": 96,
+        "max_position_embeddings": 64,
+    },
+    "git": {**_PLAIN, "vision_config": {**_SMALL, "image_size": 16, "patch_size": 8}},
+    "blip": {
+        "text_config": {**_PLAIN, "encoder_hidden_size": 32},
+        "vision_config": {**_SMALL, "image_size": 16, "patch_size": 8},
+    },
+    "idefics2": {
+        "text_config": {"model_type": "mistral", **_PLAIN, "num_key_value_heads": 2},
+        "vision_config": {**_SMALL, "image_size": 16, "patch_size": 8},
+        "perceiver_config": {"resampler_n_latents": 2, "resampler_depth": 1},
+        "image_token_id": 7,
+    },
+    "kosmos-2": _KOSMOS,
+    "kosmos-2.5": {
+        "text_config": _KOSMOS["text_config"],
+        "vision_config": {**_SMALL, "num_channels": 3, "patch_size": 8, "d_ff": 64, "d_kv": 8},
+        "latent_query_num": 4,
+    },
+}
+"""Models of which only the vocabulary is pruned: encoders, decoders, and readers of images."""
+
+VOCABULARY_ALONE = ENCODER_DECODERS | UNDIVIDED
+
+_HEADS = {
+    "whisper": "speech",
+    **dict.fromkeys(("xlm", "reformer", "xmod"), "masked"),
+    **dict.fromkeys(("xlnet", "reformer:decoder", "trocr"), "next"),
+    **dict.fromkeys(("pix2struct", "pp_formulanet", "florence2", "git", "blip"), "image"),
+    **dict.fromkeys(("idefics2", "kosmos-2", "kosmos-2.5", "udop"), "image"),
+}
+
+
+def head_of(key: str) -> str:
+    """The head, of MODELS, that predicts tokens."""
+    return _HEADS.get(key, "text")
+
 
 WORDPIECE, UNIGRAM, BYTE_LEVEL = "WordPiece", "Unigram", "BPE"
 
@@ -133,9 +297,11 @@ TOKENIZERS = {
     "xlm-roberta": UNIGRAM,
     "xlm-roberta-xl": UNIGRAM,
     "rembert": UNIGRAM,
+    "big_bird": UNIGRAM,
+    "bert-generation": UNIGRAM,
     "camembert": UNIGRAM,
     "deberta-v2": UNIGRAM,
-    **dict.fromkeys(ENCODER_DECODERS, UNIGRAM),
+    **dict.fromkeys(VOCABULARY_ALONE, UNIGRAM),
     "bart": BYTE_LEVEL,
     "whisper": BYTE_LEVEL,
 }
@@ -153,8 +319,16 @@ MODELS = {
     "classifier": AutoModelForSequenceClassification,
     "text": AutoModelForSeq2SeqLM,
     "speech": AutoModelForSpeechSeq2Seq,
+    "image": AutoModelForImageTextToText,
+    "next": AutoModelForCausalLM,
 }
 """Heads with which encoders are published, and what a decoder beside one makes."""
+
+
+def class_of(config: Any, head: str) -> Any:
+    """The class with a head; BertGeneration predicts its tokens as a decoder would."""
+    alone = head == "masked" and type(config) not in AutoModelForMaskedLM._model_mapping
+    return AutoModelForCausalLM if alone else MODELS[head]
 
 
 def kind_of(key: str) -> str:
@@ -218,23 +392,25 @@ def save(path: Path, key: str, head: str = "masked", **changes: Any) -> Path:
     """Save a seeded random encoder with its tokenizer; ``head`` is a key of MODELS."""
     fast, names = tokenizer(key), names_of(kind_of(key))
     ids = {role: fast.token_to_id(name) for role, name in zip(ROLES, names, strict=True)}
+    named = {
+        "pad_token_id": ids["pad_token"],
+        "bos_token_id": ids["cls_token"],
+        "eos_token_id": ids["sep_token"],
+        "cls_token_id": ids["cls_token"],
+        "sep_token_id": ids["sep_token"],
+        "mask_token_id": ids["mask_token"],
+        "decoder_start_token_id": ids["sep_token"],
+        "forced_eos_token_id": ids["sep_token"],
+    }
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        key.partition(":")[0],
-        **{
-            **{**ENCODERS, **ENCODER_DECODERS}[key],
-            "pad_token_id": ids["pad_token"],
-            "bos_token_id": ids["cls_token"],
-            "eos_token_id": ids["sep_token"],
-            "cls_token_id": ids["cls_token"],
-            "sep_token_id": ids["sep_token"],
-            "mask_token_id": ids["mask_token"],
-            "decoder_start_token_id": ids["sep_token"],
-            "forced_eos_token_id": ids["sep_token"],
-            **changes,
-        },
-    )
-    model = MODELS[head].from_config(config)
+    values = {**{**ENCODERS, **VOCABULARY_ALONE}[key], **changes}
+    section = values.get("text_config")
+    if section is None:
+        values = named | values
+    else:
+        values["text_config"] = named | section
+    config = AutoConfig.for_model(key.partition(":")[0], **values)
+    model = class_of(config, head).from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -246,4 +422,5 @@ def save(path: Path, key: str, head: str = "masked", **changes: Any) -> Path:
 
 def load(path: Path, head: str = "base") -> Any:
     """Load an encoder in fp32."""
-    return MODELS[head].from_pretrained(path, dtype=torch.float32).eval()
+    made = class_of(AutoConfig.from_pretrained(path), head)
+    return made.from_pretrained(path, dtype=torch.float32).eval()
