@@ -331,8 +331,8 @@ def export_gguf(
         model: The checkpoint, pruned or not: an open model or its directory.
         output: File to write.
         type: What weights become: f32, f16, bf16 or q8_0; None is what most of them are.
-        pre: llama.cpp's name for the way that the tokenizer splits text. It is found where the
-            vocabulary is whole, or where the plan that pruned it has kept it.
+        pre: llama.cpp's name for the way that the tokenizer splits text, where nobody knows it. It
+            is known where the vocabulary is whole, or where the plan that pruned it has kept it.
         force: Replace a file that is there.
         progress: Called with "export", the bytes written so far, and all bytes to write.
 
@@ -340,6 +340,7 @@ def export_gguf(
         What was written.
 
     Raises:
+        OptionError: ``type`` or ``pre`` is no such name, or another name of it is known.
         FamilyError: llama.cpp would run the model as another one, or its type is not known.
         TokenizerError: nobody knows ``pre``, or this kind of tokenizer cannot be exported.
         OutputError: the file is there, or cannot be written.

@@ -588,7 +588,7 @@ def verify(directory: Path, options: VerifyOptions) -> None:
     ExportOptions,
     click.option(
         "--type",
-        type=click.Choice(TYPES),
+        metavar="|".join(TYPES),
         help="What weights become.  [default: what most of them are]",
     ),
     click.option(

@@ -24,6 +24,7 @@ from surgery.hub.skeleton import Skeleton
 from surgery.layout.layout import CARRIED, Layout
 from surgery.planning.plan import recorded_pre_tokenizer
 from surgery.process import Advance, Progress, spoken, stage
+from surgery.tokenizer.tokenizer_file import check_pre_tokenizer
 
 ALIGNMENT = 32
 """Tensors begin at multiples of it, counted from the first."""
@@ -31,7 +32,8 @@ ALIGNMENT = 32
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32, MXFP4: 38}
 """Type of most weights → ``general.file_type``, one of gguf's ``LlamaFileType``."""
 
-PRE_NAME = re.compile(r"[a-z0-9][\w.-]*")
+QUANTIZED = re.compile(r"(i?q|tq)[1-8]_\w+", re.IGNORECASE)
+"""Names of the types that llama.cpp's llama-quantize makes, such as Q4_K_M."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class ExportOptions:
     type: str | None = None
     """What weights become, one of ``TYPES``; None is what most of them are."""
     pre: str | None = None
-    """llama.cpp's name for the way that the tokenizer splits text; None where it can be found."""
+    """llama.cpp's name for the way that the tokenizer splits text, where nobody knows it."""
     force: bool = False
     """Whether a file that is there is replaced."""
 
@@ -86,6 +88,7 @@ def export_layout(
 
     Raises:
         OutputError: the file cannot be written, or the package gguf (extra ``gguf``) is missing.
+        OptionError: the type or the name is none, or contradicts the name that is known.
         FamilyError: llama.cpp would run the model as another one, or its type is not in the table.
         TokenizerError: the tokenizer cannot be exported, or its pre-tokenizer is not known.
         CheckpointError: the weights are not on this disk, or are quantized.
@@ -94,7 +97,7 @@ def export_layout(
     type_ = options.type or _own_type(layout)
     _check(layout, output, options, type_)
     source = layout.checkpoint.path
-    pre = options.pre or recorded_pre_tokenizer(source) or find_pre_tokenizer(source)
+    pre = _pre_tokenizer(source, options.pre)
     architecture = architecture_of(layout, pre)
     description = describe(layout, architecture)
     tensors = tensors_of(layout, architecture, type_, _names(architecture, layout))
@@ -133,11 +136,37 @@ def _check(layout: Layout, output: Path, options: ExportOptions, type_: str) -> 
     except ImportError as error:
         fix = "pip install 'compact-surgery[gguf]'"
         raise OutputError(output, "needs the package gguf", fix=fix) from error
-    check_choice("type", type_, TYPES)
-    if options.pre is not None and not PRE_NAME.fullmatch(options.pre):
-        raise OptionError("`pre`", "is no such name", found=options.pre, fix="correct it")
+    _check_type(type_, output)
     if Skeleton.at(source) is not None:
         raise CheckpointError(source, "has no weights on this disk", fix="download the model first")
+
+
+def _check_type(type_: str, output: Path) -> None:
+    if QUANTIZED.fullmatch(type_) and type_.lower() not in TYPES:
+        raise OptionError(
+            "`type`",
+            "is one that llama.cpp makes from the file",
+            expected=", ".join(TYPES),
+            found=repr(type_),
+            fix=f"leave it out, then run llama-quantize {output} OTHER.gguf {type_.upper()}",
+        )
+    check_choice("type", type_, TYPES)
+
+
+def _pre_tokenizer(source: Path, given: str | None) -> str | None:
+    """Return the name that is known, else the ``given`` one."""
+    if given is not None:
+        check_pre_tokenizer("pre", given)
+    known = recorded_pre_tokenizer(source) or find_pre_tokenizer(source)
+    if None not in (known, given) and known != given:
+        raise OptionError(
+            "`pre`",
+            "contradicts the name that this tokenizer is known by",
+            expected=known,
+            found=repr(given),
+            fix="leave it out",
+        )
+    return known or given
 
 
 def _own_type(layout: Layout) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from itertools import compress
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from surgery.errors import TokenizerError, is_panic
+from surgery.errors import OptionError, TokenizerError, is_panic
 from surgery.files.model_files import TOKENIZER_NAME
 from surgery.files.strict_json import check_depth, dump_table, read_file, read_json
 from surgery.tokenizer.checks import check_numbers, check_tokenizer, walk_processor
@@ -276,6 +277,25 @@ def read_pre_tokenizer(directory: Path) -> str | None:
     if is_legacy(directory):
         return pre_tokenizer_name(load_tokenizer(directory))
     return pre_tokenizer_name(Tokenizer.from_file(str(directory / TOKENIZER_NAME)))
+
+
+def check_pre_tokenizer(option: str, name: str) -> None:
+    """Refuse a name that llama.cpp's table of pre-tokenizers does not have.
+
+    Raises:
+        OptionError: it names the option, and names like ``name``.
+    """
+    names = read_json(PRE_TOKENIZERS)["names"]
+    if name in names:
+        return
+    close = get_close_matches(name.lower(), names, n=3, cutoff=0.6)
+    raise OptionError(
+        f"`{option}`",
+        "is none of llama.cpp's names for pre-tokenizers",
+        found=repr(name[:40]),
+        fix=(f"did you mean {' or '.join(close)}? " if close else "")
+        + "name the one that its converter finds for the source, such as llama-bpe, qwen2, smollm",
+    )
 
 
 def _library(data: dict[str, Any], path: Path) -> "Tokenizer":

@@ -110,6 +110,15 @@ class Constraint:
     """Whether it concerns a checkpoint."""
 
 
+QK_K = 256
+"""Values of a block of llama.cpp's K-quants."""
+
+
+def _narrow(facts: ModelFacts) -> bool:
+    """Whether rows as long as the model is wide are no whole K-quant blocks."""
+    return bool(facts.hidden_size and facts.hidden_size % QK_K)
+
+
 GPU_ENGINES = "vLLM, SGLang"
 CONSTRAINTS = (
     Constraint(
@@ -194,7 +203,7 @@ CONSTRAINTS = (
         "widths",
         multiple(32),
         "is no multiple of 32, so down_proj stays F16 in every quantized file",
-        "`multiple_of` 256",
+        "a multiple of 32, for K-quants of 256",
         "ggml-org/llama.cpp src/llama-quant.cpp (tensor_type_fallback), ggml/src/ggml-common.h, "
         "conversion/base.py",
     ),
@@ -202,17 +211,30 @@ CONSTRAINTS = (
         "llama.cpp",
         Effect.FALLS_BACK,
         "widths",
-        multiple(256),
-        "is no multiple of 256, so down_proj gets Q4_0 to Q8_0 in place of a K-quant",
-        "`multiple_of` 256",
+        multiple(QK_K),
+        f"is no multiple of {QK_K}, so down_proj gets Q4_0 to Q8_0 in place of a K-quant",
+        f"`multiple_of` {QK_K}, which at the same ratio changes V', too",
         "ggml-org/llama.cpp src/llama-quant.cpp (tensor_type_fallback), ggml/src/ggml-common.h "
         "(QK_K)",
+        applies=lambda facts: not _narrow(facts),
+    ),
+    Constraint(
+        "llama.cpp",
+        Effect.FALLS_BACK,
+        "widths",
+        multiple(QK_K),
+        f"is no multiple of {QK_K}, so down_proj gets Q4_0 to Q8_0 in place of a K-quant, as all "
+        f"rows of hidden_size do anyway, which is no multiple of {QK_K}, either",
+        f"`multiple_of` {QK_K} helps down_proj alone, and at the same ratio changes V', too",
+        "ggml-org/llama.cpp src/llama-quant.cpp (tensor_type_fallback), ggml/src/ggml-common.h "
+        "(QK_K)",
+        applies=_narrow,
     ),
     Constraint(
         "llama.cpp",
         Effect.FALLS_BACK,
         "hidden_size",
-        multiple(256),
+        multiple(QK_K),
         "is no multiple of 256, so embeddings, q, k, v, gate_proj and up_proj get no K-quants",
         "no size of a plan changes that",
         "ggml-org/llama.cpp src/llama-quant.cpp (tensor_type_fallback)",

@@ -157,7 +157,14 @@ def test_the_command(tmp_path: Path, llama: Path, run: Run) -> None:
 
 def test_refusals(tmp_path: Path, llama: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "model.gguf"
-    assert_refused(run("export", llama, "-o", file, "--pre", "no name"), "--pre", "no such name")
+    named = run("export", llama, "-o", file, "--pre", "smolm")
+    assert_refused(named, "--pre", "did you mean smollm", "llama-bpe")
+    assert "did you mean" not in run("export", llama, "-o", file, "--pre", "nonsense").output
+    for kind in ("q4_k", "Q4_K_M", "Q4_0", "iq4_xs"):
+        makes = run("export", llama, "-o", file, "--type", kind)
+        assert_refused(makes, "--type", f"llama-quantize {file} OTHER.gguf {kind.upper()}")
+    eight = run("export", llama, "-o", file, "--type", "int8", "--pre", "gpt-2")
+    assert_refused(eight, "--type", "f32, f16, bf16, q8_0", "'int8'")
     inside = run("export", llama, "-o", llama / "model.gguf", "--pre", "gpt-2")
     assert_refused(inside, "is inside the model")
     other = tiny.save(tmp_path / "phi", "phi")

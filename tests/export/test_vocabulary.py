@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 import surgery
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.errors import TokenizerError
+from surgery.errors import OptionError, TokenizerError
 from surgery.export.vocabulary import (
     BYTE,
     CONTROL,
@@ -148,6 +148,18 @@ def test_a_pruned_vocabulary_without_a_name_is_refused(tmp_path: Path, known: st
     with pytest.raises(TokenizerError, match="nobody knows what"):
         surgery.export_gguf(out, tmp_path / "out.gguf")
     assert surgery.export_gguf(out, tmp_path / "out.gguf", pre=known).pre == known
+
+
+def test_a_name_that_contradicts_the_known_one_is_refused(tmp_path: Path, known: str) -> None:
+    dense = gguf_models.save(tmp_path / "model", "llama")
+    plan = surgery.make_plan(dense, vocab_size=600)
+    for source in (dense, surgery.apply_plan(plan, output=tmp_path / "out").output):
+        with pytest.raises(OptionError, match=f"contradicts .* expected {known}, found 'gpt-2'"):
+            surgery.export_gguf(source, tmp_path / "out.gguf", pre="gpt-2")
+        assert not (tmp_path / "out.gguf").exists()
+        made = surgery.export_gguf(source, tmp_path / "out.gguf", pre=known)
+        assert made.pre == known
+        made.output.unlink()
 
 
 def test_a_name_that_a_tokenizer_does_not_take_is_refused(tmp_path: Path) -> None:

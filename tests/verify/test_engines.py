@@ -59,6 +59,12 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("llama.cpp", "sets special tokens", {"vocab_size": 49152}, {"vocab_size": 49280}),
     ("llama.cpp", "no multiple of 32,", width(1040), width(1056)),
     ("llama.cpp", "no multiple of 256, so down_proj", width(1408), width(1536)),
+    (
+        "llama.cpp",
+        "in place of a K-quant, as all rows of hidden_size do anyway",
+        {"hidden_size": 576, **width(1408)},
+        {"hidden_size": 768, **width(1408)},
+    ),
     ("llama.cpp", "no multiple of 256, so emb", {"hidden_size": 576}, {"hidden_size": 768}),
     ("transformers 5", "no whole 16 bytes", experts(1028), experts(1032)),
     ("MLX", "no multiple of 64", width(1056), width(1088)),
@@ -212,7 +218,8 @@ def test_each_engine_has_one_line() -> None:
         "groups of 128, so AWQ, GPTQ and FP8 in such groups do not load (`target` tp=N,group=128, "
         "or smaller groups)",
         "llama.cpp: falls back: intermediate_size 1408 is no multiple of 256, so down_proj gets "
-        "Q4_0 to Q8_0 in place of a K-quant (`multiple_of` 256)",
+        "Q4_0 to Q8_0 in place of a K-quant (`multiple_of` 256, which at the same ratio changes "
+        "V', too)",
     ]
 
 
