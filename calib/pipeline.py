@@ -300,4 +300,4 @@ def write_page(
         stats = ChannelStats.load(files.stats)
     texts = read_texts(text, partial(documents_of, layout))
     subject = ReportSubject(plan, layout, model, files.plan, files.output)
-    report_on(subject, ReportSources(stats, texts, checks)).save(files.page)
+    report_on(subject, ReportSources(stats, files.stats, texts, checks)).save(files.page)

@@ -463,7 +463,8 @@ def report_subject(
         plan = plan_model(layout, CutRequest(SizeRequest(ratio=RATIO)), stats)
     except BudgetError:
         plan = plan_model(layout, CutRequest(SizeRequest(vocab_size=layout.vocab_size)), stats)
-    return ReportSubject(plan, layout, subject.name if isinstance(subject, Model) else str(subject))
+    name = subject.name if isinstance(subject, Model) else str(subject)
+    return ReportSubject(plan, layout, name, by_rule=True)
 
 
 def make_report(  # noqa: PLR0913
@@ -507,4 +508,5 @@ def make_report(  # noqa: PLR0913
         where = opened.layout.checkpoint.path
         checks = verify_files(opened.output, opened.plan, where, download=False)
     found = read_results([Path(path) for path in results])
-    return report_on(opened, ReportSources(loaded, texts, checks, found))
+    file = Path(stats) if isinstance(stats, str | Path) else None
+    return report_on(opened, ReportSources(loaded, file, texts, checks, found))

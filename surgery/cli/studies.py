@@ -315,7 +315,8 @@ def report(subject: str, options: ReportOptions, text: TextOptions) -> None:
     check_file(options.output, opened.layout.checkpoint.path, force=options.force)
     results = read_results(options.results)
     texts = read_texts(text, partial(documents_of, opened.layout))
-    made = report_on(opened, ReportSources(stats, texts, checks_of(opened, options), results))
+    checks = checks_of(opened, options)
+    made = report_on(opened, ReportSources(stats, options.stats, texts, checks, results))
     made.save(options.output)
     size = options.output.stat().st_size
     click.echo(f"wrote {options.output}: {size:,} bytes; open it in a browser")

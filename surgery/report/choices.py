@@ -1,5 +1,6 @@
-"""What if: the sizes that a page's sliders choose among, and small tables of what follows."""
+"""What if: sizes that a page's sliders choose among, what follows from them, and commands."""
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,10 +11,10 @@ import numpy as np
 from surgery.errors import SurgeryError
 from surgery.families.schema import EXPERT, WIDTHS
 from surgery.layout.layout import Layout
-from surgery.planning.layers import check_layers, layers_by_influence
+from surgery.planning.layers import check_layers, format_layers, layers_by_influence
 from surgery.planning.plan import Plan
 from surgery.planning.planner import kept_experts
-from surgery.planning.request import SizeRequest, allowed_steps
+from surgery.planning.request import SizeRequest, allowed_steps, main_width
 from surgery.planning.shapes import (
     axis_lengths,
     blocks,
@@ -106,7 +107,7 @@ def choices_of(
         "influence": np.argsort(-stats.block_influence, kind="stable").tolist(),
         "must_keep": rarity.must_keep,
         "rows": [[layer, axis] for layer, axis in rows],
-        "only_width": "intermediate_size" if [*layout.widths] == ["intermediate_size"] else None,
+        "main_width": _main_width(layout),
         "marks": [
             {
                 "name": m.name,
@@ -130,6 +131,56 @@ def choices_of(
     return Choices(
         facts, {"order": packed_numbers(rarity.order), "shares": packed_numbers(shares, "<f4")}
     )
+
+
+PLAN_FILE = "cut.plan.json"
+"""File that a page's commands write a plan to."""
+
+
+def commands_for_sizes(
+    layout: Layout, plan: Plan, model: str, stats: str, output: str
+) -> list[str]:
+    """Return the commands that choose by statistics what a plan of the same sizes keeps.
+
+    Args:
+        layout: The source.
+        plan: Its sizes and criteria; tokens are removed in the order of merges.
+        model: The source, as a command names it.
+        stats: The file of the statistics.
+        output: The directory to write.
+    """
+    before, after, made, options = plan.before, plan.after, plan.provenance, list[str]()
+    if after.vocab_size != before.vocab_size:
+        options += ["--vocab-size", str(after.vocab_size)]
+    for key, size in after.widths.items():
+        if size == before.widths[key]:
+            continue
+        main = key == _main_width(layout)
+        options += ["--intermediate-size", str(size)] if main else ["--width", f"{key}={size}"]
+    if after.experts != before.experts:
+        options += ["--num-experts", str(after.experts)]
+    if plan.layers:
+        options += ["--layers", format_layers(plan.layers)]
+    if made.criterion != DEFAULT_CRITERION:
+        options += ["--criterion", made.criterion]
+    if made.expert_criterion not in (None, DEFAULT_EXPERT_CRITERION):
+        options += ["--expert-criterion", str(made.expert_criterion)]
+    if not options:
+        return []
+    if plan.family is not None:
+        options = ["--family", plan.family, *options]
+    return [
+        shlex.join(["compact-surgery", "plan", model, "--stats", stats, *options, "-o", PLAN_FILE]),
+        shlex.join(["compact-surgery", "apply", PLAN_FILE, "-o", output]),
+    ]
+
+
+def _main_width(layout: Layout) -> str | None:
+    """Return the key that ``intermediate_size`` stands for, if there is one."""
+    try:
+        return main_width(layout)
+    except SurgeryError:
+        return None
 
 
 def _fits(layout: Layout, rarity: Rarity, mark: Mark) -> bool:

@@ -20,7 +20,7 @@ from surgery.planning.layers import format_layers
 from surgery.planning.plan import Plan
 from surgery.planning.planner import check_stats
 from surgery.report import charts
-from surgery.report.choices import Choices, Mark, choices_of
+from surgery.report.choices import PLAN_FILE, Choices, Mark, choices_of, commands_for_sizes
 from surgery.report.layers import LayerFacts, layer_facts
 from surgery.report.passages import (
     MOST_WORD_CHARACTERS,
@@ -71,9 +71,11 @@ class ReportSubject:
     model: str
     """The same, as a command names it."""
     plan_file: Path | None = None
-    """None where the plan was made for the page alone."""
+    """None where the plan is in no file."""
     output: Path | None = None
     """The directory that was made by the plan, if there is one."""
+    by_rule: bool = False
+    """Whether the plan was made for the page alone, by the rule of thumb."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,25 @@ class ReportSources:
 
     stats: ChannelStats | None = None
     """Curves of the layers, counts of tokens, and the sliders of "What if"."""
+    stats_file: Path | None = None
+    """Their file, as commands name it, where they have one."""
     texts: Texts = field(default_factory=dict)
     """The reader's own texts."""
     checks: VerifyReport | None = None
     """What verify said of the output."""
     results: Results = field(default_factory=Results)
     """What score, search and compare measured."""
+
+
+@dataclass(frozen=True)
+class Making:
+    """The commands that make the cut of a page."""
+
+    commands: list[str]
+    output: str
+    """The directory that they write."""
+    note: str
+    """What a reader must know first; text with backticks."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +120,7 @@ class ReportFacts:
     choices: dict[str, Any] | None
     """``Choices.facts``; None where there is nothing to choose."""
     why_no_choices: str
+    making: "Making"
 
     @property
     def plan(self) -> Plan:
@@ -162,8 +178,11 @@ def report_on(subject: ReportSubject, sources: ReportSources) -> Report:
         tables["kept"] = packed(np.packbits(ids.keep_mask(), bitorder="little").tobytes())
         can_spell = spelling.able
     choices, why = _choices(subject, sources, tokenizer)
+    making = _making(subject, sources)
     if choices is not None:
-        data["choices"] = {**choices.facts, "model": subject.model}
+        names = {"model": subject.model, "stats": _stats_name(sources), "plan": PLAN_FILE}
+        names["family"] = plan.family or ""
+        data["choices"] = {**choices.facts, **names, "made_by": making.commands}
         tables |= choices.tables
     if tokenizer and library and choices and can_spell and sources.texts:
         room = MOST_BYTES - sum(map(len, tables.values()))
@@ -179,6 +198,7 @@ def report_on(subject: ReportSubject, sources: ReportSources) -> Report:
         sources,
         choices.facts if choices else None,
         why,
+        making,
     )
     return Report(_render(facts, data, tables), facts)
 
@@ -266,6 +286,34 @@ def _made_otherwise(plan: Plan, layout: Layout, rarity: Rarity) -> str:
         (plan.dequantize, "keep the format of the weights; this plan changes it"),
     ]
     return next((why for differs, why in checks if differs), "")
+
+
+def _stats_name(sources: ReportSources) -> str:
+    return str(sources.stats_file or "stats.safetensors")
+
+
+def _making(subject: ReportSubject, sources: ReportSources) -> Making:
+    """Return the commands that make exactly the cut of a page."""
+    plan, model = subject.plan, subject.model
+    output = "DIR" if subject.output else plan.output or "DIR"
+    if plan.complete and not subject.by_rule:
+        file = str(subject.plan_file or "plan.json")
+        apply = ["compact-surgery", "apply", file, "--source", model, "-o", output]
+        note = (
+            "" if subject.plan_file else 'First save the plan, in Python: `plan.save("plan.json")`.'
+        )
+        return Making([shlex.join(apply)], output, note)
+    stats = _stats_name(sources)
+    commands = commands_for_sizes(subject.layout, plan, model, stats, output)
+    if sources.stats is not None:
+        return Making(commands, output, "")
+    calibrate = ["compact-surgery", "calibrate", model, "--data", "TEXT", "-o", stats]
+    note = (
+        "This plan has sizes only. TEXT is a text like those that the model will be used on: it "
+        "chooses what is kept of these sizes. Options of the vocabulary that the plan was made "
+        "with, such as `--keep-script`, must be given again."
+    )
+    return Making([shlex.join(calibrate), *commands], output, note)
 
 
 def _render(facts: ReportFacts, data: Mapping[str, Any], tables: Mapping[str, str]) -> str:

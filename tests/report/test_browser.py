@@ -315,6 +315,26 @@ def assert_same_command(command: str, plan: Plan) -> None:
     for key, size in plan.after.widths.items():
         if size != plan.before.widths[key]:
             assert f"--width {key}={size}" in command or f"--intermediate-size {size}" in command
+    assert " --stats stats.safetensors " in command
+    assert command.endswith("\ncompact-surgery apply cut.plan.json -o DIR")
+
+
+def test_both_places_of_a_page_name_the_same_commands(
+    browser: Any, shown: tuple[Path, Report]
+) -> None:
+    """Away from the page's cut, the sliders have commands of their own."""
+    opened = open_page(browser, shown[0].parent / "page.html")
+    opened.page.wait_for_selector("#choose[data-ready]")
+    made = opened.page.inner_text("#make pre >> nth=0")
+    assert opened.page.inner_text("#outcome-command") == made
+    opened.page.focus("#slide-vocab")
+    opened.page.keyboard.press("ArrowRight")
+    other = opened.page.inner_text("#outcome-command")
+    assert other.startswith("compact-surgery plan ")
+    assert "--intermediate-size 64 " in other
+    assert opened.page.inner_text("#make pre >> nth=0") == made
+    opened.page.click(".marks button >> nth=0")
+    assert opened.page.inner_text("#outcome-command") == made
 
 
 def with_routed_sums(stats: surgery.ChannelStats) -> surgery.ChannelStats:

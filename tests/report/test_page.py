@@ -17,6 +17,7 @@ import pytest
 import calib
 import surgery
 from surgery.cli.main import main as compact_surgery
+from surgery.planning.plan import Plan
 from surgery.report.page import Report
 from surgery.report.spelling import javascript_regex, script_json
 from tests.support import tiny
@@ -196,10 +197,64 @@ def parse(command: list[str]) -> None:
 
 
 def commands_on(page: str) -> list[list[str]]:
-    """The words of the commands that make the output again."""
-    found = re.findall(r"<pre tabindex=\"0\"><code>(compact-surgery .*?)</code>", page)
+    """The words of the commands that make the output again, and of the one that verifies it."""
+    found = re.findall(r"<pre tabindex=\"0\"><code>(compact-surgery .*?)</code>", page, re.DOTALL)
     assert len(found) == 2
-    return [shlex.split(unescape(command)) for command in found]
+    return [shlex.split(line) for text in found for line in unescape(text).splitlines()]
+
+
+def run_commands_on(page: Path, run: Run, output: str, **instead: object) -> list[str]:
+    """Run the commands of a page with another output, and return their names."""
+    words = {"DIR": output, **{name: str(value) for name, value in instead.items()}}
+    commands = commands_on(page.read_text("utf-8"))
+    for command in commands:
+        done = run(*(words.get(word, word) for word in command[1:]))
+        assert done.exit_code == 0, (command, done.output)
+    return [command[1] for command in commands]
+
+
+@pytest.fixture
+def wide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory to work in, with a model from which the rule of thumb removes a fifth."""
+    monkeypatch.chdir(tmp_path)
+    return tiny.save(
+        tmp_path / "model", hidden_size=64, intermediate_size=512, vocab_size=1536, tied=True
+    )
+
+
+def test_the_commands_of_a_model_with_statistics_make_the_cut_of_its_page(
+    wide: Path, run: Run
+) -> None:
+    random_stats(layout_of(wide)).save("stats.safetensors")
+    made = run("report", "model", "--stats", "stats.safetensors", "-o", "page.html")
+    assert made.exit_code == 0, made.output
+    page = Path("page.html")
+    assert run_commands_on(page, run, "out") == ["plan", "apply", "verify"]
+    shown = surgery.make_report("model", stats="stats.safetensors").facts
+    again = Plan.load("cut.plan.json")
+    for name in ("after", "kept_tokens", "kept_channels", "layers", "kept_experts"):
+        assert getattr(again, name) == getattr(shown.plan, name)
+    assert again.kept_channels
+    assert {"--vocab-size", "--intermediate-size"} <= set(commands_on(page.read_text("utf-8"))[0])
+
+
+def test_the_page_of_a_plan_of_sizes_says_how_its_channels_are_chosen(
+    wide: Path, text: Path, run: Run
+) -> None:
+    done = run("plan", wide, "--ratio", 0.2, "-o", "quick.json")
+    assert done.exit_code == 0, done.output
+    made = run("report", "quick.json", "-o", "page.html")
+    assert made.exit_code == 0, made.output
+    page = Path("page.html")
+    assert "has sizes only" in page.read_text("utf-8")
+    found = run_commands_on(page, run, "out", TEXT=text)
+    assert found == ["calibrate", "plan", "apply", "verify"]
+    assert Plan.load("cut.plan.json").after == Plan.load("quick.json").after
+
+
+def test_a_plan_in_no_file_is_saved_before_it_is_applied(report: Report) -> None:
+    assert report.facts.making.note.startswith("First save the plan")
+    assert commands_on(report.html)[0][1:3] == ["apply", "plan.json"]
 
 
 def test_from_a_model_to_pages_by_commands(
@@ -228,7 +283,11 @@ def test_from_a_model_to_pages_by_commands(
         made = run("report", subject, *more, "-o", "page.html", "--force")
         assert made.exit_code == 0, made.output
         assert made.output.startswith("wrote page.html: ")
-        for command in commands_on(Path("page.html").read_text("utf-8")):
+        page = Path("page.html").read_text("utf-8")
+        if subject == llama:  # too small for the rule of thumb
+            assert "This cut removes nothing" in page
+            continue
+        for command in commands_on(page):
             parse(command)
     again = run("report", "out", "-o", "page.html")
     assert_refused(again, "page.html", "--force")

@@ -451,20 +451,27 @@
     return element("table", {}, element("thead", {}, head), element("tbody", {}, ...body));
   }
 
-  function command() {
+  /** The commands that make the chosen sizes; at this page's cut, those of "Make it". */
+  function commands() {
+    if (atStart()) return choices.made_by.join("\n") || NOTHING;
     const { vocab, widths, experts, layers } = chosen();
-    const options = [];
+    const options = choices.family ? [`--family ${quoted(choices.family)}`] : [];
     if (vocab !== data.rows) options.push(`--vocab-size ${vocab}`);
     const full = choices.widths.at(-1);
     for (const key of Object.keys(widths)) {
       if (widths[key] === full[key]) continue;
-      options.push(choices.only_width === key ? `--intermediate-size ${widths[key]}` : `--width ${key}=${widths[key]}`);
+      options.push(choices.main_width === key ? `--intermediate-size ${widths[key]}` : `--width ${key}=${widths[key]}`);
     }
     if (experts !== choices.experts.at(-1)) options.push(`--num-experts ${experts}`);
     if (layers !== choices.layers.at(-1)) options.push(`--num-hidden-layers ${layers}`);
-    if (!options.length) return "Nothing is removed: move a slider.";
-    return `compact-surgery prune ${quoted(choices.model)} --data TEXT ${options.join(" ")} -o DIR`;
+    if (options.length === (choices.family ? 1 : 0)) return NOTHING;
+    return `compact-surgery plan ${quoted(choices.model)} --stats ${quoted(choices.stats)} ${options.join(" ")}`
+      + ` -o ${choices.plan}\ncompact-surgery apply ${choices.plan} -o DIR`;
   }
+  const NOTHING = "Nothing is removed: move a slider.";
+  const atStart = () => state.vocab === choices.start.vocab
+    && state.widths === choices.start.widths && state.experts === choices.start.experts
+    && choices.layers[state.layers] === choices.start.layers;
   const quoted = (text) => (/^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\"'\"'")}'`);
 
   function shareRows() {
@@ -518,7 +525,7 @@
         lost.map(([name, before, after]) => [name, number(before), number(after), percent(1 - after / before),
           ...(words ? [text(name)] : [])]))
       : "All tokens are kept.");
-    byId("outcome-command").textContent = command();
+    byId("outcome-command").textContent = commands();
     for (const input of inputs) input.show();
     for (const button of document.querySelectorAll(".marks button")) {
       button.setAttribute("aria-pressed", button.same() ? "true" : "false");
