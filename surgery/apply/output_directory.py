@@ -340,15 +340,9 @@ def _open_journal(path: Path) -> Journal:
 
 
 @contextmanager
-def new_shard(partial: Path, name: str, attempt: str = "") -> Iterator[int]:
-    """Open the shard ``name`` of a partial directory for appending; on a clean exit it exists.
-
-    Args:
-        partial: The directory.
-        name: The shard.
-        attempt: Suffix that tells its temporary file from that of another process.
-    """
-    with new_file(partial / name, attempt=attempt) as made:
+def new_shard(partial: Path, name: str) -> Iterator[int]:
+    """Open the shard ``name`` of a partial directory for appending; on a clean exit it exists."""
+    with new_file(partial / name) as made:
         yield made.file.fileno()
 
 

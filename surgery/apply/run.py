@@ -8,7 +8,6 @@ from itertools import pairwise
 from pathlib import Path
 from threading import Event
 from typing import Any, get_args
-from uuid import uuid4
 
 import msgspec
 
@@ -65,14 +64,9 @@ def write_shards_on_ray(
 
     with cluster() as ray:
         remote = ray.remote(num_cpus=1, max_retries=RETRIES, scheduling_strategy="SPREAD")(
-            shard_task
+            write_shard
         )
         results(ray, {remote.remote(task): name for name, task in tasks.items()}, done)
-
-
-def shard_task(task: ShardTask) -> None:
-    """Write one shard to a temporary file of its own: a lost node may still write to its file."""
-    write_shard(replace(task, attempt=f".{uuid4().hex}"))
 
 
 JOBS = 4

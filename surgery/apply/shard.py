@@ -306,8 +306,6 @@ class ShardTask:
     """Metadata of its header."""
     io: IO = "mmap"
     """How the source's shards are read."""
-    attempt: str = ""
-    """As for ``new_shard``."""
 
 
 SPAN_BYTES = 1 << 16
@@ -366,7 +364,7 @@ def write_shard(task: ShardTask, progress: Advance = no_advance) -> None:
     """Write one output shard; ``progress`` is called with the bytes of each finished tensor."""
     tensors, source = task.tensors, task.source
     paths = {edit.source.path for tensor in tensors for edit in tensor.edits}
-    with ExitStack() as stack, new_shard(task.partial, source.name, task.attempt) as output:
+    with ExitStack() as stack, new_shard(task.partial, source.name) as output:
         opened = {path: stack.enter_context(open_shard(path, task.io)) for path in paths}
         entries = [(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
         write_all(output, memoryview(encode_header(entries, task.metadata)))

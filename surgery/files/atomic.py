@@ -2,6 +2,8 @@
 
 import errno
 import os
+import re
+import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,14 +18,13 @@ NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class NewFile:
-    """A file under a temporary name, until ``commit`` renames it."""
+    """A file under a temporary name, until ``commit`` renames it.
 
-    def __init__(self, path: Path, attempt: str = "") -> None:
-        """Open it for reading and writing.
+    No other process has the same temporary name. What killed runs left under such names is deleted.
+    """
 
-        Args:
-            path: Its final name; ``commit`` replaces a file of that name.
-            attempt: Distinguishes its temporary name from that of another process.
+    def __init__(self, path: Path) -> None:
+        """Open it for reading and writing; ``commit`` replaces a file named ``path``.
 
         Raises:
             OSError: the file cannot be created, or ``path`` is a device, a pipe or a directory,
@@ -32,9 +33,16 @@ class NewFile:
         if path.exists() and not path.is_file():
             raise OSError(errno.EEXIST, "is not a regular file", str(path))
         self._path = path
-        self._temporary = path.with_name(f"{path.name}{attempt}.tmp")
         with errors_name(path):
-            self.file = open(self._temporary, "w+b")  # noqa: SIM115
+            _delete_leftovers(path)
+            while True:
+                self._temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+                self.file = open(self._temporary, "x+b")  # noqa: SIM115
+                _lock(self.file.fileno(), blocking=True)
+                # Another run may have taken it for a leftover before it was locked.
+                if _is(self._temporary, self.file.fileno()):
+                    break
+                self.file.close()
 
     def commit(self, *, sync: bool = True) -> None:
         """Rename it to its final name; with ``sync``, after its bytes are on the disk.
@@ -64,14 +72,40 @@ class NewFile:
         self._temporary.unlink(missing_ok=True)
 
 
+def _delete_leftovers(path: Path) -> None:
+    """Delete temporary files of ``path`` that no running process has locked."""
+    name = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
+    try:
+        there = list(path.absolute().parent.iterdir())
+    except OSError:  # opening the file tells what is wrong
+        return
+    for found in there:
+        if name.fullmatch(found.name) and not found.is_symlink():
+            with suppress(OSError), open(found, "r+b") as file:
+                if _lock(file.fileno(), blocking=False):
+                    found.unlink()
+
+
+def _lock(descriptor: int, *, blocking: bool) -> bool:
+    """Lock an open file; False if another process has, or where nothing can be locked."""
+    from filelock import lock_descriptor  # importing it loads sockets: 10 ms of every start
+
+    try:
+        return lock_descriptor(descriptor, blocking=blocking)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+
+
 @contextmanager
-def new_file(path: Path, *, attempt: str = "", sync: bool = True) -> Iterator[NewFile]:
+def new_file(path: Path, *, sync: bool = True) -> Iterator[NewFile]:
     """Yield a ``NewFile``: committed on a clean exit, discarded after an error.
 
     Raises:
         OSError: it cannot be created or written.
     """
-    made = NewFile(path, attempt)
+    made = NewFile(path)
     try:
         yield made
     except BaseException:

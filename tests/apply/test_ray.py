@@ -131,7 +131,7 @@ def test_apply_survives_a_lost_node(
     plan = tmp_path / "plan.json"
     random_plan(llama, 512, 64).save(plan)
     assert run("apply", plan, "-o", tmp_path / "one").exit_code == 0
-    monkeypatch.setattr("surgery.apply.run.shard_task", ray_tasks.stalled_shard)
+    monkeypatch.setattr("surgery.apply.run.write_shard", ray_tasks.stalled_shard)
     lose_node(tmp_path)
     result = run("apply", plan, "-o", tmp_path / "out", "--engine", "ray")
     assert result.exit_code == 0, result.output
@@ -150,7 +150,7 @@ def test_apply_on_a_cluster_resumes_where_a_disk_was_full(
     assert run("apply", plan, "-o", tmp_path / "one").exit_code == 0
     for engine in ("local", "ray"):
         with monkeypatch.context() as patch:
-            patch.setattr("surgery.apply.run.shard_task", ray_tasks.full_disk)
+            patch.setattr("surgery.apply.run.write_shard", ray_tasks.full_disk)
             result = run("apply", plan, "-o", out, "--engine", "ray")
         assert result.exit_code == 2
         assert "No space left on device" in result.stderr
@@ -169,7 +169,7 @@ def test_a_task_that_is_always_lost_is_named(
     plan = tmp_path / "plan.json"
     random_plan(llama, 512, 64).save(plan)
     monkeypatch.setattr("surgery.apply.run.RETRIES", 1)
-    monkeypatch.setattr("surgery.apply.run.shard_task", ray_tasks.dying_shard)
+    monkeypatch.setattr("surgery.apply.run.write_shard", ray_tasks.dying_shard)
     result = run("apply", plan, "-o", tmp_path / "out", "--engine", "ray")
     assert result.exit_code == 2, result.output
     lines = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]

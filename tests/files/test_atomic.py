@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from surgery.errors import OutputError
-from surgery.files.atomic import move_into_place, new_file, sync_directory, write_atomic
+from surgery.files.atomic import NewFile, move_into_place, new_file, sync_directory, write_atomic
 from surgery.plot import saved_figure
 from surgery.stats.channel_stats import save_arrays
 
@@ -69,13 +69,31 @@ def test_the_file_is_synced_before_it_has_its_name_and_the_name_after(
     assert done == [("file", False), ("directory", True)]
 
 
-def test_two_attempts_do_not_share_a_file(tmp_path: Path) -> None:
+def test_two_writers_of_one_name_do_not_share_a_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    with new_file(path, attempt=".1") as one, new_file(path, attempt=".2") as other:
+    with new_file(path) as one, new_file(path) as other:
         one.file.write(b"one")
         other.file.write(b"other")
     assert path.read_bytes() == b"one"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_killed_runs_left_is_deleted_and_nothing_else(tmp_path: Path) -> None:
+    path, running = tmp_path / "file", NewFile(tmp_path / "file")
+    outside = tmp_path / "outside"
+    names = ("file.0123abcd.tmp", "file.tmp", "file.x.tmp", "other.0123abcd.tmp", "outside")
+    left, *others = (tmp_path / name for name in names)
+    for each in (left, *others):
+        each.write_bytes(b"mine")
+    link = tmp_path / "file.89abcdef.tmp"
+    link.symlink_to(outside)
+    write_atomic(path, b"new")
+    assert not left.exists()
+    assert {each.read_bytes() for each in others} == {b"mine"}
+    assert link.is_symlink()
+    running.file.write(b"still running")
+    running.commit()
+    assert path.read_bytes() == b"still running"
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EIO])

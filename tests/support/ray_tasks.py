@@ -8,8 +8,7 @@ from typing import Any
 from uuid import uuid4
 
 from surgery.apply.output_directory import new_shard
-from surgery.apply.run import shard_task
-from surgery.apply.shard import ShardTask
+from surgery.apply.shard import ShardTask, write_shard
 
 VICTIM = "victim"
 """The file that names the node to lose."""
@@ -51,16 +50,16 @@ def stalled_part(*arguments: Any) -> Path:
 def stalled_shard(task: ShardTask) -> None:
     """The first shard waits, half written, until it is lost with its node."""
     if begin(task.partial.parent):
-        with new_shard(task.partial, task.source.name, ".lost") as descriptor:
+        with new_shard(task.partial, task.source.name) as descriptor:
             os.write(descriptor, b"half a shard")
             time.sleep(300)
-    shard_task(task)
+    write_shard(task)
 
 
 def full_disk(task: ShardTask) -> None:
     """All shards are written but the last, once the others are there."""
     if "00005-of" not in task.source.name:
-        shard_task(task)
+        write_shard(task)
         return
     while len(list(task.partial.glob("*.safetensors"))) < 4:
         time.sleep(0.05)
