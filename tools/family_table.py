@@ -162,6 +162,7 @@ MODELS = {
     "udop": "UDOP",
     "pix2struct": "Pix2Struct, DePlot, MatCha",
     "pp_formulanet": "PP-FormulaNet",
+    "vision-encoder-decoder": "TrOCR, Donut",
     "florence2": "Florence 2",
     "xlm": "XLM",
     "xlnet": "XLNet",

@@ -17,7 +17,14 @@ from surgery.config.rewrite import (
 )
 from surgery.config.token_ids import visit_ids
 from surgery.errors import CheckpointError, TokenizerError
-from surgery.families.schema import DECODER, ENCODER, EXPERT_KEYS, Family, renumbered
+from surgery.families.schema import (
+    DECODER,
+    ENCODER,
+    ENCODER_DECODER,
+    EXPERT_KEYS,
+    Family,
+    renumbered,
+)
 from surgery.families.table import family_of
 from surgery.files.model_files import (
     DOCUMENTS,
@@ -68,8 +75,8 @@ def model_card(plan: Plan, checkpoint: Checkpoint) -> bytes:
     where = checkpoint.path / "config.json"
     kind = family_of(checkpoint.config, where, checkpoint.family).kind
     if kind != DECODER:
-        usual = "feature-extraction" if kind == ENCODER else "text2text-generation"
-        task = found[1] if (found := PIPELINE.search(card)) else usual
+        usual = {ENCODER: "feature-extraction", ENCODER_DECODER: "text2text-generation"}
+        task = found[1] if (found := PIPELINE.search(card)) else usual.get(kind, task)
     sizes = [(key, size, after.widths[key]) for key, size in before.widths.items()]
     sizes += [("experts of a layer", before.experts, after.experts)] * bool(before.experts)
     widths = "\n".join(f"| {key} | {old:,} | {new:,} |" for key, old, new in sizes)

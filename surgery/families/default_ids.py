@@ -116,6 +116,8 @@ _BY_HAND: dict[str, Mapping[str, Default]] = {
     "reformer": {"pad_token_id": 0, "eos_token_id": 2},
     "trocr": {**_ROBERTA, "decoder_start_token_id": 2},
     "udop": _T5,
+    "vision-encoder-decoder": {},
+    "vit": {},
     "xlm": {
         "pad_token_id": 2,
         "bos_token_id": 0,
@@ -167,6 +169,7 @@ _TYPES_BY_HAND: dict[str, Mapping[str, str]] = {
     "mllama": {"text_config": "mllama_text_model"},
     "pix2struct": {"text_config": "pix2struct_text_model"},
     "pp_formulanet": {"text_config": "pp_formulanet_text"},
+    "vision-encoder-decoder": {"encoder": "vit", "decoder": "bert"},
     "qwen2_audio": {"text_config": "qwen2"},
 }
 

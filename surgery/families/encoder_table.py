@@ -1,4 +1,7 @@
-"""Encoders: BERT and its kin. Slots have the names of the model without a head."""
+"""Encoders, and models that lose vocabulary alone: the part of the table that is made by hand.
+
+Slots have the names of the model without a head.
+"""
 
 from dataclasses import replace
 
@@ -354,6 +357,15 @@ ENCODER_DECODERS: dict[str, Family] = {
         ),
         section="text_config",
     ),
+    "vision-encoder-decoder": _both(
+        "decoder.output_projection",
+        prefix="",
+        tables=("decoder.model.decoder.embed_tokens", "decoder.lm_head"),
+        carried=("enc_to_dec_proj.",),
+        section="decoder",
+        depth="decoder_layers",
+        positions_after_pad=True,
+    ),
 }
 """model_type → family."""
 
@@ -375,6 +387,7 @@ UNDIVIDED_MODELS: dict[str, Family] = {
         carried=(
             *("attentions.", "ffns.", "layer_norm1.", "layer_norm2.", "layer_norm_emb."),
             *("position_embeddings.", "lang_embeddings.", "position_ids"),
+            *("sequence_summary.", *_TASKS),
         ),
         depth="n_layers",
     ),
@@ -383,7 +396,7 @@ UNDIVIDED_MODELS: dict[str, Family] = {
         "lm_loss",
         "lm_loss.bias",
         prefix="transformer.",
-        carried=("layer.", "mask_emb"),
+        carried=("layer.", "mask_emb", "sequence_summary.", "logits_proj.", *_TASKS),
         depth="n_layer",
     ),
     "reformer": _undivided(
@@ -392,7 +405,7 @@ UNDIVIDED_MODELS: dict[str, Family] = {
         "lm_head.decoder.bias",
         "lm_head.bias",
         prefix="reformer.",
-        carried=("embeddings.position_embeddings.", "encoder."),
+        carried=("embeddings.position_embeddings.", "encoder.", *_TASKS),
         depth="attn_layers",
         tied=False,
     ),

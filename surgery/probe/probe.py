@@ -12,6 +12,7 @@ from surgery.families.schema import Family, Wrapper, template
 from surgery.families.table import FAMILIES
 from surgery.files.safetensors_header import TensorRef
 from surgery.layout.build import read_layout
+from surgery.layout.layout import CARRIED
 from surgery.probe.evidence import WIDTH_KEY, Evidence
 from surgery.probe.proposal import Entry
 
@@ -32,7 +33,8 @@ class Proposal:
 
     model_type: str
     families: tuple[str, ...]
-    """Families that match every tensor; those with the fewest unused slots first."""
+    """Families that match every tensor; first those with the fewest slots that no tensor has, and
+    the fewest tensors that have no slot."""
     entry: str | None
     """Python text of an entry that matches every tensor; None where none was found."""
     notes: tuple[str, ...]
@@ -62,7 +64,7 @@ def propose(checkpoint: Checkpoint) -> Proposal:
 
 def fitting(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Names of the families that match every tensor and the widths in config.json."""
-    unused: dict[str, int] = {}
+    apart: dict[str, int] = {}
     for name in FAMILIES:
         try:
             layout = read_layout(replace(checkpoint, family=name))
@@ -72,8 +74,9 @@ def fitting(checkpoint: Checkpoint) -> tuple[str, ...]:
             used = {role.slot.name for role in layout.roles.values()}
             slots = layout.family.slots
             expected = [s for s in slots if s.block != BUFFER and not s.name.endswith(".bias")]
-            unused[name] = sum(slot.name not in used for slot in expected)
-    return tuple(sorted(unused, key=unused.__getitem__))
+            carried = sum(role.slot is CARRIED for role in layout.roles.values())
+            apart[name] = carried + sum(slot.name not in used for slot in expected)
+    return tuple(sorted(apart, key=apart.__getitem__))
 
 
 def unknown_type(checkpoint: Checkpoint, error: UnknownTypeError) -> UnknownTypeError:

@@ -107,7 +107,7 @@ def test_without_a_chat_template_no_token_is_in_one(tmp_path: Path) -> None:
 # Sizes of the vocabulary.
 
 SIZE_KEYS = ["vocab_size", "src_vocab_size", "tgt_vocab_size", "decoder_vocab_size",
-             "vocab_size_per_layer_input", "vocab_offset"]  # fmt: skip
+             "n_words", "n_token", "vocab_size_per_layer_input", "vocab_offset"]  # fmt: skip
 
 
 @pytest.mark.parametrize("key", SIZE_KEYS)

@@ -23,7 +23,7 @@ from surgery.layout.build import read_layout
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
 from surgery.probe.probe import Proposal, fitting, propose, unknown_type
-from tests.support import tiny
+from tests.support import tiny, tiny_encoders
 from tests.support.command import Run, assert_refused
 from tests.support.plans import assert_equals_masked_dense, layout_of
 
@@ -80,6 +80,13 @@ def test_the_right_family_is_among_those_that_fit(unknown: Any, key: str) -> Non
     assert key.partition(":")[0] in found
     if found[0] == "llama":
         assert set(found) >= LLAMA_LIKE
+
+
+def test_a_family_that_only_copies_tensors_comes_last(tmp_path: Path) -> None:
+    """As X-MOD's does with layers: of BERT, the one that knows each tensor is the likeliest."""
+    found = fitting(Checkpoint.open(tiny_encoders.save(tmp_path, "bert", "base")))
+    assert found[0] == "bert"
+    assert found[-1] == "xmod"
 
 
 @pytest.mark.parametrize("key", [*DENSE, *MIXTURES])

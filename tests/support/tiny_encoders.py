@@ -117,6 +117,7 @@ _SMALL: Kwargs = {
     "num_attention_heads": 4,
     "intermediate_size": 64,
 }
+_EYES: Kwargs = {"model_type": "vit", **_SMALL, "image_size": 16, "patch_size": 8}
 _REFORMER: Kwargs = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
@@ -212,6 +213,23 @@ ENCODER_DECODERS: dict[str, Kwargs] = {
             "decoder_hidden_size": 32,
         },
     },
+    "vision-encoder-decoder": {
+        "encoder": _EYES,
+        "decoder": {
+            "model_type": "trocr",
+            "vocab_size": VOCAB_SIZE,
+            "d_model": 32,
+            "decoder_layers": 2,
+            "decoder_attention_heads": 4,
+            "decoder_ffn_dim": 96,
+            "max_position_embeddings": 64,
+            "add_cross_attention": True,
+        },
+    },
+    "vision-encoder-decoder:mbart": {
+        "encoder": _EYES,
+        "decoder": {"model_type": "mbart", **_BART, "add_cross_attention": True},
+    },
     "florence2": {
         "text_config": {"model_type": "bart", **_BART},
         "vision_config": {
@@ -278,6 +296,7 @@ _HEADS = {
     **dict.fromkeys(("xlnet", "reformer:decoder", "trocr"), "next"),
     **dict.fromkeys(("pix2struct", "pp_formulanet", "florence2", "git", "blip"), "image"),
     **dict.fromkeys(("idefics2", "kosmos-2", "kosmos-2.5", "udop"), "image"),
+    **dict.fromkeys(("vision-encoder-decoder", "vision-encoder-decoder:mbart"), "image"),
 }
 
 
@@ -404,12 +423,10 @@ def save(path: Path, key: str, head: str = "masked", **changes: Any) -> Path:
     }
     torch.manual_seed(0)
     values = {**{**ENCODERS, **VOCABULARY_ALONE}[key], **changes}
-    section = values.get("text_config")
-    if section is None:
-        values = named | values
-    else:
-        values["text_config"] = named | section
-    config = AutoConfig.for_model(key.partition(":")[0], **values)
+    model_type = key.partition(":")[0]
+    section = FAMILIES[model_type].section
+    values = values | {section: named | values[section]} if section else named | values
+    config = AutoConfig.for_model(model_type, **values)
     model = class_of(config, head).from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
