@@ -10,6 +10,7 @@ import numpy as np
 from surgery.checkpoint.fp8 import scale_grid
 from surgery.errors import BudgetError, PlanError
 from surgery.families.schema import (
+    ENCODER_DECODER,
     EXPERT_KEYS,
     EXPERTS,
     GROUP_KEYS,
@@ -331,48 +332,57 @@ class Serving:
     """What a model takes where it is served, predicted from headers; all in bytes."""
 
     weights: int
-    """Of the language model's weights in memory, in the checkpoint's dtype."""
-    decoded: int
+    """Of all weights in memory, in the checkpoint's dtype; those of image or audio encoders, too. A
+    stored copy of a tied embedding takes none."""
+    decoded: int | None
     """Weights read for each token that a single sequence decodes. Of the embedding that is one row,
-    unless it is the head, too; of routed experts, those of the token."""
+    unless it is the head, too; of routed experts, those of the token; of encoders of images, none.
+    None where headers do not tell, or nothing is decoded."""
     cache: int | None
     """Keys and values of each position, in bf16; layers with windows keep only the last ones. None
-    where headers do not tell."""
-    logits: int
-    """float32 logits of each position of a batch."""
+    as for ``decoded``."""
+    logits: int | None
+    """float32 logits of each position of a batch; None where the model predicts no tokens."""
 
 
 def serving_of(layout: Layout, sizes: Sizes) -> Serving:
     """Predict what ``layout`` takes where it is served, once it has ``sizes``."""
-    total = embedding = routed = cached = 0
+    total = beside = embedding = routed = cached = 0
     for tensor in layout.checkpoint.tensors.values():
         role, dtype = layout.roles[tensor.name], output_dtype(layout, tensor, sizes)
         tied_head = layout.tied and role.name == layout.family.head
-        if dtype is None or role.slot is CARRIED or tied_head or not keeps(role, sizes, {}):
+        if dtype is None or tied_head or not keeps(role, sizes, {}):
             continue
         nbytes = math.prod(output_shape(layout, tensor, sizes)) * ITEMSIZE[dtype]
         total += nbytes
+        if role.slot is CARRIED:
+            beside += nbytes
+            continue
         embedding += nbytes if role.name == layout.family.embedding else 0
         routed += nbytes if role.slot.of_expert or role.slot.packed else 0
         cached += tensor.shape[0] if role.name.endswith(CACHED) and not role.scales else 0
     count = sizes.experts or layout.experts
     idle = routed * (count - min(_per_token(layout), count)) // count if count else 0
     looked_up = 0 if layout.tied else embedding - embedding // sizes.vocab_size
+    decodes = layout.predicts or layout.family.kind == ENCODER_DECODER
     return Serving(
         weights=total,
-        decoded=total - idle - looked_up,
-        cache=cached * CACHE_ITEMSIZE or None,
-        logits=sizes.vocab_size * LOGIT_ITEMSIZE,
+        decoded=total - beside - idle - looked_up if layout.predicts else None,
+        cache=cached * CACHE_ITEMSIZE or None if layout.predicts else None,
+        logits=sizes.vocab_size * LOGIT_ITEMSIZE if decodes else None,
     )
 
 
 def serving_table(before: Serving, after: Serving | None = None) -> str:
-    """Return predictions as text for people, side by side where there are two."""
+    """Return predictions as text for people, side by side where there are two.
+
+    Of a model that predicts no tokens, weights alone.
+    """
     names = ("weights", "read for each decoded token", "cache of each position", "logits")
-    keys = ("weights", "decoded", "cache", "logits")
+    keys = ("weights", "decoded", "cache", "logits")[: 1 if before.logits is None else None]
     head = f"{'bytes':<28}{'before' if after else '':>18}"
     rows = [head + f"{'after':>18}{'removed':>10}" if after else head.rstrip()]
-    for name, key in zip(names, keys, strict=True):
+    for name, key in zip(names, keys, strict=False):
         old, new = getattr(before, key), getattr(after, key) if after else None
         row = f"{name:<28}{'unknown' if old is None else f'{old:,}':>18}"
         if after is not None:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,33 @@ def test_a_value_too_large_for_f16_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"up_proj.weight: has values that are too large"):
         surgery.export_gguf(source, file, pre="gpt-2", type="f16")
     assert sorted(tmp_path.iterdir()) == [source]  # nothing is left of the file
+
+
+KILLED = """
+import os, signal, sys
+import surgery
+
+def progress(stage: str, done: int, total: int) -> None:
+    if stage == "export" and 2 * done > total:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+surgery.export_gguf(sys.argv[1], sys.argv[2], pre="gpt-2", progress=progress)
+"""
+
+
+def test_a_killed_export_leaves_no_file_and_the_next_one_cleans_up(
+    tmp_path: Path, llama: Path, run: Run
+) -> None:
+    file, whole = tmp_path / "model.gguf", tmp_path / "whole.gguf"
+    killed = subprocess.run([sys.executable, "-c", KILLED, llama, file], check=False, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert not file.exists()
+    (begun,) = tmp_path.iterdir()
+    assert begun.stat().st_size > 0
+    assert run("export", llama, "-o", file, "--pre", "gpt-2").exit_code == 0
+    assert not begun.exists()
+    surgery.export_gguf(llama, whole, pre="gpt-2")
+    assert file.read_bytes() == whole.read_bytes()
 
 
 def test_mxfp4_stays_as_it_is(tmp_path: Path) -> None:

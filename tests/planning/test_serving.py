@@ -3,16 +3,25 @@
 import json
 from pathlib import Path
 
-from surgery.layout.layout import Layout
+import pytest
+from safetensors.torch import save_file
+
+from surgery.layout.layout import CARRIED, Layout
 from surgery.planning.shapes import Serving, serving_of
 from surgery.planning.sizes import Sizes, whole
-from tests.support import tiny
+from tests.support import tiny, tiny_encoders
 from tests.support.command import Run
+from tests.support.contents import weights
 from tests.support.plans import layout_of, random_plan
 
 
 def dense(layout: Layout) -> Serving:
     return serving_of(layout, whole(layout))
+
+
+def read(found: Serving) -> int:
+    assert found.decoded is not None
+    return found.decoded
 
 
 def test_an_untied_embedding_is_looked_up_and_a_tied_one_is_the_head(tmp_path: Path) -> None:
@@ -29,15 +38,54 @@ def test_an_untied_embedding_is_looked_up_and_a_tied_one_is_the_head(tmp_path: P
 def test_a_token_reads_its_own_experts(tmp_path: Path) -> None:
     layout = layout_of(tiny.save(tmp_path / "model", "qwen3_moe"))
     found, one = dense(layout), 3 * 64 * 32 * 4
-    assert found.weights - found.decoded == 639 * 32 * 4 + 2 * 2 * one  # two of four, two layers
+    assert found.weights - read(found) == 639 * 32 * 4 + 2 * 2 * one  # two of four, two layers
     fewer = serving_of(layout, Sizes(640, layout.widths, experts=2))
     assert found.weights - fewer.weights == 2 * (2 * one + 2 * 32 * 4)  # and rows of the router
-    assert found.decoded - fewer.decoded == 2 * 2 * 32 * 4
+    assert read(found) - read(fewer) == 2 * 2 * 32 * 4
 
 
 def test_latent_attention_keeps_latents(tmp_path: Path) -> None:
     found = dense(layout_of(tiny.save(tmp_path / "model", "deepseek_v2")))
     assert found.cache == 3 * (12 + 4) * 2
+
+
+def test_encoders_of_images_are_weights_that_no_token_reads(tmp_path: Path) -> None:
+    layout = layout_of(tiny.save(tmp_path / "model", "gemma3"))
+    found, beside = (
+        dense(layout),
+        sum(
+            layout.checkpoint.tensors[name].nbytes
+            for name, role in layout.roles.items()
+            if role.slot is CARRIED
+        ),
+    )
+    assert found.weights == layout.checkpoint.nbytes
+    assert read(found) == found.weights - beside - 639 * 32 * 4  # one row of the embedding
+    assert found.cache == dense(layout_of(tiny.save(tmp_path / "text", "gemma3_text"))).cache
+
+
+@pytest.mark.parametrize("key", ["bert", "eurobert", "t5"])
+def test_only_what_is_true_of_encoders(tmp_path: Path, key: str, run: Run) -> None:
+    head = "text" if key == "t5" else "masked"
+    layout = layout_of(tiny_encoders.save(tmp_path / "model", key, head))
+    logits = layout.vocab_size * 4 if key == "t5" else None  # its decoder predicts tokens
+    assert dense(layout) == Serving(layout.checkpoint.nbytes, None, None, logits)
+    table = run("inspect", tmp_path / "model", "--predict-serving").output.splitlines()
+    assert len(table) == (5 if logits else 2), table
+    assert all("unknown" in line for line in table[2:4])
+    facts = json.loads(run("inspect", tmp_path / "model", "--predict-serving", "--json").output)
+    assert facts["decoded"] is facts["cache"] is None
+
+
+def test_a_decoder_without_a_head_decodes_nothing(tmp_path: Path) -> None:
+    source = tiny.save(tmp_path / "model")
+    tensors = weights(source)
+    assert dense(layout_of(source)).logits == 640 * 4
+    del tensors["lm_head.weight"]
+    plain = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(plain, source / "model.safetensors")
+    found = dense(layout_of(source))
+    assert (found.decoded, found.cache, found.logits) == (None, None, None)
 
 
 def test_the_command(tmp_path: Path, llama: Path, run: Run) -> None:

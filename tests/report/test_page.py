@@ -137,7 +137,13 @@ def test_passages_are_those_of_the_library_and_mark_what_is_removed(report: Repo
 
 @pytest.mark.parametrize(
     ("key", "layers", "experts"),
-    [("llama", (), 0), ("llama", ([0], [1, 2]), 0), ("qwen3_moe", (), 3), ("deepseek_v3", (), 0)],
+    [
+        ("llama", (), 0),
+        ("llama", ([0], [1, 2]), 0),
+        ("qwen3_moe", (), 3),
+        ("deepseek_v3", (), 0),
+        ("gemma3", (), 0),
+    ],
 )
 def test_the_bill_adds_up(
     tmp_path: Path, key: str, layers: tuple[list[int], ...], experts: int
