@@ -329,6 +329,7 @@ def _render(facts: ReportFacts, data: Mapping[str, Any], tables: Mapping[str, st
     )
     environment.filters |= {
         "number": _number,
+        "counted": _counted_noun,
         "percent": _percent,
         "size": _size,
         "change": _change,
@@ -364,6 +365,11 @@ def _policy(style: str, script: str) -> str:
 
 def _number(value: float) -> str:
     return f"{value:,}"
+
+
+def _counted_noun(count: int, name: str) -> str:
+    """A number with a noun, in the singular for one."""
+    return f"{count:,} {name}{'s' * (count != 1)}"
 
 
 def _percent(value: float) -> str:
