@@ -133,8 +133,9 @@ def test_a_text_is_counted_alike_in_the_table_and_as_a_passage(report: Report) -
 @pytest.mark.parametrize(
     ("after", "words", "missing"),
     [
-        ((100, 100), "Your text takes no more tokens than before.", "grows"),
-        ((150, 100), "this one grows most in tokens: <b>0</b> +50.0", "least grows"),
+        ((100,), "Your text takes no more tokens than before.", "grows"),
+        ((150,), "Your text grows in tokens: <b>0</b> +50.0", "Of your texts"),
+        ((150, 100), "only this one grows in tokens: <b>0</b> +50.0", "least grows"),
         ((150, 120, 110, 130, 105, 102), "least grows <b>5</b> +2.0", "<b>5</b> +2.0\xa0%, "),
     ],
 )
