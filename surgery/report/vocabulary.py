@@ -68,6 +68,9 @@ LANGUAGES = {
 }
 """Script → languages that are written in it, the most widely used ones."""
 
+NO_SCRIPTS = (COMMON, BYTES)
+"""Groups of tokens beside the scripts that no language is written in."""
+
 VANISHES = 0.95
 """A script vanishes if it loses this share of its tokens, or more."""
 
@@ -150,7 +153,7 @@ class VocabularyFacts:
     @property
     def vanished(self) -> list[GroupCount]:
         """Scripts of which nearly nothing is left: first those whose languages are known."""
-        found = [row for row in self.scripts if row.vanishes and row.name not in (COMMON, BYTES)]
+        found = [row for row in self.scripts if row.vanishes and row.name not in NO_SCRIPTS]
         return sorted(found, key=lambda row: not row.about)
 
     @property

@@ -520,7 +520,7 @@
     const byScript = new Map(grown.map((row) => [row[0], row]));
     const all = lostScripts().filter((row) => row[1] > row[2]);
     const lost = all.slice(0, 10);
-    const gone = all.filter(vanishes).map(([name]) => name);
+    const gone = all.filter(vanishes).map(([name]) => name).filter((name) => data.scripts.includes(name));
     byId("outcome-vanished").textContent = gone.length
       ? `Nearly all tokens (95 % or more) are removed of ${gone.slice(0, 12).join(", ")}`
         + (gone.length > 12 ? `, and ${gone.length - 12} more.` : ".")
