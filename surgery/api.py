@@ -455,7 +455,8 @@ def report_subject(
         raise PlanError(
             subject.name if isinstance(subject, Model) else subject,
             "is a model: nothing says what to remove from it",
-            fix="give `stats`, or name a plan or an output",
+            fix="make a plan, for which a ratio such as 0.2 is enough, and name its file; or give "
+            "`stats`, which calibrate makes",
         )
     layout = as_layout(subject)
     check_stats(layout, stats)

@@ -24,6 +24,7 @@ from surgery.errors import CheckpointError, DataError, FamilyError
 from surgery.families.default_ids import fill_defaults
 from surgery.families.schema import DECODER
 from surgery.layout.layout import Layout
+from surgery.plot import html_table
 from surgery.process import Progress, spoken
 from surgery.text.documents import TextOptions
 from surgery.tokenizer.tokenizer_file import load_tokenizer
@@ -121,6 +122,12 @@ class Score:
             raise _other_text()
         half = _half_interval(self.window_bits, reference.window_bits)
         return Change(self.bits / reference.bits - 1, half)
+
+    def _repr_html_(self) -> str:
+        margin = None if self.margin is None else f"{self.margin:.4f}"
+        row = ("held-out text", f"{self.bits_per_byte:.4f}", margin, self.bytes, self.windows)
+        heads = ("", "bits per byte", "±", "bytes", "windows")
+        return html_table("score", heads, [row])
 
     def facts(self) -> dict[str, Any]:
         """Return the figures for JSON, without those of each window."""

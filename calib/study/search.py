@@ -11,7 +11,7 @@ import numpy as np
 
 from calib.scoring.score import check_predicts
 from calib.study.study import Candidate, Study
-from calib.study.table import Row, legend, plot_sizes, table
+from calib.study.table import Row, legend, plot_sizes, rows_html, table
 from surgery.errors import BudgetError
 from surgery.families.schema import VOCAB
 from surgery.layout.layout import Layout
@@ -237,6 +237,9 @@ class SearchResult:
     def table(self) -> str:
         """Return the rows as text for people, with a legend; the best score is marked."""
         return f"{table([self.dense, *self.rows])}\n\n{legend(self.dense)}"
+
+    def _repr_html_(self) -> str:
+        return rows_html("search", [self.dense, *self.rows])
 
     def plot(self, path: Path, model: str = "") -> None:
         """Draw the loss of each row over its V', or over its E' where these differ.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.planning.sizes import TOLERANCE
-from surgery.plot import saved_figure, titled
+from surgery.plot import html_table, saved_figure, titled
 
 FFN_CRITERIA = ("random", "abs-act", "act2", "wanda", "l2")
 """Criteria that are compared with the whole vocabulary kept."""
@@ -75,6 +75,18 @@ class Row:
 def missed(row: Row, ratio: float) -> bool:
     """Whether a method removed another share than asked for, in steps such as whole layers."""
     return row.name != DENSE and abs(row.removed - ratio) > TOLERANCE
+
+
+def rows_html(title: str, rows: Sequence[Row]) -> str:
+    """Return the rows as a table for a notebook."""
+    routed = any(row.experts for row in rows)
+    heads = ["cut", "V'", *rows[0].widths, *["experts"] * routed, "layers", "removed"]
+    cells = []
+    for row in rows:
+        sizes = [row.vocab_size, *row.widths.values(), *[row.experts] * routed]
+        bits = [f"{row.bits_per_byte:.4f}", f"{row.loss:+.2%}", f"{row.score:+.2%}"]
+        cells.append([row.name, *sizes, row.num_hidden_layers, row.removed, *bits])
+    return html_table(title, [*heads, "bits per byte", "loss", "score"], cells)
 
 
 def table(rows: Sequence[Row], ratio: float | None = None) -> str:

@@ -292,8 +292,11 @@ class ReportOptions:
 def report(subject: str, options: ReportOptions, text: TextOptions) -> None:
     """Make one HTML page that shows what a cut keeps and loses.
 
-    SOURCE is a plan's file, an output's directory, or a model with --stats. Of a model, the rule of
-    thumb removes a fifth, and the sliders of the page choose other sizes.
+    The quick way takes seconds: compact-surgery plan MODEL --ratio 0.2 -o plan.json, then
+    compact-surgery report plan.json.
+
+    SOURCE is a plan's file, an output's directory, or a model with --stats, which calibrate makes.
+    Of a model, the rule of thumb removes a fifth, and the sliders of the page choose other sizes.
     """
     from calib.text.chat import documents_of
     from surgery.api import report_subject

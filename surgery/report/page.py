@@ -31,7 +31,7 @@ from surgery.report.passages import (
 )
 from surgery.report.proof import Bill, Results, bill_of
 from surgery.report.spelling import packed, packed_json, script_json, spelling_of
-from surgery.report.vocabulary import Vocabulary, VocabularyFacts, vocabulary_facts
+from surgery.report.vocabulary import NO_SCRIPTS, Vocabulary, VocabularyFacts, vocabulary_facts
 from surgery.stats.channel_stats import ChannelStats
 from surgery.stats.channels import DEFAULT_CRITERION, DEFAULT_EXPERT_CRITERION
 from surgery.tokenizer.tokenizer_file import TokenizerFile
@@ -172,6 +172,7 @@ def report_on(subject: ReportSubject, sources: ReportSources) -> Report:
             text = text_facts(tokenizer, library, ids, sources.texts)
         counted = _counted(text, stats, ids.keep_mask())
         vocabulary = vocabulary_facts(gathered, layout, ids, plan.vocabulary, counted)
+        data["scripts"] = [row.name for row in vocabulary.scripts if row.name not in NO_SCRIPTS]
         spelling = spelling_of(tokenizer, layout.vocab_size)
         data |= {"spelling": spelling.settings, "groups": gathered.group_names}
         tables |= {**spelling.tables, "groups": packed(gathered.group_numbers().tobytes())}
@@ -329,6 +330,7 @@ def _render(facts: ReportFacts, data: Mapping[str, Any], tables: Mapping[str, st
     )
     environment.filters |= {
         "number": _number,
+        "counted": _counted_noun,
         "percent": _percent,
         "size": _size,
         "change": _change,
@@ -364,6 +366,11 @@ def _policy(style: str, script: str) -> str:
 
 def _number(value: float) -> str:
     return f"{value:,}"
+
+
+def _counted_noun(count: int, name: str) -> str:
+    """A number with a noun, in the singular for one."""
+    return f"{count:,} {name}{'s' * (count != 1)}"
 
 
 def _percent(value: float) -> str:

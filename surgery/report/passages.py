@@ -29,6 +29,9 @@ PASSAGE_CHARACTERS = 360
 MOST_WORD_CHARACTERS = 1 << 20
 """Characters of text whose words a page holds, to count their tokens at any size."""
 
+LEAST_GROWTH = 0.0005
+"""A page shows less as no growth."""
+
 Texts = Mapping[str, Sequence[str]]
 """Name of a text → its documents."""
 
@@ -118,6 +121,12 @@ class TextFacts:
     """int64 by id: how often each token of the source is in the texts."""
 
     @property
+    def grown(self) -> list[TextGrowth]:
+        """Texts that take more tokens, in the page's digits; the one that grows most is first."""
+        found = [row for row in self.texts if row.growth >= LEAST_GROWTH]
+        return sorted(found, key=lambda row: -row.growth)
+
+    @property
     def total(self) -> TextGrowth:
         """All texts together."""
         sums = (sum(getattr(t, key) for t in self.texts) for key in ("nbytes", "before", "after"))
@@ -166,11 +175,11 @@ def _in_turns(texts: Texts) -> list[tuple[str, str]]:
 
 
 def _paragraphs(documents: Iterable[str]) -> Iterator[str]:
-    """Yield the paragraphs of a text, long ones up to the end of a word."""
+    """Yield the paragraphs of a text with their last newlines, long ones up to a word's end."""
     left = TEXT_CHARACTERS
     for document in documents:
-        for paragraph in re.split(r"\n\s*\n", document[:left]):
-            text = paragraph.strip("\n")
+        for paragraph in re.split(r"(?<=\n)\s*\n", document[:left]):
+            text = paragraph.lstrip("\n")
             if len(text) > PASSAGE_CHARACTERS:
                 cut = text.rfind(" ", PASSAGE_CHARACTERS // 2, PASSAGE_CHARACTERS)
                 text = text[: cut if cut > 0 else PASSAGE_CHARACTERS]
@@ -188,23 +197,25 @@ def _passage(
     libraries: tuple["Tokenizer", "Tokenizer"],
     maps: tuple[IdMap, np.ndarray],
 ) -> Passage:
-    """Tokenize a paragraph twice, and mark what is removed and what stands in its place."""
-    before, after = (each.encode(text, add_special_tokens=False) for each in libraries)
-    ids, old_ids = maps
-    gone = [ids.new(id_) is None for id_ in before.ids]
-    places = {
-        n
-        for (start, stop), removed in zip(before.offsets, gone, strict=True)
-        if removed
-        for n in range(start, stop)
-    }
-    instead = [any(n in places for n in range(*span)) for span in after.offsets]
-    return Passage(
-        name,
-        text,
-        _pieces(before, before.ids, gone, tokenizer),
-        _pieces(after, [int(old_ids[id_]) for id_ in after.ids], instead, tokenizer),
-    )
+    """Tokenize a paragraph twice, and mark what is removed and what stands in its place.
+
+    Its lines are tokenized one by one, as where the tokens of a text are counted.
+    """
+    passage, (ids, old_ids) = Passage(name, text, [], []), maps
+    for line in text.splitlines(keepends=True):
+        before, after = (each.encode(line, add_special_tokens=False) for each in libraries)
+        gone = [ids.new(id_) is None for id_ in before.ids]
+        places = {
+            n
+            for (start, stop), removed in zip(before.offsets, gone, strict=True)
+            if removed
+            for n in range(start, stop)
+        }
+        instead = [any(n in places for n in range(*span)) for span in after.offsets]
+        passage.before.extend(_pieces(before, before.ids, gone, tokenizer))
+        olds = [int(old_ids[id_]) for id_ in after.ids]
+        passage.after.extend(_pieces(after, olds, instead, tokenizer))
+    return passage
 
 
 def _pieces(

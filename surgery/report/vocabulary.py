@@ -33,6 +33,8 @@ LANGUAGES = {
     "Arabic": "Arabic, Persian, Urdu",
     "Armenian": "Armenian",
     "Bengali": "Bengali, Assamese",
+    "Canadian_Aboriginal": "Inuktitut, Cree",
+    "Cherokee": "Cherokee",
     BYTES: "parts of characters",
     COMMON: "digits, punctuation, emoji, code",
     "Cyrillic": "Russian, Ukrainian, Bulgarian, Kazakh",
@@ -53,18 +55,27 @@ LANGUAGES = {
     "Latin": "English, Spanish, German, Vietnamese and hundreds more",
     "Malayalam": "Malayalam",
     "Myanmar": "Burmese",
+    "Ol_Chiki": "Santali",
     "Oriya": "Odia",
     "Sinhala": "Sinhala",
+    "Syriac": "Assyrian",
     "Tamil": "Tamil",
     "Telugu": "Telugu",
     "Thaana": "Dhivehi",
     "Thai": "Thai",
     "Tibetan": "Tibetan, Dzongkha",
+    "Tifinagh": "Tamazight",
 }
 """Script → languages that are written in it, the most widely used ones."""
 
+NO_SCRIPTS = (COMMON, BYTES)
+"""Groups of tokens beside the scripts that no language is written in."""
+
+VANISHES = 0.95
+"""A script vanishes if it loses this share of its tokens, or more."""
+
 WHY = {
-    "alphabet": "kept, so that any text can still be written",
+    "alphabet": "kept, so that all text that the source can spell can still be spelled",
     "special": "added tokens, which the model's programs name",
     "reserved": "reserved for later use",
     "unreachable": "no merge makes them: they are in no text",
@@ -94,6 +105,11 @@ class GroupCount:
     def share(self) -> float:
         """Removed share of its tokens."""
         return self.removed / self.before if self.before else 0.0
+
+    @property
+    def vanishes(self) -> bool:
+        """Whether nearly nothing is left of it."""
+        return self.share >= VANISHES
 
 
 @dataclass(frozen=True)
@@ -133,6 +149,12 @@ class VocabularyFacts:
     """Kept special tokens that are not listed."""
     order: str = "merge-order"
     """Order of rarity that the plan was made with."""
+
+    @property
+    def vanished(self) -> list[GroupCount]:
+        """Scripts of which nearly nothing is left: first those whose languages are known."""
+        found = [row for row in self.scripts if row.vanishes and row.name not in NO_SCRIPTS]
+        return sorted(found, key=lambda row: not row.about)
 
     @property
     def removed_rows(self) -> int:

@@ -16,10 +16,17 @@ import pytest
 
 import calib
 import surgery
+from calib.scoring.score import Score
+from calib.study.search import SearchResult
+from calib.study.table import Row
 from surgery.cli.main import main as compact_surgery
 from surgery.planning.plan import Plan
+from surgery.planning.sizes import Sizes
+from surgery.report import page as pages
 from surgery.report.page import Report
+from surgery.report.passages import TextGrowth
 from surgery.report.spelling import javascript_regex, script_json
+from surgery.report.vocabulary import LANGUAGES, GroupCount
 from tests.support import tiny
 from tests.support.command import Run, assert_refused
 from tests.support.languages import ARTICLE_1
@@ -99,6 +106,57 @@ def test_tokens_are_counted_as_the_plan_counts_them(report: Report) -> None:
             assert text.after == script.text_tokens_after
     by_length = sum(row.before for row in facts.vocabulary.lengths)
     assert by_length == sum(r.before for r in facts.vocabulary.scripts if r.name != "Bytes")
+
+
+def test_scripts_that_vanish_are_named_first(
+    report: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"Latin": (900, 800), "Cuneiform": (99, 0), "Thai": (20, 1), "Han": (10, 9)}
+    scripts = [GroupCount(name, LANGUAGES.get(name, ""), *n) for name, n in sizes.items()]
+    facts = replace(report.facts.vocabulary, scripts=scripts)
+    monkeypatch.setattr(pages, "vocabulary_facts", lambda *_: facts)
+    html = surgery.make_report(report.facts.plan).html
+    assert "of these scripts are removed: <b>Thai</b>, <b>Cuneiform</b>.</p>" in html
+    assert re.findall(r"<li><b>(\w+)</b> \(", html) == ["Latin", "Han"]
+
+
+def test_a_text_is_counted_alike_in_the_table_and_as_a_passage(report: Report) -> None:
+    """Ends of lines are counted in both."""
+    for document in ("One line.\n", "Two\nlines, the second without an end", "\n\nA late start\n"):
+        text = surgery.make_report(report.facts.plan, data=[document.lstrip("\n")]).facts.text
+        (passage,) = text.passages
+        assert (len(passage.before), len(passage.after)) == (text.total.before, text.total.after)
+    text = surgery.make_report(report.facts.plan, data=["One.\n\nTwo.\n"]).facts.text
+    assert [passage.text for passage in text.passages] == ["One.\n", "Two.\n"]
+
+
+@pytest.mark.parametrize(
+    ("after", "words", "missing"),
+    [
+        ((100,), "Your text takes no more tokens than before.", "grows"),
+        ((150,), "Your text grows in tokens: <b>0</b> +50.0", "Of your texts"),
+        ((150, 100), "only this one grows in tokens: <b>0</b> +50.0", "least grows"),
+        ((150, 120, 110, 130, 105, 102), "least grows <b>5</b> +2.0", "<b>5</b> +2.0\xa0%, "),
+    ],
+)
+def test_what_grows_is_said_once(
+    report: Report,
+    monkeypatch: pytest.MonkeyPatch,
+    after: tuple[int, ...],
+    words: str,
+    missing: str,
+) -> None:
+    texts = [TextGrowth(str(n), 100, 100, count) for n, count in enumerate(after)]
+    monkeypatch.setattr(pages, "text_facts", lambda *_: replace(report.facts.text, texts=texts))
+    html = surgery.make_report(report.facts.plan, data=["a"]).html
+    verdict = html[html.index('class="verdict"') : html.index("<nav")]
+    assert words in verdict
+    assert missing not in verdict
+
+
+def test_one_is_not_many() -> None:
+    assert pages._counted_noun(1, "note") == "1 note"
+    assert pages._counted_noun(1200, "note") == "1,200 notes"
 
 
 def test_the_most_common_removed_tokens_come_first(llama: Path, report: Report) -> None:
@@ -362,7 +420,7 @@ def test_bad_results_are_refused(bench: Path, run: Run, content: str | None, wor
 
 def test_what_a_page_cannot_be_made_from_is_refused(bench: Path, run: Run) -> None:
     other = tiny.save(bench / "other", "mistral")
-    assert_refused(run("report", "model"), "is a model", "--stats")
+    assert_refused(run("report", "model"), "is a model", "plan", "0.2", "--stats", "calibrate")
     assert_refused(run("report", "nothing"), "nothing")
     assert_refused(run("report", other, "--stats", "stats.safetensors"), "another model")
     assert_refused(run("report", "plan.json", "--source", other), "other")
@@ -406,6 +464,21 @@ def test_patterns_are_written_as_javascript_reads_them() -> None:
     for pattern in (r"a++", r"(?>a)", r"\bword", r"[[:alpha:]]", r"a.b", "^a", r"[a&&b]"):
         with pytest.raises(Exception, match="Split by"):
             javascript_regex(pattern)
+
+
+def test_notebooks_show_scores_and_searches() -> None:
+    score = Score((20.0, 28.0), (16, 16), "digest", tokens=9, lossy_windows=0)
+    dense = Row("dense", 640, {"intermediate_size": 96}, 3, 900, 0.0, 1.5, 0.0, 0.0, 1.0, 2, 32)
+    tried = replace(dense, name="<V' 512>", vocab_size=512, removed=0.2, loss=0.1)
+    search = SearchResult(dense, [tried], Sizes(512, {"intermediate_size": 96}))
+    for shown, words in (
+        (score, ("1.5000", "32", "bits per byte")),
+        (search, ("&lt;V&#x27; 512&gt;", "512", "20.00%", "+10.00%", "dense")),
+    ):
+        html = shown._repr_html_()
+        assert [tag for tag, _ in Elements(html).found].count("table") == 1
+        for word in words:
+            assert word in html, (shown, word)
 
 
 def test_notebooks_show_what_the_library_returns(llama: Path, report: Report) -> None:

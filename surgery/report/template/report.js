@@ -322,7 +322,7 @@
     found.dataset.before = before.join(" ");
     found.dataset.after = after.join(" ");
     const said = gone
-      ? `${number(before.length)} → ${number(after.length)} tokens: ${number(gone)} of them are removed, and spelled by others.`
+      ? `${number(before.length)} → ${number(after.length)} tokens: ${gone === 1 ? "1 of them is" : `${number(gone)} of them are`} removed, and spelled by others.`
       : `${number(before.length)} token${before.length === 1 ? "" : "s"}, all kept: nothing changes.`;
     found.append(element("p", { class: "said" }, said));
     const shown = (ids) => ids.slice(0, 2000);
@@ -419,6 +419,9 @@
     }
   }
 
+  /** Whether nearly nothing is left of a script, as in surgery/report/vocabulary.py. */
+  const vanishes = ([, before, after]) => 1 - after / before >= 0.95;
+
   function lostScripts() {
     const before = new Map();
     const after = new Map();
@@ -507,7 +510,7 @@
     if (rows.length) {
       const least = rows.reduce((a, b) => (b[2] < a[2] ? b : a));
       const mean = rows.reduce((sum, row) => sum + row[2], 0) / rows.length;
-      tiles.push(tile("act² kept in layers", percent(mean), least[2] < 1 ? `at least ${percent(least[2])}, in layer ${least[0]}` : "all channels are kept", mean));
+      tiles.push(tile("act² kept in layers", percent(mean), least[2] < 1 ? `lower is worse; least in layer ${least[0]}: ${percent(least[2])}` : "all channels are kept", mean));
       showLayers(rows, mean);
     }
     outcome.replaceChildren(...tiles);
@@ -515,7 +518,13 @@
     byId("outcome-said").textContent = tiles.map((each) =>
       `${each.dataset.name} ${each.querySelector("dd").firstChild.textContent}`).join(", ");
     const byScript = new Map(grown.map((row) => [row[0], row]));
-    const lost = lostScripts().filter((row) => row[1] > row[2]).slice(0, 10);
+    const all = lostScripts().filter((row) => row[1] > row[2]);
+    const lost = all.slice(0, 10);
+    const gone = all.filter(vanishes).map(([name]) => name).filter((name) => data.scripts.includes(name));
+    byId("outcome-vanished").textContent = gone.length
+      ? `Nearly all tokens (95 % or more) are removed of ${gone.slice(0, 12).join(", ")}`
+        + (gone.length > 12 ? `, and ${gone.length - 12} more.` : ".")
+      : "";
     const text = (name) => {
       const row = byScript.get(name);
       return row && row[1] ? signed(row[2] / row[1] - 1) : "";
