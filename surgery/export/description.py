@@ -113,10 +113,10 @@ def _number(
         return kind(found)
     raise CheckpointError(
         f"{where}: {key}",
-        "is missing or cannot be meant",
+        "is no number that llama.cpp can be told",
         expected=f"{kind.__name__} from {low:g} to {high:g}",
         found="null" if found is None else repr(found),
-        fix="correct it, or save config.json with transformers, which writes it out",
+        fix="correct it, or save config.json with transformers, which writes all out",
     )
 
 
