@@ -301,7 +301,7 @@ def shards_at_hand(path: Path, plan_digest: str, *, source: Path, resume: bool) 
     return frozenset(_whole_shards(partial, finished))
 
 
-def check_space(path: Path, nbytes: int) -> int:
+def check_space(path: Path, nbytes: int, *, resumable: bool = True) -> int:
     """Check that ``nbytes`` fit on the disk of the output ``path``, and return what is free.
 
     Raises:
@@ -315,7 +315,8 @@ def check_space(path: Path, nbytes: int) -> int:
             "no space for the output",
             expected=f"{nbytes:,} bytes",
             found=f"{free:,} free",
-            fix="free space, or name another output, then run with `resume`",
+            fix="free space, or name another output"
+            + (", then run with `resume`" if resumable else ""),
         )
     return free
 

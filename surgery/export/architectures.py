@@ -4,7 +4,7 @@ Read from llama.cpp's ``conversion/`` and ``src/models/``, as in llama-cpp-pytho
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from surgery.errors import FamilyError
@@ -72,6 +72,8 @@ class Architecture:
     windows: Windows | None = None
     counted: CountedRope | CountedScale | None = None
     """What the runtime counts by the number of layers, and cannot be told."""
+    partial_rope: bool = False
+    """Whether transformers heeds partial_rotary_factor."""
     full_beyond: bool = False
     """Whether the runtime has no windows for the type: it always attends to the whole text."""
 
@@ -83,9 +85,8 @@ _GEMMA = {
     "use_bidirectional_attention": (False, None),
     "hidden_activation": ("gelu_pytorch_tanh", None),
 }
-_ATTENTION_CAP, _FINAL_CAP = (
-    Key(key, float, (key,), required=False)
-    for key in ("attn_logit_softcapping", "final_logit_softcapping")
+_CAPS = tuple(
+    Key(key, float, (key,)) for key in ("attn_logit_softcapping", "final_logit_softcapping")
 )
 _EXPERTS = (
     Key("expert_count", int, ("num_local_experts", "num_experts")),
@@ -140,7 +141,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma2": Architecture(
         "gemma2",
         norm_offset=1.0,
-        keys=(_ATTENTION_CAP, _FINAL_CAP),
+        keys=_CAPS,
         defaults={
             **_GEMMA_SIZES,
             **_THETA,
@@ -155,7 +156,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma3_text": Architecture(
         "gemma3",
         norm_offset=1.0,
-        keys=(_FINAL_CAP,),
+        keys=(replace(_CAPS[1], required=False),),
         defaults={
             **_GEMMA_SIZES,
             "max_position_embeddings": 131072,
@@ -166,7 +167,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         windows=Windows(6, ("sliding_window_pattern",)),
         counted=CountedScale(62),
     ),
-    "phi3": Architecture("phi3", defaults=_THETA, required=_SILU, full_beyond=True),
+    "phi3": Architecture(
+        "phi3", defaults=_THETA, required=_SILU, partial_rope=True, full_beyond=True
+    ),
     "olmo2": Architecture("olmo2", own_head=True, defaults=_THETA, required=_SILU),
     "smollm3": Architecture(
         "smollm3",

@@ -109,7 +109,7 @@ def export_layout(
         raise OptionError(
             "`pre`", f"has no effect, for this tokenizer needs {pre!r}", fix="leave it out"
         )
-    check_space(output, total)
+    check_space(output, total, resumable=False)
     with new_file(output) as made:
         writer = _writer(layout, architecture, description, type_)
         _add_vocabulary(writer, vocabulary)

@@ -268,7 +268,7 @@ def pieces(tensor: GgufTensor, shards: Mapping[Path, ShardFile]) -> Iterator[np.
         shards: The open shards, by path.
 
     Raises:
-        CheckpointError: a shard ends early, or a value is too large for f16.
+        CheckpointError: a shard ends early, or a value is too large for the type.
     """
     if not tensor.parts:
         yield tensor.values
@@ -339,22 +339,27 @@ def _encode(bits: np.ndarray, ref: TensorRef, tensor: GgufTensor) -> np.ndarray:
     values = bits.view(np.float16).astype(np.float32) if ref.dtype == "F16" else _floats(bits)
     if tensor.offset:
         values = values + np.float32(tensor.offset)
-    if tensor.type == "bf16":
-        return to_bf16(values)
-    if tensor.type == "q8_0":
-        return quantized(values)
     if tensor.type == "f32":
         return values
-    with np.errstate(over="ignore"):
-        halves = values.astype(np.float16)
-    if np.isinf(halves).any() and np.isfinite(values).all():
+    with np.errstate(over="ignore", invalid="ignore"):
+        if tensor.type == "q8_0":
+            made = quantized(values)
+            scales = made.reshape(-1, BLOCK["q8_0"][1])[:, :2]
+            lost = np.repeat(~np.isfinite(scales.copy().view(np.float16)), BLOCK["q8_0"][0])
+        elif tensor.type == "bf16":
+            made = to_bf16(values)
+            lost = np.isinf(from_bf16(made)) & np.isfinite(values)
+        else:
+            made = values.astype(np.float16)
+            lost = np.isinf(made) & np.isfinite(values)
+    if lost.any():
         raise CheckpointError(
             f"{ref.path}: tensor {ref.name}",
-            "has values that are too large for f16",
-            found=f"{np.abs(values).max():g}",
-            fix="choose another `type`, such as bf16",
+            f"has values that are too large for {tensor.type}",
+            found=f"{np.abs(values[lost.reshape(values.shape)]).max():g}",
+            fix="choose another `type`, such as f32",
         )
-    return halves
+    return made
 
 
 def _floats(bits: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The tokenizer as GGUF stores it: texts, kinds and scores by id, merges, special tokens."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, overload
 import numpy as np
 
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.errors import TokenizerError
+from surgery.errors import AMEND, TokenizerError
 from surgery.files.model_files import TEMPLATE_FOLDER, named_templates
 from surgery.files.strict_json import read_file
 from surgery.process import release_freed_memory
@@ -229,10 +230,22 @@ def _settings(tokenizer: TokenizerFile, checkpoint: Checkpoint, rows: int) -> di
             id_ = id_[0] if isinstance(id_, list) and id_ else id_
         if type(id_) is int and 0 <= id_ < rows:
             found[key] = id_
-    first, last = _added_around(tokenizer.data.get("post_processor"))
-    for role, added in (("bos", first), ("eos", last)):
-        asked = named.get(f"add_{role}_token")
-        found[f"add_{role}_token"] = asked if isinstance(asked, bool) else added
+    where = f"{tokenizer.path}: post_processor"
+    try:
+        around = _added_around(tokenizer.data.get("post_processor"))
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise TokenizerError(where, "is damaged", found=repr(error), fix=AMEND) from error
+    for role, added in zip(("bos", "eos"), around, strict=True):
+        asked, token = named.get(f"add_{role}_token"), found.get(SPECIAL[role])
+        if not isinstance(asked, bool) and added not in ([], [token]):
+            raise TokenizerError(
+                where,
+                f"llama.cpp adds no token to a text but one {role} token",
+                expected=token,
+                found=added,
+                fix="use llama.cpp's convert_hf_to_gguf.py",
+            )
+        found[f"add_{role}_token"] = asked if isinstance(asked, bool) else bool(added)
     return found
 
 
@@ -241,31 +254,77 @@ def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return section if isinstance(section, dict) else {}
 
 
-def _added_around(processor: Any) -> tuple[bool, bool]:
-    """Whether the post-processor puts a special token before, and after, a single text."""
+def _added_around(processor: Any) -> tuple[list[Any], list[Any]]:
+    """Return the ids that the post-processor puts before, and after, a single text."""
     for part in _parts(processor):
         if part.get("type") in ("RobertaProcessing", "BertProcessing"):
-            return True, True
-        single = part.get("single")
-        if part.get("type") == "TemplateProcessing" and isinstance(single, list) and single:
-            return "SpecialToken" in single[0], "SpecialToken" in single[-1]
-    return False, False
+            return [part["cls"][1]], [part["sep"][1]]
+        if part.get("type") == "TemplateProcessing":
+            before, after, found = list[Any](), list[Any](), False
+            for piece in part["single"]:
+                if "Sequence" in piece:
+                    found = True
+                else:
+                    ids = part["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+                    (after if found else before).extend(ids)
+            return before, after
+    return [], []
 
 
 def _templates(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the chat templates by name, as transformers reads them."""
+    """Return the chat templates by name, as transformers reads them.
+
+    Raises:
+        TokenizerError: a template is no text, or two have names that are one in GGUF.
+    """
     path, found = checkpoint.path, dict[str, str]()
-    given = checkpoint.json("tokenizer_config.json").get("chat_template")
-    if given is None:
-        given = checkpoint.json("chat_template.json").get("chat_template")
-    if isinstance(given, list):
-        found = {entry["name"]: entry["template"] for entry in given}
-    elif isinstance(given, str):
+    where, given = path / "tokenizer_config.json", None
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        if given is None:
+            where, given = path / name, checkpoint.json(name).get("chat_template")
+    if isinstance(given, str):
         found = {"default": given}
+    elif given is not None:
+        found = _listed(given, where)
     own = path / "chat_template.jinja"
     if own.is_file():
-        found["default"] = read_file(own).decode("utf-8")
+        found["default"] = _text(own)
     for name in named_templates(path):
-        text = read_file(path / name).decode("utf-8")
-        found[name.removeprefix(f"{TEMPLATE_FOLDER}/").removesuffix(".jinja")] = text
+        found[name.removeprefix(f"{TEMPLATE_FOLDER}/").removesuffix(".jinja")] = _text(path / name)
+    spelled: dict[str, str] = {}
+    for name in found:
+        other = spelled.setdefault(re.sub("[^A-Za-z0-9]", "_", name), name)
+        if other != name:
+            raise TokenizerError(
+                path,
+                "two chat templates have names that GGUF spells alike",
+                found=f"{other!r} and {name!r}",
+                fix="rename one",
+            )
     return found
+
+
+def _listed(given: Any, where: Path) -> dict[str, str]:
+    """Return the templates of a list of names and templates."""
+    found: dict[str, str] = {}
+    for entry in given if isinstance(given, list) else [given]:
+        name, text = (
+            (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)
+        )
+        if not (isinstance(name, str) and name and isinstance(text, str)):
+            raise TokenizerError(
+                f"{where}: chat_template",
+                "is no template",
+                expected="a text, or a list of names and templates",
+                found=repr(entry),
+                fix=AMEND,
+            )
+        found[name] = text
+    return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_file(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TokenizerError(path, "is not UTF-8", found=str(error), fix=AMEND) from error

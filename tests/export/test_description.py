@@ -1,5 +1,6 @@
 """What llama.cpp is told of layers, windows and rotary embeddings, and what it cannot be told."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,90 @@ def test_what_llama_cpp_computes_otherwise_is_refused(
     name = "rope_type" if "rope_parameters" in changes else next(iter(changes))
     with pytest.raises(FamilyError, match=rf"{name}: llama.cpp computes this type otherwise"):
         described(source)
+
+
+def rope(kind: str, **changes: Any) -> dict[str, Any]:
+    given = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, **changes}
+    return {"rope_parameters": {key: value for key, value in given.items() if value != "none"}}
+
+
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+FULL = {"rope_type": "default", "rope_theta": 1e6}
+
+DAMAGES: list[tuple[str, str, dict[str, Any]]] = [
+    *(("llama", "head_dim", {"head_dim": value}) for value in ("x", -8, 7.5)),
+    *(
+        ("llama", "max_position_embeddings", {"max_position_embeddings": value})
+        for value in (2**40, -1, 1e300)
+    ),
+    *(("llama", "rms_norm_eps", {"rms_norm_eps": value}) for value in (1e300, "x", None, True)),
+    *(("llama", "factor", rope("linear", factor=value)) for value in ("none", "x", 0, None)),
+    ("llama", "rope_theta", rope("default", rope_theta=None)),
+    ("llama", "full_attention", {"rope_parameters": {"full_attention": 3}}),
+    ("llama", "partial_rotary_factor", {"partial_rotary_factor": "x"}),
+    ("llama", "partial_rotary_factor", {"partial_rotary_factor": 0.5}),
+    ("phi3", "partial_rotary_factor", {"partial_rotary_factor": "x"}),
+    ("llama", "rope_scaling", {"rope_scaling": [1]}),
+    ("llama", "rope_scaling", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    ("llama", "low_freq_factor", rope("llama3")),
+    ("llama", "high_freq_factor", rope("llama3", **{**LLAMA3, "low_freq_factor": 4.0})),
+    ("llama", "factor", rope("llama3", **LLAMA3, factor=0)),
+    ("llama", "mscale", rope("yarn", mscale=1.0, mscale_all_dim=1.0)),
+    ("llama", "original_max_position_embeddings", rope("longrope")),
+    *(
+        ("llama", "long_factor", rope("longrope", original_max_position_embeddings=64, **value))
+        for value in ({}, {"long_factor": [1.0]}, {"long_factor": ["x"] * 4})
+    ),
+    *(("gemma2", key, {key: None}) for key in ("attn_logit_softcapping", "sliding_window")),
+    *(("gemma2", "final_logit_softcapping", {"final_logit_softcapping": v}) for v in (None, 0)),
+    *(
+        (key, "sliding_window", {"sliding_window": value})
+        for key in ("gemma2", "mistral")
+        for value in ("x", -4, 10**12, True)
+    ),
+    ("gemma2", "layer_types", {"layer_types": ["full_attention", "chunked_attention", "x"]}),
+    *(
+        (
+            "gemma3_text",
+            "sliding_window_pattern",
+            {"layer_types": None, "sliding_window_pattern": v},
+        )
+        for v in (0, "x")
+    ),
+    *(
+        (
+            "gemma3_text",
+            r"sliding_attention\.rope_type",
+            {"rope_parameters": {"full_attention": FULL, "sliding_attention": {key: "linear"}}},
+        )
+        for key in ("rope_type", "type")
+    ),
+    ("gemma3_text", r"rope_parameters\.full_attention", {"rope_parameters": FULL}),
+]
+"""Type, the key that the error names, what is changed in config.json."""
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {key: gguf_models.save(root / key, key) for key in {key for key, *_ in DAMAGES}}
+
+
+@pytest.mark.parametrize(("key", "named", "changes"), DAMAGES)
+def test_what_cannot_be_meant_is_refused_by_its_key(
+    tmp_path: Path, sources: dict[str, Path], key: str, named: str, changes: dict[str, Any]
+) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(sources[key], source)
+    change(source / "config.json", put(**changes))
+    with pytest.raises(surgery.SurgeryError, match=rf"config\.json: .*{named}: "):
+        described(source)
+
+
+def test_a_null_is_no_default(tmp_path: Path) -> None:
+    source = gguf_models.save(tmp_path / "model", "gemma3_text")
+    change(source / "config.json", put(final_logit_softcapping=None, rope_scaling=None))
+    assert "gemma3.final_logit_softcapping" not in described(source).values
 
 
 def test_a_window_that_llama_cpp_does_not_have_is_said(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """GGUF files hold every value of the checkpoint, and appear whole or not at all."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -111,15 +112,22 @@ def test_rows_that_are_no_multiple_of_32_stay_f16(tmp_path: Path) -> None:
     )
 
 
-def test_a_value_too_large_for_f16_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("type_", "value", "beside"),
+    [("f16", 1e6, 0.0), ("f16", 1e6, math.nan), ("q8_0", 9e6, 0.0), ("q8_0", 1.0, math.inf)],
+)
+def test_a_value_too_large_for_a_type_is_refused(
+    tmp_path: Path, type_: str, value: float, beside: float
+) -> None:
     source = tiny.save(tmp_path / "model", dtype=torch.bfloat16)
     file = tmp_path / "model.gguf"
     model = tiny.load(source)
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 4] = 1e6
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = value
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = beside
     model.to(torch.bfloat16).save_pretrained(source)
     with pytest.raises(CheckpointError, match=r"up_proj.weight: has values that are too large"):
-        surgery.export_gguf(source, file, pre="gpt-2", type="f16")
+        surgery.export_gguf(source, file, pre="gpt-2", type=type_)
     assert sorted(tmp_path.iterdir()) == [source]  # nothing is left of the file
 
 
@@ -200,7 +208,9 @@ def test_refusals(tmp_path: Path, llama: Path, run: Run, monkeypatch: pytest.Mon
     assert_refused(named, "found phi", "convert_hf_to_gguf.py", "'gpt-2'")
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
-    assert_refused(run("export", llama, "-o", file, "--pre", "gpt-2"), "no space", "1,000 free")
+    no_space = run("export", llama, "-o", file, "--pre", "gpt-2")
+    assert_refused(no_space, "no space", "1,000 free")
+    assert "--resume" not in no_space.output
     monkeypatch.setitem(sys.modules, "gguf", None)
     needs = run("export", llama, "-o", file, "--pre", "gpt-2")
     assert_refused(needs, "needs the package gguf", "compact-surgery[gguf]")

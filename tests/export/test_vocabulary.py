@@ -114,6 +114,64 @@ def test_templates_by_name(tmp_path: Path) -> None:
     assert keys["tokenizer.chat_template.tool_use"] == "{{ tools }}"
 
 
+TEMPLATES = "additional_chat_templates"
+
+
+@pytest.mark.parametrize(
+    ("given", "files", "words"),
+    [
+        ([1], {}, "is no template"),
+        ([{"name": "a"}], {}, "is no template"),
+        ([{"name": 1, "template": "x"}], {}, "is no template"),
+        ([{"name": "a", "template": 5}], {}, "is no template"),
+        ({"a": 1}, {}, "is no template"),
+        (None, {"chat_template.jinja": b"\xff\xfe{{"}, "is not UTF-8"),
+        (None, {f"{TEMPLATES}/{n}.jinja": b"x" for n in ("tool_use", "tool-use")}, "spells alike"),
+    ],
+)
+def test_damaged_templates_are_refused(
+    tmp_path: Path, given: Any, files: dict[str, bytes], words: str
+) -> None:
+    source = tiny.save(tmp_path / "model")
+    change(source / "tokenizer_config.json", put(chat_template=given))
+    (source / TEMPLATES).mkdir()
+    for name, content in files.items():
+        (source / name).write_bytes(content)
+    with pytest.raises(TokenizerError, match=words):
+        vocabulary_of(source)
+
+
+@pytest.mark.parametrize(
+    ("single", "added"),
+    [
+        (["A"], (False, False)),
+        (["<s>", "A", "</s>"], (True, True)),
+        (["<unk>", "A"], None),
+        (["<unk>", "<s>", "A"], None),
+        (["A", "<s>"], None),
+        (["A", None], "is damaged"),
+    ],
+)
+def test_only_one_bos_before_and_one_eos_after_a_text_can_be_told(
+    tmp_path: Path, single: list[str], added: Any
+) -> None:
+    source, tokenizer = tiny.save(tmp_path / "model"), tiny.tokenizer()
+    texts = ("<unk>", "<s>", "</s>")
+    special = {t: {"id": t, "ids": [tokenizer.token_to_id(t)], "tokens": [t]} for t in texts}
+    pieces = [
+        {"Sequence" if text == "A" else "SpecialToken": {"id": text, "type_id": 0}}
+        for text in single
+    ]
+    processor = {"type": "TemplateProcessing", "single": pieces, "special_tokens": special}
+    change(source / "tokenizer.json", put(post_processor=processor))
+    if isinstance(added, tuple):
+        settings = vocabulary_of(source).settings
+        assert (settings["add_bos_token"], settings["add_eos_token"]) == added
+    else:
+        with pytest.raises(TokenizerError, match=added or "adds no token to a text but one"):
+            vocabulary_of(source)
+
+
 def test_published_tokenizers_have_names_in_the_table() -> None:
     table = json.loads(tokenizer_file.PRE_TOKENIZERS.read_text("utf-8"))
     hashes = [digest for known in table["names"].values() for digest in known]
