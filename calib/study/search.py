@@ -113,10 +113,11 @@ def parse_candidates(text: str, layout: Layout, main_width: str) -> list[Sizes]:
     full = layout.widths[main_width]
     for part in text.split(","):
         numbers = part.split(":")
-        if len(part) > 29 or len(numbers) not in (2, 3) or not all(map(str.isdecimal, numbers)):
+        positive = all(number.isdecimal() and int(number) for number in numbers)
+        if len(part) > 29 or len(numbers) not in (2, 3) or not positive:
             raise BudgetError(
                 "`candidates`",
-                "are no pairs of sizes",
+                "are no pairs of sizes, each at least 1",
                 expected="V:I,V:I,… such as 32768:864,24576:928; of a mixture also V:E:I,…",
                 found=part[:40],
                 fix="correct them",

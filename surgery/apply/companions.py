@@ -35,9 +35,13 @@ from surgery.files.model_files import (
     TOKEN_TABLES,
     TOKENIZER_NAME,
     WORDPIECE_NAME,
+    leaves_model,
+    link_error,
     module_files,
+    modules_of,
     named_templates,
 )
+from surgery.files.safetensors_header import read_header
 from surgery.files.strict_json import (
     PIECE_BYTES,
     dump_json,
@@ -226,10 +230,14 @@ def files_left_out(checkpoint: Checkpoint, ids: IdMap) -> list[str]:
     """
     directory = checkpoint.path
     included = {*OWN, *checkpoint.shards, *_carried(directory, ids), *module_files(directory)}
-    folders = {directory / TEMPLATE_FOLDER, *((directory / name).parent for name in included)}
-    folders = {folder for folder in folders if folder.is_dir() and folder != directory}
-    paths = [path for path in directory.iterdir() if path not in folders]
-    paths += [path for folder in folders for path in folder.iterdir()]
+    folders = {
+        directory,
+        directory / TEMPLATE_FOLDER,
+        *map(directory.joinpath, modules_of(directory)),
+    }
+    folders |= {directory / folder for name in included for folder in Path(name).parents}
+    found = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
+    paths = [path for path in found if path not in folders]
     names = {path.relative_to(directory).as_posix(): path for path in sorted(paths)}
     return [
         name
@@ -249,9 +257,7 @@ def companion_files(plan: Plan, checkpoint: Checkpoint) -> dict[str, Content]:
     directory, ids = checkpoint.path, plan.ids()
     names = _carried(directory, ids)
     files: dict[str, Content] = {
-        name: _pieces(directory / name)
-        for name in module_files(directory)
-        if not _leaves_model(directory / name, directory)
+        name: _pieces(directory / name) for name in _checked_modules(directory, ids)
     }
     if ids.identity:
         return files | {name: _copy(directory / name) for name in names}
@@ -280,9 +286,11 @@ def check_companions(plan: Plan, checkpoint: Checkpoint, source: TokenizerFile |
     """
     directory, ids = checkpoint.path, plan.ids()
     pruned_config(plan, checkpoint)
+    _checked_modules(directory, ids)
+    names = _carried(directory, ids)
     if ids.identity or source is None:
         return
-    for path in (directory / name for name in _carried(directory, ids)):
+    for path in (directory / name for name in names):
         if path.name in (*DOCUMENTS, *TOKEN_TABLES, *PLAIN):
             _rewrite(path, source.token_ids, ids)
 
@@ -410,22 +418,47 @@ def _carried(directory: Path, ids: IdMap) -> list[str]:
         if (name in (*JSON_NAMES, *PLAIN) or CARRIED.fullmatch(name))
         and name not in OWN
         and not name.endswith(".safetensors")
-        and not _leaves_model(directory / name, directory)
+        and _may_be_carried(directory / name, directory)
         and (ids.identity or not _shadows(name) or _can_be_pruned(directory / name))
     ]
 
 
-def _leaves_model(path: Path, directory: Path) -> bool:
-    """Whether a file other than JSON is, or lies behind, a link out of the model in ``directory``.
+def _may_be_carried(path: Path, directory: Path) -> bool:
+    """Whether a file belongs to the model; one behind a link out of it would be published unread.
 
-    It would be published unread.
-
-    The hub's cache keeps a model's files in a folder of blobs beside its snapshots.
+    Raises:
+        CheckpointError: it does not, and the model needs it.
     """
-    if path.name in JSON_NAMES:
-        return False
-    target, model = path.resolve(), directory.resolve()
-    return not (target.is_relative_to(model) or target.parent == model.parent.parent / "blobs")
+    if not leaves_model(path, directory):
+        return True
+    if path.name in (TOKENIZER_NAME, *DOCUMENTS, *TOKEN_TABLES):
+        raise link_error(path)
+    return False
+
+
+TOKEN_MODULES = ("SparseStaticEmbedding", "WordWeights", "WordEmbeddings", "BoW")
+"""Modules of sentence-transformers that hold a number or a row for each token."""
+
+
+def _checked_modules(directory: Path, ids: IdMap) -> list[str]:
+    """Return the files of the modules, which are copied as they are.
+
+    Raises:
+        CheckpointError: one is damaged, or holds something for each token and tokens are removed.
+    """
+    names, kinds = module_files(directory), modules_of(directory)
+    for name in names:
+        path, weighty = directory / name, name.endswith(".safetensors")
+        shapes = [tensor.shape for tensor in read_header(path).tensors] if weighty else []
+        kind = next(kind for folder, kind in kinds.items() if name.startswith(f"{folder}/"))
+        by_token = any(each in f"{kind} {name}" for each in TOKEN_MODULES)
+        if not ids.identity and (by_token or any(ids.old_size in shape for shape in shapes)):
+            raise CheckpointError(
+                path,
+                "holds values by the token's id, and tokens are removed",
+                fix="keep the vocabulary whole, or remove the module",
+            )
+    return names
 
 
 def _shadows(name: str) -> bool:

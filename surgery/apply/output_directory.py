@@ -215,7 +215,7 @@ class OutputDirectory:
         """
         path = self.partial / name
         with self.writing(name):
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, data)
 
     def commit(self) -> None:

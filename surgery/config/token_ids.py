@@ -38,7 +38,8 @@ def visit_ids(data: dict[str, Any], change: Change, where: object) -> dict[str, 
     removed.
 
     Raises:
-        TokenizerError: a single value, or all entries of a list, point at a removed id.
+        TokenizerError: a single value, or all entries of a list, point at a removed id; or an id
+            is written as a text or with a point.
     """
     return _visit_object(data, lambda old, path: change(old), (where,))
 
@@ -91,6 +92,8 @@ def _visit(value: Any, change: ChangeAt, path: JsonPath) -> Any:
         return value
     if isinstance(value, int):
         return change(value, path)
+    if isinstance(value, float) or (isinstance(value, str) and value.isdecimal()):
+        raise _malformed(path, value)
     if not isinstance(value, list):
         return value
     if any(isinstance(entry, list) for entry in value):
@@ -153,6 +156,16 @@ def _visit_decoder(value: dict[str, Any], change: ChangeAt, path: JsonPath) -> d
     return result
 
 
+def _visit_tasks(value: dict[str, Any], change: ChangeAt, path: JsonPath) -> dict[str, Any]:
+    """Map the ids of settings that hold for a task: task → settings."""
+    return {
+        task: _visit_object(settings, change, (*path, task))
+        if isinstance(settings, dict)
+        else settings
+        for task, settings in value.items()
+    }
+
+
 def _visit_named(value: dict[str, Any], change: ChangeAt, path: JsonPath) -> dict[str, Any]:
     """Map token → id of the tokens that name a language or a task (Whisper)."""
     new = {token: _visit(old, change, (*path, token)) for token, old in value.items()}
@@ -178,6 +191,7 @@ _OBJECTS: dict[str, Callable[[dict[str, Any], ChangeAt, JsonPath], dict[str, Any
     "added_tokens_decoder": _visit_decoder,
     "sequence_bias": _visit_bias_keys,
     **dict.fromkeys(("lang_to_id", "task_to_id"), _visit_named),
+    "task_specific_params": _visit_tasks,
     "vocabulary_map": _visit_map,
 }
 """Key → how its object is visited; other objects do not change."""

@@ -1,10 +1,12 @@
 """The files of a model directory by name: weights, their index, the tokenizer."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import CheckpointError
+from surgery.errors import AMEND, CheckpointError
+from surgery.files.strict_json import read_json_value
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -72,29 +74,124 @@ TEMPLATE = re.compile(rf"{TEMPLATE_FOLDER}/\w[\w .-]*\.jinja")
 """Chat templates that a caller asks for by name, such as ``tool_use``; the file's name is its."""
 
 
-MODULE_FILE = re.compile(r"[0-9]+_[A-Za-z]\w*/(config\.json|model\.safetensors)")
-"""Files of a module of sentence-transformers, such as ``1_Pooling`` and ``2_Dense``."""
+MODULE_FILE = re.compile(r"(\w[\w.-]*/)+\w[\w.-]*\.(json|safetensors)")
+"""Files of a module of sentence-transformers, such as ``1_Pooling/config.json``."""
+
+MODULE_FOLDER = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
+PICKLES = (".bin", ".pt", ".pth", ".pkl")
+
+EMPTY_MODULE = "Normalize"
+"""The type of module that has no files: its folder may be missing."""
+
+
+def module_types(modules: Any, where: object) -> dict[str, str]:
+    """Return folder → type of each module in ``modules``, the content of ``MODULES_NAME``.
+
+    The folder of the model itself is "", and is left out.
+
+    Raises:
+        CheckpointError: it is no list of modules, or a path leads out of the model.
+    """
+    found = {}
+    for index, module in enumerate(modules if isinstance(modules, list) else [modules]):
+        fields = module if isinstance(module, dict) else {}
+        path, kind = fields.get("path"), fields.get("type")
+        if not isinstance(modules, list) or not isinstance(path, str) or not isinstance(kind, str):
+            raise CheckpointError(
+                f"{where}: module {index}",
+                "has an unknown form",
+                expected="a list of objects with a path and a type",
+                found=repr(module)[:80],
+                fix=AMEND,
+            )
+        if path and not MODULE_FOLDER.fullmatch(path):
+            raise CheckpointError(
+                f"{where}: module {index}: path",
+                "is no folder within the model",
+                found=repr(path)[:80],
+                fix="do not use this checkpoint",
+            )
+        found[path] = kind
+    return {path: kind for path, kind in found.items() if path}
+
+
+def modules_of(directory: Path) -> dict[str, str]:
+    """Return folder → type of the modules that ``MODULES_NAME`` makes part of a model.
+
+    Raises:
+        CheckpointError: as ``module_types``; or the file is no JSON.
+    """
+    path = directory / MODULES_NAME
+    return module_types(read_json_value(path), path) if os.path.lexists(path) else {}
 
 
 def module_files(directory: Path) -> list[str]:
-    """Return the files in folders of ``directory`` that ``MODULES_NAME`` makes part of a model.
+    """Return the files in the folders of ``directory`` that are modules of the model.
 
     Raises:
-        CheckpointError: one of them has its weights only as a pickle.
+        CheckpointError: a module is missing, is a link, or has its weights only as a pickle.
     """
-    if not (directory / MODULES_NAME).exists():
-        return []
-    for pickle in sorted(directory.glob("[0-9]*_*/pytorch_model.bin")):
-        if not pickle.with_name(SINGLE_NAME).exists():
+    if leaves_model(directory / MODULES_NAME, directory):
+        raise link_error(directory / MODULES_NAME)
+    found: list[str] = []
+    for name, kind in modules_of(directory).items():
+        files = _files_of_module(directory, name)
+        if not files and kind.rpartition(".")[2] != EMPTY_MODULE:
             raise CheckpointError(
-                pickle,
-                "weights are pickled, and a pickle can run code",
-                expected=SINGLE_NAME,
-                fix="save the model again with sentence-transformers, which writes safetensors",
+                directory / name,
+                f"is missing, or has no files, though {MODULES_NAME} names it",
+                fix=f"download the model again, or remove the module from {MODULES_NAME}",
             )
-    found = sorted(path for path in directory.glob("[0-9]*_*/*") if path.is_file())
-    names = (f"{path.parent.name}/{path.name}" for path in found)
-    return [name for name in names if MODULE_FILE.fullmatch(name)]
+        found += files
+    return sorted(dict.fromkeys(found))
+
+
+def _files_of_module(directory: Path, name: str) -> list[str]:
+    found = []
+    if leaves_model(directory / name, directory):
+        raise link_error(directory / name)
+    for folder, folders, files in os.walk(directory / name):
+        linked = [Path(folder, each) for each in folders if Path(folder, each).is_symlink()]
+        paths = [Path(folder, file) for file in sorted(files)]
+        weighty = any(path.suffix == ".safetensors" for path in paths)
+        for path in [*linked, *paths]:
+            inner = path.relative_to(directory).as_posix()
+            if path.suffix in PICKLES and not weighty:
+                raise CheckpointError(
+                    path,
+                    "weights are pickled, and a pickle can run code",
+                    expected=SINGLE_NAME,
+                    fix="save the model again with sentence-transformers, which writes safetensors",
+                )
+            if path in linked or (MODULE_FILE.fullmatch(inner) and not path.is_file()):
+                raise link_error(path)
+            if MODULE_FILE.fullmatch(inner):
+                if leaves_model(path, directory):
+                    raise link_error(path)
+                found.append(inner)
+    return found
+
+
+def leaves_model(path: Path, directory: Path) -> bool:
+    """Whether a file is, or lies behind, a link out of the model in ``directory``.
+
+    The hub's cache keeps a model's files in a folder of blobs beside its snapshots.
+    """
+    target, model = Path(os.path.realpath(path)), directory.resolve()
+    blobs = model.parent.parent / "blobs"
+    return not (
+        target.is_relative_to(model)
+        or (model.parent.name == "snapshots" and target.parent == blobs)
+    )
+
+
+def link_error(path: Path) -> CheckpointError:
+    """A file or folder that the model needs is a link to something else."""
+    return CheckpointError(
+        path,
+        "is no file of the model, but a link or a device",
+        fix="copy what it leads to into the model's directory",
+    )
 
 
 def named_templates(directory: Path) -> list[str]:

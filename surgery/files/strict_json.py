@@ -44,8 +44,21 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: missing, not UTF-8, not JSON, too deep, a key twice, NaN or infinity, or
             not an object.
     """
+    return parse_json(_readable(path), path)
+
+
+def read_json_value(path: Path) -> Any:
+    """Return the value in ``path``, of any form.
+
+    Raises:
+        CheckpointError: as ``read_json``, except that it need not be an object.
+    """
+    return parse_json_value(_readable(path), path)
+
+
+def _readable(path: Path) -> bytes:
     try:
-        return parse_json(read_file(path), path)
+        return read_file(path)
     except OSError as error:
         raise CheckpointError(
             path, "cannot be read", found=error.strerror, fix="check the model directory"
@@ -107,6 +120,20 @@ def _check_marks(marks: int, path: Path) -> None:
 
 def parse_json(raw: bytes, where: Path) -> dict[str, Any]:
     """Parse ``raw`` as one JSON object; ``where`` names it in errors."""
+    value = parse_json_value(raw, where)
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            where,
+            "is not a JSON object",
+            expected="an object",
+            found=type(value).__name__,
+            fix=AMEND,
+        )
+    return value
+
+
+def parse_json_value(raw: bytes, where: object) -> Any:
+    """Parse ``raw`` as JSON of any form, as strictly; ``where`` names it in errors."""
     try:
         if _marks(raw) > MAX_MARKS:
             raise ValueError(f"more than {MAX_MARKS:,} values")
@@ -125,14 +152,6 @@ def parse_json(raw: bytes, where: Path) -> dict[str, Any]:
         torn = isinstance(error, json.JSONDecodeError | UnicodeDecodeError)
         fix = "download the file again" if torn else AMEND
         raise CheckpointError(where, "is not valid JSON", found=error, fix=fix) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            where,
-            "is not a JSON object",
-            expected="an object",
-            found=type(value).__name__,
-            fix=AMEND,
-        )
     return value
 
 

@@ -17,6 +17,7 @@ from surgery.files.model_files import (
     MODULES_NAME,
     SINGLE_NAME,
     TEMPLATE,
+    modules_of,
     weight_map_of,
 )
 from surgery.files.strict_json import read_json
@@ -29,7 +30,7 @@ PATTERNS += ["*.model", "*.spm", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY
 
 IGNORED = ["*/*", ".*", "consolidated*"]
 """Folders, and weights a second time in another layout; "*" alone matches across folders. The
-folders that are wanted are those of ``TEMPLATE`` and of ``MODULE_FILE``."""
+folders that are wanted are that of ``TEMPLATE`` and those that modules.json names."""
 
 FIRST_TRIES = 2
 """Attempts to reach the hub before it has answered once; most names without an answer are typos."""
@@ -68,8 +69,12 @@ def fetch_model(repo: str, revision: str | None) -> tuple[Path, str]:
         raise hub_error(where, error) from error
     _record_commit(repo, revision or "main", commit)
     if snapshot := _complete_snapshot(repo, commit):
-        names = [file.name for file in files if not _is_shard(file)]
-        download_snapshot(repo, commit, names)
+        small = [file for file in files if not _is_shard(file)]
+        plain = [file.name for file in small if not MODULE_FILE.fullmatch(file.name)]
+        download_snapshot(repo, commit, plain)
+        if len(plain) < len(small):
+            names = [file.name for file in _without_other_folders(snapshot, small)]
+            download_snapshot(repo, commit, names)
         return snapshot, commit
     path = _assets(repo, commit)
     if Skeleton.at(path) is None:
@@ -128,9 +133,18 @@ def _is_shard(file: RemoteFile) -> bool:
     return file.name.endswith(".safetensors") and not MODULE_FILE.fullmatch(file.name)
 
 
+def _without_other_folders(path: Path, files: Sequence[RemoteFile]) -> list[RemoteFile]:
+    """Return ``files`` without those in folders that modules.json in ``path`` does not name."""
+    folders = tuple(f"{name}/" for name in modules_of(path))
+    return [f for f in files if not MODULE_FILE.fullmatch(f.name) or f.name.startswith(folders)]
+
+
 def _build_skeleton(path: Path, where: str, files: Sequence[RemoteFile]) -> None:
     weights = {file.name: file for file in files if _is_shard(file)}
     small = {file.name: file for file in files if file.name not in weights}
+    if MODULES_NAME in small:
+        download_small(path, [small[MODULES_NAME]])
+    small = {file.name: file for file in _without_other_folders(path, list(small.values()))}
     if SINGLE_NAME in weights:
         shards = [weights[SINGLE_NAME]]
     elif INDEX_NAME in small:

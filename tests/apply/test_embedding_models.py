@@ -1,6 +1,8 @@
 """Embedding models: decoders saved without a head, and directories of sentence-transformers."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from surgery.api import apply_plan
+from surgery.api import apply_plan, make_plan
 from surgery.apply.companions import files_left_out
-from surgery.errors import FamilyError, TokenizerError
+from surgery.errors import CheckpointError, FamilyError, TokenizerError
 from surgery.tokenizer.tokenizer_file import load_tokenizer
 from tests.support import tiny, tiny_encoders
 from tests.support.command import Run
@@ -113,6 +115,110 @@ def test_a_module_whose_weights_are_pickled_is_refused(tmp_path: Path, run: Run)
     refused = run("plan", source, "--vocab-size", 400, "-o", tmp_path / "plan.json")
     assert refused.exit_code == 2
     assert "2_Dense/pytorch_model.bin: weights are pickled" in refused.output
+
+
+def add_module(source: Path, folder: str, kind: str, **files: object) -> None:
+    """Name one more module, with JSON files; tensors are saved as its weights."""
+    modules = json.loads((source / "modules.json").read_text())
+    modules.append({"idx": 3, "name": "3", "path": folder, "type": f"sentence_transformers.{kind}"})
+    (source / "modules.json").write_text(json.dumps(modules))
+    for name, content in files.items():
+        path = source / folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, torch.Tensor):
+            save_file({"weight": content}, path.with_suffix(".safetensors"))
+        else:
+            path.with_suffix(".json").write_text(json.dumps(content))
+
+
+def test_modules_may_have_any_name_and_hold_others(tmp_path: Path) -> None:
+    source, out = sentence_transformer(tmp_path / "source"), tmp_path / "out"
+    add_module(source, "lstm", "LSTM", lstm_config={"a": 1}, model=torch.ones(2))
+    inner = {"sub_0_Dense/config": {}, "sub_0_Dense/model": torch.ones(2)}
+    add_module(source, "3_Router", "Router", router_config={}, **inner)
+    add_module(source, "4_Normalize", "Normalize")
+    (source / "unnamed").mkdir()
+    plan = random_plan(source, 400, 0.5)
+    apply_plan(plan, source=source, output=out)
+    expected = {
+        *("lstm/lstm_config.json", "lstm/model.safetensors", "3_Router/router_config.json"),
+        *("3_Router/sub_0_Dense/config.json", "3_Router/sub_0_Dense/model.safetensors"),
+        *("1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"),
+    }
+    assert {path.relative_to(out).as_posix() for path in out.glob("*/**/*.*")} == expected
+    for name in expected:
+        assert (out / name).read_bytes() == (source / name).read_bytes()
+    left_out = files_left_out(layout_of(source).checkpoint, plan.ids())
+    assert left_out == ["2_Dense/pytorch_model.bin", "onnx", "unnamed"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind", "files"),
+    [
+        ("3_SparseStaticEmbedding", "SparseStaticEmbedding", {"config": {}}),
+        ("weights", "WordWeights", {"config": {"vocab": []}}),
+        ("3_Router", "Router", {"sub_0_SparseStaticEmbedding/config": {}}),
+        ("3_Custom", "Custom", {"config": {}, "model": torch.ones(tiny_encoders.VOCAB_SIZE)}),
+    ],
+)
+def test_a_module_by_token_needs_the_whole_vocabulary(
+    tmp_path: Path, folder: str, kind: str, files: dict[str, Any]
+) -> None:
+    source = sentence_transformer(tmp_path / "source")
+    add_module(source, folder, kind, **files)
+    with pytest.raises(CheckpointError, match=rf"{folder}/.*holds values by the token's id"):
+        make_plan(source, vocab_size=400)
+    whole = make_plan(source, intermediate_size=16, criterion="random")
+    apply_plan(whole, source=source, output=tmp_path / "out")
+    assert (tmp_path / "out" / folder).is_dir()
+
+
+def link_folder(source: Path, outside: Path) -> None:
+    shutil.move(source / "1_Pooling", outside)
+    (source / "1_Pooling").symlink_to(outside)
+
+
+def link_file(source: Path, outside: Path) -> None:
+    shutil.move(source / "1_Pooling" / "config.json", outside)
+    (source / "1_Pooling" / "config.json").symlink_to(outside)
+
+
+def link_list(source: Path, outside: Path) -> None:
+    shutil.move(source / "modules.json", outside)
+    (source / "modules.json").symlink_to(outside)
+
+
+def dangle(source: Path, outside: Path) -> None:
+    (source / "1_Pooling" / "config.json").unlink()
+    (source / "1_Pooling" / "config.json").symlink_to(outside)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (link_folder, "1_Pooling: is no file of the model, but a link"),
+        (link_file, "1_Pooling/config.json: is no file of the model, but a link"),
+        (link_list, "modules.json: is no file of the model, but a link"),
+        (dangle, "1_Pooling/config.json: is no file of the model, but a link"),
+        (lambda source, _: shutil.rmtree(source / "1_Pooling"), "1_Pooling: is missing"),
+        (
+            lambda source, _: (source / "2_Dense" / "model.safetensors").write_bytes(b"x" * 99),
+            "2_Dense/model.safetensors: ",
+        ),
+        (lambda source, _: (source / "modules.json").write_text("{}"), "unknown form"),
+        (lambda source, _: (source / "modules.json").write_text("[3]"), "unknown form"),
+        (lambda source, _: (source / "modules.json").write_text("[{"), "is not valid JSON"),
+        (lambda source, _: add_module(source, "../x", "Dense"), "is no folder within the model"),
+        (lambda source, _: add_module(source, "/etc", "Dense"), "is no folder within the model"),
+    ],
+)
+def test_damaged_modules_are_refused(
+    tmp_path: Path, damage: Callable[[Path, Path], object], message: str
+) -> None:
+    source = sentence_transformer(tmp_path / "source")
+    damage(source, tmp_path / "outside")
+    with pytest.raises(CheckpointError, match=message):
+        make_plan(source, vocab_size=400)
 
 
 def test_folders_alone_are_no_part_of_a_model(tmp_path: Path) -> None:

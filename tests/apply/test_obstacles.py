@@ -15,7 +15,7 @@ from threading import Event
 
 import pytest
 
-from surgery.api import apply_plan
+from surgery.api import apply_plan, make_plan
 from surgery.apply.companions import files_left_out
 from surgery.apply.edits import Edit
 from surgery.apply.shard import stream_edit
@@ -288,14 +288,27 @@ os.environ['RAY_ADDRESS'] = '127.0.0.1:{server.getsockname()[1]}'
 def test_links_out_of_the_model_are_not_copied(source: Path, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("nobody's business")
-    (source / "LICENSE").symlink_to(secret)
+    names = ["LICENSE", "configuration.json", "normalizer.json", "sentence_bert_config.json"]
+    for name in names:
+        (source / name).symlink_to(secret)
     (source / "NOTICE.txt").write_text("be kind")
     (source / "NOTICE").symlink_to("NOTICE.txt")
     made = random_plan(source, 512, 64)
     apply_plan(made, source=source, output=tmp_path / "out")
-    assert not (tmp_path / "out" / "LICENSE").exists()
+    assert not {*names} & {path.name for path in (tmp_path / "out").iterdir()}
     assert (tmp_path / "out" / "NOTICE").read_text() == "be kind"
-    assert files_left_out(Checkpoint.open(source), made.ids()) == ["LICENSE"]
+    assert files_left_out(Checkpoint.open(source), made.ids()) == names
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json"])
+def test_a_needed_file_behind_a_link_out_is_refused(
+    source: Path, tmp_path: Path, name: str
+) -> None:
+    shutil.copy(source / name, tmp_path / "secret")
+    (source / name).unlink()
+    (source / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=f"{name}: is no file of the model, but a link"):
+        make_plan(source, intermediate_size=64, criterion="random")
 
 
 def test_links_into_the_hub_s_cache_are_followed(source: Path, tmp_path: Path) -> None:

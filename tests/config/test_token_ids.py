@@ -141,6 +141,17 @@ def test_sections_of_the_same_vocabulary_are_mapped(section: str) -> None:
     assert found == {"bos_token_id": 1, section: {"bos_token_id": 2, "decoder": {"pad_index": 3}}}
 
 
+def test_settings_for_a_task_are_mapped() -> None:
+    """As mBART names its language."""
+    settings = {"decoder_start_token_id": 4, "bad_words_ids": [[6], [7]], "max_length": 6}
+    data = {"task_specific_params": {"translation": settings, "other": None}}
+    settings = {"decoder_start_token_id": 2, "bad_words_ids": [[3]], "max_length": 6}
+    assert visit(**data) == {"task_specific_params": {"translation": settings, "other": None}}
+    assert set(id_paths(data, HERE).values()) == {4, 6, 7}
+    with pytest.raises(TokenizerError, match=r"task_specific_params: x: pad_token_id: .*found 7"):
+        visit(task_specific_params={"x": {"pad_token_id": 7}})
+
+
 def test_a_listing_is_not_a_reference() -> None:
     data = {"added_tokens_decoder": {"4": {"content": "<a>"}}, "pad_token_id": 6}
     assert set(reference_paths(data, HERE).values()) == {6}
@@ -176,7 +187,7 @@ def test_other_keys_are_left_alone(key: str, value: object) -> None:
     assert visit(**{key: value}) == {key: value}
 
 
-@pytest.mark.parametrize("value", [True, False, "4", {"a": 4}, 4.5])
+@pytest.mark.parametrize("value", [True, False, "<s>", {"a": 4}])
 def test_what_is_not_an_id_is_left_alone(value: object) -> None:
     assert visit(eos_token_id=value) == {"eos_token_id": value}
 
@@ -217,6 +228,9 @@ def test_a_refusal_names_the_section() -> None:
     "data",
     [
         {"eos_token_id": [2, [4]]},
+        {"mask_token_id": "4"},
+        {"mask_token_id": 4.0},
+        {"eos_token_id": [2, "4"]},
         {"sequence_bias": [[[2]]]},
         {"sequence_bias": [3]},
         {"forced_decoder_ids": [[1]]},

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.planning.plan import Plan
@@ -23,6 +25,8 @@ UNWANTED = (
     "original/params.json",
     "onnx/config.json",
     "onnx/template.jinja",
+    "onnx/config.json",
+    "other/model.safetensors",
     "trainer_state.json",
     "corpus.txt",
 )
@@ -30,7 +34,7 @@ UNWANTED = (
 
 TEMPLATE = "additional_chat_templates/tool_use.jinja"
 
-MODULES = ("1_Pooling/config.json", "2_Dense/model.safetensors")
+MODULES = ("1_Pooling/config.json", "router/sub_0_Dense/model.safetensors")
 """What follows an embedding model, as modules.json lists it."""
 
 
@@ -43,10 +47,12 @@ def hub(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         (tiny / name).write_bytes(b"unwanted")
     (tiny / TEMPLATE).parent.mkdir()
     (tiny / TEMPLATE).write_text("tools")
-    (tiny / "modules.json").write_text("[]")
+    modules = [{"path": path, "type": "x.Module"} for path in ("", "1_Pooling", "router")]
+    (tiny / "modules.json").write_text(json.dumps(modules))
     for name in MODULES:
-        (tiny / name).parent.mkdir()
-        (tiny / name).write_text(name)
+        (tiny / name).parent.mkdir(parents=True)
+    (tiny / MODULES[0]).write_text("{}")
+    save_file({"weight": np.ones(3, np.float32)}, tiny / MODULES[1])
     repos = {
         "models/org/tiny": Repo(tiny),
         "models/gpt2": Repo(tiny),
@@ -107,7 +113,8 @@ def test_every_file_but_the_weights_is_downloaded(skeleton: Path, llama: Path) -
         if path.suffix != ".safetensors":
             assert (skeleton / path.name).read_bytes() == path.read_bytes()
     assert (skeleton / TEMPLATE).read_text() == "tools"
-    assert all((skeleton / name).read_text() == name for name in MODULES)
+    for name, size in zip(MODULES, (2, 84), strict=True):
+        assert (skeleton / name).stat().st_size == size
     assert list(skeleton.glob("*.safetensors")) == []
 
 

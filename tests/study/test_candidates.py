@@ -139,7 +139,18 @@ def test_candidates_by_hand(layout: Layout) -> None:
     ]
     with pytest.raises(SurgeryError, match="no routed experts"):
         parse_candidates("1024:3:256", layout, "intermediate_size")
-    for text in ("", "1:", "1:2:3:4", "a:b", "1024", "1024:256,", "9" * 30 + ":1"):
+    for text in (
+        "",
+        "1:",
+        "1:2:3:4",
+        "a:b",
+        "1024",
+        "1024:256,",
+        "9" * 30 + ":1",
+        "0:256",
+        "8:0",
+        "640:0:64",
+    ):
         with pytest.raises(SurgeryError, match="are no pairs of sizes"):
             parse_candidates(text, layout, "intermediate_size")
 
