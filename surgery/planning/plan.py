@@ -173,6 +173,30 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                     found=found,
                     fix=MAKE_AGAIN,
                 )
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        """Refuse sizes that no model has, or that grow."""
+        for name, full in self.before.widths.items():
+            found = self.after.widths.get(name, 0)
+            if not 1 <= found <= full:
+                raise PlanError(
+                    f"after.widths.{name}",
+                    "does not match the rest of the plan",
+                    expected=f"1 to {full}",
+                    found=found,
+                    fix=MAKE_AGAIN,
+                )
+        for when, shape in (("before", self.before), ("after", self.after)):
+            for name in ("vocab_size", "num_hidden_layers", "parameters", "nbytes"):
+                if getattr(shape, name) < 1:
+                    raise PlanError(
+                        f"{when}.{name}",
+                        "is no size of a model",
+                        expected="at least 1",
+                        found=getattr(shape, name),
+                        fix=MAKE_AGAIN,
+                    )
 
     @property
     def complete(self) -> bool:
