@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -100,21 +100,25 @@ def _memory(layout: Layout, plan: Plan) -> tuple[list[BillRow], int]:
     return [*rows, cache, together], context
 
 
+Figure = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
+"""A measured number; a larger one was not measured."""
+
+
 class Change(msgspec.Struct, frozen=True):
     """How many more bits a model needs than another."""
 
-    share: float
-    margin: float | None = None
+    share: Figure
+    margin: Figure | None = None
 
 
 class ScoreRow(msgspec.Struct, frozen=True):
     """A model's score on held-out text, as ``score`` writes it."""
 
     model: str
-    bits_per_byte: float
+    bits_per_byte: Figure
     bytes: int
     windows: int
-    margin: float | None = None
+    margin: Figure | None = None
     change: Change | None = None
 
 
@@ -126,10 +130,10 @@ class TrialRow(msgspec.Struct, frozen=True):
     widths: dict[str, int]
     num_hidden_layers: int
     parameters: int
-    removed: float
-    bits_per_byte: float
-    loss: float
-    score: float
+    removed: Figure
+    bits_per_byte: Figure
+    loss: Figure
+    score: Figure
     heldout_windows: int
     heldout_bytes: int
     experts: int = 0
@@ -162,9 +166,11 @@ def read_results(paths: Sequence[Path]) -> Results:
             value: Any = json.loads(read_file(path))
             if isinstance(value, dict) and "bits_per_byte" in value:
                 value = [value]
+            if not isinstance(value, dict) and not (isinstance(value, list) and value):
+                raise ValueError("neither rows nor rows by ratio")
             if isinstance(value, dict):
                 found.compared.update(msgspec.convert(value, dict[str, list[TrialRow]]))
-            elif "model" in value[0]:
+            elif isinstance(value[0], dict) and "model" in value[0]:
                 found.scores.extend(msgspec.convert(value, list[ScoreRow]))
             else:
                 found.search.extend(msgspec.convert(value, list[TrialRow]))

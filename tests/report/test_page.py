@@ -403,7 +403,10 @@ def test_results_are_shown(bench: Path, run: Run) -> None:
     ("content", "words"),
     [
         ("{", "holds no results"),
-        ("[]", "holds no results"),
+        ("[]", "neither rows nor rows by ratio"),
+        ("null", "neither rows nor rows by ratio"),
+        ("[1]", "Expected `object`, got `int`"),
+        ('[{"model": "a", "bits_per_byte": 1e308, "bytes": 1, "windows": 1}]', "<= 1000000000"),
         ('{"a": 1}', "holds no results"),
         ('[{"model": "a"}]', "bits_per_byte"),
         ("[" * 100_000, "holds no results"),
