@@ -7,7 +7,6 @@ which ``python -m tools.derive`` writes. What they do not show is here, by hand.
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
@@ -260,6 +259,8 @@ def family_of(config: Mapping[str, Any], where: object, name: str | None = None)
             where, "names no model_type", expected="a model type, such as llama", fix="add it"
         )
     if name is not None and name not in FAMILIES:
+        from difflib import get_close_matches  # 5 to 20 ms; few starts need it
+
         raise FamilyError(
             "`family`",
             "names no family",

@@ -33,10 +33,14 @@ def literals(path: Path) -> Iterator[str]:
 
 
 MODULES = sorted(path for folder in ("surgery", "calib") for path in (ROOT / folder).rglob("*.py"))
+SHOW_COMMANDS = ("surgery/report/choices.py", "surgery/report/page.py")
+"""The page of report has commands to copy; it is read in a browser, not raised or logged."""
 LIBRARY = [
     path
     for path in MODULES
-    if path.name not in OF_CLICK and not path.relative_to(ROOT).as_posix().startswith("surgery/cli")
+    if path.name not in OF_CLICK
+    and path.relative_to(ROOT).as_posix() not in SHOW_COMMANDS
+    and not path.relative_to(ROOT).as_posix().startswith("surgery/cli")
 ]
 
 
