@@ -2,7 +2,6 @@
 
 import hashlib
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cached_property
 from itertools import compress
 from pathlib import Path
@@ -285,6 +284,8 @@ def check_pre_tokenizer(option: str, name: str) -> None:
     Raises:
         OptionError: it names the option, and names like ``name``.
     """
+    from difflib import get_close_matches
+
     names = read_json(PRE_TOKENIZERS)["names"]
     if name in names:
         return
