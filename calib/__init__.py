@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from calib.api import (
         Pruned,
-        answer,
         calibrate,
         compare,
         compare_logits,
@@ -17,19 +16,15 @@ if TYPE_CHECKING:
     )
     from calib.scoring.logits import Equality
     from calib.scoring.score import Change, Score
-    from calib.scoring.tasks import Answers, Share
     from calib.study.search import SearchResult
 
 
 __all__ = [
-    "Answers",
     "Change",
     "Equality",
     "Pruned",
     "Score",
     "SearchResult",
-    "Share",
-    "answer",
     "calibrate",
     "compare",
     "compare_logits",
@@ -40,12 +35,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Answers": "calib.scoring.tasks",
     "Change": "calib.scoring.score",
     "Equality": "calib.scoring.logits",
     "Score": "calib.scoring.score",
     "SearchResult": "calib.study.search",
-    "Share": "calib.scoring.tasks",
 }
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())

@@ -178,6 +178,7 @@ def predict(
     """
     width = layout.by_name[layout.family.embedding].shape[1]
     states = text.tokens * width * settings.dtype.itemsize
+    states *= 2 if layout.decoder_layers else 1  # the encoder's and the decoder's
     sums = list(_sum_bytes(layout, buckets))
     # The sums of one layer are written while the next layer computes.
     kept = 2 * max(sums, default=0) if journal else sum(sums)
@@ -267,7 +268,8 @@ def predict_repair(
     Args:
         layout: The model.
         widths: Key of config.json → I'.
-        text: All windows whose hidden states are kept, as often as they are.
+        text: All windows: calibration text in the dense model and in the pruned one, and held-out
+            text without and with the repair.
         settings: How the layers compute.
     """
     pass_alone = predict(layout, text, settings, buckets=1, journal=False)
@@ -280,10 +282,8 @@ def predict_repair(
         full, kept = layout.channels_of(axis), widths[width.key] * layout.times(axis)
         experts = layout.experts if axis == EXPERT else 1
         matrix, pruned = depth * full, depth * kept
-        sums = 4 * kept**2 + 4 * pruned
-        if axis != FFN:
-            sums += 8 * experts * full**2 + 4 * kept * (full - kept)
-        equations = sums + 8 * kept**2
+        sums = 4 * (full * kept + pruned) if axis == FFN else 8 * experts * full**2
+        equations = sums + 8 * kept**2 + 4 * kept * (full - kept) + 4 * pruned
         solving = 16 * kept**2 + 8 * pruned + 16 * SOLVED_ROWS * kept
         weights = 2 * experts * matrix * settings.dtype.itemsize
         activations = 2 * longest * full * settings.dtype.itemsize

@@ -95,8 +95,9 @@ class Batch:
     """The first row of ``states`` that belongs to these windows."""
     arguments: dict[int, list[Arguments]] = field(default_factory=dict)
     """Windows of a micro-batch → the arguments of each layer."""
-    passed_on: dict[int, Any] = field(default_factory=dict)
-    """First window of a micro-batch → what the last layer returned beside its hidden states."""
+    passed_on: dict[int, tuple[Any, ...]] = field(default_factory=dict)
+    """First window of a micro-batch → what the last layer returned beside its hidden states; of an
+    encoder with a decoder, the windows of a micro-batch →."""
 
     @property
     def hidden(self) -> torch.Tensor:

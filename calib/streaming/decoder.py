@@ -1,8 +1,7 @@
 """The streamed decoder: the library's own model with the weights of one layer at a time."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from typing import Any
 
@@ -20,23 +19,28 @@ from calib.streaming.batches import (
     micro_batches,
     tokens_of,
 )
-from calib.streaming.empty_model import empty_model, layers_path, library_errors
-from calib.streaming.ffn import FfnCall, FfnModule, ffn_above, hooked_ffn, no_hook, seen_ffn
+from calib.streaming.empty_model import (
+    compute_missing,
+    empty_model,
+    layers_paths,
+    library_errors,
+)
+from calib.streaming.ffn import FfnModule, hooked_ffn
 from calib.streaming.layers import Layers, broken_tensor, move_buffers, not_finite
 from calib.streaming.settings import PassSettings, Timings
+from calib.streaming.stacks import Stack, capture_both, shifted
 from calib.streaming.stand_ins import (
-    ArgumentCapture,
+    ENCODED,
     Arguments,
-    CaptureDone,
-    ReplayHidden,
+    PassedOn,
     swapped,
     takes_passed,
-    with_passed,
+    with_values,
 )
 from calib.streaming.weights import WeightReader
 from surgery.errors import CheckpointError
 from surgery.families.blocks import OUTSIDE
-from surgery.families.schema import DECODER, VOCAB, Dim
+from surgery.families.schema import DECODER, ENCODER_DECODER, VOCAB, Dim
 from surgery.files.safetensors_header import TensorRef
 from surgery.layout.layout import Layout
 from surgery.process import Advance, no_advance, release_freed_memory
@@ -47,22 +51,12 @@ HEAD_ROWS = 8192
 NO_WEIGHTS: Mapping[str, torch.Tensor] = {}
 
 
-@dataclass(frozen=True)
-class Peeked:
-    """What a layer with one dense FFN computes for some tokens."""
-
-    rows: slice
-    """Their rows of the hidden states."""
-    act: torch.Tensor
-    """``(tokens, I)``: the input of down_proj."""
-    after: torch.Tensor
-    """``(tokens, D)``: the layer's output."""
-    ffn: FfnCall | None
-    """None where the FFN is no module of its own that takes nothing but hidden states."""
-
-
 class StreamedDecoder:
-    """A causal LM, or an encoder, that reads each layer, runs all text through it, and frees it."""
+    """A causal LM, or an encoder, that reads each layer, runs all text through it, and frees it.
+
+    An encoder with a decoder runs as one list of layers, the encoder's first. Its hidden states are
+    those of both, side by side: ``(windows, tokens, 2 D)``. A layer changes its own half.
+    """
 
     def __init__(
         self,
@@ -77,19 +71,18 @@ class StreamedDecoder:
         self.settings = settings or PassSettings(reader.device, reader.dtype)
         self.timings = timings or Timings()
         self._model, self._conversion = empty_model(layout, reader.dtype)
-        parent, _, self._list_name = layers_path(layout, self._conversion).rpartition(".")
-        self._parent = self._model.get_submodule(parent)
-        modules = list(getattr(self._parent, self._list_name))
+        paths, outputs = layers_paths(layout, self._conversion), layout.family.layer_outputs
+        self._encoder_layers = len(paths) - layout.decoder_layers
+        parts = (paths[: self._encoder_layers], paths[self._encoder_layers :])
+        self._stacks = [Stack(self._model, part, outputs) for part in parts if part]
+        modules = [layer for stack in self._stacks for layer in stack.layers]
         self._layers = Layers(
             layout, reader, self._conversion, modules, self.settings, self.timings
         )
-        self._captures = [ArgumentCapture(layer) for layer in modules]
-        self._captures[-1].last = True
         self._channels = max([1, *map(layout.channels_of, layout.family.widths)])
-        self._returns_tuple = False
+        self._outputs = 1
         self._options = {"use_cache": False} if layout.family.kind == DECODER else {}
         self._streams: tuple[int, ...] = (-1,)
-        self._set_layers(self._captures)
         reader.expect(self._reading_order())
         self._load_outer()
         release_freed_memory()  # that of planning, tokenizing and building, before weights are read
@@ -109,13 +102,15 @@ class StreamedDecoder:
             CheckpointError: a row of the embedding has NaN or infinity.
             DataError: there is no token, or one without a row in the embedding.
         """
-        used = tokens_of(streams, self.layout.vocab_size)
-        for name, table in self._tables.items():
+        begins = () if self._start is None else (self._start,)
+        used = np.union1d(tokens_of(streams, self.layout.vocab_size), begins).astype(np.int64)
+        for name, tables in self._tables.items():
             ref = self.layout.by_name[name]
             rows = self.reader.rows(ref.name, used)
             self._check(ref, rows)
-            table.weight = nn.Parameter(rows, requires_grad=False)
-            table.padding_idx = None
+            for table in tables:
+                table.weight = nn.Parameter(rows, requires_grad=False)
+                table.padding_idx = None
         for stream in streams:
             stream.batches = []
             for length in dict.fromkeys(map(len, stream.windows)):
@@ -126,16 +121,17 @@ class StreamedDecoder:
             if passed:
                 stream.states.restore(passed)
         self._free_tables()
+        for stream in streams if passed else ():
+            self._recall(stream, passed)
 
     def _embed(self, stream: Stream, used: np.ndarray, passed: int) -> None:
         """Fill the last batch's hidden states and capture the arguments of the layers."""
         batch, states = stream.batches[-1], stream.states
         for part in self._micro_batches([batch]):
-            rows = torch.from_numpy(np.searchsorted(used, part.ids.numpy()))
-            hidden, arguments = self._capture_arguments(rows.to(self.reader.device))
+            hidden, arguments = self._capture_arguments(part.ids, used)
             if not len(states.before):
                 states.allocate(stream.tokens, hidden.shape[-1], hidden.dtype)
-            if passed and takes_passed(arguments[passed]):
+            if passed and takes_passed(arguments[passed]) and not self.layout.decoder_layers:
                 raise CheckpointError(
                     self.layout.checkpoint.path,
                     "its layers pass on more than hidden states, which no interrupted run keeps",
@@ -145,6 +141,20 @@ class StreamedDecoder:
             if not passed:
                 states.before[part.rows].view(hidden.shape).copy_(hidden)
                 states.give_back(part.rows)
+
+    def _recall(self, stream: Stream, passed: int) -> None:
+        """Compute again what the layers of an interrupted run passed on, of T5's a bias.
+
+        The first layer of the stack makes it, from the lengths of the windows alone.
+        """
+        first = 0 if passed < self._encoder_layers else self._encoder_layers
+        if not any(takes_passed(of[passed]) for b in stream.batches for of in b.arguments.values()):
+            return
+        for index in self.layers(first):
+            for part in self._micro_batches(stream.batches):
+                if self._key(part) not in part.batch.passed_on:
+                    self._run(index, self.layer(index), part, nullcontext())
+            return
 
     def run_layers(
         self,
@@ -205,11 +215,11 @@ class StreamedDecoder:
             for part in self._micro_batches(stream.batches):
                 outputs = partial(hooks.routed, index) if hooks.routed is not None else None
                 channels = partial(hooks.channels, index)
-                hooked = hooked_ffn(layer, ffn_modules, part.ids, channels, outputs)
+                hooked = hooked_ffn(layer, ffn_modules, self._ids(index, part), channels, outputs)
                 hidden, after = self._run(index, layer, part, hooked)
                 hooks.states(index, hidden, after)
                 finite.append(after.isfinite().all())
-                part.write(after)
+                part.write(self._both_halves(index, part, after))
                 stream.states.give_back(part.rows)
                 progress(len(part.ids))
             if not bool(torch.stack(finite).all()):
@@ -220,10 +230,11 @@ class StreamedDecoder:
     @torch.no_grad()
     def peek(
         self, index: int, stream: Stream, weights: Mapping[str, torch.Tensor] = NO_WEIGHTS
-    ) -> Iterator[Peeked]:
+    ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         """Run a layer with one dense FFN on ``stream`` and leave its hidden states as they are.
 
-        Yields what each micro-batch shows. Its rows of ``stream.states`` may then be overwritten.
+        Yields for each micro-batch its rows of the hidden states, the input of down_proj
+        ``(tokens, I)`` and the layer's output ``(tokens, D)``.
         """
         layer, ffn_modules = self.layer(index), self.ffn_modules(index)
         for part in self._micro_batches(stream.batches):
@@ -232,45 +243,11 @@ class StreamedDecoder:
             def collect(axis: str, expert: int, tokens: Tokens, act: torch.Tensor) -> None:
                 pieces.append(act.view(tokens.count, -1, act.shape[-1]))  # noqa: B023
 
-            with (
-                self.timings.timed("compute"),
-                swapped(layer, weights),
-                seen_ffn(layer, ffn_modules[0]) as calls,
-            ):
-                hooked = hooked_ffn(layer, ffn_modules, part.ids, collect)
+            with self.timings.timed("compute"), swapped(layer, weights):
+                hooked = hooked_ffn(layer, ffn_modules, self._ids(index, part), collect)
                 _, after = self._run(index, layer, part, hooked)
-            ffn = calls[0] if len(calls) == 1 else None
-            yield Peeked(
-                part.rows, torch.cat(pieces, dim=1).flatten(0, 1), after.flatten(0, 1), ffn
-            )
             stream.states.give_back(part.rows)
-
-    @torch.no_grad()
-    def run_ffn(self, index: int, stream: Stream, weights: Mapping[str, torch.Tensor]) -> None:
-        """Finish a layer whose attention has run: only its FFN, the layer's one, is left to run.
-
-        Args:
-            index: Index of the layer.
-            stream: Its states hold the FFN's input in ``before``, and in ``after`` what the FFN's
-                output is added to.
-            weights: Parameters that replace the layer's own.
-
-        Raises:
-            CheckpointError: the layer gives NaN or infinity.
-        """
-        layer, ffn_modules, finite = self.layer(index), self.ffn_modules(index), []
-        with self.timings.timed("compute"), swapped(layer, weights):
-            for part in self._micro_batches(stream.batches):
-                hidden = part.read().to(self.reader.device)
-                with hooked_ffn(layer, ffn_modules, part.ids, no_hook):
-                    added = ffn_above(layer, ffn_modules[0])(hidden)
-                finite.append(added.isfinite().all())
-                stream.states.after[part.rows] += added.flatten(0, 1).to(stream.states.after.device)
-                stream.states.give_back(part.rows)
-            if not bool(torch.stack(finite).all()):
-                raise not_finite(self.layout, index, layer, self.reader.dtype)
-        with self.timings.timed("write"):
-            stream.states.advance()
+            yield part.rows, torch.cat(pieces, dim=1).flatten(0, 1), after.flatten(0, 1)
 
     def layer(self, index: int) -> nn.Module:
         """Return the library's layer; it has weights only while ``layers`` yields its index."""
@@ -315,11 +292,9 @@ class StreamedDecoder:
         name = self._tensor(family.embedding if self.layout.tied else family.head)
         bias = self.layout.by_name.get(family.head.removesuffix("weight") + "bias")
         head = self._model.get_output_embeddings()
-        replay = ReplayHidden(self.layer(0), self._returns_tuple)
         every = np.unique(np.concatenate([rows for _, rows in hidden]))
         self.reader.expect([name] * -(-len(every) // HEAD_ROWS))
-        self._set_layers([replay])
-        for table in self._tables.values():
+        for table in self._every_table():
             row = torch.zeros(1, table.embedding_dim, dtype=self.reader.dtype)
             table.weight = nn.Parameter(self.reader.to_device(row), requires_grad=False)
         try:
@@ -336,16 +311,15 @@ class StreamedDecoder:
                     first, stop = np.searchsorted(rows, (block[0], block[-1] + 1)).tolist()
                     if first == stop:
                         continue
-                    replay.hidden = states.to(self.reader.device).unflatten(-1, self._streams)
                     begin = torch.zeros(states.shape[:2], dtype=torch.int64)
-                    with library_errors(self.layout):
-                        logits = self._forward(begin.to(self.reader.device)).logits
+                    begin = begin.to(self.reader.device)
+                    run = partial(self._forward, begin)
+                    logits = self._replayed(self._stacks[0], states, run).logits
                     if stop - first < len(block):
                         wanted = torch.from_numpy(np.searchsorted(block, rows[first:stop]))
                         logits = logits[..., wanted.to(logits.device)]
                     yield index, slice(first, stop), logits
         finally:
-            self._set_layers(self._captures)
             head.to("meta")
             self._free_tables()
 
@@ -353,20 +327,28 @@ class StreamedDecoder:
     def outputs(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return what the model without its head makes of the states after the last layer.
 
-        Both are ``(windows, tokens, D)``; a final norm makes the difference.
+        Both are ``(windows, tokens, D)``; a final norm makes the difference. Of an encoder with a
+        decoder, the states are those of both, and the output is the decoder's.
         """
+        stack = self._stacks[-1]
+        if self.layout.family.kind == ENCODER_DECODER:
+            of_stack = hidden[..., self._half(self.layout.num_hidden_layers - 1, hidden)]
+            return self._end(stack, stack.parent, of_stack)
+        return self._end(stack, self._model.base_model, hidden)
+
+    def _end(self, stack: Stack, module: Any, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what ``module``, which runs ``stack``, makes of the states after its layers."""
         width = self.layout.by_name[self.layout.family.embedding].shape[1]
-        replay = ReplayHidden(self.layer(0), self._returns_tuple)
-        replay.hidden = hidden.to(self.reader.device).unflatten(-1, self._streams)
-        self._set_layers([replay])
-        try:
-            begin = replay.hidden.new_zeros((*hidden.shape[:2], width))
-            with library_errors(self.layout):
-                made = self._model.base_model(inputs_embeds=begin, **self._options)
-        finally:
-            self._set_layers(self._captures)
-        last: torch.Tensor = made.last_hidden_state
+        begin = torch.zeros((*hidden.shape[:2], width), dtype=self.reader.dtype)
+        begin = begin.to(self.reader.device)
+        run = partial(module, inputs_embeds=begin, **self._options)
+        last: torch.Tensor = self._replayed(stack, hidden, run).last_hidden_state
         return last
+
+    def _replayed(self, stack: Stack, hidden: torch.Tensor, run: Callable[[], Any]) -> Any:
+        given = hidden.to(self.reader.device).unflatten(-1, self._streams)
+        with library_errors(self.layout):
+            return stack.replay(given, self._outputs, run)
 
     def _tensor(self, name: str) -> str:
         """Return the name that a tensor of the text model has in the file."""
@@ -377,9 +359,6 @@ class StreamedDecoder:
         if not all(bool(part.isfinite().all()) for part in rows.split(HEAD_ROWS)):
             raise broken_tensor(f"{ref.path}: tensor {ref.name}", rows.dtype)
 
-    def _set_layers(self, layers: Sequence[nn.Module]) -> None:
-        setattr(self._parent, self._list_name, nn.ModuleList(layers))
-
     def _reading_order(self) -> list[str]:
         """Return the file's names of all tensors up to the last layer, in reading order."""
         outer = [ref.name for ref in self._outer_tensors().values()]
@@ -389,12 +368,13 @@ class StreamedDecoder:
     def _outer_tensors(self) -> dict[str, TensorRef]:
         """Return the tensors before and after the layers, without embeddings and head."""
         layout, family = self.layout, self.layout.family
-        apart = (*self._tables, family.head, family.head.removesuffix("weight") + "bias")
-        outside = {n: r for n, r in layout.by_name.items() if layout.roles[r.name].layer is None}
+        apart = (family.head, family.head.removesuffix("weight") + "bias")
+        roles = layout.roles
         return {
             name: ref
-            for name, ref in outside.items()
-            if name not in apart and layout.roles[ref.name].slot.block not in OUTSIDE
+            for name, ref in layout.by_name.items()
+            if roles[ref.name].layer is None and roles[ref.name].slot.block not in OUTSIDE
+            if name not in apart and roles[ref.name].slot.dims != (Dim(VOCAB), None)
         }
 
     def _load_outer(self) -> None:
@@ -404,42 +384,121 @@ class StreamedDecoder:
             self._check(outer[name], value)
         weights = {k: self.reader.to_device(v) for k, v in self._conversion.convert(names).items()}
         self._model.load_state_dict(weights, strict=False, assign=True)
+        if self.layout.family.kind == ENCODER_DECODER:
+            compute_missing(self._model)
         move_buffers(self._model, self.reader.device)
 
     @cached_property
-    def _tables(self) -> dict[str, nn.Embedding]:
-        """Names of the tensors with a row for each token → their modules; the head is none."""
+    def _tables(self) -> dict[str, list[nn.Embedding]]:
+        """Names of the tensors with a row for each token → their modules; the head is none.
+
+        An encoder and a decoder have a table each, and files may have one for both.
+        """
         layout, family = self.layout, self.layout.family
-        found = {}
+        found: dict[str, list[nn.Embedding]] = {}
         for name, ref in layout.by_name.items():
             role = layout.roles[ref.name]
             if role.slot.dims == (Dim(VOCAB), None) and name != family.head:
                 path = self._conversion.target(name)[0].removesuffix(".weight")
-                found[name] = self._model.get_submodule(path)
-        return found
+                found[name] = [self._model.get_submodule(path)]
+        if family.kind != ENCODER_DECODER:
+            return found
+        of_stacks: dict[str, list[nn.Embedding]] = {}
+        for stack in self._stacks:
+            table = stack.parent.get_input_embeddings()
+            own = next((n for n, t in found.items() if t[0] is table), family.embedding)
+            of_stacks.setdefault(own, []).append(table)
+        return of_stacks
+
+    def _every_table(self) -> list[nn.Embedding]:
+        return [table for tables in self._tables.values() for table in tables]
 
     def _free_tables(self) -> None:
-        for table in self._tables.values():
+        for table in self._every_table():
             table.weight = nn.Parameter(table.weight.to("meta"), requires_grad=False)
 
+    @cached_property
+    def _start(self) -> int | None:
+        """The token that begins a decoder's text; None where there is none, or no such decoder."""
+        if not self.layout.decoder_layers:
+            return None
+        start = getattr(self._model.config, "decoder_start_token_id", None)
+        if start is not None and not 0 <= start < self.layout.vocab_size:
+            raise CheckpointError(
+                self.layout.where,
+                "decoder_start_token_id has no row in the embedding",
+                expected=f"a number below {self.layout.vocab_size}",
+                found=start,
+                fix="check config.json",
+            )
+        return start
+
+    @property
+    def _by_ids(self) -> bool:
+        """Whether layers take arguments that depend on the tokens: there are more tables."""
+        return self.layout.family.kind != ENCODER_DECODER and len(self._tables) > 1
+
     def _key(self, part: MicroBatch) -> int:
-        """Key of a micro-batch's arguments: they depend on its tokens if there are more tables."""
-        return part.windows.start if len(self._tables) > 1 else len(part.ids)
+        """Key of a micro-batch's arguments."""
+        return part.windows.start if self._by_ids else len(part.ids)
 
     def _forward(self, rows: torch.Tensor) -> Any:
         """Run the library's model on ``rows`` of its tables, int64 ``(windows, tokens)``."""
-        if len(self._tables) > 1:
+        if self._by_ids:
             return self._model(input_ids=rows, **self._options)
-        (embedding,) = self._tables.values()
+        (embedding,) = self._every_table()
         return self._model(inputs_embeds=embedding(rows), **self._options)
 
-    def _capture_arguments(self, rows: torch.Tensor) -> tuple[torch.Tensor, list[Arguments]]:
-        """Run the model up to its layers; return the hidden states and each layer's arguments."""
-        with library_errors(self.layout), suppress(CaptureDone):
-            self._forward(rows)
-        first = self._captures[0]
-        self._streams = tuple(first.hidden.shape[2:])
-        return first.hidden.flatten(2), [capture.arguments for capture in self._captures]
+    def _capture_arguments(
+        self, ids: torch.Tensor, used: np.ndarray
+    ) -> tuple[torch.Tensor, list[Arguments]]:
+        """Run the model up to its layers; return the hidden states and each layer's arguments.
+
+        The tables have the rows of the tokens ``used``.
+        """
+        texts = [ids, shifted(ids, self._start)][: len(self._stacks)]
+        found = (torch.from_numpy(np.searchsorted(used, text.numpy())) for text in texts)
+        rows = [each.to(self.reader.device) for each in found]
+        with library_errors(self.layout):
+            if self.layout.family.kind != ENCODER_DECODER:
+                hidden, arguments = self._stacks[0].capture(partial(self._forward, rows[0]))
+            elif self.layout.decoder_layers:
+                given = [self._given(*each) for each in zip(self._stacks, rows, strict=True)]
+                return capture_both(self._stacks[0], self._stacks[1], given)
+            else:
+                (stack,) = self._stacks
+                run = partial(stack.parent, **self._given(stack, rows[0]))
+                hidden, arguments = stack.capture(run)
+        self._streams = tuple(hidden.shape[2:])
+        return hidden.flatten(2), arguments
+
+    def _given(self, stack: Stack, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return what an encoder or a decoder is run on. Some scale the rows of their table."""
+        if self.layout.family.positions_after_pad:  # it would look for padding among the ``rows``
+            return {"inputs_embeds": stack.parent.get_input_embeddings()(rows)}
+        return {"input_ids": rows}
+
+    def _half(self, index: int, states: torch.Tensor) -> slice:
+        """Return the columns of ``states`` that a layer changes."""
+        if not self.layout.decoder_layers:
+            return slice(None)
+        half = states.shape[-1] // 2
+        return slice(0, half) if index < self._encoder_layers else slice(half, None)
+
+    def _ids(self, index: int, part: MicroBatch) -> torch.Tensor:
+        """Return the tokens that a layer runs on, int64 ``(windows, tokens)``."""
+        return part.ids if index < self._encoder_layers else shifted(part.ids, self._start)
+
+    def _both_halves(self, index: int, part: MicroBatch, after: torch.Tensor) -> torch.Tensor:
+        """Return the states of a micro-batch once a layer has made ``after`` of its half."""
+        if not self.layout.decoder_layers:
+            return after
+        states = part.read().to(self.reader.device)
+        if index == self._encoder_layers - 1:
+            after = self._end(self._stacks[0], self._stacks[0].parent, after)
+        whole = states.clone()
+        whole[..., self._half(index, states)] = after
+        return whole
 
     def _run(
         self,
@@ -449,14 +508,24 @@ class StreamedDecoder:
         hooked: AbstractContextManager[None],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return input and output of a layer, ``(windows, tokens, D)`` each."""
-        batch, first = part.batch, part.windows.start
-        every = batch.arguments[self._key(part)]
-        hidden = part.read().to(self.reader.device)
-        positional, named = with_passed(every[index], batch.passed_on.get(first))
+        batch, both = part.batch, bool(self.layout.decoder_layers)
+        # What T5's layers pass on depends on no token.
+        key = self._key(part) if both else part.windows.start
+        every, passed = batch.arguments[self._key(part)], batch.passed_on.get(key, ())
+        states = part.read().to(self.reader.device)
+        hidden = states[..., self._half(index, states)]
+
+        def find(value: Any) -> Any:
+            if isinstance(value, PassedOn):
+                return passed[value.place - 1]
+            return states[..., self._half(0, states)] if value is ENCODED else value
+
+        positional, named = with_values(every[index], find)
         with library_errors(self.layout), hooked:
             result = layer(hidden.unflatten(-1, self._streams), *positional, **named)
-        self._returns_tuple = isinstance(result, tuple | list)
-        after = result[0] if self._returns_tuple else result
+        tupled = isinstance(result, tuple | list)
+        self._outputs = max(2, len(result)) if tupled else 1
+        after = result[0] if tupled else result
         if index + 1 < len(every) and takes_passed(every[index + 1]):
-            batch.passed_on[first] = result[1]
+            batch.passed_on[key] = tuple(result[1:])
         return hidden, after.flatten(2)

@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSpeechSeq2Seq,
+    AutoModelForTextEncoding,
     PreTrainedConfig,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -134,15 +135,15 @@ def check_runs(layout: Layout) -> None:
     """Refuse a model that does not run layer by layer.
 
     Raises:
-        FamilyError: it is undivided, an encoder with a decoder, or computes between two layers.
+        FamilyError: only its vocabulary is pruned, or it computes between two layers.
     """
     fix = "plan the vocabulary alone, with `vocab_size`; `forward` is not needed to verify it"
-    kind = layout.family.kind
-    if kind in (ENCODER_DECODER, UNDIVIDED):
+    family = layout.family
+    if family.kind in (ENCODER_DECODER, UNDIVIDED) and not family.stacks:
         raise FamilyError(
             layout.checkpoint.path,
-            f"{layout.checkpoint.config.get('model_type')} is an {kind}, of which only "
-            "the vocabulary is pruned: its layers are not run one by one",
+            f"{layout.checkpoint.config.get('model_type')} is an {family.kind}, of which only "
+            f"the vocabulary is pruned: {family.only_vocabulary}",
             fix=fix,
         )
     for name in layout.family.between_layers:
@@ -158,16 +159,23 @@ def _model(config: Any, layout: Layout, dtype: torch.dtype) -> Any:
     """Return the library's model that runs a text; an encoder without its pooler and heads."""
     if layout.family.kind == DECODER:
         return _whole_class(config).from_config(config, dtype=dtype)
+    if layout.family.kind == ENCODER_DECODER and not layout.decoder_layers:
+        return AutoModelForTextEncoding.from_config(config, dtype=dtype)
     model = AutoModel.from_config(config, dtype=dtype)
     if hasattr(model, "pooler"):
         model.pooler = None
     return model
 
 
-def layers_path(layout: Layout, conversion: Conversion) -> str:
-    """Return the path of the module that holds the layers in the library's model."""
-    name = next(name for name in layout.by_name if name.startswith(f"{layout.family.layers}.0."))
-    return conversion.target(name)[0].partition(".0.")[0]
+def layers_paths(layout: Layout, conversion: Conversion) -> list[str]:
+    """Return the path of each layer's module in the library's model."""
+    found = []
+    for layer in range(layout.num_hidden_layers):
+        own = f"{layout.layer_path(layer)}."
+        name = next(name for name in layout.of_layer[layer] if name.startswith(own))
+        number = f".{own.rpartition('.')[0].rpartition('.')[2]}."
+        found.append(conversion.target(name)[0].partition(number)[0] + number[:-1])
+    return found
 
 
 def positions(layout: Layout) -> int | None:
@@ -205,9 +213,13 @@ def _check_shapes(model: nn.Module, conversion: Conversion, layout: Layout) -> N
     found = conversion.convert(empty)
     parameters = model.state_dict()
     head = conversion.target(layout.family.head)[0]
+    computed = _computed(model) if layout.family.kind == ENCODER_DECODER else set()
+    tied = getattr(model, "all_tied_weights_keys", {})
     for name, parameter in parameters.items():
         value = found.get(name)
         if value is None and name == head and (layout.tied or layout.without_head):
+            continue
+        if value is None and (name in computed or tied.get(name) in found):
             continue
         if value is None or value.shape != parameter.shape:
             ref = tensors.get(name)
@@ -254,11 +266,10 @@ def shape_faults(
     except Exception as error:  # whatever the library makes of a wrong value
         return [f"transformers builds no model: {type(error).__name__}: {str(error)[:MESSAGE]}"]
     inside, tied = f"{model.base_model_prefix}.", set(model.all_tied_weights_keys)
-    computed = model._keys_to_ignore_on_load_missing or ()  # such as Marian's table of positions
-    faults = []
+    computed, faults = _computed(model), []
     for name, parameter in model.named_parameters():
         value = found.get(name)
-        if value is None and any(re.search(pattern, name) for pattern in computed):
+        if value is None and name in computed:
             continue
         if value is None and name.startswith(inside) and name not in tied:
             faults.append(f"{name} is missing")
@@ -266,6 +277,27 @@ def shape_faults(
             wanted, there = list(parameter.shape), list(value.shape)
             faults.append(f"{name} is {there}, where config.json makes it {wanted}")
     return faults
+
+
+def _computed(model: Any) -> set[str]:
+    """Return the parameters that the library computes itself, such as Marian's positions."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    inside = f"{model.base_model_prefix}."  # which patterns name though the model has none
+    return {
+        name
+        for name, _ in model.named_parameters()
+        if any(re.search(each, spelled) for each in patterns for spelled in (name, inside + name))
+    }
+
+
+def compute_missing(model: Any) -> None:
+    """Let the library compute the parameters that no file has and that it need not read."""
+    for name in _computed(model):
+        module = model.get_submodule(name.rpartition(".")[0])
+        if module.weight.is_meta:
+            empty = torch.empty(module.weight.shape, dtype=module.weight.dtype)
+            module.weight = nn.Parameter(empty, requires_grad=False)
+            model._init_weights(module)
 
 
 def _whole_class(config: Any) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from calib.streaming.empty_model import Conversion, layers_path
+from calib.streaming.empty_model import Conversion, layers_paths
 from calib.streaming.ffn import FfnModule
 from calib.streaming.settings import PassSettings, Timings
 from calib.streaming.weights import Transfer, WeightReader
@@ -32,7 +32,7 @@ class Layers:
         timings: Timings,
     ) -> None:
         """Take the library's ``modules``; ``conversion`` maps the file's tensors to them."""
-        self.modules, self._path = modules, layers_path(layout, conversion)
+        self.modules, self._paths = modules, layers_paths(layout, conversion)
         self._layout, self._reader, self._conversion = layout, reader, conversion
         self._settings, self._timings = settings, timings
         self._transfer = Transfer(reader.device)
@@ -92,7 +92,7 @@ class Layers:
 
     def _load(self, index: int, stored: dict[str, torch.Tensor]) -> None:
         """Give a layer its weights; each stored tensor is freed as soon as it is converted."""
-        prefix = f"{self._path}.{index}."
+        prefix = f"{self._paths[index]}."
         converted = self._conversion.convert(stored)
         weights: dict[str, torch.Tensor] = {}
         while converted:
@@ -103,7 +103,7 @@ class Layers:
 
     def dtypes(self, index: int) -> dict[str, str]:
         """Return the parameters that a collapse adds up, each with the file's safetensors dtype."""
-        prefix, roles = f"{self._path}.{index}.", self._layout.roles
+        prefix, roles = f"{self._paths[index]}.", self._layout.roles
         return {
             self._conversion.target(name)[0].removeprefix(prefix): ref.dtype
             for name, ref in self._stored(index).items()
@@ -112,7 +112,7 @@ class Layers:
 
     def routers(self, index: int) -> dict[str, int]:
         """Return the tensors of a layer's router, each with its dimension that counts experts."""
-        prefix = f"{self._path}.{index}."
+        prefix = f"{self._paths[index]}."
         found = {}
         for name, ref in self._layout.of_layer[index].items():
             slot = self._layout.roles[ref.name].slot
@@ -126,7 +126,7 @@ class Layers:
 
         Empty where one of them has the axis twice, as a fused gate and up projection has.
         """
-        prefix, found = f"{self._path}.{index}.", dict[str, int]()
+        prefix, found = f"{self._paths[index]}.", dict[str, int]()
         for name, ref in self._layout.of_layer[index].items():
             slot = self._layout.roles[ref.name].slot
             dims = [dim for dim, each in enumerate(slot.dims) if each and each.axis == axis]
@@ -138,7 +138,7 @@ class Layers:
 
     def ffn_modules(self, index: int) -> list[FfnModule]:
         """Return the modules of a layer that have channels."""
-        prefix = f"{self._path}.{index}."
+        prefix = f"{self._paths[index]}."
         ffn_modules: dict[str, FfnModule] = {}
         above: set[str] = set()
         for name, ref in self._layout.of_layer[index].items():
@@ -191,7 +191,7 @@ def not_finite(layout: Layout, index: int, layer: nn.Module, dtype: torch.dtype)
     where, name = str(layout.checkpoint.path), f"layer {index}"
     for parameter, value in layer.named_parameters():
         if not value.is_meta and not bool(value.isfinite().all()):
-            name = f"{layout.family.layers}.{index}.{parameter}"
+            name = f"{layout.layer_path(index)}.{parameter}"
             ref = layout.by_name.get(name)
             where = str(ref.path) if ref else where
             return broken_tensor(f"{where}: tensor {ref.name if ref else name}", dtype)

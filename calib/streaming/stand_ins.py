@@ -1,7 +1,8 @@
 """Temporary replacements for decoder layers, or for their weights."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,11 +13,19 @@ Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 """Arguments of a layer besides the hidden states: masks, rotary tables."""
 
 
+@dataclass(frozen=True)
 class PassedOn:
     """Stands for what a layer returns beside the hidden states, and the next one takes."""
 
+    place: int
+    """Its index in what the layer returns."""
 
-PASSED_ON = PassedOn()
+
+class Encoded:
+    """Stands for the states that an encoder makes of the text, and a decoder's layer takes."""
+
+
+ENCODED = Encoded()
 
 
 class CaptureDone(Exception):
@@ -38,46 +47,46 @@ class StandIn(nn.Module):
 class ArgumentCapture(StandIn):
     """Replaces a layer and keeps the arguments that the model passes to it."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, outputs: int) -> None:
+        """Return as many ``outputs`` as the model takes apart."""
         super().__init__(layer)
         self.last = False
+        self._passed_on = tuple(PassedOn(place) for place in range(1, outputs))
 
-    def forward(self, *positional: Any, **named: Any) -> tuple[torch.Tensor, PassedOn]:
+    def forward(self, *positional: Any, **named: Any) -> tuple[Any, ...]:
         """Keep hidden states and arguments. A tuple also works in models that expect a tensor."""
         hidden = positional[0] if positional else named.pop("hidden_states")
         self.hidden: torch.Tensor = hidden[0] if isinstance(hidden, tuple) else hidden
         self.arguments: Arguments = (positional[1:], named)
         if self.last:
             raise CaptureDone
-        return (self.hidden, PASSED_ON)
+        return (self.hidden, *self._passed_on)
 
 
 class ReplayHidden(StandIn):
     """Replaces all layers when the output of the last one is known."""
 
-    def __init__(self, layer: nn.Module, returns_tuple: bool) -> None:
+    def __init__(self, layer: nn.Module, outputs: int) -> None:
+        """Return as many ``outputs`` as the layer does; 1 is a tensor alone."""
         super().__init__(layer)
         self.hidden = torch.empty(0)
-        self._returns_tuple = returns_tuple
+        self._nothing = (None,) * (outputs - 1)
 
     def forward(self, *_: Any, **__: Any) -> Any:
         """Return ``hidden`` as the library's layers return theirs."""
-        return (self.hidden, None) if self._returns_tuple else self.hidden
+        return (self.hidden, *self._nothing) if self._nothing else self.hidden
 
 
-def with_passed(arguments: Arguments, passed: Any) -> Arguments:
-    """Return ``arguments`` with what the layer before returned in its place."""
+def with_values(arguments: Arguments, find: Callable[[Any], Any]) -> Arguments:
+    """Return ``arguments`` with what ``find`` makes of each."""
     positional, named = arguments
-    return (
-        tuple(passed if value is PASSED_ON else value for value in positional),
-        {key: passed if value is PASSED_ON else value for key, value in named.items()},
-    )
+    return tuple(map(find, positional)), {key: find(value) for key, value in named.items()}
 
 
 def takes_passed(arguments: Arguments) -> bool:
     """Whether a layer takes what the layer before returns beside the hidden states."""
     positional, named = arguments
-    return any(value is PASSED_ON for value in (*positional, *named.values()))
+    return any(isinstance(value, PassedOn) for value in (*positional, *named.values()))
 
 
 @contextmanager

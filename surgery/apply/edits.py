@@ -152,7 +152,8 @@ def edits(plan: Plan, layout: Layout) -> dict[str, list[OutputTensor]]:
             name, group, of_layer = tensor.name, [layer or 0], outside
             if layer is not None:
                 group, of_layer = groups[numbers[layer]], kept[numbers[layer]]
-                name = of_layer.name_of(tensor.name, role, numbers[layer])
+                number = numbers[layer] - layout.layers_of(role.slot).start
+                name = of_layer.name_of(tensor.name, role, number)
             if name in replaced:
                 edit = Edit(replaced.pop(name), replaces=True)
                 check_replaced(edit.source, dtype, shape)

@@ -5,8 +5,18 @@ Slots have the names of the model without a head.
 
 from dataclasses import replace
 
-from surgery.families.blocks import attention, buffers, fused, into, one, optional, out_of
+from surgery.families.blocks import (
+    attention,
+    buffers,
+    fused,
+    into,
+    one,
+    optional,
+    out_of,
+    per_layer,
+)
 from surgery.families.schema import (
+    DECODER_FFN,
     ENCODER,
     ENCODER_DECODER,
     FFN,
@@ -262,7 +272,8 @@ ENCODERS: dict[str, Family] = {
 
 _TABLES = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
 _WORDS = ("word_embeddings", "encoder.word_embeddings", "decoder.word_embeddings")
-_STACKS = ("encoder.", "decoder.")
+_STACKS = ("encoder", "decoder")
+_BEFORE = tuple(f"{stack}." for stack in _STACKS)
 
 
 def _undivided(
@@ -297,43 +308,120 @@ def _undivided(
 def _both(
     head: str = "lm_head",
     *,
+    layers: tuple[Slot, ...] = (),
     prefix: str = "model.",
     tables: tuple[str, ...] = _TABLES,
     carried: tuple[str, ...] = (),
     **rest: object,
 ) -> Family:
-    """Return an encoder with a decoder."""
-    made = _undivided(tables, head, prefix=prefix, carried=(*_STACKS, *carried))
-    bias = Slot("final_logits_bias", "vocabulary", (None, VOCAB), required=False)
-    known = {"kind": ENCODER_DECODER, "depth": "encoder_layers"}
-    slots = (*made.slots, replace(bias, is_parameter=False))
-    return replace(made, slots=slots, **{**known, **rest})  # type: ignore[arg-type]
+    """Return an encoder with a decoder; ``layers`` are the slots of both, where they run."""
+    made = _undivided(tables, head, prefix=prefix, carried=(*_BEFORE, *carried))
+    bias = Slot("final_logits_bias", "vocabulary", (None, VOCAB), required=False, block=HEAD)
+    slots = tuple(
+        replace(slot, block=HEAD) if slot.name == made.head else slot for slot in made.slots
+    )
+    known = {
+        "kind": ENCODER_DECODER,
+        "depth": "encoder_layers",
+        "decoder_depth": "decoder_layers" if layers else "",
+        "slots": (*slots, replace(bias, is_parameter=False), *layers),
+    }
+    return replace(made, **{**known, **rest})  # type: ignore[arg-type]
 
 
-_T5 = _both(prefix="", depth="num_layers")
-_BART = _both(carried=("classification_head.", "qa_outputs."))
+def _projections(module: str) -> tuple[str, ...]:
+    return tuple(f"{module}.{name}_proj" for name in ("q", "k", "v", "out"))
+
+
+def _bart_layers(*own_attention: str) -> tuple[Slot, ...]:
+    """The layers of BART's kin; ``own_attention`` are the encoder's maps, where they have names of
+    their own."""
+    found: list[Slot] = []
+    for stack, axis in zip(_STACKS, (FFN, DECODER_FFN), strict=True):
+        at, crosses = f"{stack}.layers.{{layer}}.", stack == "decoder"
+        own = own_attention if own_attention and not crosses else _projections("self_attn")
+        found += attention(*own, *(_projections("encoder_attn") if crosses else ()), at=at)
+        found += into("fc1", axis, at=at) + out_of("fc2", axis, at=at)
+        found += _norms("self_attn_layer_norm", "encoder_attn_layer_norm", at=at)
+        found += _norms("final_layer_norm", at=at)
+        found += one(f"{stack}.embed_positions.weight", required=False)
+        found += _norms(f"{stack}.layernorm_embedding", f"{stack}.layer_norm")
+    return tuple(found)
+
+
+def _t5_layers() -> tuple[Slot, ...]:
+    """The layers of T5's kin: attention, then attention to the encoder in a decoder, then the FFN,
+    with one map into the channels or with two."""
+    found: list[Slot] = []
+    for last, stack in enumerate(_STACKS, start=1):
+        at = f"{stack}.block.{{layer}}."
+        own = ("layer.0.SelfAttention", "layer.1.EncDecAttention")[:last]
+        found += attention(*(f"{module}.{name}" for module in own for name in "qkvo"), at=at)
+        bias = f"{own[0]}.relative_attention_bias.weight"
+        found += per_layer("attention", bias, required=False, at=at)
+        ffn = f"layer.{last}.DenseReluDense"
+        found += into(f"{ffn}.wi", block="plain", at=at)
+        found += into(f"{ffn}.wi_0", block="gated", at=at)
+        found += into(f"{ffn}.wi_1", block="gated", at=at)
+        found += out_of(f"{ffn}.wo", at=at)
+        found += _norms(*(f"layer.{n}.layer_norm" for n in range(last + 1)), at=at)
+        found += _norms(f"{stack}.final_layer_norm")
+    return tuple(found)
+
+
+_T5 = _both(
+    layers=_t5_layers(),
+    prefix="",
+    depth="num_layers",
+    decoder_depth="num_decoder_layers",
+    layer_outputs=3,
+    widths={FFN: Width("d_ff")},
+)
+_TWO_WIDTHS = {FFN: Width("encoder_ffn_dim"), DECODER_FFN: Width("decoder_ffn_dim")}
+_BART = _both(
+    layers=_bart_layers(),
+    widths=_TWO_WIDTHS,
+    carried=("classification_head.", "qa_outputs."),
+)
+_READS_IMAGES = "its encoder reads images, and no text stands for these"
 
 ENCODER_DECODERS: dict[str, Family] = {
     "t5": _T5,
     "mt5": _T5,
-    "umt5": _T5,
+    "umt5": replace(_T5, layer_outputs=2),
     "bart": _BART,
     "mbart": _BART,
     "mvp": _BART,
     "plbart": _BART,
     "blenderbot": _BART,
     "blenderbot-small": _BART,
-    "bigbird_pegasus": _BART,
-    "m2m_100": _both(positions_after_pad=True),
-    "marian": _both(),
-    "pegasus": _both(),
-    "whisper": _both("proj_out", tables=("decoder.embed_tokens",)),
+    "bigbird_pegasus": _both(
+        layers=_bart_layers(
+            *(f"self_attn.self.{name}" for name in ("query", "key", "value")), "self_attn.output"
+        ),
+        widths=_TWO_WIDTHS,
+        carried=("classification_head.", "qa_outputs."),
+    ),
+    "m2m_100": replace(_BART, positions_after_pad=True),
+    "marian": _BART,
+    "pegasus": _BART,
+    "whisper": _both(
+        "proj_out",
+        tables=("decoder.embed_tokens",),
+        only_vocabulary="its encoder hears sound, and no text stands for that",
+    ),
     "prophetnet": _both(
         prefix="prophetnet.",
         tables=_WORDS,
         depth="num_encoder_layers",
+        only_vocabulary="its decoder has several states for each token",
     ),
-    "udop": _both(prefix="", carried=("patch_embed.",), depth="num_layers"),
+    "udop": _both(
+        prefix="",
+        carried=("patch_embed.",),
+        depth="num_layers",
+        only_vocabulary="its encoder reads where each word lies on a page",
+    ),
     "pix2struct": _both(
         "decoder.lm_head",
         prefix="",
@@ -341,14 +429,18 @@ ENCODER_DECODERS: dict[str, Family] = {
         section="text_config",
         depth="num_layers",
         tied=False,
+        only_vocabulary=_READS_IMAGES,
     ),
     "pp_formulanet": _both(
         tables=("decoder.embed_tokens",),
         section="text_config",
         depth="decoder_layers",
         tied=False,
+        only_vocabulary=_READS_IMAGES,
     ),
     "florence2": _both(
+        layers=_bart_layers(),
+        widths=_TWO_WIDTHS,
         prefix="model.language_model.",
         carried=tuple(
             f"{at}{name}"
@@ -356,6 +448,7 @@ ENCODER_DECODERS: dict[str, Family] = {
             for name in ("vision_tower.", "multi_modal_projector.")
         ),
         section="text_config",
+        text_type="bart",
     ),
     "vision-encoder-decoder": _both(
         "decoder.output_projection",
@@ -365,6 +458,7 @@ ENCODER_DECODERS: dict[str, Family] = {
         section="decoder",
         depth="decoder_layers",
         positions_after_pad=True,
+        only_vocabulary=_READS_IMAGES,
     ),
 }
 """model_type → family."""

@@ -12,8 +12,10 @@ VOCAB = "vocab"
 FFN = "ffn"
 EXPERT = "expert"
 SHARED = "shared"
-WIDTHS = (FFN, EXPERT, SHARED)
-"""Channel axes: of the dense FFN, of each routed expert, of the expert that every token passes."""
+DECODER_FFN = "decoder_ffn"
+WIDTHS = (FFN, EXPERT, SHARED, DECODER_FFN)
+"""Channel axes: of the dense FFN, of each routed expert, of the expert that every token passes, and
+of a decoder's dense FFN where the encoder beside it has a width of its own."""
 
 EXPERTS = "experts"
 """The axis of the routed experts: rows of a router, and matrices of a packed tensor. Experts in
@@ -23,11 +25,12 @@ DECODER, ENCODER, ENCODER_DECODER, UNDIVIDED = KINDS = (
     *("decoder", "encoder", "encoder with a decoder"),
     "undivided model",
 )
-"""What a family makes of a text: the next token, a state for each token, or another text. Of the
-last two, only the vocabulary is pruned, and no pass runs their layers one by one."""
+"""What a family makes of a text: the next token, a state for each token, or another text. Of an
+undivided model, only the vocabulary is pruned, and no pass runs its layers one by one."""
 
 HEAD = "head"
-"""Block of the tensors of an encoder's head for masked tokens. Its pass over a text needs none."""
+"""Block of the tensors of a head that no pass over a text needs: that of an encoder for masked
+tokens, and that of an encoder with a decoder."""
 
 TIE_KEY = "tie_word_embeddings"
 """The key of config.json for whether lm_head and the embedding are one tensor."""
@@ -170,6 +173,13 @@ class Family:
     """Tensors that compute between two layers: a model with one cannot run layer by layer."""
     depth: str = "num_hidden_layers"
     """Key of config.json for the number of layers."""
+    decoder_depth: str = ""
+    """Key for the number of the decoder's layers, which come after those of the encoder beside it;
+    a config.json without it has as many as the encoder."""
+    layer_outputs: int = 2
+    """How many values the library's model takes apart of what a layer returns."""
+    only_vocabulary: str = "its layers are not run one by one"
+    """Why only the vocabulary is pruned, where no slot is in a layer."""
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
     prefixes: tuple[tuple[str, str], ...] = ()
@@ -202,10 +212,16 @@ class Family:
         return {slot.name: slot for slot in self.slots}
 
     @cached_property
-    def layers(self) -> str:
-        """Module that holds the layers that are run one by one; "" where none are."""
+    def stacks(self) -> tuple[str, ...]:
+        """Modules that hold the layers that are run one by one: the encoder's, then a decoder's."""
         named = (slot.name for slot in self.slots if _PLACEHOLDERS[0] in slot.name)
-        return next(named, "").partition(".{layer}")[0]
+        found = tuple(dict.fromkeys(name.partition(".{layer}")[0] for name in named))
+        return found if self.decoder_depth else found[:1]
+
+    @property
+    def layers(self) -> str:
+        """The first of ``stacks``; "" where there is none."""
+        return self.stacks[0] if self.stacks else ""
 
     @property
     def base(self) -> str:
@@ -260,11 +276,14 @@ class Wrapper:
         )
 
 
-def template(name: str) -> tuple[str, list[int]]:
-    """Return ``name`` with ``{layer}`` and ``{expert}`` for its numbers, and the numbers."""
+def template(name: str, most: int = len(_PLACEHOLDERS)) -> tuple[str, list[int]]:
+    """Return ``name`` with ``{layer}`` and ``{expert}`` for its numbers, and the numbers.
+
+    Only the first ``most`` numbers are replaced.
+    """
     parts, numbers = name.split("."), list[int]()
     for index, part in enumerate(parts):
-        if _NUMBER.fullmatch(part) and len(numbers) < len(_PLACEHOLDERS):
+        if _NUMBER.fullmatch(part) and len(numbers) < most:
             parts[index] = _PLACEHOLDERS[len(numbers)]
             numbers.append(int(part))
     return ".".join(parts), numbers

@@ -45,7 +45,10 @@ def read_layout(checkpoint: Checkpoint, family: Family | None = None) -> Layout:
             found=depth,
             fix="check config.json",
         )
-    unsized = Layout(checkpoint, family, 0, {}, depth, tied=False)
+    of_decoder = _decoder_depth(checkpoint, family, config, depth)
+    unsized = Layout(
+        checkpoint, family, 0, {}, depth + of_decoder, tied=False, decoder_layers=of_decoder
+    )
     lengths = _lengths(unsized, config, where)
     vocab_size = lengths.pop(VOCAB, 0)
     widths = {key: lengths[key] for key in sorted(lengths, key=lambda k: -unsized.weights[k])}
@@ -60,6 +63,20 @@ def _depth(config: Mapping[str, Any], key: str, where: object) -> int | None:
     """The number of layers: a number, or a list with an entry for each."""
     listed = config.get(key)
     return len(listed) if isinstance(listed, list) and listed else size_in(config, key, where)
+
+
+def _decoder_depth(
+    checkpoint: Checkpoint, family: Family, config: Mapping[str, Any], depth: int
+) -> int:
+    """The number of a decoder's layers; 0 where there is no decoder beside an encoder, or only the
+    encoder was saved, as of an embedding model."""
+    if len(family.stacks) < 2:
+        return 0
+    inside = f"{family.stacks[1]}."
+    if not any(n.startswith(inside) for name in checkpoint.tensors for n in family.spellings(name)):
+        return 0
+    where = checkpoint.path / "config.json"
+    return size_in(config, family.decoder_depth, where) or depth
 
 
 def _check_experts(layout: Layout) -> None:
@@ -143,14 +160,6 @@ def _check_tensor(layout: Layout, tensor: TensorRef) -> None:
             found=tensor.dtype,
             fix="use the unquantized checkpoint",
         )
-    if role.layer is not None and role.layer >= layout.num_hidden_layers:
-        raise CheckpointError(
-            where,
-            f"layer number is beyond config.json's {layout.family.depth}",
-            expected=f"less than {layout.num_hidden_layers}",
-            found=role.layer,
-            fix="check config.json",
-        )
     for number, dim in enumerate(role.slot.dims):
         key = layout.key_of(dim)
         if dim is None or key is None or (role.opaque and key != EXPERTS):
@@ -174,16 +183,24 @@ def _check_complete(layout: Layout) -> None:
     for role in layout.roles.values():
         blocks[role.layer].add(role.slot.block)
     for slot in layout.family.slots:
-        for layer in range(layout.num_hidden_layers) if "{layer}" in slot.name else [None]:
+        for layer in layout.layers_of(slot) if "{layer}" in slot.name else [None]:
             if not _needs(layout, slot, blocks[layer]):
                 continue
             for expert in range(layout.experts) if "{expert}" in slot.name else [None]:
                 if (slot.name, layer, expert) not in present:
-                    raise _missing(layout, slot.name.format(layer=layer, expert=expert))
-    outputs = [slot.name for slot in layout.family.slots if slot.ffn_output]
+                    raise _missing(layout, _spelled(layout, slot, layer, expert))
+    outputs = [slot for slot in layout.family.slots if slot.ffn_output]
     for layer, axes in enumerate(layout.ffn_outputs):
         if outputs and not axes and not layout.family.mixed:
-            raise _missing(layout, outputs[0].format(layer=layer, expert=0))
+            slot = next(slot for slot in outputs if layer in layout.layers_of(slot))
+            raise _missing(layout, _spelled(layout, slot, layer, 0))
+
+
+def _spelled(layout: Layout, slot: Slot, layer: int | None, expert: int | None) -> str:
+    """Return the name of a tensor of ``slot``."""
+    if layer is None:
+        return slot.name
+    return slot.name.format(layer=layer - layout.layers_of(slot).start, expert=expert)
 
 
 def _needs(layout: Layout, slot: Slot, blocks: set[str]) -> bool:

@@ -69,8 +69,8 @@ class TensorRoles:
 
     checkpoint: Checkpoint
     family: Family
-    depth: int
-    """Number of layers that transformers runs."""
+    depths: Sequence[int]
+    """Number of layers that transformers runs, of each of the family's stacks."""
     drafts: int
     """Number of layers after them, for multi-token prediction."""
 
@@ -99,11 +99,14 @@ class TensorRoles:
         for name in self.family.spellings(tensor.name):
             pattern, numbers = template(name)
             slot = self.family.by_name.get(pattern)
+            if slot is None and len(numbers) > 1:  # as in encoder.block.{layer}.layer.1
+                pattern, numbers = template(name, 1)
+                slot = self.family.by_name.get(pattern)
             if numbers and self._is_draft(name, numbers[0]):
                 return TensorRole(DRAFT, name)
             if slot is not None and len(numbers) == slot.name.count("{"):
-                layer, expert = (*numbers, None, None)[:2]
-                return TensorRole(slot, name, layer, expert)
+                number, expert = (*numbers, None, None)[:2]
+                return TensorRole(slot, name, self._layer(tensor, slot, number), expert)
         if tensor.name.startswith(self.family.carried):
             return TensorRole(CARRIED, tensor.name)
         if tensor.name.startswith(self.family.left_out):
@@ -114,9 +117,25 @@ class TensorRoles:
             fix=f"remove it, or add it to the family's slots if it belongs; {ADD_FAMILY}",
         )
 
+    def _layer(self, tensor: TensorRef, slot: Slot, number: int | None) -> int | None:
+        """Return the layer with this number in its stack, counted over all stacks."""
+        if number is None:
+            return None
+        stack = next((n for n, s in enumerate(self.family.stacks) if slot.name.startswith(s)), 0)
+        if number >= self.depths[stack]:
+            keys = (self.family.depth, self.family.decoder_depth)
+            raise CheckpointError(
+                f"{tensor.path}: tensor {tensor.name}",
+                f"layer number is beyond config.json's {keys[stack]}",
+                expected=f"less than {self.depths[stack]}",
+                found=number,
+                fix="check config.json",
+            )
+        return sum(self.depths[:stack]) + number
+
     def _is_draft(self, name: str, layer: int) -> bool:
         inside = name.startswith(f"{self.family.layers}.{layer}.")
-        return inside and 0 <= layer - self.depth < self.drafts
+        return inside and 0 <= layer - self.depths[0] < self.drafts
 
 
 def without_numbers(names: list[str]) -> list[str]:
@@ -172,8 +191,11 @@ class Layout:
     widths: Mapping[str, int]
     """Key of config.json → channels, for widths that some tensor has; the costliest first."""
     num_hidden_layers: int
+    """Of an encoder with a decoder, the layers of both: the encoder's come first."""
     tied: bool
     """Whether lm_head and the embedding are one tensor, by config.json and by their values."""
+    decoder_layers: int = 0
+    """How many of the layers are a decoder's that has an encoder beside it."""
     layers: tuple[int, ...] | None = None
     """Numbers of the layers whose parameters count; None means all layers."""
     experts_left: int = 0
@@ -246,7 +268,8 @@ class Layout:
         """Tensor name in the file → its role."""
         key = self.family.draft_layers
         drafts = (size_in(self.config, key, self.where, least=0) if key else None) or 0
-        roles = TensorRoles(self.checkpoint, self.family, self.num_hidden_layers, drafts)
+        depths = (self.num_hidden_layers - self.decoder_layers, self.decoder_layers)
+        roles = TensorRoles(self.checkpoint, self.family, depths, drafts)
         return {name: roles.of(ref) for name, ref in self.checkpoint.tensors.items()}
 
     @cached_property
@@ -271,6 +294,21 @@ class Layout:
             return {}
         tensors = self.checkpoint.tensors.items()
         return {name: ref for name, ref in tensors if self.roles[name].slot is CARRIED}
+
+    def layers_of(self, slot: Slot) -> range:
+        """Return the layers that may have a tensor of ``slot``, one of the layers' slots."""
+        encoder = self.num_hidden_layers - self.decoder_layers
+        stacks = self.family.stacks
+        if len(stacks) > 1 and slot.name.startswith(stacks[1]):
+            return range(encoder, self.num_hidden_layers)
+        return range(encoder)
+
+    def layer_path(self, layer: int) -> str:
+        """Return the name of a layer's module in the text model."""
+        encoder = self.num_hidden_layers - self.decoder_layers
+        if layer < encoder:
+            return f"{self.family.layers}.{layer}"
+        return f"{self.family.stacks[1]}.{layer - encoder}"
 
     @cached_property
     def of_layer(self) -> list[dict[str, TensorRef]]:

@@ -218,10 +218,13 @@ def layer_keys(
             as long as the model has layers.
     """
     if family.layer_rules is None:
+        why = "what a layer is depends on its number, in ways that config.json does not state"
+        if family.decoder_depth:
+            why = "no rule chooses among those of an encoder and of a decoder"
         raise FamilyError(
             where,
             f"layers of model type {family.text_type or family.model_type} cannot be removed: "
-            "what a layer is depends on its number, in ways that config.json does not state",
+            f"{why}",
             fix="keep all layers",
         )
     firsts = [group[0] for group in groups]

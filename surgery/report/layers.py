@@ -21,7 +21,12 @@ CURVE_POINTS = 48
 STANDS_OUT = 2.0
 """A layer stands out if it loses this many times what the median layer loses."""
 
-AXES = {"ffn": "FFN", "expert": "experts", "shared": "shared expert"}
+AXES = {
+    "ffn": "FFN",
+    "expert": "experts",
+    "shared": "shared expert",
+    "decoder_ffn": "the decoder's FFN",
+}
 
 
 @dataclass(frozen=True)
