@@ -11,9 +11,11 @@ if TYPE_CHECKING:
         compare_logits,
         prune,
         read_documents,
+        recover,
         score,
         search,
     )
+    from calib.recovery.run import Recovered
     from calib.scoring.logits import Equality
     from calib.scoring.score import Change, Score
     from calib.study.search import SearchResult
@@ -23,6 +25,7 @@ __all__ = [
     "Change",
     "Equality",
     "Pruned",
+    "Recovered",
     "Score",
     "SearchResult",
     "calibrate",
@@ -30,6 +33,7 @@ __all__ = [
     "compare_logits",
     "prune",
     "read_documents",
+    "recover",
     "score",
     "search",
 ]
@@ -37,6 +41,7 @@ __all__ = [
 _HOMES = {
     "Change": "calib.scoring.score",
     "Equality": "calib.scoring.logits",
+    "Recovered": "calib.recovery.run",
     "Score": "calib.scoring.score",
     "SearchResult": "calib.study.search",
 }

@@ -1,8 +1,9 @@
-"""The library's functions that run a model: calibrate, score, search, compare, prune."""
+"""The library's functions that run a model: calibrate, score, search, compare, prune, recover."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from calib.pipeline import (
     PlanFiles,
@@ -10,6 +11,7 @@ from calib.pipeline import (
     calibrated_plan,
     write_page,
 )
+from calib.recovery.options import RecoverOptions
 from calib.scoring.logits import Equality
 from calib.scoring.logits import compare_logits as compare_logits_of
 from calib.scoring.score import Score, score_models
@@ -42,6 +44,9 @@ from surgery.stats.channels import (
 from surgery.text.documents import Text, TextOptions, sources_of
 from surgery.verify.files import VerifyReport, origin_of
 from surgery.vocabulary.order import VocabularyOptions
+
+if TYPE_CHECKING:
+    from calib.recovery.run import Recovered
 
 
 def calibrate(  # noqa: PLR0913
@@ -545,6 +550,91 @@ def read_documents(
     """
     text = TextOptions(sources_of(data), seed=seed, field=field, strict=strict)
     return documents_of(as_layout(model), text)
+
+
+def recover(  # noqa: PLR0913
+    model: Model | str | Path,
+    *,
+    data: Text,
+    output: Path | str,
+    tokens: int | None = None,
+    minutes: float | None = None,
+    method: str = "distill",
+    teacher: str | Path | None = None,
+    lora: int | None = None,
+    only: str | None = None,
+    learning_rate: float | None = None,
+    batch_size: int = 1,
+    seq_len: int = 512,
+    windows: int = 16,
+    seed: int | None = None,
+    field: str | None = None,
+    strict: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    training: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> "Recovered":
+    """Train a pruned model back with transformers' Trainer, and write its best state.
+
+    Some of the text is held out. The state that needs the fewest bits for it is written, a
+    checkpoint like the model. If none is better than the model, nothing is written.
+
+    Example:
+        >>> made = calib.recover("smaller", data="text.txt", output="trained", tokens=100_000)
+        >>> print(made.table())
+
+    Args:
+        model: The pruned model: a local directory, or what ``surgery.open_model`` returns for it.
+        data: The text: a path, ``hub:name``, documents, or several ``Source`` with weights.
+        output: Directory to write. Its plan and the file of trained tensors are written beside it.
+        tokens: Tokens to train on; a shorter text is repeated.
+        minutes: Time to train, instead of ``tokens``; a first step says how many tokens that are.
+        method: "distill": towards the dense model's distribution, renormalized over the kept
+            tokens. "continue": as pretraining. "self-data": as pretraining, on text that the dense
+            model has written.
+        teacher: The dense model; None is the source that the model's plan names.
+        lora: Rank of adapters that are trained instead of the weights, and merged at the end.
+        only: "ffn" trains the FFNs alone.
+        learning_rate: Its peak; None is 1e-4, or 1e-3 for adapters.
+        batch_size: Windows of a step, on each device.
+        seq_len: Tokens of a window.
+        windows: Most windows of 2,048 bytes to hold out.
+        seed: Shuffles the documents, and the windows of each pass over the text.
+        field: Field of a row that holds the document; None is ``text``, or ``messages``.
+        strict: Whether the first bad row is an error; else bad rows are skipped.
+        device: auto, cpu, cuda or mps.
+        dtype: auto, float32, bfloat16 or float16: what a step computes in. The weights that are
+            trained are float32.
+        training: transformers' ``TrainingArguments`` by name, over those that are chosen here.
+        resume: Whether to continue an interrupted run of the same request, if there is one.
+        progress: Called with "recover", finished tokens, and all tokens.
+
+    Raises:
+        BudgetError: the memory is too small, or the request contradicts itself.
+        TrainingError: a library is missing, or the teacher is not known.
+        PlanError: the teacher has another vocabulary.
+    """
+    from calib.recovery.run import Recovery
+
+    text = TextOptions(
+        sources_of(data), seq_len=seq_len, windows=windows, seed=seed, field=field, strict=strict
+    )
+    options = RecoverOptions(
+        Path(output),
+        tokens=tokens,
+        minutes=minutes,
+        method=method,
+        teacher=None if teacher is None else str(teacher),
+        lora=lora,
+        only=only,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        resume=resume,
+        training=training or {},
+    )
+    return Recovery(as_layout(model), text, ComputeOptions(device, dtype), options).run(progress)
 
 
 def compare_logits(

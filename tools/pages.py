@@ -28,6 +28,7 @@ READ_ON = {
     "score": "evaluation.md#bits-per-byte",
     "search": "search-repair-compare.md#search",
     "compare": "search-repair-compare.md#compare",
+    "recover": "train-it-back.md",
     "stats": "large-models.md#several-machines",
     "report": "see-before-you-cut.md",
 }

@@ -25,6 +25,7 @@ from calib.streaming.stand_ins import masked_router, swapped
 from calib.streaming.weights import WeightReader, choose_device
 from surgery.apply.edits import kept_parts, layer_groups
 from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.errors import PlanError
 from surgery.layout.build import read_layout
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
@@ -98,7 +99,17 @@ def compare_forward(plan: Plan, dense: Layout, pruned: Layout, device: torch.dev
 
 
 def compare_logits(plan: Plan, source: Path, directory: Path, device: str) -> Equality:
-    """Compare the logits of ``directory`` with those of the masked dense model at ``source``."""
+    """Compare the logits of ``directory`` with those of the masked dense model at ``source``.
+
+    Raises:
+        PlanError: its weights were trained.
+    """
+    if plan.replaced is not None and plan.replaced.trained:
+        raise PlanError(
+            directory,
+            "was trained, so that its logits are no longer the masked dense model's",
+            fix="compare scores instead",
+        )
     paths = (source, directory)
     dense, pruned = (read_layout(Checkpoint.open(path, plan.family)) for path in paths)
     return compare_forward(plan, dense, pruned, choose_device(device))

@@ -158,7 +158,7 @@ def check_runs(layout: Layout) -> None:
 def _model(config: Any, layout: Layout, dtype: torch.dtype) -> Any:
     """Return the library's model that runs a text; an encoder without its pooler and heads."""
     if layout.family.kind == DECODER:
-        return _whole_class(config).from_config(config, dtype=dtype)
+        return whole_class(config).from_config(config, dtype=dtype)
     if layout.family.kind == ENCODER_DECODER and not layout.decoder_layers:
         return AutoModelForTextEncoding.from_config(config, dtype=dtype)
     model = AutoModel.from_config(config, dtype=dtype)
@@ -260,7 +260,7 @@ def shape_faults(
     try:
         made = AutoConfig.for_model(**PreTrainedConfig._decode_special_floats(kept))
         with torch.device("meta"):
-            model = _whole_class(made).from_config(made)
+            model = whole_class(made).from_config(made)
         empty = {name: torch.empty(list(shape), device="meta") for name, shape in shapes.items()}
         found = Conversion(model).convert(empty)
     except Exception as error:  # whatever the library makes of a wrong value
@@ -300,7 +300,8 @@ def compute_missing(model: Any) -> None:
             model._init_weights(module)
 
 
-def _whole_class(config: Any) -> Any:
+def whole_class(config: Any) -> Any:
+    """Return the class of transformers that loads the whole model of a config."""
     both = (AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq) if config.is_encoder_decoder else ()
     alone = (AutoModelForMaskedLM, AutoModelForCausalLM)
     masked_last = getattr(config, "is_decoder", False)  # Reformer is one or the other

@@ -89,6 +89,8 @@ def model_card(plan: Plan, checkpoint: Checkpoint) -> bytes:
     quantized = checkpoint.opaque.method if checkpoint.opaque is not None else "FP8"
     if plan.dequantize and (checkpoint.quantization is not None or checkpoint.opaque is not None):
         claims.append(f"{quantized} weights were converted to bf16.")
+    made = plan.replaced
+    trained = f"Trained: {made.what}." if made and made.trained else "Nothing was trained."
     if plan.dropped:
         claims.append("Layers for multi-token prediction were left out.")
     text = f"""{chr(10).join(head)}
@@ -112,10 +114,13 @@ The layout is the standard one and loads like its base model.
 | bytes of weights | {before.nbytes:,} | {after.nbytes:,} |
 
 {"".join(f"- {claim}{chr(10)}" for claim in claims)}
-Nothing was trained. Plan `{plan.digest[:16]}`, whole in `compact_surgery.json`.
+{trained} Plan `{plan.digest[:16]}`, whole in `compact_surgery.json`.
 """
     return text.encode("utf-8")
 
+
+LEAST_SQUARES = "least squares"
+"""How a repair's ``Replacement.what`` begins."""
 
 COMPACT = "as in COMPACT (arXiv 2509.06836)"
 
@@ -148,7 +153,8 @@ def _channel_claims(plan: Plan) -> list[str]:
     else:
         method = f", {COMPACT}" if made.criterion == DEFAULT_CRITERION else ""
         claims = [f"FFN channels: kept by {made.criterion}{_over_text(plan)}{method}."]
-    if plan.replaced is not None:
+    repaired = plan.replaced
+    if repaired and (not repaired.trained or repaired.what.startswith(LEAST_SQUARES)):
         claims.append("Each down_proj that this helps was refitted by least squares.")
     return claims
 

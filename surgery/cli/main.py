@@ -48,6 +48,7 @@ from surgery.cli.terminal import (
     show_written,
     with_flags,
 )
+from surgery.cli.training import recover
 from surgery.errors import SurgeryError, is_panic, printable, shortened
 from surgery.export.gguf_file import ExportOptions
 from surgery.export.tensors import TYPES
@@ -615,5 +616,5 @@ def export(directory: Path, output: Path, options: ExportOptions, as_json: bool)
     click.echo(made.line())
 
 
-for command in (calibrate, score, prune, search, compare, stats, report):
+for command in (calibrate, score, prune, search, compare, stats, report, recover):
     main.add_command(command)

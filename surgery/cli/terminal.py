@@ -24,6 +24,9 @@ RULE = "V' and I' follow a rule of thumb; compact-surgery search finds the split
 BYTE_STAGES = ("calibrate", "score", "apply", "export")
 """Stages that count bytes of weights; the others count windows times layers."""
 
+TOKEN_STAGES = ("recover",)
+"""Stages that count tokens."""
+
 PARAMETER = re.compile(r"`([a-z_]+)`")
 """How the library writes the name of a parameter in errors, notes and tables."""
 
@@ -82,6 +85,7 @@ class Bars:
         if self._bar is None or stage != self._stage or done < self._done:
             self.close()
             unit = "B" if stage in BYTE_STAGES else "window"
+            unit = "token" if stage in TOKEN_STAGES else unit
             quiet = not sys.stderr.isatty()
             self._bar = tqdm(total=total, desc=stage, unit=unit, unit_scale=True, disable=quiet)
             self._stage, self._done = stage, 0

@@ -23,6 +23,9 @@ class Replacement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """SHA-256 of the file."""
     tensors: list[str]
     """Names in the output."""
+    trained: bool = False
+    """Whether the tensors were trained: the output then computes something else than its source
+    with the removed parts at zero."""
 
     def refs(self) -> dict[str, TensorRef]:
         """Return name in the output → the tensor in the file.

@@ -1,0 +1,141 @@
+"""Whole models in memory: the one that is trained, and a teacher with its vocabulary pruned."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig
+from transformers.core_model_loading import revert_weight_conversion
+
+from calib.streaming.empty_model import Conversion, library_errors, whole_class
+from calib.streaming.weights import TORCH_DTYPE
+from surgery.errors import CheckpointError
+from surgery.files.safetensors_header import TensorRef
+from surgery.hub.shards import Shards
+from surgery.layout.layout import Layout
+
+
+def load_model(layout: Layout, dtype: torch.dtype) -> Any:
+    """Load the whole model of a checkpoint on the CPU, by the library's own class for it.
+
+    Raises:
+        CheckpointError: transformers cannot load it.
+    """
+    checkpoint = layout.checkpoint
+    name, options = str(checkpoint.path), {}
+    if Shards.of(checkpoint.path).remote:  # its directory holds headers alone
+        name, _, options["revision"] = checkpoint.source.partition("@")
+    with library_errors(layout):
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        made = whole_class(config).from_pretrained(
+            name, dtype=dtype, trust_remote_code=False, **options
+        )
+    made.config.use_cache = False
+    return made
+
+
+class Teacher:
+    """The dense model, whose vocabulary is pruned as the student's: it takes and predicts its ids.
+
+    Only the rows of the head that are kept are computed, so that a softmax over its logits is the
+    dense model's distribution, renormalized over the kept tokens.
+    """
+
+    def __init__(self, layout: Layout, kept: np.ndarray, dtype: torch.dtype) -> None:
+        """Load ``layout``; ``kept`` are the old ids of the student's rows, ascending."""
+        model = load_model(layout, dtype).eval().requires_grad_(False)
+        self._kept, head = torch.from_numpy(kept), model.get_output_embeddings()
+        for name in ("weight", "bias"):
+            if (old := getattr(head, name, None)) is not None:
+                chosen = old.detach()[self._kept].clone()
+                setattr(head, name, nn.Parameter(chosen, requires_grad=False))
+        self.model = model
+
+    def to(self, device: torch.device) -> None:
+        """Move the weights."""
+        self.model.to(device)
+        self._kept = self._kept.to(device)
+
+    @torch.no_grad()
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the logits ``(windows, tokens, V')`` of the student's ``ids``."""
+        made: torch.Tensor = self.model(input_ids=self._kept[ids], use_cache=False).logits
+        return made
+
+
+def file_tensors(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a model's ``state`` as its files name it, with merged tensors divided."""
+    found: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(state))
+    return found
+
+
+def check_trainable(layout: Layout) -> None:
+    """Refuse a checkpoint whose weights cannot be trained, or that predicts no token.
+
+    Raises:
+        CheckpointError: it is quantized, or has tensors in another dtype.
+    """
+    checkpoint = layout.checkpoint
+    if checkpoint.quantization is None and checkpoint.opaque is None:
+        other = [ref for ref in checkpoint.tensors.values() if ref.dtype not in TORCH_DTYPE]
+        if not any(layout.roles[ref.name].layer is not None for ref in other):
+            return
+    raise CheckpointError(
+        checkpoint.path,
+        "is quantized: its weights cannot be trained",
+        expected="bf16, fp16 or fp32",
+        fix="plan with `dequantize`, apply, and train the result",
+    )
+
+
+class ParameterMap:
+    """Which parameter of a whole model each tensor of its checkpoint's files is loaded into."""
+
+    def __init__(self, model: Any, layout: Layout) -> None:
+        conversion, parameters = Conversion(model), dict(model.named_parameters())
+        self._parameters = parameters
+        self._tensors: dict[str, list[TensorRef]] = {}
+        for name, ref in layout.checkpoint.tensors.items():
+            target = conversion.target(name)[0]
+            if target in parameters:
+                self._tensors.setdefault(target, []).append(ref)
+        self._model, self._layout = model, layout
+
+    def check(self) -> None:
+        """Refuse a model whose trained parameters would not find their places in the files.
+
+        Raises:
+            CheckpointError: naming the tensor.
+        """
+        tied = set(self._model.all_tied_weights_keys)
+        missing = sorted(self._parameters.keys() - self._tensors.keys() - tied)
+        empty = {name: value.to("meta") for name, value in self._model.state_dict().items()}
+        named = file_tensors(self._model, empty)
+        for target, refs in self._tensors.items():
+            for ref in refs:
+                if ref.name not in named or tuple(named[ref.name].shape) != ref.shape:
+                    missing.append(target)
+        if missing:
+            raise CheckpointError(
+                f"{self._layout.checkpoint.path}: parameter {missing[0]}",
+                "has no tensor of its shape in the files, so it could not be written",
+                fix="train it with another tool",
+            )
+
+    def of_ffn(self) -> set[str]:
+        """Return the parameters that belong to an FFN."""
+        roles = self._layout.roles
+        return {
+            target
+            for target, refs in self._tensors.items()
+            if any(roles[ref.name].slot.width for ref in refs)
+        }
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """Round every parameter to the dtype that its tensors have in the files, in place."""
+        for target, refs in self._tensors.items():
+            parameter = self._parameters[target]
+            parameter.copy_(parameter.to(TORCH_DTYPE[refs[0].dtype]))

@@ -1,0 +1,106 @@
+"""What a recovery trains, for how long, and where it writes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import BudgetError, SurgeryError, check_choice, check_least
+
+DISTILL, CONTINUE, SELF_DATA = METHODS = ("distill", "continue", "self-data")
+FFN_ALONE = "ffn"
+
+LEARNING_RATE, LORA_LEARNING_RATE = 1e-4, 1e-3
+"""Peaks of the cosine, where none is given."""
+
+WORK_END = ".training"
+"""What the name of the directory of an unfinished run ends in."""
+
+PLAN_END, WEIGHTS_END = ".plan.json", ".trained.safetensors"
+"""Files beside the output: its plan, and the trained tensors that the plan names."""
+
+EVALUATIONS = 16
+"""How often the held-out text is measured and a checkpoint is kept, over the whole run."""
+
+
+class TrainingError(SurgeryError):
+    """A training cannot run as asked."""
+
+
+@dataclass(frozen=True)
+class RecoverOptions:
+    """What is trained, by what, for how long, and where the result is written."""
+
+    output: Path
+    """Directory to write; it must not exist."""
+    tokens: int | None = None
+    """Tokens to train on; text that is shorter is repeated."""
+    minutes: float | None = None
+    """Time to train, instead of ``tokens``: as many tokens as a first step promises."""
+    method: str = DISTILL
+    """distill: towards the teacher's distribution. continue: as pretraining. self-data: as
+    pretraining, on text that the teacher has written."""
+    teacher: str | None = None
+    """The dense model, or a directory that ``teach`` wrote; None is the source that the plan of the
+    model names."""
+    lora: int | None = None
+    """Rank of adapters that are trained instead of the weights, and merged at the end."""
+    only: str | None = None
+    """ffn: the FFNs alone are trained; None trains everything."""
+    learning_rate: float | None = None
+    """Peak of the cosine; None is 1e-4, or 1e-3 for adapters."""
+    batch_size: int = 1
+    """Windows of a step, on each device."""
+    resume: bool = False
+    """Whether to continue a run that was killed."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """transformers' ``TrainingArguments`` by name, over those that are chosen here."""
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, METHODS)
+        if self.only is not None:
+            check_choice("only", self.only, (FFN_ALONE,))
+        check_least("batch_size", self.batch_size, 1)
+        if self.lora is not None:
+            check_least("lora", self.lora, 1)
+        if (self.tokens is None) == (self.minutes is None):
+            raise BudgetError(
+                "`tokens`",
+                "and `minutes` say how long to train",
+                expected="one of them",
+                found="both" if self.tokens else "none",
+                fix="give `tokens` or `minutes`",
+            )
+        for name in ("tokens", "minutes", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise BudgetError(
+                    f"`{name}`", "is not above 0", found=value, fix="give a number above 0"
+                )
+        if self.method == CONTINUE and self.teacher is not None:
+            raise BudgetError(
+                "`teacher`", "has no effect with `method` continue", fix="leave it out"
+            )
+
+    @property
+    def work(self) -> Path:
+        """Directory of the unfinished run, beside the output."""
+        return self._beside(WORK_END)
+
+    @property
+    def plan(self) -> Path:
+        """File of the plan, beside the output."""
+        return self._beside(PLAN_END)
+
+    @property
+    def weights(self) -> Path:
+        """File of the trained tensors, beside the output."""
+        return self._beside(WEIGHTS_END)
+
+    def _beside(self, end: str) -> Path:
+        return self.output.with_name(self.output.name + end)
+
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate."""
+        return self.learning_rate or (LORA_LEARNING_RATE if self.lora else LEARNING_RATE)

@@ -1,0 +1,460 @@
+"""Train a pruned checkpoint, and write the result as a checkpoint like it."""
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from accelerate import PartialState
+from transformers import PrinterCallback, TrainingArguments
+
+from calib.estimate import MB
+from calib.recovery.forecast import (
+    Forecast,
+    expected_seconds,
+    free_memory,
+    predict_memory,
+    timed,
+    trained_parameters,
+)
+from calib.recovery.losses import divergence, surprise
+from calib.recovery.model import ParameterMap, Teacher, check_trainable, file_tensors, load_model
+from calib.recovery.options import (
+    DISTILL,
+    EVALUATIONS,
+    FFN_ALONE,
+    RecoverOptions,
+    TrainingError,
+)
+from calib.recovery.text import encode_heldout, hold_out, training_windows
+from calib.recovery.trainer import METRIC, HeldOut, Loss, RecoveryTrainer, Reports, Windows
+from calib.recovery.work import Schedule, TrainingText, WorkDirectory
+from calib.recovery.written import kept_rows, plan_for, trained_plan
+from calib.scoring.score import check_predicts, first_token
+from calib.streaming.empty_model import positions
+from calib.streaming.settings import ComputeOptions
+from calib.streaming.weights import choose_settings
+from calib.text.chat import documents_of
+from calib.text.windows import within_positions
+from surgery.api import open_layout
+from surgery.apply.output_directory import check_output_path
+from surgery.apply.run import ApplyOptions, apply_to
+from surgery.errors import BudgetError
+from surgery.files.atomic import check_file
+from surgery.layout.layout import Layout
+from surgery.plot import saved_figure, titled
+from surgery.process import Progress, Seconds, peak_rss_bytes, spoken
+from surgery.text.documents import TextOptions
+from surgery.tokenizer.tokenizer_file import load_tokenizer
+from surgery.verify.files import VerifyReport, verify_files
+
+LOG = logging.getLogger(__name__)
+
+WARMUP = 0.03
+"""Share of the steps over which the learning rate rises."""
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What a recovery made."""
+
+    output: Path | None
+    """The checkpoint; None where training did not help, so that none was written."""
+    method: str
+    before: float
+    """Bits per byte of the held-out text, of the checkpoint that was trained."""
+    after: float
+    """Of the best state, in the checkpoint's dtype."""
+    curve: tuple[tuple[int, float], ...]
+    """Tokens trained on, and bits per byte of the held-out text after them."""
+    seconds: float
+    peak_rss_bytes: int | None
+    checks: VerifyReport | None = None
+    """What verify says of the output."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that were trained on."""
+        return self.curve[-1][0] if self.curve else 0
+
+    def facts(self) -> dict[str, Any]:
+        """Return everything, for JSON."""
+        found = {key: value for key, value in asdict(self).items() if key != "checks"}
+        return found | {"output": str(self.output) if self.output else None, "tokens": self.tokens}
+
+    def table(self) -> str:
+        """Return the bits as lines for people."""
+        lines = [f"{'tokens':>12}{'bits per byte of held-out text':>34}"]
+        lines += [f"{tokens:>12,}{bits:>34.4f}" for tokens, bits in ((0, self.before), *self.curve)]
+        change = f"{self.after / self.before - 1:+.2%}"
+        if self.output is None:
+            lines.append(f"no better than before ({change}): nothing was written")
+        else:
+            lines.append(f"written: {self.after:.4f}, {change}, in {spoken(self.seconds)}")
+        return "\n".join(lines)
+
+    def plot(self, path: Path, model: str = "") -> None:
+        """Draw bits against tokens to a picture (extra ``plot``)."""
+        with saved_figure(path, 7, 4.2) as figure:
+            axes = figure.subplots()
+            points = ((0, self.before), *self.curve)
+            axes.plot(*zip(*points, strict=True), marker="o", label=self.method)
+            axes.axhline(self.before, linestyle=":", color="#000000", label="before")
+            axes.set_xlabel("tokens trained on")
+            axes.set_ylabel("bits per byte of held-out text")
+            axes.set_title(titled(model, "trained back"))
+            axes.grid(alpha=0.3)
+            axes.legend()
+
+
+class Recovery:
+    """A checked request; its text is read and its models are loaded when it runs."""
+
+    def __init__(
+        self, layout: Layout, text: TextOptions, compute: ComputeOptions, options: RecoverOptions
+    ) -> None:
+        """Check what can be checked before text and weights are read; write nothing.
+
+        Raises:
+            SurgeryError: the model cannot be trained, the teacher is not known or has another
+                vocabulary, or the output cannot be written.
+        """
+        check_libraries(options)
+        check_arguments(options.training)
+        check_predicts(layout)
+        check_trainable(layout)
+        self.layout, self.text, self.options = layout, text, options
+        self.settings = choose_settings(compute, layout.checkpoint)
+        if not options.resume:
+            for path in (options.plan, options.weights):
+                check_file(path, layout.checkpoint.path)
+        check_output_path(options.output, layout.checkpoint.path)
+        self.seq_len = within_positions(text.seq_len, positions(layout))
+        self.plan, self.source = plan_for(layout)
+        self.teacher = self._teacher() if options.method == DISTILL else None
+
+    def _teacher(self) -> Layout:
+        name = self.options.teacher
+        if name is None and self.source == self.layout.checkpoint.path:
+            raise TrainingError(
+                "`teacher`",
+                "is not known: no plan beside the model names a source that is at hand",
+                fix="name the dense model, or use `method` continue",
+            )
+        found = open_layout(name if name is not None else self.source)
+        self.kept = kept_rows(self.layout, found)
+        return found
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a run and its continuation must have in common."""
+        options = self.options
+        names = ("tokens", "minutes", "method", "lora", "only", "learning_rate", "batch_size")
+        checkpoint = self.layout.checkpoint
+        found: dict[str, Any] = {name: getattr(options, name) for name in names}
+        found |= {
+            "model": f"{checkpoint.fingerprint} {checkpoint.weights}",
+            "teacher": self.teacher.checkpoint.fingerprint if self.teacher else None,
+            "data": [[str(each.name), each.weight] for each in self.text.data],
+            "seq_len": self.seq_len,
+            "windows": self.text.windows,
+            "seed": self.text.seed,
+            "training": json.dumps(dict(options.training), sort_keys=True, default=str),
+        }
+        return {name: str(value) for name, value in found.items()}
+
+    def read_text(self) -> tuple[np.ndarray, list[str]]:
+        """Return the windows to train on, and the held-out text."""
+        documents, held = hold_out(documents_of(self.layout, self.text), self.text.windows)
+        tokenizer = load_tokenizer(self.layout.checkpoint.path)
+        first, tokens = first_token(self.layout), self.options.tokens
+        most = None if tokens is None else -(-tokens // self.seq_len)
+        return training_windows(documents, tokenizer, first, self.seq_len, most), held
+
+    def run(self, progress: Progress | None = None) -> Recovered:
+        """Train, judge and write.
+
+        Raises:
+            SurgeryError: there is too little memory or text, or an interrupted run is in the way.
+        """
+        state = PartialState(cpu=self.settings.device.type == "cpu")
+        main, start = state.is_main_process, time.perf_counter()
+        work = self._work(self.options.work, resume=self.options.resume, main=main)
+        try:
+            with state.main_process_first():
+                text = work.text(self.read_text)
+            session = _Session(self, work, text)
+            made = session.train(progress)
+            if not main:
+                return made
+            made = replace(session.write(made), seconds=time.perf_counter() - start)
+            work.close(done=True)
+            return made
+        finally:
+            work.close()
+
+    def forecast(self) -> Forecast:
+        """Predict memory and time, by a first step that changes nothing; write nothing.
+
+        Raises:
+            SurgeryError: as ``run``.
+        """
+        with TemporaryDirectory() as folder:
+            work = self._work(Path(folder) / "work", resume=False, main=True)
+            try:
+                return _Session(self, work, work.text(self.read_text)).forecast
+            finally:
+                work.close()
+
+    def _work(self, path: Path, *, resume: bool, main: bool) -> WorkDirectory:
+        return WorkDirectory(path, self.identity, resume=resume, main=main)
+
+
+def check_libraries(options: RecoverOptions) -> None:
+    """Refuse a training without the libraries that do it.
+
+    Raises:
+        TrainingError: naming the extra.
+    """
+    for name in ("accelerate", *(("peft",) if options.lora else ())):
+        if find_spec(name) is None:
+            raise TrainingError(
+                name, "is not installed", fix="pip install 'compact-surgery[recover]'"
+            )
+
+
+OWN_ARGUMENTS = ("output_dir", "max_steps", "num_train_epochs", "resume_from_checkpoint")
+"""Of ``TrainingArguments``, those that follow from other options."""
+
+
+def check_arguments(training: Mapping[str, Any]) -> None:
+    """Refuse arguments of the library that it does not have, or that follow from other options.
+
+    Raises:
+        TrainingError: naming the first one.
+    """
+    known = {each.name for each in fields(TrainingArguments) if each.name not in OWN_ARGUMENTS}
+    for name in training:
+        if name not in known:
+            raise TrainingError(
+                f"`training`: {name}",
+                "is none of transformers' TrainingArguments, or follows from other options",
+                fix="correct it, or leave it out",
+            )
+
+
+class _Session:
+    """The models of a recovery in memory, and what trains one of them."""
+
+    def __init__(self, recovery: Recovery, work: WorkDirectory, text: TrainingText) -> None:
+        self._recovery, self._work, self._text = recovery, work, text
+        options, settings, layout = recovery.options, recovery.settings, recovery.layout
+        self._memory = self._fitting_memory()
+        tokenizer = load_tokenizer(layout.checkpoint.path)
+        held = encode_heldout(text.heldout, tokenizer, first_token(layout))
+        self._heldout = HeldOut(held, sum(len(each.encode()) for each in text.heldout), self._amp)
+        on_card = settings.device.type != "cpu"
+        dtype = settings.dtype if options.lora and on_card else torch.float32
+        self._model = load_model(layout, dtype).to(settings.device)
+        self._parameters = ParameterMap(self._model, layout)
+        self._parameters.check()
+        self._loss: Loss = lambda logits, batch: surprise(logits, batch["input_ids"])
+        if recovery.teacher is not None:
+            teacher = Teacher(recovery.teacher, recovery.kept, settings.dtype)
+            teacher.to(settings.device)
+            self._loss = lambda logits, batch: divergence(
+                logits, teacher.logits(batch["input_ids"])
+            )
+        self._trained = self._prepare_parameters()
+        self._seconds: Seconds | None = None
+        self._schedule = work.schedule or self._begin()
+
+    def _amp(self) -> AbstractContextManager[Any]:
+        """Compute in 16 bits where that is asked for; the weights that are trained stay float32."""
+        settings = self._recovery.settings
+        half = settings.dtype != torch.float32
+        return torch.autocast(settings.device.type, settings.dtype, enabled=half)
+
+    def _fitting_memory(self) -> dict[str, int]:
+        """Predict the peak of memory, and refuse what does not fit."""
+        recovery = self._recovery
+        options, settings = recovery.options, recovery.settings
+        sizes = 2 if options.lora and settings.device.type != "cpu" else 4
+        found = predict_memory(
+            recovery.layout,
+            recovery.teacher,
+            trained=trained_parameters(recovery.layout, options.lora, options.only),
+            batch_tokens=options.batch_size * recovery.seq_len,
+            itemsizes=(sizes, settings.dtype.itemsize),
+        )
+        free, need = free_memory(settings.device), sum(found.values())
+        if need > free:
+            raise BudgetError(
+                f"`device` {settings.device}",
+                "has too little memory to train this model",
+                expected=f"{need / MB:,.0f} MB free",
+                found=f"{free / MB:,.0f} MB",
+                fix="give `lora` a rank, a smaller `seq_len`, or the directory that teach writes "
+                "as `teacher`",
+            )
+        return found
+
+    def _prepare_parameters(self) -> Any:
+        """Choose what is trained; return the model, or the one of peft around it."""
+        recovery, model = self._recovery, self._model
+        options = recovery.options
+        ffn = self._parameters.of_ffn() if options.only == FFN_ALONE else None
+        if options.lora is None:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(ffn is None or name in ffn)
+            return model
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(recovery.text.seed or 0)
+        modules = "all-linear" if ffn is None else [n.removesuffix(".weight") for n in ffn]
+        return get_peft_model(
+            model, LoraConfig(r=options.lora, lora_alpha=2 * options.lora, target_modules=modules)
+        )
+
+    def _begin(self) -> Schedule:
+        """Measure the held-out text and the pace of a step; choose the number of steps."""
+        recovery, device = self._recovery, self._recovery.settings.device
+        options = recovery.options
+        began = time.perf_counter()
+        start = self._heldout.bits_per_byte(self._trained, device)
+        evaluation = time.perf_counter() - began
+        step = timed(self._try_step) * self._accumulated
+        tokens, every = self._tokens_of_step, EVALUATIONS
+        if options.minutes is not None:
+            left = 60 * options.minutes - (EVALUATIONS + 1) * evaluation
+            steps = max(every, int(left / step))
+        else:
+            steps = max(1, (options.tokens or 0) // tokens)
+        every = max(1, steps // EVALUATIONS)
+        self._seconds = expected_seconds(steps, step, -(-steps // every), evaluation)
+        return self._work.begin(steps, every, start)
+
+    def _try_step(self) -> None:
+        """Take a step's loss and gradients, and forget them."""
+        device, size = self._recovery.settings.device, self._recovery.options.batch_size
+        ids = torch.from_numpy(np.array(self._text.windows[:size], dtype=np.int64)).to(device)
+        self._trained.train()
+        with self._amp():
+            logits = self._trained(input_ids=ids, use_cache=False).logits
+            loss = self._loss(logits, {"input_ids": ids})
+        loss.backward()
+        self._trained.zero_grad(set_to_none=True)
+
+    @property
+    def _accumulated(self) -> int:
+        return int(self._recovery.options.training.get("gradient_accumulation_steps", 1))
+
+    @property
+    def _tokens_of_step(self) -> int:
+        recovery, processes = self._recovery, PartialState().num_processes
+        windows = recovery.options.batch_size * self._accumulated * processes
+        return windows * recovery.seq_len
+
+    @property
+    def forecast(self) -> Forecast:
+        """What the run takes."""
+        steps = self._schedule.steps
+        return Forecast(steps, steps * self._tokens_of_step, self._memory, self._seconds)
+
+    def train(self, progress: Progress | None) -> Recovered:
+        """Train to the end, or on from the last checkpoint; the model then has its best state."""
+        recovery, schedule, start = self._recovery, self._schedule, time.perf_counter()
+        LOG.info("%s", self.forecast.table())
+        trainer = RecoveryTrainer(
+            loss=self._loss,
+            heldout=self._heldout,
+            model=self._trained,
+            args=self._arguments(),
+            train_dataset=Windows(self._text.windows),
+            eval_dataset=self._heldout.windows,
+            callbacks=[Reports(progress, self._tokens_of_step)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        last = self._work.last_checkpoint()
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        curve = tuple(
+            (int(entry["step"]) * self._tokens_of_step, entry[f"eval_{METRIC}"])
+            for entry in trainer.state.log_history
+            if f"eval_{METRIC}" in entry
+        )
+        if recovery.options.lora is not None:
+            self._model = self._trained.merge_and_unload()
+        self._parameters.round()
+        after = self._heldout.bits_per_byte(self._model, recovery.settings.device)
+        took = time.perf_counter() - start
+        method = recovery.options.method
+        return Recovered(None, method, schedule.start, after, curve, took, peak_rss_bytes())
+
+    def _arguments(self) -> TrainingArguments:
+        recovery, schedule = self._recovery, self._schedule
+        options, settings = recovery.options, recovery.settings
+        seed = recovery.text.seed or 0
+        chosen: dict[str, Any] = {
+            "output_dir": str(self._work.path),
+            "max_steps": schedule.steps,
+            "per_device_train_batch_size": options.batch_size,
+            "learning_rate": options.peak_rate,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": max(1, round(WARMUP * schedule.steps)),
+            "weight_decay": 0.0,
+            "eval_strategy": "steps",
+            "eval_steps": schedule.every,
+            "save_strategy": "steps",
+            "save_steps": schedule.every,
+            "save_total_limit": 2,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": METRIC,
+            "greater_is_better": False,
+            "logging_steps": schedule.every,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "remove_unused_columns": False,
+            "use_cpu": settings.device.type == "cpu",
+            "bf16": settings.dtype == torch.bfloat16,
+            "fp16": settings.dtype == torch.float16,
+            "seed": seed,
+            "data_seed": seed,
+        }
+        try:
+            made = TrainingArguments(**{**chosen, **options.training})
+        except (TypeError, ValueError) as error:
+            raise TrainingError(
+                "`training`",
+                "is refused by transformers' TrainingArguments",
+                found=error,
+                fix="correct it",
+            ) from error
+        made._n_gpu = min(made.n_gpu, 1)  # several cards are used by several processes
+        return made
+
+    def write(self, made: Recovered) -> Recovered:
+        """Write the checkpoint, its plan and its trained tensors, if training helped."""
+        recovery = self._recovery
+        options, layout = recovery.options, recovery.layout
+        if made.after >= made.before:
+            return made
+        what = (
+            f"{made.method} on {made.tokens:,} tokens: {made.before:.4f} bits per byte of held-out "
+            f"text, {made.after:.4f} trained"
+        )
+        tensors = file_tensors(self._model, self._model.state_dict())
+        plan = trained_plan(recovery.plan, layout, tensors, options.weights, what)
+        plan = msgspec.structs.replace(plan, output=str(options.output.absolute()))
+        plan.save(options.plan)
+        apply_to(plan, recovery.source, ApplyOptions(options.output, options.resume))
+        checks = verify_files(options.output, plan, recovery.source, download=False)
+        return replace(made, output=options.output, checks=checks)

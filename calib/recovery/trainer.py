@@ -1,0 +1,119 @@
+"""transformers' Trainer with a recovery's loss and its held-out bits per byte."""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from surgery.process import Progress
+
+LOG = logging.getLogger(__name__)
+
+METRIC = "bits_per_byte"
+
+Loss = Callable[[torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]
+"""Returns the loss of the student's logits for a batch."""
+
+
+class Windows(Dataset[dict[str, torch.Tensor]]):
+    """Windows of token ids, read from a file as they are used."""
+
+    def __init__(self, ids: np.ndarray) -> None:
+        self._ids = ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.from_numpy(self._ids[index].astype(np.int64))}
+
+
+class HeldOut:
+    """Held-out windows of text that measure a whole model in bits per byte."""
+
+    def __init__(
+        self,
+        windows: Sequence[Sequence[int]],
+        nbytes: int,
+        context: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self._context = context
+        self.windows = windows
+        """Token ids; the first one of each is given, not predicted."""
+        self.nbytes = nbytes
+        """UTF-8 bytes of all windows."""
+
+    @torch.no_grad()
+    def bits_per_byte(self, model: Any, device: torch.device) -> float:
+        """Return Σ −log2 p of the windows' tokens for each byte of their text."""
+        training, total = model.training, 0.0
+        model.eval()
+        for window in self.windows:
+            ids = torch.tensor([window], device=device)
+            with self._context():
+                logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+            chosen = logits.float().log_softmax(-1).gather(-1, ids[0, 1:, None])
+            total -= float(chosen.double().sum())
+        model.train(training)
+        return total / math.log(2) / self.nbytes
+
+
+class RecoveryTrainer(Trainer):
+    """A Trainer whose loss looks at the logits alone, and which evaluates bits per byte."""
+
+    def __init__(self, *, loss: Loss, heldout: HeldOut, **options: Any) -> None:
+        super().__init__(**options)
+        self._loss, self._heldout = loss, heldout
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over a batch
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Return the loss of a batch, with the model's outputs if they are asked for."""
+        outputs = model(input_ids=inputs["input_ids"], use_cache=False)
+        loss = self._loss(outputs.logits, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measure the held-out text, log it, and tell the callbacks."""
+        found = self._heldout.bits_per_byte(self.model_wrapped, self.args.device)
+        metrics = {f"{metric_key_prefix}_{METRIC}": found}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+
+class Reports(TrainerCallback):
+    """Reports the tokens of finished steps, and logs the bits of held-out text."""
+
+    def __init__(self, progress: Progress | None, tokens: int) -> None:
+        self._progress, self._tokens = progress, tokens
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Report the finished tokens and their total."""
+        if self._progress is not None:
+            done, total = (steps * self._tokens for steps in (state.global_step, state.max_steps))
+            self._progress("recover", done, total)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """Log the bits."""
+        tokens, bits = state.global_step * self._tokens, given["metrics"][f"eval_{METRIC}"]
+        LOG.info("%s tokens: %.4f bits per byte of held-out text", f"{tokens:,}", bits)
