@@ -15,10 +15,6 @@ from tests.support import tiny
 from tests.support.plans import random_plan
 
 
-pytest.importorskip("accelerate", reason="the extra recover is not installed")
-pytest.importorskip("peft", reason="the extra recover is not installed")
-
-
 @dataclass(frozen=True)
 class Pair:
     """A dense model and the pruned one beside it."""
@@ -32,6 +28,8 @@ class Pair:
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    for library in ("accelerate", "peft"):
+        pytest.importorskip(library, reason="the extra recover is not installed")
     root = tmp_path_factory.mktemp("recovery")
     dense = tiny.save(root / "dense", sharded=True, dtype=torch.bfloat16)
     model: Any = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)

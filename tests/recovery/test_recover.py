@@ -2,14 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from calib.recovery.options import RecoverOptions
-from calib.recovery.run import Recovered, Recovery
 from calib.streaming.settings import ComputeOptions
 from surgery.api import open_layout
 from surgery.errors import SurgeryError
@@ -20,13 +19,18 @@ from tests.recovery.conftest import Pair
 from tests.support.command import Run, assert_refused
 from tests.support.contents import snapshot, weights
 
+if TYPE_CHECKING:
+    from calib.recovery.run import Recovered
+
 STEPS, SEQ_LEN = 20, 32
 TOKENS = STEPS * SEQ_LEN * 2
 
 
 def recovered(
     pair: Pair, output: Path, progress: Progress | None = None, **changes: Any
-) -> Recovered:
+) -> "Recovered":
+    from calib.recovery.run import Recovery
+
     text = TextOptions(sources_of(pair.text), seq_len=SEQ_LEN, windows=2, seed=0)
     options: dict[str, Any] = {"tokens": TOKENS, "batch_size": 2, "learning_rate": 3e-3}
     chosen = RecoverOptions(output, **{**options, **changes})
