@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from calib.api import (
         Pruned,
+        answer,
         calibrate,
         compare,
         compare_logits,
@@ -18,16 +19,20 @@ if TYPE_CHECKING:
     from calib.recovery.run import Recovered
     from calib.scoring.logits import Equality
     from calib.scoring.score import Change, Score
+    from calib.scoring.tasks import Answers, Share
     from calib.study.search import SearchResult
 
 
 __all__ = [
+    "Answers",
     "Change",
     "Equality",
     "Pruned",
     "Recovered",
     "Score",
     "SearchResult",
+    "Share",
+    "answer",
     "calibrate",
     "compare",
     "compare_logits",
@@ -39,11 +44,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Answers": "calib.scoring.tasks",
     "Change": "calib.scoring.score",
     "Equality": "calib.scoring.logits",
     "Recovered": "calib.recovery.run",
     "Score": "calib.scoring.score",
     "SearchResult": "calib.study.search",
+    "Share": "calib.scoring.tasks",
 }
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())

@@ -14,7 +14,8 @@ from calib.pipeline import (
 from calib.recovery.options import RecoverOptions
 from calib.scoring.logits import Equality
 from calib.scoring.logits import compare_logits as compare_logits_of
-from calib.scoring.score import Score, score_models
+from calib.scoring.score import Score
+from calib.scoring.tasks import Answers, measure_models, read_tasks
 from calib.statistics.options import CalibrationOptions
 from calib.statistics.prepare import (
     choose_before_calibration,
@@ -29,7 +30,7 @@ from calib.study.table import Row
 from calib.text.chat import documents_of
 from surgery.api import Model, as_layout
 from surgery.apply.run import ApplyOptions
-from surgery.errors import PlanError
+from surgery.errors import DataError, PlanError
 from surgery.files.shard_file import IO
 from surgery.planning.plan import Plan
 from surgery.planning.request import CutRequest, SizeRequest, allowed_steps, choose_vocabulary
@@ -207,7 +208,49 @@ def score(  # noqa: PLR0913
     text = TextOptions(sources_of(data), samples, seed=seed, field=field, strict=strict)
     compute = ComputeOptions(device, dtype)
     layouts = [as_layout(model, family)]
-    return next(score_models(layouts, text, window_bytes, compute, progress))
+    found = next(measure_models(layouts, text, window_bytes, (), compute, progress)).score
+    assert found is not None
+    return found
+
+
+def answer(
+    model: Model | str | Path,
+    *,
+    tasks: Path | str | Sequence[Path | str],
+    device: str = "auto",
+    dtype: str = "auto",
+    family: str | None = None,
+    progress: Progress | None = None,
+) -> Answers:
+    """Let a model answer multiple-choice items, one layer in memory at a time.
+
+    The choice with the largest log-likelihood per byte counts as chosen (``acc_norm``).
+    ``Answers.share_of`` compares two models, and says how much of a difference may be chance.
+
+    Example:
+        >>> before = calib.answer(model, tasks=["tools/tasks/science.jsonl"])
+        >>> after = calib.answer("smaller", tasks=["tools/tasks/science.jsonl"])
+        >>> after.share_of(before)
+
+    Args:
+        model: From ``surgery.open_model``, or anything that it takes.
+        tasks: A file of items, or several: lines of JSON with ``context``, ``choices`` and the
+            index ``answer``.
+        device: auto, cpu, cuda or mps.
+        dtype: auto, float32, bfloat16 or float16.
+        family: As for ``surgery.open_model``.
+        progress: Called with "score", bytes of finished weights, and bytes of all weights.
+
+    Raises:
+        DataError: a file cannot be read, or has a bad item.
+    """
+    items = read_tasks([tasks] if isinstance(tasks, str | Path) else list(tasks))
+    if not items:
+        raise DataError("`tasks`", "are none", fix="name a task file")
+    compute, layouts = ComputeOptions(device, dtype), [as_layout(model, family)]
+    found = next(measure_models(layouts, None, 0, items, compute, progress)).answers
+    assert found is not None
+    return found
 
 
 def search(  # noqa: PLR0913

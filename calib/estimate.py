@@ -268,8 +268,7 @@ def predict_repair(
     Args:
         layout: The model.
         widths: Key of config.json → I'.
-        text: All windows: calibration text in the dense model and in the pruned one, and held-out
-            text without and with the repair.
+        text: All windows whose hidden states are kept, as often as they are.
         settings: How the layers compute.
     """
     pass_alone = predict(layout, text, settings, buckets=1, journal=False)
@@ -282,8 +281,10 @@ def predict_repair(
         full, kept = layout.channels_of(axis), widths[width.key] * layout.times(axis)
         experts = layout.experts if axis == EXPERT else 1
         matrix, pruned = depth * full, depth * kept
-        sums = 4 * (full * kept + pruned) if axis == FFN else 8 * experts * full**2
-        equations = sums + 8 * kept**2 + 4 * kept * (full - kept) + 4 * pruned
+        sums = 4 * kept**2 + 4 * pruned
+        if axis != FFN:
+            sums += 8 * experts * full**2 + 4 * kept * (full - kept)
+        equations = sums + 8 * kept**2
         solving = 16 * kept**2 + 8 * pruned + 16 * SOLVED_ROWS * kept
         weights = 2 * experts * matrix * settings.dtype.itemsize
         activations = 2 * longest * full * settings.dtype.itemsize

@@ -16,7 +16,7 @@ from calib.statistics.prepare import (
 )
 from calib.streaming.empty_model import shape_faults
 from calib.streaming.settings import ComputeOptions
-from calib.study.repair import open_repair, repair_cost, repair_plan, repair_windows
+from calib.study.repair import open_repair, repair_cost, repair_plan, repair_tokens
 from calib.study.study import Study
 from calib.text.chat import documents_of
 from surgery.api import plan_choice
@@ -172,7 +172,7 @@ def forecast_prune(
         study = open_repair(layout, choice, text, compute)
         repair = _repair_within_caps(plan, study, compute)
         if pace is not None:
-            low, high = pace.seconds(repair, repair_windows(plan, study).tokens)
+            low, high = pace.seconds(repair, repair_tokens(plan, study))
             repair_seconds = low, high * REFITTING
     applied = forecast_apply(plan, layout.checkpoint.path, options)
     seconds = pace.seconds(made.prediction(), made.tokens) if made and pace else None

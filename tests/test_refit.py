@@ -1,11 +1,21 @@
 """Least squares into down_proj, against the textbook solution."""
 
+from pathlib import Path
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib.refit import GramSums, error, refit, refit_if_better
+from calib.refit import GramSums, NormalEquations, PrunedPrefix, error, others, refit_if_better
+from calib.streaming.batches import Stream, spilled
+from calib.streaming.decoder import StreamedDecoder
+from calib.streaming.ffn import pruned_parameters
+from calib.streaming.settings import PassSettings
+from calib.streaming.weights import WeightReader
+from tests.support import tiny
+from tests.support.plans import layout_of
 
 CPU = torch.device("cpu")
 
@@ -29,10 +39,11 @@ def test_refit_solves_the_ridge_problem(seed: int, channels: int, ridge: float) 
     act = activations(seed, 60, channels)
     weight = torch.randn(5, channels, generator=torch.Generator().manual_seed(seed + 1))
     kept = torch.arange(channels)[torch.arange(channels) % 3 != 1]
-    found = refit(weight, gram_of(act), kept, ridge)
-    of_kept = GramSums(channels, CPU, kept)
-    of_kept.add(act)
-    assert torch.allclose(refit(weight, of_kept, kept, ridge), found, rtol=1e-4, atol=1e-4)
+    found = gram_of(act).normal_equations(weight, kept).solve(weight[:, kept], ridge)
+    of_kept, removed = NormalEquations(len(kept), 5, CPU), others(kept, channels)
+    of_kept.add(act[:, kept], act[:, removed] @ weight[:, removed].T)
+    again = of_kept.solve(weight[:, kept], ridge)
+    assert torch.allclose(again, found, rtol=1e-4, atol=1e-4)
 
     inside, every = act[:, kept].double().numpy(), act.double().numpy()
     before = weight[:, kept].double().numpy()
@@ -52,12 +63,61 @@ def test_error_is_that_of_the_outputs() -> None:
 
 def test_nothing_removed_nothing_changes() -> None:
     act, weight = activations(2, 40, 6), torch.randn(3, 6)
-    assert torch.equal(refit(weight, gram_of(act), torch.arange(6)), weight)
+    every = torch.arange(6)
+    assert torch.equal(gram_of(act).normal_equations(weight, every).solve(weight), weight)
 
 
 def test_channels_that_never_fire_do_no_harm() -> None:
     weight, kept = torch.randn(3, 6), torch.tensor([1, 4])
-    assert torch.equal(refit(weight, GramSums(6, CPU), kept), weight[:, kept])
+    own = weight[:, kept]
+    assert torch.equal(GramSums(6, CPU).normal_equations(weight, kept).solve(own), own)
+
+
+def test_sums_of_more_channels_than_a_block_are_whole() -> None:
+    part, missing = activations(5, 40, 600), activations(6, 40, 3)
+    sums = NormalEquations(600, 3, CPU)
+    sums.add(part, missing)
+    assert torch.allclose(sums.inner.tril(), (part.T @ part).tril(), rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("windows", [1, 2])
+@pytest.mark.parametrize("spills", [False, True])
+@pytest.mark.parametrize(
+    ("key", "alone"), [("llama", True), ("phi3", True), ("gpt2", True), ("gemma3_text", False)]
+)
+def test_a_prefix_goes_through_the_pruned_layers(
+    tmp_path: Path, key: str, alone: bool, spills: bool, windows: int
+) -> None:
+    """However much of a layer runs again: with windows to judge by and without, in files too."""
+    layout = layout_of(tiny.save(tmp_path / "model", key))
+    rng = np.random.default_rng(3)
+    texts = [[rng.integers(0, 400, 24) for _ in range(3)] for _ in range(windows)]
+    dense, plain = ([Stream(each) for each in texts] for _ in range(2))
+    prefix = PrunedPrefix(dense)
+    streams = [*dense, *plain, *prefix.streams]
+    settings = PassSettings(CPU, torch.float32)
+    with (
+        WeightReader(layout.checkpoint, CPU, torch.float32) as reader,
+        spilled(streams, tmp_path if spills else None),
+    ):
+        decoder = StreamedDecoder(layout, reader, settings)
+        decoder.embed(streams)
+        for index in decoder.layers():
+            (ffn_module,) = decoder.ffn_modules(index)
+            kept = np.arange(layout.channels_of(ffn_module.axis))[::2].copy()
+            for stream in dense:
+                decoder.run(index, stream)
+            columns = torch.from_numpy(kept)
+            fitted = prefix.refit(decoder, index, ffn_module, columns, torch.float32)
+            dims = decoder.channel_dims(index, ffn_module.axis)
+            better = {} if fitted is None else {(ffn_module.axis, 0): fitted}
+            weights = pruned_parameters(decoder.layer(index), ffn_module, dims, [kept], better)
+            prefix.advance(decoder, index, weights)
+            for stream in plain:
+                decoder.run(index, stream, weights=weights)
+            assert (prefix.split == index) == alone
+            for one, other in zip(plain, prefix.streams, strict=True):
+                assert torch.allclose(one.states.before, other.states.before, atol=1e-5)
 
 
 def test_what_other_windows_do_not_confirm_is_not_used() -> None:

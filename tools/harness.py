@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a checkpoint directory as it is; what the two scripts of tasks share."""
+"""lm-evaluation-harness on a checkpoint directory as it is."""
 
 import logging
 from collections.abc import Mapping, Sequence

@@ -3,10 +3,10 @@
 import hashlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,8 +16,8 @@ from calib.streaming.batches import Stream
 from calib.streaming.decoder import StreamedDecoder
 from calib.streaming.empty_model import positions
 from calib.streaming.layers import weights_stage
-from calib.streaming.settings import ComputeOptions, PassSettings
-from calib.streaming.weights import WeightReader, choose_settings
+from calib.streaming.settings import PassSettings
+from calib.streaming.weights import WeightReader
 from calib.text.chat import documents_of
 from calib.text.windows import byte_windows, scored_windows
 from surgery.errors import CheckpointError, DataError, FamilyError
@@ -27,7 +27,6 @@ from surgery.layout.layout import Layout
 from surgery.plot import html_table
 from surgery.process import Progress, spoken
 from surgery.text.documents import TextOptions
-from surgery.tokenizer.tokenizer_file import load_tokenizer
 
 LOG = logging.getLogger(__name__)
 
@@ -35,8 +34,11 @@ LOG = logging.getLogger(__name__)
 RESAMPLES, SEED = 2000, 0
 """How often the windows are drawn anew, and the seed, so that a margin is the same every time."""
 
+DRAWN_TOGETHER = 1 << 20
+"""Windows or items that are drawn at a time: 8 MiB of indices."""
+
 LEAST_WINDOWS = 8
-"""Fewer windows than this do not show how much chance there is in them."""
+"""Fewer windows, or items of a task, than this do not show how much chance there is in them."""
 
 CHANCE = 5
 """Per cent of differences that chance alone would make larger than a margin."""
@@ -100,7 +102,7 @@ class Score:
         √2 times half of the interval that holds 95 % of the scores of windows drawn anew. Two
         models on the same windows differ by chance far less: see ``change_from``.
         """
-        half = _half_interval(self.window_bits, self.window_bytes)
+        half = half_interval(self.window_bits, self.window_bytes)
         return None if half is None else math.sqrt(2) * half
 
     @property
@@ -120,7 +122,7 @@ class Score:
         """
         if self.text_digest != reference.text_digest:
             raise _other_text()
-        half = _half_interval(self.window_bits, reference.window_bits)
+        half = half_interval(self.window_bits, reference.window_bits)
         return Change(self.bits / reference.bits - 1, half)
 
     def _repr_html_(self) -> str:
@@ -177,19 +179,32 @@ def score_table(rows: Sequence[tuple[str, Score, float]]) -> str:
     return "\n".join(lines)
 
 
-def _half_interval(above: Sequence[float], below: Sequence[float]) -> float | None:
-    """Return half of the interval that holds 95 % of Σ above / Σ below over windows drawn anew.
+def half_interval(
+    above: Sequence[float], below: Sequence[float], groups: Sequence[int] = ()
+) -> float | None:
+    """Return half of the interval that holds 95 % of Σ above / Σ below over pairs drawn anew.
 
     This is the percentile bootstrap (Efron and Tibshirani 1993, section 13.3). None for too few
-    windows, and where a sum is not finite.
+    pairs, and where a ratio is not finite.
+
+    Args:
+        above: Numbers of windows or items.
+        below: Those of the same windows or items that they are divided by.
+        groups: How many pairs each group has, from which as many are drawn; empty is one group.
     """
     pairs = np.array([above, below], dtype=np.float64)
-    count = pairs.shape[1]
-    if count < LEAST_WINDOWS or not np.isfinite(pairs).all():
+    sizes = groups or (pairs.shape[1],)
+    if min(sizes) < LEAST_WINDOWS or not np.isfinite(pairs).all():
         return None
-    drawn = np.random.default_rng(SEED).integers(0, count, (RESAMPLES, count))
-    tops, bottoms = (each[drawn].sum(axis=1) for each in pairs)
-    low, high = np.percentile(tops / bottoms, (CHANCE / 2, 100 - CHANCE / 2))
+    sums = np.zeros((RESAMPLES, 2))
+    for part in np.split(pairs, np.cumsum(sizes)[:-1], axis=1):
+        draws, count = np.random.default_rng(SEED), part.shape[1]
+        for each in np.array_split(sums, -(-RESAMPLES * count // DRAWN_TOGETHER)):
+            drawn = draws.integers(0, count, (len(each), count))
+            each += part[:, drawn].sum(axis=2).T
+    if not sums[:, 1].all():
+        return None
+    low, high = np.percentile(sums[:, 0] / sums[:, 1], (CHANCE / 2, 100 - CHANCE / 2))
     return float(high - low) / 2
 
 
@@ -202,52 +217,86 @@ def _other_text() -> DataError:
     )
 
 
-def score_windows(
+class Asked(Protocol):
+    """A text that passes through a model, with the predictions that are asked of it."""
+
+    stream: Stream
+
+    def predictions(self) -> "list[Predictions]":
+        """Return what the head is to count; the text has passed the layers."""
+        ...
+
+
+def run_asked(
     layout: Layout,
-    texts: Sequence[str],
-    tokenizer: Tokenizer,
+    asked: Sequence[Asked],
     settings: PassSettings,
     progress: Progress | None = None,
-) -> Score:
-    """Score ``texts``, each preceded by bos (eos where there is none), through streamed layers.
+) -> None:
+    """Run all texts through streamed layers and the head, in one pass.
 
     Args:
         layout: The model.
-        texts: Windows of text.
-        tokenizer: The model's tokenizer.
+        asked: Its texts.
         settings: How the layers compute.
         progress: Called with "score", the bytes of weights that are done with, and their total.
     """
-    first, most = first_token(layout), positions(layout)
-    encoded = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-    split = [scored_windows(first, np.array(ids, dtype=np.int64), most) for ids in encoded]
-    stream = Stream([window for windows in split for window in windows])
-    lossy = sum(
-        tokenizer.decode(ids, skip_special_tokens=False) != text
-        for ids, text in zip(encoded, texts, strict=True)
-    )
-
+    streams = [each.stream for each in asked]
     with WeightReader(layout.checkpoint, settings.device, settings.dtype) as reader:
         decoder = StreamedDecoder(layout, reader, settings)
-        decoder.embed([stream])
-        if long := sum(len(windows) > 1 for windows in split):
+        decoder.embed(streams)
+        windows = sum(len(stream.windows) for stream in streams)
+        decoder.run_layers(streams, progress=weights_stage(progress, "score", layout, windows))
+        count_bits(decoder, [each for text in asked for each in text.predictions()])
+
+
+class AskedText:
+    """Windows of text, each preceded by bos (eos where there is none), whose bits are counted."""
+
+    def __init__(self, layout: Layout, texts: Sequence[str], tokenizer: Tokenizer) -> None:
+        """Tokenize ``texts`` by the model's own ``tokenizer``."""
+        first, most = first_token(layout), positions(layout)
+        encoded = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+        split = [scored_windows(first, np.array(ids, dtype=np.int64), most) for ids in encoded]
+        self.stream = Stream([window for windows in split for window in windows])
+        self._texts, self._parts = texts, [len(windows) for windows in split]
+        self._rows = np.arange(layout.vocab_size)
+        self._lossy = sum(
+            tokenizer.decode(ids, skip_special_tokens=False) != text
+            for ids, text in zip(encoded, texts, strict=True)
+        )
+        if long := sum(parts > 1 for parts in self._parts):
             LOG.info(
                 "note: %d windows have more tokens than the model has positions (%s); "
                 "each is scored in several",
                 long,
                 f"{most:,}",
             )
-        advance = weights_stage(progress, "score", layout, len(stream.windows))
-        decoder.run_layers([stream], progress=advance)
-        (bits,) = token_bits(decoder, [(stream, np.arange(layout.vocab_size))])
-    left = iter(bits)
-    return Score(
-        tuple(sum(float(part.sum()) for part in islice(left, len(of_text))) for of_text in split),
-        tuple(len(text.encode("utf-8")) for text in texts),
-        _digest(texts),
-        tokens=sum(len(window) - 1 for window in stream.windows),
-        lossy_windows=lossy,
-    )
+
+    def predictions(self) -> "list[Predictions]":
+        """As ``Asked``."""
+        self._predicted = predictions_of(self.stream, self._rows)
+        return list(self._predicted.values())
+
+    def score(self) -> Score:
+        """Return the score; the predictions have been counted."""
+        left = iter(each.bits() for _, each in sorted(self._predicted.items()))
+        return Score(
+            tuple(sum(float(part.sum()) for part in islice(left, n)) for n in self._parts),
+            tuple(len(text.encode("utf-8")) for text in self._texts),
+            _digest(self._texts),
+            tokens=sum(len(window) - 1 for window in self.stream.windows),
+            lossy_windows=self._lossy,
+        )
+
+
+def score_windows(
+    layout: Layout, texts: Sequence[str], tokenizer: Tokenizer, settings: PassSettings
+) -> Score:
+    """Score ``texts`` alone, as ``run_asked`` does."""
+    asked = AskedText(layout, texts, tokenizer)
+    run_asked(layout, [asked], settings)
+    return asked.score()
 
 
 def _digest(texts: Sequence[str]) -> str:
@@ -259,30 +308,16 @@ def _digest(texts: Sequence[str]) -> str:
     return result.hexdigest()
 
 
-def score_models(
-    layouts: Sequence[Layout],
-    text: TextOptions,
-    window_bytes: int,
-    compute: ComputeOptions,
-    progress: Progress | None = None,
-) -> Iterator[Score]:
-    """Yield the score of each model on windows of ``window_bytes`` bytes of a text.
-
-    The text of all models is read and compared before the first one is scored.
+def texts_of(layouts: Sequence[Layout], text: TextOptions, window_bytes: int) -> list[str]:
+    """Return the windows of ``window_bytes`` bytes that all models are scored on.
 
     Raises:
-        FamilyError: a model predicts no token.
         DataError: there is no text; or chats become another text under another model's template.
     """
-    for layout in layouts:
-        check_predicts(layout)
     every = [byte_windows(documents_of(each, text), text.samples, window_bytes) for each in layouts]
     if any(texts != every[0] for texts in every):
         raise _other_text()
-    for layout in layouts:
-        tokenizer = load_tokenizer(layout.checkpoint.path)
-        settings = choose_settings(compute, layout.checkpoint)
-        yield score_windows(layout, every[0], tokenizer, settings, progress)
+    return every[0]
 
 
 def check_predicts(layout: Layout) -> None:
@@ -306,40 +341,52 @@ def check_predicts(layout: Layout) -> None:
 def token_bits(
     decoder: StreamedDecoder, streams: Sequence[tuple[Stream, np.ndarray]]
 ) -> list[list[np.ndarray]]:
-    """Return per stream and window −log2 softmax of each next token, float64 ``(tokens - 1,)``.
-
-    The head is read once, block by block, and the log-sum-exp is added up over the blocks.
+    """Return per stream and window the bits of each next token, float64 ``(tokens - 1,)``.
 
     Args:
         decoder: All streams have passed its layers.
         streams: Each with the ascending ids of its vocabulary.
     """
-    windows = [
-        _WindowBits(ids, states, rows) for s, rows in streams for _, ids, states in s.hidden()
-    ]
-    for index, part, logits in decoder.logits([(each.states, each.rows) for each in windows]):
-        windows[index].add(part, logits[0].float())
-    bits = iter(windows)
-    result = []
-    for stream, _ in streams:
-        order = [index for index, _, _ in stream.hidden()]
-        found = {index: next(bits).bits() for index in order}
-        result.append([found[index] for index in sorted(found)])
-    return result
+    found = [predictions_of(stream, rows) for stream, rows in streams]
+    count_bits(decoder, [each for by_window in found for each in by_window.values()])
+    return [[each.bits() for _, each in sorted(by_window.items())] for by_window in found]
 
 
-class _WindowBits:
-    """Adds up one window's log-sum-exp and collects the logits of its next tokens."""
+def predictions_of(stream: Stream, rows: np.ndarray) -> "dict[int, Predictions]":
+    """Return, by window, the predictions of all its tokens but the first."""
+    return {
+        index: Predictions(states[:-1], ids[1:].numpy(), rows)
+        for index, ids, states in stream.hidden()
+    }
 
-    def __init__(self, ids: torch.Tensor, states: torch.Tensor, rows: np.ndarray) -> None:
-        self.states = states[None, :-1]
+
+@torch.no_grad()
+def count_bits(decoder: StreamedDecoder, asked: "Sequence[Predictions]") -> None:
+    """Let the head count the bits of all predictions.
+
+    The head is read once, block by block, and the log-sum-exp is added up over the blocks.
+    """
+    hidden = [(each.states, each.rows) for each in asked]
+    for index, part, logits in decoder.logits(hidden):
+        asked[index].add(part, logits[0].float())
+
+
+class Predictions:
+    """Adds up the log-sum-exp of some hidden states and collects the logits of their tokens."""
+
+    def __init__(self, states: torch.Tensor, tokens: np.ndarray, rows: np.ndarray) -> None:
+        """Take ``states`` ``(n, D)`` after the last layer, and the tokens ``(n,)`` they predict.
+
+        ``rows`` are the ascending ids of the vocabulary.
+        """
+        self.states = states[None]
         self.rows = rows
-        self._targets = torch.from_numpy(np.searchsorted(rows, ids[1:].numpy()))
+        self._targets = torch.from_numpy(np.searchsorted(rows, tokens))
         self._total = torch.full(self._targets.shape, -math.inf)
         self._chosen = torch.zeros(self._targets.shape)
 
     def add(self, part: slice, logits: torch.Tensor) -> None:
-        """Add ``logits`` ``(tokens, rows)`` of the ``part`` of the vocabulary."""
+        """Add ``logits`` ``(n, rows)`` of the ``part`` of the vocabulary."""
         self._total = torch.logaddexp(self._total, logits.logsumexp(-1).cpu())
         inside = (self._targets >= part.start) & (self._targets < part.stop)
         index = (self._targets[inside] - part.start).to(logits.device)
@@ -348,7 +395,7 @@ class _WindowBits:
         )
 
     def bits(self) -> np.ndarray:
-        """Return the bits of each next token, float64 ``(tokens - 1,)``."""
+        """Return −log2 softmax of each token, float64 ``(n,)``."""
         return (self._total - self._chosen).double().numpy() / math.log(2)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -25,7 +26,7 @@ from calib.streaming.empty_model import (
     layers_paths,
     library_errors,
 )
-from calib.streaming.ffn import FfnModule, hooked_ffn
+from calib.streaming.ffn import FfnCall, FfnModule, ffn_above, hooked_ffn, no_hook, seen_ffn
 from calib.streaming.layers import Layers, broken_tensor, move_buffers, not_finite
 from calib.streaming.settings import PassSettings, Timings
 from calib.streaming.stacks import Stack, capture_both, shifted
@@ -49,6 +50,20 @@ HEAD_ROWS = 8192
 """Rows of lm_head in memory at a time."""
 
 NO_WEIGHTS: Mapping[str, torch.Tensor] = {}
+
+
+@dataclass(frozen=True)
+class Peeked:
+    """What a layer with one dense FFN computes for some tokens."""
+
+    rows: slice
+    """Their rows of the hidden states."""
+    act: torch.Tensor
+    """``(tokens, I)``: the input of down_proj."""
+    after: torch.Tensor
+    """``(tokens, D)``: the layer's output."""
+    ffn: FfnCall | None
+    """None where the FFN is no module of its own that takes nothing but hidden states."""
 
 
 class StreamedDecoder:
@@ -230,11 +245,10 @@ class StreamedDecoder:
     @torch.no_grad()
     def peek(
         self, index: int, stream: Stream, weights: Mapping[str, torch.Tensor] = NO_WEIGHTS
-    ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    ) -> Iterator[Peeked]:
         """Run a layer with one dense FFN on ``stream`` and leave its hidden states as they are.
 
-        Yields for each micro-batch its rows of the hidden states, the input of down_proj
-        ``(tokens, I)`` and the layer's output ``(tokens, D)``.
+        Yields what each micro-batch shows. Its rows of ``stream.states`` may then be overwritten.
         """
         layer, ffn_modules = self.layer(index), self.ffn_modules(index)
         for part in self._micro_batches(stream.batches):
@@ -243,11 +257,45 @@ class StreamedDecoder:
             def collect(axis: str, expert: int, tokens: Tokens, act: torch.Tensor) -> None:
                 pieces.append(act.view(tokens.count, -1, act.shape[-1]))  # noqa: B023
 
-            with self.timings.timed("compute"), swapped(layer, weights):
+            with (
+                self.timings.timed("compute"),
+                swapped(layer, weights),
+                seen_ffn(layer, ffn_modules[0]) as calls,
+            ):
                 hooked = hooked_ffn(layer, ffn_modules, self._ids(index, part), collect)
                 _, after = self._run(index, layer, part, hooked)
+            ffn = calls[0] if len(calls) == 1 else None
+            yield Peeked(
+                part.rows, torch.cat(pieces, dim=1).flatten(0, 1), after.flatten(0, 1), ffn
+            )
             stream.states.give_back(part.rows)
-            yield part.rows, torch.cat(pieces, dim=1).flatten(0, 1), after.flatten(0, 1)
+
+    @torch.no_grad()
+    def run_ffn(self, index: int, stream: Stream, weights: Mapping[str, torch.Tensor]) -> None:
+        """Finish a layer whose attention has run: only its FFN, the layer's one, is left to run.
+
+        Args:
+            index: Index of the layer.
+            stream: Its states hold the FFN's input in ``before``, and in ``after`` what the FFN's
+                output is added to.
+            weights: Parameters that replace the layer's own.
+
+        Raises:
+            CheckpointError: the layer gives NaN or infinity.
+        """
+        layer, ffn_modules, finite = self.layer(index), self.ffn_modules(index), []
+        with self.timings.timed("compute"), swapped(layer, weights):
+            for part in self._micro_batches(stream.batches):
+                hidden = part.read().to(self.reader.device)
+                with hooked_ffn(layer, ffn_modules, part.ids, no_hook):
+                    added = ffn_above(layer, ffn_modules[0])(hidden)
+                finite.append(added.isfinite().all())
+                stream.states.after[part.rows] += added.flatten(0, 1).to(stream.states.after.device)
+                stream.states.give_back(part.rows)
+            if not bool(torch.stack(finite).all()):
+                raise not_finite(self.layout, index, layer, self.reader.dtype)
+        with self.timings.timed("write"):
+            stream.states.advance()
 
     def layer(self, index: int) -> nn.Module:
         """Return the library's layer; it has weights only while ``layers`` yields its index."""

@@ -240,6 +240,42 @@ def _dense(
             del ffn.forward
 
 
+@dataclass(frozen=True)
+class FfnCall:
+    """What an FFN was given and what it gave, ``(tokens, D)`` each."""
+
+    hidden: torch.Tensor
+    output: torch.Tensor
+
+
+def ffn_above(layer: nn.Module, ffn_module: FfnModule) -> nn.Module:
+    """Return the module that holds an FFN which is ``alone``: its gate, up and down."""
+    return layer.get_submodule(ffn_module.path.rpartition(".")[0])
+
+
+@contextmanager
+def seen_ffn(layer: nn.Module, ffn_module: FfnModule) -> Iterator[list[FfnCall]]:
+    """Collect the calls of an FFN that is ``alone`` and takes nothing but hidden states."""
+    calls: list[FfnCall] = []
+    if not ffn_module.alone or ffn_module.routed:
+        yield calls
+        return
+
+    def hook(_: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any], made: Any) -> None:
+        if len(inputs) == 1 and not named and isinstance(made, torch.Tensor):
+            calls.append(FfnCall(inputs[0].flatten(0, -2), made.flatten(0, -2)))
+
+    handle = ffn_above(layer, ffn_module).register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def no_hook(axis: str, expert: int, tokens: Tokens, act: torch.Tensor) -> None:
+    """Leave activations as they are."""
+
+
 def pieces(windows: int, tokens: int, channels: int) -> list[slice]:
     """Split ``tokens`` into equal pieces whose activation has about ``PIECE_VALUES`` at most."""
     count = min(tokens, -(-windows * tokens * channels // PIECE_VALUES))

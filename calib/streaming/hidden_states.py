@@ -87,6 +87,20 @@ class HiddenStates:
         return self._directory / f"hidden_{passed % 2}"
 
 
+class SwappedStates(HiddenStates):
+    """Rows in memory whose input is kept while a layer writes its output: twice the memory."""
+
+    def allocate(self, tokens: int, width: int, dtype: torch.dtype) -> None:
+        """Allocate the rows, and those of the output."""
+        super().allocate(tokens, width, dtype)
+        self.after = torch.empty_like(self.before)
+
+    def advance(self) -> None:
+        """Count one more layer, and swap input and output."""
+        self.passed += 1
+        self.before, self.after = self.after, self.before
+
+
 class SpilledStates(HiddenStates):
     """Rows in two mapped files: a layer reads one and writes the other.
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import torch
 
 from calib.estimate import Prediction, WindowLengths, predict_repair
@@ -30,7 +31,7 @@ LOG = logging.getLogger(__name__)
 
 WHAT = "least squares"
 
-JUDGE_WINDOWS = 16
+JUDGE_WINDOWS = 8
 """Most windows of held-out text that judge a repair.
 
 They run through the model twice. Their bits differ by far more than chance where a repair helps:
@@ -101,7 +102,7 @@ def repair(plan: Plan, study: Study, path: Path, progress: Advance = no_advance)
     layout, vocab_size = text.layout, plan.after.vocab_size
     parts = parts_by_source(plan, layout)
     plain = plain_variant(plan, layout, parts)
-    calibration_pass = text.calibration_pass(vocab_size, refits=True)
+    calibration_pass = text.calibration_pass(vocab_size, refits=True, chooses=False)
     encoded = text.encoded(vocab_size)
     entries = _entries(plan, layout)
     with ReplacementWriter(path, entries) as writer:
@@ -169,22 +170,28 @@ def _entries(plan: Plan, layout: Layout) -> list[Entry]:
     return found
 
 
-def repair_windows(plan: Plan, study: Study) -> WindowLengths:
-    """Return the windows of all passes of ``repair``.
+def repair_tokens(plan: Plan, study: Study) -> int:
+    """Return the tokens that pass the layers in ``repair``, as often as they do.
 
     Text passes the dense model and the pruned one, and held-out text the pruned one without and
     with the repair.
     """
-    text, size = study.text, plan.after.vocab_size
-    windows = text.calibration_pass(size).streams[0].windows
-    heldout = text.encoded(size).windows
-    return WindowLengths.of([*windows, *windows, *heldout, *heldout])
+    windows, heldout = _windows(plan, study)
+    return 2 * sum(map(len, [*windows, *heldout]))
 
 
 def repair_cost(plan: Plan, study: Study) -> Prediction:
     """Predict the memory that ``repair`` takes."""
-    windows = repair_windows(plan, study)
-    return predict_repair(study.text.layout, plan.after.widths, windows, study.settings)
+    windows, heldout = _windows(plan, study)
+    # Of text in the pruned model, a layer's input and output are kept.
+    states = WindowLengths.of([*windows, *windows, *windows, *heldout, *heldout])
+    return predict_repair(study.text.layout, plan.after.widths, states, study.settings)
+
+
+def _windows(plan: Plan, study: Study) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
+    """Return the windows of text and the held-out ones."""
+    text, size = study.text, plan.after.vocab_size
+    return text.calibration_pass(size).streams[0].windows, text.encoded(size).windows
 
 
 def refit_hook(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -11,7 +12,15 @@ import torch
 from calib.refit import GramSums
 from calib.scoring.score import first_token
 from calib.statistics.sums import ChannelSums, cosine_sum, weight_norms
-from calib.streaming.batches import ChannelHook, LayerHooks, Routed, RoutedHook, Stream, Tokens
+from calib.streaming.batches import (
+    NO_HOOKS,
+    ChannelHook,
+    LayerHooks,
+    Routed,
+    RoutedHook,
+    Stream,
+    Tokens,
+)
 from calib.streaming.decoder import StreamedDecoder
 from calib.streaming.empty_model import positions
 from calib.streaming.ffn import ExpertKey, FfnModule
@@ -52,6 +61,7 @@ class CalibrationPass:
         edges: Sequence[int],
         *,
         refits: bool = False,
+        chooses: bool = True,
     ) -> None:
         """Take ``windows`` of the source's ids.
 
@@ -62,6 +72,7 @@ class CalibrationPass:
             edges: Ranks of rarity at which buckets end, ascending; the last is V.
             refits: Whether down_proj will be refitted. Then some windows only judge the result, and
                 Gram matrices are taken in layers that do not have a single FFN.
+            chooses: Whether channels, experts or layers are chosen by the statistics.
         """
         self._layout = layout
         self._buckets = torch.from_numpy(bucket_of)
@@ -69,7 +80,7 @@ class CalibrationPass:
         gate = [w for n, w in enumerate(windows) if refits and n % GATE_EVERY == GATE_EVERY - 1]
         fit = [w for n, w in enumerate(windows) if not refits or n % GATE_EVERY < GATE_EVERY - 1]
         self.streams = [Stream(part) for part in (fit, gate) if part]
-        self._refits = refits
+        self._refits, self._chooses = refits, chooses
         self.sums: dict[str, AxisSums] = {}
         self.cosines: list[float] = []
         """Per layer passed, Σ cos(x_in, x_out) over the tokens."""
@@ -84,6 +95,13 @@ class CalibrationPass:
 
     def measure(self, decoder: StreamedDecoder, index: int) -> None:
         """Run the windows through a layer and take its ``sums`` and ``grams``."""
+        needed = self._refits and not has_one_ffn(decoder.ffn_modules(index))
+        self.grams = [{} for _ in self.streams if needed]
+        if not self._chooses:
+            for stream, grams in zip_longest(self.streams, self.grams):
+                hooks = LayerHooks(partial(_add_gram, grams)) if grams is not None else NO_HOOKS
+                decoder.run(index, stream, hooks)
+            return
         layout, device = self._layout, decoder.reader.device
         norms = weight_norms(decoder.layer(index), decoder.ffn_modules(index))
         sums = {
@@ -92,8 +110,6 @@ class CalibrationPass:
             )
             for axis, experts in layout.ffn_outputs[index].items()
         }
-        needed = self._refits and not has_one_ffn(decoder.ffn_modules(index))
-        self.grams = [{} for _ in self.streams if needed]
         self.cosines.append(0.0)
         for stream, grams in zip_longest(self.streams, self.grams):
             hooks = LayerHooks(self._hook(sums, grams), self._add_cosines, self._outputs_of(sums))
@@ -134,13 +150,24 @@ class CalibrationPass:
 
         def add(layer: int, axis: str, expert: int, tokens: Tokens, act: torch.Tensor) -> None:
             sums[axis].add(expert, tokens, self._buckets[tokens.ids], act)
-            if grams is None:
-                return
-            if (axis, expert) not in grams:
-                grams[axis, expert] = GramSums(act.shape[1], act.device)
-            grams[axis, expert].add(act)
+            if grams is not None:
+                _add_gram(grams, layer, axis, expert, tokens, act)
 
         return add
+
+
+def _add_gram(
+    grams: dict[ExpertKey, GramSums],
+    layer: int,
+    axis: str,
+    expert: int,
+    tokens: Tokens,
+    act: torch.Tensor,
+) -> None:
+    """Add activations to the sums of their axis and expert."""
+    if (axis, expert) not in grams:
+        grams[axis, expert] = GramSums(act.shape[1], act.device)
+    grams[axis, expert].add(act)
 
 
 WINDOW_BYTES = 2048
@@ -204,6 +231,7 @@ class StudyText:
         *,
         edges: Sequence[int] = (),
         refits: bool = False,
+        chooses: bool = True,
     ) -> CalibrationPass:
         """Return a pass over the calibration text, tokenized by the vocabulary of this size.
 
@@ -212,15 +240,15 @@ class StudyText:
             samples: Most windows; None is ``self.samples``.
             edges: Sizes V' for which the statistics are to be exact (paper eq. 5).
             refits: Whether down_proj will be refitted.
+            chooses: Whether channels, experts or layers are chosen by the statistics.
         """
         tokenizer, old_ids = self._tokenizer(vocab_size)
         count = min(samples or self.samples, self.samples)
         windows = token_windows(self.calibration, tokenizer, count, self.seq_len)
         ranks = sorted({*edges, self.layout.vocab_size})
         buckets = self.rarity.buckets(ranks)
-        return CalibrationPass(
-            self.layout, [old_ids[w] for w in windows], buckets, ranks, refits=refits
-        )
+        ids = [old_ids[w] for w in windows]
+        return CalibrationPass(self.layout, ids, buckets, ranks, refits=refits, chooses=chooses)
 
     def _tokenizer(self, vocab_size: int) -> tuple[Any, np.ndarray]:
         """Return the library's tokenizer, and the source's id for each of its ids."""

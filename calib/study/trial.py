@@ -155,7 +155,7 @@ class Trial:
         """
         if self.calibration_pass is None:
             return {}
-        chosen = self._choose(self.calibration_pass, index)
+        chosen = self._choose(self.calibration_pass, decoder.layout, index)
         layer, found = decoder.layer(index), dict[str, torch.Tensor]()
         refitted: dict[ExpertKey, torch.Tensor] = {}
         for ffn_module in decoder.ffn_modules(index):
@@ -204,7 +204,9 @@ class Trial:
         self.refitted += helped
         return found if helped else {}
 
-    def _choose(self, calibration_pass: CalibrationPass, index: int) -> dict[str, list[np.ndarray]]:
+    def _choose(
+        self, calibration_pass: CalibrationPass, layout: Layout, index: int
+    ) -> dict[str, list[np.ndarray]]:
         """Return the kept channels of each axis from which channels are removed."""
         variant = self.variant
         if variant.kept is None:
@@ -220,8 +222,9 @@ class Trial:
         else:
             chosen = dict(variant.kept[index])
         self.kept.append(chosen)
-        full = {axis: sums.sum_sq.shape[-1] for axis, sums in calibration_pass.sums.items()}
-        return {axis: kept for axis, kept in chosen.items() if len(kept[0]) < full[axis]}
+        return {
+            axis: kept for axis, kept in chosen.items() if len(kept[0]) < layout.channels_of(axis)
+        }
 
 
 def try_all(

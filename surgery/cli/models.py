@@ -5,7 +5,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -32,6 +32,7 @@ from surgery.cli.options import (
     refuse_idle,
     score_text_options,
     size_options,
+    tasks_option,
     text_options,
     vocabulary_options,
 )
@@ -42,6 +43,7 @@ from surgery.process import peak_rss_bytes, spoken, spoken_range, spoken_stages
 from surgery.text.documents import TextOptions
 
 if TYPE_CHECKING:
+    from calib.scoring.tasks import Measured
     from surgery.layout.layout import Layout
     from surgery.stats.channel_stats import ChannelStats
 
@@ -173,50 +175,65 @@ class ScoredModels:
     type=click.IntRange(4),
     help="Bytes of text per window.",
 )
+@tasks_option
 @compute_options
 @json_option
 def score(
     given: ScoredModels,
     text: TextOptions,
     window_bytes: int,
+    tasks: tuple[Path, ...],
     compute: ComputeOptions,
     as_json: bool,
 ) -> None:
-    """Measure bits per byte on held-out text, one layer in memory at a time.
+    """Measure bits per byte on held-out text and right answers, one layer in memory at a time.
 
-    Several models are scored on the same windows of text, and each is compared with the first. A
-    figure depends on which windows the text happens to have. Its ± says how much, by a bootstrap: a
-    smaller difference may be chance. --json prints an object for each model, in a list if there are
-    several.
+    Several models are scored on the same windows of text and the same items, and each is compared
+    with the first. A figure depends on which windows and items there happen to be. Its ± says how
+    much, by a bootstrap: a smaller difference may be chance. --json prints an object for each
+    model, in a list if there are several.
     """
-    from calib.scoring.score import score_models, score_table
+    from calib.scoring.score import score_table
+    from calib.scoring.tasks import answers_table, measure_models, read_tasks
 
+    if not (text.data or tasks):
+        raise Refusal("--data: is missing; name held-out text, or items with --tasks")
+    if not text.data:
+        refuse_idle("without --data", "samples", "seed", "field", "strict", "window_bytes")
+    items = read_tasks(tasks)
     layouts = [ModelOptions(model, given.family).layout() for model in given.models]
     rows, start = [], time.perf_counter()
+    heldout = text if text.data else None
     with running() as progress:
-        found = score_models(layouts, text, window_bytes, compute, progress)
+        found = measure_models(layouts, heldout, window_bytes, items, compute, progress)
         for model, result in zip(given.models, found, strict=True):
             rows.append((model, result, time.perf_counter() - start))
             start += rows[-1][2]
-    for model, result, _ in rows:
-        if result.lossy_windows:
-            lost = f"{model} loses text in {result.lossy_windows} windows, so its bits are too low"
+    scores = [(model, each.score, took) for model, each, took in rows if each.score]
+    answers = [(model, each.answers, took) for model, each, took in rows if each.answers]
+    for model, score, _ in scores:
+        if score.lossy_windows:
+            lost = f"{model} loses text in {score.lossy_windows} windows, so its bits are too low"
             click.echo(f"note: the tokenizer of {lost}", err=True)
     if as_json:
-        facts = [
-            {
-                "model": model,
-                **result.facts(),
-                "change": asdict(result.change_from(rows[0][1])) if number else None,
-                "seconds": took,
-                "peak_rss_bytes": peak_rss_bytes(),
-            }
-            for number, (model, result, took) in enumerate(rows)
-        ]
+        facts = [_measured(model, each, rows[0][1], took) for model, each, took in rows]
         click.echo(json.dumps(facts if len(facts) > 1 else facts[0]))
     else:
-        click.echo(score_table(rows))
-    sys.exit(0 if all(result.finite for _, result, _ in rows) else 1)
+        tables = [score_table(scores)] if scores else []
+        tables += [answers_table(answers)] if answers else []
+        click.echo("\n\n".join(tables))
+    sys.exit(0 if all(score.finite for _, score, _ in scores) else 1)
+
+
+def _measured(model: str, found: "Measured", first: "Measured", took: float) -> dict[str, Any]:
+    """Return what was measured of a model for JSON, compared with the first where it is another."""
+    facts: dict[str, Any] = {"model": model}
+    if found.score is not None and first.score is not None:
+        change = found.score.change_from(first.score) if found is not first else None
+        facts |= {**found.score.facts(), "change": change and asdict(change)}
+    if found.answers is not None:
+        facts["tasks"] = found.answers.facts(first.answers if found is not first else None)
+    return facts | {"seconds": took, "peak_rss_bytes": peak_rss_bytes()}
 
 
 @dataclass(frozen=True)

@@ -284,7 +284,21 @@ prune_text_options = gathered(
     seq_len_option,
     seed_option,
 )
-score_text_options = gathered("text", TextOptions, data_option, samples_option, seed_option)
+score_text_options = gathered(
+    "text",
+    TextOptions,
+    data_options(required=False, use="Held-out text. "),
+    samples_option,
+    seed_option,
+)
+tasks_option = click.option(
+    "--tasks",
+    multiple=True,
+    type=path_type,
+    metavar="FILE",
+    help="Multiple-choice items to answer: lines of JSON with context, choices, answer. May be "
+    "given several times.",
+)
 plan_text_options = gathered(
     "text",
     TextOptions,

@@ -1,7 +1,8 @@
 """Shapes and bytes of an output from headers alone; what FP8 blocks and routers allow."""
 
 import math
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import lcm
 
@@ -16,6 +17,7 @@ from surgery.families.schema import (
     GROUP_KEYS,
     PER_TOKEN_KEYS,
     VOCAB,
+    Dim,
 )
 from surgery.files.index_sets import MAKE_AGAIN
 from surgery.files.safetensors_header import ITEMSIZE, TensorRef
@@ -320,9 +322,6 @@ def sizes_of(plan: Plan) -> Sizes:
     return Sizes(plan.after.vocab_size, plan.after.widths, plan.dequantize, plan.layers, experts)
 
 
-CACHED = ("k_proj.weight", "v_proj.weight", "kv_a_proj_with_mqa.weight")
-"""Endings of the maps whose outputs the cache of keys and values holds."""
-
 CACHE_ITEMSIZE, LOGIT_ITEMSIZE = 2, 4
 """Bytes of a value in a bf16 cache, and of a float32 logit."""
 
@@ -347,7 +346,7 @@ class Serving:
 
 def serving_of(layout: Layout, sizes: Sizes) -> Serving:
     """Predict what ``layout`` takes where it is served, once it has ``sizes``."""
-    total = beside = embedding = routed = cached = 0
+    total = beside = looked_up = routed = 0
     for tensor in layout.checkpoint.tensors.values():
         role, dtype = layout.roles[tensor.name], output_dtype(layout, tensor, sizes)
         tied_head = layout.tied and role.name == layout.family.head
@@ -358,12 +357,12 @@ def serving_of(layout: Layout, sizes: Sizes) -> Serving:
         if role.slot is CARRIED:
             beside += nbytes
             continue
-        embedding += nbytes if role.name == layout.family.embedding else 0
+        table = role.slot.dims == (Dim(VOCAB), None) and not _is_head(layout, role)
+        looked_up += nbytes - nbytes // sizes.vocab_size if table else 0
         routed += nbytes if role.slot.of_expert or role.slot.packed else 0
-        cached += tensor.shape[0] if role.name.endswith(CACHED) and not role.scales else 0
+    cached = _cached(layout, [group[0] for group in sizes.layers])
     count = sizes.experts or layout.experts
     idle = routed * (count - min(_per_token(layout), count)) // count if count else 0
-    looked_up = 0 if layout.tied else embedding - embedding // sizes.vocab_size
     decodes = layout.predicts or layout.family.kind == ENCODER_DECODER
     return Serving(
         weights=total,
@@ -371,6 +370,39 @@ def serving_of(layout: Layout, sizes: Sizes) -> Serving:
         cache=cached * CACHE_ITEMSIZE or None if layout.predicts else None,
         logits=sizes.vocab_size * LOGIT_ITEMSIZE if decodes else None,
     )
+
+
+def _is_head(layout: Layout, role: TensorRole) -> bool:
+    return role.name == (layout.family.embedding if layout.tied else layout.family.head)
+
+
+def _cached(layout: Layout, kept: Sequence[int]) -> int:
+    """Values that the cache holds of each position, in the layers ``kept``; none: in all.
+
+    The last ``num_kv_shared_layers`` take those of a layer before them.
+    """
+    owners = layout.num_hidden_layers - (layout.config.get("num_kv_shared_layers") or 0)
+    total = 0
+    for layer in kept or range(layout.num_hidden_layers):
+        modules: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+        for name, ref in layout.of_layer[layer].items() if layer < owners else ():
+            module, _, last = name.removesuffix(".weight").rpartition(".")
+            modules[module][last] = layout.shape_of(ref)
+        total += sum(map(_cached_values, modules.values()))
+    return total
+
+
+def _cached_values(attention: Mapping[str, tuple[int, ...]]) -> int:
+    """Values that a module caches of a position, by the shapes of its maps.
+
+    Linear attention, which has an ``A_log``, carries on a state instead.
+    """
+    if "A_log" in attention:
+        return 0
+    if {"qkv_proj", "o_proj"} <= attention.keys():  # as many queries as go into the second
+        return attention["qkv_proj"][0] - attention["o_proj"][1]
+    latents, keys = (attention.get(n, (0,))[0] for n in ("kv_a_proj_with_mqa", "k_proj"))
+    return latents + keys + attention.get("v_proj", (keys,))[0]
 
 
 def serving_table(before: Serving, after: Serving | None = None) -> str:

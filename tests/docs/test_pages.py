@@ -87,6 +87,8 @@ def save_material(folder: Path) -> Path:
     tiny_encoders.save(folder / "my-encoder", "xlm-roberta")
     for name in ("text.txt", "heldout.txt"):
         (folder / name).write_text(tiny.prose(9_000), encoding="utf-8")
+    for name in ("science.jsonl", "words.jsonl"):
+        shutil.copy(ROOT / "tools" / "tasks" / name, folder)
     return folder
 
 

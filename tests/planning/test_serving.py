@@ -49,6 +49,27 @@ def test_latent_attention_keeps_latents(tmp_path: Path) -> None:
     assert found.cache == 3 * (12 + 4) * 2
 
 
+CACHED = {
+    "olmo_hybrid": 1 * 2 * 4 * 8,  # one layer of four; the others carry on a state
+    "kimi_linear": 1 * (12 + 4),
+    "phi3": 3 * 2 * 2 * 8,
+}
+"""Model type → values of keys and values in its cache, of a tiny model."""
+
+
+@pytest.mark.parametrize("key", CACHED)
+def test_only_attention_that_looks_back_has_a_cache(tmp_path: Path, key: str) -> None:
+    found = dense(layout_of(tiny.save(tmp_path / "model", key)))
+    assert found.cache == CACHED[key] * 2
+
+
+def test_of_every_table_a_token_reads_a_row(tmp_path: Path) -> None:
+    layout = layout_of(tiny.save(tmp_path / "model", "gemma4_text", tied=True))
+    table = layout.by_name["model.embed_tokens_per_layer.weight"]
+    found = dense(layout)
+    assert found.weights - read(found) == table.nbytes - table.nbytes // 640  # the other is tied
+
+
 def test_encoders_of_images_are_weights_that_no_token_reads(tmp_path: Path) -> None:
     layout = layout_of(tiny.save(tmp_path / "model", "gemma3"))
     found, beside = (

@@ -3,19 +3,17 @@
 import json
 import re
 import shlex
-from functools import partial
 from pathlib import Path
-from typing import Any
+from statistics import mean
 
+import click
 import pytest
-import torch
-from click.testing import CliRunner
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import calib
 from tests.support import ROOT
 from tests.support.command import Run
-from tools import harness, task_scores
-from tools.tasks.records import FOLDER, KINDS, read
+from tools import harness
+from tools.tasks.records import FOLDER, KINDS
 
 pytest.importorskip("lm_eval")
 
@@ -42,55 +40,16 @@ def pruned(llama: Path, text: Path, tmp_path: Path, run: Run) -> Path:
     return output
 
 
-def log_probability(model: Any, tokenizer: Any, context: str, choice: str) -> float:
-    """Sum the log-probabilities of the choice's tokens after the context and a space."""
-    before = len(tokenizer(context)["input_ids"])
-    ids = torch.tensor([tokenizer(f"{context} {choice}")["input_ids"]])
-    with torch.no_grad():
-        logs = model(ids[:, :-1]).logits[0].log_softmax(-1)
-    tokens = logs.gather(1, ids[0, 1:, None])[:, 0]
-    return float(tokens[before - 1 :].sum())
-
-
-def direct_accuracy(model: Any, tokenizer: Any, kind: str) -> tuple[float, float]:
-    """Return acc, and acc_norm by bytes, of the first items of a kind."""
-    right = right_norm = 0
-    records = read(kind)[:LIMIT]
-    for record in records:
-        choices = record["choices"]
-        sums = [log_probability(model, tokenizer, record["context"], c) for c in choices]
-        normed = [s / len(c.encode()) for s, c in zip(sums, choices, strict=True)]
-        right += max(range(len(sums)), key=sums.__getitem__) == record["answer"]
-        right_norm += max(range(len(sums)), key=normed.__getitem__) == record["answer"]
-    return right / len(records), right_norm / len(records)
-
-
-def test_harness_scores_a_pruned_directory_as_transformers_does(pruned: Path) -> None:
+def test_harness_scores_a_pruned_directory_as_this_tool_does(pruned: Path) -> None:
     tasks = harness.task_manager(FOLDER)
     results = harness.evaluate(pruned, {"compact_surgery": 0}, tasks, LIMIT)
-    model = AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(pruned)
-    direct = {kind: direct_accuracy(model, tokenizer, kind) for kind in KINDS}
-    found = {kind: results[f"compact_surgery_{kind}"] for kind in KINDS}
-    assert {k: (r["acc,none"], r["acc_norm,none"]) for k, r in found.items()} == direct
-    for metric, values in zip(("acc", "acc_norm"), zip(*direct.values(), strict=True), strict=True):
-        mean = sum(values) / len(KINDS)
-        assert results["compact_surgery"][f"{metric},none"] == pytest.approx(mean)
-
-
-def test_task_scores_prints_every_kind_of_every_directory(
-    llama: Path, pruned: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(harness, "evaluate", partial(harness.evaluate, limit=4))
-    result = CliRunner().invoke(task_scores.main, [str(llama), str(pruned)])
-    assert result.exit_code == 0, result.output
-    for metric in task_scores.METRICS:
-        assert re.search(rf"^{metric} +{' +'.join(KINDS)} +mean$", result.stdout, re.MULTILINE)
-    assert len(re.findall(rf"^{re.escape(str(pruned))}( +[\d.]+){{6}}$", result.stdout, re.M)) == 2
-    as_json = CliRunner().invoke(task_scores.main, [str(llama), "--json"])
-    (scores,) = json.loads(as_json.stdout).values()
-    assert set(scores) == {*KINDS, "mean"}
-    assert scores["mean"]["acc"] == pytest.approx(sum(scores[k]["acc"] for k in KINDS) / 5)
+    found = calib.answer(pruned, tasks=[FOLDER / f"{kind}.jsonl" for kind in KINDS])
+    for task in found.tasks:
+        row = results[f"compact_surgery_{task.name}"]
+        assert row["acc,none"] == pytest.approx(mean(task.right[:LIMIT]))
+        assert row["acc_norm,none"] == pytest.approx(mean(task.right_norm[:LIMIT]))
+    expected = mean(mean(task.right_norm[:LIMIT]) for task in found.tasks)
+    assert results["compact_surgery"]["acc_norm,none"] == pytest.approx(expected)
 
 
 def test_the_page_s_lm_eval_command_runs(
@@ -111,16 +70,14 @@ def test_the_page_s_lm_eval_command_runs(
 
 
 def test_what_is_no_checkpoint_is_one_line(tmp_path: Path) -> None:
-    result = CliRunner().invoke(task_scores.main, [str(tmp_path / "none")])
-    assert result.exit_code == 1
-    assert result.output.strip() == (
-        f"Error: {tmp_path / 'none'}: is not a checkpoint; it has no config.json"
-    )
+    words = f"{tmp_path / 'none'}: is not a checkpoint; it has no config.json"
+    with pytest.raises(click.ClickException, match=re.escape(words)):
+        harness.evaluate(tmp_path / "none", {}, None)
 
 
 def test_a_broken_checkpoint_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
-    result = CliRunner().invoke(task_scores.main, [str(tmp_path)])
-    assert result.exit_code == 1
-    assert result.output.startswith(f"Error: {tmp_path}: ")
-    assert result.output.count("\n") == 1
+    with pytest.raises(click.ClickException) as caught:
+        harness.evaluate(tmp_path, {}, None)
+    assert caught.value.message.startswith(f"{tmp_path}: ")
+    assert "\n" not in caught.value.message

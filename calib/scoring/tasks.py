@@ -1,0 +1,472 @@
+"""Answers to multiple-choice items of task files, chosen by log-likelihood per byte."""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from calib.scoring.score import (
+    LEAST_WINDOWS,
+    AskedText,
+    Predictions,
+    Score,
+    check_predicts,
+    first_token,
+    half_interval,
+    run_asked,
+    texts_of,
+)
+from calib.streaming.batches import Stream
+from calib.streaming.empty_model import positions
+from calib.streaming.settings import ComputeOptions
+from calib.streaming.weights import choose_settings
+from calib.text.windows import special_ids
+from surgery.errors import CheckpointError, DataError, did_you_mean
+from surgery.files.strict_json import read_file
+from surgery.layout.layout import Layout
+from surgery.plot import html_table
+from surgery.process import Progress, spoken
+from surgery.text.documents import TextOptions
+from surgery.tokenizer.tokenizer_file import load_tokenizer
+
+LOG = logging.getLogger(__name__)
+
+PACK = 512
+"""Tokens of choices that the head predicts together."""
+
+
+class Item(msgspec.Struct, frozen=True):
+    """A question, or the beginning of a text, and what may follow."""
+
+    context: str
+    choices: tuple[str, ...]
+    answer: int
+    """Index of the right choice."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """The items of a task file."""
+
+    name: str
+    """The file's name without its ending."""
+    items: tuple[Item, ...]
+
+    @property
+    def chance(self) -> float:
+        """The share of right answers of one who guesses."""
+        return mean(1 / len(item.choices) for item in self.items)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the items."""
+        return hashlib.sha256(msgspec.json.encode(self.items)).hexdigest()
+
+
+def read_tasks(paths: Sequence[Path | str]) -> list[Task]:
+    """Read task files: lines of JSON such as ``{"context": …, "choices": […], "answer": 0}``.
+
+    Raises:
+        DataError: a file cannot be read, has no item or a bad one, or is there twice.
+    """
+    tasks = [_read_task(Path(path)) for path in paths]
+    for number, task in enumerate(tasks):
+        if task.name in [each.name for each in tasks[:number]]:
+            raise DataError(
+                paths[number],
+                "has the name of another task file",
+                fix="rename one, or leave it out",
+            )
+    return tasks
+
+
+def _read_task(path: Path) -> Task:
+    try:
+        lines = read_file(path).decode("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise DataError(
+            path, "cannot be read", found=reason, fix=f"{did_you_mean(path)}name a task file"
+        ) from error
+    found = [_item(line, f"{path}: line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise DataError(path, "has no item", fix="name a task file")
+    return Task(path.stem, tuple(found))
+
+
+def _item(line: str, where: str) -> Item:
+    """Parse an item and check it."""
+    try:
+        item = msgspec.json.decode(line, type=Item)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise DataError(
+            where,
+            "is no item of a task",
+            expected='{"context": …, "choices": […], "answer": 0}',
+            found=error,
+            fix="correct the line",
+        ) from error
+    wrong = None
+    if not item.context.strip():
+        wrong = "has an empty context"
+    elif len(item.choices) < 2 or len(set(item.choices)) < len(item.choices):
+        wrong = "has fewer than two choices, or one twice"
+    elif not all(choice.strip() for choice in item.choices):
+        wrong = "has an empty choice"
+    elif not 0 <= item.answer < len(item.choices):
+        wrong = "has an answer that is no index of its choices"
+    if wrong:
+        raise DataError(where, wrong, fix="correct the line")
+    return item
+
+
+@dataclass(frozen=True)
+class TaskAnswers:
+    """Which items of a task a model answers right."""
+
+    name: str
+    digest: str
+    chance: float
+    right: tuple[bool, ...]
+    """By item: whether the right choice has the largest log-likelihood."""
+    right_norm: tuple[bool, ...]
+    """Whether it has the largest log-likelihood per byte."""
+
+    @property
+    def acc(self) -> float:
+        """The share of items that are right by the log-likelihood."""
+        return mean(self.right)
+
+    @property
+    def acc_norm(self) -> float:
+        """The share of items that are right by the log-likelihood per byte."""
+        return mean(self.right_norm)
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many right answers a model gives, as a share of another one's."""
+
+    share: float
+    """Accuracy / accuracy of the reference."""
+    margin: float | None
+    """Half of the interval that holds 95 % of the shares of items drawn anew (bootstrap, the same
+    items of both models). None for fewer than ``LEAST_WINDOWS`` items."""
+
+    @property
+    def clear(self) -> bool | None:
+        """Whether the share differs from 1 by more than chance; None where that is not known."""
+        return None if self.margin is None else abs(self.share - 1) > self.margin
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A model's answers to the items of some tasks."""
+
+    tasks: tuple[TaskAnswers, ...]
+
+    @property
+    def accuracy(self) -> float:
+        """The mean of ``acc_norm`` over the tasks."""
+        return mean(task.acc_norm for task in self.tasks)
+
+    @property
+    def chance(self) -> float:
+        """The accuracy of one who guesses."""
+        return mean(task.chance for task in self.tasks)
+
+    @property
+    def margin(self) -> float | None:
+        """Half of the interval that holds 95 % of the accuracies on items drawn anew."""
+        return half_interval(self._weights(), self._weights(right=False), self._sizes())
+
+    def of_task(self, name: str) -> "Answers":
+        """Return the answers to one task alone."""
+        return Answers(tuple(task for task in self.tasks if task.name == name))
+
+    def share_of(self, reference: "Answers") -> Share:
+        """Return the accuracy as a share of that of ``reference``.
+
+        Example:
+            >>> before, after = (calib.answer(m, tasks=files) for m in ("my-model", "smaller"))
+            >>> after.share_of(before).share
+
+        Raises:
+            DataError: the answers are to other items, or the reference gives no right one.
+        """
+        if [task.digest for task in self.tasks] != [task.digest for task in reference.tasks]:
+            raise DataError(
+                "`tasks`",
+                "are not the same for both models, so their answers cannot be compared",
+                fix="give both models the same task files",
+            )
+        if not reference.accuracy:
+            raise DataError(
+                "`tasks`", "have no item that the reference answers right", fix="give other tasks"
+            )
+        half = half_interval(self._weights(), reference._weights(), self._sizes())
+        return Share(self.accuracy / reference.accuracy, half)
+
+    def facts(self, reference: "Answers | None" = None) -> dict[str, Any]:
+        """Return the figures for JSON, those of each task and their mean."""
+        found: dict[str, Any] = {
+            task.name: {
+                "items": len(task.right),
+                "acc": task.acc,
+                **self.of_task(task.name)._facts(reference and reference.of_task(task.name)),
+            }
+            for task in self.tasks
+        }
+        return found | {"mean": self._facts(reference)}
+
+    def _facts(self, reference: "Answers | None") -> dict[str, Any]:
+        share = self.share_of(reference) if reference is not None else None
+        return {
+            "acc_norm": self.accuracy,
+            "margin": self.margin,
+            "chance": self.chance,
+            "share": share and share.share,
+            "share_margin": share and share.margin,
+        }
+
+    def _repr_html_(self) -> str:
+        rows = [(t.name, len(t.right), f"{t.acc:.1%}", f"{t.acc_norm:.1%}") for t in self.tasks]
+        return html_table("answers", ("", "items", "acc", "acc_norm"), rows)
+
+    def _sizes(self) -> list[int]:
+        return [len(task.right) for task in self.tasks]
+
+    def _weights(self, *, right: bool = True) -> list[float]:
+        """What each item adds to the accuracy: of right answers, or of all items."""
+        return [
+            (won if right else 1) / len(task.right) / len(self.tasks)
+            for task in self.tasks
+            for won in task.right_norm
+        ]
+
+
+class AskedTasks:
+    """The items of tasks, each choice after its context and a space, on their way through a model.
+
+    A text begins with the special tokens that the tokenizer adds; one that would have no token
+    before its choice begins with bos (eos where there is none). The tokens of a choice are those
+    after as many as the context has, as lm-evaluation-harness counts them.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        tasks: Sequence[Task],
+        tokenizer: Tokenizer,
+        ids: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> None:
+        """Tokenize the items.
+
+        Args:
+            layout: The model.
+            tasks: From ``read_tasks``.
+            tokenizer: Of the model, or of a smaller vocabulary.
+            ids: The source's id of each of the tokenizer's, and the source's ids of the
+                vocabulary, ascending; None where the tokenizer is the model's own.
+
+        Raises:
+            DataError: a choice has no token, or more than the model has positions.
+        """
+        self._old_ids = ids[0] if ids is not None else None
+        self._rows = ids[1] if ids is not None else np.arange(layout.vocab_size)
+        self._tasks, self._most = tasks, positions(layout)
+        self._before, _ = special_ids(tokenizer)
+        self._first = first_token(layout)
+        windows, self._choices = [], list[np.ndarray]()
+        self._lossy = self._short = 0
+        for task in tasks:
+            for number, item in enumerate(task.items, 1):
+                for window, choice in self._encode(item, tokenizer, f"{task.name}: item {number}"):
+                    windows.append(window)
+                    self._choices.append(choice)
+        self.stream = Stream(windows)
+        if self._lossy:
+            LOG.info("note: the tokenizer loses text of %d choices", self._lossy)
+        if self._short:
+            LOG.info(
+                "note: %d choices and their contexts have more tokens than the model has positions "
+                "(%s); the first tokens are left out",
+                self._short,
+                f"{self._most:,}",
+            )
+
+    def _encode(
+        self, item: Item, tokenizer: Tokenizer, where: str
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield for each choice the tokens before its last one, and its own tokens."""
+        context = item.context.rstrip()
+        texts = [context, *(f"{item.context} {choice}" for choice in item.choices)]
+        first, *full = tokenizer.encode_batch(texts, add_special_tokens=False)
+        for text, encoded in zip(texts[1:], full, strict=True):
+            self._lossy += tokenizer.decode(encoded.ids, skip_special_tokens=False) != text
+            choice = np.array(encoded.ids[len(first.ids) :], dtype=np.int64)
+            ids = np.array([*self._before, *encoded.ids], dtype=np.int64)
+            room = len(choice) if self._most is None else self._most
+            if not len(choice) or len(choice) > room:
+                raise DataError(
+                    where,
+                    "has a choice without a token of its own"
+                    if not len(choice)
+                    else "has a choice with more tokens than the model has positions",
+                    found=text[:80],
+                    fix="leave it out",
+                )
+            if self._old_ids is not None:
+                ids, choice = self._old_ids[ids], self._old_ids[choice]
+            if len(ids) == len(choice):
+                ids = np.concatenate([[self._first], ids])
+            self._short += self._most is not None and len(ids) - 1 > self._most
+            yield ids[:-1][-(self._most or len(ids)) :], choice
+
+    def predictions(self) -> list[Predictions]:
+        """As ``Asked``: of the choices' tokens alone, many together."""
+        self._packs: list[tuple[list[int], Predictions]] = []
+        room = min(PACK, self._most or PACK)
+        indices: list[int] = []
+        states: list[torch.Tensor] = []
+        for index, _, hidden in self.stream.hidden():
+            count = len(self._choices[index])
+            if indices and sum(map(len, states)) + count > room:
+                self._pack(indices, states)
+                indices, states = [], []
+            indices.append(index)
+            states.append(hidden[-count:])
+        self._pack(indices, states)
+        return [predicted for _, predicted in self._packs]
+
+    def _pack(self, indices: list[int], states: list[torch.Tensor]) -> None:
+        tokens = np.concatenate([self._choices[index] for index in indices])
+        self._packs.append((indices, Predictions(torch.cat(states), tokens, self._rows)))
+
+    def bits(self) -> list[float]:
+        """Return Σ −log2 p(token | earlier tokens) of each choice; the head has counted them."""
+        found = np.zeros(len(self._choices))
+        for indices, predicted in self._packs:
+            stops = np.cumsum([len(self._choices[index]) for index in indices])
+            for index, part in zip(indices, np.split(predicted.bits(), stops[:-1]), strict=True):
+                found[index] = part.sum()
+        return [float(each) for each in found]
+
+    def answers(self, where: object) -> Answers:
+        """Return which items are right; the first of equals counts as chosen.
+
+        Raises:
+            CheckpointError: the model gives no number for a choice; ``where`` names the model.
+        """
+        left, found = iter(self.bits()), []
+        for task in self._tasks:
+            right, right_norm = [], []
+            for item in task.items:
+                bits = np.array([next(left) for _ in item.choices])
+                if np.isnan(bits).any():
+                    raise CheckpointError(
+                        where, "gives NaN for a choice", found=task.name, fix="use another dtype"
+                    )
+                nbytes = [len(choice.encode("utf-8")) for choice in item.choices]
+                right.append(bool(np.argmin(bits) == item.answer))
+                right_norm.append(bool(np.argmin(bits / nbytes) == item.answer))
+            made = (task.name, task.digest, task.chance, tuple(right), tuple(right_norm))
+            found.append(TaskAnswers(*made))
+        return Answers(tuple(found))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one pass measures of a model."""
+
+    score: Score | None
+    """None without a text."""
+    answers: Answers | None
+    """None without tasks."""
+
+
+def measure_models(
+    layouts: Sequence[Layout],
+    text: TextOptions | None,
+    window_bytes: int,
+    tasks: Sequence[Task],
+    compute: ComputeOptions,
+    progress: Progress | None = None,
+) -> Iterator[Measured]:
+    """Yield each model's score on a text and its answers to tasks, both from one pass.
+
+    The text of all models is read and compared before the first one runs.
+
+    Raises:
+        FamilyError: a model predicts no token.
+        DataError: as ``texts_of`` and ``AskedTasks``.
+    """
+    for layout in layouts:
+        check_predicts(layout)
+    texts = texts_of(layouts, text, window_bytes) if text is not None else []
+    for layout in layouts:
+        tokenizer = load_tokenizer(layout.checkpoint.path)
+        settings = choose_settings(compute, layout.checkpoint)
+        scored = AskedText(layout, texts, tokenizer) if texts else None
+        answered = AskedTasks(layout, tasks, tokenizer) if tasks else None
+        run_asked(layout, [each for each in (scored, answered) if each], settings, progress)
+        yield Measured(
+            scored.score() if scored else None,
+            answered.answers(layout.checkpoint.path) if answered else None,
+        )
+
+
+def answers_table(rows: Sequence[tuple[str, Answers, float]]) -> str:
+    """Return answers to the same items as text for people, in per cent.
+
+    Args:
+        rows: Name of a model, its answers, and the seconds that took. The first is the reference.
+    """
+    name, first, _ = rows[0]
+    wide = 2 + max(len(each) for each in (*(name for name, _, _ in rows), "chance"))
+    several = len(first.tasks) > 1
+    heads = [*(task.name for task in first.tasks), *["mean"] * several, "±", "time"]
+    heads += ["of the first", "±"] * (len(rows) > 1)
+    widths = [max(10, len(head) + 2) for head in heads]
+
+    def line(name: str, cells: Sequence[str]) -> str:
+        cells = [f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=False)]
+        return f"{name:<{wide}}" + "".join(cells)
+
+    lines = [line("acc_norm", heads)]
+    for name, answers, took in rows:
+        cells = [f"{100 * task.acc_norm:.1f}" for task in answers.tasks]
+        cells += [f"{100 * answers.accuracy:.1f}"] * several
+        cells += [_percent(answers.margin, ""), spoken(took)]
+        note = ""
+        if answers is not first:
+            share = answers.share_of(first)
+            cells += [f"{share.share:.1%}", _percent(share.margin, "%")]
+            note = "  may be chance" if share.clear is False else ""
+        lines.append(line(name, cells) + note)
+    cells = [f"{100 * task.chance:.1f}" for task in first.tasks]
+    cells += [f"{100 * first.chance:.1f}"] * several
+    if len(rows) > 1 and first.accuracy:
+        cells += ["", "", f"{first.chance / first.accuracy:.1%}"]
+    lines.append(line("chance", cells))
+    sizes = " + ".join(f"{len(task.right):,}" for task in first.tasks)
+    lines.append(f"right answers in %, by log-likelihood per byte, to {sizes} items")
+    lines.append(
+        f"±: not known from fewer than {LEAST_WINDOWS} items"
+        if first.margin is None
+        else "±: other items of this kind move a figure by less, in 95 of 100 cases; "
+        "a difference that is smaller may be chance"
+    )
+    return "\n".join(lines)
+
+
+def _percent(share: float | None, sign: str) -> str:
+    return "?" if share is None else f"{100 * share:.1f}{sign}"
