@@ -303,7 +303,8 @@ def search(  # noqa: PLR0913
         multiple_of: As for ``surgery.make_plan``.
         target: As for ``surgery.make_plan``.
         dequantize: As for ``surgery.make_plan``.
-        repair: "none", or "least-squares" to refit down_proj for all sizes.
+        repair: "none"; "least-squares" to refit down_proj for all sizes; or "reconstruct" to train
+            each FFN, too.
         samples: Most windows of text to choose channels by.
         seq_len: Tokens of such a window.
         windows: Most held-out windows, of 2,048 bytes each.
@@ -519,7 +520,8 @@ def prune(  # noqa: PLR0913
         criterion: As for ``surgery.make_plan``.
         min_expert_tokens: As for ``surgery.make_plan``.
         expert_criterion: As for ``surgery.make_plan``.
-        repair: "none", or "least-squares" to refit down_proj if held-out text confirms it.
+        repair: "none"; "least-squares" to refit down_proj if held-out text confirms it; or
+            "reconstruct" to train each FFN, too.
         device: auto, cpu, cuda or mps.
         dtype: auto, float32, bfloat16 or float16.
         max_memory: As for ``calibrate``.

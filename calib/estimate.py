@@ -261,7 +261,12 @@ def _choices(settings: PassSettings, *, journal: bool) -> Iterator[PassSettings]
 
 
 def predict_repair(
-    layout: Layout, widths: Mapping[str, int], text: WindowLengths, settings: PassSettings
+    layout: Layout,
+    widths: Mapping[str, int],
+    text: WindowLengths,
+    settings: PassSettings,
+    *,
+    trains: bool = False,
 ) -> Prediction:
     """Predict a pass that refits every down_proj, one at a time.
 
@@ -270,6 +275,7 @@ def predict_repair(
         widths: Key of config.json → I'.
         text: All windows whose hidden states are kept, as often as they are.
         settings: How the layers compute.
+        trains: Whether FFNs are then trained, one at a time.
     """
     pass_alone = predict(layout, text, settings, buckets=1, journal=False)
     depth = layout.by_name[layout.family.embedding].shape[1]
@@ -288,7 +294,9 @@ def predict_repair(
         solving = 16 * kept**2 + 8 * pruned + 16 * SOLVED_ROWS * kept
         weights = 2 * experts * matrix * settings.dtype.itemsize
         activations = 2 * longest * full * settings.dtype.itemsize
-        beside = max(beside, max(equations, solving) + weights + activations)
+        # Where it begins, weights, gradients, and Adam's two means; the last step's for a moment.
+        training = 3 * 6 * 4 * pruned if trains and axis == FFN else 0
+        beside = max(beside, max(equations, solving, training) + weights + activations)
     if pass_alone.device:
         return replace(pass_alone, device={**pass_alone.device, "refitting": beside})
     return replace(pass_alone, memory={**pass_alone.memory, "refitting": beside})

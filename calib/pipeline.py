@@ -35,7 +35,7 @@ from surgery.process import Progress, Seconds, Stopwatch, spoken_range
 from surgery.report.page import ReportSources, ReportSubject, report_on
 from surgery.report.passages import read_texts
 from surgery.stats.channel_stats import ChannelStats
-from surgery.stats.channels import RANDOM, ChannelOptions, too_few_tokens
+from surgery.stats.channels import RANDOM, RECONSTRUCT, ChannelOptions, too_few_tokens
 from surgery.text.documents import TextOptions
 from surgery.verify.files import VerifyReport, verify_files
 
@@ -170,9 +170,10 @@ def forecast_prune(
         pace = made.pace()
     if choice.request.channels.repair != "none":
         study = open_repair(layout, choice, text, compute)
-        repair = _repair_within_caps(plan, study, compute)
+        trains = choice.request.channels.repair == RECONSTRUCT
+        repair = _repair_within_caps(plan, study, compute, trains)
         if pace is not None:
-            low, high = pace.seconds(repair, repair_tokens(plan, study))
+            low, high = pace.seconds(repair, repair_tokens(plan, study, trains=trains))
             repair_seconds = low, high * REFITTING
     applied = forecast_apply(plan, layout.checkpoint.path, options)
     seconds = pace.seconds(made.prediction(), made.tokens) if made and pace else None
@@ -209,8 +210,10 @@ def calibrated_plan(
     channels = replace(choice.request.channels, expert_criterion=RANDOM)  # aimer reads weights
     sizes_only = plan_choice(layout, _with_channels(choice, channels), output=files.output)
     repairs = choice.request.channels.repair != "none"
+    trains = choice.request.channels.repair == RECONSTRUCT
     if repairs and (compute.max_memory, compute.max_gpu_memory) != (None, None):
-        _repair_within_caps(sizes_only, open_repair(layout, choice, text, compute), compute)
+        study = open_repair(layout, choice, text, compute)
+        _repair_within_caps(sizes_only, study, compute, trains)
     files.plan.absolute().parent.mkdir(parents=True, exist_ok=True)
     stats = None
     if choice.needs_statistics(layout):
@@ -228,14 +231,16 @@ def calibrated_plan(
     if repairs:
         with watch.timed("repair"):
             study = open_repair(layout, choice, text, compute)
-            plan = repair_plan(plan, study, files.plan, progress)
+            plan = repair_plan(plan, study, files.plan, progress, trains=trains)
     plan.save(files.plan)
     return plan, watch.seconds
 
 
-def _repair_within_caps(plan: Plan, study: Study, compute: ComputeOptions) -> Prediction:
+def _repair_within_caps(
+    plan: Plan, study: Study, compute: ComputeOptions, trains: bool
+) -> Prediction:
     """Predict what a repair takes, and refuse one that does not keep the caps."""
-    made = repair_cost(plan, study)
+    made = repair_cost(plan, study, trains=trains)
     for name, need in made.over(compute).items():
         raise over_cap(name, need, compute, "give more, or leave out `repair`")
     return made

@@ -146,11 +146,27 @@ EXACT = 1e-3
 """Relative error below which an output is the sum, rounded in float32."""
 
 
+@dataclass(frozen=True)
+class Examples:
+    """Tokens in an FFN: its input in the pruned layers, and what it should put out there."""
+
+    hidden: torch.Tensor
+    """``(tokens, D)``."""
+    target: torch.Tensor
+    """``(tokens, D)``: what the dense FFN makes of the input, and the drift that it undoes."""
+
+
 class PrunedPrefix:
     """Windows that run through the pruned layers, and the same windows in the dense model."""
 
-    def __init__(self, dense: Sequence[Stream]) -> None:
-        """Take the windows of ``dense``: first those to fit by, then those to judge by."""
+    def __init__(self, dense: Sequence[Stream], *, collects: bool = False) -> None:
+        """Take the windows of ``dense``: first those to fit by, then those to judge by.
+
+        With ``collects``, ``refit`` leaves ``examples``.
+        """
+        self._collects = collects
+        self.examples: list[Examples] = []
+        """Of the layer that was refitted last, by streams; empty if its FFN is no module."""
         self.streams = [Stream(stream.windows, SwappedStates()) for stream in dense]
         self._dense = dense
         self._kinds: dict[tuple[type[torch.nn.Module], FfnModule], _Adds] = {}
@@ -179,6 +195,7 @@ class PrunedPrefix:
         adds, own = self._kinds[kind], matrix[:, kept]
         self.split = index if adds.exactly else None
         sums = NormalEquations(len(kept), len(matrix), matrix.device)
+        self.examples = []
         pull = PULL if adds.nearly else 0.0
         for part, missing in self._tokens(decoder, index, 0, matrix, kept, pull):
             sums.add(part, missing)
@@ -219,16 +236,24 @@ class PrunedPrefix:
         last = which == -1 or len(self.streams) > 1
         removed = others(kept, matrix.shape[1])
         lost = matrix[:, removed]
+        hidden, target = [], []
         for seen in decoder.peek(index, stream):
             missing = seen.act[:, removed] @ lost.T
+            drift = torch.zeros_like(missing)
             if pull:
-                missing += pull * (dense.before[seen.rows].to(seen.after.device) - seen.after)
+                drift = pull * (dense.before[seen.rows].to(seen.after.device) - seen.after)
                 dense.give_back(seen.rows)
+            missing += drift
+            if self._collects and seen.ffn is not None:
+                hidden.append(seen.ffn.hidden)
+                target.append(seen.ffn.output + drift)
             if last and self.split == index:
                 assert seen.ffn is not None
                 stream.states.before[seen.rows].copy_(seen.ffn.hidden)
                 stream.states.after[seen.rows].copy_(seen.after - seen.ffn.output)
             yield seen.act[:, kept], missing
+        if hidden:
+            self.examples.append(Examples(torch.cat(hidden), torch.cat(target)))
 
 
 @dataclass(frozen=True)

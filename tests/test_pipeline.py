@@ -216,7 +216,7 @@ TAKE = ("--seq-len", 64, "--samples", 4, "--device", "cpu")
     [
         ("llama", ("--vocab-size", 512, "--intermediate-size", 64)),
         ("llama", ("--num-hidden-layers", 2)),
-        ("llama", ("--intermediate-size", 64, "--repair", "least-squares")),
+        ("llama", ("--intermediate-size", 64, "--repair", "reconstruct")),
         ("mixtral", ("--intermediate-size", 64, "--min-expert-tokens", 0)),
         ("bloom", ("--vocab-size", 512)),
     ],

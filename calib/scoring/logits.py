@@ -143,7 +143,7 @@ class _MaskedLayers:
     def _weights(
         self, decoder: StreamedDecoder, number: int, layer: nn.Module
     ) -> dict[str, torch.Tensor]:
-        """Return the masked down_projs of a layer."""
+        """Return the masked down_projs of a layer, and its other parameters that are replaced."""
         index, kept = self._sources[number], self._kept[number]
         replaced: dict[ExpertKey, torch.Tensor] = {}
         for name in down_proj_tensors(self._layout, index):
@@ -153,16 +153,34 @@ class _MaskedLayers:
                 with safe_open(ref.path, framework="pt") as file:
                     tensor = file.get_tensor(ref.name)
                 replaced |= file_matrices(self._layout, name, tensor, kept.experts)
-        return {
-            down_name(ffn_module): masked_down_proj(
-                layer,
-                ffn_module,
-                kept.of_source(ffn_module.axis, self._layout.experts),
-                replaced,
-            )
-            for ffn_module in decoder.ffn_modules(index)
-            if ffn_module.axis in kept.channels
-        }
+        found: dict[str, torch.Tensor] = {}
+        for ffn_module in decoder.ffn_modules(index):
+            if ffn_module.axis in kept.channels:
+                channels = kept.of_source(ffn_module.axis, self._layout.experts)
+                down = masked_down_proj(layer, ffn_module, channels, replaced)
+                if not ffn_module.routed:
+                    found |= self._trained(decoder, number, layer, ffn_module.axis)
+                found[down_name(ffn_module)] = down
+        return found
+
+    def _trained(
+        self, decoder: StreamedDecoder, number: int, layer: nn.Module, axis: str
+    ) -> dict[str, torch.Tensor]:
+        """Return parameters of a dense FFN with the kept channels that the plan replaces."""
+        index, kept = self._sources[number], self._kept[number]
+        names, found = decoder.channel_tensors(index, axis), dict[str, torch.Tensor]()
+        for parameter, dim in decoder.channel_dims(index, axis).items():
+            name = names[parameter]
+            ref = self._refs.get(kept.name_of(name, self._layout.roles[name], number))
+            if ref is not None:
+                channels = torch.from_numpy(kept.channels[axis][0])
+                with safe_open(ref.path, framework="pt") as file:
+                    new = file.get_tensor(ref.name)
+                own = layer.get_parameter(parameter).data
+                found[parameter] = own.index_copy(
+                    dim, channels.to(own.device), new.to(own.device, own.dtype)
+                )
+        return found
 
 
 def _outputs(

@@ -309,6 +309,10 @@ class StreamedDecoder:
         """Return the parameters of a layer that carry a channel axis, each with its dimension."""
         return self._layers.channel_dims(index, axis)
 
+    def channel_tensors(self, index: int, axis: str) -> dict[str, str]:
+        """Return the parameters of ``channel_dims``, each with its tensor's name in the file."""
+        return self._layers.channel_tensors(index, axis)
+
     def routers(self, index: int) -> dict[str, int]:
         """Return the tensors of a layer's router, each with its dimension that counts experts."""
         return self._layers.routers(index)

@@ -136,6 +136,15 @@ class Layers:
                 found[self._conversion.target(name)[0].removeprefix(prefix)] = dims[0]
         return found
 
+    def channel_tensors(self, index: int, axis: str) -> dict[str, str]:
+        """Return the parameters of ``channel_dims``, each with its tensor's name in the file."""
+        prefix, carriers = f"{self._paths[index]}.", self.channel_dims(index, axis)
+        names = {
+            self._conversion.target(name)[0].removeprefix(prefix): ref.name
+            for name, ref in self._layout.of_layer[index].items()
+        }
+        return {parameter: names[parameter] for parameter in carriers}
+
     def ffn_modules(self, index: int) -> list[FfnModule]:
         """Return the modules of a layer that have channels."""
         prefix = f"{self._paths[index]}."

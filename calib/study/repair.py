@@ -1,4 +1,4 @@
-"""Repair a plan: refit down_proj to the kept channels, if held-out text confirms it."""
+"""Repair a plan: refit down_proj to the kept channels, train FFNs, if held-out text confirms it."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -13,10 +13,13 @@ from calib.estimate import Prediction, WindowLengths, predict_repair
 from calib.streaming.ffn import ExpertKey, down_proj_tensors, file_matrices
 from calib.streaming.settings import ComputeOptions
 from calib.streaming.weights import TORCH_DTYPE, raw
+from calib.study.reconstruct import EPOCHS
 from calib.study.study import Study, open_study
 from calib.study.trial import ExpertChoice, RefitHook, Trial, Variant
+from surgery.apply.companions import LEAST_SQUARES, RECONSTRUCTION
 from surgery.apply.edits import KeptParts, kept_parts, layer_groups
 from surgery.errors import BudgetError, PlanError
+from surgery.families.schema import FFN, Dim
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
 from surgery.planning.replacement import Entry, ReplacementWriter, replacement_file
@@ -28,8 +31,6 @@ from surgery.stats.channels import RANDOM
 from surgery.text.documents import TextOptions
 
 LOG = logging.getLogger(__name__)
-
-WHAT = "least squares"
 
 JUDGE_WINDOWS = 8
 """Most windows of held-out text that judge a repair.
@@ -52,9 +53,16 @@ def open_repair(
 
 
 def repair_plan(
-    plan: Plan, study: Study, plan_path: Path, progress: Progress | None = None
+    plan: Plan,
+    study: Study,
+    plan_path: Path,
+    progress: Progress | None = None,
+    *,
+    trains: bool = False,
 ) -> Plan:
     """Refit the kept columns of each down_proj; write them to a file beside ``plan_path``.
+
+    ``trains`` says whether FFNs are then trained.
 
     Raises:
         BudgetError: the plan collapses layers.
@@ -69,20 +77,28 @@ def repair_plan(
     if plan.after.widths == plan.before.widths:
         return plan
     path = replacement_file(plan_path)
-    predicted = repair_cost(plan, study).peak_memory
+    predicted = repair_cost(plan, study, trains=trains).peak_memory
     LOG.info("repair: about %s MB of memory", f"{predicted / 1e6:,.0f}")
     made = repair(
         plan,
         study,
         path,
         stage(progress, "repair", 2 * len(study.text.heldout) * plan.before.num_hidden_layers),
+        trains=trains,
     )
     if (peak := peak_rss_bytes()) is not None:
         LOG.info("repair: %s MB at its peak", f"{peak / 1e6:,.0f}")
     return made
 
 
-def repair(plan: Plan, study: Study, path: Path, progress: Advance = no_advance) -> Plan:
+def repair(
+    plan: Plan,
+    study: Study,
+    path: Path,
+    progress: Advance = no_advance,
+    *,
+    trains: bool = False,
+) -> Plan:
     """Refit the down_projs of ``plan`` in one pass; return the plan that uses them.
 
     A matrix is used if it lowers the error of its output on windows that it was not fitted by. The
@@ -94,6 +110,7 @@ def repair(plan: Plan, study: Study, path: Path, progress: Advance = no_advance)
         study: Text to fit by and to judge by, and compute settings.
         path: File to write the matrices to.
         progress: Called with windows that have passed a layer.
+        trains: Whether FFNs are then trained.
 
     Raises:
         PlanError: the plan keeps weights in FP8, which cannot hold refitted ones.
@@ -104,12 +121,13 @@ def repair(plan: Plan, study: Study, path: Path, progress: Advance = no_advance)
     plain = plain_variant(plan, layout, parts)
     calibration_pass = text.calibration_pass(vocab_size, refits=True, chooses=False)
     encoded = text.encoded(vocab_size)
-    entries = _entries(plan, layout)
+    entries = _entries(plan, layout, trains=trains)
     with ReplacementWriter(path, entries) as writer:
         write = refit_hook(layout, parts, entries, writer)
+        repaired = replace(plain, repair=True, reconstruct=trains)
         trials = [
             Trial(plain, encoded, calibration_pass),
-            Trial(replace(plain, repair=True), encoded, calibration_pass, write),
+            Trial(repaired, encoded, calibration_pass, write),
         ]
         bits = study.bits(trials, progress)
         before, after = (float(sum(window.sum() for window in each)) for each in bits)
@@ -117,8 +135,10 @@ def repair(plan: Plan, study: Study, path: Path, progress: Advance = no_advance)
             writer.discard()
     nbytes = sum(len(window.encode("utf-8")) for window in text.heldout)
     change = f"{before / nbytes:.4f} bits per byte of held-out text, {after / nbytes:.4f} repaired"
-    made = writer.replacement(f"{WHAT}: {change}")
-    refitted = f"{trials[1].refitted} matrices refitted by {WHAT}"
+    made = writer.replacement(f"{RECONSTRUCTION if trains else LEAST_SQUARES}: {change}")
+    refitted = f"{trials[1].refitted} matrices refitted by {LEAST_SQUARES}"
+    if trains:
+        refitted += f", {trials[1].trained} FFNs trained"
     note = f"{refitted}: {change}" if made else f"not repaired, for it does not help: {change}"
     provenance = msgspec.structs.replace(plan.provenance, notes=[*plan.provenance.notes, note])
     return msgspec.structs.replace(plan, replaced=made, provenance=provenance)
@@ -148,13 +168,16 @@ def plain_variant(plan: Plan, layout: Layout, parts: Parts) -> Variant:
     return Variant(plan.ids(), lengths, kept=channels, layers=plan.layers, experts=choice)
 
 
-def _entries(plan: Plan, layout: Layout) -> list[Entry]:
-    """Return name, dtype and shape of every down_proj of the output."""
+def _entries(plan: Plan, layout: Layout, *, trains: bool = False) -> list[Entry]:
+    """Return name, dtype and shape of every down_proj of the output.
+
+    With ``trains``, also of the other tensors that carry channels of a dense FFN.
+    """
     experts = plan.after.experts if plan.kept_experts else 0
     sizes = Sizes(plan.after.vocab_size, plan.after.widths, plan.dequantize, experts=experts)
     found = []
     for number, (source, part) in enumerate(parts_by_source(plan, layout).items()):
-        for name in down_proj_tensors(layout, source):
+        for name in [*down_proj_tensors(layout, source), *trained_tensors(layout, source, trains)]:
             ref, role = layout.checkpoint.tensors[name], layout.roles[name]
             if not part.keeps(role):
                 continue
@@ -170,22 +193,36 @@ def _entries(plan: Plan, layout: Layout) -> list[Entry]:
     return found
 
 
-def repair_tokens(plan: Plan, study: Study) -> int:
+def trained_tensors(layout: Layout, index: int, trains: bool) -> list[str]:
+    """Return the file's names of a layer's other tensors that are trained."""
+    if not trains:
+        return []
+    names = [ref.name for ref in layout.of_layer[index].values()]
+    done = down_proj_tensors(layout, index)
+    slots = {name: layout.roles[name].slot for name in names if name not in done}
+    return [name for name, slot in slots.items() if Dim(FFN) in slot.dims]
+
+
+def repair_tokens(plan: Plan, study: Study, *, trains: bool = False) -> int:
     """Return the tokens that pass the layers in ``repair``, as often as they do.
 
     Text passes the dense model and the pruned one, and held-out text the pruned one without and
-    with the repair.
+    with the repair. A step of training takes about three forwards.
     """
     windows, heldout = _windows(plan, study)
-    return 2 * sum(map(len, [*windows, *heldout]))
+    again = 3 * EPOCHS * sum(map(len, windows)) if trains else 0
+    return 2 * sum(map(len, [*windows, *heldout])) + again
 
 
-def repair_cost(plan: Plan, study: Study) -> Prediction:
+def repair_cost(plan: Plan, study: Study, *, trains: bool = False) -> Prediction:
     """Predict the memory that ``repair`` takes."""
     windows, heldout = _windows(plan, study)
-    # Of text in the pruned model, a layer's input and output are kept.
-    states = WindowLengths.of([*windows, *windows, *windows, *heldout, *heldout])
-    return predict_repair(study.text.layout, plan.after.widths, states, study.settings)
+    # Of text in the pruned model, a layer's input and output are kept; training keeps an FFN's,
+    # twice while they are joined.
+    times = 7 if trains else 3
+    states = WindowLengths.of([*windows] * times + [*heldout] * 2)
+    layout, widths = study.text.layout, plan.after.widths
+    return predict_repair(layout, widths, states, study.settings, trains=trains)
 
 
 def _windows(plan: Plan, study: Study) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
@@ -208,8 +245,14 @@ def refit_hook(
     numbers = {source: number for number, source in enumerate(parts)}
     shapes = {name: (dtype, shape) for name, dtype, shape in entries}
 
-    def write(index: int, refitted: Mapping[ExpertKey, torch.Tensor]) -> None:
+    def write(
+        index: int,
+        refitted: Mapping[ExpertKey, torch.Tensor],
+        others: Mapping[str, torch.Tensor],
+    ) -> None:
         part = parts[index]
+        for name, tensor in others.items():
+            writer.add(part.name_of(name, layout.roles[name], numbers[index]), raw(tensor))
         for name in down_proj_tensors(layout, index):
             role = layout.roles[name]
             if not part.keeps(role):

@@ -37,6 +37,7 @@ from surgery.planning.sizes import (
     whole,
 )
 from surgery.process import Progress, stage
+from surgery.stats.channels import RECONSTRUCT
 
 LOG = logging.getLogger(__name__)
 
@@ -271,6 +272,7 @@ def search_sizes(
         space.choice.sizes,
         channels.criterion,
         repair=channels.repair != "none",
+        reconstruct=channels.repair == RECONSTRUCT,
         expert_criterion=channels.expert_criterion,
     )
 

@@ -42,6 +42,8 @@ class Candidate:
     """Whether the pruned tokenizer tokenizes the calibration text, instead of the source's own."""
     repair: bool = False
     """Whether down_proj is refitted."""
+    reconstruct: bool = False
+    """Whether FFNs are then trained, too."""
     samples: int | None = None
     """Windows of calibration text; None is all of them."""
     influence: bool = False
@@ -169,6 +171,7 @@ class Study:
             candidate.criterion,
             {axis: by_key.get(width.key, 1) for axis, width in layout.family.widths.items()},
             candidate.repair,
+            candidate.reconstruct,
             sizes.layers,
             experts=self._experts(candidate),
         )

@@ -22,6 +22,7 @@ from calib.streaming.layer_groups import LayerGroups
 from calib.streaming.settings import PassSettings
 from calib.streaming.stand_ins import masked_router
 from calib.streaming.weights import TORCH_DTYPE, WeightReader
+from calib.study.reconstruct import reconstruct
 from calib.study.text import CalibrationPass, has_one_ffn
 from calib.text.heldout import Encoded
 from surgery.families.schema import EXPERT
@@ -36,8 +37,9 @@ from surgery.stats.channels import (
 )
 from surgery.tokenizer.id_map import IdMap
 
-RefitHook = Callable[[int, Mapping[ExpertKey, torch.Tensor]], object]
-"""Called with a layer and its refitted down_projs ``[D, K]``."""
+RefitHook = Callable[[int, Mapping[ExpertKey, torch.Tensor], Mapping[str, torch.Tensor]], object]
+"""Called with a layer, its refitted down_projs ``[D, K]``, and other tensors that were trained, by
+their names in the source's file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +67,8 @@ class Variant:
     """Channel axis → length of the blocks that are kept or removed as one."""
     repair: bool = False
     """Whether down_proj is refitted."""
+    reconstruct: bool = False
+    """Whether FFNs are then trained, too."""
     layers: Sequence[Sequence[int]] = ()
     """As in a plan: the source's layers that make each output layer. Empty keeps all layers."""
     kept: Mapping[int, Mapping[str, list[np.ndarray]]] | None = None
@@ -81,7 +85,7 @@ class Trial:
         variant: Variant,
         heldout: Encoded,
         calibration_pass: CalibrationPass | None,
-        on_refit: RefitHook = lambda index, refitted: None,
+        on_refit: RefitHook = lambda index, refitted, others: None,
     ) -> None:
         """Prepare a trial.
 
@@ -99,9 +103,12 @@ class Trial:
         """The kept channels, layer by layer."""
         self.refitted = 0
         """Number of refitted matrices that are used."""
-        self._prefix = (
-            PrunedPrefix(calibration_pass.streams) if calibration_pass and variant.repair else None
-        )
+        self.trained = 0
+        """Number of FFNs whose training is used."""
+        self._prefix: PrunedPrefix | None = None
+        if calibration_pass and variant.repair:
+            streams = calibration_pass.streams
+            self._prefix = PrunedPrefix(streams, collects=variant.reconstruct)
         self._on_refit = on_refit
         self._groups = LayerGroups(variant.layers)
 
@@ -158,6 +165,7 @@ class Trial:
         chosen = self._choose(self.calibration_pass, decoder.layout, index)
         layer, found = decoder.layer(index), dict[str, torch.Tensor]()
         refitted: dict[ExpertKey, torch.Tensor] = {}
+        others: dict[str, torch.Tensor] = {}
         for ffn_module in decoder.ffn_modules(index):
             if ffn_module.axis in chosen:
                 if self.variant.repair:
@@ -166,11 +174,39 @@ class Trial:
                         kept = {expert: kept[expert] for expert in experts.tolist()}
                     refitted |= self._refit(decoder, index, ffn_module, self.calibration_pass, kept)
                 dims = decoder.channel_dims(index, ffn_module.axis)
-                found |= pruned_parameters(
-                    layer, ffn_module, dims, chosen[ffn_module.axis], refitted
-                )
-        self._on_refit(index, refitted)
+                made = pruned_parameters(layer, ffn_module, dims, chosen[ffn_module.axis], refitted)
+                trained = self._train(decoder, index, ffn_module, made)
+                found |= made | {name: t.to(made[name].dtype) for name, t in trained.items()}
+                names = decoder.channel_tensors(index, ffn_module.axis) if trained else {}
+                for parameter, tensor in trained.items():
+                    if parameter == down_name(ffn_module):
+                        refitted[ffn_module.axis, 0] = tensor
+                    else:
+                        others[names[parameter]] = tensor
+        self._on_refit(index, refitted, others)
         return found
+
+    def _train(
+        self,
+        decoder: StreamedDecoder,
+        index: int,
+        ffn_module: FfnModule,
+        weights: Mapping[str, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        """Return what training makes of ``weights``; empty if it does not help or is not asked for.
+
+        It is for FFNs that are modules of their own, with linear maps that are apart.
+        """
+        prefix = self._prefix if has_one_ffn(decoder.ffn_modules(index)) else None
+        dims = decoder.channel_dims(index, ffn_module.axis)
+        if prefix is None or not prefix.examples or weights.keys() != dims.keys():
+            return {}
+        dtype = down_dtype(decoder.layout, index, ffn_module.axis)
+        fit, judge = prefix.examples[0], prefix.examples[-1]
+        made = reconstruct(decoder.layer(index), ffn_module, weights, fit, judge, dtype)
+        prefix.examples = []
+        self.trained += made is not None
+        return made or {}
 
     def _refit(
         self,

@@ -90,7 +90,11 @@ def model_card(plan: Plan, checkpoint: Checkpoint) -> bytes:
     if plan.dequantize and (checkpoint.quantization is not None or checkpoint.opaque is not None):
         claims.append(f"{quantized} weights were converted to bf16.")
     made = plan.replaced
-    trained = f"Trained: {made.what}." if made and made.trained else "Nothing was trained."
+    trained = "Nothing was trained."
+    if made and made.trained:
+        trained = f"Trained: {made.what}."
+    elif made and made.what.startswith(RECONSTRUCTION):
+        trained = "Trained: each FFN alone, towards the dense one, where that helps."
     if plan.dropped:
         claims.append("Layers for multi-token prediction were left out.")
     text = f"""{chr(10).join(head)}
@@ -121,6 +125,9 @@ The layout is the standard one and loads like its base model.
 
 LEAST_SQUARES = "least squares"
 """How a repair's ``Replacement.what`` begins."""
+
+RECONSTRUCTION = f"{LEAST_SQUARES} and reconstruction"
+"""How it begins where FFNs were trained, too."""
 
 COMPACT = "as in COMPACT (arXiv 2509.06836)"
 

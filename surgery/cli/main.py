@@ -56,7 +56,7 @@ from surgery.files.shard_file import IO
 from surgery.planning.request import CutRequest
 from surgery.probe.probe import Proposal
 from surgery.process import spoken
-from surgery.stats.channels import RANDOM
+from surgery.stats.channels import RANDOM, RECONSTRUCT
 from surgery.text.documents import TextOptions
 from surgery.version import __version__
 
@@ -431,7 +431,8 @@ def plan(
         repair_text = replace(text, samples=stats.info.samples, seq_len=stats.info.seq_len)
         with running() as progress:
             study = open_repair(layout, choice, repair_text, compute)
-            made = repair_plan(made, study, given.output, progress)
+            trains = cut.channels.repair == RECONSTRUCT
+            made = repair_plan(made, study, given.output, progress, trains=trains)
     made.save(given.output)
     show_plan(made, layout, cut.sizes)
     show_engines(made, layout, every=given.engines)

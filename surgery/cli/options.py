@@ -385,7 +385,8 @@ channel_options = gathered(
         default="none",
         show_default=True,
         type=click.Choice(REPAIRS),
-        help="Refit down_proj to the kept channels on --data, if it helps on held-out text.",
+        help="Refit down_proj to the kept channels on --data, if it helps on held-out text; "
+        "reconstruct also trains each FFN alone, which takes longer.",
     ),
     click.option(
         "--expert-criterion",

@@ -33,7 +33,8 @@ other documents, for two orders of the calibration text. 128 tokens: 1.290, 1.30
 (0.57 ± 0.44 and 0.78 ± 0.62 %), and 16,384 are not.
 """
 
-REPAIRS = ("none", "least-squares")
+RECONSTRUCT = "reconstruct"
+REPAIRS = ("none", "least-squares", RECONSTRUCT)
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class ChannelOptions:
     min_expert_tokens: int = LEAST_TOKENS
     """Fewest tokens routed to an expert for its channels to be ranked."""
     repair: str = "none"
-    """"none", or "least-squares": down_proj is refitted to the kept channels."""
+    """"none"; "least-squares": down_proj is refitted to the kept channels; or "reconstruct": each
+    FFN is then trained alone."""
     expert_criterion: str = DEFAULT_EXPERT_CRITERION
     """Importance of an expert, a key of ``EXPERT_CRITERIA``."""
 

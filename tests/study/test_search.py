@@ -100,16 +100,18 @@ def test_candidates_are_tried_as_they_are(model: Path, prose: Path, run: Run) ->
     assert rows[0]["alike_share"] < 1
 
 
+@pytest.mark.parametrize("repair", ["least-squares", "reconstruct"])
 def test_repair_is_used_where_it_helps_and_survives_apply(
-    model: Path, own_words: str, tmp_path: Path, run: Run
+    model: Path, own_words: str, tmp_path: Path, run: Run, repair: str
 ) -> None:
     text = tmp_path / "own.txt"
     text.write_text(own_words, encoding="utf-8")
     sizes = ("--vocab-size", 1536, "--intermediate-size", 192)
-    options = ("--data", text, *TEXT, *sizes, "--repair", "least-squares")
+    options = ("--data", text, *TEXT, *sizes, "--repair", repair)
     result = run("prune", model, *options, "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert "matrices refitted by least squares" in result.output
+    assert ("FFNs trained" in result.output) == (repair == "reconstruct")
     plan = Plan.load(tmp_path / "out.plan.json")
     assert plan.replaced is not None
     assert Path(plan.replaced.file) == tmp_path / "out.plan.repair.safetensors"

@@ -51,15 +51,15 @@ def bits_of(path: Path, study_text: StudyText) -> float:
 
 
 def try_plan(
-    plan: Plan, study_text: StudyText, output: Path, *, repair: bool
+    plan: Plan, study_text: StudyText, output: Path, *, repair: bool, trains: bool = False
 ) -> tuple[float, Plan]:
     """Bits of a trial of ``plan``, and the plan with what the trial has refitted."""
     layout = study_text.layout
     parts = parts_by_source(plan, layout)
-    variant = replace(plain_variant(plan, layout, parts), repair=repair)
+    variant = replace(plain_variant(plan, layout, parts), repair=repair, reconstruct=trains)
     size = plan.after.vocab_size
     calibration_pass = study_text.calibration_pass(size, refits=repair)
-    entries = _entries(plan, layout)
+    entries = _entries(plan, layout, trains=trains)
     with ReplacementWriter(output, entries) as writer:
         write = refit_hook(layout, parts, entries, writer)
         trial = Trial(variant, study_text.encoded(size), calibration_pass, write)
@@ -82,6 +82,27 @@ def test_a_trial_is_what_apply_writes(tmp_path: Path, key: str, repair: bool) ->
     if repair:
         apply_plan(plan, source=path, output=tmp_path / "plain")
         assert bits != pytest.approx(bits_of(tmp_path / "plain", study_text), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("key", "trained"), [("llama", True), ("gemma3_text", True), ("phi3", False), ("gpt2", False)]
+)
+def test_a_trained_trial_is_what_apply_writes(tmp_path: Path, key: str, trained: bool) -> None:
+    """FFNs whose linear maps are apart are trained, the same way every time."""
+    path = tiny.save(tmp_path / "model", key)
+    study_text = study_text_of(path)
+    plan = random_plan(path, 420, 0.5)
+    bits, made = try_plan(plan, study_text, tmp_path / "new.safetensors", repair=True, trains=True)
+    assert made.replaced is not None
+    names = [name for name in made.replaced.tensors if "gate_proj" in name]
+    assert bool(names) == trained
+    apply_plan(made, source=path, output=tmp_path / "out")
+    assert bits == pytest.approx(bits_of(tmp_path / "out", study_text), rel=1e-5)
+    assert verify_files(tmp_path / "out", made, path).ok
+    assert compare_logits(made, path, tmp_path / "out", "cpu").ok
+    _, again = try_plan(plan, study_text, tmp_path / "b.safetensors", repair=True, trains=True)
+    assert again.replaced is not None
+    assert again.replaced.digest == made.replaced.digest
 
 
 @pytest.mark.parametrize("key", ["qwen3_moe", "gpt_oss", "llama4_text", "deepseek_v3"])
