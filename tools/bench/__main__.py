@@ -1,4 +1,4 @@
-"""Measure what the project claims: the speed and memory of apply, calibrate, hub and start.
+"""Measure what the project claims: speed and memory of commands, and of models that are served.
 
     python -m tools.bench apply --work DIR
     python -m tools.bench experts --work DIR
@@ -6,6 +6,7 @@
     python -m tools.bench large --layers N --work DIR
     python -m tools.bench mixture --work DIR
     python -m tools.bench hub --work DIR
+    python -m tools.bench serve DENSE PRUNED --work DIR
     python -m tools.bench start --work DIR
     python -m tools.bench wide --work DIR
 
@@ -26,6 +27,7 @@ from typing import Any
 
 import click
 
+from tools.bench import serve
 from tools.bench.child import ROOT, Usage, compact_surgery, measure, python_module, summary
 from tools.bench.hub import COMMIT, NAME, PeakDisk, on_hub, running_hub
 
@@ -275,6 +277,71 @@ def bench_hub(repeat: int, work: Path, as_json: bool) -> None:
     facts["seconds_over_slower"] = facts["hub apply"]["seconds"] / slower
     _remove([out, home])
     _show(facts, as_json, list(runs))
+
+
+@main.command("serve")
+@click.argument("dense", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("pruned", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option(
+    "--python",
+    "pythons",
+    multiple=True,
+    metavar="ENGINE=PATH",
+    help="Python that has an engine (transformers, vLLM, llama.cpp), where it is another one.",
+)
+@click.option(
+    "--engine",
+    "engines",
+    multiple=True,
+    type=click.Choice(list(serve.MODULES)),
+    help="Only these.  [default: all]",
+)
+@click.option("--classify", default="32,256", show_default=True, help="Batches, in sequences.")
+@click.option("--generate", default="1,16", show_default=True, help="Batches, in texts.")
+@click.option("--questions", default=64, show_default=True, type=click.IntRange(1))
+@click.option("--prompt-tokens", default=128, show_default=True, type=click.IntRange(8))
+@click.option("--new-tokens", default=128, show_default=True, type=click.IntRange(1))
+@click.option("--gguf-type", default="q8_0", show_default=True, help="Of export, for llama.cpp.")
+@click.option("--threads", default=os.cpu_count(), show_default="all", type=click.IntRange(1))
+@click.option("--repeat", default=3, show_default=True, type=click.IntRange(1), help="Pairs.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Picture to draw, .png or .svg.")
+@work_option
+@json_option
+def bench_serve(dense: Path, pruned: Path, work: Path, as_json: bool, **options: Any) -> None:
+    """Serve a dense and a pruned model in turns: the paper's Table 5 on this machine."""
+    work.mkdir(parents=True, exist_ok=True)
+    pythons = dict.fromkeys(serve.MODULES, sys.executable)
+    for given in options["pythons"]:
+        engine, _, path = given.partition("=")
+        if engine not in pythons:
+            raise click.UsageError(f"--python: {engine} is none of {', '.join(pythons)}")
+        pythons[engine] = path
+    pythons = {name: pythons[name] for name in options["engines"] or pythons}
+    models, files = {"dense": dense, "pruned": pruned}, {}
+    if "llama.cpp" in pythons and not serve.missing("llama.cpp", pythons["llama.cpp"]):
+        for side, model in models.items():
+            files[side] = work / f"{side}.gguf"
+            kind = ("--type", options["gguf_type"], "--force")
+            measure(compact_surgery("export", model, "-o", files[side], *kind))
+    threads, questions = options["threads"], options["questions"]
+    settings = [serve.Setting(b, questions, threads=threads) for b in _list(options["classify"])]
+    tokens = (options["new_tokens"], options["prompt_tokens"], threads)
+    settings += [serve.Setting(batch, batch, *tokens) for batch in _list(options["generate"])]
+    found = []
+    for pair, commands in serve.pairs(models, files, settings, pythons, work):
+        serve.run_pair(pair, commands, options["repeat"])
+        found.append(pair)
+        click.echo(serve.row(pair), err=True)
+    taken = serve.sizes(models, files)
+    facts = {"sizes": taken, "pairs": [pair.facts() for pair in found]}
+    click.echo(json.dumps(facts) if as_json else serve.table(found, taken))
+    if options["plot"] is not None:
+        serve.plot(found, options["plot"], f"{dense.name}: the pruned model beside the dense one")
+
+
+def _list(text: str) -> list[int]:
+    """Return the numbers of a list such as "1,16"; empty for an empty text."""
+    return [int(part) for part in text.split(",") if part]
 
 
 @main.command("start")
