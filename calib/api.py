@@ -66,6 +66,7 @@ def calibrate(  # noqa: PLR0913
     layers: str | None = None,
     num_hidden_layers: int | None = None,
     only: str | Sequence[str] = (),
+    aim: str = "quality",
     multiple_of: int | None = None,
     target: str | None = None,
     dequantize: bool = False,
@@ -112,6 +113,7 @@ def calibrate(  # noqa: PLR0913
         layers: As for ``surgery.make_plan``.
         num_hidden_layers: As for ``surgery.make_plan``.
         only: As for ``surgery.make_plan``.
+        aim: As for ``surgery.make_plan``.
         multiple_of: As for ``surgery.make_plan``.
         target: As for ``surgery.make_plan``.
         dequantize: As for ``surgery.make_plan``.
@@ -155,6 +157,7 @@ def calibrate(  # noqa: PLR0913
         layers=layers,
         num_hidden_layers=num_hidden_layers,
         only=only,
+        aim=aim,
         multiple_of=multiple_of,
         target=target,
         dequantize=dequantize,
@@ -259,6 +262,7 @@ def search(  # noqa: PLR0913
     data: Text,
     ratio: float | None = None,
     only: str | Sequence[str] = (),
+    aim: str = "quality",
     candidates: str | None = None,
     multiple_of: int | None = None,
     target: str | None = None,
@@ -296,8 +300,10 @@ def search(  # noqa: PLR0913
         model: From ``surgery.open_model``, or anything that it takes.
         data: The text: a path, ``hub:name``, documents, or several ``Source`` with weights.
         ratio: Share of all parameters to remove; None with ``candidates``.
-        only: What to take the ratio from: some of vocabulary, channels and experts; empty is all
-            that the model has.
+        only: What to take the ratio from: some of vocabulary, channels and experts, or layers;
+            empty is all that the model has, but layers.
+        aim: "decode" or "memory" chooses, of the sizes that lose at most 1 point more than the
+            best, those that read fewest bytes for each decoded token, or take fewest in memory.
         candidates: Sizes V:I to try, such as "32768:864,24576:928", instead of those of the ratio;
             of a mixture also V:E:I.
         multiple_of: As for ``surgery.make_plan``.
@@ -331,7 +337,12 @@ def search(  # noqa: PLR0913
     layout = as_layout(model, family)
     text = TextOptions(sources_of(data), samples, seq_len, windows, seed, field, strict)
     sizes = SizeRequest(
-        ratio, multiple_of=multiple_of, target=target, dequantize=dequantize, only=only
+        ratio,
+        multiple_of=multiple_of,
+        target=target,
+        dequantize=dequantize,
+        only=only,
+        aim=aim,
     )
     order = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts, drop_scripts)
     channels = ChannelOptions(criterion, repair=repair, expert_criterion=expert_criterion)
@@ -450,6 +461,7 @@ def prune(  # noqa: PLR0913
     layers: str | None = None,
     num_hidden_layers: int | None = None,
     only: str | Sequence[str] = (),
+    aim: str = "quality",
     num_experts: int | None = None,
     multiple_of: int | None = None,
     target: str | None = None,
@@ -503,6 +515,7 @@ def prune(  # noqa: PLR0913
         layers: As for ``surgery.make_plan``.
         num_hidden_layers: As for ``surgery.make_plan``.
         only: As for ``surgery.make_plan``.
+        aim: As for ``surgery.make_plan``.
         num_experts: As for ``surgery.make_plan``.
         multiple_of: As for ``surgery.make_plan``.
         target: As for ``surgery.make_plan``.
@@ -551,6 +564,7 @@ def prune(  # noqa: PLR0913
         layers=layers,
         num_hidden_layers=num_hidden_layers,
         only=only,
+        aim=aim,
         num_experts=num_experts,
         multiple_of=multiple_of,
         target=target,

@@ -126,6 +126,7 @@ def make_plan(  # noqa: PLR0913
     layers: str | None = None,
     num_hidden_layers: int | None = None,
     only: str | Sequence[str] = (),
+    aim: str = "quality",
     num_experts: int | None = None,
     multiple_of: int | None = None,
     target: str | None = None,
@@ -167,6 +168,8 @@ def make_plan(  # noqa: PLR0913
         num_hidden_layers: How many layers to keep, those of the largest block influence.
         only: What ``ratio`` is taken from: "vocabulary", "channels", "experts", or "layers" of the
             least block influence; empty is the vocabulary and the channels.
+        aim: What the split between vocabulary and channels serves at the ratio: "quality",
+            "decode" (fewest bytes read for each decoded token) or "memory".
         num_experts: E', routed experts of each layer to keep.
         multiple_of: What V' and I' must be multiples of; 128 with ``ratio``.
         target: What an engine divides the sizes by, such as "tp=4,group=128".
@@ -205,6 +208,7 @@ def make_plan(  # noqa: PLR0913
         layers=layers,
         num_hidden_layers=num_hidden_layers,
         only=only,
+        aim=aim,
         num_experts=num_experts,
         multiple_of=multiple_of,
         target=target,

@@ -11,20 +11,31 @@ import numpy as np
 
 from calib.scoring.score import check_predicts
 from calib.study.study import Candidate, Study
-from calib.study.table import Row, legend, plot_sizes, rows_html, table
+from calib.study.table import (
+    WITHIN,
+    Row,
+    best_for,
+    legend,
+    plot_frontier,
+    plot_sizes,
+    rows_html,
+    table,
+)
 from surgery.errors import BudgetError
 from surgery.families.schema import VOCAB
 from surgery.layout.layout import Layout
+from surgery.planning.aims import QUALITY
+from surgery.planning.layers import check_layers, format_layers, pattern_layers
 from surgery.planning.request import (
     EXPERTS,
     LAYERS,
-    PARTS,
     CutRequest,
     SizeChoice,
     SizeRequest,
     allowed_steps,
     choose_vocabulary,
     fixed_sizes,
+    layers_at,
     main_width,
 )
 from surgery.planning.shapes import blocks, check_experts, expert_choices, unprunable
@@ -144,7 +155,7 @@ class SearchSpace:
     sizes: Sequence[Sizes]
     """All of them, by E', then by V'."""
     most: int
-    """Sizes in a pass, besides the rule of thumb's."""
+    """Sizes in a pass, besides the rule of thumb's; 0 where layers are searched."""
 
 
 def search_space(
@@ -155,7 +166,8 @@ def search_space(
 ) -> SearchSpace:
     """Return the sizes that meet the request's ratio, or ``candidates`` such as "32768:864,…".
 
-    ``only`` limits what the ratio is taken from. Without it, that is whatever the model allows.
+    ``only`` limits what the ratio is taken from. Without it, that is the vocabulary, the channels
+    and the experts, whatever the model allows. Layers are searched alone.
 
     Raises:
         FamilyError: the model is not scored.
@@ -171,6 +183,8 @@ def search_space(
             "and `candidates` exclude each other" if candidates else "is not given",
             fix="give one of them" if candidates else "give one, such as 0.2, or `candidates`",
         )
+    if LAYERS in asked.parts:
+        return _layer_space(layout, request)
     if candidates is not None:
         sizes = parse_candidates(candidates, layout, main_width(layout))
         smallest = min(each.vocab_size for each in sizes)
@@ -191,12 +205,26 @@ def search_space(
     return SearchSpace(choice, found, most)
 
 
+def _layer_space(layout: Layout, request: CutRequest) -> SearchSpace:
+    """Return the space of a search for layers, and refuse what it does not look at."""
+    asked = request.sizes
+    idle = {
+        "repair": request.channels.repair != "none",
+        "aim": asked.aim != QUALITY,
+        "multiple_of": asked.multiple_of is not None,
+        "target": asked.target is not None,
+        "dequantize": asked.dequantize,
+    }
+    if names := [f"`{name}`" for name, given in idle.items() if given]:
+        problem = "has no effect where layers are searched"
+        raise BudgetError(", ".join(names), problem, fix="leave it out")
+    check_layers(layout, [[layer] for layer in range(1, layout.num_hidden_layers)])
+    return SearchSpace(choose_vocabulary(layout, request, layout.vocab_size), [], 0)
+
+
 def _fixed(layout: Layout, request: CutRequest) -> FixedSizes:
     """Return the sizes that stay: of parts that are not named, and of weights only moved whole."""
     asked = request.sizes
-    if LAYERS in asked.parts:
-        names = ", ".join(PARTS[:-1])
-        raise BudgetError("`only`", f"{LAYERS} cannot be searched", fix=f"name some of {names}")
     fixed, full = fixed_sizes(request, layout), whole(layout)
     if asked.dequantize:
         return fixed
@@ -234,11 +262,14 @@ class SearchResult:
     rows: Sequence[Row]
     """One for each choice of sizes, in order of E', then of V'."""
     best: Sizes
-    """Those with the best score."""
+    """Those with the best score, or those that serve the aim and lose little more."""
+    aim: str = QUALITY
+    """What they serve."""
 
     def table(self) -> str:
-        """Return the rows as text for people, with a legend; the best score is marked."""
-        return f"{table([self.dense, *self.rows])}\n\n{legend(self.dense)}"
+        """Return the rows as text for people, with a legend; the best are marked."""
+        rows, aim = [self.dense, *self.rows], self.aim
+        return f"{table(rows, aim=aim)}\n\n{legend(self.dense, aim=aim)}"
 
     def _repr_html_(self) -> str:
         return rows_html("search", [self.dense, *self.rows])
@@ -246,9 +277,13 @@ class SearchResult:
     def plot(self, path: Path, model: str = "") -> None:
         """Draw the loss of each row over its V', or over its E' where these differ.
 
-        The title names ``model``.
+        With an aim other than quality, draw it over the bytes that count for that. The title names
+        ``model``.
         """
-        plot_sizes(self.rows, path, model)
+        if self.aim == QUALITY:
+            plot_sizes(self.rows, path, model)
+        else:
+            plot_frontier(self.rows, self.aim, path, model)
 
 
 def search_sizes(
@@ -262,7 +297,9 @@ def search_sizes(
         progress: Called with "search", finished windows × layers of a pass, and their total.
     """
     layout, request = study.text.layout, space.choice.request
-    channels, ratio = request.channels, request.sizes.ratio
+    if not space.most:
+        return _search_layers(study, request.sizes.ratio or 0.0, progress)
+    channels, ratio, aim = request.channels, request.sizes.ratio, request.sizes.aim
     usual = []
     if ratio is not None:
         of_experts = [[s for s in space.sizes if s.experts == n] for n in _counts(space.sizes)]
@@ -283,18 +320,43 @@ def search_sizes(
 
     first = coarse(space.sizes, usual, space.most)
     tried = attempt(first)
-    if second := fine(space.sizes, first, _best(tried), space.most):
+    if second := fine(space.sizes, first, _best(tried, aim), space.most):
         tried += attempt(second)
     tried.sort(key=lambda pair: _order(pair[1]))
-    return SearchResult(study.dense, [row for row, _ in tried], _best(tried))
+    return SearchResult(study.dense, [row for row, _ in tried], _best(tried, aim), aim)
+
+
+def _search_layers(study: Study, ratio: float, progress: Progress | None) -> SearchResult:
+    """Try the layers of largest influence, and those of them that keep the model's pattern.
+
+    The latter are preferred where they lose little more: engines that count layers run them, too.
+    """
+    layout = study.text.layout
+    advance = stage(progress, "search", study.windows(1))
+    study.rows([Candidate("all", whole(layout), influence=True)], advance)
+    assert study.block_influence is not None
+    groups = layers_at(layout, ratio, study.block_influence)
+    kept = pattern_layers(layout, len(groups), study.block_influence)
+    chosen = {format_layers(groups): groups}
+    if kept is not None:
+        check_layers(layout, kept)
+        chosen.setdefault(format_layers(kept), kept)
+    sizes = [replace(whole(layout), layers=layers) for layers in chosen.values()]
+    advance = stage(progress, "search", study.windows(len(sizes)))
+    tried = study.rows([Candidate(n, s) for n, s in zip(chosen, sizes, strict=True)], advance)
+    best = tried.index(best_for(QUALITY, tried))
+    if kept is not None and tried[-1].score <= tried[best].score + WITHIN:
+        best = len(tried) - 1
+    return SearchResult(study.dense, tried, sizes[best])
 
 
 def _counts(found: Sequence[Sizes]) -> list[int]:
     return list(dict.fromkeys(sizes.experts for sizes in found))
 
 
-def _best(tried: Sequence[tuple[Row, Sizes]]) -> Sizes:
-    return min(tried, key=lambda pair: pair[0].score)[1]
+def _best(tried: Sequence[tuple[Row, Sizes]], aim: str) -> Sizes:
+    best = best_for(aim, [row for row, _ in tried])
+    return next(sizes for row, sizes in tried if row is best)
 
 
 def _name(layout: Layout, sizes: Sizes) -> str:

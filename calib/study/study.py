@@ -15,6 +15,7 @@ from calib.study.text import CalibrationPass, StudyText
 from calib.study.trial import ExpertChoice, Trial, Variant, try_all
 from calib.text.heldout import Encoded
 from surgery.layout.layout import Layout
+from surgery.planning.aims import DECODE, MEMORY, served_bytes
 from surgery.planning.planner import kept_experts
 from surgery.planning.request import SizeChoice
 from surgery.planning.shapes import axis_lengths, blocks, expert_groups, parameters_of
@@ -214,6 +215,8 @@ class Study:
             alike_loss=alike / alike_dense - 1 if alike_dense else 0.0,
             alike_share=alike_bytes / nbytes,
             experts=sizes.experts or layout.experts,
+            decoded_bytes=served_bytes(layout, sizes, DECODE),
+            memory_bytes=served_bytes(layout, sizes, MEMORY),
             heldout_windows=len(self.text.heldout),
             heldout_bytes=nbytes,
         )

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from surgery.planning.aims import COUNTED, DECODE, MARGIN, MEMORY, QUALITY
 from surgery.planning.sizes import TOLERANCE
 from surgery.plot import html_table, saved_figure, titled
 
@@ -61,6 +62,14 @@ class Row:
     """UTF-8 bytes of these windows."""
     experts: int = 0
     """Routed experts of each layer that has some."""
+    decoded_bytes: int = 0
+    """Bytes of weights read for each decoded token, as predicted."""
+    memory_bytes: int = 0
+    """Bytes in memory with the cache and logits of ``POSITIONS`` positions, as predicted."""
+
+    def served(self, aim: str) -> int:
+        """Return the bytes that ``aim`` makes few; 0 for quality, which counts none."""
+        return {DECODE: self.decoded_bytes, MEMORY: self.memory_bytes}.get(aim, 0)
 
     @property
     def score(self) -> float:
@@ -89,12 +98,30 @@ def rows_html(title: str, rows: Sequence[Row]) -> str:
     return html_table(title, [*heads, "bits per byte", "loss", "score"], cells)
 
 
-def table(rows: Sequence[Row], ratio: float | None = None) -> str:
+WITHIN = 0.01
+"""How much worse a score may be than the best one, for a row that serves an aim better."""
+
+
+def best_for(aim: str, rows: Sequence[Row]) -> Row:
+    """Return the row of the best score; or of those close to it, that with the fewest bytes.
+
+    The dense model's row is never it. Bytes that differ by less than ``MARGIN`` count as equal.
+    """
+    rows = [row for row in rows if row.name != DENSE]
+    best = min(rows, key=lambda row: row.score)
+    close = [row for row in rows if row.score <= best.score + WITHIN]
+    least = min(row.served(aim) for row in close)
+    equal = [row for row in close if row.served(aim) <= (1 + MARGIN) * least]
+    return min(equal, key=lambda row: row.score)
+
+
+def table(rows: Sequence[Row], ratio: float | None = None, aim: str = QUALITY) -> str:
     """Return the rows as text for people; the best score is marked.
 
     Args:
         rows: One may be ``DENSE``.
         ratio: Share of the parameters that was to be removed; rows that miss it are marked.
+        aim: What the best row is to serve, which is marked, too.
     """
     keys = list(rows[0].widths)
     wide = 2 + max(map(len, ("cut", *(row.name for row in rows))))
@@ -102,9 +129,11 @@ def table(rows: Sequence[Row], ratio: float | None = None) -> str:
     heads = ["V'", *(["I'"] if len(keys) == 1 else keys), *["experts"] * routed]
     heads += ["layers", "parameters", "removed"]
     heads += ["bits/byte", "loss", "alike", "score"]
+    heads += {DECODE: ["read MB"], MEMORY: ["memory MB"]}.get(aim, [])
     widths = [max(10, len(head) + 2) for head in heads]
     lines = [f"{'cut':<{wide}}" + "".join(f"{h:>{w}}" for h, w in zip(heads, widths, strict=True))]
-    best = min((row for row in rows if row.name != DENSE), key=lambda row: row.score, default=None)
+    tried = [row for row in rows if row.name != DENSE]
+    marks = {best_for(name, tried).name: mark for name, mark in _marks(aim) if tried}
     for row in rows:
         cells = [f"{row.vocab_size:,}", *(f"{row.widths[key]:,}" for key in keys)]
         cells += [str(row.experts)] * routed
@@ -112,17 +141,24 @@ def table(rows: Sequence[Row], ratio: float | None = None) -> str:
         mark = "*" if ratio is not None and missed(row, ratio) else ""
         cells += [f"{row.removed:.1%}{mark}", f"{row.bits_per_byte:.4f}"]
         cells += [f"{row.loss:+.1%}", f"{row.alike_loss:+.1%}", f"{row.score:+.1%}"]
+        cells += [f"{row.served(aim) / 1e6:,.1f}"] * (aim != QUALITY)
         text = "".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True))
-        lines.append(f"{row.name:<{wide}}{text}" + ("  best" if row is best else ""))
+        lines.append(f"{row.name:<{wide}}{text}" + marks.get(row.name, ""))
     return "\n".join(lines)
 
 
-def legend(row: Row, *, marked: bool = False) -> str:
+def _marks(aim: str) -> list[tuple[str, str]]:
+    """Return what a table marks, and how; of two marks on one row, the last is shown."""
+    return [*([(aim, f"  for {aim}")] if aim != QUALITY else []), (QUALITY, "  best")]
+
+
+def legend(row: Row, *, marked: bool = False, aim: str = QUALITY) -> str:
     """Return what the columns of a table mean, and on how much text its rows were measured.
 
     Args:
         row: Any of its rows.
         marked: Whether a row misses the ratio.
+        aim: What the best row is to serve.
     """
     lines = [
         f"held out: {row.heldout_windows:,} windows, {row.heldout_bytes:,} bytes, "
@@ -131,6 +167,11 @@ def legend(row: Row, *, marked: bool = False) -> str:
         "alike: the same, over the words that both vocabularies tokenize alike",
         "score: two parts loss, one part alike; search minimizes it",
     ]
+    if aim != QUALITY:
+        lines.append(
+            f"for {aim}: fewest {COUNTED[aim]}, of those with a score of at most "
+            f"{100 * WITHIN:g} point above the best"
+        )
     if marked:
         lines.append(
             "*: not the share asked for, but the nearest that whole layers, experts or steps reach"
@@ -160,6 +201,41 @@ def plot_sizes(rows: Sequence[Row], path: Path, model: str = "") -> None:
             title=titled(model, f"{best.removed:.0%} fewer parameters\nbest: {', '.join(sizes)}"),
         )
         axes.title.set_fontsize("medium")
+        axes.legend(frameon=False)
+
+
+def plot_frontier(rows: Sequence[Row], aim: str, path: Path, model: str = "") -> None:
+    """Draw the score over the bytes that ``aim`` makes few, and the frontier.
+
+    Of the rows on it, none has fewer bytes and a better score. The title names ``model``.
+
+    Raises:
+        OutputError: as ``saved_figure``.
+    """
+    rows = sorted((row for row in rows if row.name != DENSE), key=lambda row: row.served(aim))
+    front = [row for n, row in enumerate(rows) if all(row.score < r.score for r in rows[:n])]
+    chosen = best_for(aim, rows)
+    with saved_figure(path, 7, 4.5) as figure:
+        axes = figure.subplots()
+
+        def points(chosen: Sequence[Row]) -> tuple[list[float], list[float]]:
+            return [row.served(aim) / 1e6 for row in chosen], [100 * row.score for row in chosen]
+
+        axes.plot(*points(front), color="grey", drawstyle="steps-post", label="frontier")
+        dots = axes.scatter(*points(rows), c=[r.vocab_size for r in rows], cmap="viridis", zorder=3)
+        axes.scatter(*points([chosen]), s=140, facecolors="none", edgecolors="black", zorder=4)
+        for row in rows:
+            widths = ", ".join(f"{size:,}" for size in row.widths.values())
+            x, y = points([row])
+            axes.annotate(f" {row.vocab_size:,} : {widths}", (x[0], y[0]), fontsize="x-small")
+        figure.colorbar(dots, ax=axes, label="V', rows of the embedding")
+        axes.set(
+            xlabel=f"MB: {COUNTED[aim]}",
+            ylabel="score (%)",
+            title=titled(model, f"V' : I' by what they lose and take; circled: for {aim}"),
+        )
+        axes.title.set_fontsize("medium")
+        axes.margins(x=0.15)
         axes.legend(frameon=False)
 
 

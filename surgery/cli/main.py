@@ -53,6 +53,7 @@ from surgery.errors import SurgeryError, is_panic, printable, shortened
 from surgery.export.gguf_file import ExportOptions
 from surgery.export.tensors import TYPES
 from surgery.files.shard_file import IO
+from surgery.planning.aims import QUALITY
 from surgery.planning.request import CutRequest
 from surgery.probe.probe import Proposal
 from surgery.process import spoken
@@ -443,7 +444,8 @@ def plan(
     else:
         ratio = cut.sizes.ratio
         sizes = ("SIZES",) if ratio is None else ("--ratio", f"{ratio:g}")
-        then = ("calibrate", model.model, "--data", "TEXT", *sizes)
+        aim = ("--for", cut.sizes.aim) if cut.sizes.aim != QUALITY else ()
+        then = ("calibrate", model.model, "--data", "TEXT", *sizes, *aim)
         show_written(f"{given.output}, sizes only", *then)
 
 

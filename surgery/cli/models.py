@@ -38,6 +38,7 @@ from surgery.cli.options import (
 )
 from surgery.cli.terminal import bars, print_text, running, show_plan, show_written
 from surgery.files.shard_file import IO
+from surgery.planning.aims import QUALITY
 from surgery.planning.request import CutRequest
 from surgery.process import peak_rss_bytes, spoken, spoken_range, spoken_stages
 from surgery.text.documents import TextOptions
@@ -139,7 +140,8 @@ def calibrate(
         ratio = options.sizes.ratio or 0.2
         by_sizes = not (options.sizes.empty or options.sizes.ratio)
         sizes = ("SIZES",) if by_sizes else ("--ratio", f"{ratio:g}")
-        then = ("plan", model.model, "--stats", options.output, *sizes)
+        aim = ("--for", options.sizes.aim) if options.sizes.aim != QUALITY else ()
+        then = ("plan", model.model, "--stats", options.output, *sizes, *aim)
         took = spoken(time.perf_counter() - start)
         if few:
             print_text(f"note: {few}")

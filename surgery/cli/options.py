@@ -14,6 +14,7 @@ from calib.streaming.settings import DEVICES, DTYPE_NAMES, ComputeOptions
 from surgery.cluster import ENGINES
 from surgery.errors import BudgetError
 from surgery.files.shard_file import IO
+from surgery.planning.aims import AIMS, QUALITY
 from surgery.planning.request import CutRequest, SizeRequest
 from surgery.plot import check_picture
 from surgery.stats.channels import (
@@ -436,6 +437,15 @@ vocabulary_options = gathered(
     ),
 )
 
+aim_option = click.option(
+    "--for",
+    "aim",
+    default=QUALITY,
+    show_default=True,
+    type=click.Choice(AIMS),
+    help="What the split between V' and I' serves at the ratio. decode: fewest bytes read for each "
+    "decoded token; memory: fewest bytes with the cache and logits of a batch.",
+)
 step_options = combined(
     click.option(
         "--multiple-of",
@@ -469,6 +479,7 @@ size_options = gathered(
         help="Take --ratio from these alone: vocabulary, channels, whole experts of a mixture, or "
         "layers (those of least block influence).  [default: vocabulary,channels]",
     ),
+    aim_option,
     click.option("--vocab-size", type=int, help="V': embedding rows to keep."),
     click.option("--intermediate-size", type=int, help="I': channels per layer to keep."),
     click.option(
@@ -502,9 +513,10 @@ search_size_options = gathered(
         "--only",
         default="",
         metavar="PART[,PART]",
-        help="Take --ratio from these alone: vocabulary, channels, whole experts of a mixture.  "
-        "[default: all that the model has]",
+        help="Take --ratio from these alone: vocabulary, channels, whole experts of a mixture; or "
+        "from layers.  [default: all that the model has, but layers]",
     ),
+    aim_option,
     step_options,
 )
 base_model_option = click.option(

@@ -31,7 +31,8 @@ from surgery.cli.options import (
     study_text_options,
 )
 from surgery.cli.terminal import print_text, running, show_written
-from surgery.planning.request import CutRequest
+from surgery.planning.layers import format_layers
+from surgery.planning.request import CutRequest, SizeRequest
 from surgery.planning.sizes import Sizes
 from surgery.process import spoken, spoken_stages
 from surgery.stats.channels import ChannelOptions
@@ -114,6 +115,9 @@ def search(
         found.plot(show.plot, model.model)
     if files is not None:
         best = replace(space.choice, sizes=found.best)
+        if found.best.layers:  # named, they need no statistics
+            named = SizeRequest(layers=format_layers(found.best.layers))
+            best = replace(best, request=replace(cut, sizes=named))
         with running() as progress:
             made, stages = calibrated_plan(layout, best, text, compute, files, progress)
         print_text(f"{made.table()}\n{spoken_stages(stages)}", err=show.as_json)
@@ -128,6 +132,7 @@ def search(
 def _prune_to(model: str, sizes: Sizes, cut: CutRequest) -> list[str]:
     """Return the command that prunes to ``sizes`` as ``cut`` chooses tokens, channels, experts."""
     given = [f"--vocab-size={sizes.vocab_size}"]
+    given += [f"--layers={format_layers(sizes.layers)}"] * bool(sizes.layers)
     given += [f"--num-experts={sizes.experts}"] * bool(sizes.experts)
     given += [f"--width={key}={size}" for key, size in sizes.widths.items()]
     given += ["--dequantize"] * sizes.dequantize

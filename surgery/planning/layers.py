@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby, pairwise
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -146,8 +147,13 @@ def _shapes(layout: Layout, layer: int) -> dict[tuple[str, int | None], tuple[st
     }
 
 
-def kind_notes(layout: Layout, groups: GroupedLayers) -> list[str]:
-    """Return notes on layers that are of several kinds according to config.json."""
+def kind_notes(
+    layout: Layout, groups: GroupedLayers, influence: np.ndarray | None = None
+) -> list[str]:
+    """Return notes on layers that are of several kinds according to config.json.
+
+    By their ``influence``, where it is known, layers that keep the pattern are offered.
+    """
     notes = []
     for rule in layout.family.layer_rules or ():
         kinds = rule.kinds(layout.config) if isinstance(rule, PerLayer) else None
@@ -157,12 +163,17 @@ def kind_notes(layout: Layout, groups: GroupedLayers) -> list[str]:
         if mixed:
             notes.append(f"{format_layers(mixed)} differ in {rule.key}; each becomes as its first")
         if len(set(map(str, kinds))) > 1:
-            notes += _counting(layout, rule, kinds, [group[0] for group in groups])
+            firsts = [group[0] for group in groups]
+            notes += _counting(layout, rule, kinds, firsts, influence)
     return notes
 
 
 def _counting(
-    layout: Layout, rule: PerLayer, kinds: Sequence[object], firsts: Sequence[int]
+    layout: Layout,
+    rule: PerLayer,
+    kinds: Sequence[object],
+    firsts: Sequence[int],
+    influence: np.ndarray | None,
 ) -> list[str]:
     """Say which engines run another model, for they count layers, and which layers avoid that."""
     if rule.period is None:
@@ -177,33 +188,47 @@ def _counting(
     who = " and ".join(rule.period.counted_by) or "an engine that counts layers"
     note = f"{rule.key}: {who} would take each {every}. layer for one of {last!r}, and run another "
     note += "model; compact-surgery export tells llama.cpp, or refuses"
-    kept = nearest_layers(kinds, counted, firsts)
+    chosen = np.bincount(firsts, minlength=len(kinds))
+    kept = nearest_layers(kinds, counted, chosen if influence is None else influence)
     if kept is not None:
         note += f"; `layers` {format_layers([[n] for n in kept])} keeps the pattern"
     return [note]
 
 
 def nearest_layers(
-    kinds: Sequence[object], wanted: Sequence[object], firsts: Sequence[int]
+    kinds: Sequence[object], wanted: Sequence[object], weights: Sequence[float] | np.ndarray
 ) -> list[int] | None:
-    """Return layers of the ``wanted`` kinds, in order, with as many of ``firsts`` as can be.
+    """Return layers of the ``wanted`` kinds, in order, of the largest sum of ``weights``.
 
     None where there are no such layers.
 
     Args:
         kinds: The kind of each of the source's layers.
         wanted: The kinds of the layers to keep.
-        firsts: Layers that were chosen without regard to their kinds.
+        weights: What speaks for each of the source's layers, such as its block influence.
     """
-    chosen, none = set(firsts), -len(kinds) - 1
-    # most[n]: of the best choice of the first n wanted, how many are chosen; and the choice
-    most: list[tuple[int, list[int]]] = [(0, []), *((none, list[int]()) for _ in wanted)]
+    # most[n]: of the best choice of the first n wanted, the sum of weights; and the choice
+    most: list[tuple[float, list[int]]] = [(0, []), *((-inf, list[int]()) for _ in wanted)]
     for layer, kind in enumerate(kinds):
         for n in range(min(layer + 1, len(wanted)), 0, -1):
-            count, before = most[n - 1]
-            if kind == wanted[n - 1] and count + (layer in chosen) > most[n][0]:
-                most[n] = (count + (layer in chosen), [*before, layer])
-    return most[-1][1] if most[-1][0] >= 0 else None
+            total, before = most[n - 1]
+            if kind == wanted[n - 1] and total + weights[layer] > most[n][0]:
+                most[n] = (total + float(weights[layer]), [*before, layer])
+    return most[-1][1] if most[-1][0] > -inf else None
+
+
+def pattern_layers(layout: Layout, count: int, influence: np.ndarray) -> list[list[int]] | None:
+    """Return the ``count`` layers of largest influence that an engine which counts takes rightly.
+
+    None where layers differ by no pattern, or where no such layers are left.
+    """
+    for rule in layout.family.layer_rules or ():
+        kinds = rule.kinds(layout.config) if isinstance(rule, PerLayer) else None
+        if kinds is not None and isinstance(rule, PerLayer) and rule.period is not None:
+            wanted = rule.period.kinds(layout.config, count)
+            kept = nearest_layers(kinds, wanted, influence)
+            return None if kept is None else [[layer] for layer in kept]
+    return None
 
 
 def layer_keys(

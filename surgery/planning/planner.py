@@ -86,7 +86,8 @@ def plan_cut(
         sizes = replace(sizes, experts=0)
     _check_repair(layout, sizes, channels.repair)
     ids = choice.rarity.id_map(sizes.vocab_size)
-    notes = _notes(layout, choice, cost)
+    influence = stats.block_influence if stats is not None else None
+    notes = _notes(layout, choice, cost, influence)
     kept_channels: list[dict[str, list[str]]] = []
     shares = None
     if stats is not None:
@@ -359,16 +360,21 @@ def check_tokens(stats: ChannelStats, least: int, kept: KeptExperts) -> None:
         )
 
 
-def _notes(layout: Layout, choice: SizeChoice, vocabulary: VocabularyCost | None) -> list[str]:
-    """Return the notes that follow from the sizes alone."""
+def _notes(
+    layout: Layout,
+    choice: SizeChoice,
+    vocabulary: VocabularyCost | None,
+    influence: np.ndarray | None,
+) -> list[str]:
+    """Return the notes that follow from the sizes alone; ``influence`` offers other layers."""
     sizes, ratio = choice.sizes, choice.request.sizes.ratio
     notes = vocabulary.warnings() if vocabulary else []
     full = layout.parameters(layout.vocab_size, layout.widths)
     reached = 1 - parameters_of(layout, sizes) / full
     if ratio is not None and abs(reached - ratio) > TOLERANCE:
         notes.append(f"the steps of the sizes reach {reached:.1%}, not {ratio:.1%}")
-    notes += kind_notes(layout, sizes.layers) if sizes.layers else []
-    notes += layout.notes
+    notes += kind_notes(layout, sizes.layers, influence) if sizes.layers else []
+    notes += [*choice.notes, *layout.notes]
     if choice.rarity.rowless:
         notes.append(
             f"{choice.rarity.rowless} tokens have no row in the embedding, before and after: the "

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import lcm
 
 import numpy as np
 
 from surgery.errors import BudgetError, DataError, OptionError, TokenizerError, check_choice
 from surgery.layout.layout import Layout
+from surgery.planning.aims import AIMS, QUALITY, aim_note, served_bytes, split_for
 from surgery.planning.layers import check_layers, layers_by_influence, parse_layers
 from surgery.planning.plan import HUB_NAME
 from surgery.planning.shapes import blocks, check_experts, expert_choices
@@ -20,6 +22,7 @@ from surgery.planning.sizes import (
     check_ratio,
     check_sizes,
     parse_target,
+    sizes_at,
     split,
     steps,
     vocabulary_first,
@@ -70,12 +73,15 @@ class SizeRequest:
     """E': routed experts of each layer to keep."""
     only: str | Sequence[str] = ()
     """What the ratio is taken from, of ``PARTS``; empty is the vocabulary and the channels."""
+    aim: str = QUALITY
+    """What the split between vocabulary and channels serves, of ``AIMS``."""
 
     def __post_init__(self) -> None:
         if self.ratio is not None:
             check_ratio(self.ratio)
         if self.multiple_of is not None:
             steps(self.multiple_of)
+        check_choice("aim", self.aim, AIMS)
         if self.parts:
             _check_parts(self)
 
@@ -176,6 +182,8 @@ class SizeChoice:
     """None where the whole vocabulary is kept; then the tokenizer may be of any kind."""
     request: CutRequest = field(default_factory=CutRequest)
     """The request that led to them."""
+    notes: Sequence[str] = ()
+    """What the user should know of the choice."""
 
     def needs_statistics(self, layout: Layout) -> bool:
         """Whether channels, experts or layers of ``layout`` are chosen by what a text shows."""
@@ -219,11 +227,19 @@ def choose_sizes(
                 fix="leave them out, or name another script",
             )
         fixed = replace(fixed, vocab_size=rarity.tokens - rarity.dropped)
-    left = layout.with_layers(layers)
-    experts = _chosen_experts(target, layout, left)
-    sizes = _split(layout, target, fixed, rarity.must_keep, left.with_experts(experts))
-    sizes = replace(sizes, dequantize=target.dequantize, layers=layers, experts=experts)
-    return replace(choice, sizes=sizes)
+    experts = _chosen_experts(target, layout, layout.with_layers(layers))
+    others = Sizes(0, {}, target.dequantize, layers, experts)
+    split_by = partial(_split, layout, fixed=fixed, smallest=rarity.must_keep, others=others)
+    if target.aim == QUALITY:
+        return replace(choice, sizes=split_by(target))
+    if not target.by_rule:
+        raise BudgetError(
+            f"`aim` {target.aim}",
+            "has nothing to choose: no ratio is split between vocabulary and channels",
+            fix="give `ratio` without these sizes, or leave it out",
+        )
+    sizes, usual = split_by(target), split_by(replace(target, aim=QUALITY))
+    return replace(choice, sizes=sizes, notes=[aim_note(layout, target.aim, sizes, usual)])
 
 
 def choose_vocabulary(
@@ -280,12 +296,12 @@ def _chosen_layers(
     elif target.num_hidden_layers is not None:
         groups = layers_by_influence(influence, target.num_hidden_layers)
     else:
-        groups = _layers_at(layout, target.ratio or 0.0, influence)
+        groups = layers_at(layout, target.ratio or 0.0, influence)
     check_layers(layout, groups)
     return [] if groups == [[layer] for layer in range(layout.num_hidden_layers)] else groups
 
 
-def _layers_at(layout: Layout, ratio: float, influence: np.ndarray) -> list[list[int]]:
+def layers_at(layout: Layout, ratio: float, influence: np.ndarray) -> list[list[int]]:
     """Return the layers to keep, by influence, that remove as near to the ratio as whole ones can.
 
     Raises:
@@ -310,24 +326,22 @@ def _layers_at(layout: Layout, ratio: float, influence: np.ndarray) -> list[list
 
 
 def _split(
-    layout: Layout,
-    target: SizeRequest,
-    fixed: FixedSizes,
-    smallest: int,
-    left: Layout,
+    layout: Layout, target: SizeRequest, fixed: FixedSizes, smallest: int, others: Sizes
 ) -> Sizes:
-    """Return the sizes; a ratio counts what ``left`` lacks, and chooses what is not fixed.
+    """Return ``others`` with V' and I'; a ratio counts what is removed, and chooses what is open.
 
-    ``left`` has the layers and experts that are kept.
+    ``others`` names the layers and experts that are kept.
     """
+    left = layout.with_layers(others.layers).with_experts(others.experts)
     steps, ratio = allowed_steps(layout, target), target.ratio
     if fixed.vocab_size is not None and len(fixed.widths) == len(layout.widths):
-        return Sizes(fixed.vocab_size, {key: fixed.widths[key] for key in layout.widths})
+        widths = {key: fixed.widths[key] for key in layout.widths}
+        return replace(others, vocab_size=fixed.vocab_size, widths=widths)
     assert ratio is not None  # else all sizes are fixed
     if left is not layout:
         full, rest = (each.parameters(layout.vocab_size, layout.widths) for each in (layout, left))
         if abs(rest / full - (1 - ratio)) <= TOLERANCE and not target.names_sizes:
-            return whole(layout)
+            return replace(others, vocab_size=layout.vocab_size, widths=layout.widths)
         if rest < (1 - ratio) * full:
             removed = ["layers"] * (left.layers is not None) + ["experts"] * bool(left.experts_left)
             raise BudgetError(
@@ -339,7 +353,13 @@ def _split(
             )
         ratio = 1 - (1 - ratio) * full / rest
     try:
-        return split(left, ratio, smallest, steps, fixed)
+        found = split(left, ratio, smallest, steps, fixed)
+        if target.aim != QUALITY:
+            pairs = [found, *sizes_at(left, ratio, smallest, steps, fixed)]
+            full_pairs = (replace(others, vocab_size=p.vocab_size, widths=p.widths) for p in pairs)
+            served = [served_bytes(layout, pair, target.aim) for pair in full_pairs]
+            found = split_for(ratio, pairs, left, served)
+        return replace(others, vocab_size=found.vocab_size, widths=found.widths)
     except BudgetError as error:
         if left is layout:
             raise

@@ -267,11 +267,12 @@ def test_a_missing_list_is_written_as_the_config_class_fills_it_in(key: str, nam
 def test_the_nearest_layers_that_keep_a_pattern() -> None:
     kinds, last = "sssssfsssssfssssss", [0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13]
     wanted = [("f" if (n + 1) % 6 == 0 else "s") for n in range(12)]
-    found = nearest_layers(kinds, wanted, last)
+    found = nearest_layers(kinds, wanted, [n in last for n in range(18)])
     assert found is not None
     assert [kinds[n] for n in found] == wanted
     assert len({*found} & {*last}) == 10
-    assert nearest_layers("ssss", ["f", "s"], [0, 1]) is None
+    assert nearest_layers("ssss", ["f", "s"], [1, 1, 0, 0]) is None
+    assert nearest_layers("sfsf", "sf", [0.1, 0.2, 0.4, 0.3]) == [2, 3]
 
 
 def test_what_is_taken_for_all_layers_alike_is_so_in_the_library(tmp_path: Path) -> None:

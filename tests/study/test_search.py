@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from calib.study.table import LAYER_METHODS, METHODS
 from calib.text.heldout import split_documents
 from calib.text.windows import byte_windows
+from surgery.planning.layers import format_layers
 from surgery.planning.plan import Plan
 from surgery.text.documents import read_documents
 from tests.support import tiny
@@ -405,6 +406,27 @@ def test_a_triple_is_what_plan_and_score_make_of_it(
         assert score["bits_per_byte"] == pytest.approx(row["bits_per_byte"], rel=1e-5)
 
 
+def test_layers_that_keep_the_pattern_are_preferred(tmp_path: Path, prose: Path, run: Run) -> None:
+    kinds = ["sliding_attention"] * 3 + ["full_attention"]  # Gemma's own period is 6
+    given: dict[str, Any] = {"num_hidden_layers": 4, "layer_types": kinds}
+    source = tiny.save(tmp_path / "model", "gemma3_text", **given)
+    options = ("--data", prose, *TAKE, "--windows", 2, "--only", "layers", "--ratio", 0.1)
+    plan = tmp_path / "plan.json"
+    result = run("search", source, *options, "-o", plan, "--json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout.splitlines()[0])
+    assert {row["num_hidden_layers"] for row in rows} == {3}
+    assert rows[-1]["name"] == "0-2"  # no full attention: that is what an engine would count
+    chosen = min(rows, key=lambda row: row["score"])
+    if rows[-1]["score"] <= chosen["score"] + 0.01:
+        chosen = rows[-1]
+    found = Plan.load(plan)
+    assert format_layers(found.layers) == chosen["name"]
+    assert run("apply", plan, "-o", tmp_path / "out").exit_code == 0
+    shown = run("search", source, *options)
+    assert f"--layers={chosen['name']}" in shown.stdout.splitlines()[-1]
+
+
 def test_only_limits_the_axes_of_a_search(tmp_path: Path, prose: Path, run: Run) -> None:
     source = tiny.save(tmp_path / "model", "qwen3_moe", num_experts=8)
     options = ("--data", prose, *TAKE, "--windows", 2, "--multiple-of", 2, "--ratio", 0.3, "--json")
@@ -418,10 +440,10 @@ def test_only_limits_the_axes_of_a_search(tmp_path: Path, prose: Path, run: Run)
         changed = {part for part, key in keys.items() if any(row[key] != full[key] for row in rows)}
         assert changed == {*only.split(",")}
     for only, words in (
-        ("layers", "layers cannot be searched"),
+        ("layers", "--multiple-of: has no effect where layers are searched"),
         ("rows", "found 'rows'"),
     ):
-        assert_refused(run("search", source, *options, "--only", only), words, "--only")
+        assert_refused(run("search", source, *options, "--only", only), words)
     dense = tiny.save(tmp_path / "dense", intermediate_size=96)
     refused = run("search", dense, *options, "--only", "experts,vocabulary")
     assert_refused(refused, "no routed experts")
