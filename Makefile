@@ -87,7 +87,7 @@ $(VENV)/%.stamp: $(VENV)/venv.stamp
 $(VENV)/lowest.stamp: $(VENV)/venv.stamp constraints-lowest.txt
 	$(PYTHON) -m venv --clear $(VENV)/lowest
 	$(VENV)/lowest/$(BINARIES)/python -m pip install -c constraints-lowest.txt \
-		-e '.[plot,datasets,demo]' pytest pytest-xdist hypothesis
+		-e '.[plot,datasets,demo,recover]' pytest pytest-xdist hypothesis
 	@touch $@
 
 # What is written is loaded by transformers 4, too, in a Python of its own. What that one lacks, torch

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
         recover,
         score,
         search,
+        teach,
     )
     from calib.recovery.run import Recovered
+    from calib.recovery.teach import Taught
     from calib.scoring.logits import Equality
     from calib.scoring.score import Change, Score
     from calib.scoring.tasks import Answers, Share
@@ -31,8 +33,12 @@ __all__ = [
     "Recovered",
     "Score",
     "SearchResult",
+<<<<<<< HEAD
     "Share",
     "answer",
+=======
+    "Taught",
+>>>>>>> 0141d8d (teach: a streamed dense model's likeliest tokens as Parquet, and training on text that it writes)
     "calibrate",
     "compare",
     "compare_logits",
@@ -41,6 +47,7 @@ __all__ = [
     "recover",
     "score",
     "search",
+    "teach",
 ]
 
 _HOMES = {
@@ -50,7 +57,11 @@ _HOMES = {
     "Recovered": "calib.recovery.run",
     "Score": "calib.scoring.score",
     "SearchResult": "calib.study.search",
+<<<<<<< HEAD
     "Share": "calib.scoring.tasks",
+=======
+    "Taught": "calib.recovery.teach",
+>>>>>>> 0141d8d (teach: a streamed dense model's likeliest tokens as Parquet, and training on text that it writes)
 }
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())

@@ -1,4 +1,4 @@
-"""The library's functions that run a model: calibrate, score, search, compare, prune, recover."""
+"""The library's functions that run a model, from calibrate to recover and teach."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from calib.pipeline import (
     calibrated_plan,
     write_page,
 )
-from calib.recovery.options import RecoverOptions
+from calib.recovery.options import RecoverOptions, TeachOptions
 from calib.scoring.logits import Equality
 from calib.scoring.logits import compare_logits as compare_logits_of
 from calib.scoring.score import Score
@@ -43,11 +43,12 @@ from surgery.stats.channels import (
     ChannelOptions,
 )
 from surgery.text.documents import Text, TextOptions, sources_of
-from surgery.verify.files import VerifyReport, origin_of
+from surgery.verify.files import VerifyReport, origin_of, plan_at
 from surgery.vocabulary.order import VocabularyOptions
 
 if TYPE_CHECKING:
     from calib.recovery.run import Recovered
+    from calib.recovery.teach import Taught
 
 
 def calibrate(  # noqa: PLR0913
@@ -614,7 +615,7 @@ def read_documents(
 def recover(  # noqa: PLR0913
     model: Model | str | Path,
     *,
-    data: Text,
+    data: Text | None = None,
     output: Path | str,
     tokens: int | None = None,
     minutes: float | None = None,
@@ -646,14 +647,16 @@ def recover(  # noqa: PLR0913
 
     Args:
         model: The pruned model: a local directory, or what ``surgery.open_model`` returns for it.
-        data: The text: a path, ``hub:name``, documents, or several ``Source`` with weights.
+        data: The text: a path, ``hub:name``, documents, or several ``Source`` with weights. None
+            where ``teacher`` is a directory that ``teach`` wrote, which has the text.
         output: Directory to write. Its plan and the file of trained tensors are written beside it.
         tokens: Tokens to train on; a shorter text is repeated.
         minutes: Time to train, instead of ``tokens``; a first step says how many tokens that are.
         method: "distill": towards the dense model's distribution, renormalized over the kept
             tokens. "continue": as pretraining. "self-data": as pretraining, on text that the dense
             model has written.
-        teacher: The dense model; None is the source that the model's plan names.
+        teacher: The dense model, or a directory that ``teach`` wrote; None is the source that the
+            model's plan names.
         lora: Rank of adapters that are trained instead of the weights, and merged at the end.
         only: "ffn" trains the FFNs alone.
         learning_rate: Its peak; None is 1e-4, or 1e-3 for adapters.
@@ -677,8 +680,9 @@ def recover(  # noqa: PLR0913
     """
     from calib.recovery.run import Recovery
 
+    sources = () if data is None else sources_of(data)
     text = TextOptions(
-        sources_of(data), seq_len=seq_len, windows=windows, seed=seed, field=field, strict=strict
+        sources, seq_len=seq_len, windows=windows, seed=seed, field=field, strict=strict
     )
     options = RecoverOptions(
         Path(output),
@@ -694,6 +698,65 @@ def recover(  # noqa: PLR0913
         training=training or {},
     )
     return Recovery(as_layout(model), text, ComputeOptions(device, dtype), options).run(progress)
+
+
+def teach(  # noqa: PLR0913
+    model: Model | str | Path,
+    *,
+    plan: Plan | Path | str,
+    data: Text,
+    output: Path | str,
+    tokens: int,
+    top_k: int = 64,
+    precision: str = "float16",
+    seq_len: int = 512,
+    windows: int = 16,
+    seed: int | None = None,
+    field: str | None = None,
+    strict: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> "Taught":
+    """Write the likeliest tokens that a dense model predicts, one layer in memory at a time.
+
+    The text is tokenized as the pruned model will tokenize it, and only kept tokens are predicted.
+
+    Example:
+        >>> calib.teach(model, plan=plan, data="text.txt", output="teacher", tokens=100_000)
+        >>> calib.recover("smaller", teacher="teacher", output="trained", tokens=100_000)
+
+    Args:
+        model: The dense model: from ``surgery.open_model``, or anything that it takes.
+        plan: The plan of the pruned model, its file, or the pruned model's directory.
+        data: The text: a path, ``hub:name``, documents, or several ``Source`` with weights.
+        output: Directory to write; it must not exist.
+        tokens: Tokens of text.
+        top_k: Likeliest kept tokens of each position.
+        precision: Of the log-probabilities: float16 or float32.
+        seq_len: Tokens of a window.
+        windows: Most windows of 2,048 bytes to hold out, for ``recover`` to judge by.
+        seed: Shuffles the documents.
+        field: Field of a row that holds the document; None is ``text``, or ``messages``.
+        strict: Whether the first bad row is an error; else bad rows are skipped.
+        device: auto, cpu, cuda or mps.
+        dtype: auto, float32, bfloat16 or float16.
+        resume: Whether to continue an interrupted run of the same request, if there is one.
+        progress: Called with "teach", finished tokens, and all tokens.
+
+    Raises:
+        PlanError: the plan was made for another vocabulary.
+        OutputError: the output exists, or was begun with other options.
+    """
+    from calib.recovery.teach import Teaching
+
+    text = TextOptions(
+        sources_of(data), seq_len=seq_len, windows=windows, seed=seed, field=field, strict=strict
+    )
+    made = plan if isinstance(plan, Plan) else plan_at(plan)
+    options = TeachOptions(Path(output), tokens, top_k, precision, resume)
+    return Teaching(as_layout(model), made, text, _compute(device, dtype), options).run(progress)
 
 
 def compare_logits(

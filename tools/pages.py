@@ -29,6 +29,7 @@ READ_ON = {
     "search": "search-repair-compare.md#search",
     "compare": "search-repair-compare.md#compare",
     "recover": "train-it-back.md",
+    "teach": "train-it-back.md#a-teacher-that-does-not-fit",
     "stats": "large-models.md#several-machines",
     "report": "see-before-you-cut.md",
 }

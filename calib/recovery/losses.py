@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import cross_entropy, log_softmax
 
 LEAST = 1e-12
-"""Least probability that is left over for all tokens which a teacher's file does not name."""
+"""Least probability that a student leaves over for all tokens which a teacher's file omits."""
 
 
 def divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -14,7 +14,7 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 
 def divergence_from_top(
-    student: torch.Tensor, ids: torch.Tensor, logprobs: torch.Tensor
+    student: torch.Tensor, ids: torch.Tensor, logprobs: torch.Tensor, rest: torch.Tensor
 ) -> torch.Tensor:
     """Return mean KL(teacher ‖ student) where only the teacher's likeliest tokens are known.
 
@@ -25,15 +25,16 @@ def divergence_from_top(
         student: Logits ``(windows, tokens, V')``.
         ids: int64 ``(windows, tokens, k)``, the likeliest tokens.
         logprobs: Their ln p, float ``(windows, tokens, k)``.
+        rest: The ln of the probability that is left over, ``(windows, tokens)``; −inf where nothing
+            is.
     """
     found = log_softmax(student.float(), -1).gather(-1, ids)
     wanted = logprobs.float()
     known = (wanted.exp() * (wanted - found)).sum(-1)
-    if ids.shape[-1] == student.shape[-1]:
-        return known.mean()
-    rest = (1 - wanted.exp().sum(-1)).clamp(min=LEAST)
-    left = (1 - found.exp().sum(-1)).clamp(min=LEAST)
-    return (known + rest * (rest.log() - left.log())).mean()
+    some = rest > -torch.inf
+    left = (1 - found.exp().sum(-1)).clamp(min=LEAST).log()
+    unnamed = rest.exp() * (rest.where(some, left) - left)
+    return (known + unnamed.where(some, torch.zeros_like(unnamed))).mean()
 
 
 def surprise(student: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

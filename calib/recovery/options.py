@@ -9,6 +9,7 @@ from surgery.errors import BudgetError, SurgeryError, check_choice, check_least
 
 DISTILL, CONTINUE, SELF_DATA = METHODS = ("distill", "continue", "self-data")
 FFN_ALONE = "ffn"
+PRECISIONS = ("float16", "float32")
 
 LEARNING_RATE, LORA_LEARNING_RATE = 1e-4, 1e-3
 """Peaks of the cosine, where none is given."""
@@ -16,8 +17,9 @@ LEARNING_RATE, LORA_LEARNING_RATE = 1e-4, 1e-3
 WORK_END = ".training"
 """What the name of the directory of an unfinished run ends in."""
 
-PLAN_END, WEIGHTS_END = ".plan.json", ".trained.safetensors"
-"""Files beside the output: its plan, and the trained tensors that the plan names."""
+PLAN_END, WEIGHTS_END, TEXT_END = ".plan.json", ".trained.safetensors", ".self-data.jsonl"
+"""Files beside the output: its plan, the trained tensors that the plan names, and the text that a
+teacher wrote."""
 
 EVALUATIONS = 16
 """How often the held-out text is measured and a checkpoint is kept, over the whole run."""
@@ -97,6 +99,11 @@ class RecoverOptions:
         """File of the trained tensors, beside the output."""
         return self._beside(WEIGHTS_END)
 
+    @property
+    def self_data(self) -> Path:
+        """File of the text that the teacher writes, beside the output."""
+        return self._beside(TEXT_END)
+
     def _beside(self, end: str) -> Path:
         return self.output.with_name(self.output.name + end)
 
@@ -104,3 +111,24 @@ class RecoverOptions:
     def peak_rate(self) -> float:
         """The learning rate."""
         return self.learning_rate or (LORA_LEARNING_RATE if self.lora else LEARNING_RATE)
+
+
+@dataclass(frozen=True)
+class TeachOptions:
+    """What is kept of the teacher's distribution, and where."""
+
+    output: Path
+    """Directory to write; it must not exist."""
+    tokens: int
+    """Tokens of text; fewer where the text has fewer."""
+    top_k: int = 64
+    """Likeliest kept tokens of each position."""
+    precision: str = "float16"
+    """Of the log-probabilities: float16 or float32."""
+    resume: bool = False
+    """Whether to continue a run that was killed."""
+
+    def __post_init__(self) -> None:
+        check_choice("precision", self.precision, PRECISIONS)
+        for name in ("tokens", "top_k"):
+            check_least(name, getattr(self, name), 1)

@@ -3,9 +3,10 @@
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +16,7 @@ import msgspec
 import numpy as np
 import torch
 from accelerate import PartialState
-from transformers import PrinterCallback, TrainingArguments
+from transformers import PrinterCallback, TrainingArguments, default_data_collator
 
 from calib.estimate import MB
 from calib.recovery.forecast import (
@@ -26,17 +27,21 @@ from calib.recovery.forecast import (
     timed,
     trained_parameters,
 )
-from calib.recovery.losses import divergence, surprise
+from calib.recovery.losses import divergence, divergence_from_top, surprise
 from calib.recovery.model import ParameterMap, Teacher, check_trainable, file_tensors, load_model
 from calib.recovery.options import (
+    CONTINUE,
     DISTILL,
     EVALUATIONS,
     FFN_ALONE,
+    SELF_DATA,
     RecoverOptions,
     TrainingError,
 )
+from calib.recovery.self_data import Writing, write_self_data
+from calib.recovery.teach import LOGPROBS, REST, TOP, TaughtWindows, is_taught
 from calib.recovery.text import encode_heldout, hold_out, training_windows
-from calib.recovery.trainer import METRIC, HeldOut, Loss, RecoveryTrainer, Reports, Windows
+from calib.recovery.trainer import METRIC, HeldOut, Loss, RecoveryTrainer, Reports
 from calib.recovery.work import Schedule, TrainingText, WorkDirectory
 from calib.recovery.written import kept_rows, plan_for, trained_plan
 from calib.scoring.score import check_predicts, first_token
@@ -48,14 +53,14 @@ from calib.text.windows import within_positions
 from surgery.api import open_layout
 from surgery.apply.output_directory import check_output_path
 from surgery.apply.run import ApplyOptions, apply_to
-from surgery.errors import BudgetError
+from surgery.errors import BudgetError, DataError
 from surgery.files.atomic import check_file
 from surgery.layout.layout import Layout
 from surgery.plot import saved_figure, titled
 from surgery.process import Progress, Seconds, peak_rss_bytes, spoken
-from surgery.text.documents import TextOptions
+from surgery.text.documents import TextOptions, read_documents
 from surgery.tokenizer.tokenizer_file import load_tokenizer
-from surgery.verify.files import VerifyReport, verify_files
+from surgery.verify.files import VerifyReport, plan_within, verify_files
 
 LOG = logging.getLogger(__name__)
 
@@ -135,12 +140,29 @@ class Recovery:
         self.layout, self.text, self.options = layout, text, options
         self.settings = choose_settings(compute, layout.checkpoint)
         if not options.resume:
-            for path in (options.plan, options.weights):
+            for path in (options.plan, options.weights, options.self_data):
                 check_file(path, layout.checkpoint.path)
         check_output_path(options.output, layout.checkpoint.path)
         self.seq_len = within_positions(text.seq_len, positions(layout))
         self.plan, self.source = plan_for(layout)
-        self.teacher = self._teacher() if options.method == DISTILL else None
+        self.taught: TaughtWindows | None = None
+        self.teacher: Layout | None = None
+        if options.method == DISTILL and is_taught(options.teacher):
+            self.taught = TaughtWindows(Path(str(options.teacher)))
+            self.taught.check(plan_within(layout.checkpoint.path), layout.vocab_size)
+            self.seq_len = self.taught.info.seq_len
+        elif options.method != CONTINUE:
+            self.teacher = self._teacher()
+        if (self.taught is None) != bool(text.data):
+            raise DataError(
+                "`data`",
+                "is the text to train on; the files of a teacher have their own",
+                fix="leave it out" if text.data else "give a text",
+            )
+        if options.method == SELF_DATA and options.tokens is None:
+            raise BudgetError(
+                "`minutes`", "says not how much text to write", fix="give `tokens` instead"
+            )
 
     def _teacher(self) -> Layout:
         name = self.options.teacher
@@ -164,6 +186,7 @@ class Recovery:
         found |= {
             "model": f"{checkpoint.fingerprint} {checkpoint.weights}",
             "teacher": self.teacher.checkpoint.fingerprint if self.teacher else None,
+            "taught": self.taught.info if self.taught else None,
             "data": [[str(each.name), each.weight] for each in self.text.data],
             "seq_len": self.seq_len,
             "windows": self.text.windows,
@@ -172,13 +195,28 @@ class Recovery:
         }
         return {name: str(value) for name, value in found.items()}
 
-    def read_text(self) -> tuple[np.ndarray, list[str]]:
-        """Return the windows to train on, and the held-out text."""
+    def read_text(
+        self, progress: Progress | None = None, *, dry: bool = False
+    ) -> tuple[np.ndarray, list[str]]:
+        """Return the windows to train on, and the held-out text.
+
+        With self-data, the teacher writes the windows' text first; ``dry``, it does not.
+        """
         documents, held = hold_out(documents_of(self.layout, self.text), self.text.windows)
+        if self.options.method == SELF_DATA and not dry:
+            documents = self._self_data(documents, progress)
         tokenizer = load_tokenizer(self.layout.checkpoint.path)
         first, tokens = first_token(self.layout), self.options.tokens
         most = None if tokens is None else -(-tokens // self.seq_len)
         return training_windows(documents, tokenizer, first, self.seq_len, most), held
+
+    def _self_data(self, documents: Iterable[str], progress: Progress | None) -> Iterable[str]:
+        assert self.teacher is not None
+        assert self.options.tokens is not None
+        path = self.options.self_data
+        writing = Writing(path, self.options.tokens, self.seq_len, self.text.seed or 0)
+        write_self_data(self.teacher, documents, writing, self.settings, progress)
+        return read_documents(path)
 
     def run(self, progress: Progress | None = None) -> Recovered:
         """Train, judge and write.
@@ -191,7 +229,7 @@ class Recovery:
         work = self._work(self.options.work, resume=self.options.resume, main=main)
         try:
             with state.main_process_first():
-                text = work.text(self.read_text)
+                text = self._text(work, progress)
             session = _Session(self, work, text)
             made = session.train(progress)
             if not main:
@@ -211,9 +249,16 @@ class Recovery:
         with TemporaryDirectory() as folder:
             work = self._work(Path(folder) / "work", resume=False, main=True)
             try:
-                return _Session(self, work, work.text(self.read_text)).forecast
+                return _Session(self, work, self._text(work, dry=True)).forecast
             finally:
                 work.close()
+
+    def _text(
+        self, work: WorkDirectory, progress: Progress | None = None, *, dry: bool = False
+    ) -> TrainingText:
+        if self.taught is not None:
+            return TrainingText(self.taught, self.taught.heldout)
+        return work.text(partial(self.read_text, progress, dry=dry))
 
     def _work(self, path: Path, *, resume: bool, main: bool) -> WorkDirectory:
         return WorkDirectory(path, self.identity, resume=resume, main=main)
@@ -268,7 +313,11 @@ class _Session:
         self._parameters = ParameterMap(self._model, layout)
         self._parameters.check()
         self._loss: Loss = lambda logits, batch: surprise(logits, batch["input_ids"])
-        if recovery.teacher is not None:
+        if recovery.taught is not None:
+            self._loss = lambda logits, batch: divergence_from_top(
+                logits, batch[TOP], batch[LOGPROBS], batch[REST]
+            )
+        elif options.method == DISTILL and recovery.teacher is not None:
             teacher = Teacher(recovery.teacher, recovery.kept, settings.dtype)
             teacher.to(settings.device)
             self._loss = lambda logits, batch: divergence(
@@ -291,7 +340,7 @@ class _Session:
         sizes = 2 if options.lora and settings.device.type != "cpu" else 4
         found = predict_memory(
             recovery.layout,
-            recovery.teacher,
+            recovery.teacher if options.method == DISTILL else None,
             trained=trained_parameters(recovery.layout, options.lora, options.only),
             batch_tokens=options.batch_size * recovery.seq_len,
             itemsizes=(sizes, settings.dtype.itemsize),
@@ -346,11 +395,12 @@ class _Session:
     def _try_step(self) -> None:
         """Take a step's loss and gradients, and forget them."""
         device, size = self._recovery.settings.device, self._recovery.options.batch_size
-        ids = torch.from_numpy(np.array(self._text.windows[:size], dtype=np.int64)).to(device)
+        items = [self._text.windows[number % len(self._text.windows)] for number in range(size)]
+        batch = {name: tensor.to(device) for name, tensor in default_data_collator(items).items()}
         self._trained.train()
         with self._amp():
-            logits = self._trained(input_ids=ids, use_cache=False).logits
-            loss = self._loss(logits, {"input_ids": ids})
+            logits = self._trained(input_ids=batch["input_ids"], use_cache=False).logits
+            loss = self._loss(logits, batch)
         loss.backward()
         self._trained.zero_grad(set_to_none=True)
 
@@ -379,7 +429,7 @@ class _Session:
             heldout=self._heldout,
             model=self._trained,
             args=self._arguments(),
-            train_dataset=Windows(self._text.windows),
+            train_dataset=self._text.windows,
             eval_dataset=self._heldout.windows,
             callbacks=[Reports(progress, self._tokens_of_step)],
         )

@@ -9,6 +9,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from calib.recovery.teach import TaughtWindows
+from calib.recovery.trainer import Windows
 from surgery.errors import OutputError, SurgeryError
 from surgery.files.atomic import FileLock, lock_output, new_file, write_atomic
 from surgery.files.strict_json import read_file, read_json
@@ -33,8 +35,8 @@ class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class TrainingText:
     """What a run trains on and is judged by."""
 
-    windows: np.ndarray
-    """int32 ``[windows, seq_len]``, read from its file as it is used."""
+    windows: Windows | TaughtWindows
+    """Read from their files as they are used."""
     heldout: list[str]
 
 
@@ -120,7 +122,7 @@ class WorkDirectory:
                 np.save(made.file, ids)
             write_atomic(held, json.dumps(texts).encode())
         found = json.loads(read_file(held))
-        return TrainingText(np.load(windows, mmap_mode="r"), found)
+        return TrainingText(Windows(np.load(windows, mmap_mode="r")), found)
 
     def last_checkpoint(self) -> Path | None:
         """Return the newest checkpoint that is whole, and delete those that are not."""

@@ -48,7 +48,7 @@ from surgery.cli.terminal import (
     show_written,
     with_flags,
 )
-from surgery.cli.training import recover
+from surgery.cli.training import recover, teach
 from surgery.errors import SurgeryError, is_panic, printable, shortened
 from surgery.export.gguf_file import ExportOptions
 from surgery.export.tensors import TYPES
@@ -619,5 +619,5 @@ def export(directory: Path, output: Path, options: ExportOptions, as_json: bool)
     click.echo(made.line())
 
 
-for command in (calibrate, score, prune, search, compare, stats, report, recover):
+for command in (calibrate, score, prune, search, compare, stats, report, recover, teach):
     main.add_command(command)

@@ -24,7 +24,7 @@ RULE = "V' and I' follow a rule of thumb; compact-surgery search finds the split
 BYTE_STAGES = ("calibrate", "score", "apply", "export")
 """Stages that count bytes of weights; the others count windows times layers."""
 
-TOKEN_STAGES = ("recover",)
+TOKEN_STAGES = ("recover", "self-data", "teach")
 """Stages that count tokens."""
 
 PARAMETER = re.compile(r"`([a-z_]+)`")

@@ -7,14 +7,18 @@ from typing import Any
 
 import click
 
-from calib.recovery.options import METHODS, PLAN_END, RecoverOptions
+from calib.recovery.options import METHODS, PLAN_END, RecoverOptions, TeachOptions
 from calib.streaming.settings import ComputeOptions
 from surgery.cli.options import (
+    ModelOptions,
     Refusal,
     ShowOptions,
+    capped_options,
     compute_options,
-    data_option,
+    data_options,
     gathered,
+    json_option,
+    model_options,
     path_type,
     refuse_idle,
     seed_option,
@@ -22,6 +26,7 @@ from surgery.cli.options import (
 )
 from surgery.cli.terminal import print_text, running, show_written
 from surgery.files.strict_json import read_json
+from surgery.process import spoken
 from surgery.text.documents import TextOptions
 
 
@@ -32,7 +37,7 @@ def _training_arguments(_: click.Context, __: click.Parameter, path: Path | None
 training_text_options = gathered(
     "text",
     TextOptions,
-    data_option,
+    data_options(required=False),
     click.option(
         "--seq-len",
         default=512,
@@ -139,6 +144,8 @@ def recover(
     disable_progress_bar()
     if dry.dry_run:
         refuse_idle("with --dry-run", "resume", "plot")
+    if not text.data:
+        refuse_idle("with the files of a teacher", "seq_len", "windows", "field", "strict")
     show.check()
     recovery = Recovery(open_layout(directory), text, compute, options)
     with running() as progress:
@@ -158,3 +165,87 @@ def recover(
         plan = made.output.with_name(made.output.name + PLAN_END)
         then = ("score", directory, made.output, "--data", "HELDOUT")
         show_written(f"{made.output} and {plan}", *then)
+
+
+@dataclass(frozen=True)
+class TeachRun:
+    """Whose vocabulary a teacher's files count, and how the command answers."""
+
+    plan: Path
+    dry_run: bool
+    as_json: bool
+
+
+@click.command()
+@model_options
+@training_text_options
+@capped_options
+@gathered(
+    "options",
+    TeachOptions,
+    click.option(
+        "-o", "--output", type=path_type, required=True, metavar="DIR", help="Directory to write."
+    ),
+    click.option("--tokens", type=click.IntRange(1), required=True, help="Tokens of text."),
+    click.option(
+        "--top-k",
+        default=64,
+        show_default=True,
+        type=click.IntRange(1),
+        help="Likeliest kept tokens of each position.",
+    ),
+    click.option(
+        "--precision",
+        default="float16",
+        show_default=True,
+        type=click.Choice(["float16", "float32"]),
+        help="Of the log-probabilities.",
+    ),
+    click.option("--resume", is_flag=True, help="Continue a run that was killed."),
+)
+@gathered(
+    "asked",
+    TeachRun,
+    click.option(
+        "--plan",
+        type=path_type,
+        required=True,
+        metavar="PLAN",
+        help="The plan whose vocabulary counts, or a directory that it made.",
+    ),
+    click.option("--dry-run", is_flag=True, help="Predict memory and disk; write nothing."),
+    json_option,
+)
+def teach(
+    model: ModelOptions,
+    text: TextOptions,
+    compute: ComputeOptions,
+    options: TeachOptions,
+    asked: TeachRun,
+) -> None:
+    """Write what a dense model predicts, one layer in memory at a time (extra 'recover').
+
+    For each position of the text, as the pruned model will tokenize it, the likeliest kept tokens
+    are written with their log-probabilities, and what is left over. Then recover --teacher DIR
+    needs no dense model.
+    """
+    from calib.recovery.teach import Teaching
+    from surgery.verify.files import plan_at
+
+    if asked.dry_run:
+        refuse_idle("with --dry-run", "resume")
+    if not text.data:
+        raise Refusal("--data: is missing; name the text")
+    made = Teaching(model.layout(), plan_at(asked.plan), text, compute, options)
+    if asked.dry_run:
+        click.echo(f"{made.prediction().table()}\nfiles: {made.info.nbytes / 1e6:,.0f} MB")
+        click.echo("nothing was written")
+        return
+    with running() as progress:
+        taught = made.run(progress)
+    if asked.as_json:
+        click.echo(json.dumps(taught.facts()))
+        return
+    what = f"{taught.output}: {taught.tokens:,} tokens, {taught.nbytes / 1e6:,.1f} MB, "
+    then = ("recover", "PRUNED", "--teacher", taught.output, "-o", "OUT", "--tokens", taught.tokens)
+    show_written(what + spoken(taught.seconds), *then)

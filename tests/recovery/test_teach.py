@@ -1,0 +1,152 @@
+"""teach: the files are exact, resumable, and train as the resident teacher does."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from calib.recovery.losses import divergence, divergence_from_top
+from calib.recovery.options import RecoverOptions, TeachOptions
+from calib.streaming.settings import ComputeOptions
+from surgery.api import open_layout
+from surgery.errors import SurgeryError
+from surgery.process import Progress
+from surgery.text.documents import TextOptions, sources_of
+from tests.recovery.conftest import Pair
+from tests.support.command import Run, assert_refused
+from tests.support.contents import digests
+
+SEQ_LEN = 32
+
+
+def taught(pair: Pair, output: Path, progress: Progress | None = None, **changes: Any) -> Path:
+    from calib.recovery.teach import Teaching
+
+    text = TextOptions(sources_of(pair.text), seq_len=SEQ_LEN, windows=2, seed=0)
+    options = TeachOptions(output, **{"tokens": 40 * SEQ_LEN, "top_k": 8, **changes})
+    made = Teaching(open_layout(pair.dense), pair.plan, text, ComputeOptions("cpu"), options)
+    return made.run(progress).output
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("float32", 1e-5), ("float16", 2e-3)])
+def test_all_tokens_give_the_resident_teacher_s_loss_and_gradients(
+    pair: Pair, tmp_path: Path, precision: str, allowed: float
+) -> None:
+    from calib.recovery.model import Teacher
+    from calib.recovery.teach import LOGPROBS, REST, TOP, TaughtWindows
+
+    every = pair.plan.after.vocab_size
+    files = taught(pair, tmp_path / "t", tokens=4 * SEQ_LEN, top_k=every, precision=precision)
+    windows = TaughtWindows(files)
+    assert len(windows) == 4
+    resident = Teacher(open_layout(pair.dense), pair.plan.ids().kept, torch.float32)
+    student: Any = AutoModelForCausalLM.from_pretrained(pair.pruned, dtype=torch.float32)
+    for number in range(len(windows)):
+        batch = {name: value[None] for name, value in windows[number].items()}
+        logits = student(batch["input_ids"]).logits
+        first = divergence(logits, resident.logits(batch["input_ids"]))
+        second = divergence_from_top(logits, batch[TOP], batch[LOGPROBS], batch[REST])
+        wanted, found = (
+            torch.cat(
+                [
+                    each.flatten()
+                    for each in torch.autograd.grad(loss, student.parameters(), retain_graph=True)
+                ]
+            )
+            for loss in (first, second)
+        )
+        assert second.item() == pytest.approx(first.item(), rel=allowed, abs=allowed)
+        assert (wanted - found).abs().max() <= allowed * wanted.abs().max()
+
+
+def test_the_likeliest_tokens_and_what_is_left_over(pair: Pair, tmp_path: Path) -> None:
+    from calib.recovery.model import Teacher
+    from calib.recovery.teach import LOGPROBS, REST, TOP, TaughtWindows
+
+    windows = TaughtWindows(taught(pair, tmp_path / "t", precision="float32"))
+    resident = Teacher(open_layout(pair.dense), pair.plan.ids().kept, torch.float32)
+    row = windows[3]
+    wanted = resident.logits(row["input_ids"][None])[0].log_softmax(-1)
+    assert torch.allclose(row[LOGPROBS], wanted.topk(8).values, atol=1e-4)
+    assert torch.allclose(wanted.gather(-1, row[TOP]), row[LOGPROBS], atol=1e-4)
+    assert torch.allclose(row[LOGPROBS].exp().sum(-1) + row[REST].exp(), torch.ones(SEQ_LEN))
+    logits = torch.randn(1, SEQ_LEN, pair.plan.after.vocab_size)
+    below = divergence_from_top(logits, row[TOP][None], row[LOGPROBS][None], row[REST][None])
+    assert 0 < below <= divergence(logits, wanted[None]) + 1e-4  # merged tokens know less
+
+
+def test_a_killed_pass_continues_and_ends_the_same(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("calib.recovery.teach.PART_BYTES", 1 << 17)  # several parts
+    whole = taught(pair, tmp_path / "whole")
+    assert len(list(whole.glob("*.parquet"))) > 2
+
+    def stop(stage: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        taught(pair, tmp_path / "t", stop)
+    assert not (tmp_path / "t").exists()
+    with pytest.raises(SurgeryError, match="interrupted"):
+        taught(pair, tmp_path / "t")
+    with pytest.raises(SurgeryError, match="another model, plan, text or options"):
+        taught(pair, tmp_path / "t", resume=True, top_k=4)
+    again = taught(pair, tmp_path / "t", resume=True)
+    assert digests(again) == digests(whole)
+
+
+def test_recover_reads_the_files(pair: Pair, tmp_path: Path, run: Run) -> None:
+    text = ("--data", pair.text, "--seq-len", SEQ_LEN, "--windows", 2, "--seed", 0)
+    given = ("teach", pair.dense, "--plan", pair.pruned, *text, "--device", "cpu")
+    given += ("--tokens", 40 * SEQ_LEN, "--top-k", 64, "-o", tmp_path / "t")
+    dry = run(*given, "--dry-run")
+    assert dry.exit_code == 0, dry.output
+    assert not list(tmp_path.iterdir())
+    made = run(*given, "--json")
+    assert made.exit_code == 0, made.output
+    facts = json.loads(made.stdout.splitlines()[-1])
+    assert facts["tokens"] == 40 * SEQ_LEN
+    trained = ("recover", pair.pruned, "--teacher", tmp_path / "t", "-o", tmp_path / "out")
+    trained += ("--tokens", 1280, "--batch-size", 2, "--learning-rate", 3e-3, "--device", "cpu")
+    assert_refused(run(*trained, "--data", pair.text), "--data", "leave it out")
+    result = run(*trained)
+    assert result.exit_code == 0, result.output
+    assert run("verify", tmp_path / "out").exit_code == 0
+    (tmp_path / "t" / "part-00000.parquet").rename(tmp_path / "away")
+    assert_refused(run(*trained, "-o", tmp_path / "other"), "config.json")
+
+
+def test_self_data_is_written_once_and_trains(pair: Pair, tmp_path: Path) -> None:
+    from calib.recovery.run import Recovery
+
+    def recover(output: Path, progress: Progress | None = None, *, resume: bool = False) -> Any:
+        text = TextOptions(sources_of(pair.text), seq_len=SEQ_LEN, windows=2, seed=0)
+        options = RecoverOptions(
+            output,
+            tokens=20 * SEQ_LEN * 2,
+            batch_size=2,
+            method="self-data",
+            learning_rate=3e-3,
+            resume=resume,
+        )
+        made = Recovery(open_layout(pair.pruned), text, ComputeOptions("cpu"), options)
+        return made.run(progress)
+
+    whole = recover(tmp_path / "whole")
+    assert whole.after < whole.before
+    kept = tmp_path / "whole.self-data.jsonl"
+    rows = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
+    assert sum(row["tokens"] for row in rows) >= 20 * SEQ_LEN * 2
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "self-data" and done > SEQ_LEN * 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recover(tmp_path / "out", stop)
+    recover(tmp_path / "out", resume=True)
+    assert (tmp_path / "out.self-data.jsonl").read_bytes() == kept.read_bytes()
