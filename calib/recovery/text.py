@@ -14,7 +14,7 @@ WINDOW_BYTES = 2048
 """Bytes of a window of held-out text."""
 
 
-def hold_out(documents: Iterable[str], windows: int) -> tuple[Iterator[str], list[str]]:
+def hold_out(documents: Iterable[str], windows: int) -> tuple[Iterable[str], list[str]]:
     """Return documents to train on, and at most ``windows`` windows of held-out text.
 
     Every fourth block of the text is held out until there is enough of it. The rest is read as it

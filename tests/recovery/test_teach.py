@@ -101,8 +101,8 @@ def test_a_killed_pass_continues_and_ends_the_same(
 
 def test_recover_reads_the_files(pair: Pair, tmp_path: Path, run: Run) -> None:
     text = ("--data", pair.text, "--seq-len", SEQ_LEN, "--windows", 2, "--seed", 0)
-    given = ("teach", pair.dense, "--plan", pair.pruned, *text, "--device", "cpu")
-    given += ("--tokens", 40 * SEQ_LEN, "--top-k", 64, "-o", tmp_path / "t")
+    how = ("--tokens", 40 * SEQ_LEN, "--top-k", 64, "-o", tmp_path / "t")
+    given = ("teach", pair.dense, "--plan", pair.pruned, *text, "--device", "cpu", *how)
     dry = run(*given, "--dry-run")
     assert dry.exit_code == 0, dry.output
     assert not list(tmp_path.iterdir())
@@ -110,8 +110,8 @@ def test_recover_reads_the_files(pair: Pair, tmp_path: Path, run: Run) -> None:
     assert made.exit_code == 0, made.output
     facts = json.loads(made.stdout.splitlines()[-1])
     assert facts["tokens"] == 40 * SEQ_LEN
-    trained = ("recover", pair.pruned, "--teacher", tmp_path / "t", "-o", tmp_path / "out")
-    trained += ("--tokens", 1280, "--batch-size", 2, "--learning-rate", 3e-3, "--device", "cpu")
+    more = ("--tokens", 1280, "--batch-size", 2, "--learning-rate", 3e-3, "--device", "cpu")
+    trained = ("recover", pair.pruned, "--teacher", tmp_path / "t", "-o", tmp_path / "out", *more)
     assert_refused(run(*trained, "--data", pair.text), "--data", "leave it out")
     result = run(*trained)
     assert result.exit_code == 0, result.output
