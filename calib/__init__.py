@@ -33,12 +33,9 @@ __all__ = [
     "Recovered",
     "Score",
     "SearchResult",
-<<<<<<< HEAD
     "Share",
-    "answer",
-=======
     "Taught",
->>>>>>> 0141d8d (teach: a streamed dense model's likeliest tokens as Parquet, and training on text that it writes)
+    "answer",
     "calibrate",
     "compare",
     "compare_logits",
@@ -57,11 +54,8 @@ _HOMES = {
     "Recovered": "calib.recovery.run",
     "Score": "calib.scoring.score",
     "SearchResult": "calib.study.search",
-<<<<<<< HEAD
     "Share": "calib.scoring.tasks",
-=======
     "Taught": "calib.recovery.teach",
->>>>>>> 0141d8d (teach: a streamed dense model's likeliest tokens as Parquet, and training on text that it writes)
 }
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())
