@@ -516,13 +516,27 @@ class StreamedDecoder:
                 hidden, arguments = self._stacks[0].capture(partial(self._forward, rows[0]))
             elif self.layout.decoder_layers:
                 given = [self._given(*each) for each in zip(self._stacks, rows, strict=True)]
-                return capture_both(self._stacks[0], self._stacks[1], given)
+                of_encoder, of_decoder, arguments = capture_both(*self._stacks, given=given)
+                self._check_length(of_encoder, ids)
+                return torch.cat([of_encoder, of_decoder], dim=-1), arguments
             else:
                 (stack,) = self._stacks
                 run = partial(stack.parent, **self._given(stack, rows[0]))
                 hidden, arguments = stack.capture(run)
+        self._check_length(hidden, ids)
         self._streams = tuple(hidden.shape[2:])
         return hidden.flatten(2), arguments
+
+    def _check_length(self, hidden: torch.Tensor, ids: torch.Tensor) -> None:
+        """Refuse windows that the model pads, as BigBird does with long ones."""
+        if hidden.shape[1] != ids.shape[1]:
+            raise CheckpointError(
+                self.layout.where,
+                f"makes the model pad a window of {ids.shape[1]} tokens to whole blocks of its "
+                "attention",
+                found=f"{hidden.shape[1]} tokens",
+                fix="use a smaller `seq_len`, at which it attends to all tokens",
+            )
 
     def _given(self, stack: Stack, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return what an encoder or a decoder is run on. Some scale the rows of their table."""

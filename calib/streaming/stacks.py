@@ -65,13 +65,14 @@ def shifted(ids: torch.Tensor, start: int | None) -> torch.Tensor:
 
 
 def capture_both(
-    encoder: Stack, decoder: Stack, given: Sequence[dict[str, torch.Tensor]]
-) -> tuple[torch.Tensor, list[Arguments]]:
+    encoder: Stack, decoder: Stack, *, given: Sequence[dict[str, torch.Tensor]]
+) -> tuple[torch.Tensor, torch.Tensor, list[Arguments]]:
     """Capture hidden states and arguments of both stacks; ``given`` is what each is run on.
 
     Returns:
-        Hidden states ``(windows, tokens, 2 D)``: the encoder's, then the decoder's. Arguments of
-        all layers, in which ENCODED stands for what the encoder makes of the text.
+        Hidden states ``(windows, tokens, D)`` before the encoder's first layer, and before the
+        decoder's. Arguments of all layers, in which ENCODED stands for what the encoder makes of
+        the text.
     """
     of_encoder, first = encoder.capture(lambda: encoder.parent(**given[0]))
     encoded = torch.zeros_like(of_encoder)
@@ -79,4 +80,4 @@ def capture_both(
         lambda: decoder.parent(**given[1], encoder_hidden_states=encoded, use_cache=False)
     )
     crossing = [with_values(each, lambda v: ENCODED if v is encoded else v) for each in others]
-    return torch.cat([of_encoder, of_decoder], dim=-1), [*first, *crossing]
+    return of_encoder, of_decoder, [*first, *crossing]

@@ -1,6 +1,7 @@
 """Encoders with a decoder lose channels: statistics equal hooks on the whole model, in both."""
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from calib.streaming.stacks import shifted
 from calib.streaming.weights import WeightReader
 from calib.text.windows import token_windows
 from surgery.api import apply_plan
+from surgery.errors import CheckpointError
 from surgery.families.schema import Family
 from surgery.families.table import FAMILIES
 from surgery.layout.layout import Layout
@@ -172,7 +174,9 @@ def test_the_whole_command_line(tmp_path: Path, text: Path, run: Run, key: str) 
 def _change_a_weight(shard: Path, stack: str) -> None:
     """Change a map of the attention in a stack's first layer."""
     tensors = load_file(shard)
-    changed = [n for n in tensors if stack in n and re.search(r"\.0\..*\.(q|q_proj)\.weight", n)]
+    changed = [
+        n for n in tensors if stack in n and re.search(r"\.0\..*\.(q|q_proj|query)\.weight", n)
+    ]
     tensors[changed[0]] *= -1
     save_file(tensors, shard, {"format": "pt"})
 
@@ -240,6 +244,17 @@ def test_an_encoder_saved_without_its_decoder(tmp_path: Path, text: Path, run: R
     result = run("verify", tmp_path / "out", "--forward")
     assert result.exit_code == 0, (result.output, result.exception)
     assert "hidden states equal" in result.output
+
+
+@pytest.mark.parametrize(("tokens", "fits"), [(192, True), (190, False)])
+def test_long_windows_in_whole_blocks(tmp_path: Path, tokens: int, fits: bool) -> None:
+    """BigBird attends to blocks of a long window; it pads others, which no pass here does."""
+    blocks = {"attention_type": "block_sparse", "block_size": 16, "num_random_blocks": 2}
+    blocks |= {"max_position_embeddings": 256}
+    path = tiny_encoders.save(tmp_path / "model", "bigbird_pegasus", "text", **blocks)
+    windows = list(np.random.default_rng(0).integers(5, 600, (2, tokens)))
+    with nullcontext() if fits else pytest.raises(CheckpointError, match="window of 190 tokens"):
+        take_statistics(calibration_of(path, windows))
 
 
 def test_what_begins_the_decoders_text() -> None:
