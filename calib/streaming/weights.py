@@ -12,7 +12,8 @@ import torch
 
 from calib.streaming.settings import DEVICES, MICRO_BATCH_VALUES, ComputeOptions, PassSettings
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.checkpoint.fp8 import opaque_matrices, read_scales
+from surgery.checkpoint.fp8 import read_scales
+from surgery.checkpoint.opaque import opaque_matrices
 from surgery.checkpoint.quantization import Opaque
 from surgery.errors import SurgeryError, check_choice
 from surgery.files.index_sets import runs
@@ -88,10 +89,8 @@ class WeightReader:
         Raises:
             CheckpointError: it is quantized in a format that is not decoded.
         """
-        if (opaque := self._checkpoint.opaque) is not None:
-            ref = self._tensors[name]
-            if ref.dtype not in TORCH_DTYPE or (opaque.codes and name.endswith(opaque.codes)):
-                return self._decoded(ref, opaque)
+        if (opaque := self._holds_codes(name)) is not None:
+            return self._decoded(self._tensors[name], opaque)
         with self._at_hand(self._tensors[name]) as ref:
             scales = self._scales(self._tensors[name])
             other = scales is None and TORCH_DTYPE[ref.dtype] != self.dtype
@@ -99,14 +98,24 @@ class WeightReader:
                 return self._converted(ref)
             return self._whole(ref, scales)
 
+    def _holds_codes(self, name: str) -> Opaque | None:
+        """Return the format of a tensor's codes, if it holds codes."""
+        opaque, dtype = self._checkpoint.opaque, self._tensors[name].dtype
+        plain = dtype in TORCH_DTYPE and not (
+            opaque and opaque.codes and name.endswith(opaque.codes)
+        )
+        return None if plain else opaque
+
     def _decoded(self, ref: TensorRef, opaque: Opaque) -> torch.Tensor:
         """Decode a weight, one expert at a time where they are packed."""
         shape = opaque.shape_of(ref.shape, ref.dtype)
         result = self._memory(shape, self._dequantize)
         matrices = opaque_matrices(self._checkpoint, ref)
         for target, matrix in zip(result.view(-1, *shape[-2:]), matrices, strict=True):
-            target.copy_(torch.from_numpy(matrix.decode(self._shards)))
-            self.bytes_read += sum(each.nbytes for each in matrix.refs)
+            for first, window in matrix.windows():
+                values = torch.from_numpy(window.decode(self._shards))
+                target[first : first + len(values)].copy_(values)
+                self.bytes_read += sum(each.nbytes for each in window.refs)
         return result
 
     def _whole(self, ref: TensorRef, scales: torch.Tensor | None) -> torch.Tensor:
@@ -140,6 +149,9 @@ class WeightReader:
 
         They are converted a block at a time, so that no tensor is in memory in two dtypes.
         """
+        if (opaque := self._holds_codes(name)) is not None:
+            decoded = self._decoded(self._tensors[name], opaque)
+            return self.to_device(decoded[torch.from_numpy(rows)])
         with self._at_hand(self._tensors[name]) as ref:
             result = torch.empty((len(rows), *ref.shape[1:]), dtype=self.dtype, device=self.device)
             return self._rows_into(result, ref, rows, self._scales(self._tensors[name]))

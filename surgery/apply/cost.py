@@ -1,6 +1,5 @@
 """Bytes, disk and memory that applying a plan takes, predicted from its edits."""
 
-import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,7 +84,7 @@ def cost_of(
         sum(bytes_read(edit) for tensor in tensors for edit in tensor.edits) + _scales(tensors),
         written,
         written,
-        _memory(plan, checkpoint, min(jobs, len(shards)), _largest_matrix(tensors)),
+        _memory(plan, checkpoint, min(jobs, len(shards)), _largest_window(tensors)),
     )
 
 
@@ -141,16 +140,16 @@ def _scales(tensors: Iterable[OutputTensor]) -> int:
     return sum(ref.nbytes for ref in refs)
 
 
-def _largest_matrix(tensors: Iterable[OutputTensor]) -> int:
-    """Return the values of the largest matrix that is decoded whole."""
+def _largest_window(tensors: Iterable[OutputTensor]) -> int:
+    """Return the most values of a matrix that are decoded at a time."""
     matrices = (edit.matrix for tensor in tensors for edit in tensor.edits)
-    return max((math.prod(matrix.shape) for matrix in matrices if matrix is not None), default=0)
+    return max((each.window_rows * each.shape[1] for each in matrices if each), default=0)
 
 
-def _memory(plan: Plan, checkpoint: Checkpoint, jobs: int, matrix: int) -> int:
+def _memory(plan: Plan, checkpoint: Checkpoint, jobs: int, decoded: int) -> int:
     """Return the peak: the files beside the weights are done before the first window is read.
 
-    ``matrix`` are the values of the largest matrix that is decoded whole.
+    ``decoded`` are the most values of a matrix that are decoded at a time.
     """
     nbytes = sum(path.stat().st_size for path in tokenizer_files(checkpoint.path))
     pruned = not plan.ids().identity
@@ -159,5 +158,5 @@ def _memory(plan: Plan, checkpoint: Checkpoint, jobs: int, matrix: int) -> int:
     held = DEQUANTIZING if plan.dequantize else WINDOWS
     if any(len(group) > 1 for group in plan.layers):
         held = COLLAPSING
-    windows = jobs * max(held * WINDOW_BYTES, DECODING * matrix)
+    windows = jobs * max(held * WINDOW_BYTES, DECODING * decoded)
     return PROGRAM_BYTES + max(round(tokenizer), windows)

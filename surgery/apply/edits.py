@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from surgery.checkpoint.checkpoint import Checkpoint, same_weights
-from surgery.checkpoint.fp8 import OpaqueMatrix, opaque_matrices
+from surgery.checkpoint.opaque import SHAPE, OpaqueMatrix, codes_of, opaque_matrices
 from surgery.errors import PlanError
 from surgery.families.blocks import adds_up
 from surgery.families.schema import EXPERT, EXPERTS, VOCAB, Dim, renumbered
@@ -58,8 +58,10 @@ class Edit:
     scaling: Scaling | None = None
     """Where given, the elements are dequantized to bf16; else they are copied as they are."""
     matrix: OpaqueMatrix | None = None
-    """Where given, ``source`` are its codes. It is decoded whole and becomes bf16; ``indices``
-    select on the decoded matrix."""
+    """Where given, ``source`` are its codes. It is decoded and becomes bf16; ``indices`` select on
+    the decoded matrix."""
+    numbers: tuple[int, ...] = ()
+    """Where given, they replace the elements, which are integers."""
 
     @property
     def itemsize(self) -> int:
@@ -164,6 +166,8 @@ def edits(plan: Plan, layout: Layout) -> dict[str, list[OutputTensor]]:
                 yield OutputTensor(name, dtype, shape, _decoded(layout, tensor, shape, of_layer))
                 return
             parts = _edits_of(layout, tensor, shape, of_layer)
+            if role.opaque and tensor.name.endswith(SHAPE):
+                parts = (Edit(tensor, numbers=_new_shape(layout, tensor, sizes)),)
             if len(group) > 1 and adds_up(role.slot):
                 others = (layout.of_layer[n][renumbered(role.name, n)] for n in group[1:])
                 added = [_edits_of(layout, other, shape, of_layer) for other in others]
@@ -317,11 +321,19 @@ def _edits_of(
         )
     own = kept.position(role.expert or 0) if role.slot.of_expert else 0
     indices = positions(chosen[own], dim, length)
-    fp8 = layout.checkpoint.quantization
+    fp8, block = layout.checkpoint.quantization, layout.steps_of(tensor)[number]
     if role.scales and fp8 is not None:
-        where = f"plan: {tensor.name}"
-        indices = whole_blocks(indices, fp8.block_shape[number], where)
-    return (Edit(tensor, number, indices),)
+        block = fp8.block_shape[number]
+    return (Edit(tensor, number, whole_blocks(indices, block, f"plan: {tensor.name}")),)
+
+
+def _new_shape(layout: Layout, part: TensorRef, sizes: Sizes) -> tuple[int, ...]:
+    """Return the rows and columns of the weight that ``part`` belongs to, if they change."""
+    codes, opaque = codes_of(layout.checkpoint, part), layout.checkpoint.opaque
+    if codes is None or opaque is None:
+        return ()
+    shape = output_shape(layout, codes, sizes)
+    return opaque.shape_of(shape, codes.dtype) if shape != codes.shape else ()
 
 
 def _decoded(

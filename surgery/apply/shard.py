@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from surgery.apply.edits import Edit, OutputTensor, Scaling
 from surgery.apply.output_directory import new_shard
 from surgery.checkpoint.fp8 import VALUES, Float32, dequantize, from_bf16, read_scales, to_bf16
+from surgery.checkpoint.opaque import OpaqueMatrix
 from surgery.files.index_sets import runs
 from surgery.files.safetensors_header import TensorRef, encode_header
 from surgery.files.shard_file import IO, Buffer, Bytes, ShardFile, open_shard
@@ -116,15 +117,29 @@ def bytes_read(edit: Edit) -> int:
 def edit_windows(edit: Edit, source: ShardFile) -> Iterator[memoryview]:
     """Yield the output bytes of ``edit``, at most a window at a time, in order."""
     tensor, indices = edit.source, edit.indices
-    if edit.matrix is not None:
-        values = edit.matrix.decode(Shards())
-        kept = values if indices is None else values.take(indices, axis=edit.dim)
-        yield to_bf16(np.ascontiguousarray(kept)).reshape(-1).data.cast("B")
+    if edit.numbers:
+        integers = np.array(edit.numbers, f"<i{tensor.itemsize}")
+        yield integers.data.cast("B")
+    elif edit.matrix is not None:
+        yield from _decoded(edit.matrix, edit.dim, indices)
     elif indices is None and edit.scaling is None and not edit.terms:
         yield from source.windows(tensor.start, tensor.nbytes, WINDOW_BYTES)
     else:
         every = np.arange(tensor.shape[edit.dim]) if indices is None else indices
         yield from _gather(edit, every, source)
+
+
+def _decoded(matrix: OpaqueMatrix, dim: int, indices: np.ndarray | None) -> Iterator[memoryview]:
+    """Yield the bf16 bytes of a decoded matrix, of which ``indices`` are kept on ``dim``."""
+    for first, window in matrix.windows():
+        kept = indices
+        if indices is not None and dim == 0:
+            start, stop = np.searchsorted(indices, (first, first + window.shape[0]))
+            kept = indices[start:stop] - first
+        if kept is None or len(kept):
+            values = window.decode(Shards())
+            chosen = values if kept is None else values.take(kept, axis=dim)
+            yield to_bf16(np.ascontiguousarray(chosen)).reshape(-1).data.cast("B")
 
 
 def write_all(output: int, data: memoryview) -> None:
@@ -136,7 +151,7 @@ def write_all(output: int, data: memoryview) -> None:
 def _long_ranges(edit: Edit) -> list[tuple[int, int]] | None:
     """Return (offset, length) of the bytes to copy, or None if they are short or must change."""
     tensor = edit.source
-    if edit.scaling is not None or edit.terms or edit.matrix is not None:
+    if edit.scaling is not None or edit.terms or edit.matrix is not None or edit.numbers:
         return None
     if edit.indices is None:
         return [(tensor.start, tensor.nbytes)]

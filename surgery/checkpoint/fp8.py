@@ -1,15 +1,13 @@
-"""Quantized weights: find and read their scales, decode exactly, dequantize FP8 to bf16."""
+"""FP8 weights with block scales: find and read the scales, decode exactly, dequantize to bf16."""
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.checkpoint.quantization import SCALE_SUFFIX, Opaque
+from surgery.checkpoint.quantization import SCALE_SUFFIX
 from surgery.errors import CheckpointError
 from surgery.files.safetensors_header import TensorRef
 from surgery.files.shard_file import open_shard
@@ -137,173 +135,6 @@ def read_scales(tensor: TensorRef) -> Float32:
     with open_shard(tensor.path, "read") as shard:  # decoding copies them anyway
         shard.read_into(raw.data, tensor.start)
     return decode_scales(raw, tensor.dtype).reshape(tensor.shape)
-
-
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-"""The 16 values of FP4 (E2M1), of which a byte holds two, the first in its low half."""
-
-AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Where AWQ's kernels for GEMM have the codes of 8 outputs in an int32."""
-
-
-def opaque_parts(checkpoint: Checkpoint, codes: TensorRef) -> dict[str, TensorRef]:
-    """Return ending → tensor of what is stored beside the tensor ``codes``."""
-    opaque = checkpoint.opaque
-    if opaque is None:
-        return {}
-    names = {ending: opaque.base_of(codes.name) + ending for ending in opaque.beside}
-    return {end: checkpoint.tensors[n] for end, n in names.items() if n in checkpoint.tensors}
-
-
-@dataclass(frozen=True)
-class OpaqueMatrix:
-    """A matrix of an opaque weight: a weight of its own, or one expert of a packed one."""
-
-    opaque: Opaque
-    codes: TensorRef
-    parts: Mapping[str, TensorRef]
-    """Ending → what is stored beside the codes."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns in the unquantized model."""
-        codes = self.codes.shape
-        whole = (1, *codes) if self.opaque.method == "mxfp4" else codes
-        rows, columns = self.opaque.shape_of(whole, self.codes.dtype)[-2:]
-        return rows, columns
-
-    @property
-    def refs(self) -> tuple[TensorRef, ...]:
-        """All that is read to decode it."""
-        return self.codes, *self.parts.values()
-
-    def decode(self, shards: Shards) -> Float32:
-        """Read and decode it, multiplied in float32; ``shards`` say where bytes are found.
-
-        Raises:
-            CheckpointError: the format is not decoded.
-        """
-        codes = _array(self.codes, shards)
-        parts = {ending: _array(ref, shards) for ending, ref in self.parts.items()}
-        if self.opaque.method == "mxfp4":
-            return np.ascontiguousarray(decode_mxfp4(codes, parts["_scales"]).T)
-        return _opaque_matrix(self.opaque, self.codes, codes, parts)
-
-
-def opaque_matrices(checkpoint: Checkpoint, codes: TensorRef) -> list[OpaqueMatrix]:
-    """Return the matrices of a weight of ``checkpoint.opaque``, expert by expert if packed."""
-    opaque, parts = checkpoint.opaque, opaque_parts(checkpoint, codes)
-    assert opaque is not None
-    if opaque.method != "mxfp4":
-        return [OpaqueMatrix(opaque, codes, parts)]
-    return [
-        OpaqueMatrix(opaque, _row(codes, n), {end: _row(ref, n) for end, ref in parts.items()})
-        for n in range(codes.shape[0])
-    ]
-
-
-def _row(ref: TensorRef, number: int) -> TensorRef:
-    """Return one entry of a tensor's first dimension as a tensor of its own."""
-    step = ref.nbytes // ref.shape[0]
-    return replace(ref, start=ref.start + number * step, shape=ref.shape[1:])
-
-
-def decode_mxfp4(blocks: Codes, scales: Codes) -> Float32:
-    """Return ``(rows, 32 · groups)`` of bytes ``(rows, groups, 16)``, each two codes of E2M1.
-
-    Scales ``(rows, groups)`` are powers of two (E8M0). Source: OCP Microscaling Formats v1.0.
-    """
-    return (_fp4(blocks) * E8M0[scales][..., None]).reshape(len(blocks), -1)
-
-
-def _fp4(packed: Codes) -> Float32:
-    """Return the two values of each byte, along the last axis."""
-    pairs = np.stack([packed & 0x0F, packed >> 4], axis=-1)
-    return E2M1[pairs].reshape(*packed.shape[:-1], -1)
-
-
-Arrays = Mapping[str, NDArray[Any]]
-
-
-def _opaque_matrix(opaque: Opaque, ref: TensorRef, codes: NDArray[Any], parts: Arrays) -> Float32:
-    """Decode ``[out, in]`` by the method of ``opaque``; ``parts`` are by their endings."""
-    unknown = opaque.variant == "transformed" or opaque.bits not in (4, 8)
-    unknown |= ".weight_zero_point" in parts or ".weight_g_idx" in parts
-    if opaque.method == "gptq" and not unknown:
-        return _gptq(opaque, codes, parts)
-    if opaque.method == "awq" and opaque.bits == 4 and opaque.variant in ("", "gemm", "GEMM"):
-        return _awq(codes, parts)
-    scales = next((parts[e] for e in (".weight_scale", ".weight_scale_inv") if e in parts), None)
-    if unknown or opaque.method in ("gptq", "awq") or scales is None:
-        raise CheckpointError(
-            _where(ref),
-            f"is {opaque.method} of a kind that is not decoded",
-            fix="calibrate the unquantized checkpoint, or choose experts at random",
-        )
-    if ref.dtype == "I32":
-        return _times(_unpacked(codes, opaque.bits) - float(1 << (opaque.bits - 1)), scales)
-    if ref.dtype == "U8":
-        for ending, power in ((".weight_global_scale", -1), (".weight_scale_2", 1)):
-            if ending in parts:
-                scales = scales * parts[ending].reshape(()) ** power
-        return _times(_fp4(codes), scales)
-    return _times(codes, scales)
-
-
-def _unpacked(codes: NDArray[Any], bits: int) -> Float32:
-    """Return the codes in each int32 along the last axis, the first in the lowest bits."""
-    shifts = np.arange(0, 32, bits)
-    values = codes.view(np.uint32)[..., None] >> shifts.astype(np.uint32) & (1 << bits) - 1
-    return values.reshape(*codes.shape[:-1], -1).astype(np.float32)
-
-
-def _times(values: Float32, scales: Float32) -> Float32:
-    """Multiply ``[out, in]`` by scales: one for all, one a row, or one for each group of a row."""
-    if scales.size == 1:
-        return values * np.float32(scales.reshape(()))
-    groups = scales.reshape(len(values), -1)
-    grouped = values.reshape(len(values), groups.shape[1], -1) * groups[..., None]
-    return grouped.astype(np.float32, copy=False).reshape(values.shape)
-
-
-def _gptq(opaque: Opaque, codes: NDArray[Any], parts: Arrays) -> Float32:
-    """Decode GPTQ: codes ``[in / n, out]``, zero points ``[groups, out / n]`` less one.
-
-    The format ``gptq_v2`` stores zero points as they are.
-    """
-    values = _unpacked(np.ascontiguousarray(codes.T), opaque.bits)  # [out, in]
-    scales = parts[".scales"]
-    zeros = _unpacked(parts[".qzeros"], opaque.bits) + (opaque.variant != "gptq_v2")
-    group = np.arange(values.shape[1]) // (values.shape[1] // len(scales))
-    group = parts.get(".g_idx", group)
-    result: Float32 = (values - zeros[group].T) * scales[group].T
-    return result
-
-
-def _awq(codes: NDArray[Any], parts: Arrays) -> Float32:
-    """Decode AWQ: codes ``[in, out / 8]`` and zero points ``[groups, out / 8]``, interleaved."""
-
-    def ordered(packed: NDArray[Any]) -> Float32:
-        values = _unpacked(packed, 4)
-        return values.reshape(len(values), -1, 8)[..., AWQ_ORDER].reshape(values.shape)
-
-    values, scales = ordered(codes), parts[".scales"]
-    group = np.arange(len(values)) // (len(values) // len(scales))
-    result = (values - ordered(parts[".qzeros"])[group]) * scales[group]
-    return np.ascontiguousarray(result.T)
-
-
-def _array(ref: TensorRef, shards: Shards) -> NDArray[Any]:
-    """Read a whole tensor: integers as they are, floats as float32."""
-    raw = np.empty(ref.nbytes, np.uint8)
-    with shards.tensor(ref) as here, open_shard(here.path, "read") as shard:
-        shard.read_into(raw.data, here.start)
-    integers = {"U8": "<u1", "I8": "<i1", "I32": "<i4", "I64": "<i8"}
-    if ref.dtype in integers:
-        return raw.view(integers[ref.dtype]).reshape(ref.shape)
-    if ref.dtype in VALUES:
-        return VALUES[ref.dtype][raw].reshape(ref.shape)
-    return decode_scales(raw, ref.dtype).reshape(ref.shape)
 
 
 WINDOW_VALUES = 1 << 18

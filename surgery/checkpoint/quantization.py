@@ -1,4 +1,4 @@
-"""Quantized checkpoints: FP8 with block scales, weights that are only moved whole, and refusals."""
+"""Quantized checkpoints: FP8 with block scales, weights stored as codes and parts, and refusals."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,14 +37,6 @@ ADVICE = {
 }
 """quant_method → the fix, for methods that have more than ``ORIGINAL``."""
 
-PLAIN = {
-    "activation_scheme": ("dynamic", DEQUANTIZE_FP8),
-    "expert_dtype": ("fp8", DEQUANTIZE_FP8),
-    "modules_to_convert": (None, ORIGINAL),
-}
-"""Key of quantization_config → the only supported value, and the fix for any other. Another value
-means further scales."""
-
 
 @dataclass(frozen=True)
 class Fp8:
@@ -68,10 +60,11 @@ class Fp8:
 
 @dataclass(frozen=True)
 class Opaque:
-    """Weights in a format whose bytes are moved as they are: only whole experts and layers go.
+    """Weights in a format whose bytes are moved as they are.
 
     Such a weight is stored as codes and, beside them, scales, zero points and the like. They have
-    the weight's name with other endings.
+    the weight's name with other endings. Whole experts and layers can be removed; rows and columns
+    where ``surgery.checkpoint.opaque.steps_of`` says so.
     """
 
     method: str
@@ -86,13 +79,29 @@ class Opaque:
     """Bits of a code that is packed with others."""
     variant: str = ""
     """What config.json says of the layout: ``checkpoint_format`` or ``version``."""
+    group: int = 0
+    """Neighbours in a row that share a scale, where config.json names groups."""
+    block: tuple[int, int] | None = None
+    """Rows and columns that share a scale, where scales are of blocks."""
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether codes are stored row by row, as the unquantized weight is."""
+        return self.method not in ("mxfp4", "gptq", "awq")
 
     def weight_of(self, name: str) -> tuple[str, bool] | None:
         """Return the weight that the tensor ``name`` belongs to, and whether it is beside codes."""
         for ending in (self.codes, *self.beside) if self.codes else self.beside:
             if name.endswith(ending):
-                return name.removesuffix(ending) + self.weight, ending != self.codes
+                base = name.removesuffix(ending)
+                if ending in CACHE_SCALES and not base.endswith("_proj"):
+                    base += f".{ending[1]}_proj"
+                return base + self.weight, ending != self.codes
         return None
+
+    def is_of_cache(self, name: str) -> bool:
+        """Whether the tensor ``name`` holds a scale of the cache, not of a weight."""
+        return name.endswith(CACHE_SCALES) and name.endswith(self.beside)
 
     def base_of(self, codes: str) -> str:
         """Return what the names of a weight's parts begin with, for the tensor ``codes``."""
@@ -114,8 +123,13 @@ class Opaque:
 
     def values_of(self, dtype: str) -> int:
         """Return how many codes an element of this safetensors dtype holds."""
-        return {"I32": 32, "U32": 32, "U8": 8}.get(dtype, self.bits) // self.bits
+        if dtype == "U8":  # two codes of FP4
+            return 2
+        return 32 // self.bits if dtype in ("I32", "U32") else 1
 
+
+CACHE_SCALES = (".k_scale", ".v_scale")
+"""Endings of the scales of an FP8 cache: beside k_proj and v_proj, or in the module around them."""
 
 OPAQUE = (
     Opaque("mxfp4", "_blocks", ("_scales",), weight=""),
@@ -127,56 +141,98 @@ OPAQUE = (
         (
             *(f".weight_{part}" for part in ("scale", "zero_point", "shape", "g_idx")),
             *(".weight_global_scale", ".input_global_scale", ".input_scale", ".input_zero_point"),
+            *CACHE_SCALES,
         ),
     ),
-    Opaque("modelopt", "", (".weight_scale", ".weight_scale_2", ".input_scale")),
+    Opaque("modelopt", "", (".weight_scale", ".weight_scale_2", ".input_scale", *CACHE_SCALES)),
     Opaque("fbgemm_fp8", "", (".weight_scale", ".input_scale_ub")),
-    Opaque("fp8", "", (".weight_scale", ".weight_scale_inv", ".input_scale")),
+    Opaque("fp8", "", (".weight_scale", ".weight_scale_inv", ".input_scale", *CACHE_SCALES)),
 )
-"""Formats of which whole experts can be removed. ``fp8`` is that without block scales."""
+"""Formats whose bytes are moved as they are. ``fp8`` is that without block scales."""
 
 
 def opaque_of(config: dict[str, Any]) -> Opaque | None:
-    """Return the format of weights that are only moved whole.
+    """Return the format of weights that are stored as codes and parts.
 
     None where they are plain, or in FP8 with block scales, or where ``quantization_of`` refuses
     them by name.
     """
-    text_config = config.get("text_config")
-    inner = text_config.get("quantization_config") if isinstance(text_config, dict) else None
-    section = config.get("quantization_config") or inner
+    section = _section(config)
     if not section or not isinstance(section, dict):
         return None
     method = _method(section)
-    if method == "fp8" and _is_block(section):
+    if method == "fp8" and (_is_block(section) or _expert_dtype(config, section) != "fp8"):
         return None
-    found = {each.method: each for each in OPAQUE}.get(method)
-    bits = section.get("bits", section.get("w_bit"))
+    weights = _weights_of_groups(section)
+    bits, known = _bits(section, weights), {each.method: each for each in OPAQUE}
+    if method not in known or bits is None:
+        return None
     variant = str(section.get("checkpoint_format") or section.get("version") or "")
-    variant = "transformed" if section.get("transform_config") else variant
-    bits = bits if bits in (2, 3, 4, 8) else 4
-    return replace(found, bits=bits, variant=variant) if found else None
+    groups = {args.get("group_size") for args in weights}
+    blocks = [args.get("block_structure") for args in weights] or [section.get("weight_block_size")]
+    block = blocks[0] if is_block(blocks[0]) and all(b == blocks[0] for b in blocks) else None
+    return replace(
+        known[method],
+        bits=bits,
+        variant="transformed" if section.get("transform_config") else variant,
+        group=max([size for size in groups if type(size) is int], default=0),
+        block=(block[0], block[1]) if block else None,
+    )
+
+
+def _section(config: dict[str, Any]) -> Any:
+    """Return quantization_config; as in transformers, that at the top has precedence."""
+    text_config = config.get("text_config")
+    inner = text_config.get("quantization_config") if isinstance(text_config, dict) else None
+    return config.get("quantization_config") or inner
+
+
+def _expert_dtype(config: dict[str, Any], section: dict[str, Any]) -> Any:
+    """Return the format of experts in an FP8 model; DeepSeek-V4 has it at the top of its config."""
+    return section.get("expert_dtype") or config.get("expert_dtype") or "fp8"
+
+
+def _weights_of_groups(section: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what compressed-tensors and ModelOpt say of the weights, for each group of layers."""
+    groups = section.get("config_groups")
+    each = groups.values() if isinstance(groups, dict) else ()
+    found = (group.get("weights") for group in each if isinstance(group, dict))
+    return [args for args in found if isinstance(args, dict)]
+
+
+def _bits(section: dict[str, Any], weights: list[dict[str, Any]]) -> int | None:
+    """Return the bits of an integer code: 4 where nothing is said, None where groups differ."""
+    said = {args.get("num_bits") for args in weights if args.get("type", "int") == "int"}
+    if len(said) > 1:
+        return None
+    bits = said.pop() if said else section.get("bits", section.get("w_bit"))
+    return bits if bits in (2, 3, 4, 8) else 4
+
+
+def is_block(sizes: Any) -> bool:
+    """Whether ``sizes`` are the rows and columns of a block."""
+    shape = isinstance(sizes, list) and len(sizes) == 2
+    return shape and all(type(size) is int and 0 < size <= MOST_BLOCK for size in sizes)
 
 
 def _is_block(section: dict[str, Any]) -> bool:
-    plain = all((section.get(key) or only) == only for key, (only, _) in PLAIN.items())
-    return bool(section.get("weight_block_size")) and plain
+    """Whether FP8 weights have block scales and nothing else."""
+    dynamic = (section.get("activation_scheme") or "dynamic") == "dynamic"
+    alone = dynamic and not section.get("modules_to_convert")
+    return bool(section.get("weight_block_size") and alone)
 
 
 def quantization_of(config: dict[str, Any], where: Path) -> Fp8 | None:
     """Return how a checkpoint's weights are quantized: None, or FP8 with block scales.
 
     Args:
-        config: Content of config.json. As in transformers, a quantization_config at the top level
-            has precedence over that of text_config.
+        config: Content of config.json, of which ``opaque_of`` is None.
         where: Path of config.json, for errors.
 
     Raises:
         CheckpointError: quantized by another method, which the error names.
     """
-    text_config = config.get("text_config")
-    inner = text_config.get("quantization_config") if isinstance(text_config, dict) else None
-    section = config.get("quantization_config") or inner
+    section = _section(config)
     if not section:
         return None
     if not isinstance(section, dict):
@@ -184,8 +240,12 @@ def quantization_of(config: dict[str, Any], where: Path) -> Fp8 | None:
     method = _method(section)
     if method != "fp8":
         _refuse(where, f"quant_method {method}", ADVICE.get(method, ORIGINAL))
-    # DeepSeek-V4 has this key at the top level of its config.
-    return _block_fp8({"expert_dtype": config.get("expert_dtype"), **section}, where)
+    if (dtype := _expert_dtype(config, section)) != "fp8":
+        _refuse(where, f"quant_method fp8 with expert_dtype {dtype}", DEQUANTIZE_FP8)
+    fmt = str(section.get("fmt") or "e4m3")
+    if fmt not in FORMATS:
+        _refuse(where, f"quant_method fp8 with fmt {fmt}", ORIGINAL)
+    return Fp8(_block_shape(section.get("weight_block_size"), where), FORMATS[fmt])
 
 
 def _method(section: dict[str, Any]) -> str:
@@ -196,28 +256,8 @@ def _method(section: dict[str, Any]) -> str:
     return str(section.get("quant_method", "unknown"))
 
 
-def _block_fp8(section: dict[str, Any], where: Path) -> Fp8:
-    """Read the block shape; refuse FP8 without block scales, or with further scales."""
-    if "weight_block_size" not in section:  # as AutoFP8 writes it: weight_scale, one a tensor
-        _refuse(where, "quant_method fp8 without a weight_block_size", ORIGINAL)
-    if section["weight_block_size"] is None:
-        _refuse(where, "quant_method fp8 with one scale a tensor", DEQUANTIZE_FP8)
-    for key, (only, advice) in PLAIN.items():
-        value = section.get(key) or only
-        if value != only:
-            _refuse(where, f"quant_method fp8 with {key} {value}", advice)
-    fmt = str(section.get("fmt") or "e4m3")
-    if fmt not in FORMATS:
-        _refuse(where, f"quant_method fp8 with fmt {fmt}", ORIGINAL)
-    return Fp8(_block_shape(section["weight_block_size"], where), FORMATS[fmt])
-
-
 def _block_shape(sizes: Any, where: Path) -> tuple[int, int]:
-    if (
-        not isinstance(sizes, list)
-        or len(sizes) != 2
-        or not all(type(size) is int and 0 < size <= MOST_BLOCK for size in sizes)
-    ):
+    if not is_block(sizes):
         raise CheckpointError(
             where,
             "weight_block_size is not a shape",
@@ -232,7 +272,7 @@ def _refuse(where: Path, found: str, fix: str) -> NoReturn:
     raise CheckpointError(
         where,
         "checkpoint is quantized",
-        expected="bf16, fp16 or fp32 weights, or FP8 with block scales",
+        expected="bf16, fp16 or fp32 weights, FP8, compressed-tensors, NVFP4, MXFP4, GPTQ or AWQ",
         found=found,
         fix=fix,
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.fp8 import check_weight
-from surgery.checkpoint.quantization import quantization_of
+from surgery.checkpoint.opaque import check_part
 from surgery.errors import CheckpointError
 from surgery.families.blocks import BUFFER
 from surgery.families.schema import EXPERT_KEYS, EXPERTS, VOCAB, Family, Slot
@@ -32,8 +32,6 @@ def read_layout(checkpoint: Checkpoint, family: Family | None = None) -> Layout:
     where = checkpoint.path / "config.json"
     family = family or family_of(checkpoint.config, where, checkpoint.family)
     config = family.text_config(checkpoint.config)
-    if checkpoint.opaque is not None and family.experts is None:
-        quantization_of(checkpoint.config, where)  # refuses it: no experts could be removed
     depth = _depth(config, family.depth, where)
     if depth is None:
         raise no_size(where, family.depth, config.get(family.depth))
@@ -129,7 +127,10 @@ def _lengths(layout: Layout, config: Mapping[str, Any], where: object) -> dict[s
 def _check(layout: Layout) -> None:
     """Check each tensor, and that none is missing."""
     for name, tensor in layout.checkpoint.tensors.items():
-        if not layout.roles[name].scales:  # checked with their weight
+        role = layout.roles[name]
+        if role.opaque and role.scales:
+            check_part(layout.checkpoint, tensor)
+        elif not role.scales:  # checked with their weight
             _check_tensor(layout, tensor)
     _check_complete(layout)
 
@@ -160,11 +161,13 @@ def _check_tensor(layout: Layout, tensor: TensorRef) -> None:
             found=tensor.dtype,
             fix="use the unquantized checkpoint",
         )
+    steps = layout.steps_of(tensor)
     for number, dim in enumerate(role.slot.dims):
         key = layout.key_of(dim)
-        if dim is None or key is None or (role.opaque and key != EXPERTS):
+        step = steps[number] if number < len(steps) else 1
+        if dim is None or key is None or step == 0:
             continue
-        expected = layout.length(key) * layout.unit(dim)
+        expected = -(-layout.length(key) * layout.unit(dim) // step)
         fits = role.opaque or len(tensor.shape) == len(role.slot.dims)
         if not fits or number >= len(tensor.shape) or tensor.shape[number] != expected:
             raise CheckpointError(

@@ -9,6 +9,7 @@ from typing import Any
 
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.fp8 import weight_of
+from surgery.checkpoint.opaque import steps_of
 from surgery.errors import ADD_FAMILY, CheckpointError, FamilyError
 from surgery.families.schema import (
     DECODER,
@@ -48,7 +49,7 @@ class TensorRole:
     """Whether the tensor holds the scales of this weight, or what else is stored beside its codes;
     scales are not parameters."""
     opaque: bool = False
-    """Whether the tensor is part of a quantized weight that is only moved whole (``Opaque``)."""
+    """Whether the tensor is part of a quantized weight in a format ``Opaque``."""
 
     @property
     def dropped(self) -> bool:
@@ -420,6 +421,18 @@ class Layout:
         if opaque is not None and role.opaque and not role.scales:
             return opaque.shape_of(tensor.shape, tensor.dtype)
         return tensor.shape
+
+    def steps_of(self, tensor: TensorRef) -> tuple[int, ...]:
+        """Return how many positions an entry of a stored tensor stands for, per dimension.
+
+        0: for all of them, or none can be removed.
+        """
+        role, every = self.roles[tensor.name], len(tensor.shape)
+        if not role.opaque:
+            return (1,) * every
+        if role.slot.packed:
+            return (1, *(0,) * (every - 1))
+        return steps_of(self.checkpoint, tensor) or (0,) * every
 
     @cached_property
     def by_slot(self) -> Counter[Slot]:

@@ -10,7 +10,8 @@ from typing import TypeVar
 import numpy as np
 
 from surgery.checkpoint.checkpoint import same_weights
-from surgery.checkpoint.fp8 import opaque_matrices, weight_windows
+from surgery.checkpoint.fp8 import weight_windows
+from surgery.checkpoint.opaque import opaque_matrices
 from surgery.errors import BudgetError, StatsError
 from surgery.families.schema import EXPERT
 from surgery.files import index_sets

@@ -1,4 +1,4 @@
-"""Shapes and bytes of an output from headers alone; what FP8 blocks and routers allow."""
+"""Shapes and bytes of an output from headers alone; what quantized weights and routers allow."""
 
 import math
 from collections import defaultdict
@@ -30,30 +30,32 @@ DEQUANTIZE = "`dequantize` writes bf16, which can be pruned anywhere"
 
 
 def blocks(layout: Layout) -> dict[str, int]:
-    """Return key of config.json, or VOCAB → how many positions share one scale of an FP8 weight.
+    """Return key of config.json, or VOCAB → how many positions must be kept or removed together.
 
-    Axes that no FP8 weight has are left out.
+    They share a scale, or a byte. Axes that no quantized weight has are left out.
     """
     found: dict[str, int] = {}
     fp8 = layout.checkpoint.quantization
-    if fp8 is None:
-        return found
-    for tensor in layout.by_name.values():
-        if tensor.dtype == fp8.dtype:
-            dims = layout.roles[tensor.name].slot.dims
-            for dim, block in zip(dims, fp8.block_shape, strict=False):
-                key = layout.key_of(dim)
-                if key is not None:
-                    found[key] = lcm(found.get(key, 1), block)
+    for name, role in layout.roles.items():
+        tensor = layout.checkpoint.tensors[name]
+        sizes: tuple[int, ...] = ()
+        if role.opaque:
+            sizes = layout.steps_of(tensor)
+        elif fp8 is not None and tensor.dtype == fp8.dtype:
+            sizes = fp8.block_shape
+        for dim, size in zip(role.slot.dims, sizes, strict=False):
+            key = layout.key_of(dim)
+            if key is not None and size > 1:
+                found[key] = lcm(found.get(key, 1), size)
     return found
 
 
 def check_blocks(layout: Layout, sizes: Sizes) -> None:
-    """Refuse sizes that FP8 weights cannot have.
+    """Refuse sizes that quantized weights cannot have.
 
     Raises:
-        BudgetError: a size is not in whole blocks, a vocabulary in FP8 would lose rows, or
-            ``dequantize`` is asked of a checkpoint without FP8.
+        BudgetError: a size is not in whole blocks, rows of a vocabulary that share scales would be
+            lost, or ``dequantize`` is asked of a checkpoint that is not quantized.
     """
     if sizes.dequantize:
         if layout.checkpoint.quantization is None and layout.checkpoint.opaque is None:
@@ -65,10 +67,10 @@ def check_blocks(layout: Layout, sizes: Sizes) -> None:
         return
     _check_opaque(layout, sizes)
     found = blocks(layout)
-    if VOCAB in found and sizes.vocab_size != layout.vocab_size:
+    if found.get(VOCAB, 1) > 1 and sizes.vocab_size != layout.vocab_size:
         raise BudgetError(
             "`vocab_size`",
-            "cannot change: the rows of this vocabulary are FP8 and share scales",
+            "cannot change: rows of this vocabulary share scales",
             expected=layout.vocab_size,
             found=sizes.vocab_size,
             fix=DEQUANTIZE,
@@ -78,7 +80,7 @@ def check_blocks(layout: Layout, sizes: Sizes) -> None:
         if size != full and (size % block or full % block):
             raise BudgetError(
                 key,
-                f"is not in whole blocks of {block} channels, which share an FP8 scale",
+                f"is not in whole blocks of {block} channels, which share a scale",
                 expected=f"multiples of {block} before and after",
                 found=f"{full} and {size}",
                 fix=f"choose another size; or {DEQUANTIZE}",
@@ -86,17 +88,19 @@ def check_blocks(layout: Layout, sizes: Sizes) -> None:
 
 
 def unprunable(layout: Layout) -> set[str | None]:
-    """Return VOCAB and keys of widths that quantized weights carry which are only moved whole."""
+    """Return VOCAB and keys of widths on which quantized weights are only moved whole."""
+    tensors = layout.checkpoint.tensors
     return {
         layout.key_of(dim)
-        for role in layout.roles.values()
-        if role.opaque
-        for dim in role.slot.dims
+        for name, role in layout.roles.items()
+        if role.opaque and not role.scales
+        for dim, step in zip(role.slot.dims, layout.steps_of(tensors[name]), strict=False)
+        if step == 0
     }
 
 
 def _check_opaque(layout: Layout, sizes: Sizes) -> None:
-    """Refuse to prune anything but whole experts and layers of weights that are moved as they are.
+    """Refuse to prune rows and columns of weights that are only moved whole.
 
     Raises:
         BudgetError: naming the size.
@@ -128,7 +132,7 @@ def whole_blocks(indices: np.ndarray, block: int, where: str) -> np.ndarray:
     if not np.array_equal(indices, (numbers[:, None] * block + np.arange(block)).reshape(-1)):
         raise PlanError(
             where,
-            "kept_channels are not whole blocks, which share an FP8 scale",
+            "kept_channels are not whole blocks, which share a scale",
             expected=f"blocks of {block}",
             fix=MAKE_AGAIN,
         )
@@ -250,8 +254,7 @@ def output_shape(layout: Layout, tensor: TensorRef, sizes: Sizes) -> tuple[int, 
     if role.opaque and sizes.dequantize:
         shape = list(layout.shape_of(tensor))
     elif role.opaque:
-        count = sizes.experts if role.slot.packed else 0
-        return (count, *tensor.shape[1:]) if count else tensor.shape
+        return _opaque_shape(layout, tensor, sizes)
     if role.scales and fp8 is not None:
         weight = layout.checkpoint.tensors[fp8.weight_of(tensor.name)]
         rows, columns = output_shape(layout, weight, sizes)
@@ -260,6 +263,18 @@ def output_shape(layout: Layout, tensor: TensorRef, sizes: Sizes) -> tuple[int, 
         key = layout.key_of(dim)
         if dim is not None and key is not None:
             shape[number] = _length(layout, key, sizes) * layout.unit(dim)
+    return tuple(shape)
+
+
+def _opaque_shape(layout: Layout, tensor: TensorRef, sizes: Sizes) -> tuple[int, ...]:
+    """Return the shape of a part of a quantized weight, in whole steps."""
+    shape = list(tensor.shape)
+    steps = zip(layout.roles[tensor.name].slot.dims, layout.steps_of(tensor), strict=False)
+    for number, (dim, step) in enumerate(steps):
+        key = layout.key_of(dim)
+        if dim is not None and key is not None and step:
+            full, kept = layout.length(key), _length(layout, key, sizes)
+            shape[number] = kept * layout.unit(dim) // step if kept != full else shape[number]
     return tuple(shape)
 
 

@@ -254,7 +254,7 @@ def test_a_vocabulary_in_fp8_is_dequantized_only(tmp_path: Path, run: Run) -> No
     path = fp8.save(tmp_path / "model", also="lm_head.weight")
     sizes = ("--vocab-size", 400, "--intermediate-size", 96, "-o", tmp_path / "plan.json")
     message = refusal(run, "plan", path, *sizes)
-    for word in ("--vocab-size", "640", "400", "FP8", "--dequantize"):
+    for word in ("--vocab-size", "640", "400", "share scales", "--dequantize"):
         assert word in message
     plan = plan_of(path, 400, 0.4, dequantize=True)
     apply_plan(plan, source=path, output=tmp_path / "out")

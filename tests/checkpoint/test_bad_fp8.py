@@ -66,8 +66,8 @@ BROKEN: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         ("_scale_inv", "block of [32, 32]", "weight_block_size"),
     ),
     "another method": (
-        _set(quantization_config={"quant_method": "gptq", "bits": 4}),
-        ("config.json", "quant_method gptq", "prune the unquantized"),
+        _set(quantization_config={"quant_method": "hqq", "bits": 4}),
+        ("config.json", "quant_method hqq", "prune the unquantized"),
     ),
 }
 

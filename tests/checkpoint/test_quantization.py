@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.quantization_config import Mxfp4Config, QuantizationMethod
 
-from surgery.checkpoint.quantization import ADVICE, Fp8, quantization_of
+from surgery.checkpoint.quantization import ADVICE, Fp8, opaque_of, quantization_of
 from surgery.errors import CheckpointError
 
 CONFIG = Path("model") / "config.json"
@@ -131,16 +131,9 @@ def test_methods_that_are_not_spelled_out(section: Any, name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "name", "advice"),
     [
-        ({"weight_block_size": None}, "with one scale a tensor", "FineGrainedFP8Config("),
         ({"fmt": "e3m4"}, "with fmt e3m4", PRUNE),
         ({"fmt": ["e4m3"]}, "with fmt ['e4m3']", PRUNE),
-        (
-            {"activation_scheme": "static"},
-            "with activation_scheme static",
-            "FineGrainedFP8Config(",
-        ),
         ({"expert_dtype": "fp4"}, "with expert_dtype fp4", "FineGrainedFP8Config("),
-        ({"modules_to_convert": ["embed"]}, "with modules_to_convert ['embed']", PRUNE),
     ],
 )
 def test_fp8_that_is_not_block_fp8(change: dict[str, Any], name: str, advice: str) -> None:
@@ -149,9 +142,19 @@ def test_fp8_that_is_not_block_fp8(change: dict[str, Any], name: str, advice: st
     assert advice in message
 
 
-def test_fp8_without_block_size() -> None:
-    message = refusal({"quant_method": "fp8", "activation_scheme": "static"})
-    assert f"found quant_method fp8 without a weight_block_size; {PRUNE}" in message
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weight_block_size": None},
+        {"activation_scheme": "static"},
+        {"modules_to_convert": ["embed"]},
+    ],
+)
+def test_fp8_with_other_scales_is_made_of_codes_and_parts(change: dict[str, Any]) -> None:
+    section = {**DEEPSEEK_V3, **change}
+    opaque = opaque_of({"quantization_config": section})
+    assert opaque is not None
+    assert (opaque.method, opaque.block) == ("fp8", section["weight_block_size"] and (128, 128))
 
 
 def test_fp4_experts_named_at_the_top() -> None:

@@ -1,4 +1,4 @@
-"""Tiny mixtures in quantized formats, with generated codes: as published, but small."""
+"""Tiny models in quantized formats, with generated codes: as published, but small."""
 
 import json
 import shutil
@@ -25,22 +25,47 @@ SECTIONS: dict[str, dict[str, Any]] = {
         },
         "ignore": ["lm_head", "re:.*self_attn.*"],
     },
+    "int4 with zeros": {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"weights": {"num_bits": 4, "group_size": GROUP}}},
+    },
+    "int8": {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "config_groups": {"group_0": {"weights": {"num_bits": 8, "strategy": "channel"}}},
+    },
+    "mxfp4 packed": {"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized"},
+    "block": {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {
+            "group_0": {
+                "weights": {
+                    "num_bits": 8,
+                    "type": "float",
+                    "strategy": "block",
+                    "block_structure": [GROUP, GROUP],
+                }
+            }
+        },
+    },
     "nvfp4": {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
     "modelopt": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
     "channel": {"quant_method": "compressed-tensors", "format": "float-quantized"},
     "tensor": {"quant_method": "fp8", "activation_scheme": "static"},
 }
-"""Name → quantization_config; ``channel`` and ``tensor`` are FP8 with such scales."""
+"""Name → quantization_config; ``block``, ``channel`` and ``tensor`` are FP8 with such scales."""
 
 
 def save(path: Path, kind: str, key: str = "qwen3_moe", **changes: Any) -> Path:
-    """Save a tiny mixture whose experts have generated codes of the format ``kind``."""
+    """Save a tiny model whose experts, or linear maps, have generated codes of a format."""
     tiny.save(path, key, dtype=torch.bfloat16, **changes)
     generator = torch.Generator().manual_seed(3)
     file = path / "model.safetensors"
     tensors: Tensors = {}
     for name, tensor in load_file(file).items():
-        if ".experts." in name and name.endswith(".weight"):
+        if name.endswith(".weight") and (".experts." in name or (key in DENSE and "_proj" in name)):
             tensors |= codes(name.removesuffix(".weight"), tensor.shape, kind, generator)
         else:
             tensors[name] = tensor
@@ -85,6 +110,24 @@ def codes(at: str, shape: torch.Size, kind: str, generator: torch.Generator) -> 
             f"{at}.weight_scale": scales(rows, groups),
             f"{at}.weight_shape": torch.tensor([rows, columns]),
         },
+        "int4 with zeros": lambda: {
+            f"{at}.weight_packed": numbers(rows, columns // 8),
+            f"{at}.weight_scale": scales(rows, groups),
+            f"{at}.weight_zero_point": numbers(rows // 8, groups),
+            f"{at}.weight_shape": torch.tensor([rows, columns]),
+        },
+        "int8": lambda: {
+            f"{at}.weight": (numbers(rows, columns, dtype=torch.uint8) - 128).to(torch.int8),
+            f"{at}.weight_scale": scales(rows, 1) / 100,
+        },
+        "mxfp4 packed": lambda: {
+            f"{at}.weight_packed": numbers(rows, columns // 2, dtype=torch.uint8),
+            f"{at}.weight_scale": 120 + numbers(rows, columns // 32, dtype=torch.uint8) % 5,
+        },
+        "block": lambda: {
+            f"{at}.weight": fp8,
+            f"{at}.weight_scale": scales(-(-rows // GROUP), groups),
+        },
         "nvfp4": lambda: {
             f"{at}.weight_packed": numbers(rows, columns // 2, dtype=torch.uint8),
             f"{at}.weight_scale": scales(rows, groups).to(torch.float8_e4m3fn),
@@ -127,6 +170,16 @@ def save_mxfp4(path: Path, **changes: Any) -> Path:
     return path
 
 
+DENSE = ("llama", "phi3")
+"""Model types without experts, of which all linear maps of the layers are quantized."""
+
+PARTS = (
+    *("qzeros", "scales", "g_idx", "weight_scale", "weight_zero_point", "weight_shape"),
+    *("weight_global_scale", "input_global_scale", "weight_scale_2", "input_scale"),
+)
+"""Last names of what is stored beside codes."""
+
+
 def plain(path: Path, output: Path) -> Path:
     """Save what ``path`` means as an unquantized checkpoint in float32, decoded code by code."""
     shutil.copytree(path, output)
@@ -141,12 +194,12 @@ def plain(path: Path, output: Path) -> Path:
             scales = tensors[name.replace("_blocks", "_scales")]
             weight = convert_moe_packed_tensors(tensor, scales, dtype=torch.float32)
             found[name.removesuffix("_blocks")] = weight.contiguous()
-        elif ".experts." in name and part in ("qweight", "weight_packed", "weight"):
+        elif part in ("qweight", "weight_packed") or (part == "weight" and tensor.itemsize == 1):
             parts = {
                 n.rpartition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{base}.")
             }
             found[f"{base}.weight"] = decoded(section["quant_method"], parts)
-        elif ".experts." not in name or name.endswith("_bias"):
+        elif part not in PARTS and not name.endswith("_scales"):
             found[name] = tensor
     save_file(found, file, {"format": "pt"})
     return output
@@ -177,14 +230,30 @@ def decoded(method: str, parts: Tensors) -> torch.Tensor:
         group = torch.arange(len(parts["qweight"])) // GROUP
         codes, zeros = outputs(parts["qweight"]), outputs(parts["qzeros"])
         return ((codes - zeros[group]) * parts["scales"].float()[group]).T.contiguous()
-    scales = parts["weight_scale"].float()
-    if "weight_shape" in parts:
-        return (nibbles(parts["weight_packed"], 8) - 8).float() * scales.repeat_interleave(GROUP, 1)
-    codes = parts["weight_packed" if "weight_packed" in parts else "weight"]
-    if codes.dtype != torch.uint8:
-        return codes.float() * scales
-    if "weight_global_scale" in parts:
-        scales = scales / parts["weight_global_scale"]
-    else:
-        scales = scales * parts["weight_scale_2"]
-    return torch.tensor(FP4_VALUES)[nibbles(codes, 2)] * scales.repeat_interleave(GROUP, 1)
+    return _times(parts)
+
+
+def _times(parts: Tensors) -> torch.Tensor:
+    """Codes by rows times their scales: one for all, a row, a group of a row, or a block."""
+    scales, packed = parts["weight_scale"].float(), parts.get("weight_packed")
+    if packed is None:
+        packed = parts["weight"]
+    if packed.dtype == torch.int32:
+        zeros = torch.full(scales.shape, 8)
+        if "weight_zero_point" in parts:
+            zeros = nibbles(parts["weight_zero_point"].T, 8).T
+        return (nibbles(packed, 8) - spread(zeros)).float() * spread(scales)
+    if packed.dtype == torch.uint8:
+        values = torch.tensor(FP4_VALUES)[nibbles(packed, 2)]
+        if parts["weight_scale"].dtype == torch.uint8:
+            return values * spread(torch.exp2(scales - 127), 32)
+        by = parts.get("weight_scale_2")
+        return values * spread(scales / parts["weight_global_scale"] if by is None else scales * by)
+    if scales.numel() not in (1, len(packed)):
+        scales = spread(scales).repeat_interleave(GROUP, 0)[: len(packed)]
+    return packed.float() * scales
+
+
+def spread(entries: torch.Tensor, group: int = GROUP) -> torch.Tensor:
+    """The entry of every column."""
+    return entries.repeat_interleave(group, 1)

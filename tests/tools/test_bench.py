@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from calib.streaming.empty_model import empty_model
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.checkpoint.fp8 import opaque_matrices
+from surgery.checkpoint.opaque import opaque_matrices
 from surgery.hub.shards import Shards
 from surgery.layout.build import read_layout
 from surgery.vocabulary.order import rarity_of

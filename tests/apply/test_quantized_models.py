@@ -1,0 +1,152 @@
+"""Dense models in quantized formats: read decoded, cut bit for bit where an axis allows it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from msgspec import structs
+from safetensors.torch import load_file, save_file
+
+from surgery.api import apply_plan
+from surgery.checkpoint import opaque
+from surgery.checkpoint.opaque import opaque_matrices
+from surgery.hub.shards import Shards
+from surgery.planning.plan import Plan
+from surgery.planning.sizes import Sizes
+from surgery.stats.channel_stats import ChannelStats
+from tests.support import quantized
+from tests.support.command import Run
+from tests.support.contents import weights
+from tests.support.plans import layout_of, plan_to, random_stats
+
+KINDS = tuple(quantized.SECTIONS)
+BY_BLOCKS = {"mxfp4 packed": 32, "tensor": 1, "channel": 1, "int8": 1}
+"""Kind → channels that are kept or removed together, where these are not ``GROUP``."""
+CUT = tuple(kind for kind in KINDS if kind not in ("gptq", "awq"))
+"""Kinds whose rows and columns can be removed."""
+TAKE = ("--seq-len", 32, "--samples", 4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_statistics_are_those_of_the_decoded_model(
+    tmp_path: Path, text: Path, run: Run, kind: str
+) -> None:
+    source = quantized.save(tmp_path / "source", kind, "llama")
+    found = []
+    for path in (source, quantized.plain(source, tmp_path / "plain")):
+        stats = path.with_suffix(".safetensors")
+        made = run("calibrate", path, "--data", text, *TAKE, "-o", stats)
+        assert made.exit_code == 0, made.output
+        found.append(ChannelStats.load(stats).layers)
+    for one, other in zip(*found, strict=True):
+        for name, array in one["ffn"].arrays().items():
+            torch.testing.assert_close(
+                torch.tensor(array), torch.tensor(other["ffn"].arrays()[name]), rtol=1e-4, atol=1e-5
+            )
+
+
+@pytest.mark.parametrize("key", ["llama", "phi3"])
+@pytest.mark.parametrize("kind", CUT)
+def test_a_cut_is_that_of_the_decoded_model(tmp_path: Path, run: Run, kind: str, key: str) -> None:
+    source, out = quantized.save(tmp_path / "source", kind, key), tmp_path / "out"
+    plain = quantized.plain(source, tmp_path / "plain")
+    sizes, stats = Sizes(512, {"intermediate_size": 64}), tmp_path / "stats.safetensors"
+    random_stats(layout_of(source)).save(stats)
+    chosen = ("--stats", stats, "--vocab-size", 512, "--width", "intermediate_size=64")
+    plan = tmp_path / "plan.json"
+    made = run("plan", source, *chosen, "-o", plan)
+    assert made.exit_code == 0, made.output
+    assert run("apply", plan, "-o", out).exit_code == 0
+    verified = run("verify", out, "--source", source, "--forward")
+    assert verified.exit_code == 0, verified.output
+    assert "bit-identical" in verified.output
+    same = plan_to(layout_of(plain), sizes, random_stats(layout_of(plain)))
+    same = structs.replace(same, kept_channels=Plan.load(plan).kept_channels)
+    apply_plan(same, source=plain, output=tmp_path / "same")
+    expected, found = weights(tmp_path / "same"), weights(quantized.plain(out, tmp_path / "cut"))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    section = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert section == quantized.SECTIONS[kind]
+
+
+@pytest.mark.parametrize("kind", CUT)
+def test_channels_that_share_a_scale_go_together(tmp_path: Path, run: Run, kind: str) -> None:
+    source = quantized.save(tmp_path / "source", kind, "llama")
+    block = BY_BLOCKS.get(kind, quantized.GROUP)
+    made = run("plan", source, "--width", "intermediate_size=90", "-o", tmp_path / "plan.json")
+    assert (made.exit_code == 0) == (block == 1), made.output
+    if block > 1:
+        assert f"is not in whole blocks of {block} channels, which share a scale" in made.output
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_what_is_not_stored_by_rows_loses_vocabulary_and_layers(
+    tmp_path: Path, run: Run, kind: str
+) -> None:
+    source = quantized.save(tmp_path / "source", kind, "llama")
+    plan = ("-o", tmp_path / "plan.json", "--force")
+    refused = run("plan", source, "--width", "intermediate_size=64", *plan)
+    assert "intermediate_size: cannot change: its weights are" in refused.output
+    made = run("plan", source, "--vocab-size", 512, "--layers", "0,2", *plan)
+    assert made.exit_code == 0, made.output
+    assert run("apply", tmp_path / "plan.json", "-o", tmp_path / "out").exit_code == 0
+    verified = run("verify", tmp_path / "out", "--source", source, "--forward")
+    assert verified.exit_code == 0, verified.output
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prune_decodes_and_cuts_anywhere(tmp_path: Path, text: Path, run: Run, kind: str) -> None:
+    source, out = quantized.save(tmp_path / "source", kind, "llama"), tmp_path / "out"
+    sizes = ("--vocab-size", 500, "--width", "intermediate_size=90", "--dequantize")
+    made = run("prune", source, "--data", text, *TAKE, *sizes, "-o", out)
+    assert made.exit_code == 0, made.output
+    assert {tensor.dtype for tensor in weights(out).values()} == {torch.bfloat16}
+    verified = run("verify", out, "--source", source, "--forward")
+    assert verified.exit_code == 0, verified.output
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_windows_of_rows_are_the_whole(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = layout_of(quantized.save(tmp_path / "source", kind, "llama")).checkpoint
+    monkeypatch.setattr(opaque, "ALIGNED_ROWS", 8)
+    monkeypatch.setattr(opaque, "WINDOW_VALUES", 1)
+    codes = [
+        t for n, t in checkpoint.tensors.items() if re.search(r"_proj\.(weight(_packed)?|qw)", n)
+    ]
+    seen = 0
+    for tensor in codes:
+        if tensor.dtype == "I64" or not re.search("weight$|packed$|qweight$", tensor.name):
+            continue
+        (matrix,) = opaque_matrices(checkpoint, tensor)
+        whole, windows = matrix.decode(Shards()), list(matrix.windows())
+        seen = max(seen, len(windows))
+        for first, window in windows:
+            assert (window.decode(Shards()) == whole[first : first + window.shape[0]]).all()
+    assert seen > 1 or kind in ("gptq", "awq")
+
+
+def test_scales_of_another_shape_are_refused(tmp_path: Path, run: Run) -> None:
+    source = quantized.save(tmp_path / "source", "channel", "llama")
+    file = source / "model.safetensors"
+    name = "model.layers.1.mlp.up_proj.weight_scale"
+    save_file(load_file(file) | {name: torch.ones(7, 1)}, file, {"format": "pt"})
+    refused = run("inspect", source)
+    assert refused.exit_code == 2
+    assert f"tensor {name}: is not one entry for each row, group or block" in refused.output
+
+
+def test_groups_of_several_widths_of_integers_are_refused_by_name(tmp_path: Path, run: Run) -> None:
+    source = quantized.save(tmp_path / "source", "int4", "llama")
+    section = dict(quantized.SECTIONS["int4"])
+    groups = {f"group_{n}": {"weights": {"num_bits": n}} for n in (4, 8)}
+    quantized.set_section(source, section | {"config_groups": groups})
+    refused = run("inspect", source)
+    assert refused.exit_code == 2
+    assert "checkpoint is quantized" in refused.output
+    assert "found quant_method compressed-tensors" in refused.output
