@@ -1,6 +1,6 @@
 """The table of families, made from the table of axes and from what the tests cover."""
 
-from surgery.families.schema import DECODER_FFN, EXPERT, FFN, SHARED, Family, Wrapper
+from surgery.families.schema import DECODER_FFN, EXPERT, FFN, SHARED, WIDE, Family, Wrapper
 from surgery.families.table import FAMILIES, REFUSED
 from tests.support.loading import NOT_IN_4
 from tests.support.sample import KEYS
@@ -189,6 +189,7 @@ PARTS = {
     EXPERT: "experts",
     SHARED: "shared expert",
     DECODER_FFN: "the decoder's FFN",
+    WIDE: "double-wide FFN",
 }
 
 

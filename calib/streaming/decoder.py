@@ -87,6 +87,8 @@ class StreamedDecoder:
         self.timings = timings or Timings()
         self._model, self._conversion = empty_model(layout, reader.dtype)
         paths, outputs = layers_paths(layout, self._conversion), layout.family.layer_outputs
+        if 0 < layout.first_shared < layout.num_hidden_layers:
+            outputs = 0  # such a model looks at the states between two layers
         self._encoder_layers = len(paths) - layout.decoder_layers
         parts = (paths[: self._encoder_layers], paths[self._encoder_layers :])
         self._stacks = [Stack(self._model, part, outputs) for part in parts if part]
@@ -146,7 +148,9 @@ class StreamedDecoder:
             hidden, arguments = self._capture_arguments(part.ids, used)
             if not len(states.before):
                 states.allocate(stream.tokens, hidden.shape[-1], hidden.dtype)
-            if passed and takes_passed(arguments[passed]) and not self.layout.decoder_layers:
+            shared = 0 < self.layout.first_shared < self.layout.num_hidden_layers
+            passes = takes_passed(arguments[passed]) if passed else False
+            if passed and (shared or (passes and not self.layout.decoder_layers)):
                 raise CheckpointError(
                     self.layout.checkpoint.path,
                     "its layers pass on more than hidden states, which no interrupted run keeps",

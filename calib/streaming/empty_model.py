@@ -102,6 +102,9 @@ IGNORED_KEYS = (
 code that a config names, such as a kernel on the hub, is never run."""
 
 
+KEYS_VALUES = re.compile(r"\.[kv]_(proj|norm)\.")
+"""Names of what computes keys and values. Files may hold it of layers that take those of others."""
+
 POSITIONS = ("max_position_embeddings", "max_seq_len")
 """Names that the library's configs have for the number of positions, whatever config.json calls it
 (``n_positions``)."""
@@ -231,7 +234,9 @@ def _check_shapes(model: nn.Module, conversion: Conversion, layout: Layout) -> N
                 fix="check config.json",
             )
     for name, ref in layout.by_name.items():
-        needed = layout.roles[ref.name].slot.block not in OUTSIDE
+        role = layout.roles[ref.name]
+        idle = (role.layer or 0) >= layout.first_shared and KEYS_VALUES.search(name)
+        needed = role.slot.block not in OUTSIDE and not idle
         if needed and conversion.target(name)[0] not in parameters:
             raise CheckpointError(
                 f"{ref.path}: tensor {ref.name}",

@@ -48,19 +48,19 @@ class ArgumentCapture(StandIn):
     """Replaces a layer and keeps the arguments that the model passes to it."""
 
     def __init__(self, layer: nn.Module, outputs: int) -> None:
-        """Return as many ``outputs`` as the model takes apart."""
+        """Return as many ``outputs`` as the model takes apart; 0: hidden states in no tuple."""
         super().__init__(layer)
-        self.last = False
+        self.last, self._outputs = False, outputs
         self._passed_on = tuple(PassedOn(place) for place in range(1, outputs))
 
-    def forward(self, *positional: Any, **named: Any) -> tuple[Any, ...]:
-        """Keep hidden states and arguments. A tuple also works in models that expect a tensor."""
+    def forward(self, *positional: Any, **named: Any) -> torch.Tensor | tuple[Any, ...]:
+        """Keep hidden states and arguments. A tuple also works in most models without one."""
         hidden = positional[0] if positional else named.pop("hidden_states")
         self.hidden: torch.Tensor = hidden[0] if isinstance(hidden, tuple) else hidden
         self.arguments: Arguments = (positional[1:], named)
         if self.last:
             raise CaptureDone
-        return (self.hidden, *self._passed_on)
+        return (self.hidden, *self._passed_on) if self._outputs else self.hidden
 
 
 class ReplayHidden(StandIn):

@@ -13,9 +13,11 @@ FFN = "ffn"
 EXPERT = "expert"
 SHARED = "shared"
 DECODER_FFN = "decoder_ffn"
-WIDTHS = (FFN, EXPERT, SHARED, DECODER_FFN)
-"""Channel axes: of the dense FFN, of each routed expert, of the expert that every token passes, and
-of a decoder's dense FFN where the encoder beside it has a width of its own."""
+WIDE = "wide"
+WIDTHS = (FFN, EXPERT, SHARED, DECODER_FFN, WIDE)
+"""Channel axes: of the dense FFN, of each routed expert, of the expert that every token passes, of
+a decoder's dense FFN where the encoder beside it has a width of its own, and of dense FFNs that are
+twice as wide as config.json says."""
 
 EXPERTS = "experts"
 """The axis of the routed experts: rows of a router, and matrices of a packed tensor. Experts in
@@ -111,13 +113,15 @@ class Width:
 
     key: str
     times: str = ""
-    """Key of a factor for the length: DeepSeek's shared experts are one matrix."""
+    """Key of a factor for the length: DeepSeek's shared experts are one matrix. True is two."""
 
 
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """All names that config classes have for the number of routed experts in a layer."""
 
-PER_TOKEN_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
+PER_TOKEN_KEYS = (
+    *("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"),
+)
 """All names for how many of them a token goes to."""
 
 GROUP_KEYS = ("n_group", "num_expert_groups", "num_expert_group")
@@ -203,6 +207,8 @@ class Family:
     """Flag by which the class rounds the width of config.json; a cut config has it off."""
     mixed: bool = False
     """Whether a layer may have no FFN."""
+    double_wide: str = ""
+    """Flag by which FFNs are twice as wide in layers that take the keys and values of others."""
     misread_vocab_sizes: tuple[int, ...] = ()
     """Sizes V' by which llama.cpp's converter tells other models of the family."""
 
@@ -229,6 +235,11 @@ class Family:
         if self.kind != DECODER or self.section:
             return ""
         return f"{self.embedding.partition('.')[0]}."
+
+    def wide(self, slot: Slot) -> Slot:
+        """Return the slot of a dense FFN with the channels of one that is twice as wide."""
+        axes = tuple(replace(d, axis=WIDE) if d and d.axis == FFN else d for d in slot.dims)
+        return replace(slot, axes=axes)
 
     def text_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """The part of config.json that describes the language model."""

@@ -16,6 +16,8 @@ from surgery.families.default_ids import DERIVED, SECTION_TYPES, derived
 from surgery.families.encoder_table import ENCODER_DECODERS, ENCODERS, UNDIVIDED_MODELS
 from surgery.families.layer_rules import LAYER_RULES
 from surgery.families.schema import (
+    FFN,
+    WIDE,
     Dim,
     ExpertGroups,
     Experts,
@@ -86,6 +88,11 @@ LEFT_OUT: Mapping[str, tuple[str, ...]] = {
 
 ROUNDS: Mapping[str, str] = {"lfm2": "block_auto_adjust_ff_dim"}
 """Flag by which a class rounds the width that config.json has."""
+
+DOUBLE_WIDE: Mapping[str, str] = dict.fromkeys(
+    ("gemma4_text", "gemma4_unified_text"), "use_double_wide_mlp"
+)
+"""Flag by which FFNs are twice as wide in the last layers, ``num_kv_shared_layers`` of them."""
 
 MISREAD = (32016, 49152)
 """llama.cpp's converter takes the first for CodeLlama; at the second it switches bos off."""
@@ -193,6 +200,8 @@ def _family(name: str, data: Mapping[str, Any]) -> Family:
     if ends:
         slots = tuple(replace(s, required=s.required and not s.name.endswith(ends)) for s in slots)
     widths = {axis: Width(*key.split(" * ")) for axis, key in data["widths"].items()}
+    if name in DOUBLE_WIDE:
+        widths[WIDE] = replace(widths[FFN], times=DOUBLE_WIDE[name])
     told = {key: data[key] for key in ("depth", "embedding", "head", "section") if key in data}
     if name in EXPERTS_STAY:
         told["experts_stay"] = EXPERTS_STAY[name]
@@ -206,6 +215,7 @@ def _family(name: str, data: Mapping[str, Any]) -> Family:
         draft_layers=DRAFT_LAYERS.get(name, ""),
         rounds=ROUNDS.get(name, ""),
         mixed=data.get("mixed", False),
+        double_wide=DOUBLE_WIDE.get(name, ""),
         misread_vocab_sizes=MISREAD if name in MISREAD_TYPES else (),
         **told,
     )

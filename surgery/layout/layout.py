@@ -15,6 +15,7 @@ from surgery.families.schema import (
     DECODER,
     EXPERT,
     EXPERTS,
+    FFN,
     TIE_KEY,
     VOCAB,
     Dim,
@@ -74,6 +75,8 @@ class TensorRoles:
     """Number of layers that transformers runs, of each of the family's stacks."""
     drafts: int
     """Number of layers after them, for multi-token prediction."""
+    first_wide: int
+    """The first of the layers whose dense FFN is twice as wide."""
 
     def of(self, tensor: TensorRef) -> TensorRole:
         """Return the role of ``tensor``.
@@ -107,7 +110,10 @@ class TensorRoles:
                 return TensorRole(DRAFT, name)
             if slot is not None and len(numbers) == slot.name.count("{"):
                 number, expert = (*numbers, None, None)[:2]
-                return TensorRole(slot, name, self._layer(tensor, slot, number), expert)
+                layer = self._layer(tensor, slot, number)
+                if slot.width == FFN and layer is not None and layer >= self.first_wide:
+                    slot = self.family.wide(slot)
+                return TensorRole(slot, name, layer, expert)
         if tensor.name.startswith(self.family.carried):
             return TensorRole(CARRIED, tensor.name)
         if tensor.name.startswith(self.family.left_out):
@@ -270,8 +276,16 @@ class Layout:
         key = self.family.draft_layers
         drafts = (size_in(self.config, key, self.where, least=0) if key else None) or 0
         depths = (self.num_hidden_layers - self.decoder_layers, self.decoder_layers)
-        roles = TensorRoles(self.checkpoint, self.family, depths, drafts)
+        wide = self.config.get(self.family.double_wide) if self.family.double_wide else None
+        first_wide = self.first_shared if wide else self.num_hidden_layers
+        roles = TensorRoles(self.checkpoint, self.family, depths, drafts, first_wide)
         return {name: roles.of(ref) for name, ref in self.checkpoint.tensors.items()}
+
+    @property
+    def first_shared(self) -> int:
+        """The first of the last layers, which take the keys and values of layers before them."""
+        shared = size_in(self.config, "num_kv_shared_layers", self.where, least=0) or 0
+        return self.num_hidden_layers - shared
 
     @cached_property
     def by_name(self) -> dict[str, TensorRef]:
@@ -357,6 +371,8 @@ class Layout:
     def times(self, axis: str) -> int:
         """Factor between a channel axis's width in config.json and its length."""
         key = self.family.widths[axis].times
+        if self.config.get(key) in (True, False):
+            return 2 if self.config[key] else 1
         return (size_in(self.config, key, self.where, least=0) if key else None) or 1
 
     @cached_property

@@ -396,11 +396,11 @@ def _cached(layout: Layout, kept: Sequence[int]) -> int:
 
     The last ``num_kv_shared_layers`` take those of a layer before them.
     """
-    owners = layout.num_hidden_layers - (layout.config.get("num_kv_shared_layers") or 0)
     total = 0
     for layer in kept or range(layout.num_hidden_layers):
         modules: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
-        for name, ref in layout.of_layer[layer].items() if layer < owners else ():
+        own = layout.of_layer[layer] if layer < layout.first_shared else {}
+        for name, ref in own.items():
             module, _, last = name.removesuffix(".weight").rpartition(".")
             modules[module][last] = layout.shape_of(ref)
         total += sum(map(_cached_values, modules.values()))

@@ -26,6 +26,7 @@ AXES = {
     "expert": "experts",
     "shared": "shared expert",
     "decoder_ffn": "the decoder's FFN",
+    "wide": "FFN",
 }
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from calib.scoring.score import score_windows
 from calib.statistics.calibrate import Calibration, take_statistics
@@ -17,6 +18,7 @@ from surgery.tokenizer.tokenizer_file import load_tokenizer
 from surgery.vocabulary.order import rarity_of
 from tests.support import tiny
 from tests.support.command import Run
+from tests.support.contents import weights
 from tests.support.full_load import full_load_bits, hooked, window_norms
 from tests.support.plans import assert_equals_masked_dense, layout_of, random_plan
 from tests.support.sample import KEYS, sampled
@@ -118,3 +120,26 @@ def test_keeping_everything_reproduces_every_byte(tmp_path: Path, run: Run, key:
     assert run("apply", plan, "-o", out).exit_code == 0
     for file in source.iterdir():
         assert (out / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_files_may_hold_keys_and_values_that_no_layer_computes(
+    tmp_path: Path, text: Path, run: Run
+) -> None:
+    source = tiny.save(tmp_path / "source", "gemma4_text:shared", tied=True)
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    at = "model.layers.{}.self_attn.{}.weight"
+    more = {
+        at.format(3, n): tensors[at.format(2, n)].clone() for n in ("k_norm", "k_proj", "v_proj")
+    }
+    save_file(tensors | more, file, {"format": "pt"})
+    take = ("--data", text, "--seq-len", 32, "--samples", 4)
+    sizes = ("--vocab-size", 512, "--width", "intermediate_size=40")
+    made = run("prune", source, *take, *sizes, "-o", tmp_path / "out")
+    assert made.exit_code == 0, made.output
+    verified = run("verify", tmp_path / "out", "--forward")
+    assert verified.exit_code == 0, verified.output
+    found = weights(tmp_path / "out")
+    assert more.keys() <= found.keys()
+    widths = [found[f"model.layers.{n}.mlp.up_proj.weight"].shape[0] for n in range(5)]
+    assert widths == [40, 40, 40, 80, 80]

@@ -20,6 +20,8 @@ NOT_IN_4 = (
     "cohere2_moe",
     "eurobert",
     "exaone_moe",
+    "gemma4_text",
+    "gemma4_unified_text",
     "granite_swa",
     "internlm3",
     "jais2",

@@ -30,6 +30,25 @@ _GQA_HEAD: Kwargs = {**_GQA, "head_dim": 8}
 _WINDOWS: Kwargs = {"sliding_window": 16, "layer_types": MIXED}
 _GPT: Kwargs = {"vocab_size": 640, "n_positions": 512, "n_embd": 32, "n_layer": 3, "n_head": 4}
 _GEMMA: Kwargs = {**_GQA_HEAD, "query_pre_attn_scalar": 16}
+_GEMMA4_UNIFIED: Kwargs = {
+    **_GQA_HEAD,
+    "global_head_dim": 16,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "final_logit_softcapping": 5.0,
+}
+_GEMMA4: Kwargs = {
+    **_GEMMA4_UNIFIED,
+    "vocab_size_per_layer_input": 640,
+    "hidden_size_per_layer_input": 12,
+}
+_GEMMA4_SHARED: Kwargs = {
+    "num_hidden_layers": 5,
+    "layer_types": [*MIXED[:2], *MIXED[:1], *MIXED[:2]],
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+}
+"""The last two layers take the keys and values of others, and their FFN is twice as wide."""
 _GRANITE: Kwargs = {
     **_GQA,
     "embedding_multiplier": 3.0,
@@ -90,6 +109,20 @@ _DENSE: dict[str, Kwargs] = {
         "final_logit_softcapping": 5.0,
     },
     "gemma3_text": {**_GEMMA, **_WINDOWS},
+    "gemma4_text": _GEMMA4,
+    "gemma4_text:shared": {**_GEMMA4, **_GEMMA4_SHARED},
+    "gemma4_unified_text": _GEMMA4_UNIFIED,
+    "gemma4_unified_text:shared": {**_GEMMA4_UNIFIED, **_GEMMA4_SHARED},
+    "gemma4_text:mixture": {
+        **_GEMMA4,
+        "hidden_size_per_layer_input": 0,
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 64,
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+    },
     "vaultgemma": {
         **_GEMMA,
         **_WINDOWS,

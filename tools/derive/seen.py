@@ -108,6 +108,9 @@ class Seen:
                     if type(size) is int and copies % size == 0:
                         copies, times = copies // size, [*times, _last(other)]
                 axis = _axis(name, shapes[name])
+                known = self.axes[template(name)].get(dim)
+                if known and known.axis == axis and known.copies < copies:
+                    continue  # a layer that is twice as wide; the table says which, by hand
                 self.axes[template(name)][dim] = Dim(axis, copies, self.pairs and copies > 1)
                 self.widths[axis] = Width(_last(path), *times[:1])
 
