@@ -371,7 +371,7 @@ class Layout:
     def times(self, axis: str) -> int:
         """Factor between a channel axis's width in config.json and its length."""
         key = self.family.widths[axis].times
-        if self.config.get(key) in (True, False):
+        if isinstance(self.config.get(key), bool):
             return 2 if self.config[key] else 1
         return (size_in(self.config, key, self.where, least=0) if key else None) or 1
 

@@ -119,7 +119,7 @@ def without_experts(model: Any, plan: Plan, source: Path) -> None:
 
 def is_router(name: str, module: Any, experts: int) -> bool:
     weight = getattr(module, "weight", None)
-    named = name.rpartition(".")[2] in ("gate", "router", "wg")
+    named = name.endswith((".gate", ".router", ".wg", ".router.proj"))
     return named and weight is not None and weight.shape[0] == experts
 
 

@@ -39,8 +39,14 @@ def text_family(key: str) -> Family:
     return family_of({"model_type": model_type, **section}, "")
 
 
+DENSE_HERE = ("gemma4_text", "gemma4_text:shared", "gemma4", "gemma4_unified")
+"""Tiny models without experts, of types that may have them."""
+
 MIXTURES: dict[str, Experts] = {
-    key: experts for key in KEYS if (experts := text_family(key).experts) is not None
+    key: experts
+    for key in KEYS
+    if (experts := text_family(key).experts) is not None
+    if key not in DENSE_HERE
 }
 """Every tiny mixture that can lose whole experts."""
 
