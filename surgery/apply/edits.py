@@ -11,7 +11,7 @@ from surgery.checkpoint.checkpoint import Checkpoint, same_weights
 from surgery.checkpoint.opaque import SHAPE, OpaqueMatrix, codes_of, opaque_matrices
 from surgery.errors import PlanError
 from surgery.families.blocks import adds_up
-from surgery.families.schema import EXPERT, EXPERTS, VOCAB, Dim, renumbered
+from surgery.families.schema import EXPERT, EXPERTS, VOCAB, WIDTHS, Dim, renumbered
 from surgery.files.index_sets import MAKE_AGAIN
 from surgery.files.safetensors_header import ITEMSIZE, TensorRef
 from surgery.layout.layout import Layout, TensorRole
@@ -307,10 +307,11 @@ def _edits_of(
     if not changed:
         return (Edit(tensor),)
     dims = {number: dim for number, dim in enumerate(role.slot.dims) if number in changed and dim}
-    channels = {number: dim for number, dim in dims.items() if dim.axis not in (VOCAB, EXPERTS)}
+    channels = {number: dim for number, dim in dims.items() if dim.axis in WIDTHS}
     if not channels:
         number, dim = next(iter(dims.items()))
-        return (Edit(tensor, number, kept.tokens if dim.axis == VOCAB else kept.experts),)
+        rows = kept.experts if dim.axis == EXPERTS else kept.tokens
+        return (Edit(tensor, number, rows[rows < tensor.shape[number]]),)
     number, dim = next(iter(channels.items()))
     chosen, length = kept.channels[dim.axis], layout.channels_of(dim.axis)
     if role.slot.packed:

@@ -9,7 +9,7 @@ from typing import Any
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.config.token_ids import reference_paths, visit_ids
 from surgery.errors import TokenizerError
-from surgery.families.default_ids import OFFSET_SECTIONS, SECTIONS, fill_defaults
+from surgery.families.default_ids import COUNTS, OFFSET_SECTIONS, SECTIONS, fill_defaults
 from surgery.families.schema import TIE_KEY, Family
 from surgery.files.model_files import DOCUMENTS, named_templates
 from surgery.files.strict_json import read_file, read_json
@@ -153,7 +153,8 @@ def visit_sizes(data: dict[str, Any], ids: IdMap, where: object) -> dict[str, An
 
     Raises:
         TokenizerError: a size is neither the number of embedding rows nor that of all tokens,
-            those after the last row included.
+            those after the last row included. Those of text alone may be fewer, where all rows
+            after them are kept.
     """
     result = {}
     for key, value in data.items():
@@ -172,8 +173,10 @@ def visit_sizes(data: dict[str, Any], ids: IdMap, where: object) -> dict[str, An
 
 
 def _new_size(value: Any, ids: IdMap, where: str) -> Any:
-    rowless = value - ids.old_size if type(value) is int else -1
-    if value is not None and rowless not in (0, ids.rowless):
+    beyond = value - ids.old_size if type(value) is int else -1
+    of_text = where.endswith(COUNTS) and -len(ids.kept) <= beyond < 0
+    kept_after = of_text and int(ids.kept[beyond]) == value  # and so are all of its end
+    if value is not None and beyond not in (0, ids.rowless) and not kept_after:
         raise TokenizerError(
             where,
             "is not the size of the vocabulary to prune",
@@ -181,7 +184,7 @@ def _new_size(value: Any, ids: IdMap, where: str) -> Any:
             found=value,
             fix="correct it in the source, or keep the vocabulary whole with `vocab_size`",
         )
-    return None if value is None else ids.new_size + rowless
+    return None if value is None else ids.new_size + beyond
 
 
 def _documents(directory: Path) -> list[Path]:

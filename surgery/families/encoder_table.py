@@ -21,6 +21,7 @@ from surgery.families.schema import (
     ENCODER_DECODER,
     FFN,
     HEAD,
+    TEXT_VOCAB,
     UNDIVIDED,
     VOCAB,
     Family,
@@ -472,6 +473,21 @@ _KOSMOS = _undivided(
     positions_after_pad=True,
 )
 
+
+def _gemma3n(at: str, **rest: object) -> Family:
+    """Return Gemma 3n: its channels are sparse, and its layers carry four streams of states."""
+    made = _undivided(
+        (f"{at}embed_tokens",),
+        "lm_head",
+        carried=(at, *(("model.",) if rest else ())),
+        depth="num_hidden_layers",
+        **rest,
+    )
+    axes = (TEXT_VOCAB, None)
+    of_text = Slot(f"{at}embed_tokens_per_layer.weight", "vocabulary", axes, required=False)
+    return replace(made, slots=(*made.slots, of_text))
+
+
 UNDIVIDED_MODELS: dict[str, Family] = {
     "xlm": _undivided(
         ("embeddings",),
@@ -545,5 +561,7 @@ UNDIVIDED_MODELS: dict[str, Family] = {
     ),
     "kosmos-2": _KOSMOS,
     "kosmos-2.5": _KOSMOS,
+    "gemma3n_text": _gemma3n("model."),
+    "gemma3n": _gemma3n("model.language_model.", section="text_config"),
 }
 """model_type → family."""

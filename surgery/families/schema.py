@@ -9,6 +9,9 @@ from typing import Any
 from surgery.families.layer_rules import LayerRule
 
 VOCAB = "vocab"
+TEXT_VOCAB = "text vocab"
+"""The vocabulary without its last rows, which are of images and sounds: some tables lack them."""
+
 FFN = "ffn"
 EXPERT = "expert"
 SHARED = "shared"
@@ -48,7 +51,7 @@ class Dim:
     """One dimension of a tensor."""
 
     axis: str
-    """One of VOCAB, WIDTHS and EXPERTS."""
+    """One of VOCAB, TEXT_VOCAB, WIDTHS and EXPERTS."""
     copies: int = 1
     """How often the axis lies on this dimension: twice in a fused gate and up projection."""
     interleaved: bool = False

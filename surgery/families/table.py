@@ -129,8 +129,6 @@ REFUSED: Mapping[str, str] = {
     "dbrx": "all experts of a layer are folded into the rows of one matrix",
     "idefics2": "its connector takes its width from the language model's FFN",
     "ernie4_5_vl_moe": "its experts have two widths, one for images",
-    "gemma3n": "each layer has a width and a sparsity of its own",
-    "gemma3n_text": "each layer has a width and a sparsity of its own",
     "hrm_text": "it has two stacks of layers",
     "longcat_flash": "each layer has two FFNs",
     "zamba": _SHARED,

@@ -10,7 +10,7 @@ from surgery.checkpoint.fp8 import check_weight
 from surgery.checkpoint.opaque import check_part
 from surgery.errors import CheckpointError
 from surgery.families.blocks import BUFFER
-from surgery.families.schema import EXPERT_KEYS, EXPERTS, VOCAB, Family, Slot
+from surgery.families.schema import EXPERT_KEYS, EXPERTS, TEXT_VOCAB, VOCAB, Family, Slot
 from surgery.families.table import family_of
 from surgery.files.safetensors_header import TensorRef
 from surgery.files.shard_file import same_values
@@ -111,7 +111,8 @@ def _lengths(layout: Layout, config: Mapping[str, Any], where: object) -> dict[s
     for name, role in layout.roles.items():
         for number, dim in enumerate(role.slot.dims):
             key = layout.key_of(dim)
-            if dim is None or key in (None, EXPERTS) or key in found or role.scales:
+            other = key in (None, EXPERTS) or key in found or role.scales
+            if dim is None or other or dim.axis == TEXT_VOCAB:
                 continue
             configured = size_in(config, "vocab_size" if key == VOCAB else key, where)
             if key != VOCAB and config.get(layout.family.rounds, bool(layout.family.rounds)):
@@ -167,7 +168,7 @@ def _check_tensor(layout: Layout, tensor: TensorRef) -> None:
         step = steps[number] if number < len(steps) else 1
         if dim is None or key is None or step == 0:
             continue
-        expected = -(-layout.length(key) * layout.unit(dim) // step)
+        expected = -(-layout.length(key) * layout.unit(dim) // step) - layout.missing(dim)
         fits = role.opaque or len(tensor.shape) == len(role.slot.dims)
         if not fits or number >= len(tensor.shape) or tensor.shape[number] != expected:
             raise CheckpointError(

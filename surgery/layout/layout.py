@@ -16,6 +16,7 @@ from surgery.families.schema import (
     EXPERT,
     EXPERTS,
     FFN,
+    TEXT_VOCAB,
     TIE_KEY,
     VOCAB,
     Dim,
@@ -395,6 +396,10 @@ class Layout:
 
         With ``with_experts``, a channel costs what it does in the experts that are left.
         """
+        if key == VOCAB:
+            found = [(dim, count) for slot, count in self._counts() for dim in slot.dims if dim]
+            rows = self.vocab_size
+            return sum(n // (rows - self.missing(d)) for d, n in found if self.key_of(d) == VOCAB)
         count = self.experts_left if key == EXPERTS else 0
         return self.weights[key] // (count or self.length(key))
 
@@ -468,7 +473,7 @@ class Layout:
         """VOCAB, EXPERTS, or config.json's key of a width; None where ``dim`` is never pruned."""
         if dim is None:
             return None
-        if dim.axis == VOCAB:
+        if dim.axis in (VOCAB, TEXT_VOCAB):
             return VOCAB
         if dim.axis == EXPERTS:
             return EXPERTS if self.family.experts else None
@@ -477,7 +482,20 @@ class Layout:
 
     def unit(self, dim: Dim) -> int:
         """Positions on the dimension per row (VOCAB), expert, or unit of its width."""
-        return dim.copies * (1 if dim.axis in (VOCAB, EXPERTS) else self.times(dim.axis))
+        alone = dim.axis in (VOCAB, TEXT_VOCAB, EXPERTS)
+        return dim.copies * (1 if alone else self.times(dim.axis))
+
+    def missing(self, dim: Dim) -> int:
+        """Rows of the vocabulary that a dimension lacks, at its end: they are always kept."""
+        return self.rows_beside_text if dim.axis == TEXT_VOCAB else 0
+
+    @cached_property
+    def rows_beside_text(self) -> int:
+        """Rows at the vocabulary's end that a table of text alone lacks; 0 where there is none."""
+        tensors = self.checkpoint.tensors
+        of_text = (n for n, r in self.roles.items() if Dim(TEXT_VOCAB) in r.slot.dims[:1])
+        counts = [tensors[name].shape[0] for name in of_text if tensors[name].shape]
+        return max(0, self.vocab_size - min(counts)) if counts else 0
 
     @cached_property
     def weights(self) -> Counter[str]:

@@ -262,7 +262,7 @@ def output_shape(layout: Layout, tensor: TensorRef, sizes: Sizes) -> tuple[int, 
     for number, dim in enumerate(role.slot.dims):
         key = layout.key_of(dim)
         if dim is not None and key is not None:
-            shape[number] = _length(layout, key, sizes) * layout.unit(dim)
+            shape[number] = _length(layout, key, sizes) * layout.unit(dim) - layout.missing(dim)
     return tuple(shape)
 
 

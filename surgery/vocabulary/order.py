@@ -238,6 +238,7 @@ def rarity_of(
     referenced = set(token_references(layout.checkpoint, tokenizer.token_ids))
     referenced |= template_tokens(layout.checkpoint.path, reserved)
     referenced |= prompt_tokens(layout.checkpoint.path, tokenizer)
+    referenced |= set(range(layout.vocab_size - layout.rows_beside_text, layout.vocab_size))
     if layout.family.positions_after_pad:  # the padding token must keep its id
         filled = fill_defaults(layout.checkpoint.config, lambda old: old, layout.checkpoint.family)
         padding = {**filled, **layout.family.text_config(filled)}["pad_token_id"]
