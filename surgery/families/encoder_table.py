@@ -474,15 +474,10 @@ _KOSMOS = _undivided(
 )
 
 
-def _gemma3n(at: str, **rest: object) -> Family:
+def _gemma3n(at: str, section: str = "") -> Family:
     """Return Gemma 3n: its channels are sparse, and its layers carry four streams of states."""
-    made = _undivided(
-        (f"{at}embed_tokens",),
-        "lm_head",
-        carried=(at, *(("model.",) if rest else ())),
-        depth="num_hidden_layers",
-        **rest,
-    )
+    carried = (at, "model.") if section else (at,)
+    made = _undivided((f"{at}embed_tokens",), "lm_head", carried=carried, section=section)
     axes = (TEXT_VOCAB, None)
     of_text = Slot(f"{at}embed_tokens_per_layer.weight", "vocabulary", axes, required=False)
     return replace(made, slots=(*made.slots, of_text))

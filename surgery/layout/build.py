@@ -110,9 +110,8 @@ def _lengths(layout: Layout, config: Mapping[str, Any], where: object) -> dict[s
     found: dict[str, int] = {}
     for name, role in layout.roles.items():
         for number, dim in enumerate(role.slot.dims):
-            key = layout.key_of(dim)
-            other = key in (None, EXPERTS) or key in found or role.scales
-            if dim is None or other or dim.axis == TEXT_VOCAB:
+            key = layout.key_of(dim) if dim and dim.axis != TEXT_VOCAB else None
+            if dim is None or key is None or key == EXPERTS or key in found or role.scales:
                 continue
             configured = size_in(config, "vocab_size" if key == VOCAB else key, where)
             if key != VOCAB and config.get(layout.family.rounds, bool(layout.family.rounds)):
