@@ -213,8 +213,7 @@ def _refused() -> list[str]:
     """A row for each reason to refuse a type."""
     by_reason: dict[str, list[str]] = {}
     for name, reason in REFUSED.items():
-        if name not in FAMILIES:
-            by_reason.setdefault(reason, []).append(name)
+        by_reason.setdefault(reason, []).append(name)
     rows = [f"| {reason} | {', '.join(names)} |" for reason, names in by_reason.items()]
     return ["| why not | model_type |", "|---|---|", *rows]
 

@@ -474,14 +474,10 @@ _KOSMOS = _undivided(
 )
 
 
-def _gemma3n(at: str, section: str = "") -> Family:
-    """Return Gemma 3n: its channels are sparse, and its layers carry four streams of states."""
-    carried = (at, "model.") if section else (at,)
-    made = _undivided((f"{at}embed_tokens",), "lm_head", carried=carried, section=section)
-    axes = (TEXT_VOCAB, None)
-    of_text = Slot(f"{at}embed_tokens_per_layer.weight", "vocabulary", axes, required=False)
-    return replace(made, slots=(*made.slots, of_text))
-
+_GEMMA3N = _undivided(("model.embed_tokens",), "lm_head", carried=("model.",))
+_PER_LAYER = Slot(
+    "model.embed_tokens_per_layer.weight", "vocabulary", (TEXT_VOCAB, None), required=False
+)
 
 UNDIVIDED_MODELS: dict[str, Family] = {
     "xlm": _undivided(
@@ -556,7 +552,6 @@ UNDIVIDED_MODELS: dict[str, Family] = {
     ),
     "kosmos-2": _KOSMOS,
     "kosmos-2.5": _KOSMOS,
-    "gemma3n_text": _gemma3n("model."),
-    "gemma3n": _gemma3n("model.language_model.", section="text_config"),
+    "gemma3n_text": replace(_GEMMA3N, slots=(*_GEMMA3N.slots, _PER_LAYER)),
 }
 """model_type → family."""

@@ -5,6 +5,7 @@ which ``python -m tools.derive`` writes. What they do not show is here, by hand.
 """
 
 import re
+from collections import UserDict
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
@@ -121,13 +122,11 @@ _OTHER = "no text goes in, or none comes out, by way of one decoder"
 
 REFUSED: Mapping[str, str] = {
     "bitnet": _NORM,
-    "kosmos-2.5": _NORM,
     "deepseek_v4": "its hash layers route by a table that is indexed by token",
     "cpmant": _ROWS,
     "mllama": _ROWS,
     "molmo2": _ROWS,
     "dbrx": "all experts of a layer are folded into the rows of one matrix",
-    "idefics2": "its connector takes its width from the language model's FFN",
     "ernie4_5_vl_moe": "its experts have two widths, one for images",
     "hrm_text": "it has two stacks of layers",
     "longcat_flash": "each layer has two FFNs",
@@ -140,28 +139,18 @@ REFUSED: Mapping[str, str] = {
         ("jetmoe", "step3p7", "inkling2", "inkling2_text", "inkling_mm_model", "inkling_text"),
         _UNSEEN,
     ),
-    **dict.fromkeys(("fast_vlm", "perception_lm"), _TIMM),
+    **dict.fromkeys(("fast_vlm", "gemma3n", "perception_lm"), _TIMM),
     **dict.fromkeys(
         (
-            *("blip", "blt", "chameleon", "diffusion_gemma", "evolla", "gemma4_assistant"),
-            *("gemma4_unified_assistant", "git", "idefics", "kosmos-2", "moshi", "musicgen"),
-            *("musicgen_melody", "pi0", "shieldgemma2"),
+            *("blt", "chameleon", "diffusion_gemma", "evolla", "gemma4_assistant"),
+            *("gemma4_unified_assistant", "idefics", "moshi", "musicgen", "musicgen_melody"),
+            *("pi0", "shieldgemma2"),
         ),
         _OTHER,
     ),
-    **dict.fromkeys(
-        (
-            *("bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "blenderbot"),
-            *("blenderbot-small", "camembert", "data2vec-text", "electra", "ernie", "marian"),
-            *("mbart", "megatron-bert", "mvp", "pegasus", "plbart", "prophetnet", "reformer"),
-            *("rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "trocr"),
-            *("whisper", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod", "florence2"),
-            *("pix2struct", "pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder"),
-        ),
-        _ENCODER,
-    ),
+    "t5gemma2": _ENCODER,
 }
-"""Model type → why its channels cannot be removed exactly, or not yet."""
+"""Model type → why it cannot be pruned exactly, or not yet."""
 
 _SPEC = re.compile(r"(?P<group>\w+)(?: \((?P<axes>[^)]*)\))?(?P<rest>.*)")
 
@@ -242,10 +231,22 @@ def read_entry(name: str, data: Mapping[str, Any]) -> Family | Wrapper:
     )
 
 
-_DERIVED: dict[str, Family | Wrapper] = {
-    name: WRAPPERS.get(name) or read_entry(name, data) for name, data in derived().items()
-}
-FAMILIES = {**_DERIVED, **ENCODERS, **ENCODER_DECODERS, **UNDIVIDED_MODELS}
+BY_HAND: Mapping[str, Family] = {**ENCODERS, **ENCODER_DECODERS, **UNDIVIDED_MODELS}
+"""model_type → family, of the part of the table that is not derived."""
+
+
+class _Families(UserDict[str, Any]):
+    """model_type → family; an entry of the file is built when it is asked for."""
+
+    def __getitem__(self, name: str) -> Family | Wrapper:
+        entry: Any = self.data[name]
+        if not isinstance(entry, Family | Wrapper):
+            entry = self.data[name] = WRAPPERS.get(name) or read_entry(name, entry)
+        built: Family | Wrapper = entry
+        return built
+
+
+FAMILIES = _Families({**derived(), **BY_HAND})
 """model_type → family, or ``Wrapper`` for a model with a language model in it."""
 
 
@@ -292,7 +293,7 @@ def family_of(config: Mapping[str, Any], where: object, name: str | None = None)
 
 
 def _entry(model_type: Any, where: object, code: bool) -> Family | Wrapper:
-    if model_type in REFUSED and model_type not in FAMILIES:
+    if model_type in REFUSED:
         raise FamilyError(
             where,
             f"models of type {model_type} cannot be pruned: {REFUSED[model_type]}",

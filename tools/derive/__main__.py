@@ -19,7 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from surgery.families.default_ids import DERIVED
-from surgery.families.table import REFUSED
+from surgery.families.table import BY_HAND, REFUSED
 from tools.derive.configs import registered
 from tools.derive.entry import derive
 
@@ -45,12 +45,11 @@ def _on_one_line(found: re.Match[str]) -> str:
 
 
 def main(types: Iterable[str], file: Path = DERIVED) -> None:
-    """Derive ``types``, else all but REFUSED and CORRECTED; write ``file``, old entries first."""
+    """Derive ``types``, else all that are not by hand, refused or corrected; write ``file``."""
     warnings.filterwarnings("ignore")
     known = json.loads(file.read_text("utf-8"))
-    chosen = list(types) or [
-        name for name in registered() if name not in REFUSED and name not in CORRECTED
-    ]
+    apart = {*BY_HAND, *REFUSED, *CORRECTED}
+    chosen = list(types) or [name for name in registered() if name not in apart]
     found = {}
     for name in chosen:
         try:
