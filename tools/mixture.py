@@ -51,8 +51,9 @@ def rate_at(step: int) -> float:
 
 
 @click.command()
+@click.option("--steps", default=STEPS, show_default=True, help="Fewer give a worse model sooner.")
 @click.option("-o", "output", type=click.Path(path_type=Path), required=True, metavar="DIR")
-def main(output: Path) -> None:
+def main(steps: int, output: Path) -> None:
     """Train it and save it to DIR."""
     torch.manual_seed(SEED)
     rng, text, start = np.random.default_rng(SEED), TEXT.read_text("utf-8"), time.perf_counter()
@@ -61,7 +62,7 @@ def main(output: Path) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **CONFIG))
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.1, betas=(0.9, 0.95))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_at)
-    for step in range(STEPS):
+    for step in range(steps):
         starts = rng.integers(0, len(ids) - SEQ_LEN, BATCH)
         batch = torch.stack([ids[first : first + SEQ_LEN] for first in starts])
         loss = model(input_ids=batch, labels=batch).loss

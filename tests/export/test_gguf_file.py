@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -25,9 +24,6 @@ from tests.support.command import Run, assert_refused
 from tests.support.contents import weights
 from tests.support.gguf_files import read_gguf
 from tests.support.plans import random_plan
-
-RUNTIME = "COMPACT_SURGERY_LLAMACPP"
-"""Names a Python that has the package xllamacpp, llama.cpp as a prebuilt wheel."""
 
 READ_BY_TRANSFORMERS = ("llama", "mistral", "qwen2", "phi3")
 
@@ -215,25 +211,3 @@ def test_refusals(tmp_path: Path, llama: Path, run: Run, monkeypatch: pytest.Mon
     needs = run("export", llama, "-o", file, "--pre", "gpt-2")
     assert_refused(needs, "needs the package gguf", "compact-surgery[gguf]")
     assert not file.exists()
-
-
-@pytest.mark.parametrize("key", ARCHITECTURES)
-def test_llama_cpp_gives_the_same_texts(tmp_path: Path, key: str) -> None:
-    python = os.environ.get(RUNTIME)
-    if python is None:
-        pytest.skip(f"{RUNTIME} names no Python that has xllamacpp")
-    source, file = gguf_models.save(tmp_path / "model", key), tmp_path / "model.gguf"
-    surgery.export_gguf(source, file, pre="gpt-2")
-    prompts = torch.randint(4, 600, (6, 20), generator=torch.Generator().manual_seed(1)).tolist()
-    jobs = {"prompts": prompts, "new_tokens": 8, "past_end": True}
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    script = Path(__file__).parents[2] / "tools" / "engines" / "llama_cpp.py"
-    subprocess.run([python, script, file, tmp_path / "jobs.json"], check=True, timeout=120)
-    found = json.loads((tmp_path / "jobs.json").read_text())["completions"]
-    model = tiny.load(source, key)
-    for prompt, own in zip(prompts, found, strict=True):
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + own])).logits[0, len(prompt) - 1 : -1]
-        chosen = logits.gather(1, torch.tensor(own)[:, None])[:, 0]
-        # Of two tokens whose logits differ by less than rounding, either may be taken.
-        assert (logits.max(dim=1).values - chosen).max() < 0.01, key

@@ -1,27 +1,91 @@
 """The table of engines: a row for each, with its reason where it cannot run a model."""
 
+import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support import tiny
 from tools.engines import __main__ as engines
+from tools.engines import environments
+from tools.engines.comparison import compare
+from tools.engines.environments import ENGINES, Engine
+from tools.engines.jobs import Jobs, best
+
+
+def result(*texts: list[tuple[int, float]], second: float = -3.0) -> Jobs:
+    """Greedy ids with their log-probabilities; id 9 is the second everywhere."""
+    return {
+        "completions": [[id_ for id_, _ in text] for text in texts],
+        "top": [[[(id_, value), (9, second)] for id_, value in text] for text in texts],
+    }
+
+
+def test_texts_are_compared_up_to_where_they_part() -> None:
+    wanted = result([(1, -0.1), (2, -0.2)], [(3, -0.3), (4, -0.4)])
+    same = compare(wanted, result([(1, -0.1), (2, -0.2)], [(3, -0.35), (4, -0.4)]), ends=())
+    assert (same.equal, same.ties, same.right, same.cell) == (2, (), True, "2 of 2")
+    assert same.difference == "0.05000"
+    other = compare(wanted, result([(1, -0.1), (7, -0.2)], [(3, -0.3), (4, -0.4)]), ends=())
+    assert (other.equal, other.right, other.cell) == (1, False, "1 of 2")
+    unseen = {**wanted, "top": [[[], []], [[], []]]}
+    assert compare(wanted, unseen, ends=()).difference == "not given"
+
+
+def test_a_tie_is_counted_apart() -> None:
+    wanted = result([(1, -0.1), (2, -0.2)], second=-0.2004)
+    tied = compare(wanted, result([(1, -0.1), (9, -0.2)]), ends=())
+    assert (tied.equal, tied.right, tied.cell) == (0, True, "0 of 1, 1 at a tie of 0.00040")
+    wanted = result([(1, -0.1), (2, -0.2)], second=-0.21)
+    assert not compare(wanted, result([(1, -0.1), (9, -0.2)]), ends=()).right
+
+
+def test_texts_end_at_an_end_of_text_token() -> None:
+    wanted = result([(1, -0.1), (2, -0.2), (3, -0.3)])
+    for found in ([(1, -0.1)], [(1, -0.1), (5, -9.0)]):
+        assert compare(wanted, result(found), ends=(2, 5)).right
+    assert not compare(wanted, result([(1, -0.1)]), ends=()).right
+
+
+def test_log_probabilities_are_of_the_likeliest_ids() -> None:
+    logits = torch.tensor([0.0, 3.0, 1.0, 2.0, -1.0, 0.5])
+    found = best(logits.numpy())
+    assert [id_ for id_, _ in found] == [1, 3, 2, 5, 0]
+    wanted = logits.log_softmax(0)
+    assert [value for _, value in found] == pytest.approx([wanted[id_].item() for id_, _ in found])
 
 
 def test_a_row_for_each_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny.save(tmp_path / "model")
-    monkeypatch.setattr(engines, "VARIANTS", {})
-    broken = engines.Engine("broken", "torch", "no_such_script.py")
-    missing = engines.Engine("missing", "torch", "x.py", ("no such requirement",))
-    (tmp_path / "work").mkdir()
-    monkeypatch.setattr(engines.venv, "create", lambda *_, **__: None)
-    rows = engines.rows_of(model, tmp_path / "work", [engines.ENGINES[0], broken, missing])
-    first, second, third = rows
+    """transformers and, where it is installed, llama.cpp run a model; the others say why not."""
+    model, work = tiny.save(tmp_path / "model"), tmp_path / "work"
+    monkeypatch.setattr("surgery.export.gguf_file.recorded_pre_tokenizer", lambda _: "gpt-2")
+    monkeypatch.setattr(engines, "DENSE_VARIANTS", {})
+    broken = Engine("broken", "torch", "no_such_script")
+    missing = Engine("missing", "torch", "x", ("no such requirement",), required=True)
+    llama = Engine("llama.cpp", "xllamacpp", "llama_cpp", gguf=True)
+    work.mkdir()
+    monkeypatch.setattr(environments.venv, "create", lambda *_, **__: None)
+    rows, faults = engines.rows_of(model, work, [ENGINES[0], broken, missing, llama])
+    first, second, third, fourth = rows
     assert first.startswith("| transformers 5 | ")
-    assert first.endswith("model, dense | yes | compared with |")
+    assert first.endswith("model, dense | yes | compared with | |")
     assert "model, dense | no: " in second
-    assert "no_such_script.py" in second
-    assert third.startswith("| missing | | model | is not installed: ")
+    assert "no_such_script" in second
+    assert third.startswith("| missing |  | model | is not installed: ")
+    assert faults == [third]
+    if environments.version_of(Path(sys.executable), "xllamacpp"):
+        found = re.search(r"model, dense \| yes \| (\d+) of 20(?:, (\d+) at a tie)?", fourth)
+        assert found, fourth
+        assert sum(int(number or 0) for number in found.groups()) == 20
+    else:
+        assert "model, dense | no: " in fourth
+    shutil.rmtree(model)  # what is kept is not run again
+    monkeypatch.setattr(engines, "variants_of", lambda *_: {"dense": model})
+    monkeypatch.setattr(engines, "ends_of", lambda _: set())
+    assert engines.rows_of(model, work, [ENGINES[0]]) == ([first], [])
 
 
 def test_the_prompts_are_twenty() -> None:

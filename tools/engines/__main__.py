@@ -1,140 +1,97 @@
 """Try pruned checkpoints in engines, each in an environment of its own, and write docs/engines.md.
 
-    python -m tools.engines --model build/smollm2 --work build/engines
+    python -m tools.engines --model build/smollm2 --model build/gemma3 --work build/engines
 
-A model is tried dense, without a part of its vocabulary, of that and its channels, and of its
-layers, too. What is kept is chosen by chance: it is not the texts' quality that counts, but whether
-an engine's greedy texts are those of transformers.
+A model is tried dense and pruned in several ways. What is kept is chosen by chance: it is not the
+texts' quality that counts, but whether an engine's greedy texts are those of transformers. Results
+are kept in the folder of ``--work``: what is there is not run again.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
+import re
 import sys
-import sysconfig
-import venv
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import takewhile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
 from tokenizers import Tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+import surgery
+from surgery.errors import SurgeryError
+from tools.engines.comparison import compare
+from tools.engines.environments import (
+    ENGINES,
+    ROOT,
+    Engine,
+    Failure,
+    call,
+    python_of,
+    version_of,
+)
+from tools.engines.jobs import Jobs
+
 SCRIPTS = Path(__file__).resolve().parent
 PAGE = ROOT / "docs" / "engines.md"
 MARKS = ("<!-- engines: made by python -m tools.engines -->", "<!-- end of engines -->")
 PROMPTS = SCRIPTS / "prompts.txt"
 NEW_TOKENS = 12
-TIMEOUT_SECONDS = 1800
 
 PRUNE = "from surgery.cli.main import main; main()"
 
-TRANSFORMERS_4 = ("transformers==4.57.6", "tokenizers==0.22.2", "sentencepiece", "protobuf")
+Variants = dict[str, tuple[str, ...]]
+"""Variant → options of prune; "layers" stands for all but two in the middle."""
 
-
-@dataclass(frozen=True)
-class Engine:
-    """An engine, and how it is installed and run."""
-
-    name: str
-    package: str
-    """Whose version the page shows."""
-    script: str
-    """In this folder; it takes a model and a file of jobs."""
-    requirements: tuple[str, ...] = ()
-    """What its environment holds; without any, it is this one."""
-    shares_torch: bool = False
-    """Whether the environment sees this one's packages behind its own."""
-    gguf: bool = False
-    """Whether it takes a GGUF file."""
-
-
-ENGINES = (
-    Engine("transformers 5", "transformers", "transformers_cpu.py"),
-    Engine("transformers 4", "transformers", "transformers_cpu.py", TRANSFORMERS_4, True),
-    Engine("llama.cpp", "xllamacpp", "llama_cpp.py", ("xllamacpp",), gguf=True),
-    Engine(
-        "CTranslate2",
-        "ctranslate2",
-        "ctranslate2_cpu.py",
-        ("ctranslate2", *TRANSFORMERS_4),
-        True,
-    ),
-)
-"""The first is what the others are compared with."""
-
-VARIANTS = {
+DENSE_VARIANTS: Variants = {
     "vocabulary": ("--ratio", "0.2", "--only", "vocabulary"),
     "both": ("--ratio", "0.2"),
-    "both and layers": ("--ratio", "0.3", "--layers"),
+    "both, −33 %": ("--ratio", "0.33"),
+    "both and layers": ("--ratio", "0.33", "--layers", "layers"),
 }
-"""Variant → options of prune."""
-
-
-class Failure(Exception):
-    """An engine cannot be installed, or cannot run a model; the text is the reason."""
-
-
-def call(*command: object) -> None:
-    """Run a command; its last line on stderr is the reason of a failure."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    try:
-        done = subprocess.run(
-            [*map(str, command)],
-            capture_output=True,
-            text=True,
-            env=environment,
-            timeout=TIMEOUT_SECONDS,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Failure(str(error)) from error
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise Failure(lines[-1] if lines else f"exit status {done.returncode}")
-
-
-def python_of(engine: Engine, work: Path) -> Path:
-    """Install an engine, unless it is there, and return its Python."""
-    if not engine.requirements:
-        return Path(sys.executable)
-    home = work / engine.name.replace(" ", "-")
-    python = home / ("Scripts" if os.name == "nt" else "bin") / "python"
-    if not (home / "done").exists():
-        venv.create(home, clear=True, with_pip=True)
-        call(python, "-m", "pip", "install", "--only-binary", ":all:", *engine.requirements)
-        if engine.shares_torch:
-            script = "import sysconfig; print(sysconfig.get_path('purelib'))"
-            found = subprocess.run([python, "-c", script], capture_output=True, text=True)
-            shared = Path(found.stdout.strip()) / "torch.pth"
-            shared.write_text(sysconfig.get_path("purelib"))
-        (home / "done").touch()
-    return python
-
-
-def version_of(python: Path, package: str) -> str:
-    """Return the version of a package in an environment."""
-    script = f"from importlib.metadata import version; print(version({package!r}))"
-    done = subprocess.run([python, "-c", script], capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+MIXTURE_VARIANTS: Variants = {
+    "vocabulary": ("--vocab-size", "1536"),
+    "both": ("--vocab-size", "1536", "--width", "moe_intermediate_size=96"),
+    "both and layers": (
+        *("--vocab-size", "1536", "--width", "moe_intermediate_size=96"),
+        *("--layers", "layers"),
+    ),
+    "experts": ("--num-experts", "12", "--expert-criterion", "random"),
+}
+"""Those of ``tools/mixture.py``, of which the vocabulary is a small part."""
 
 
 def variants_of(model: Path, work: Path) -> dict[str, Path]:
     """Return name → checkpoint, made unless it is there."""
-    layers = json.loads((model / "config.json").read_text("utf-8"))["num_hidden_layers"]
+    config = json.loads((model / "config.json").read_text("utf-8"))
+    layers = config["num_hidden_layers"]
+    removed = (layers // 2, layers // 2 + 1)
+    kept = ",".join(str(layer) for layer in range(layers) if layer not in removed)
     made = {"dense": model}
-    for name, options in VARIANTS.items():
-        out = work / f"{model.name}-{name.replace(' ', '-')}"
-        kept = [f"0-{layers // 2 - 1},{layers // 2 + 2}-{layers - 1}"] if "layers" in name else []
+    variants = MIXTURE_VARIANTS if "moe_intermediate_size" in config else DENSE_VARIANTS
+    for name, options in variants.items():
+        out = work / f"{model.name}-{slug(name)}"
         if not out.exists():
-            how = (*options, *kept, "--criterion", "random", "-o", out)
-            call(sys.executable, "-c", PRUNE, "prune", model, *how)
+            how = [kept if option == "layers" else option for option in options]
+            call(
+                sys.executable,
+                "-c",
+                PRUNE,
+                "prune",
+                model,
+                *how,
+                "--criterion",
+                "random",
+                "-o",
+                out,
+            )
         made[name] = out
     return made
+
+
+def slug(name: str) -> str:
+    """Return a name as a part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def ends_of(model: Path) -> set[int]:
@@ -147,50 +104,79 @@ def ends_of(model: Path) -> set[int]:
     return found
 
 
-def completions(engine: Engine, python: Path, model: Path, work: Path) -> list[list[int]]:
-    """Return the greedy completions of the prompts, up to a token that ends the text."""
-    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    prompts = PROMPTS.read_text("utf-8").splitlines()
-    jobs = {"prompts": [tokenizer.encode(text).ids for text in prompts], "new_tokens": NEW_TOKENS}
-    path, target = work / "jobs.json", model
-    path.write_text(json.dumps(jobs), encoding="utf-8")
-    if engine.gguf:
-        import surgery
+def results_of(
+    engine: Engine, python: Path, checkpoints: dict[str, Path], work: Path
+) -> Iterator[tuple[str, Jobs]]:
+    """Yield name → results of each checkpoint; those that are kept in ``work`` are not run."""
+    files: dict[str, Path] = {}
+    for name, model in checkpoints.items():
+        files[name] = path = work / f"{slug(engine.name)}-{slug(model.name)}.json"
+        if "completions" not in _read(path):
+            tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+            prompts = [tokenizer.encode(t).ids for t in PROMPTS.read_text("utf-8").splitlines()]
+            jobs = {"model": str(model), "prompts": prompts, "new_tokens": NEW_TOKENS}
+            path.write_text(json.dumps(jobs), encoding="utf-8")
+    todo = [name for name, path in files.items() if "completions" not in _read(path)]
+    reason = ""
+    try:
+        if engine.gguf:
+            for name in todo:
+                _run_gguf(engine, python, checkpoints[name], files[name])
+        elif todo:
+            call(python, "-m", f"tools.engines.{engine.script}", *(files[name] for name in todo))
+    except Failure as error:
+        reason = str(error)
+    for name, path in files.items():
+        found = _read(path)
+        if "completions" not in found:
+            found.setdefault("error", reason or "gave no texts")
+        yield name, found
 
-        target = work / f"{model.name}.gguf"
+
+def _run_gguf(engine: Engine, python: Path, model: Path, jobs: Path) -> None:
+    target = jobs.with_suffix(".gguf")
+    try:
         surgery.export_gguf(model, target, type="f32", force=True)
-    call(python, SCRIPTS / engine.script, target, path)
-    if engine.gguf:
-        target.unlink()
-    found: list[list[int]] = json.loads(path.read_text("utf-8"))["completions"]
-    ends = ends_of(model)
-    return [list(takewhile(lambda id_: id_ not in ends, ids)) for ids in found]
+    except SurgeryError as error:
+        raise Failure(str(error)) from error
+    jobs.write_text(json.dumps({**_read(jobs), "model": str(target)}), encoding="utf-8")
+    call(python, "-m", f"tools.engines.{engine.script}", jobs)
+    target.unlink()
 
 
-def rows_of(model: Path, work: Path, engines: Sequence[Engine]) -> list[str]:
-    """Return the rows of the page for one model."""
-    rows, wanted = [], dict[str, list[list[int]]]()
+def _read(path: Path) -> Jobs:
+    found: Jobs = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return found
+
+
+def rows_of(model: Path, work: Path, engines: Sequence[Engine]) -> tuple[list[str], list[str]]:
+    """Return the rows of the page for one model, and those of them that should not be there."""
+    rows, faults, wanted = list[str](), list[str](), dict[str, Jobs]()
     checkpoints = variants_of(model, work)
     for engine in engines:
-        head = f"| {engine.name} "
         try:
             python = python_of(engine, work)
         except Failure as error:
-            rows.append(f"{head}| | {model.name} | is not installed: {error} | |")
+            python, reason = None, str(error)
+        head = f"| {engine.name} | {version_of(python, engine.package) if python else ''} "
+        if python is None:
+            row = f"{head}| {model.name} | is not installed: {reason} | | |"
+            rows.append(row)
+            faults += [row] if engine.required else []
             continue
-        head += f"| {version_of(python, engine.package)} | {model.name}, "
-        for name, path in checkpoints.items():
-            try:
-                found = completions(engine, python, path, work)
-            except Failure as error:
-                rows.append(f"{head}{name} | no: {error} | |")
-                continue
-            first = wanted.setdefault(name, found)
-            same = sum(map(list.__eq__, first, found))
-            texts = "compared with" if first is found else f"{same} of {len(found)}"
-            rows.append(f"{head}{name} | yes | {texts} |")
-            click.echo(rows[-1])
-    return rows
+        for name, found in results_of(engine, python, checkpoints, work):
+            row, right = f"{head}| {model.name}, {name} ", True
+            if "completions" not in found:
+                row, right = f"{row}| no: {found['error']} | | |", False
+            elif wanted.setdefault(name, found) is found:
+                row += "| yes | compared with | |"
+            else:
+                both = compare(wanted[name], found, ends_of(checkpoints[name]))
+                row, right = f"{row}| yes | {both.cell} | {both.difference} |", both.right
+            click.echo(row)
+            rows.append(row)
+            faults += [row] if engine.required and not right else []
+    return rows, faults
 
 
 @click.command()
@@ -202,14 +188,21 @@ def main(models: tuple[Path, ...], work: Path, names: tuple[str, ...]) -> None:
     work.mkdir(parents=True, exist_ok=True)
     first, *others = ENGINES
     engines = [first, *(e for e in others if not names or e.name in names)]
-    rows = ["| engine | version | model | loads | greedy texts equal |", "|---|---|---|---|---|"]
+    rows = [
+        "| engine | version | model | loads | greedy texts equal | log-probabilities within |",
+        "|---|---|---|---|---|---|",
+    ]
+    faults: list[str] = []
     for model in models:
-        rows += rows_of(model.absolute(), work.absolute(), engines)
+        more, wrong = rows_of(model.absolute(), work.absolute(), engines)
+        rows, faults = rows + more, faults + wrong
     before, rest = PAGE.read_text("utf-8").split(MARKS[0])
     table = "\n".join(rows)
     PAGE.write_text(
         f"{before}{MARKS[0]}\n\n{table}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}", "utf-8"
     )
+    if faults:
+        raise click.ClickException("\n".join(["these have to be right:", *faults]))
 
 
 if __name__ == "__main__":

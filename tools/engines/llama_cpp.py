@@ -1,10 +1,10 @@
-"""Tokenize texts and complete prompts in llama.cpp (package xllamacpp); imports nothing else.
+"""Tokenize texts and complete prompts in llama.cpp (package xllamacpp).
 
-    python tools/engines/llama_cpp.py MODEL.gguf JOBS.json
+    python -m tools.engines.llama_cpp JOBS.json
 
-JOBS.json has ``prompts`` (lists of token ids), ``new_tokens`` and, if wanted, ``texts``. The
-results are written into it: ``completions``, the ids that follow each prompt by greedy choice, and
-``ids``, those of each text. End-of-text tokens end a completion, unless ``past_end`` is true.
+``model`` of JOBS.json is a GGUF file. Its cache is in f32, and attention is computed without
+llama.cpp's flash attention, which rounds to f16. Besides what ``jobs.py`` says, ``texts`` may be
+there, of which ``ids`` are made. End-of-text tokens end a completion, unless ``past_end`` is true.
 """
 
 from __future__ import annotations
@@ -13,22 +13,24 @@ import json
 import os
 import sys
 import urllib.request
-from pathlib import Path
 from typing import Any
 
+from tools.engines.jobs import TOP, Jobs, Step, run
+
 CONTEXT = 2048
+"""Positions of the cache."""
 
 
-def main(model: str, jobs_path: str) -> None:
-    """Run the jobs of a file."""
+def complete(jobs: Jobs) -> Jobs:
+    """Run one file of jobs."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel = model, CONTEXT, 1
+    params.model.path, params.n_ctx, params.n_parallel = jobs["model"], CONTEXT, 1
     params.cpuparams.n_threads, params.warmup, params.verbosity = 1, False, -1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(params)
-    path = Path(jobs_path)
-    jobs: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
 
     def post(name: str, body: dict[str, Any]) -> Any:
         data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
@@ -40,18 +42,26 @@ def main(model: str, jobs_path: str) -> None:
         body = {"content": text, "add_special": False, "parse_special": True}
         return list(post("tokenize", body)["tokens"])
 
-    def complete(prompt: list[int]) -> list[int]:
-        greedy = {"temperature": 0, "top_k": 1, "repeat_penalty": 1.0}
+    def steps(prompt: list[int]) -> tuple[list[int], list[Step]]:
+        greedy = {"temperature": 0, "top_k": 1, "repeat_penalty": 1.0, "n_probs": TOP}
         body = {"prompt": prompt, "n_predict": jobs["new_tokens"], "return_tokens": True, **greedy}
         if jobs.get("past_end"):
             body["ignore_eos"] = True  # then no end-of-text token is ever chosen
-        return list(post("completion", body)["tokens"])
+        answer = post("completion", body)
+        ids, places = list(answer["tokens"]), answer.get("completion_probabilities", [])
+        if len(places) != len(ids):  # of a character that is not yet whole, none is sent
+            return ids, [[] for _ in ids]
+        tops = [[(one["id"], one["logprob"]) for one in place["top_logprobs"]] for place in places]
+        return ids, tops
 
-    jobs["ids"] = [tokenize(text) for text in jobs.get("texts", [])]
-    jobs["completions"] = [complete(prompt) for prompt in jobs["prompts"]]
-    path.write_text(json.dumps(jobs), encoding="utf-8")
-    os._exit(0)  # the server's threads do not end
+    found = [steps(prompt) for prompt in jobs["prompts"]]
+    return {
+        "ids": [tokenize(text) for text in jobs.get("texts", [])],
+        "completions": [ids for ids, _ in found],
+        "top": [tops for _, tops in found],
+    }
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run(sys.argv[1:], complete)
+    os._exit(0)  # the server's threads do not end

@@ -1,40 +1,45 @@
 """Complete prompts greedily with the transformers of the Python that runs this.
 
-    python tools/engines/transformers_cpu.py DIR JOBS.json
-
-JOBS.json is as for ``llama_cpp.py``. End-of-text tokens do not end a completion.
+python -m tools.engines.transformers_cpu JOBS.json ...
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
+from tools.engines.jobs import Jobs, Step, best, results, run
 
-def main(model: str, jobs_path: str) -> None:
-    """Run the jobs of a file."""
+
+def load(directory: str, **options: Any) -> Any:
+    """Load a model in float32, on one thread."""
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
-    path = Path(jobs_path)
-    jobs: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    loaded: Any = AutoModelForCausalLM.from_pretrained(model, torch_dtype=torch.float32).eval()
+    torch.manual_seed(0)
+    options = {"torch_dtype": torch.float32, **options}
+    return AutoModelForCausalLM.from_pretrained(directory, **options).eval()
 
-    @torch.no_grad()
-    def complete(prompt: list[int]) -> list[int]:
-        ids, cache, found = torch.tensor([prompt]), None, list[int]()
-        for _ in range(jobs["new_tokens"]):
-            out = loaded(ids, past_key_values=cache, use_cache=True)
-            ids, cache = out.logits[:, -1].argmax(dim=1, keepdim=True), out.past_key_values
-            found.append(int(ids))
-        return found
 
-    jobs["completions"] = [complete(prompt) for prompt in jobs["prompts"]]
-    path.write_text(json.dumps(jobs), encoding="utf-8")
+def complete(model: Any, jobs: Jobs) -> Jobs:
+    """Complete the prompts, those of one length together, so that none needs padding."""
+    import torch
+
+    prompts = jobs["prompts"]
+    found: list[list[Step]] = [[] for _ in prompts]
+    with torch.no_grad():
+        for length in sorted({len(prompt) for prompt in prompts}):
+            rows = [row for row, prompt in enumerate(prompts) if len(prompt) == length]
+            ids, cache = torch.tensor([prompts[row] for row in rows]), None
+            for _ in range(jobs["new_tokens"]):
+                out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+                steps = [best(logits) for logits in out.logits[:, -1].float().numpy()]
+                for row, step in zip(rows, steps, strict=True):
+                    found[row].append(step)
+                ids, cache = torch.tensor([[step[0][0]] for step in steps]), out.past_key_values
+    return results(found)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run(sys.argv[1:], lambda jobs: complete(load(jobs["model"]), jobs))
