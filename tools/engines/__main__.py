@@ -59,6 +59,8 @@ MIXTURE_VARIANTS: Variants = {
     "experts": ("--num-experts", "12", "--expert-criterion", "random"),
 }
 """Those of ``tools/mixture.py``, of which the vocabulary is a small part."""
+MIXTURE_PRE = "gpt-2"
+"""How its tokenizer splits text, which nobody but us knows."""
 
 
 def variants_of(model: Path, work: Path) -> dict[str, Path]:
@@ -136,7 +138,8 @@ def results_of(
 def _run_gguf(engine: Engine, python: Path, model: Path, jobs: Path) -> None:
     target = jobs.with_suffix(".gguf")
     try:
-        surgery.export_gguf(model, target, type="f32", force=True)
+        pre = MIXTURE_PRE if "moe_intermediate_size" in _read(model / "config.json") else None
+        surgery.export_gguf(model, target, type="f32", pre=pre, force=True)
     except SurgeryError as error:
         raise Failure(str(error)) from error
     jobs.write_text(json.dumps({**_read(jobs), "model": str(target)}), encoding="utf-8")
