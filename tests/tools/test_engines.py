@@ -11,7 +11,7 @@ import torch
 from tests.support import tiny
 from tools.engines import __main__ as engines
 from tools.engines import environments
-from tools.engines.comparison import compare
+from tools.engines.comparison import compare, compare_embeddings
 from tools.engines.environments import ENGINES, Engine
 from tools.engines.jobs import Jobs, best
 
@@ -48,6 +48,13 @@ def test_texts_end_at_an_end_of_text_token() -> None:
     for found in ([(1, -0.1)], [(1, -0.1), (5, -9.0)]):
         assert compare(wanted, result(found), ends=(2, 5)).right
     assert not compare(wanted, result([(1, -0.1)]), ends=()).right
+
+
+def test_embeddings_are_compared_by_their_cosine() -> None:
+    wanted = {"embeddings": [[1.0, 0.0], [0.6, 0.8]]}
+    near = compare_embeddings(wanted, {"embeddings": [[1.0, 1e-4], [0.8, 0.6]]})
+    assert (near.texts, near.equal, near.right) == (2, 1, False)
+    assert near.difference == "0.20000"
 
 
 def test_log_probabilities_are_of_the_likeliest_ids() -> None:

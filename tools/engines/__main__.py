@@ -20,8 +20,9 @@ from tokenizers import Tokenizer
 
 import surgery
 from surgery.errors import SurgeryError
-from tools.engines.comparison import compare
+from tools.engines.comparison import Comparison, compare, compare_embeddings
 from tools.engines.environments import (
+    EMBEDDERS,
     ENGINES,
     ROOT,
     Engine,
@@ -59,6 +60,7 @@ MIXTURE_VARIANTS: Variants = {
     "experts": ("--num-experts", "12", "--expert-criterion", "random"),
 }
 """Those of ``tools/mixture.py``, of which the vocabulary is a small part."""
+EMBEDDER_VARIANTS = {name: DENSE_VARIANTS[name] for name in ("vocabulary", "both")}
 MIXTURE_PRE = "gpt-2"
 """How its tokenizer splits text, which nobody but us knows."""
 
@@ -71,6 +73,8 @@ def variants_of(model: Path, work: Path) -> dict[str, Path]:
     kept = ",".join(str(layer) for layer in range(layers) if layer not in removed)
     made = {"dense": model}
     variants = MIXTURE_VARIANTS if "moe_intermediate_size" in config else DENSE_VARIANTS
+    if embeds(model):
+        variants = EMBEDDER_VARIANTS
     for name, options in variants.items():
         out = work / f"{model.name}-{slug(name)}"
         if not out.exists():
@@ -89,6 +93,11 @@ def variants_of(model: Path, work: Path) -> dict[str, Path]:
             )
         made[name] = out
     return made
+
+
+def embeds(model: Path) -> bool:
+    """Whether a model is one of sentence-transformers."""
+    return (model / "modules.json").is_file()
 
 
 def slug(name: str) -> str:
@@ -113,12 +122,13 @@ def results_of(
     files: dict[str, Path] = {}
     for name, model in checkpoints.items():
         files[name] = path = work / f"{slug(engine.name)}-{slug(model.name)}.json"
-        if "completions" not in _read(path):
+        if not _done(_read(path)):
             tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-            prompts = [tokenizer.encode(t).ids for t in PROMPTS.read_text("utf-8").splitlines()]
-            jobs = {"model": str(model), "prompts": prompts, "new_tokens": NEW_TOKENS}
+            texts = PROMPTS.read_text("utf-8").splitlines()
+            jobs = {"prompts": [tokenizer.encode(text).ids for text in texts], "texts": texts}
+            jobs |= {"model": str(model), "new_tokens": NEW_TOKENS}
             path.write_text(json.dumps(jobs), encoding="utf-8")
-    todo = [name for name, path in files.items() if "completions" not in _read(path)]
+    todo = [name for name, path in files.items() if not _done(_read(path))]
     reason = ""
     try:
         if engine.gguf:
@@ -130,9 +140,13 @@ def results_of(
         reason = str(error)
     for name, path in files.items():
         found = _read(path)
-        if "completions" not in found:
+        if not _done(found):
             found.setdefault("error", reason or "gave no texts")
         yield name, found
+
+
+def _done(found: Jobs) -> bool:
+    return "completions" in found or "embeddings" in found
 
 
 def _run_gguf(engine: Engine, python: Path, model: Path, jobs: Path) -> None:
@@ -169,17 +183,23 @@ def rows_of(model: Path, work: Path, engines: Sequence[Engine]) -> tuple[list[st
             continue
         for name, found in results_of(engine, python, checkpoints, work):
             row, right = f"{head}| {model.name}, {name} ", True
-            if "completions" not in found:
+            if not _done(found):
                 row, right = f"{row}| no: {found['error']} | | |", False
             elif wanted.setdefault(name, found) is found:
                 row += "| yes | compared with | |"
             else:
-                both = compare(wanted[name], found, ends_of(checkpoints[name]))
+                both = _compared(wanted[name], found, checkpoints[name])
                 row, right = f"{row}| yes | {both.cell} | {both.difference} |", both.right
             click.echo(row)
             rows.append(row)
             faults += [row] if engine.required and not right else []
     return rows, faults
+
+
+def _compared(wanted: Jobs, found: Jobs, model: Path) -> Comparison:
+    if "embeddings" in found:
+        return compare_embeddings(wanted, found)
+    return compare(wanted, found, ends_of(model))
 
 
 @click.command()
@@ -189,14 +209,14 @@ def rows_of(model: Path, work: Path, engines: Sequence[Engine]) -> tuple[list[st
 def main(models: tuple[Path, ...], work: Path, names: tuple[str, ...]) -> None:
     """Try models in engines, and write the table of docs/engines.md."""
     work.mkdir(parents=True, exist_ok=True)
-    first, *others = ENGINES
-    engines = [first, *(e for e in others if not names or e.name in names)]
     rows = [
         "| engine | version | model | loads | greedy texts equal | log-probabilities within |",
         "|---|---|---|---|---|---|",
     ]
     faults: list[str] = []
     for model in models:
+        first, *others = EMBEDDERS if embeds(model) else ENGINES
+        engines = [first, *(e for e in others if not names or e.name in names)]
         more, wrong = rows_of(model.absolute(), work.absolute(), engines)
         rows, faults = rows + more, faults + wrong
     before, rest = PAGE.read_text("utf-8").split(MARKS[0])

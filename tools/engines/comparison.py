@@ -6,6 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import takewhile, zip_longest
 
+import numpy as np
+
 from tools.engines.jobs import Jobs, Step
 
 TIE = 0.001
@@ -23,7 +25,8 @@ class Comparison:
     ties: tuple[float, ...]
     """Of texts that part at a tie: by how much transformers prefers its own token."""
     largest: float | None
-    """Difference of a greedy token's log-probability, up to where texts part; None if unseen."""
+    """Difference of a greedy token's log-probability, up to where texts part, or of a number of an
+    embedding; None if unseen."""
 
     @property
     def right(self) -> bool:
@@ -66,3 +69,14 @@ def compare(wanted: Jobs, found: Jobs, ends: Collection[int]) -> Comparison:
             ties.append(tops[parted][0][1] - taken)
     largest = max(differences, default=None)
     return Comparison(len(wanted["completions"]), equal, tuple(ties), largest)
+
+
+COSINE = 0.99999
+"""Embeddings are equal from this cosine on."""
+
+
+def compare_embeddings(wanted: Jobs, found: Jobs) -> Comparison:
+    """Compare an engine's embeddings with transformers'; both have length 1."""
+    first, second = np.array(wanted["embeddings"]), np.array(found["embeddings"])
+    equal = int(((first * second).sum(axis=1) >= COSINE).sum())
+    return Comparison(len(first), equal, (), float(np.abs(first - second).max()))

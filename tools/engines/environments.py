@@ -77,6 +77,18 @@ ENGINES = (
 )
 """The first is what the others are compared with."""
 
+EMBEDDERS = (
+    Engine("transformers 5", "transformers", "embeddings_cpu", required=True),
+    Engine(
+        "sentence-transformers",
+        "sentence-transformers",
+        "sentence_transformers_cpu",
+        ("sentence-transformers",),
+        shares_torch=True,
+    ),
+)
+"""Those that embed texts, for models of sentence-transformers."""
+
 
 class Failure(Exception):
     """An engine cannot be installed, or cannot run a model; the text is the reason."""
