@@ -1,4 +1,4 @@
-"""Measure what the project claims: speed and memory of commands, and of models that are served.
+"""Measure what the project claims: speed and memory, of served models too; what training buys.
 
     python -m tools.bench apply --work DIR
     python -m tools.bench experts --work DIR
@@ -9,6 +9,7 @@
     python -m tools.bench serve DENSE PRUNED --work DIR
     python -m tools.bench start --work DIR
     python -m tools.bench wide --work DIR
+    python -m tools.bench recover MODEL PRUNED --data TEXT --unseen OTHER --work DIR
 
 Every stage runs in a child process of its own. Linux only. This process stays small: what needs
 numpy or torch is done by children.
@@ -27,9 +28,12 @@ from typing import Any
 
 import click
 
+from calib.recovery.options import CONTINUE, DISTILL
+from surgery.cli.options import gathered
 from tools.bench import serve
 from tools.bench.child import ROOT, Usage, compact_surgery, measure, python_module, summary
 from tools.bench.hub import COMMIT, NAME, PeakDisk, on_hub, running_hub
+from tools.bench.recover import Training, bench_methods, draw, table
 
 MB = 10**6
 COLUMNS = {
@@ -55,6 +59,7 @@ print(*(name for name in ("torch", "transformers", "tokenizers") if name in sys.
 """Run a command and print, last, which of the heavy libraries it imported."""
 
 Facts = dict[str, Any]
+file_type = click.Path(path_type=Path)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 work_option = click.option(
     "--work",
@@ -382,6 +387,46 @@ def bench_wide(channels: int, work: Path, as_json: bool) -> None:
         shutil.rmtree(work / name)
     facts["large_over_small"] = facts["large"]["peak_rss_bytes"] / facts["small"]["peak_rss_bytes"]
     _show(facts, as_json, ["small", "large"])
+
+
+@main.command("recover")
+@click.argument("model")
+@click.argument("pruned", type=file_type)
+@gathered(
+    "how",
+    Training,
+    click.option("--data", required=True, type=file_type, help="Text to train on."),
+    click.option("--unseen", required=True, type=file_type, help="Text to score on."),
+    click.option("--tasks", multiple=True, type=file_type, help="Task file; several times."),
+    click.option("--minutes", default=60.0, show_default=True, help="For each method."),
+    click.option("--seq-len", default=512, show_default=True, help="Tokens of a window."),
+    work_option,
+)
+@click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    default=(DISTILL, CONTINUE),
+    show_default=True,
+    type=click.Choice((DISTILL, CONTINUE)),
+)
+@click.option("--beside", multiple=True, type=file_type, help="More models, as a repaired one.")
+@click.option("--plot", type=file_type, help="Write a picture, .png or .svg.")
+@json_option
+def bench_recover(  # noqa: PLR0913
+    model: str,
+    pruned: Path,
+    how: Training,
+    methods: Sequence[str],
+    beside: Sequence[Path],
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Train a pruned model by several methods for equal time: bits and right answers."""
+    found = bench_methods(model, pruned, methods, beside, how)
+    click.echo(json.dumps(found) if as_json else table(found))
+    if plot is not None:
+        draw(found, plot)
 
 
 def _show(facts: Facts, as_json: bool, stages: list[str]) -> None:
