@@ -474,10 +474,12 @@ _KOSMOS = _undivided(
 )
 
 
-_GEMMA3N = _undivided(("model.embed_tokens",), "lm_head", carried=("model.",))
-_PER_LAYER = Slot(
-    "model.embed_tokens_per_layer.weight", "vocabulary", (TEXT_VOCAB, None), required=False
+_GEMMA3N = _undivided(
+    ("model.embed_tokens",),
+    "lm_head",
+    carried=tuple(f"model.{name}" for name in ("layers.", "norm.", "altup_", "per_layer_")),
 )
+_PER_LAYER = Slot("model.embed_tokens_per_layer.weight", "vocabulary", (TEXT_VOCAB, None))
 
 UNDIVIDED_MODELS: dict[str, Family] = {
     "xlm": _undivided(

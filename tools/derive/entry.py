@@ -52,7 +52,8 @@ def _tokens(model_type: str) -> dict[str, Any]:
 
 def _ids(config: Any) -> dict[str, Any]:
     keys = {k: v for k, v in vars(config).items() if ID_KEY.fullmatch(k) or k in COUNTS}
-    return {key: value for key, value in keys.items() if value is not None and value != []}
+    told = {key: value for key, value in keys.items() if value is not None and value != []}
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in told.items()}
 
 
 def _family(seen: Seen) -> dict[str, Any]:
