@@ -136,12 +136,16 @@ def recover(
     checkpoint like DIR. If no state is better than DIR, nothing is written. OUT.training holds the
     last checkpoint until OUT is written: a run that was killed continues with --resume.
     """
-    from transformers.utils.logging import disable_progress_bar  # noqa: TID251
+    from transformers.utils.logging import (  # noqa: TID251
+        disable_progress_bar,
+        set_verbosity_error,
+    )
 
     from calib.recovery.run import Recovery
     from surgery.api import open_layout
 
     disable_progress_bar()
+    set_verbosity_error()
     if dry.dry_run:
         refuse_idle("with --dry-run", "resume", "plot")
     if not text.data:
