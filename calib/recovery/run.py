@@ -87,6 +87,11 @@ class Recovered:
     """What verify says of the output."""
 
     @property
+    def helped(self) -> bool:
+        """Whether the best state needs fewer bits than the checkpoint that was trained."""
+        return self.after < self.before
+
+    @property
     def tokens(self) -> int:
         """Tokens that were trained on."""
         return self.curve[-1][0] if self.curve else 0
@@ -232,8 +237,8 @@ class Recovery:
                 text = self._text(work, progress)
             session = _Session(self, work, text)
             made = session.train(progress)
-            if not main:
-                return made
+            if not main:  # the first process writes
+                return replace(made, output=self.options.output if made.helped else None)
             made = replace(session.write(made), seconds=time.perf_counter() - start)
             work.close(done=True)
             return made
@@ -495,7 +500,7 @@ class _Session:
         """Write the checkpoint, its plan and its trained tensors, if training helped."""
         recovery = self._recovery
         options, layout = recovery.options, recovery.layout
-        if made.after >= made.before:
+        if not made.helped:
             return made
         what = (
             f"{made.method} on {made.tokens:,} tokens: {made.before:.4f} bits per byte of held-out "
