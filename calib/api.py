@@ -15,7 +15,7 @@ from calib.recovery.options import RecoverOptions, TeachOptions
 from calib.scoring.logits import Equality
 from calib.scoring.logits import compare_logits as compare_logits_of
 from calib.scoring.score import Score
-from calib.scoring.tasks import Answers, measure_models, read_tasks
+from calib.scoring.tasks import Answers, Task, measure_models, read_tasks
 from calib.statistics.options import CalibrationOptions
 from calib.statistics.prepare import (
     choose_before_calibration,
@@ -248,7 +248,7 @@ def answer(
     Raises:
         DataError: a file cannot be read, or has a bad item.
     """
-    items = read_tasks([tasks] if isinstance(tasks, str | Path) else list(tasks))
+    items = _tasks(tasks)
     if not items:
         raise DataError("`tasks`", "are none", fix="name a task file")
     compute, layouts = ComputeOptions(device, dtype), [as_layout(model, family)]
@@ -362,6 +362,7 @@ def compare(  # noqa: PLR0913
     multiple_of: int | None = None,
     target: str | None = None,
     dequantize: bool = False,
+    tasks: Path | str | Sequence[Path | str] = (),
     samples: int = 256,
     seq_len: int = 2048,
     windows: int = 64,
@@ -392,6 +393,7 @@ def compare(  # noqa: PLR0913
         ratio: Share of all parameters to remove, or several.
         methods: Some of random, abs-act, act2, wanda, l2, shortgpt, laco, vocabulary, compact,
             prune and search; None is all that the model allows.
+        tasks: Files of items for all methods to answer, as for ``answer``.
         multiple_of: As for ``surgery.make_plan``.
         target: As for ``surgery.make_plan``.
         dequantize: As for ``surgery.make_plan``.
@@ -430,7 +432,7 @@ def compare(  # noqa: PLR0913
     compute = _compute(device, dtype, spill=spill)
     documents = documents_of(layout, text)
     choice = choose_vocabulary(layout, CutRequest(sizes, order), documents=documents)
-    study = open_study(layout, choice, text, compute)
+    study = open_study(layout, choice, text, compute, _tasks(tasks))
     return compare_methods(study, allowed_steps(layout, sizes), ratios, names, progress)
 
 
@@ -790,6 +792,10 @@ def compare_logits(
             directory, "its source is not at hand", found=loaded.source, fix="give `source`"
         )
     return compare_logits_of(loaded, found, directory, device)
+
+
+def _tasks(files: Path | str | Sequence[Path | str]) -> list[Task]:
+    return read_tasks([files] if isinstance(files, str | Path) else list(files))
 
 
 def _compute(

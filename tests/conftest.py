@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: no test of this process as
 
 import msgspec
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from surgery.cli.main import main
@@ -41,6 +42,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prose = tiny.prose(12_000)
     path.write_text(prose[:7_000].replace("\n\n", "\n") + "\n\n" + prose[7_000:], encoding="utf-8")
     return path
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device that a pass may compute on, where it is there."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a card with CUDA")
+    return torch.device(request.param)
 
 
 @pytest.fixture

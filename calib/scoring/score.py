@@ -337,21 +337,6 @@ def check_predicts(layout: Layout) -> None:
         )
 
 
-@torch.no_grad()
-def token_bits(
-    decoder: StreamedDecoder, streams: Sequence[tuple[Stream, np.ndarray]]
-) -> list[list[np.ndarray]]:
-    """Return per stream and window the bits of each next token, float64 ``(tokens - 1,)``.
-
-    Args:
-        decoder: All streams have passed its layers.
-        streams: Each with the ascending ids of its vocabulary.
-    """
-    found = [predictions_of(stream, rows) for stream, rows in streams]
-    count_bits(decoder, [each for by_window in found for each in by_window.values()])
-    return [[each.bits() for _, each in sorted(by_window.items())] for by_window in found]
-
-
 def predictions_of(stream: Stream, rows: np.ndarray) -> "dict[int, Predictions]":
     """Return, by window, the predictions of all its tokens but the first."""
     return {

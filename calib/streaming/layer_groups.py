@@ -64,8 +64,8 @@ class LayerGroups:
         self._change = change
         self._collapsed: CollapsedLayer | None = None
 
-    def run(self, decoder: StreamedDecoder, index: int, stream: Stream) -> None:
-        """Run ``stream`` through the output layer that source layer ``index`` completes, if any."""
+    def run(self, decoder: StreamedDecoder, index: int, *streams: Stream) -> None:
+        """Run texts through the output layer that source layer ``index`` completes, if any."""
         if index not in self._group_of:
             return
         number, group = self._group_of[index]
@@ -79,4 +79,5 @@ class LayerGroups:
                 self._collapsed.round()
                 layer, self._collapsed = self._collapsed.layer, None
             with self._change(decoder, number, layer):
-                decoder.run(group[0], stream, layer=layer)
+                for stream in streams:
+                    decoder.run(group[0], stream, layer=layer)

@@ -107,6 +107,9 @@ def compare_methods(
 ) -> dict[float, list[Row]]:
     """Try ``methods`` at each ratio, in two passes each; LaCo takes one more for each collapse.
 
+    The second pass has the methods that follow from the first one. If the study has tasks, it has
+    all methods, each at its best sizes, and they answer.
+
     Methods of experts remove whole experts alone, as near to the ratio as these come. ``compact``
     is the paper's method at the best of the pairs: the source's own tokenizer tokenizes the text.
     ``prune`` is what the command makes by default: the rule of thumb's pair, the pruned tokenizer
@@ -131,9 +134,11 @@ def compare_methods(
         target = RatioTarget(ratio, pairs, coarse(searched), usual, fewer_experts)
         first = [candidate for method in methods for candidate in _candidates(method, target)]
         best = _try(study, first, progress)
-        fewer = [_fewer_layers(study, m, target) for m in methods if m in LAYER_METHODS]
-        best |= _try(study, fewer, progress) if fewer else {}
-        found[ratio] = [study.dense, *(best[method] for method in methods)]
+        last = [_fewer_layers(study, m, target) for m in methods if m in LAYER_METHODS]
+        if study.tasks:
+            last = [*(best[m][0] for m in methods if m not in LAYER_METHODS), *last]
+        best |= _try(study, last, progress, answers=bool(study.tasks)) if last else {}
+        found[ratio] = [study.dense, *(best[method][1] for method in methods)]
     return found
 
 
@@ -158,13 +163,19 @@ def compare_samples(
 
 
 def _try(
-    study: Study, candidates: Sequence[Candidate], progress: Progress | None
-) -> dict[str, Row]:
-    """Return the row with the best score for each name."""
-    found: dict[str, Row] = {}
-    advance = stage(progress, "compare", study.windows(len(candidates)))
-    for row in study.rows(candidates, advance):
-        found[row.name] = min(found.get(row.name, row), row, key=lambda each: each.score)
+    study: Study,
+    candidates: Sequence[Candidate],
+    progress: Progress | None,
+    *,
+    answers: bool = False,
+) -> dict[str, tuple[Candidate, Row]]:
+    """Return the candidate with the best score for each name, and its row."""
+    found: dict[str, tuple[Candidate, Row]] = {}
+    advance = stage(progress, "compare", study.windows(len(candidates), answers=answers))
+    rows = study.rows(candidates, advance, answers=answers)
+    for pair in zip(candidates, rows, strict=True):
+        name = pair[0].name
+        found[name] = min(found.get(name, pair), pair, key=lambda each: each[1].score)
     return found
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from calib.scoring.score import check_predicts
+from calib.scoring.tasks import Answers, AskedTasks, Task
 from calib.statistics.prepare import check_channels
 from calib.streaming.settings import ComputeOptions, PassSettings
 from calib.streaming.weights import choose_settings
@@ -68,9 +69,15 @@ def _chooses(candidate: Candidate, layout: Layout) -> bool:
 
 
 def open_study(
-    layout: Layout, choice: SizeChoice, text: TextOptions, compute: ComputeOptions
+    layout: Layout,
+    choice: SizeChoice,
+    text: TextOptions,
+    compute: ComputeOptions,
+    tasks: Sequence[Task] = (),
 ) -> "Study":
     """Hold out a part of a text, and choose device and dtype.
+
+    ``tasks`` are for ``Study.answers``.
 
     Raises:
         FamilyError: the model predicts no token, by which candidates could be judged.
@@ -80,7 +87,7 @@ def open_study(
     check_predicts(layout)
     check_channels(layout)
     study_text = StudyText.split(layout, choice, text)
-    return Study(study_text, choose_settings(compute, layout.checkpoint))
+    return Study(study_text, choose_settings(compute, layout.checkpoint), tasks)
 
 
 @dataclass(eq=False)
@@ -89,6 +96,8 @@ class Study:
 
     text: StudyText
     settings: PassSettings
+    tasks: Sequence[Task] = ()
+    """Items that candidates answer."""
     _dense: tuple[Encoded, list[np.ndarray]] | None = field(default=None, init=False)
     _dense_row: Row | None = field(default=None, init=False)
     _told: bool = field(default=False, init=False)
@@ -101,19 +110,24 @@ class Study:
         self,
         candidates: Sequence[Candidate],
         progress: Advance = no_advance,
+        *,
+        answers: bool = False,
     ) -> list[Row]:
-        """Try ``candidates`` in one pass and compare each with the dense model."""
+        """Try ``candidates`` in one pass and compare each with the dense model.
+
+        With ``answers``, they and the dense model answer the tasks, too.
+        """
         layout = self.text.layout
         dense = Candidate(DENSE, whole(layout))
-        everything = [*candidates] if self._dense else [*candidates, dense]
+        everything = [*candidates, *[dense] * self._needs_dense(answers=answers)]
         passes = self._passes(everything)
         trials = [
-            self._trial(candidate, passes.get(candidate.text(layout.vocab_size)))
+            self._trial(candidate, passes.get(candidate.text(layout.vocab_size)), answers=answers)
             for candidate in everything
         ]
         bits = self.bits(trials, progress)
         self._tell_short_text(passes)
-        if self._dense is None:
+        if len(everything) > len(candidates):
             self._dense = trials[-1].heldout, bits[-1]
             self._dense_row = self._row(dense, trials[-1], bits[-1])
         if (layout.vocab_size, None) in passes:
@@ -135,10 +149,14 @@ class Study:
         """Run ``trials`` as ``try_all`` does."""
         return try_all(self.text.layout, trials, self.settings, progress)
 
-    def windows(self, candidates: int) -> int:
+    def windows(self, candidates: int, *, answers: bool = False) -> int:
         """Return the windows × layers that ``rows`` reports for a number of candidates."""
         count = len(self.text.heldout) * self.text.layout.num_hidden_layers
-        return count * (candidates + (self._dense is None))
+        return count * (candidates + self._needs_dense(answers=answers))
+
+    def _needs_dense(self, *, answers: bool) -> bool:
+        """Whether the dense model is still to be tried."""
+        return self._dense_row is None or (answers and self._dense_row.answers is None)
 
     def _passes(
         self, candidates: Sequence[Candidate]
@@ -163,7 +181,9 @@ class Study:
                 LOG.info("note: %s", few)
                 self._told = True
 
-    def _trial(self, candidate: Candidate, calibration_pass: CalibrationPass | None) -> Trial:
+    def _trial(
+        self, candidate: Candidate, calibration_pass: CalibrationPass | None, *, answers: bool
+    ) -> Trial:
         layout, sizes = self.text.layout, candidate.sizes
         by_key = blocks(layout)
         variant = Variant(
@@ -178,7 +198,14 @@ class Study:
         )
         if not (candidate.influence or _chooses(candidate, layout)):
             calibration_pass = None
-        return Trial(variant, self.text.encoded(sizes.vocab_size), calibration_pass)
+        asked = self.asked(sizes.vocab_size) if answers else None
+        return Trial(variant, self.text.encoded(sizes.vocab_size), calibration_pass, asked=asked)
+
+    def asked(self, vocab_size: int) -> AskedTasks:
+        """Return the tasks, tokenized by the vocabulary of this size."""
+        tokenizer, old_ids = self.text.tokenizer_of(vocab_size)
+        kept = self.text.ids(vocab_size).kept
+        return AskedTasks(self.text.layout, self.tasks, tokenizer, (old_ids, kept))
 
     def _experts(self, candidate: Candidate) -> ExpertChoice | None:
         layout, sizes = self.text.layout, candidate.sizes
@@ -203,6 +230,9 @@ class Study:
         nbytes = sum(len(text.encode("utf-8")) for text in self.text.heldout)
         total, total_dense = (float(sum(map(np.sum, each))) for each in (token_bits, dense))
         parameters = parameters_of(layout, sizes)
+        answers: Answers | None = None
+        if trial.asked is not None:
+            answers = trial.asked.answers(f"{layout.checkpoint.path}: {candidate.name}")
         return Row(
             name=candidate.name,
             vocab_size=sizes.vocab_size,
@@ -219,4 +249,5 @@ class Study:
             memory_bytes=served_bytes(layout, sizes, MEMORY),
             heldout_windows=len(self.text.heldout),
             heldout_bytes=nbytes,
+            answers=answers,
         )

@@ -217,7 +217,7 @@ class StudyText:
     def encoded(self, vocab_size: int) -> Encoded:
         """Return the held-out text, tokenized by the vocabulary of this size."""
         if vocab_size not in self._heldout:
-            tokenizer, old_ids = self._tokenizer(vocab_size)
+            tokenizer, old_ids = self.tokenizer_of(vocab_size)
             first = first_token(self.layout)
             self._heldout[vocab_size] = Encoded.of(
                 self.heldout, tokenizer, old_ids, first, positions(self.layout)
@@ -242,7 +242,7 @@ class StudyText:
             refits: Whether down_proj will be refitted.
             chooses: Whether channels, experts or layers are chosen by the statistics.
         """
-        tokenizer, old_ids = self._tokenizer(vocab_size)
+        tokenizer, old_ids = self.tokenizer_of(vocab_size)
         count = min(samples or self.samples, self.samples)
         windows = token_windows(self.calibration, tokenizer, count, self.seq_len)
         ranks = sorted({*edges, self.layout.vocab_size})
@@ -250,7 +250,7 @@ class StudyText:
         ids = [old_ids[w] for w in windows]
         return CalibrationPass(self.layout, ids, buckets, ranks, refits=refits, chooses=chooses)
 
-    def _tokenizer(self, vocab_size: int) -> tuple[Any, np.ndarray]:
+    def tokenizer_of(self, vocab_size: int) -> tuple[Any, np.ndarray]:
         """Return the library's tokenizer, and the source's id for each of its ids."""
         if vocab_size not in self._tokenizers:
             ids = self.ids(vocab_size)

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from calib.refit import PrunedPrefix, refit_if_better
-from calib.scoring.score import token_bits
+from calib.scoring.score import count_bits, predictions_of
+from calib.scoring.tasks import AskedTasks
 from calib.streaming.batches import Stream, spilled
 from calib.streaming.decoder import StreamedDecoder
 from calib.streaming.ffn import (
@@ -86,6 +87,7 @@ class Trial:
         heldout: Encoded,
         calibration_pass: CalibrationPass | None,
         on_refit: RefitHook = lambda index, refitted, others: None,
+        asked: AskedTasks | None = None,
     ) -> None:
         """Prepare a trial.
 
@@ -94,11 +96,13 @@ class Trial:
             heldout: Text that the variant's vocabulary has tokenized.
             calibration_pass: The text to choose channels by; None if all channels are kept.
             on_refit: Called with the refitted matrices of each layer.
+            asked: Items that the variant is to answer, tokenized by its vocabulary.
         """
         self.variant = variant
         self.heldout = heldout
         self.calibration_pass = calibration_pass
         self.stream = Stream(heldout.windows)
+        self.asked = asked
         self.kept: Kept = []
         """The kept channels, layer by layer."""
         self.refitted = 0
@@ -115,7 +119,11 @@ class Trial:
     @property
     def streams(self) -> list[Stream]:
         """All streams that the trial runs itself."""
-        return [self.stream, *(self._prefix.streams if self._prefix else [])]
+        return [*self._scored, *(self._prefix.streams if self._prefix else [])]
+
+    @property
+    def _scored(self) -> list[Stream]:
+        return [self.stream, *([self.asked.stream] if self.asked else [])]
 
     def run(self, decoder: StreamedDecoder, index: int) -> None:
         """Run the text through the variant's version of a layer."""
@@ -123,11 +131,12 @@ class Trial:
             experts = self._kept_experts(decoder, index)
             weights = self._pruned_weights(decoder, index, experts)
             with self._without_experts(decoder, index, experts):
-                decoder.run(index, self.stream, weights=weights)
+                for stream in self._scored:
+                    decoder.run(index, stream, weights=weights)
                 if self._prefix is not None:
                     self._prefix.advance(decoder, index, weights)
             return
-        self._groups.run(decoder, index, self.stream)
+        self._groups.run(decoder, index, *self._scored)
 
     def _kept_experts(self, decoder: StreamedDecoder, index: int) -> np.ndarray | None:
         """Return the experts of a layer that the variant keeps; None where it keeps all."""
@@ -275,7 +284,8 @@ def try_all(
     Hidden states are in files if the settings name a directory for them, else in memory.
 
     Returns:
-        Per trial and held-out text, the bits of each token, float64.
+        Per trial and held-out text, the bits of each token, float64. Of the items that trials are
+        asked, the bits have been counted.
     """
     passes = list(
         {
@@ -302,8 +312,13 @@ def try_all(
                     progress(len(trial.heldout.words))
                 if calibration_pass is not None:
                     calibration_pass.forget()
-        bits = token_bits(decoder, [(trial.stream, trial.variant.ids.kept) for trial in trials])
-    return [trial.heldout.by_text(each) for trial, each in zip(trials, bits, strict=True)]
+        scored = [predictions_of(trial.stream, trial.variant.ids.kept) for trial in trials]
+        asked = [each for trial in trials if trial.asked for each in trial.asked.predictions()]
+        count_bits(decoder, [*asked, *(each for found in scored for each in found.values())])
+    return [
+        trial.heldout.by_text([each.bits() for _, each in sorted(found.items())])
+        for trial, found in zip(trials, scored, strict=True)
+    ]
 
 
 def down_dtype(layout: Layout, index: int, axis: str) -> torch.dtype:

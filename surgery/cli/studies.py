@@ -29,6 +29,7 @@ from surgery.cli.options import (
     spilling_options,
     step_cut_options,
     study_text_options,
+    tasks_option,
 )
 from surgery.cli.terminal import print_text, running, show_written
 from surgery.planning.layers import format_layers
@@ -152,6 +153,7 @@ class CompareOptions:
     ratios: list[float]
     methods: str | None
     counts: list[int] | None
+    tasks: tuple[Path, ...]
 
 
 @click.command()
@@ -185,6 +187,7 @@ class CompareOptions:
         metavar="N,N,…",
         help="Instead try the paper's method with these numbers of calibration windows.",
     ),
+    tasks_option,
 )
 @show_options
 def compare(
@@ -198,7 +201,9 @@ def compare(
     """Compare methods at the same ratios, on the same text and the same held-out windows.
 
     The row "dense" is the model itself. The row "prune" is what prune --ratio makes by default.
+    With --tasks, all answer the same items, and the picture shows the share of right answers.
     """
+    from calib.scoring.tasks import read_tasks
     from calib.study.compare import (
         check_methods,
         check_ratios,
@@ -207,7 +212,14 @@ def compare(
         usable_methods,
     )
     from calib.study.study import open_study
-    from calib.study.table import legend, missed, plot_methods, plot_samples, table
+    from calib.study.table import (
+        legend,
+        missed,
+        plot_answers,
+        plot_methods,
+        plot_samples,
+        table,
+    )
     from calib.text.chat import documents_of
     from surgery.planning.request import allowed_steps, choose_vocabulary
 
@@ -215,10 +227,11 @@ def compare(
         refuse_idle("without --plot", "force")
     show.check()
     if options.counts:
-        refuse_idle("with --by-samples", "methods")
+        refuse_idle("with --by-samples", "methods", "tasks")
         if len(options.ratios) > 1:
             raise Refusal("--ratio: takes one share with --by-samples; leave out the others")
     check_ratios(options.ratios)
+    tasks = read_tasks(options.tasks)
     start = time.perf_counter()
     layout, ratios = model.layout(), options.ratios
     names = options.methods.split(",") if options.methods else usable_methods(layout)
@@ -227,13 +240,13 @@ def compare(
     choice = choose_vocabulary(layout, cut, documents=documents_of(layout, text))
     steps = allowed_steps(layout, cut.sizes)
     with running() as progress:
-        study = open_study(layout, choice, text, compute)
+        study = open_study(layout, choice, text, compute, tasks)
         if options.counts:
             rows = compare_samples(study, steps, ratios[0], options.counts, progress)
             found = {ratios[0]: rows}
         else:
             found = compare_methods(study, steps, ratios, names, progress)
-    facts = {str(ratio): [row.facts() for row in rows] for ratio, rows in found.items()}
+    facts = {str(r): [row.facts(study.dense) for row in rows] for r, rows in found.items()}
     texts = [
         f"{100 * ratio:g}% of the parameters\n{table(rows, ratio)}" for ratio, rows in found.items()
     ]
@@ -244,6 +257,8 @@ def compare(
     click.echo(json.dumps(facts) if show.as_json else "\n\n".join(texts))
     if show.plot is not None and options.counts:
         plot_samples(rows, show.plot, model.model)
+    elif show.plot is not None and tasks:
+        plot_answers(found, show.plot, model.model)
     elif show.plot is not None:
         plot_methods(found, show.plot, model.model)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import calib
 from calib.study.table import LAYER_METHODS, METHODS
 from calib.text.heldout import split_documents
 from calib.text.windows import byte_windows
@@ -19,6 +20,7 @@ from surgery.text.documents import read_documents
 from tests.support import tiny
 from tests.support.command import Run, assert_refused
 from tests.support.plans import layout_of
+from tools.tasks.records import FOLDER
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -176,6 +178,29 @@ def test_compare_has_a_row_for_each_method_and_ratio(
     assert "%*" not in lines["act2"]
     assert lines["held"].startswith("held out: {:,} windows, {:,} bytes".format(*size))
     assert {"loss:", "alike:", "score:", "*:", "took"} <= lines.keys()
+
+
+def test_compared_methods_answer_the_same_items(
+    model: Path, prose: Path, tmp_path: Path, run: Run
+) -> None:
+    options = ("--ratio", "0.2,0.3", "--data", prose, *TEXT, "--multiple-of", 64, "--windows", 4)
+    options = (*options, "--methods", "act2,shortgpt,compact", "--tasks", FOLDER / "words.jsonl")
+    picture = tmp_path / "answers.svg"
+    plain = json.loads(run("compare", model, *options[:-2], "--json").stdout)
+    found = json.loads(run("compare", model, *options, "--plot", picture, "--json").stdout)
+    dense = calib.answer(model, tasks=FOLDER / "words.jsonl")
+    for ratio, rows in found.items():
+        assert rows[0]["tasks"]["words"]["acc_norm"] == dense.accuracy
+        for row, bits in zip(rows, plain[ratio], strict=True):
+            answers = row.pop("tasks")["mean"]
+            assert answers["share"] == pytest.approx(answers["acc_norm"] / dense.accuracy)
+            assert row.pop("widths") == bits.pop("widths")
+            assert row == pytest.approx(bits, rel=1e-5)
+    assert "guessing" in picture.read_text(encoding="utf-8")
+    lines = run("compare", model, *options, "--ratio", "0.2").stdout.splitlines()
+    assert lines[1].split()[-4:] == ["acc_norm", "of", "dense", "±"]
+    (legend,) = [line for line in lines if line.startswith("acc_norm:")]
+    assert "to 96 words items" in legend
 
 
 def test_compare_has_the_plan_that_prune_would_make(

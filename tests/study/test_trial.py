@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calib.scoring.logits import compare_logits
-from calib.scoring.score import score_windows
+from calib.scoring.score import run_asked, score_windows
+from calib.scoring.tasks import AskedTasks, read_tasks
 from calib.statistics.calibrate import Calibration, take_statistics
 from calib.streaming.settings import PassSettings
 from calib.study.repair import _entries, parts_by_source, plain_variant, refit_hook
@@ -33,6 +34,7 @@ from surgery.verify.files import verify_files
 from surgery.vocabulary.order import open_vocabulary, rarity_of
 from tests.support import tiny
 from tests.support.plans import layout_of, random_plan
+from tools.tasks.records import FOLDER
 
 SETTINGS = PassSettings(torch.device("cpu"), torch.float32)
 FAMILIES = ("llama", "gemma3_text", "gpt2", "phi3", "qwen2_moe", "gpt_oss", "llama4_text")
@@ -103,6 +105,27 @@ def test_a_trained_trial_is_what_apply_writes(tmp_path: Path, key: str, trained:
     _, again = try_plan(plan, study_text, tmp_path / "b.safetensors", repair=True, trains=True)
     assert again.replaced is not None
     assert again.replaced.digest == made.replaced.digest
+
+
+@pytest.mark.parametrize("collapsed", [False, True])
+def test_a_trial_answers_as_what_apply_writes(tmp_path: Path, collapsed: bool) -> None:
+    """Of a smaller vocabulary, or of two layers that are collapsed into one."""
+    path = tiny.save(tmp_path / "model")
+    study_text, tasks = study_text_of(path), read_tasks([FOLDER / "words.jsonl"])
+    layout = study_text.layout
+    plan = random_plan(path, 420, 0.5)
+    if collapsed:
+        plan = random_plan(path, layout.vocab_size, layout.widths, layers=[[0, 1], [2]])
+    variant = plain_variant(plan, layout, parts_by_source(plan, layout))
+    study = Study(study_text, SETTINGS, tasks)
+    asked = study.asked(plan.after.vocab_size)
+    calibration_pass = None if collapsed else study_text.calibration_pass(plan.after.vocab_size)
+    trial = Trial(variant, study_text.encoded(plan.after.vocab_size), calibration_pass, asked=asked)
+    try_all(layout, [trial], SETTINGS)
+    apply_plan(plan, source=path, output=tmp_path / "out")
+    found = AskedTasks(layout_of(tmp_path / "out"), tasks, load_tokenizer(tmp_path / "out"))
+    run_asked(layout_of(tmp_path / "out"), [found], SETTINGS)
+    assert asked.bits() == pytest.approx(found.bits(), rel=1e-4)
 
 
 @pytest.mark.parametrize("key", ["qwen3_moe", "gpt_oss", "llama4_text", "deepseek_v3"])

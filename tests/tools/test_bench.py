@@ -1,3 +1,5 @@
+import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -5,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from tokenizers import Tokenizer
 
 from calib.streaming.empty_model import empty_model
@@ -15,6 +18,7 @@ from surgery.layout.build import read_layout
 from surgery.vocabulary.order import rarity_of
 from tests.support import ROOT
 from tests.support.tiny import MODEL_TYPES
+from tools.bench import __main__ as bench_module
 from tools.bench.child import measure
 from tools.bench.hub import PeakDisk
 from tools.predictions import PRUNED, experts_row
@@ -130,3 +134,46 @@ def test_a_child_is_measured() -> None:
     assert usage.peak_rss_bytes > 0
     with pytest.raises(RuntimeError, match="ended with status 3"):
         measure(["sh", "-c", "exit 3"])
+
+
+def test_the_proof_for_a_card_runs_to_its_end_on_the_cpu(tmp_path: Path) -> None:
+    output = tmp_path / "report.json"
+    command = ("gpu", "--device", "cpu", "--toy", "--work", tmp_path, "--output", output)
+    result = CliRunner().invoke(bench_module.main, [str(part) for part in command])
+    assert result.exit_code == 0, result.output
+    found = json.loads(output.read_text(encoding="utf-8"))
+    passed = {check["name"]: check["passed"] for check in found["checks"]}
+    assert [name for name, ok in passed.items() if ok] == [
+        *("tests on cpu", "verify", "logits", "score", "time")
+    ]
+    assert False not in passed.values()
+    assert passed["calibrate: card idle"] is None
+    stages = found["stages"]
+    assert "passed" in stages["tests on cpu"]["result"]
+    calibrated = stages["whole model: calibrate"]
+    assert 0 < calibrated["compute_seconds"] < calibrated["total_seconds"]
+    assert 0 < calibrated["mfu_of_matmul"]
+    assert stages["large shape: 4 layers"]["estimated_70b_seconds"] > 0
+    lines = result.stdout.splitlines()
+    assert re.search(r"^logits +pass +\S+ +at most 1e-04$", result.stdout, re.MULTILINE)
+    assert "large: fits the card" in lines[-2]
+    if not torch.cuda.is_available():
+        refused = CliRunner().invoke(bench_module.main, ["gpu", "--work", str(tmp_path)])
+        assert refused.exit_code == 1
+        assert "`device` cuda: is not available" in refused.output
+
+
+def test_what_is_missing_is_named_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = bench_module.version
+
+    def without_tqdm(name: str) -> str:
+        if name == "tqdm":
+            raise bench_module.PackageNotFoundError
+        return known(name)
+
+    monkeypatch.setattr(bench_module, "version", without_tqdm)
+    refused = CliRunner().invoke(bench_module.main, ["gpu", "--work", str(tmp_path / "work")])
+    assert refused.output.strip() == "Error: missing: tqdm; bring them as wheels"
+    assert not (tmp_path / "work").exists()

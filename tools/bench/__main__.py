@@ -10,6 +10,7 @@
     python -m tools.bench start --work DIR
     python -m tools.bench wide --work DIR
     python -m tools.bench recover MODEL PRUNED --data TEXT --unseen OTHER --work DIR
+    python -m tools.bench gpu --work DIR
 
 Every stage runs in a child process of its own. Linux only. This process stays small: what needs
 numpy or torch is done by children.
@@ -17,11 +18,13 @@ numpy or torch is done by children.
 
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -427,6 +430,47 @@ def bench_recover(  # noqa: PLR0913
     click.echo(json.dumps(found) if as_json else table(found))
     if plot is not None:
         draw(found, plot)
+
+
+@main.command("gpu")
+@click.option("--device", default="cuda", show_default=True, type=click.Choice(["cuda", "cpu"]))
+@click.option("--toy", is_flag=True, help="Tiny shapes, to see that it runs to its end.")
+@click.option("--output", type=click.Path(path_type=Path), help="File for the report as JSON.")
+@work_option
+@json_option
+def bench_gpu(device: str, toy: bool, output: Path | None, work: Path, as_json: bool) -> None:
+    """Prove on a card that tests pass, memory is as predicted and the card hardly waits.
+
+    Exit status 1 where a check fails. What is missing is named before anything runs.
+    """
+    if missing := _missing_packages():
+        raise click.ClickException(f"missing: {', '.join(missing)}; bring them as wheels")
+    from calib.streaming.weights import DeviceError, choose_device
+    from tools.bench.gpu import GpuBench
+
+    try:
+        choose_device(device)
+    except DeviceError as error:
+        raise click.ClickException(str(error)) from error
+    work.mkdir(parents=True, exist_ok=True)
+    report = GpuBench(device, work, toy=toy).run()
+    if output is not None:
+        output.write_text(json.dumps(report.facts(), indent=1), encoding="utf-8")
+    click.echo(json.dumps(report.facts()) if as_json else report.text())
+    sys.exit(0 if report.ok else 1)
+
+
+def _missing_packages() -> list[str]:
+    """Return the dependencies of this project that this Python lacks."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"^dependencies = \[(.*?)^\]", project, re.DOTALL | re.MULTILINE)
+    missing = []
+    for name in re.findall(r'"([\w-]+)', listed):
+        try:
+            version(name)
+        except PackageNotFoundError:
+            missing.append(name)
+    return missing
 
 
 def _show(facts: Facts, as_json: bool, stages: list[str]) -> None:
