@@ -392,7 +392,7 @@ def compare(  # noqa: PLR0913
         data: The text: a path, ``hub:name``, documents, or several ``Source`` with weights.
         ratio: Share of all parameters to remove, or several.
         methods: Some of random, abs-act, act2, wanda, l2, shortgpt, laco, vocabulary, compact,
-            prune and search; None is all that the model allows.
+            prune, search, slicegpt and 2ssp; None is all that the model allows.
         tasks: Files of items for all methods to answer, as for ``answer``.
         multiple_of: As for ``surgery.make_plan``.
         target: As for ``surgery.make_plan``.

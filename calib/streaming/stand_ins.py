@@ -109,6 +109,22 @@ def held_tensor(layer: nn.Module, name: str) -> torch.Tensor:
     return tensor
 
 
+@contextmanager
+def silenced(module: nn.Module) -> Iterator[None]:
+    """Let a module put out zeros until the block ends."""
+
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (torch.zeros_like(output[0]), *output[1:])
+        return torch.zeros_like(output)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 class _MaskedLinear(TorchFunctionMode):
     """Lets every linear map give −inf at some positions of its output."""
 

@@ -1,14 +1,21 @@
 """Compare methods at the same ratios, on the same text and windows, in the same passes."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from calib.scoring.score import check_predicts
 from calib.study.laco import collapse_layers
 from calib.study.search import coarse, expert_counts
+from calib.study.slicegpt import check_sliced, sliced_size
 from calib.study.study import Candidate, Study
 from calib.study.table import EXPERT_METHODS, FFN_CRITERIA, LAYER_METHODS, METHODS, Row
+from calib.study.two_stage import (
+    TwoStage,
+    attentions_by_perplexity,
+    check_two_stage,
+    two_stage_sizes,
+)
 from surgery.errors import BudgetError, DataError, SurgeryError
 from surgery.layout.layout import Layout
 from surgery.planning.layers import check_layers, layers_by_influence
@@ -36,16 +43,22 @@ class RatioTarget:
     """Those of the rule of thumb."""
     fewer_experts: Sizes
     """Whole but for the experts; nearest to the ratio."""
+    two_stage: TwoStage | None = None
+    """Those of 2SSP, where that is tried."""
+    slice_to: int = 0
+    """Columns that SliceGPT keeps, where that is tried."""
 
 
 def usable_methods(layout: Layout) -> list[str]:
     """Return the methods that this model allows; log which are left out, and why."""
-    try:
-        _check_fewer_layers(layout)
-    except SurgeryError as error:
-        LOG.info("note: without %s: %s", " and ".join(LAYER_METHODS), error)
-        return [method for method in METHODS if method not in LAYER_METHODS]
-    return list(METHODS)
+    found = list(METHODS)
+    for names, check in CHECKS.items():
+        try:
+            check(layout)
+        except SurgeryError as error:
+            LOG.info("note: without %s: %s", " and ".join(names), error)
+            found = [method for method in found if method not in names]
+    return found
 
 
 def check_methods(layout: Layout, methods: Sequence[str]) -> None:
@@ -71,8 +84,9 @@ def check_methods(layout: Layout, methods: Sequence[str]) -> None:
         )
     if {*methods} & {*EXPERT_METHODS}:
         expert_choices(layout)
-    if {*methods} & {*LAYER_METHODS}:
-        _check_fewer_layers(layout)
+    for names, check in CHECKS.items():
+        if {*methods} & {*names}:
+            check(layout)
 
 
 def _check_fewer_layers(layout: Layout) -> None:
@@ -84,6 +98,14 @@ def _check_fewer_layers(layout: Layout) -> None:
             fix="leave out the `methods` that remove layers",
         )
     check_layers(layout, [[layer] for layer in range(1, layout.num_hidden_layers)])
+
+
+CHECKS: Mapping[tuple[str, ...], Callable[[Layout], object]] = {
+    LAYER_METHODS: _check_fewer_layers,
+    ("slicegpt",): check_sliced,
+    ("2ssp",): check_two_stage,
+}
+"""Methods → what refuses a model that does not allow them."""
 
 
 def check_ratios(ratios: Sequence[float]) -> None:
@@ -131,10 +153,17 @@ def compare_methods(
             searched = sizes_at(layout, ratio, smallest, steps, experts=counts)
         experts = experts_at(layout, layout, ratio) if {*methods} & {*EXPERT_METHODS} else 0
         fewer_experts = replace(whole(layout), experts=experts)
-        target = RatioTarget(ratio, pairs, coarse(searched), usual, fewer_experts)
+        two_stage = two_stage_sizes(layout, ratio) if "2ssp" in methods else None
+        slice_to = sliced_size(layout, ratio) if "slicegpt" in methods else 0
+        target = RatioTarget(
+            ratio, pairs, coarse(searched), usual, fewer_experts, two_stage, slice_to
+        )
         first = [candidate for method in methods for candidate in _candidates(method, target)]
         best = _try(study, first, progress)
         last = [_fewer_layers(study, m, target) for m in methods if m in LAYER_METHODS]
+        if two_stage is not None and two_stage.attentions:
+            best["2ssp"] = _fewer_attentions(study, *best["2ssp"], two_stage.attentions)
+            last += [] if study.tasks else [best["2ssp"][0]]
         if study.tasks:
             last = [*(best[m][0] for m in methods if m not in LAYER_METHODS), *last]
         best |= _try(study, last, progress, answers=bool(study.tasks)) if last else {}
@@ -190,6 +219,12 @@ def _candidates(method: str, target: RatioTarget) -> list[Candidate]:
         return [Candidate(method, pairs[-1], method, retokenize=False)]
     if method == "vocabulary":
         return [Candidate(method, pairs[0])]
+    if method == "2ssp" and target.two_stage is not None:
+        return [Candidate(method, target.two_stage.sizes, "l2", retokenize=False)]
+    if method == "slicegpt":
+        return [
+            Candidate(method, replace(target.fewer_experts, experts=0), slice_to=target.slice_to)
+        ]
     if method == "prune":
         return [Candidate(method, target.usual)]
     if method == "compact":
@@ -197,6 +232,15 @@ def _candidates(method: str, target: RatioTarget) -> list[Candidate]:
     if method == "search":
         return [Candidate(method, sizes, repair=True) for sizes in target.searched]
     return [Candidate("act2", pairs[-1], "act2", retokenize=False, influence=True)]
+
+
+def _fewer_attentions(
+    study: Study, candidate: Candidate, row: Row, count: int
+) -> tuple[Candidate, Row]:
+    """Return 2SSP's candidate with both stages; ``row`` is that of the first one."""
+    windows, kept = study.calibration_windows()[:1], study.kept[candidate.name]
+    layers = attentions_by_perplexity(study.text.layout, windows, kept, count, study.settings)
+    return replace(candidate, without_attention=frozenset(layers)), row
 
 
 def _fewer_layers(study: Study, method: str, target: RatioTarget) -> Candidate:

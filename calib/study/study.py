@@ -11,9 +11,11 @@ from calib.scoring.tasks import Answers, AskedTasks, Task
 from calib.statistics.prepare import check_channels
 from calib.streaming.settings import ComputeOptions, PassSettings
 from calib.streaming.weights import choose_settings
+from calib.study.slicegpt import SlicedTrial, sliced_parameters
 from calib.study.table import DENSE, Row
 from calib.study.text import CalibrationPass, StudyText
 from calib.study.trial import ExpertChoice, Trial, Variant, try_all
+from calib.study.two_stage import attention_parameters
 from calib.text.heldout import Encoded
 from surgery.layout.layout import Layout
 from surgery.planning.aims import DECODE, MEMORY, served_bytes
@@ -25,6 +27,7 @@ from surgery.process import Advance, no_advance
 from surgery.stats.channels import (
     DEFAULT_CRITERION,
     DEFAULT_EXPERT_CRITERION,
+    Kept,
     needs_stats,
     too_few_tokens,
 )
@@ -52,6 +55,10 @@ class Candidate:
     """Whether its text is to measure block influence, even if no channel is removed."""
     expert_criterion: str = DEFAULT_EXPERT_CRITERION
     """Importance of an expert, where experts are removed."""
+    without_attention: frozenset[int] = frozenset()
+    """Layers whose attention is removed (2SSP)."""
+    slice_to: int = 0
+    """Columns of the residual stream that SliceGPT keeps; 0 keeps all."""
 
     def text(self, full: int) -> tuple[int, int | None]:
         """Return V of the vocabulary that tokenizes the calibration text, and ``samples``.
@@ -102,6 +109,8 @@ class Study:
     _dense_row: Row | None = field(default=None, init=False)
     _told: bool = field(default=False, init=False)
     """Whether a log line has said that the text is short."""
+    kept: dict[str, Kept] = field(default_factory=dict, init=False)
+    """Name of a candidate → the channels that it kept, layer by layer, when it was last tried."""
     block_influence: np.ndarray | None = field(default=None, init=False)
     """float64 ``[L]``, known once a candidate was tried on text that the source's own tokenizer
     tokenized."""
@@ -127,6 +136,7 @@ class Study:
         ]
         bits = self.bits(trials, progress)
         self._tell_short_text(passes)
+        self.kept |= {c.name: t.kept for c, t in zip(candidates, trials, strict=False) if t.kept}
         if len(everything) > len(candidates):
             self._dense = trials[-1].heldout, bits[-1]
             self._dense_row = self._row(dense, trials[-1], bits[-1])
@@ -195,11 +205,19 @@ class Study:
             candidate.reconstruct,
             sizes.layers,
             experts=self._experts(candidate),
+            without_attention=candidate.without_attention,
         )
         if not (candidate.influence or _chooses(candidate, layout)):
             calibration_pass = None
         asked = self.asked(sizes.vocab_size) if answers else None
+        if candidate.slice_to:
+            heldout, text = self.text.encoded(layout.vocab_size), self.calibration_windows()
+            return SlicedTrial(variant, heldout, candidate.slice_to, text, asked)
         return Trial(variant, self.text.encoded(sizes.vocab_size), calibration_pass, asked=asked)
+
+    def calibration_windows(self) -> Sequence[np.ndarray]:
+        """Return the calibration text, tokenized by the source's own tokenizer."""
+        return self.text.calibration_pass(self.text.layout.vocab_size).streams[0].windows
 
     def asked(self, vocab_size: int) -> AskedTasks:
         """Return the tasks, tokenized by the vocabulary of this size."""
@@ -230,6 +248,9 @@ class Study:
         nbytes = sum(len(text.encode("utf-8")) for text in self.text.heldout)
         total, total_dense = (float(sum(map(np.sum, each))) for each in (token_bits, dense))
         parameters = parameters_of(layout, sizes)
+        parameters -= sum(attention_parameters(layout, n) for n in candidate.without_attention)
+        if candidate.slice_to:
+            parameters = sliced_parameters(layout, candidate.slice_to)
         answers: Answers | None = None
         if trial.asked is not None:
             answers = trial.asked.answers(f"{layout.checkpoint.path}: {candidate.name}")

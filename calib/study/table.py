@@ -1,6 +1,6 @@
 """Rows that compare pruned models, as a table and as pictures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,18 @@ EXPERT_METHODS = {
 }
 """Method that removes whole experts → the criterion of experts; tried if they are named."""
 
-METHODS = (*FFN_CRITERIA, *LAYER_METHODS, "vocabulary", "compact", "prune", "search")
+OTHER_ARCHITECTURES = {
+    "slicegpt": "matrices between the blocks that change the basis of the residual stream",
+    "2ssp": "layers without an attention",
+}
+"""Method whose output is no standard checkpoint → what config.json has no place for."""
+
+METHODS = (
+    *FFN_CRITERIA,
+    *LAYER_METHODS,
+    *OTHER_ARCHITECTURES,
+    *("vocabulary", "compact", "prune", "search"),
+)
 """All methods that can be compared."""
 
 DENSE = "dense"
@@ -163,6 +174,15 @@ def table(rows: Sequence[Row], ratio: float | None = None, aim: str = QUALITY) -
 def _marks(aim: str) -> list[tuple[str, str]]:
     """Return what a table marks, and how; of two marks on one row, the last is shown."""
     return [*([(aim, f"  for {aim}")] if aim != QUALITY else []), (QUALITY, "  best")]
+
+
+def notes(names: Iterable[str]) -> list[str]:
+    """Return why the output of some methods is only tried, and is never written."""
+    return [
+        f"{name}: no standard checkpoint: config.json has no place for {OTHER_ARCHITECTURES[name]}"
+        for name in names
+        if name in OTHER_ARCHITECTURES
+    ]
 
 
 def legend(row: Row, *, marked: bool = False, aim: str = QUALITY) -> str:

@@ -25,6 +25,7 @@ from calib.streaming.stand_ins import masked_router
 from calib.streaming.weights import TORCH_DTYPE, WeightReader
 from calib.study.reconstruct import reconstruct
 from calib.study.text import CalibrationPass, has_one_ffn
+from calib.study.two_stage import without_attention
 from calib.text.heldout import Encoded
 from surgery.families.schema import EXPERT
 from surgery.layout.layout import Layout
@@ -76,6 +77,8 @@ class Variant:
     """Kept channels by layer of the source, if they are chosen already."""
     experts: ExpertChoice | None = None
     """None keeps all experts."""
+    without_attention: frozenset[int] = frozenset()
+    """Layers whose attention is removed (2SSP)."""
 
 
 class Trial:
@@ -119,10 +122,11 @@ class Trial:
     @property
     def streams(self) -> list[Stream]:
         """All streams that the trial runs itself."""
-        return [*self._scored, *(self._prefix.streams if self._prefix else [])]
+        return [*self.scored, *(self._prefix.streams if self._prefix else [])]
 
     @property
-    def _scored(self) -> list[Stream]:
+    def scored(self) -> list[Stream]:
+        """The streams whose predictions count."""
         return [self.stream, *([self.asked.stream] if self.asked else [])]
 
     def run(self, decoder: StreamedDecoder, index: int) -> None:
@@ -130,13 +134,16 @@ class Trial:
         if not self.variant.layers or [index] in self.variant.layers:
             experts = self._kept_experts(decoder, index)
             weights = self._pruned_weights(decoder, index, experts)
-            with self._without_experts(decoder, index, experts):
-                for stream in self._scored:
+            silent = index in self.variant.without_attention
+            layer = decoder.layer(index)
+            block = without_attention(decoder.layout, index, layer) if silent else nullcontext()
+            with block, self._without_experts(decoder, index, experts):
+                for stream in self.scored:
                     decoder.run(index, stream, weights=weights)
                 if self._prefix is not None:
                     self._prefix.advance(decoder, index, weights)
             return
-        self._groups.run(decoder, index, *self._scored)
+        self._groups.run(decoder, index, *self.scored)
 
     def _kept_experts(self, decoder: StreamedDecoder, index: int) -> np.ndarray | None:
         """Return the experts of a layer that the variant keeps; None where it keeps all."""

@@ -176,6 +176,7 @@ class CompareOptions:
         "--methods",
         metavar="NAME,…",
         help="Some of: random, abs-act, act2, wanda, l2 (channels alone), shortgpt, laco (layers), "
+        "slicegpt (columns of the residual stream), 2ssp (channels and attentions), "
         "vocabulary (alone), compact (the paper's), prune (what prune --ratio makes), search (the "
         "best split, repaired).  [default: these]  Of a mixture also reap, man, msan, frequency, "
         "gate, aimer, random-experts.",
@@ -215,6 +216,7 @@ def compare(
     from calib.study.table import (
         legend,
         missed,
+        notes,
         plot_answers,
         plot_methods,
         plot_samples,
@@ -251,9 +253,8 @@ def compare(
         f"{100 * ratio:g}% of the parameters\n{table(rows, ratio)}" for ratio, rows in found.items()
     ]
     marked = any(missed(row, ratio) for ratio, rows in found.items() for row in rows)
-    texts.append(
-        f"{legend(study.dense, marked=marked)}\ntook {spoken(time.perf_counter() - start)}"
-    )
+    took = f"took {spoken(time.perf_counter() - start)}"
+    texts.append("\n".join([legend(study.dense, marked=marked), *notes(names), took]))
     click.echo(json.dumps(facts) if show.as_json else "\n\n".join(texts))
     if show.plot is not None and options.counts:
         plot_samples(rows, show.plot, model.model)

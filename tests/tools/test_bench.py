@@ -152,7 +152,7 @@ def test_the_proof_for_a_card_runs_to_its_end_on_the_cpu(tmp_path: Path) -> None
     assert "passed" in stages["tests on cpu"]["result"]
     calibrated = stages["whole model: calibrate"]
     assert 0 < calibrated["compute_seconds"] < calibrated["total_seconds"]
-    assert 0 < calibrated["mfu_of_matmul"]
+    assert calibrated["mfu_of_matmul"] > 0
     assert stages["large shape: 4 layers"]["estimated_70b_seconds"] > 0
     lines = result.stdout.splitlines()
     assert re.search(r"^logits +pass +\S+ +at most 1e-04$", result.stdout, re.MULTILINE)
