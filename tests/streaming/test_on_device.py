@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,8 @@ def assert_near(found: list[np.ndarray], expected: list[np.ndarray], bound: floa
 @torch.no_grad()
 def hooked_sums(path: Path, device: torch.device, dtype: torch.dtype) -> list[np.ndarray]:
     """The same sums by hooks on the whole model, loaded by transformers on the device."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    model = model.to(device).eval()
     layers = model.model.layers
     found = [np.zeros((1, tiny.INTERMEDIATE_SIZE)) for _ in layers]
 

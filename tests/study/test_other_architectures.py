@@ -209,12 +209,12 @@ def test_compare_says_that_their_output_is_no_checkpoint(tmp_path: Path, run: Ru
     prose = tmp_path / "text.txt"
     prose.write_text(tiny.prose(9_000), encoding="utf-8")
     options = ("--ratio", 0.35, "--data", prose, "--seq-len", 64, "--samples", 8, "--windows", 2)
-    options = (*options, "--methods", "2ssp,slicegpt")
-    result = run("compare", path, *options)
+    both = ("--methods", "2ssp,slicegpt")
+    result = run("compare", path, *options, *both)
     assert result.exit_code == 0, result.output
     assert "2ssp: no standard checkpoint: config.json has no place for layers without" in (
         result.stdout
     )
     assert "slicegpt: no standard checkpoint" in result.stdout
-    rows = json.loads(run("compare", path, *options, "--json").stdout)["0.35"]
+    rows = json.loads(run("compare", path, *options, *both, "--json").stdout)["0.35"]
     assert rows[1]["removed"] == pytest.approx(0.35, abs=0.006)

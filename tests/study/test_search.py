@@ -186,10 +186,11 @@ def test_compared_methods_answer_the_same_items(
     model: Path, prose: Path, tmp_path: Path, run: Run
 ) -> None:
     options = ("--ratio", "0.2,0.3", "--data", prose, *TEXT, "--multiple-of", 64, "--windows", 4)
-    options = (*options, "--methods", "act2,shortgpt,compact", "--tasks", FOLDER / "words.jsonl")
+    asked = ("--tasks", FOLDER / "words.jsonl", "--methods", "act2,shortgpt,compact")
     picture = tmp_path / "answers.svg"
-    plain = json.loads(run("compare", model, *options[:-2], "--json").stdout)
-    found = json.loads(run("compare", model, *options, "--plot", picture, "--json").stdout)
+    plain = json.loads(run("compare", model, *options, *asked[2:], "--json").stdout)
+    shown = run("compare", model, *options, *asked, "--plot", picture, "--json").stdout
+    found = json.loads(shown)
     dense = calib.answer(model, tasks=FOLDER / "words.jsonl")
     for ratio, rows in found.items():
         assert rows[0]["tasks"]["words"]["acc_norm"] == dense.accuracy
@@ -199,7 +200,7 @@ def test_compared_methods_answer_the_same_items(
             assert row.pop("widths") == bits.pop("widths")
             assert row == pytest.approx(bits, rel=1e-5)
     assert "guessing" in picture.read_text(encoding="utf-8")
-    lines = run("compare", model, *options, "--ratio", "0.2").stdout.splitlines()
+    lines = run("compare", model, *options, *asked, "--ratio", "0.2").stdout.splitlines()
     assert lines[1].split()[-4:] == ["acc_norm", "of", "dense", "±"]
     (legend,) = [line for line in lines if line.startswith("acc_norm:")]
     assert "to 96 words items" in legend

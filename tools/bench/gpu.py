@@ -183,8 +183,11 @@ class GpuBench:
     def _within(self, name: str, facts: Facts) -> None:
         """Check the peaks of a stage against their predictions."""
         for part in ("host", "device"):
-            found, bound = facts.get(f"{part}_peak_bytes"), facts.get(f"{part}_predicted_bytes")
-            run = bool(found and bound) and (part == "device" or not self.report.toy)
+            found, bound = (
+                facts.get(f"{part}_peak_bytes", 0),
+                facts.get(f"{part}_predicted_bytes", 0),
+            )
+            run = found and bound and not self.report.toy
             shown = f"{found / 1e9:.2f} GB" if found else ""
             expected = f"at most {SLACK:g} × {bound / 1e9:.2f} GB" if bound else "a prediction"
             passed = found <= SLACK * bound if run else None
@@ -273,8 +276,9 @@ class GpuBench:
         self, model: surgery.Model, stats: ChannelStats, vocab_size: int, channels: int
     ) -> surgery.Plan:
         with self._stage("whole model: plan"):
-            sizes = {"vocab_size": vocab_size, "intermediate_size": channels}
-            return surgery.make_plan(model, stats=stats, **sizes)
+            return surgery.make_plan(
+                model, stats=stats, vocab_size=vocab_size, intermediate_size=channels
+            )
 
     def _pass_figures(self, layout: Layout, made: Calibration, facts: Facts) -> None:
         """Add what the seconds of a pass went into, and check that the card hardly waited."""
@@ -294,7 +298,7 @@ class GpuBench:
     def _resident(self, path: Path, made: Calibration, facts: Facts) -> None:
         """Run the same windows through the model with all weights on the device: the bound."""
         with self._stage("whole model: resident"):
-            whole = AutoModelForCausalLM.from_pretrained(path, dtype=made.settings.dtype)
+            whole: Any = AutoModelForCausalLM.from_pretrained(path, dtype=made.settings.dtype)
             body = whole.to(self._device).eval().base_model
             body(torch.from_numpy(made.windows[0])[None].to(self._device))
         with self._stage("whole model: resident pass") as resident:
