@@ -128,7 +128,7 @@ class SlicedTrial(Trial):
         input, all tokens must leave the layer alike.
         """
         with _seen(norm, torch.Tensor.zero_):
-            _, _, after = next(iter(decoder.peek(0, self._text)))
+            after = next(iter(decoder.peek(0, self._text))).after
         if not torch.allclose(after, after[:1].expand_as(after)):
             raise FamilyError(
                 decoder.layout.where,
