@@ -247,6 +247,7 @@ class Study:
             alike_bytes += int(words.nbytes[same].sum())
         nbytes = sum(len(text.encode("utf-8")) for text in self.text.heldout)
         total, total_dense = (float(sum(map(np.sum, each))) for each in (token_bits, dense))
+        other = candidate.slice_to or candidate.without_attention  # no standard architecture
         parameters = parameters_of(layout, sizes)
         parameters -= sum(attention_parameters(layout, n) for n in candidate.without_attention)
         if candidate.slice_to:
@@ -266,8 +267,8 @@ class Study:
             alike_loss=alike / alike_dense - 1 if alike_dense else 0.0,
             alike_share=alike_bytes / nbytes,
             experts=sizes.experts or layout.experts,
-            decoded_bytes=served_bytes(layout, sizes, DECODE),
-            memory_bytes=served_bytes(layout, sizes, MEMORY),
+            decoded_bytes=0 if other else served_bytes(layout, sizes, DECODE),
+            memory_bytes=0 if other else served_bytes(layout, sizes, MEMORY),
             heldout_windows=len(self.text.heldout),
             heldout_bytes=nbytes,
             answers=answers,

@@ -75,7 +75,7 @@ class Row:
     experts: int = 0
     """Routed experts of each layer that has some."""
     decoded_bytes: int = 0
-    """Bytes of weights read for each decoded token, as predicted."""
+    """Bytes of weights read for each decoded token, as predicted; 0 where that is not known."""
     memory_bytes: int = 0
     """Bytes in memory with the cache and logits of ``POSITIONS`` positions, as predicted."""
     answers: Answers | None = None
