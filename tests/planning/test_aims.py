@@ -37,7 +37,7 @@ def chosen(layout: Layout, ratio: float, aim: str) -> Sizes:
 
 
 def row(name: str, score: float, decoded: int = 0, memory: int = 0) -> Row:
-    counted = {"decoded_bytes": decoded, "memory_bytes": memory}
+    counted: dict[str, Any] = {"decoded_bytes": decoded, "memory_bytes": memory}
     return Row(name, 9, {"i": 9}, 1, 9, 0.1, 1.0, score, score, 1.0, 1, 1, **counted)
 
 
