@@ -4,19 +4,9 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from calib.api import (
-        Pruned,
-        answer,
-        calibrate,
-        compare,
-        compare_logits,
-        prune,
-        read_documents,
-        recover,
-        score,
-        search,
-        teach,
-    )
+    from calib.api.measuring import answer, compare, compare_logits, score, search
+    from calib.api.pruning import Pruned, calibrate, prune, read_documents
+    from calib.api.training import recover, teach
     from calib.recovery.run import Recovered
     from calib.recovery.teach import Taught
     from calib.scoring.logits import Equality
@@ -48,14 +38,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Answers": "calib.scoring.tasks",
-    "Change": "calib.scoring.score",
-    "Equality": "calib.scoring.logits",
-    "Recovered": "calib.recovery.run",
-    "Score": "calib.scoring.score",
-    "SearchResult": "calib.study.search",
-    "Share": "calib.scoring.tasks",
-    "Taught": "calib.recovery.teach",
+    "calib.api.measuring": ("answer", "compare", "compare_logits", "score", "search"),
+    "calib.api.pruning": ("Pruned", "calibrate", "prune", "read_documents"),
+    "calib.api.training": ("recover", "teach"),
+    "calib.recovery.run": ("Recovered",),
+    "calib.recovery.teach": ("Taught",),
+    "calib.scoring.logits": ("Equality",),
+    "calib.scoring.score": ("Change", "Score"),
+    "calib.scoring.tasks": ("Answers", "Share"),
+    "calib.study.search": ("SearchResult",),
 }
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())
@@ -67,4 +58,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES.get(name, "calib.api")), name)
+    home = next(module for module, names in _HOMES.items() if name in names)
+    return getattr(import_module(home), name)

@@ -99,3 +99,15 @@ class Timings:
             yield
         finally:
             setattr(self, stage, getattr(self, stage) + time.perf_counter() - start)
+
+
+def compute_options(
+    device: str,
+    dtype: str,
+    max_memory: int | None = None,
+    max_gpu_memory: int | None = None,
+    spill: Path | str | None = None,
+) -> ComputeOptions:
+    """Return the options as the library's functions take them: a directory may be a string."""
+    directory = Path(spill) if spill is not None else None
+    return ComputeOptions(device, dtype, max_memory, max_gpu_memory, directory)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from calib.api import compare_logits
+from calib.api.measuring import compare_logits
 from surgery.api import apply_plan
 from surgery.apply.companions import pruned_config
 from surgery.apply.edits import kept_parts

@@ -1,0 +1,1 @@
+"""The library's functions that run a model. `calib` exports them."""
