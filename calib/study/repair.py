@@ -136,10 +136,10 @@ def repair(
     nbytes = sum(len(window.encode("utf-8")) for window in text.heldout)
     change = f"{before / nbytes:.4f} bits per byte of held-out text, {after / nbytes:.4f} repaired"
     made = writer.replacement(f"{RECONSTRUCTION if trains else LEAST_SQUARES}: {change}")
-    refitted = f"{trials[1].refitted} matrices refitted by {LEAST_SQUARES}"
+    refitted = f"matrices refitted by {LEAST_SQUARES}: {trials[1].refitted}"
     if trains:
-        refitted += f", {trials[1].trained} FFNs trained"
-    note = f"{refitted}: {change}" if made else f"not repaired, for it does not help: {change}"
+        refitted += f", FFNs trained: {trials[1].trained}"
+    note = f"{refitted}; {change}" if made else f"not repaired, for it does not help: {change}"
     provenance = msgspec.structs.replace(plan.provenance, notes=[*plan.provenance.notes, note])
     return msgspec.structs.replace(plan, replaced=made, provenance=provenance)
 

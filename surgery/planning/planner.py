@@ -378,8 +378,8 @@ def _notes(
     notes += [*choice.notes, *layout.notes]
     if choice.rarity.rowless:
         notes.append(
-            f"{choice.rarity.rowless} tokens have no row in the embedding, before and after: the "
-            "model fails on text with them"
+            f"added tokens without a row in the embedding, before and after: "
+            f"{choice.rarity.rowless}; the model fails on text with them"
         )
     if sizes.dequantize:
         opaque = layout.checkpoint.opaque

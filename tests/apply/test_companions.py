@@ -119,7 +119,7 @@ def test_tokens_without_a_row_are_named(tmp_path: Path, run: Run) -> None:
     change(model / "tokenizer_config.json", lambda data: data.update(pad_token="[PAD]"))
     shown = run("plan", model, "--vocab-size", 512, "-o", tmp_path / "plan.json")
     assert shown.exit_code == 0, shown.output
-    assert "1 tokens have no row in the embedding, before and after" in shown.output
+    assert "added tokens without a row in the embedding, before and after: 1;" in shown.output
 
 
 def test_a_plan_says_that_an_adapter_is_no_part_of_it(source: Path) -> None:
