@@ -215,8 +215,12 @@ PLAIN = (*SENTENCEPIECE_NAMES, WORDPIECE_NAME)
 SHADOWING = ("tekken.json", *SENTENCEPIECE_NAMES)
 """Vocabulary files that other loaders prefer silently; none may stay stale beside a pruned one."""
 
-UNQUANTIZED = ("modules_to_not_convert", "ignored_layers", "ignore")
-"""Keys of a quantization_config whose lists name the modules that are not quantized."""
+NAMING = (
+    *("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules"),
+    *("targets", "quantized_layers"),
+)
+"""Keys of a quantization_config that hold names of modules, in a list or as an object's keys: those
+that are not quantized, or that are, or how each is."""
 
 EXPERT_OF = re.compile(r"\.experts\.([0-9]+)(?:\.|$)")
 
@@ -393,12 +397,15 @@ def _names_by_number(text: str) -> bool:
 
 
 def _renumbered_modules(data: dict[str, Any], plan: Plan) -> dict[str, Any]:
-    """Return a copy whose lists of unquantized modules have new numbers of layers and experts."""
+    """Return a copy whose names of modules have new numbers of layers and experts."""
     result = dict(data)
     for key, value in data.items():
-        if isinstance(value, dict):
+        if key in NAMING and isinstance(value, dict):
+            named = ((_renumbered_module(name, plan), entry) for name, entry in value.items())
+            result[key] = {name: entry for name, entry in named if name is not None}
+        elif isinstance(value, dict):
             result[key] = _renumbered_modules(value, plan)
-        elif key in UNQUANTIZED and isinstance(value, list):
+        elif key in NAMING and isinstance(value, list):
             found = (_renumbered_module(str(name), plan) for name in value)
             result[key] = [name for name in found if name is not None]
     return result

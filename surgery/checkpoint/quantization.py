@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from surgery.errors import AMEND, CheckpointError
+from surgery.files.model_files import MODELOPT_NAME
+from surgery.files.strict_json import read_json
 
 SCALE_SUFFIX = "_scale_inv"
 """Suffix of the name of a weight's scales. In spite of ``inv``, they multiply."""
@@ -26,6 +28,8 @@ def _dequantize(load: str) -> str:
         ".save_pretrained(new_dir, save_original_format=False), and copy the tokenizer's files"
     )
 
+
+_MODELOPT = f"export it again with a newer ModelOpt, or {ORIGINAL}"
 
 DEQUANTIZE_FP8 = _dequantize("dir, quantization_config=FineGrainedFP8Config(dequantize=True))")
 _UNPACK = _dequantize("dir, quantization_config=CompressedTensorsConfig(dequantize=True))")
@@ -234,6 +238,7 @@ def quantization_of(config: dict[str, Any], where: Path) -> Fp8 | None:
     """
     section = _section(config)
     if not section:
+        _check_modelopt(where.parent / MODELOPT_NAME)
         return None
     if not isinstance(section, dict):
         _refuse(where, f"quantization_config {section!r}", ORIGINAL)
@@ -246,6 +251,19 @@ def quantization_of(config: dict[str, Any], where: Path) -> Fp8 | None:
     if fmt not in FORMATS:
         _refuse(where, f"quant_method fp8 with fmt {fmt}", ORIGINAL)
     return Fp8(_block_shape(section.get("weight_block_size"), where), FORMATS[fmt])
+
+
+def _check_modelopt(path: Path) -> None:
+    """Refuse older files of ModelOpt, which say how weights are quantized beside config.json only.
+
+    Raises:
+        CheckpointError: the weights are quantized; not the cache alone.
+    """
+    said = read_json(path).get("quantization") if path.exists() else None
+    algorithm = said.get("quant_algo") if isinstance(said, dict) else None
+    if algorithm:
+        unsaid = "which config.json does not say"
+        _refuse(path, f"quant_algo {algorithm} of ModelOpt, {unsaid}", _MODELOPT)
 
 
 def _method(section: dict[str, Any]) -> str:

@@ -69,6 +69,9 @@ the state of its training, its scores, a pipeline around it."""
 ADAPTER_NAME = "adapter_config.json"
 """Of an adapter beside the weights, which transformers would add to them."""
 
+MODELOPT_NAME = "hf_quant_config.json"
+"""What ModelOpt says of its quantized weights; newer versions say it in config.json, too."""
+
 TEMPLATE_FOLDER = "additional_chat_templates"
 TEMPLATE = re.compile(rf"{TEMPLATE_FOLDER}/\w[\w .-]*\.jinja")
 """Chat templates that a caller asks for by name, such as ``tool_use``; the file's name is its."""

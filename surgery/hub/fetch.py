@@ -13,6 +13,7 @@ from surgery.files.model_files import (
     ADAPTER_NAME,
     INDEX_NAME,
     JSON_NAMES,
+    MODELOPT_NAME,
     MODULE_FILE,
     MODULES_NAME,
     SINGLE_NAME,
@@ -24,8 +25,17 @@ from surgery.files.strict_json import read_json
 from surgery.hub.remote_file import TRIES, RemoteFile, client_errors, hub_error, retried
 from surgery.hub.skeleton import LIBRARY, Skeleton, download_small
 
-PATTERNS = [*JSON_NAMES, ADAPTER_NAME, "*.safetensors", "merges.txt", "vocab.txt", "*.jinja"]
-PATTERNS += ["*.model", "*.spm", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*", "COPYRIGHT*"]
+PATTERNS = [*JSON_NAMES, ADAPTER_NAME, MODELOPT_NAME, "*.safetensors", "merges.txt", "vocab.txt"]
+PATTERNS += [
+    "*.jinja",
+    "*.model",
+    "*.spm",
+    "README.md",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+    "COPYRIGHT*",
+]
 """Files that pruning reads or carries over, or says something about."""
 
 IGNORED = ["*/*", ".*", "consolidated*"]

@@ -162,6 +162,21 @@ def test_fp4_experts_named_at_the_top() -> None:
     assert "found quant_method fp8 with expert_dtype fp4; " in message
 
 
+def test_modelopt_files_beside_config_json_are_no_unquantized_model(tmp_path: Path) -> None:
+    where, beside = tmp_path / "config.json", tmp_path / "hf_quant_config.json"
+    beside.write_text(json.dumps({"quantization": {"quant_algo": "NVFP4", "group_size": 16}}))
+    with pytest.raises(CheckpointError) as error:
+        quantization_of({}, where)
+    message = str(error.value)
+    assert message.startswith(f"{beside}: checkpoint is quantized")
+    assert "found quant_algo NVFP4 of ModelOpt" in message
+    assert "export it again" in message
+    section = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    assert opaque_of({"quantization_config": section}) is not None
+    beside.write_text(json.dumps({"quantization": {"kv_cache_quant_algo": "FP8"}}))
+    assert quantization_of({}, where) is None
+
+
 @pytest.mark.parametrize("size", [[], [128], [128, 128, 1], [0, 128], [128, -1], [1.5, 2], 128, ""])
 def test_block_size_that_is_no_shape(size: Any) -> None:
     message = refusal({**DEEPSEEK_V3, "weight_block_size": size})

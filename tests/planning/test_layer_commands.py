@@ -292,6 +292,23 @@ def test_fp8_layers_go_but_do_not_become_one(tmp_path: Path) -> None:
     check_layers(layout, [[0], [2]])
 
 
+@pytest.mark.parametrize("key", ["targets", "exclude_modules", "quantized_layers"])
+def test_names_of_modules_follow_their_layers(tmp_path: Path, key: str) -> None:
+    source = tiny.save(tmp_path / "source", num_hidden_layers=4)
+    names = [f"model.layers.{layer}.mlp.down_proj" for layer in range(4)]
+    left = ["lm_head", names[0], names[1]]
+    group: Any = ["lm_head", *names]
+    expected: Any = left
+    if key == "quantized_layers":
+        group = {name: {"quant_algo": "FP8"} for name in group}
+        expected = {name: {"quant_algo": "FP8"} for name in left}
+    section = {"quant_method": "modelopt", "config_groups": {"group_0": {key: group}}}
+    change(source / "config.json", put(quantization_config=section))
+    apply_plan(plan_of(source, [[0], [2]]), source=source, output=tmp_path / "out")
+    found = config_of(tmp_path / "out")["quantization_config"]["config_groups"]
+    assert found == {"group_0": {key: expected}}
+
+
 def test_modules_that_stay_unquantized_keep_their_layers(tmp_path: Path) -> None:
     source = fp8.save(tmp_path / "source", "llama")
     names = ["lm_head", "model.layers.1.mlp.gate_proj", "model.layers.2.self_attn.q_proj"]
