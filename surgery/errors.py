@@ -17,6 +17,13 @@ AMEND = "correct it, or use the file that the model was published with"
 """The fix for a file that is whole, but whose content cannot be meant."""
 
 
+SAVE_WITH_GLINER = (
+    "save it once with the package gliner, which writes all that is needed: "
+    "GLiNER.from_pretrained(dir).save_pretrained(new_dir, safe_serialization=True)"
+)
+"""The fix for a GLiNER's directory that lacks a part, or has it as a pickle."""
+
+
 def shortened(value: object) -> str:
     """``value`` as text, without its middle where it is very long."""
     text, half = str(value), MOST_CHARACTERS // 2

@@ -396,7 +396,7 @@ def first_token(layout: Layout) -> int:
             if isinstance(value, int):
                 return value
     raise CheckpointError(
-        checkpoint.path / "config.json",
+        checkpoint.config_path,
         "names neither bos_token_id nor eos_token_id, one of which begins every window",
         fix="add one of them",
     )

@@ -167,7 +167,7 @@ def check_channels(layout: Layout) -> None:
     check_runs(layout)
     if not layout.widths:
         raise BudgetError(
-            layout.checkpoint.path / "config.json",
+            layout.checkpoint.config_path,
             "has no key for the width of this model's FFN, so there are no channels to choose",
             fix="plan the vocabulary alone, with `vocab_size`",
         )

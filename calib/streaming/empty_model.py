@@ -31,7 +31,9 @@ from transformers.core_model_loading import (
 from calib.streaming.ffn import IMPLEMENTATION
 from surgery.errors import CheckpointError, FamilyError, SurgeryError
 from surgery.families.blocks import OUTSIDE
-from surgery.families.schema import DECODER, ENCODER_DECODER, TIE_KEY, UNDIVIDED
+from surgery.families.schema import DECODER, ENCODER_DECODER, GLINER, TIE_KEY, UNDIVIDED
+from surgery.families.table import family_of
+from surgery.files.model_files import GLINER_NAME
 from surgery.layout.layout import Layout
 
 
@@ -145,7 +147,7 @@ def check_runs(layout: Layout) -> None:
     if family.kind in (ENCODER_DECODER, UNDIVIDED) and not family.stacks:
         raise FamilyError(
             layout.checkpoint.path,
-            f"{layout.checkpoint.config.get('model_type')} is an {family.kind}, of which only "
+            f"{layout.family.model_type} is an {family.kind}, of which only "
             f"the vocabulary is pruned: {family.only_vocabulary}",
             fix=fix,
         )
@@ -257,6 +259,11 @@ def shape_faults(
         shapes: Name of each tensor in the files → its shape.
         family: Model type to treat it as; None is the config's own.
     """
+    if family == GLINER:  # transformers knows the encoder alone
+        whole = family_of(config, GLINER_NAME, family)
+        config, family, inside = whole.text_config(config), whole.text_type, whole.prefixes[0][0]
+        named = {name: shape for name, shape in shapes.items() if name.startswith(inside)}
+        shapes = {name.removeprefix(inside): shape for name, shape in named.items()}
     quantized = config.get("quantization_config")
     if isinstance(quantized, dict) and quantized.get("quant_method") != "fp8":
         return []
@@ -318,7 +325,7 @@ def _check_buffers(sketch: nn.Module, layout: Layout) -> None:
     nbytes = sum(buffer.nbytes for buffer in sketch.buffers())
     if nbytes > MOST_BUFFER_BYTES:
         raise CheckpointError(
-            layout.checkpoint.path / "config.json",
+            layout.checkpoint.config_path,
             "asks for tables that do not fit in memory",
             expected=f"at most {MOST_BUFFER_BYTES:,} bytes",
             found=f"{nbytes:,}",
@@ -339,7 +346,7 @@ def library_errors(layout: Layout) -> Iterator[None]:
         raise
     except Exception as error:
         raise CheckpointError(
-            layout.checkpoint.path / "config.json",
+            layout.checkpoint.config_path,
             "transformers cannot build or run the model that it describes",
             found=f"{type(error).__name__}: {str(error)[:MESSAGE]}",
             fix="check config.json",

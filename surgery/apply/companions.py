@@ -16,21 +16,25 @@ from surgery.config.rewrite import (
     untied_config,
 )
 from surgery.config.token_ids import visit_ids
-from surgery.errors import CheckpointError, TokenizerError
+from surgery.errors import SAVE_WITH_GLINER, CheckpointError, TokenizerError
 from surgery.families.schema import (
     DECODER,
     ENCODER,
     ENCODER_DECODER,
     EXPERT_KEYS,
+    GLINER,
     Family,
     renumbered,
 )
 from surgery.families.table import family_of
 from surgery.files.model_files import (
+    CONFIG_NAME,
     DOCUMENTS,
+    GLINER_NAME,
     INDEX_NAME,
     JSON_NAMES,
     SENTENCEPIECE_NAMES,
+    SETTINGS_NAME,
     TEMPLATE_FOLDER,
     TOKEN_TABLES,
     TOKENIZER_NAME,
@@ -76,10 +80,11 @@ def model_card(plan: Plan, checkpoint: Checkpoint) -> bytes:
     card = read_file(path).decode("utf-8", "replace") if path.exists() else ""
     if found := LICENSE.search(card):
         head.append(f"license: {found[1]}")
-    where = checkpoint.path / "config.json"
+    where = checkpoint.config_path
     kind = family_of(checkpoint.config, where, checkpoint.family).kind
     if kind != DECODER:
         usual = {ENCODER: "feature-extraction", ENCODER_DECODER: "text2text-generation"}
+        usual |= {kind: "token-classification"} if checkpoint.family == GLINER else {}
         task = found[1] if (found := PIPELINE.search(card)) else usual.get(kind, task)
     sizes = [(key, size, after.widths[key]) for key, size in before.widths.items()]
     sizes += [("experts of a layer", before.experts, after.experts)] * bool(before.experts)
@@ -98,7 +103,7 @@ def model_card(plan: Plan, checkpoint: Checkpoint) -> bytes:
     if plan.dropped:
         claims.append("Layers for multi-token prediction were left out.")
     text = f"""{chr(10).join(head)}
-library_name: transformers
+library_name: {GLINER if checkpoint.family == GLINER else "transformers"}
 pipeline_tag: {task}
 tags:
 {"- pruned" + chr(10) if removed else ""}- compact-surgery
@@ -236,7 +241,7 @@ LAYER_OF = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.([0-9]+)(?:\.|$)")
 Content = bytes | Iterator[bytes]
 """Content of a file, whole or in pieces."""
 
-OWN = ("config.json", INDEX_NAME, "README.md", "compact_surgery.json")
+OWN = (CONFIG_NAME, GLINER_NAME, INDEX_NAME, "README.md", "compact_surgery.json")
 """Files that apply writes itself."""
 
 
@@ -246,7 +251,8 @@ def files_left_out(checkpoint: Checkpoint, ids: IdMap) -> list[str]:
     Its shards are not named: what they hold is in the output's.
     """
     directory = checkpoint.path
-    included = {*OWN, *checkpoint.shards, *_carried(directory, ids), *module_files(directory)}
+    own = {*OWN} - {CONFIG_NAME, GLINER_NAME} | {checkpoint.config_path.name}
+    included = {*own, *checkpoint.shards, *_carried(directory, ids), *module_files(directory)}
     folders = {
         directory,
         directory / TEMPLATE_FOLDER,
@@ -303,6 +309,14 @@ def check_companions(plan: Plan, checkpoint: Checkpoint, source: TokenizerFile |
     """
     directory, ids = checkpoint.path, plan.ids()
     pruned_config(plan, checkpoint)
+    if checkpoint.family == GLINER and not (directory / SETTINGS_NAME).exists():
+        raise TokenizerError(
+            directory / SETTINGS_NAME,
+            "is missing, and without it GLiNER reads the tokenizer of another model",
+            expected="the tokenizer of this one",
+            found=checkpoint.config.get("model_name"),
+            fix=SAVE_WITH_GLINER,
+        )
     _checked_modules(directory, ids)
     names = _carried(directory, ids)
     if ids.identity or source is None:
@@ -331,7 +345,7 @@ def rewrite_document(path: Path, tokens: Mapping[str, int], ids: IdMap) -> dict[
 
 def pruned_config(plan: Plan, checkpoint: Checkpoint) -> bytes:
     """Return config.json of the output; the source's own bytes when nothing changes."""
-    path = checkpoint.path / "config.json"
+    path = checkpoint.config_path
     family = family_of(checkpoint.config, path, checkpoint.family)
     changes = config_changes(plan, family, family.text_config(checkpoint.config))
     config = rewrite_config(checkpoint.config, family, plan.ids(), changes, path)

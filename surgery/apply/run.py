@@ -192,7 +192,7 @@ def _write_checkpoint(
             _write_shards(directory, tasks, checksums, options, progress)
         times.append(time.perf_counter())
         directory.write(PROVENANCE_NAME, _provenance(plan))
-        directory.write("config.json", prepared.config)
+        directory.write(checkpoint.config_path.name, prepared.config)
         if checkpoint.index is not None:
             directory.write(INDEX_NAME, _index(checkpoint.index, by_shard, plan))
         directory.commit()

@@ -8,8 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.quantization import Fp8, Opaque, opaque_of, quantization_of
-from surgery.errors import CheckpointError, did_you_mean
-from surgery.files.model_files import INDEX_NAME, SINGLE_NAME, tokenizer_files, weight_map_of
+from surgery.errors import SAVE_WITH_GLINER, CheckpointError, did_you_mean
+from surgery.families.schema import GLINER
+from surgery.files.model_files import (
+    GLINER_NAME,
+    INDEX_NAME,
+    SINGLE_NAME,
+    config_path,
+    tokenizer_files,
+    weight_map_of,
+)
 from surgery.files.safetensors_header import Header, TensorRef, read_header
 from surgery.files.shard_file import open_shard
 from surgery.files.strict_json import file_pieces, read_file, read_json
@@ -61,22 +69,24 @@ class Checkpoint:
                 "is not a directory",
                 fix=f"{did_you_mean(path)}name a model's directory",
             )
-        if not (path / "config.json").exists():
+        where = config_path(path)
+        if not where.exists():
             raise CheckpointError(
                 path,
                 "is no Hugging Face checkpoint, for it has no config.json",
                 found="GGUF, which is not read" if any(path.glob("*.gguf")) else None,
                 fix="name the directory that has config.json and the weights",
             )
-        config = read_json(path / "config.json")
+        config = read_json(where)
+        family = GLINER if where.name == GLINER_NAME else family
         opaque = opaque_of(config)
-        quantization = None if opaque else quantization_of(config, path / "config.json")
+        quantization = None if opaque else quantization_of(config, where)
         remote = Skeleton.at(path)
         if _has_shard(path, SINGLE_NAME, remote):
             single = {SINGLE_NAME: _header(path, SINGLE_NAME, remote)}
             return cls(path, config, single, None, family, quantization, origin, opaque)
         if not (path / INDEX_NAME).exists():
-            _refuse_missing_weights(path)
+            _refuse_missing_weights(path, family)
         index = read_json(path / INDEX_NAME)
         weight_map = weight_map_of(path, index)
         for tensor, name in weight_map.items():
@@ -91,6 +101,11 @@ class Checkpoint:
         shards = {name: _header(path, name, remote) for name in names}
         _check_index(path, weight_map, shards)
         return cls(path, config, shards, index, family, quantization, origin, opaque)
+
+    @property
+    def config_path(self) -> Path:
+        """The file of ``config``: config.json, or GLiNER's own."""
+        return config_path(self.path)
 
     @property
     def source(self) -> str:
@@ -137,7 +152,7 @@ class Checkpoint:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over config.json, tokenizer and headers; plans and statistics record it."""
-        digest = hashlib.sha256(read_file(self.path / "config.json"))
+        digest = hashlib.sha256(read_file(self.config_path))
         for path in tokenizer_files(self.path):
             for piece in file_pieces(path):
                 digest.update(piece)
@@ -171,14 +186,16 @@ class Checkpoint:
         return read_json(self.path / name) if (self.path / name).exists() else {}
 
 
-def _refuse_missing_weights(path: Path) -> None:
+def _refuse_missing_weights(path: Path, family: str | None) -> None:
     pickles = [name for name in PICKLES if (path / name).exists()]
     if pickles:
         raise CheckpointError(
             path / pickles[0],
             "weights are pickled, and a pickle can run code",
             expected="safetensors",
-            fix="convert them once with transformers: AutoModelForCausalLM.from_pretrained(dir)"
+            fix=SAVE_WITH_GLINER
+            if family == GLINER
+            else "convert them once with transformers: AutoModelForCausalLM.from_pretrained(dir)"
             ".save_pretrained(new_dir)",
         )
     raise CheckpointError(

@@ -572,9 +572,9 @@ def verify(directory: Path, options: VerifyOptions) -> None:
         from surgery.checkpoint.checkpoint import Checkpoint
 
         with running():
-            made = Checkpoint.open(directory)
+            made = Checkpoint.open(directory, plan.family if plan else None)
             shapes = {name: tensor.shape for name, tensor in made.tensors.items()}
-            faults = shape_faults(made.config, shapes, plan.family if plan else None)
+            faults = shape_faults(made.config, shapes, made.family)
             checks.checks["transformers builds the same shapes"] = faults
     if options.forward and checks.ok and plan and source:
         add_logits(checks, plan, source, directory, options.device)

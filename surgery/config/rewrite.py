@@ -9,7 +9,7 @@ from typing import Any
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.config.token_ids import reference_paths, visit_ids
 from surgery.errors import TokenizerError
-from surgery.families.default_ids import COUNTS, OFFSET_SECTIONS, SECTIONS, fill_defaults
+from surgery.families.default_ids import COUNTS, ID_SECTIONS, OFFSET_SECTIONS, fill_defaults
 from surgery.families.schema import TIE_KEY, Family
 from surgery.files.model_files import DOCUMENTS, named_templates
 from surgery.files.strict_json import read_file, read_json
@@ -39,7 +39,7 @@ def token_references(checkpoint: Checkpoint, tokens: dict[str, int]) -> dict[int
     for path in _documents(checkpoint.path):
         data = read_json(path)
         named = {token: tokens[token] for token in referenced_tokens(data) if token in tokens}
-        if path.name == "config.json":
+        if path == checkpoint.config_path:
             data = fill_defaults(data, lambda old: old, checkpoint.family)
         for keys, id_ in reference_paths(data, path).items():
             where = ".".join(map(str, keys[1:]))
@@ -159,7 +159,7 @@ def visit_sizes(data: dict[str, Any], ids: IdMap, where: object) -> dict[str, An
     result = {}
     for key, value in data.items():
         key_path = f"{where}: {key}"
-        if key in SECTIONS and isinstance(value, dict):
+        if key in ID_SECTIONS and isinstance(value, dict):
             value = visit_sizes(value, ids, key_path)
             if key == "text_config":
                 value.setdefault("vocab_size", ids.new_size)

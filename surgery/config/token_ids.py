@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from surgery.errors import TokenizerError
-from surgery.families.default_ids import SECTIONS, Change
+from surgery.families.default_ids import ID_SECTIONS, Change
 
 ID_KEY = re.compile(
     r"(?!.*(codec|codebook))"
@@ -187,7 +187,7 @@ def _visit_map(value: dict[str, Any], change: ChangeAt, path: JsonPath) -> dict[
 
 
 _OBJECTS: dict[str, Callable[[dict[str, Any], ChangeAt, JsonPath], dict[str, Any]]] = {
-    **dict.fromkeys(SECTIONS, _visit_object),
+    **dict.fromkeys(ID_SECTIONS, _visit_object),
     "added_tokens_decoder": _visit_decoder,
     "sequence_bias": _visit_bias_keys,
     **dict.fromkeys(("lang_to_id", "task_to_id"), _visit_named),

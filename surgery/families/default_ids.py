@@ -16,6 +16,9 @@ Change = Callable[[int], int | None]
 SECTIONS = ("text_config", "llm_config", "thinker_config", "encoder", "decoder")
 """Parts of a config whose ids belong to the text vocabulary."""
 
+ID_SECTIONS = (*SECTIONS, "encoder_config")
+"""Those of models that transformers does not register, too: GLiNER's encoder."""
+
 OFFSET_SECTIONS = ("vision_config", "audio_config")
 """Parts with their own vocabularies; only their vocab_offset counts text ids."""
 
@@ -163,6 +166,7 @@ _TYPES_BY_HAND: dict[str, Mapping[str, str]] = {
     "blip": {"text_config": "blip_text_model"},
     "florence2": {"text_config": "bart"},
     "git": {},
+    "gliner": {"encoder_config": "deberta-v2"},
     "idefics2": {"text_config": "mistral"},
     "kosmos-2": {"text_config": "kosmos_2_text_model"},
     "kosmos-2.5": {"text_config": "kosmos_2_5_text_model"},
@@ -243,7 +247,7 @@ def fill_defaults(
     kind = str(model_type or config.get("model_type"))
     inner = SECTION_TYPES.get(kind, {})
     result = dict(config)
-    for name in (*SECTIONS, *OFFSET_SECTIONS):
+    for name in (*ID_SECTIONS, *OFFSET_SECTIONS):
         if isinstance(config.get(name), dict):
             given = None if "model_type" in config[name] else inner.get(name)
             result[name] = fill_defaults(config[name], change, given)

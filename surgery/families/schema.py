@@ -37,6 +37,9 @@ HEAD = "head"
 """Block of the tensors of a head that no pass over a text needs: that of an encoder for masked
 tokens, and that of an encoder with a decoder."""
 
+GLINER = "gliner"
+"""The family of every model with a gliner_config.json, whatever model type that file names."""
+
 TIE_KEY = "tie_word_embeddings"
 """The key of config.json for whether lm_head and the embedding are one tensor."""
 

@@ -11,13 +11,16 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from surgery.errors import FamilyError, UnknownTypeError
+from surgery.errors import SAVE_WITH_GLINER, FamilyError, UnknownTypeError
 from surgery.families.blocks import buffers
 from surgery.families.default_ids import DERIVED, SECTION_TYPES, derived
 from surgery.families.encoder_table import ENCODER_DECODERS, ENCODERS, UNDIVIDED_MODELS
 from surgery.families.layer_rules import LAYER_RULES
 from surgery.families.schema import (
+    ENCODER,
+    ENCODER_DECODER,
     FFN,
+    GLINER,
     WIDE,
     Dim,
     ExpertGroups,
@@ -109,6 +112,23 @@ WRAPPERS: Mapping[str, Wrapper] = {
     ),
 }
 """Models whose text runs as an equal type that stands alone."""
+
+_INSIDE = "token_rep_layer.bert_layer.model."
+_HEADS = ("rnn", "cross_fuser", "span_rep_layer", "prompt_rep_layer", "scorer")
+_RELATIONS = ("relations_rep_layer", "triples_score_layer", "pair_rep_layer")
+_BESIDE = ("token_rep_layer.projection", "token_rep_layer.bert_layer.layers_fuser")
+
+OF_GLINER = Wrapper(
+    (*(f"{name}." for name in (*_HEADS, *_RELATIONS, *_BESIDE)), f"{_INSIDE}pooler."),
+    ((_INSIDE, ""),),
+    tied=True,
+    section="encoder_config",
+    by_number=True,
+)
+"""The package gliner's models, which transformers does not register."""
+
+SECOND_TEXT = ("labels_encoder", "labels_decoder", "decoder_config")
+"""Keys by which a GLiNER has a second model of text, with a tokenizer of its own."""
 
 _NORM = "a norm over the FFN's channels divides by all of them, kept or not"
 _ROWS = "its embedding has more rows after those of the vocabulary"
@@ -263,11 +283,11 @@ def family_of(config: Mapping[str, Any], where: object, name: str | None = None)
         FamilyError: it has no entry ``name``, or the config names no model type at all.
     """
     model_type = config.get("model_type")
-    if model_type is None:
+    if model_type is None and name != GLINER:
         raise FamilyError(
             where, "names no model_type", expected="a model type, such as llama", fix="add it"
         )
-    if name is not None and name not in FAMILIES:
+    if name is not None and name not in (GLINER, *FAMILIES):
         from difflib import get_close_matches  # 5 to 20 ms; few starts need it
 
         raise FamilyError(
@@ -277,7 +297,10 @@ def family_of(config: Mapping[str, Any], where: object, name: str | None = None)
             found=repr(name),
             fix="inspect MODEL with `probe` shows which fit",
         )
-    kind, code = model_type if name is None else name, "auto_map" in config
+    kind: Any = model_type if name is None else name
+    code = "auto_map" in config
+    if kind == GLINER:
+        _check_gliner(config, where)
     entry = _entry(kind, where, code)
     if isinstance(entry, Family):
         return replace(entry, model_type=kind)
@@ -289,7 +312,30 @@ def family_of(config: Mapping[str, Any], where: object, name: str | None = None)
     family = _entry(text_type, where, code)
     if isinstance(family, Wrapper):
         raise UnknownTypeError(where, text_type, code=code)
+    if kind == GLINER and family.kind not in (ENCODER, ENCODER_DECODER):
+        raise FamilyError(
+            where, "is not an encoder", found=text_type, fix="choose a GLiNER with an encoder in it"
+        )
     return replace(entry.around(family, str(text_type)), model_type=kind)
+
+
+def _check_gliner(config: Mapping[str, Any], where: object) -> None:
+    """Refuse a GLiNER with two models of text in it, or without the config of its encoder."""
+    for key in SECOND_TEXT:
+        if config.get(key) is not None:
+            raise FamilyError(
+                f"{where}: {key}",
+                "names a second model of text, with a tokenizer of its own",
+                expected="one encoder, which reads labels and text",
+                fix="choose a GLiNER with one encoder",
+            )
+    if not isinstance(config.get(OF_GLINER.section), dict):
+        raise FamilyError(
+            f"{where}: {OF_GLINER.section}",
+            "is missing, so that the encoder is described in another model alone",
+            found=config.get("model_name"),
+            fix=SAVE_WITH_GLINER,
+        )
 
 
 def _entry(model_type: Any, where: object, code: bool) -> Family | Wrapper:
@@ -299,6 +345,8 @@ def _entry(model_type: Any, where: object, code: bool) -> Family | Wrapper:
             f"models of type {model_type} cannot be pruned: {REFUSED[model_type]}",
             fix="choose a type of the list on the page Models",
         )
+    if model_type == GLINER:
+        return OF_GLINER
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UnknownTypeError(where, model_type, code=code)
     entry = FAMILIES[model_type]

@@ -29,11 +29,17 @@ SENTENCEPIECE_NAMES = (
 )
 """Names of the SentencePiece protobuf beside tokenizer.json."""
 
+SETTINGS_NAME = "tokenizer_config.json"
+CONFIG_NAME = "config.json"
+GLINER_NAME = "gliner_config.json"
+"""What GLiNER reads in place of config.json: its encoder's config is a part of it."""
+
 WORDPIECE_NAME = "vocab.txt"
 """WordPiece's tokens, one a line, in the order of their ids."""
 
 DOCUMENTS = (
-    "config.json",
+    CONFIG_NAME,
+    GLINER_NAME,
     "generation_config.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -43,7 +49,7 @@ DOCUMENTS = (
     "audio_tokenizer_config.json",
     "processor_config.json",
 )
-"""JSON files that transformers reads and that may refer to tokens: rewritten, and compared."""
+"""JSON files that loaders read and that may refer to tokens: rewritten, and compared."""
 
 TOKEN_TABLES = ("vocab.json", "added_tokens.json")
 """JSON files of token → id."""
@@ -76,7 +82,6 @@ TEMPLATE_FOLDER = "additional_chat_templates"
 TEMPLATE = re.compile(rf"{TEMPLATE_FOLDER}/\w[\w .-]*\.jinja")
 """Chat templates that a caller asks for by name, such as ``tool_use``; the file's name is its."""
 
-
 MODULE_FILE = re.compile(r"(\w[\w.-]*/)+\w[\w.-]*\.(json|safetensors)")
 """Files of a module of sentence-transformers, such as ``1_Pooling/config.json``."""
 
@@ -85,6 +90,12 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl")
 
 EMPTY_MODULE = "Normalize"
 """The type of module that has no files: its folder may be missing."""
+
+
+def config_path(directory: Path) -> Path:
+    """Return the config of the model in ``directory``; GLiNER reads its own, whatever is beside."""
+    of_gliner = directory / GLINER_NAME
+    return of_gliner if of_gliner.exists() else directory / CONFIG_NAME
 
 
 def module_types(modules: Any, where: object) -> dict[str, str]:

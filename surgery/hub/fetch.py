@@ -11,6 +11,8 @@ from surgery.errors import CheckpointError, did_you_mean
 from surgery.files.atomic import write_atomic
 from surgery.files.model_files import (
     ADAPTER_NAME,
+    CONFIG_NAME,
+    GLINER_NAME,
     INDEX_NAME,
     JSON_NAMES,
     MODELOPT_NAME,
@@ -18,6 +20,7 @@ from surgery.files.model_files import (
     MODULES_NAME,
     SINGLE_NAME,
     TEMPLATE,
+    config_path,
     modules_of,
     weight_map_of,
 )
@@ -182,13 +185,13 @@ def _earlier_copy(repo: str, commit: str) -> Path | None:
 
 
 def _complete_snapshot(repo: str, commit: str) -> Path | None:
-    """The snapshot in huggingface_hub's cache, if it has config.json and every shard."""
+    """The snapshot in huggingface_hub's cache, if it has the config and every shard."""
     from huggingface_hub import try_to_load_from_cache
 
-    config = try_to_load_from_cache(repo, "config.json", revision=commit)
-    if not isinstance(config, str):
+    found = (try_to_load_from_cache(repo, n, revision=commit) for n in (CONFIG_NAME, GLINER_NAME))
+    path = next((Path(config).parent for config in found if isinstance(config, str)), None)
+    if path is None:
         return None
-    path = Path(config).parent
     if (path / SINGLE_NAME).exists():
         return path
     if not (path / INDEX_NAME).exists():
@@ -263,7 +266,7 @@ def _file_advice(path: Path) -> str:
     """What to do where a file is named in place of a model."""
     if path.suffix == ".gguf":
         return "GGUF files are not read: prune the Hugging Face checkpoint, then convert the result"
-    if (path.parent / "config.json").exists():
+    if config_path(path.parent).exists():
         return f"name {path.parent}"
     if path.suffix == ".json":
         return "name the model's directory, or look into a plan with `removed` or `channels`"

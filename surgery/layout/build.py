@@ -29,7 +29,7 @@ def read_layout(checkpoint: Checkpoint, family: Family | None = None) -> Layout:
         FamilyError: the family does not have a tensor.
         CheckpointError: a tensor is missing or its shape contradicts config.json.
     """
-    where = checkpoint.path / "config.json"
+    where = checkpoint.config_path
     family = family or family_of(checkpoint.config, where, checkpoint.family)
     config = family.text_config(checkpoint.config)
     depth = _depth(config, family.depth, where)
@@ -73,7 +73,7 @@ def _decoder_depth(
     inside = f"{family.stacks[1]}."
     if not any(n.startswith(inside) for name in checkpoint.tensors for n in family.spellings(name)):
         return 0
-    where = checkpoint.path / "config.json"
+    where = checkpoint.config_path
     return size_in(config, family.decoder_depth, where) or depth
 
 

@@ -39,9 +39,10 @@ class Census:
     def of(cls, layout: Layout, model: str) -> "Census":
         """Count ``layout`` from its headers; ``model`` is the name to print."""
         groups = layout.groups
+        kind = layout.checkpoint.config.get("model_type") or layout.family.model_type
         return cls(
             model=model,
-            model_type=printable(str(layout.checkpoint.config["model_type"])),
+            model_type=printable(str(kind)),
             vocab_size=layout.vocab_size,
             widths=dict(layout.widths),
             experts=layout.experts,

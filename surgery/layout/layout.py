@@ -234,7 +234,7 @@ class Layout:
     @property
     def where(self) -> object:
         """config.json, for errors."""
-        return self.checkpoint.path / "config.json"
+        return self.checkpoint.config_path
 
     @property
     def config(self) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ from surgery.checkpoint.checkpoint import same_weights
 from surgery.checkpoint.fp8 import weight_windows
 from surgery.checkpoint.opaque import opaque_matrices
 from surgery.errors import BudgetError, StatsError
-from surgery.families.schema import EXPERT
+from surgery.families.schema import EXPERT, GLINER
 from surgery.files import index_sets
 from surgery.files.model_files import ADAPTER_NAME
 from surgery.files.safetensors_header import TensorRef
@@ -390,7 +390,7 @@ def _notes(
             f"the adapter beside the weights ({ADAPTER_NAME}) is not in the output, and the "
             "statistics and sizes are without it; merge it into the weights first to prune both"
         )
-    if layout.checkpoint.family is not None:
+    if layout.checkpoint.family not in (None, GLINER):
         kind = layout.checkpoint.config.get("model_type")
         notes.append(
             f"treated as {layout.checkpoint.family}; config.json keeps model type {kind}, "

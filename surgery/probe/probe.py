@@ -112,7 +112,7 @@ def _wrapper(checkpoint: Checkpoint) -> str | None:
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if not isinstance(family, Family):
         raise FamilyError(
-            checkpoint.path / "config.json",
+            checkpoint.config_path,
             "text_config's model type is not in the table",
             found=kind,
             fix="add an entry for that type first",

@@ -10,7 +10,7 @@ from surgery.config.rewrite import remove_tokens, rewrite_config
 from surgery.config.token_ids import JsonPath, id_paths
 from surgery.errors import TokenizerError
 from surgery.families.table import family_of
-from surgery.files.model_files import DOCUMENTS, TOKEN_TABLES, TOKENIZER_NAME
+from surgery.files.model_files import DOCUMENTS, TOKEN_TABLES, TOKENIZER_NAME, config_path
 from surgery.files.strict_json import read_json
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
@@ -63,7 +63,7 @@ class Origin:
         if not path.exists():
             return {}
         data = read_json(path)
-        if name == "config.json":
+        if path == config_path(self.path):
             family = family_of(data, path, self.plan.family)
             changes = config_changes(self.plan, family, family.text_config(data))
             data = rewrite_config(data, family, self.ids, changes, path)
