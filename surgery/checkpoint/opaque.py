@@ -26,6 +26,18 @@ AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 SHAPE = ".weight_shape"
 """Ending of the tensor that holds a weight's rows and columns as numbers."""
 
+SCALES = (".weight_scale", ".weight_scale_inv")
+"""Endings of the names of a weight's scales."""
+
+ZEROS = ".weight_zero_point"
+"""Ending of the name of a weight's zero points."""
+
+GLOBAL = (".weight_global_scale", ".weight_scale_2")
+"""Endings of the scale of NVFP4's scales; the first divides, the second multiplies."""
+
+EXPONENTS = ("U8", "F8_E8M0")
+"""Dtypes of scales that are powers of two."""
+
 G_IDX = ".weight_g_idx"
 """Ending of the tensor that gives each column a group, where groups are no neighbours."""
 
@@ -71,47 +83,44 @@ def steps_of(checkpoint: Checkpoint, part: TensorRef) -> tuple[int, ...]:
         return ()
     if opaque.variant == "transformed" or opaque.base_of(codes.name) + G_IDX in checkpoint.tensors:
         return ()
-    full = opaque.shape_of(codes.shape, codes.dtype)
     if part.name == codes.name:
         return 1, opaque.values_of(codes.dtype)
-    if part.name.endswith(SHAPE) or math.prod(part.shape) == 1 or opaque.is_of_cache(part.name):
-        return (0,) * len(part.shape)
-    blocks = opaque.block or (0, opaque.group)
-    return tuple(map(_step, part.shape, full[: len(part.shape)], blocks))
+    return grid_of(checkpoint, part, codes)[: len(part.shape)]
 
 
-def _step(size: int, full: int, block: int) -> int:
-    """Return the positions that share an entry, on a dimension of ``full`` with ``size`` entries.
-
-    One entry stands for all, however many are left, unless it is that of a block.
-    """
-    if size == full:
-        return 1
-    if size == 1:
-        return block
-    return block if block > 1 and -(-full // block) == size else -(-full // size)
-
-
-def check_part(checkpoint: Checkpoint, part: TensorRef) -> None:
-    """Check what is stored beside codes against their shape.
+def held_of(checkpoint: Checkpoint, codes: TensorRef) -> Opaque:
+    """Return what config.json says of the weight that ``codes`` belong to.
 
     Raises:
-        CheckpointError: it has another number of entries than one for all, or for each row, group
-            or block.
+        CheckpointError: none of its groups has the module.
     """
-    codes, steps = codes_of(checkpoint, part), steps_of(checkpoint, part)
-    if checkpoint.opaque is None or codes is None or not steps:
-        return
-    full = checkpoint.opaque.shape_of(codes.shape, codes.dtype)
-    for size, length, step in zip(part.shape, full, steps, strict=False):
-        whole = length % step == 0 or checkpoint.opaque.block if step else True
-        if not whole or (step and size != -(-length // step)):
-            raise CheckpointError(
-                _where(part),
-                f"is not one entry for each row, group or block of a weight {list(full)}",
-                found=f"{part.dtype} {list(part.shape)}",
-                fix="download config.json and the checkpoint again",
-            )
+    opaque = checkpoint.opaque
+    assert opaque is not None
+    module = opaque.base_of(codes.name)
+    found = opaque.of(module)
+    if found is None:
+        raise CheckpointError(
+            where_of(codes),
+            "is quantized, but config.json does not say how",
+            expected=f"{module}, a pattern of it or Linear in the targets of a config_group",
+            fix="add it to its group in quantization_config",
+        )
+    return found
+
+
+def grid_of(checkpoint: Checkpoint, part: TensorRef, codes: TensorRef) -> tuple[int, int]:
+    """Return the rows and columns that share an entry of ``part``; 0: all."""
+    if not part.name.endswith((*SCALES, ZEROS)):
+        return 0, 0
+    held = held_of(checkpoint, codes)
+    grid = {"tensor": (0, 0), "channel": (1, 0), "group": (1, held.group)}.get(held.strategy)
+    grid = held.block or grid
+    if grid is None:  # not said: FP4 has its groups by definition
+        exponents = part.dtype in EXPONENTS
+        by_row = (0, 0) if math.prod(part.shape) == 1 else (1, 0)
+        grid = (1, 32) if exponents else (1, 16) if codes.dtype == "U8" else by_row
+    packed = part.name.endswith(ZEROS) and codes.dtype == "I32"
+    return grid[0] * (held.values_of(codes.dtype) if packed else 1), grid[1]
 
 
 @dataclass(frozen=True)
@@ -172,8 +181,8 @@ class OpaqueMatrix:
         Raises:
             CheckpointError: the format is not decoded.
         """
-        codes = _array(self.codes, shards)
-        parts = {ending: _array(ref, shards) for ending, ref in self.parts.items()}
+        codes = read_array(self.codes, shards)
+        parts = {ending: read_array(ref, shards) for ending, ref in self.parts.items()}
         if self.opaque.method == "mxfp4":
             return np.ascontiguousarray(decode_mxfp4(codes, parts["_scales"]).T)
         return _opaque_matrix(self.opaque, self.codes, codes, parts)
@@ -184,7 +193,7 @@ def opaque_matrices(checkpoint: Checkpoint, codes: TensorRef) -> list[OpaqueMatr
     opaque, parts = checkpoint.opaque, opaque_parts(checkpoint, codes)
     assert opaque is not None
     if opaque.method != "mxfp4":
-        return [OpaqueMatrix(opaque, codes, parts)]
+        return [OpaqueMatrix(held_of(checkpoint, codes), codes, parts)]
     return [
         OpaqueMatrix(opaque, _row(codes, n), {end: _row(ref, n) for end, ref in parts.items()})
         for n in range(codes.shape[0])
@@ -227,14 +236,14 @@ def _opaque_matrix(opaque: Opaque, ref: TensorRef, codes: NDArray[Any], parts: A
         return _gptq(opaque, codes, parts)
     if opaque.method == "awq" and opaque.bits == 4 and opaque.variant in ("", "gemm", "GEMM"):
         return _awq(codes, parts)
-    scales = next((parts[e] for e in (".weight_scale", ".weight_scale_inv") if e in parts), None)
+    scales = next((parts[ending] for ending in SCALES if ending in parts), None)
     if unknown or opaque.method in ("gptq", "awq") or scales is None:
         raise CheckpointError(
-            _where(ref),
+            where_of(ref),
             f"is {opaque.method} of a kind that is not decoded",
             fix="calibrate the unquantized checkpoint, or choose experts at random",
         )
-    zeros = parts.get(".weight_zero_point")
+    zeros = parts.get(ZEROS)
     if ref.dtype == "I32":
         values = _unpacked(codes, opaque.bits)
         if zeros is None:
@@ -242,7 +251,7 @@ def _opaque_matrix(opaque: Opaque, ref: TensorRef, codes: NDArray[Any], parts: A
         zeros = np.ascontiguousarray(_unpacked(np.ascontiguousarray(zeros.T), opaque.bits).T)
         return _times(opaque, values - _spread(opaque, zeros[: len(values)], values.shape), scales)
     if ref.dtype == "U8":
-        for ending, power in ((".weight_global_scale", -1), (".weight_scale_2", 1)):
+        for ending, power in zip(GLOBAL, (-1, 1), strict=True):
             if ending in parts:
                 scales = scales * parts[ending].reshape(()) ** power
         return _times(opaque, _fp4(codes), scales)
@@ -305,7 +314,7 @@ def _awq(codes: NDArray[Any], parts: Arrays) -> Float32:
     return np.ascontiguousarray(result.T)
 
 
-def _array(ref: TensorRef, shards: Shards) -> NDArray[Any]:
+def read_array(ref: TensorRef, shards: Shards) -> NDArray[Any]:
     """Read a whole tensor: integers as they are, floats as float32."""
     raw = np.empty(ref.nbytes, np.uint8)
     with shards.tensor(ref) as here, open_shard(here.path, "read") as shard:
@@ -318,5 +327,6 @@ def _array(ref: TensorRef, shards: Shards) -> NDArray[Any]:
     return decode_scales(raw, ref.dtype).reshape(ref.shape)
 
 
-def _where(tensor: TensorRef) -> str:
+def where_of(tensor: TensorRef) -> str:
+    """Name a tensor and its file, for errors."""
     return f"{tensor.path}: tensor {tensor.name}"

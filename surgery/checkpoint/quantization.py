@@ -1,6 +1,8 @@
 """Quantized checkpoints: FP8 with block scales, weights stored as codes and parts, and refusals."""
 
+import re
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -83,15 +85,39 @@ class Opaque:
     """Bits of a code that is packed with others."""
     variant: str = ""
     """What config.json says of the layout: ``checkpoint_format`` or ``version``."""
+    strategy: str = ""
+    """What shares a scale, if it is said: ``tensor``, ``channel``, ``group``, ``block``."""
     group: int = 0
-    """Neighbours in a row that share a scale, where config.json names groups."""
+    """Neighbours in a row that share a scale, if groups do."""
     block: tuple[int, int] | None = None
-    """Rows and columns that share a scale, where scales are of blocks."""
+    """Rows and columns that share a scale, if blocks do."""
+    symmetric: bool = True
+    """Whether codes need no zero points."""
+    targets: tuple[str, ...] = ()
+    """The modules that this holds for, as config.json names them."""
+    groups: tuple["Opaque", ...] = ()
+    """What holds for the modules of each group, where groups differ."""
 
     @property
     def by_rows(self) -> bool:
         """Whether codes are stored row by row, as the unquantized weight is."""
         return self.method not in ("mxfp4", "gptq", "awq")
+
+    def of(self, module: str) -> "Opaque | None":
+        """Return what holds for a module, by the rule of compressed-tensors: its exact name comes
+        before patterns (``re:``), and these before its class. None where no group has it."""
+        if not self.groups:
+            return self
+        named = self._by_target
+        patterns = (each for each in named if each.startswith("re:") and _matches(each, module))
+        target = module if module in named else next(patterns, "Linear")
+        return named.get(target)
+
+    @cached_property
+    def _by_target(self) -> dict[str, "Opaque"]:
+        """Target → what holds for its modules, in the order in which patterns are tried."""
+        pairs = [(target, group) for group in reversed(self.groups) for target in group.targets]
+        return dict(sorted(pairs, key=lambda pair: pair[0]))
 
     def weight_of(self, name: str) -> tuple[str, bool] | None:
         """Return the weight that the tensor ``name`` belongs to, and whether it is beside codes."""
@@ -172,16 +198,51 @@ def opaque_of(config: dict[str, Any]) -> Opaque | None:
     if method not in known or bits is None:
         return None
     variant = str(section.get("checkpoint_format") or section.get("version") or "")
-    groups = {args.get("group_size") for args in weights}
-    blocks = [args.get("block_structure") for args in weights] or [section.get("weight_block_size")]
-    block = blocks[0] if is_block(blocks[0]) and all(b == blocks[0] for b in blocks) else None
-    return replace(
+    found = replace(
         known[method],
         bits=bits,
         variant="transformed" if section.get("transform_config") else variant,
-        group=max([size for size in groups if type(size) is int], default=0),
-        block=(block[0], block[1]) if block else None,
     )
+    if not weights:
+        said = {"block_structure": section.get("weight_block_size")}
+        return replace(found, **_sharing(said)) if method == "fp8" else found
+    groups = tuple(
+        replace(found, **_sharing(group["weights"]), targets=_targets(group))
+        for group in section["config_groups"].values()
+        if isinstance(group, dict) and isinstance(group.get("weights"), dict)
+    )
+    alike = {replace(group, targets=()) for group in groups}
+    return alike.pop() if len(alike) == 1 else replace(found, groups=groups)
+
+
+def _matches(pattern: str, module: str) -> bool:
+    """Whether a target ``re:…`` has the module; one that is no pattern has none."""
+    try:
+        return bool(re.match(pattern.removeprefix("re:"), module))
+    except re.error:
+        return False
+
+
+def _targets(group: dict[str, Any]) -> tuple[str, ...]:
+    listed = group.get("targets")
+    return tuple(map(str, listed)) if isinstance(listed, list) else ()
+
+
+def _sharing(args: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of ``Opaque`` that say which positions share a scale."""
+    size, block, strategy = args.get("group_size"), args.get("block_structure"), ""
+    if is_block(block):
+        strategy = "block"
+    elif type(size) is int and size:
+        strategy = "group" if size > 0 else "channel"
+    given = args.get("strategy")
+    strategy = {"tensor_group": "group"}.get(given, given) if isinstance(given, str) else strategy
+    return {
+        "strategy": strategy,
+        "group": size if strategy == "group" and type(size) is int else 0,
+        "block": tuple(block or ()) if strategy == "block" and is_block(block) else None,
+        "symmetric": args.get("symmetric") is not False,
+    }
 
 
 def _section(config: dict[str, Any]) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.fp8 import check_weight
-from surgery.checkpoint.opaque import check_part
+from surgery.checkpoint.parts import check_codes, check_part, check_shape
 from surgery.errors import CheckpointError
 from surgery.families.blocks import BUFFER
 from surgery.families.schema import EXPERT_KEYS, EXPERTS, TEXT_VOCAB, VOCAB, Family, Slot
@@ -126,12 +126,18 @@ def _lengths(layout: Layout, config: Mapping[str, Any], where: object) -> dict[s
 
 def _check(layout: Layout) -> None:
     """Check each tensor, and that none is missing."""
+    packed: dict[tuple[int, ...], TensorRef] = {}
     for name, tensor in layout.checkpoint.tensors.items():
         role = layout.roles[name]
         if role.opaque and role.scales:
             check_part(layout.checkpoint, tensor)
         elif not role.scales:  # checked with their weight
             _check_tensor(layout, tensor)
+            if role.opaque:
+                check_codes(layout.checkpoint, tensor)
+                packed.setdefault(tensor.shape, tensor)
+    for tensor in packed.values():  # equal codes are padded equally; each is a read
+        check_shape(layout.checkpoint, tensor)
     _check_complete(layout)
 
 

@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save_file
 from surgery.api import apply_plan
 from surgery.checkpoint import opaque
 from surgery.checkpoint.opaque import opaque_matrices
+from surgery.checkpoint.quantization import opaque_of
 from surgery.hub.shards import Shards
 from surgery.planning.plan import Plan
 from surgery.planning.sizes import Sizes
 from surgery.stats.channel_stats import ChannelStats
 from tests.support import quantized
-from tests.support.command import Run
+from tests.support.command import Run, assert_refused
 from tests.support.contents import weights
 from tests.support.plans import layout_of, plan_to, random_stats
 
@@ -26,6 +27,7 @@ BY_BLOCKS = {"mxfp4 packed": 32, "tensor": 1, "channel": 1, "int8": 1}
 """Kind → channels that are kept or removed together, where these are not ``GROUP``."""
 CUT = tuple(kind for kind in KINDS if kind not in ("gptq", "awq"))
 """Kinds whose rows and columns can be removed."""
+FILE = "model.safetensors"
 TAKE = ("--seq-len", 32, "--samples", 4)
 
 
@@ -131,14 +133,104 @@ def test_windows_of_rows_are_the_whole(
     assert seen > 1 or kind in ("gptq", "awq")
 
 
-def test_scales_of_another_shape_are_refused(tmp_path: Path, run: Run) -> None:
-    source = quantized.save(tmp_path / "source", "channel", "llama")
+UP, DOWN = "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "wrong", "expected"),
+    [
+        ("channel", f"{UP}.weight_scale", torch.ones(7, 1), "[96, 1]"),
+        ("int4", f"{UP}.weight_scale", torch.ones(48, 2), "[96, 2], as strategy group says"),
+        ("int4", f"{DOWN}.weight_scale", torch.ones(32, 3), "[32, 6], as strategy group says"),
+        ("int4", f"{UP}.weight_scale", torch.ones(96, 2, dtype=torch.int32), "or F8_E8M0"),
+        ("int4", f"{UP}.weight_shape", torch.tensor([128]), "I64 or I32 [2]"),
+        ("int4 with zeros", f"{UP}.weight_zero_point", torch.ones(12, 1).int(), "I32 [12, 2]"),
+        ("int4 with zeros", f"{UP}.weight_zero_point", torch.ones(96, 2).char(), "I32 [12, 2]"),
+        ("nvfp4", f"{UP}.weight_global_scale", torch.ones(2), "F32 or BF16 or F16 [1, 1]"),
+        ("block", f"{UP}.weight_scale", torch.ones(3, 2), "[6, 2], as strategy block says"),
+    ],
+)  # fmt: skip
+def test_parts_that_do_not_fit_are_refused(
+    tmp_path: Path, run: Run, kind: str, name: str, wrong: torch.Tensor, expected: str
+) -> None:
+    source = quantized.save(tmp_path / "source", kind, "llama")
     file = source / "model.safetensors"
-    name = "model.layers.1.mlp.up_proj.weight_scale"
-    save_file(load_file(file) | {name: torch.ones(7, 1)}, file, {"format": "pt"})
-    refused = run("inspect", source)
-    assert refused.exit_code == 2
-    assert f"tensor {name}: is not one entry for each row, group or block" in refused.output
+    tensors = load_file(file)
+    assert name in tensors
+    save_file(tensors | {name: wrong}, file, {"format": "pt"})
+    assert_refused(run("inspect", source), f"tensor {name}: does not fit the weight", expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [(kind, part) for kind, parts in {
+        "int4": ("weight_packed", "weight_scale", "weight_shape"),
+        "int4 with zeros": ("weight_zero_point",), "nvfp4": ("weight_global_scale",),
+        "modelopt": ("weight_scale_2",), "channel": ("weight_scale",), "gptq": ("qzeros",),
+    }.items() for part in parts],
+)  # fmt: skip
+def test_a_missing_part_is_named(tmp_path: Path, run: Run, kind: str, part: str) -> None:
+    source = quantized.save(tmp_path / "source", kind, "llama")
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[f"{UP}.{part}"]
+    save_file(tensors, file, {"format": "pt"})
+    missing = "has no codes" if part == "weight_packed" else f"expected {UP}.{part}"
+    assert_refused(run("inspect", source), f"tensor {UP}.", missing)
+
+
+def test_widths_that_fill_no_int32_are_refused(tmp_path: Path, run: Run) -> None:
+    source = quantized.save(tmp_path / "source", "int4", "llama")
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith("weight_shape")]:
+        tensors[name] -= torch.tensor([0, 4])
+    save_file(tensors, file, {"format": "pt"})
+    assert_refused(run("inspect", source), "weight_shape: has other rows and columns than whole")
+
+
+def test_each_group_of_config_json_has_its_own_scales(tmp_path: Path, run: Run) -> None:
+    source, out = quantized.save(tmp_path / "source", "int4", "llama"), tmp_path / "out"
+    other = quantized.save(tmp_path / "other", "channel", "llama")
+    found = {n: t for n, t in load_file(source / FILE).items() if ".mlp." not in n}
+    found |= {n: t for n, t in load_file(other / FILE).items() if ".mlp." in n}
+    save_file(found, source / FILE, {"format": "pt"})
+    section = dict(quantized.SECTIONS["int4"])
+    groups = {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 4, "group_size": quantized.GROUP, "strategy": "group"},
+        },
+        "group_1": {
+            "targets": [r"re:.*mlp\..*"],
+            "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
+        },
+    }
+    quantized.set_section(source, section | {"config_groups": groups})
+    plan = tmp_path / "plan.json"
+    stats = tmp_path / "stats.safetensors"
+    random_stats(layout_of(source)).save(stats)
+    made = run("plan", source, "--stats", stats, "--width", "intermediate_size=90", "-o", plan)
+    assert made.exit_code == 0, made.output
+    applied = run("apply", plan, "-o", out)
+    assert applied.exit_code == 0, applied.output
+    verified = run("verify", out, "--source", source, "--forward")
+    assert verified.exit_code == 0, verified.output
+    groups["group_0"]["targets"] = ["Embedding"]
+    quantized.set_section(source, section | {"config_groups": groups})
+    assert_refused(run("inspect", source), "but config.json does not say how", "self_attn")
+
+
+def test_the_exact_name_comes_before_patterns_and_the_class() -> None:
+    targets = {"tensor": ["Linear"], "channel": ["re:.*up"], "group": ["mlp.up"]}
+    groups = {n: {"targets": t, "weights": {"strategy": n}} for n, t in targets.items()}
+    section = {"quant_method": "compressed-tensors", "config_groups": groups}
+    found = opaque_of({"quantization_config": section})
+    assert found is not None
+    for module, strategy in {"mlp.up": "group", "x.up": "channel", "x": "tensor"}.items():
+        held = found.of(module)
+        assert held is not None
+        assert held.strategy == strategy
 
 
 def test_groups_of_several_widths_of_integers_are_refused_by_name(tmp_path: Path, run: Run) -> None:

@@ -28,7 +28,9 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "int4 with zeros": {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
-        "config_groups": {"group_0": {"weights": {"num_bits": 4, "group_size": GROUP}}},
+        "config_groups": {
+            "group_0": {"weights": {"num_bits": 4, "group_size": GROUP, "symmetric": False}}
+        },
     },
     "int8": {
         "quant_method": "compressed-tensors",
