@@ -75,9 +75,12 @@ class RecoverOptions:
             )
         for name in ("tokens", "minutes", "learning_rate"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < float("inf"):
                 raise BudgetError(
-                    f"`{name}`", "is not above 0", found=value, fix="give a number above 0"
+                    f"`{name}`",
+                    "is not a finite number above 0",
+                    found=value,
+                    fix="give a finite number above 0",
                 )
         if self.method == CONTINUE and self.teacher is not None:
             raise BudgetError(

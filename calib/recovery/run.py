@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -53,7 +54,8 @@ from calib.text.windows import within_positions
 from surgery.api import open_layout
 from surgery.apply.output_directory import check_output_path
 from surgery.apply.run import ApplyOptions, apply_to
-from surgery.errors import BudgetError, DataError
+from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.errors import BudgetError, CheckpointError, DataError
 from surgery.files.atomic import check_file
 from surgery.layout.layout import Layout
 from surgery.plot import saved_figure, titled
@@ -144,7 +146,7 @@ class Recovery:
         check_trainable(layout)
         self.layout, self.text, self.options = layout, text, options
         self.settings = choose_settings(compute, layout.checkpoint)
-        if not options.resume:
+        if not (options.resume and options.work.exists()):  # nothing there is of an earlier run
             for path in (options.plan, options.weights, options.self_data):
                 check_file(path, layout.checkpoint.path)
         check_output_path(options.output, layout.checkpoint.path)
@@ -189,8 +191,8 @@ class Recovery:
         checkpoint = self.layout.checkpoint
         found: dict[str, Any] = {name: getattr(options, name) for name in names}
         found |= {
-            "model": f"{checkpoint.fingerprint} {checkpoint.weights}",
-            "teacher": self.teacher.checkpoint.fingerprint if self.teacher else None,
+            "model": _named(checkpoint),
+            "teacher": _named(self.teacher.checkpoint) if self.teacher else None,
             "taught": self.taught.info if self.taught else None,
             "data": [[str(each.name), each.weight] for each in self.text.data],
             "seq_len": self.seq_len,
@@ -237,13 +239,21 @@ class Recovery:
                 text = self._text(work, progress)
             session = _Session(self, work, text)
             made = session.train(progress)
+            if not math.isfinite(made.after):
+                work.close(done=True)
+                raise TrainingError(
+                    "the trained model",
+                    "predicts numbers that are not finite; nothing was written",
+                    found=made.after,
+                    fix="give a smaller `learning_rate`, or check the teacher's weights",
+                )
             if not main:  # the first process writes
                 return replace(made, output=self.options.output if made.helped else None)
             made = replace(session.write(made), seconds=time.perf_counter() - start)
             work.close(done=True)
             return made
         finally:
-            work.close()
+            work.close(keep=self.options.self_data.exists())
 
     def forecast(self) -> Forecast:
         """Predict memory and time, by a first step that changes nothing; write nothing.
@@ -269,6 +279,11 @@ class Recovery:
         return WorkDirectory(path, self.identity, resume=resume, main=main)
 
 
+def _named(checkpoint: Checkpoint) -> str:
+    """Return what a checkpoint is known by: its tensors' shapes, and their values."""
+    return f"{checkpoint.fingerprint} {checkpoint.weights}"
+
+
 def check_libraries(options: RecoverOptions) -> None:
     """Refuse a training without the libraries that do it.
 
@@ -282,7 +297,15 @@ def check_libraries(options: RecoverOptions) -> None:
             )
 
 
-OWN_ARGUMENTS = ("output_dir", "max_steps", "num_train_epochs", "resume_from_checkpoint")
+OWN_ARGUMENTS = (
+    "output_dir",
+    "max_steps",
+    "num_train_epochs",
+    "resume_from_checkpoint",
+    "per_device_train_batch_size",
+    "metric_for_best_model",
+    "greater_is_better",
+)
 """Of ``TrainingArguments``, those that follow from other options."""
 
 
@@ -300,6 +323,15 @@ def check_arguments(training: Mapping[str, Any]) -> None:
                 "is none of transformers' TrainingArguments, or follows from other options",
                 fix="correct it, or leave it out",
             )
+    steps = training.get("gradient_accumulation_steps", 1)
+    if not isinstance(steps, int) or steps < 1:
+        raise TrainingError(
+            "`training`: gradient_accumulation_steps",
+            "is not a number of steps",
+            expected="a whole number of at least 1",
+            found=steps,
+            fix="correct it",
+        )
 
 
 class _Session:
@@ -386,6 +418,13 @@ class _Session:
         began = time.perf_counter()
         start = self._heldout.bits_per_byte(self._trained, device)
         evaluation = time.perf_counter() - began
+        if not math.isfinite(start):
+            raise CheckpointError(
+                recovery.layout.checkpoint.path,
+                "predicts numbers that are not finite, so it cannot be trained",
+                found=f"{start} bits per byte of held-out text",
+                fix="check its weights",
+            )
         step = timed(self._try_step) * self._accumulated
         tokens, every = self._tokens_of_step, EVALUATIONS
         if options.minutes is not None:
@@ -393,7 +432,7 @@ class _Session:
             steps = max(every, int(left / step))
         else:
             steps = max(1, (options.tokens or 0) // tokens)
-        every = max(1, steps // EVALUATIONS)
+        every = -(-steps // EVALUATIONS)
         self._seconds = expected_seconds(steps, step, -(-steps // every), evaluation)
         return self._work.begin(steps, every, start)
 

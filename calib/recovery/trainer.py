@@ -4,10 +4,12 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_model, save_model
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -64,8 +66,16 @@ class HeldOut:
         return total / math.log(2) / self.nbytes
 
 
+STATE = "model.safetensors"
+"""The trained model's tensors within a checkpoint, by the names of its modules."""
+
+
 class RecoveryTrainer(Trainer):
-    """A Trainer whose loss looks at the logits alone, and which evaluates bits per byte."""
+    """A Trainer whose loss looks at the logits alone, and which evaluates bits per byte.
+
+    Its checkpoints hold the model's own state, which is loaded strictly: a Trainer's have the names
+    of published files, of which it would load those alone that the modules have too.
+    """
 
     def __init__(self, *, loss: Loss, heldout: HeldOut, **options: Any) -> None:
         super().__init__(**options)
@@ -83,6 +93,43 @@ class RecoveryTrainer(Trainer):
         outputs = model(input_ids=inputs["input_ids"], use_cache=False)
         loss = self._loss(outputs.logits, inputs)
         return (loss, outputs) if return_outputs else loss
+
+    @property
+    def _whole(self) -> bool:
+        """Whether this process holds all of the model, and all of it is trained or kept."""
+        plain = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        return plain and not hasattr(self.model, "peft_config")
+
+    @property
+    def _module(self) -> torch.nn.Module:
+        assert self.model is not None
+        return self.model
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self._whole:
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_model(self._module, str(folder / STATE))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self._whole:
+            load_model(
+                self._module if model is None else model,
+                Path(resume_from_checkpoint) / STATE,
+                strict=True,
+            )
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self._whole:
+            load_model(
+                self._module, Path(str(self.state.best_model_checkpoint)) / STATE, strict=True
+            )
+        else:
+            super()._load_best_model()
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -106,7 +153,9 @@ class Reports(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Report the finished tokens and their total."""
+        """Report the finished tokens and their total; have the last step judged and kept."""
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = True
         if self._progress is not None:
             done, total = (steps * self._tokens for steps in (state.global_step, state.max_steps))
             self._progress("recover", done, total)

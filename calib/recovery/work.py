@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -15,14 +16,15 @@ from surgery.errors import OutputError, SurgeryError
 from surgery.files.atomic import FileLock, lock_output, new_file, write_atomic
 from surgery.files.strict_json import read_file, read_json
 
-SETTINGS, WINDOWS, HELD = "settings.json", "windows.npy", "heldout.json"
+IDENTITY, SCHEDULE, WINDOWS, HELD = "identity.json", "schedule.json", "windows.npy", "heldout.json"
+
+
+T = TypeVar("T")
 
 
 class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a run and its continuation have in common."""
 
-    identity: dict[str, str]
-    """Model, text and options, by the users' names."""
     steps: int
     """Of the whole run."""
     every: int
@@ -43,6 +45,8 @@ class TrainingText:
 class WorkDirectory:
     """``OUT.training`` beside the output; a run that ends well removes it.
 
+    Nothing is deleted that another program made: the directory says what run it is of.
+
     ``OUT.training.lock`` exists while a run uses it. Where several processes train together, the
     first one makes the files, and the others read them.
     """
@@ -53,11 +57,12 @@ class WorkDirectory:
         """Make the directory, or with ``resume`` continue with that of a killed run.
 
         Raises:
-            OutputError: it is there and ``resume`` is not given, is in use, or was begun with other
-                options.
+            OutputError: it is there and ``resume`` is not given, is in use, was begun with other
+                options, or is none that a recovery made.
         """
         self.path, self._identity = path, dict(identity)
         self._lock: FileLock | None = None
+        self._made = False
         if not main:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,29 +74,51 @@ class WorkDirectory:
             raise
 
     def _open(self, *, resume: bool) -> None:
-        if self.path.exists() and not resume:
+        identity = self.path / IDENTITY
+        if not self.path.exists():
+            self.path.mkdir()
+            self._made = True
+        elif not self._is_of_a_run():
+            raise OutputError(
+                self.path,
+                "is in the way: it is not the directory of an interrupted run",
+                fix="move it away, or name another output",
+            )
+        elif not resume:
             raise OutputError(
                 self.path,
                 "is there from a run that was interrupted",
                 fix="continue it with `resume`, or delete it",
             )
-        self.path.mkdir(exist_ok=True)
-        known = self.schedule
-        if known is not None and known.identity != self._identity:
-            every = sorted({*known.identity, *self._identity})
-            name = next(n for n in every if known.identity.get(n) != self._identity.get(n))
+        if not identity.exists():
+            write_atomic(identity, msgspec.json.encode(self._identity))
+        known = _decoded(identity, dict[str, str])
+        if known != self._identity:
+            every = sorted({*known, *self._identity})
+            name = next(n for n in every if known.get(n) != self._identity.get(n))
             raise OutputError(
                 f"{self.path}: `{name}`",
                 "was another one when the run was begun",
-                expected=known.identity.get(name),
+                expected=known.get(name),
                 found=self._identity.get(name),
                 fix="give the same options, or delete the directory and begin anew",
             )
 
-    def close(self, *, done: bool = False) -> None:
-        """Give up the lock; a directory without a checkpoint is deleted, as one that is done."""
+    def _is_of_a_run(self) -> bool:
+        """Whether the path is a directory that says what run it is of, or was to say so."""
+        if not self.path.is_dir():
+            return False
+        begun = (self.path / IDENTITY).exists()
+        return begun or all(each.name.startswith(IDENTITY) for each in self.path.iterdir())
+
+    def close(self, *, done: bool = False, keep: bool = False) -> None:
+        """Give up the lock, and delete the directory of a run that is ``done``.
+
+        One that this object made is deleted too while it has no checkpoint, unless ``keep``.
+        """
         if self._lock is not None:
-            if done or not any(self.path.glob("checkpoint-*")):
+            begun = keep or any(self.path.glob("checkpoint-*"))
+            if done or (self._made and not begun):
                 shutil.rmtree(self.path, ignore_errors=True)
             self._lock.close()
             self.path.with_name(self.path.name + ".lock").unlink(missing_ok=True)
@@ -100,17 +127,13 @@ class WorkDirectory:
     @property
     def schedule(self) -> Schedule | None:
         """What an earlier run has begun; None where none has."""
-        path = self.path / SETTINGS
-        try:
-            return msgspec.json.decode(read_file(path), type=Schedule) if path.exists() else None
-        except msgspec.MsgspecError as error:
-            fix = "delete the directory and begin anew"
-            raise OutputError(path, "is damaged", found=error, fix=fix) from error
+        path = self.path / SCHEDULE
+        return _decoded(path, Schedule) if path.exists() else None
 
     def begin(self, steps: int, every: int, start: float) -> Schedule:
         """Write down the steps of a new run."""
-        made = Schedule(self._identity, steps, every, start)
-        write_atomic(self.path / SETTINGS, msgspec.json.encode(made))
+        made = Schedule(steps, every, start)
+        write_atomic(self.path / SCHEDULE, msgspec.json.encode(made))
         return made
 
     def text(self, make: Callable[[], tuple[np.ndarray, list[str]]]) -> TrainingText:
@@ -135,3 +158,11 @@ class WorkDirectory:
                 continue
             found[int(path.name.rpartition("-")[2])] = path
         return found[max(found)] if found else None
+
+
+def _decoded(path: Path, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(read_file(path), type=kind)
+    except msgspec.MsgspecError as error:
+        fix = "delete the directory and begin anew"
+        raise OutputError(path, "is damaged", found=error, fix=fix) from error

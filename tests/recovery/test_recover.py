@@ -1,23 +1,27 @@
 """recover: the trained checkpoint, what is as it was, and runs that are interrupted."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from calib.recovery.options import RecoverOptions
 from calib.streaming.settings import ComputeOptions
-from surgery.api import open_layout
+from surgery.api import apply_plan, open_layout
 from surgery.errors import SurgeryError
 from surgery.planning.plan import Plan
 from surgery.process import Progress
 from surgery.text.documents import TextOptions, sources_of
 from tests.recovery.conftest import Pair
+from tests.support import tiny
 from tests.support.command import Run, assert_refused
 from tests.support.contents import snapshot, weights
+from tests.support.plans import random_plan
 
 if TYPE_CHECKING:
     from calib.recovery.run import Recovered
@@ -37,6 +41,14 @@ def recovered(
     return Recovery(open_layout(pair.pruned), text, ComputeOptions("cpu"), chosen).run(progress)
 
 
+def stopped_after(steps: int) -> Progress:
+    def stop(stage: str, done: int, total: int) -> None:
+        if done >= steps * SEQ_LEN * 2:
+            raise KeyboardInterrupt
+
+    return stop
+
+
 @pytest.mark.parametrize(
     "changes",
     [{}, {"method": "continue"}, {"only": "ffn"}, {"lora": 4, "learning_rate": 1e-2}],
@@ -48,7 +60,8 @@ def test_each_way_of_training_writes_a_better_checkpoint(
     out = tmp_path / "out"
     made = recovered(pair, out, **changes)
     assert made.after < made.before
-    assert len(made.curve) == STEPS
+    assert len(made.curve) == STEPS // 2
+    assert made.curve[-1][0] == TOKENS
     assert run("verify", out).exit_code == 0
     before, after = weights(pair.pruned), weights(out)
     assert {n: (t.dtype, t.shape) for n, t in before.items()} == {
@@ -147,3 +160,97 @@ def test_bad_requests_are_refused_in_one_line(pair: Pair, tmp_path: Path, run: R
     arguments.write_text('{"learning_rat": 1}', encoding="utf-8")
     refused = run(*several, "--training-args", arguments, "--windows", 2)
     assert_refused(refused, "TrainingArguments", "learning_rat")
+
+
+def test_a_killed_run_of_a_mixture_continues_with_its_experts(pair: Pair, tmp_path: Path) -> None:
+    dense = tiny.save(tmp_path / "dense", "mixtral", dtype=torch.bfloat16)
+    plan = random_plan(dense, 560, 64)
+    plan.save(tmp_path / "pruned.plan.json")
+    mixture = Pair(dense, tmp_path / "pruned", pair.text, plan)
+    apply_plan(plan, output=mixture.pruned)
+    whole = recovered(mixture, tmp_path / "whole", tokens=8 * SEQ_LEN * 2)
+    with pytest.raises(KeyboardInterrupt):
+        recovered(mixture, tmp_path / "out", stopped_after(4), tokens=8 * SEQ_LEN * 2)
+    again = recovered(mixture, tmp_path / "out", resume=True, tokens=8 * SEQ_LEN * 2)
+    assert (again.curve, again.after) == (whole.curve, whole.after)
+    assert whole.after == pytest.approx(min(bits for _, bits in whole.curve), abs=0.01)
+
+
+def test_nothing_is_deleted_or_replaced_that_a_run_has_not_made(pair: Pair, tmp_path: Path) -> None:
+    work, mine = tmp_path / "out.training", tmp_path / "out.training" / "mine.txt"
+    work.write_text("a file", encoding="utf-8")
+    for resume in (False, True):
+        with pytest.raises(SurgeryError, match="in the way"):
+            recovered(pair, tmp_path / "out", resume=resume)
+    work.unlink()
+    work.mkdir()
+    mine.write_text("x", encoding="utf-8")
+    for resume in (False, True):
+        with pytest.raises(SurgeryError, match="in the way"):
+            recovered(pair, tmp_path / "out", resume=resume)
+    assert mine.read_text(encoding="utf-8") == "x"
+    mine.unlink()
+    work.rmdir()
+    for end in (".plan.json", ".trained.safetensors", ".self-data.jsonl"):
+        mine = tmp_path / f"out{end}"
+        mine.write_text("x", encoding="utf-8")
+        with pytest.raises(SurgeryError, match=end):
+            recovered(pair, tmp_path / "out", resume=True)
+        assert mine.read_text(encoding="utf-8") == "x"
+        mine.unlink()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_a_checkpoint_outlives_other_options(pair: Pair, tmp_path: Path) -> None:
+    from calib.recovery.work import WorkDirectory
+
+    work = tmp_path / "out.training"
+    first = WorkDirectory(work, {"teacher": "one"}, resume=False)
+    first.close(keep=True)  # as a kill leaves it
+    with pytest.raises(SurgeryError, match="teacher"):
+        WorkDirectory(work, {"teacher": "another"}, resume=True)
+    assert (work / "identity.json").exists()
+    WorkDirectory(work, {"teacher": "one"}, resume=True).close(done=True)
+    assert not work.exists()
+
+
+def test_a_teacher_that_was_changed_is_another_one(pair: Pair, tmp_path: Path) -> None:
+    dense = tmp_path / "dense"
+    shutil.copytree(pair.dense, dense)
+    with pytest.raises(KeyboardInterrupt):
+        recovered(pair, tmp_path / "out", stopped_after(4), teacher=str(dense))
+    for path in dense.glob("*.safetensors"):
+        save_file({name: -value for name, value in load_file(path).items()}, path)
+    with pytest.raises(SurgeryError, match="teacher"):
+        recovered(pair, tmp_path / "out", teacher=str(dense), resume=True)
+
+
+def test_numbers_that_are_not_finite_are_an_error(pair: Pair, tmp_path: Path) -> None:
+    with pytest.raises(SurgeryError, match="finite"):
+        recovered(pair, tmp_path / "out", learning_rate=float("inf"))
+    broken = tmp_path / "broken"
+    shutil.copytree(pair.dense, broken)
+    for path in broken.glob("*.safetensors"):
+        save_file({name: value * float("nan") for name, value in load_file(path).items()}, path)
+    with pytest.raises(SurgeryError, match="not finite"):
+        recovered(pair, tmp_path / "out", teacher=str(broken), tokens=2 * SEQ_LEN * 2)
+    nothing = Pair(broken, broken, pair.text, pair.plan)
+    with pytest.raises(SurgeryError, match="cannot be trained"):
+        recovered(nothing, tmp_path / "out", method="continue")
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("gradient_accumulation_steps", "abc"),
+        ("gradient_accumulation_steps", 0),
+        ("metric_for_best_model", "loss"),
+        ("per_device_train_batch_size", 4),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused(
+    pair: Pair, tmp_path: Path, name: str, value: object
+) -> None:
+    with pytest.raises(SurgeryError, match=name):
+        recovered(pair, tmp_path / "out", training={name: value})

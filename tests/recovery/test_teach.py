@@ -123,8 +123,10 @@ def test_recover_reads_the_files(pair: Pair, tmp_path: Path, run: Run) -> None:
 def test_self_data_is_written_once_and_trains(pair: Pair, tmp_path: Path) -> None:
     from calib.recovery.run import Recovery
 
-    def recover(output: Path, progress: Progress | None = None, *, resume: bool = False) -> Any:
-        text = TextOptions(sources_of(pair.text), seq_len=SEQ_LEN, windows=2, seed=0)
+    def recover(
+        output: Path, progress: Progress | None = None, *, resume: bool = False, seed: int = 0
+    ) -> Any:
+        text = TextOptions(sources_of(pair.text), seq_len=SEQ_LEN, windows=2, seed=seed)
         options = RecoverOptions(
             output,
             tokens=20 * SEQ_LEN * 2,
@@ -148,5 +150,7 @@ def test_self_data_is_written_once_and_trains(pair: Pair, tmp_path: Path) -> Non
 
     with pytest.raises(KeyboardInterrupt):
         recover(tmp_path / "out", stop)
+    with pytest.raises(SurgeryError, match="seed"):
+        recover(tmp_path / "out", resume=True, seed=7)
     recover(tmp_path / "out", resume=True)
     assert (tmp_path / "out.self-data.jsonl").read_bytes() == kept.read_bytes()
