@@ -265,13 +265,7 @@ class AskedText:
             tokenizer.decode(ids, skip_special_tokens=False) != text
             for ids, text in zip(encoded, texts, strict=True)
         )
-        if long := sum(parts > 1 for parts in self._parts):
-            LOG.info(
-                "note: %d windows have more tokens than the model has positions (%s); "
-                "each is scored in several",
-                long,
-                f"{most:,}",
-            )
+        self._most = most
 
     def predictions(self) -> "list[Predictions]":
         """As ``Asked``."""
@@ -280,6 +274,13 @@ class AskedText:
 
     def score(self) -> Score:
         """Return the score; the predictions have been counted."""
+        if long := sum(parts > 1 for parts in self._parts):
+            LOG.info(
+                "note: %d windows have more tokens than the model has positions (%s); "
+                "each is scored in several",
+                long,
+                f"{self._most:,}",
+            )
         left = iter(each.bits() for _, each in sorted(self._predicted.items()))
         return Score(
             tuple(sum(float(part.sum()) for part in islice(left, n)) for n in self._parts),

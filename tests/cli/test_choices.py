@@ -47,6 +47,8 @@ def limited() -> Iterator[tuple[str, type[Any], Any]]:
         elif isinstance(kind, click.IntRange):
             wrong = [(kind.min or 0) - 1, "many", 1.5]
         for owner in KINDS:
+            if (name, owner) == ("only", SizeRequest):  # the choice is that of recover
+                continue
             if wrong and name in {field.name for field in fields(owner)}:
                 yield from ((str(name), owner, value) for value in wrong)
 

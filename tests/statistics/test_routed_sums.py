@@ -26,7 +26,7 @@ from tests.support.sample import MIXTURES, sampled
 
 MOE = "qwen3_moe"
 SCALES_INPUT = {"llama4_text", "llama4"}
-NEARLY = {*SCALES_INPUT, "qwen2_moe", "qwen3_next", "gemma4_text:mixture"}
+NEARLY = {*SCALES_INPUT, "qwen2_moe", "qwen3_next", "qwen3_vl_moe", "gemma4_text:mixture"}
 """Llama 4 multiplies the matrices of all experts in one call. The others compute something with a
 single row or column, whose last bits depend on where torch has its input in memory: a gate for the
 shared expert, or Gemma 4's one head of keys and values."""
