@@ -98,6 +98,11 @@ class Recovered:
         """Tokens that were trained on."""
         return self.curve[-1][0] if self.curve else 0
 
+    @property
+    def best_tokens(self) -> int:
+        """Tokens after which the best state was reached."""
+        return min(self.curve, key=lambda point: point[1])[0] if self.curve else 0
+
     def facts(self) -> dict[str, Any]:
         """Return everything, for JSON."""
         found = {key: value for key, value in asdict(self).items() if key != "checks"}
@@ -305,6 +310,7 @@ OWN_ARGUMENTS = (
     "per_device_train_batch_size",
     "metric_for_best_model",
     "greater_is_better",
+    "load_best_model_at_end",
 )
 """Of ``TrainingArguments``, those that follow from other options."""
 
@@ -332,6 +338,11 @@ def check_arguments(training: Mapping[str, Any]) -> None:
             found=steps,
             fix="correct it",
         )
+
+
+def _refused(by: str, error: Exception) -> TrainingError:
+    what = f"is refused by transformers' {by}"
+    return TrainingError("`training`", what, found=error, fix="correct it")
 
 
 class _Session:
@@ -468,18 +479,24 @@ class _Session:
         """Train to the end, or on from the last checkpoint; the model then has its best state."""
         recovery, schedule, start = self._recovery, self._schedule, time.perf_counter()
         LOG.info("%s", self.forecast.table())
-        trainer = RecoveryTrainer(
-            loss=self._loss,
-            heldout=self._heldout,
-            model=self._trained,
-            args=self._arguments(),
-            train_dataset=self._text.windows,
-            eval_dataset=self._heldout.windows,
-            callbacks=[Reports(progress, self._tokens_of_step)],
-        )
+        arguments, last = self._arguments(), self._work.last_checkpoint()
+        try:
+            trainer = RecoveryTrainer(
+                loss=self._loss,
+                heldout=self._heldout,
+                model=self._trained,
+                args=arguments,
+                train_dataset=self._text.windows,
+                eval_dataset=self._heldout.windows,
+                callbacks=[Reports(progress, self._tokens_of_step)],
+            )
+        except (ImportError, ValueError) as error:
+            raise _refused("Trainer", error) from error
         trainer.remove_callback(PrinterCallback)
-        last = self._work.last_checkpoint()
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        except ImportError as error:  # of the optimizer, which is made here
+            raise _refused("Trainer", error) from error
         curve = tuple(
             (int(entry["step"]) * self._tokens_of_step, entry[f"eval_{METRIC}"])
             for entry in trainer.state.log_history
@@ -526,12 +543,7 @@ class _Session:
         try:
             made = TrainingArguments(**{**chosen, **options.training})
         except (TypeError, ValueError) as error:
-            raise TrainingError(
-                "`training`",
-                "is refused by transformers' TrainingArguments",
-                found=error,
-                fix="correct it",
-            ) from error
+            raise _refused("TrainingArguments", error) from error
         made._n_gpu = min(made.n_gpu, 1)  # several cards are used by several processes
         return made
 
@@ -542,8 +554,8 @@ class _Session:
         if not made.helped:
             return made
         what = (
-            f"{made.method} on {made.tokens:,} tokens: {made.before:.4f} bits per byte of held-out "
-            f"text, {made.after:.4f} trained"
+            f"{made.method} on {made.best_tokens:,} tokens: {made.before:.4f} bits per byte of "
+            f"held-out text, {made.after:.4f} trained"
         )
         tensors = file_tensors(self._model, self._model.state_dict())
         plan = trained_plan(recovery.plan, layout, tensors, options.weights, what)

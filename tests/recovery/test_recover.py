@@ -77,7 +77,8 @@ def test_each_way_of_training_writes_a_better_checkpoint(
         assert (out / name).read_bytes() == (pair.pruned / name).read_bytes()
     AutoModelForCausalLM.from_pretrained(out)
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert f"Trained: {changes.get('method', 'distill')} on {TOKENS:,} tokens" in card
+    best = min(made.curve, key=lambda point: point[1])[0]
+    assert f"Trained: {changes.get('method', 'distill')} on {best:,} tokens" in card
     assert not (tmp_path / "out.training").exists()
     skipped = run("verify", out, "--forward")
     assert skipped.exit_code == 0
@@ -254,3 +255,16 @@ def test_arguments_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(SurgeryError, match=name):
         recovered(pair, tmp_path / "out", training={name: value})
+
+
+def test_the_tokens_of_the_best_state_are_told_from_those_of_the_run() -> None:
+    from calib.recovery.run import Recovered
+
+    made = Recovered(None, "distill", 2.0, 1.2, ((10, 1.5), (20, 1.2), (30, 1.3)), 1.0, None)
+    assert (made.best_tokens, made.tokens) == (20, 30)
+
+
+def test_arguments_that_the_library_refuses_are_named(pair: Pair, tmp_path: Path) -> None:
+    with pytest.raises(SurgeryError, match="refused by transformers"):
+        recovered(pair, tmp_path / "out", training={"report_to": "nothing-known"})
+    assert not list(tmp_path.iterdir())
