@@ -155,7 +155,7 @@ MODELS = {
     "blenderbot-small": "Blenderbot Small",
     "bigbird_pegasus": "BigBird-Pegasus",
     "m2m_100": "NLLB-200; M2M-100 with a tokenizer.json",
-    "marian": "Marian with a tokenizer.json",
+    "marian": "Marian, as opus-mt-en-de",
     "pegasus": "PEGASUS",
     "whisper": "Whisper",
     "prophetnet": "ProphetNet",

@@ -33,6 +33,7 @@ from surgery.files.model_files import (
     GLINER_NAME,
     INDEX_NAME,
     JSON_NAMES,
+    MARIAN_NAMES,
     SENTENCEPIECE_NAMES,
     SETTINGS_NAME,
     TEMPLATE_FOLDER,
@@ -60,7 +61,12 @@ from surgery.planning.plan import Plan
 from surgery.stats.channels import DEFAULT_CRITERION
 from surgery.tokenizer.id_map import IdMap, KeptTokens
 from surgery.tokenizer.legacy import is_legacy
-from surgery.tokenizer.sentencepiece_model import is_sentencepiece, prune_sentencepiece
+from surgery.tokenizer.marian import is_marian
+from surgery.tokenizer.sentencepiece_model import (
+    is_sentencepiece,
+    prune_mapped,
+    prune_sentencepiece,
+)
 from surgery.tokenizer.tokenizer_file import TokenizerFile
 
 LICENSE = re.compile(r"^license: *(\S+) *$", re.MULTILINE)
@@ -214,7 +220,7 @@ CARRIED = re.compile(
 """Files that an output may have besides ``JSON_NAMES``; all others are left out
 (``files_left_out``)."""
 
-PLAIN = (*SENTENCEPIECE_NAMES, WORDPIECE_NAME)
+PLAIN = (*SENTENCEPIECE_NAMES, *MARIAN_NAMES, WORDPIECE_NAME)
 """Vocabulary files that are no JSON."""
 
 SHADOWING = ("tekken.json", *SENTENCEPIECE_NAMES)
@@ -502,6 +508,8 @@ def _shadows(name: str) -> bool:
 
 def _can_be_pruned(path: Path) -> bool:
     """Whether ``path`` is a SentencePiece model; other kinds of file have the same name."""
+    if path.name in MARIAN_NAMES:
+        return is_marian(path.parent)
     return path.name in SENTENCEPIECE_NAMES and is_sentencepiece(read_file(path))
 
 
@@ -538,6 +546,8 @@ def _rewrite(path: Path, tokens: Mapping[str, int], ids: IdMap) -> bytes:
         return dump_table(_rewrite_table(path, tokens, ids))
     if path.name in SENTENCEPIECE_NAMES:
         return prune_sentencepiece(read_file(path), path, tokens, ids)
+    if path.name in MARIAN_NAMES:
+        return prune_mapped(read_file(path), path, tokens, ids)
     if path.name == WORDPIECE_NAME:
         return _rewrite_lines(path, tokens, ids)
     if path.name in DOCUMENTS:

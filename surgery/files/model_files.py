@@ -34,6 +34,12 @@ CONFIG_NAME = "config.json"
 GLINER_NAME = "gliner_config.json"
 """What GLiNER reads in place of config.json: its encoder's config is a part of it."""
 
+MARIAN_NAMES = ("source.spm", "target.spm")
+"""SentencePiece models of Marian's tokenizer, whose ids vocab.json gives."""
+
+TARGET_NAME = "target_vocab.json"
+"""Marian's vocabulary of the language that is written, where it is another one."""
+
 WORDPIECE_NAME = "vocab.txt"
 """WordPiece's tokens, one a line, in the order of their ids."""
 
@@ -244,8 +250,12 @@ def weight_map_of(path: Path, index: dict[str, Any]) -> dict[str, str]:
 
 
 def tokenizer_files(directory: Path) -> list[Path]:
-    """The files of the tokenizer: tokenizer.json, or those of ``LEGACY_NAMES``."""
+    """The files of the tokenizer: tokenizer.json, or those of ``LEGACY_NAMES``, or Marian's."""
     if (directory / TOKENIZER_NAME).exists():
         return [directory / TOKENIZER_NAME]
     found = [directory / name for name in LEGACY_NAMES if (directory / name).exists()]
-    return found if [path.name for path in found[:2]] == list(LEGACY_NAMES[:2]) else []
+    if [path.name for path in found[:2]] == list(LEGACY_NAMES[:2]):
+        return found
+    pair = [directory / name for name in MARIAN_NAMES if (directory / name).exists()]
+    marian = len(pair) == 2 and (directory / LEGACY_NAMES[0]).exists()
+    return [*pair, *found] if marian and not (directory / TARGET_NAME).exists() else []

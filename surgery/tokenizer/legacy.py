@@ -13,6 +13,7 @@ from surgery.files.index_sets import MAX_SIZE
 from surgery.files.model_files import (
     LEGACY_NAMES,
     SENTENCEPIECE_NAMES,
+    TARGET_NAME,
     TOKENIZER_NAME,
     tokenizer_files,
 )
@@ -230,11 +231,18 @@ def build_tokenizer(directory: Path) -> dict[str, Any]:
 
 
 def _refuse_sentencepiece(directory: Path) -> None:
-    """Refuse a tokenizer of SentencePiece models alone, as Marian's and M2M100's.
+    """Refuse a tokenizer of SentencePiece models alone, as M2M100's, or of two vocabularies.
 
     Raises:
         TokenizerError: there is such a model.
     """
+    if (directory / TARGET_NAME).exists():
+        raise TokenizerError(
+            directory / TARGET_NAME,
+            "gives the language that is written a vocabulary of its own, and one id means two "
+            "tokens",
+            fix="keep the vocabulary whole",
+        )
     found = [path.name for path in sorted(directory.glob("*.spm"))]
     found += [name for name in SENTENCEPIECE_NAMES if (directory / name).exists()]
     if found:
@@ -359,7 +367,7 @@ def named_tokens(data: Mapping[str, Any], directory: Path) -> list[dict[str, Any
     """
     vocab = data["model"]["vocab"]
     added = {entry["content"] for entry in data.get("added_tokens") or []} - {""}
-    named = _named(directory)
+    named = all_named(directory)
     candidates: dict[str, NamedToken] = {}
     for token in named:
         if token.text and token.text not in added:
@@ -395,7 +403,7 @@ def with_named_tokens(data: dict[str, Any], directory: Path) -> dict[str, Any]:
     )
 
 
-def _named(directory: Path) -> list[NamedToken]:
+def all_named(directory: Path) -> list[NamedToken]:
     """Every token that a file beside tokenizer.json names; one may occur several times."""
     settings = optional_json(directory / CONFIG_NAME)
     declared, shared = settings.get("added_tokens_decoder"), dict[str, Any]()

@@ -1,7 +1,7 @@
 """tokenizer.json: opened, rewritten for the kept tokens, and loaded by the tokenizers library."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import compress
 from pathlib import Path
@@ -17,6 +17,7 @@ from surgery.tokenizer.checks import check_numbers, check_tokenizer, walk_proces
 from surgery.tokenizer.id_map import IdMap, KeptTokens
 from surgery.tokenizer.kinds import BYTE_CHARACTERS, BYTE_LEVEL, Kind, alphabet, kind_of
 from surgery.tokenizer.legacy import build_tokenizer, is_legacy, with_named_tokens
+from surgery.tokenizer.marian import MarianModels, is_marian, marian_data
 from surgery.tokenizer.merges import MergeRules, merge_entries, rule_ids
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class TokenizerFile:
 
     path: Path
     data: dict[str, Any]
+    models: MarianModels | None = None
+    """What splits text in place of ``data``, where that is made of Marian's files."""
 
     @classmethod
     def open(cls, directory: Path) -> "TokenizerFile":
@@ -45,6 +48,8 @@ class TokenizerFile:
                 each other.
         """
         path = directory / TOKENIZER_NAME
+        if is_marian(directory):
+            return cls(path, marian_data(directory), MarianModels.open(directory))
         if not path.exists():
             return cls(path, build_tokenizer(directory))
         data = read_json(path)
@@ -59,8 +64,8 @@ class TokenizerFile:
         Gemma 3's file) and without a search for repeated keys. The merges become ``MergeRules``.
         """
         path = directory / TOKENIZER_NAME
-        if is_legacy(directory):
-            return cls(path, build_tokenizer(directory))
+        if is_legacy(directory) or is_marian(directory):
+            return cls.open(directory)
         try:
             data = _decode(msgspec.json.format(read_file(path), indent=-1), path)
         except (OSError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
@@ -72,6 +77,8 @@ class TokenizerFile:
 
     def library(self) -> "Tokenizer":
         """The tokenizers library's tokenizer of this file."""
+        if self.models is not None:
+            return self.models.library(self.data)
         return _library(self.data, self.path)
 
     @cached_property
@@ -138,6 +145,8 @@ class TokenizerFile:
     @cached_property
     def alphabet(self) -> set[int]:
         """Ids without which some text could not be written, or only with unknown tokens."""
+        if self.models is not None:
+            return self.unknown | self.models.alphabet(self.vocab)
         byte_fallback = bool(self.data["model"].get("byte_fallback"))
         found = self.unknown | alphabet(self.kind, self.vocab, byte_fallback=byte_fallback)
         if self.scores is not None:  # the library scores unknown text by the least likely piece
@@ -173,6 +182,15 @@ class TokenizerFile:
             data["padding"] = {**data["padding"], "pad_id": pad_id}
         data["post_processor"] = self._map_processor(ids, data.get("post_processor"))
         return data
+
+    def pruned(self, ids: IdMap) -> "TokenizerFile":
+        """Return the tokenizer of the kept tokens, in memory.
+
+        Raises:
+            TokenizerError: as ``rewrite``.
+        """
+        models = self.models and self.models.pruned(self.token_ids, ids)
+        return replace(self, data=self.rewrite(ids), models=models)
 
     def _pruned_model(self, ids: IdMap) -> dict[str, Any]:
         model = dict(self.data["model"])
@@ -232,6 +250,8 @@ def tokenizer_data(directory: Path) -> dict[str, Any]:
     path = directory / TOKENIZER_NAME
     if is_legacy(directory):
         return build_tokenizer(directory)
+    if is_marian(directory):
+        return marian_data(directory)
     return read_json(path) if path.exists() else {}
 
 
@@ -242,6 +262,8 @@ def load_tokenizer(directory: Path) -> "Tokenizer":
         TokenizerError: it is absent and cannot be built, or the library refuses it.
     """
     path = directory / TOKENIZER_NAME
+    if is_marian(directory):
+        return TokenizerFile.open(directory).library()
     data = tokenizer_data(directory)
     if not data and not path.exists():
         raise TokenizerError(
@@ -251,6 +273,18 @@ def load_tokenizer(directory: Path) -> "Tokenizer":
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def load_tokenizers(directory: Path) -> "list[Tokenizer]":
+    """Load the tokenizer, or Marian's two: that of each of its models.
+
+    Raises:
+        TokenizerError: as ``load_tokenizer``.
+    """
+    if not is_marian(directory):
+        return [load_tokenizer(directory)]
+    data = marian_data(directory)
+    return [model.library(data) for model in MarianModels.open(directory).alone()]
 
 
 def pre_tokenizer_name(tokenizer: "Tokenizer") -> str | None:
@@ -361,7 +395,7 @@ def prune_tokenizer(tokenizer: TokenizerFile, ids: IdMap) -> tuple["Tokenizer", 
     Raises:
         TokenizerError: the post-processor or the padding refers to a removed token.
     """
-    pruned = TokenizerFile(tokenizer.path, tokenizer.rewrite(ids)).library()
+    pruned = tokenizer.pruned(ids).library()
     pruned.no_truncation()
     pruned.no_padding()
     rowless = np.arange(ids.old_size, ids.old_size + ids.rowless)
