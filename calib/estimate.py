@@ -10,7 +10,7 @@ import numpy as np
 from calib.streaming.settings import ComputeOptions, PassSettings
 from surgery.errors import BudgetError
 from surgery.families.blocks import OUTSIDE
-from surgery.families.schema import EXPERT, FFN
+from surgery.families.schema import EXPERT, FFN, WIDE
 from surgery.layout.layout import FLOATS, Layout
 from surgery.process import Seconds, with_slack
 
@@ -295,7 +295,7 @@ def predict_repair(
         weights = 2 * experts * matrix * settings.dtype.itemsize
         activations = 2 * longest * full * settings.dtype.itemsize
         # Where it begins, weights, gradients, and Adam's two means; the last step's for a moment.
-        training = 3 * 6 * 4 * pruned if trains and axis == FFN else 0
+        training = 3 * 6 * 4 * pruned if trains and axis in (FFN, WIDE) else 0
         beside = max(beside, max(equations, solving, training) + weights + activations)
     if pass_alone.device:
         return replace(pass_alone, device={**pass_alone.device, "refitting": beside})

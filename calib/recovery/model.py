@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.core_model_loading import revert_weight_conversion
 
+from calib.recovery.options import RecoverOptions, TrainingError
 from calib.streaming.empty_model import Conversion, library_errors, whole_class
 from calib.streaming.weights import TORCH_DTYPE
 from surgery.errors import CheckpointError
@@ -88,6 +89,29 @@ def check_trainable(layout: Layout) -> None:
         expected="bf16, fp16 or fp32",
         fix="plan with `dequantize`, apply, and train the result",
     )
+
+
+def check_chosen(layout: Layout, options: RecoverOptions) -> None:
+    """Refuse FFNs alone where none is known, or where adapters do not fit them.
+
+    Raises:
+        TrainingError: naming ``only``.
+    """
+    if options.only is None:
+        return
+    where, path = f"`only` {options.only}", layout.checkpoint.path
+    if not any(role.slot.width for role in layout.roles.values()):
+        raise TrainingError(
+            where,
+            f"trains nothing: no FFN of {path} is known by its channels",
+            fix="leave it out",
+        )
+    if options.lora is not None and layout.experts:
+        raise TrainingError(
+            where,
+            f"does not work with `lora` for {path}: adapters do not fit its experts",
+            fix="leave `lora` out, or `only`",
+        )
 
 
 class ParameterMap:

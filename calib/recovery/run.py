@@ -29,7 +29,14 @@ from calib.recovery.forecast import (
     trained_parameters,
 )
 from calib.recovery.losses import divergence, divergence_from_top, surprise
-from calib.recovery.model import ParameterMap, Teacher, check_trainable, file_tensors, load_model
+from calib.recovery.model import (
+    ParameterMap,
+    Teacher,
+    check_chosen,
+    check_trainable,
+    file_tensors,
+    load_model,
+)
 from calib.recovery.options import (
     CONTINUE,
     DISTILL,
@@ -62,7 +69,7 @@ from surgery.plot import saved_figure, titled
 from surgery.process import Progress, Seconds, peak_rss_bytes, spoken
 from surgery.text.documents import TextOptions, read_documents
 from surgery.tokenizer.tokenizer_file import load_tokenizer
-from surgery.verify.files import VerifyReport, plan_within, verify_files
+from surgery.verify.files import VerifyReport, verify_files
 
 LOG = logging.getLogger(__name__)
 
@@ -149,6 +156,7 @@ class Recovery:
         check_arguments(options.training)
         check_predicts(layout)
         check_trainable(layout)
+        check_chosen(layout, options)
         self.layout, self.text, self.options = layout, text, options
         self.settings = choose_settings(compute, layout.checkpoint)
         if not (options.resume and options.work.exists()):  # nothing there is of an earlier run
@@ -161,7 +169,7 @@ class Recovery:
         self.teacher: Layout | None = None
         if options.method == DISTILL and is_taught(options.teacher):
             self.taught = TaughtWindows(Path(str(options.teacher)))
-            self.taught.check(plan_within(layout.checkpoint.path), layout.vocab_size)
+            self.taught.check(layout)
             self.seq_len = self.taught.info.seq_len
         elif options.method != CONTINUE:
             self.teacher = self._teacher()
@@ -353,7 +361,7 @@ class _Session:
         options, settings, layout = recovery.options, recovery.settings, recovery.layout
         self._memory = self._fitting_memory()
         tokenizer = load_tokenizer(layout.checkpoint.path)
-        held = encode_heldout(text.heldout, tokenizer, first_token(layout))
+        held = encode_heldout(text.heldout, tokenizer, first_token(layout), positions(layout))
         self._heldout = HeldOut(held, sum(len(each.encode()) for each in text.heldout), self._amp)
         on_card = settings.device.type != "cpu"
         dtype = settings.dtype if options.lora and on_card else torch.float32
@@ -417,6 +425,8 @@ class _Session:
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(recovery.text.seed or 0)
+        if recovery.layout.experts:
+            LOG.info("note: adapters are for linear maps alone, so packed experts stay as they are")
         modules = "all-linear" if ffn is None else [n.removesuffix(".weight") for n in ffn]
         return get_peft_model(
             model, LoraConfig(r=options.lora, lora_alpha=2 * options.lora, target_modules=modules)

@@ -1,5 +1,6 @@
 """A teacher as files: the dense model's likeliest tokens, from one streamed pass."""
 
+import hashlib
 import json
 import logging
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 
 from calib.estimate import MB, Prediction, WindowLengths, predict
 from calib.recovery.options import TeachOptions, TrainingError
@@ -29,11 +31,13 @@ from surgery.apply.output_directory import check_output_path, check_space
 from surgery.errors import BudgetError, OutputError, PlanError
 from surgery.files.atomic import PARTIAL, check_no_partial, new_file, write_atomic
 from surgery.files.strict_json import read_file
+from surgery.hub.fetch import source_at_hand
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
 from surgery.process import Progress, stage
 from surgery.text.documents import TextOptions
 from surgery.tokenizer.tokenizer_file import TokenizerFile, load_tokenizer, prune_tokenizer
+from surgery.verify.files import plan_within
 
 LOG = logging.getLogger(__name__)
 
@@ -62,16 +66,27 @@ class TeacherInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seq_len: int
     top_k: int
     precision: str
+    tokenizer: str
+    """Digest of the tokens by their ids."""
     data: str
     """Name of the text."""
     windows_of_part: int
     """Windows of each file but the last."""
     format: int = 1
 
+    def __post_init__(self) -> None:
+        counts = (self.vocab_size, self.windows, self.seq_len, self.top_k, self.windows_of_part)
+        if min(counts) < 1 or self.precision not in PRECISIONS:
+            raise ValueError("a count below 1, or an unknown precision")
+
     @property
     def parts(self) -> int:
         """How many files there are."""
         return -(-self.windows // self.windows_of_part)
+
+    def windows_in(self, part: int) -> int:
+        """Return how many windows a file holds."""
+        return min(self.windows_of_part, self.windows - part * self.windows_of_part)
 
     @property
     def nbytes(self) -> int:
@@ -139,6 +154,31 @@ class Teaching:
         self.layout, self.plan, self.text, self.options = layout, plan, text, options
         self.settings = choose_settings(compute, layout.checkpoint)
         self.seq_len = within_positions(text.seq_len, positions(layout))
+        self._check_tokens()
+
+    def _check_tokens(self) -> None:
+        """Refuse a plan for other tokens, or one without the token that begins a text."""
+        path, ids, first = self.layout.checkpoint.path, self.plan.ids(), first_token(self.layout)
+        if ids.new(first) is None:
+            raise PlanError(
+                f"`plan`: token {first}",
+                "begins each text of this model, and is not kept",
+                fix="name the plan of this model",
+            )
+        if self.plan.fingerprint == self.layout.checkpoint.fingerprint:
+            return
+        if (source := source_at_hand(self.plan.source)) is None:
+            return  # recover compares the tokens
+        own, other = (load_tokenizer(each).get_vocab() for each in (path, source))
+        for token, row in sorted(other.items(), key=lambda item: item[1]):
+            if row < ids.old_size and ids.new(row) is not None and own.get(token) != row:
+                raise PlanError(
+                    f"`plan`: token {token!r}",
+                    f"has another id in {path} than in the plan's source",
+                    expected=row,
+                    found=own.get(token),
+                    fix="name the plan of this model, or a model with the same tokenizer",
+                )
 
     @property
     def info(self) -> TeacherInfo:
@@ -154,6 +194,7 @@ class Teaching:
             self.seq_len,
             options.top_k,
             options.precision,
+            vocabulary_digest(self._tokenizer[0], plan.after.vocab_size),
             ", ".join(each.name for each in self.text.data),
             max(1, PART_BYTES // (of_token * self.seq_len)),
         )
@@ -176,7 +217,7 @@ class Teaching:
     def _read_text(self) -> tuple[np.ndarray, list[str]]:
         documents, held = hold_out(documents_of(self.layout, self.text), self.text.windows)
         first = self.plan.ids().new(first_token(self.layout))
-        assert first is not None  # tokens that config.json names are kept
+        assert first is not None  # checked
         tokenizer, _ = self._tokenizer
         return training_windows(documents, tokenizer, first, self.seq_len, self.info.windows), held
 
@@ -191,21 +232,23 @@ class Teaching:
         LOG.info("%s of files, without compression", f"{self.info.nbytes / MB:,.0f} MB")
         check_space(output, self.info.nbytes)
         partial.mkdir(parents=True, exist_ok=True)
-        windows, info = self._begun(partial)
-        advance = stage(progress, "teach", windows.size)
+        info = self._begun(partial)
+        tokens = info.windows * info.seq_len
+        advance = stage(progress, "teach", tokens)
         for number in range(info.parts):
-            path = partial / PART.format(number)
-            chosen = windows[number * info.windows_of_part :][: info.windows_of_part]
+            path, first = partial / PART.format(number), number * info.windows_of_part
             if not path.exists():
+                windows = np.load(partial / WINDOWS, mmap_mode="r")
+                chosen = windows[first : first + info.windows_of_part]
                 self._write_part(path, np.array(chosen, dtype=np.int64), info)
-            advance(chosen.size)
-        (partial / WINDOWS).unlink()
+            advance(info.windows_in(number) * info.seq_len)
+        (partial / WINDOWS).unlink(missing_ok=True)  # gone if a run was killed after this line
         partial.rename(output)
         nbytes = sum(path.stat().st_size for path in output.glob("*.parquet"))
-        return Taught(output, windows.size, nbytes, time.perf_counter() - start)
+        return Taught(output, tokens, nbytes, time.perf_counter() - start)
 
-    def _begun(self, partial: Path) -> tuple[np.ndarray, TeacherInfo]:
-        """Return the windows and the settings, of the run to continue if there is one."""
+    def _begun(self, partial: Path) -> TeacherInfo:
+        """Return the settings, of the run to continue if there is one."""
         path, expected = partial / SETTINGS, self.info
         if not path.exists():
             ids, held = self._read_text()
@@ -221,7 +264,7 @@ class Teaching:
                 "is of a run with another model, plan, text or options",
                 fix="give the same ones, or delete the directory and begin anew",
             )
-        return np.load(partial / WINDOWS, mmap_mode="r"), found
+        return found
 
     def _write_part(self, path: Path, windows: np.ndarray, info: TeacherInfo) -> None:
         """Run some windows through the model, and write the likeliest tokens of each position."""
@@ -332,30 +375,48 @@ class TaughtWindows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         """Open the directory that ``teach`` wrote.
 
         Raises:
-            TrainingError: it is none, or a file is missing.
+            TrainingError: it is none, or a file is missing or damaged.
         """
         try:
             raw = read_file(directory / SETTINGS)
             self.info = msgspec.json.decode(raw, type=TeacherInfo)
-            self.heldout: list[str] = json.loads(read_file(directory / HELD))
+            self.heldout = msgspec.json.decode(read_file(directory / HELD), type=list[str])
+            if not any(self.heldout):
+                raise ValueError(f"no text in {HELD}")
         except (OSError, ValueError) as error:
             raise TrainingError(
                 directory, "is no directory that teach wrote", found=error, fix="run teach again"
             ) from error
         self._paths = [directory / PART.format(n) for n in range(self.info.parts)]
-        if missing := [path for path in self._paths if not path.exists()]:
-            raise TrainingError(missing[0], "is missing", fix="run teach again")
-        self._open: dict[int, Any] = {}
+        self._open = [self._opened(number) for number in range(self.info.parts)]
+
+    def _opened(self, number: int) -> Any:
+        """Open a file and check that it is what the settings say; read none of its windows."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path, expected = self._paths[number], self.info.windows_in(number)
+        if not path.exists():
+            raise TrainingError(path, "is missing", fix="run teach again")
+        try:
+            found = pq.ParquetFile(path)
+        except (OSError, pa.ArrowException) as error:
+            raise TrainingError(path, "is damaged", found=error, fix="run teach again") from error
+        if found.num_row_groups != expected or not found.schema_arrow.equals(_schema(self.info)):
+            raise TrainingError(
+                path,
+                f"is not as {SETTINGS} says",
+                expected=f"{expected:,} windows, {self.info.top_k} tokens at each position",
+                found=f"{found.num_row_groups:,} windows",
+                fix="run teach again",
+            )
+        return found
 
     def __len__(self) -> int:
         return self.info.windows
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        import pyarrow.parquet as pq
-
         part, row = divmod(index, self.info.windows_of_part)
-        if part not in self._open:
-            self._open[part] = pq.ParquetFile(self._paths[part])
         group = self._open[part].read_row_group(row)
         found = {}
         for name in (IDS, TOP, LOGPROBS, REST):
@@ -369,12 +430,14 @@ class TaughtWindows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             found[name] = torch.from_numpy(array.astype(kind))
         return found
 
-    def check(self, plan: Plan | None, vocab_size: int) -> None:
+    def check(self, student: Layout) -> None:
         """Refuse a teacher whose ids are not those of the student.
 
         Raises:
-            TrainingError: it was made for another vocabulary.
+            TrainingError: it was made for another vocabulary, or for other tokens.
         """
+        path, vocab_size = student.checkpoint.path, student.vocab_size
+        plan = plan_within(path)
         kept = plan.kept_tokens if plan is not None else self.info.kept_tokens
         if (kept, vocab_size) != (self.info.kept_tokens, self.info.vocab_size):
             raise TrainingError(
@@ -384,6 +447,18 @@ class TaughtWindows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
                 found=f"{self.info.vocab_size:,} rows",
                 fix="run teach with the plan of the model that is trained",
             )
+        if vocabulary_digest(load_tokenizer(path), vocab_size) != self.info.tokenizer:
+            raise TrainingError(
+                "`teacher`",
+                f"was written by a model whose tokens have other ids than in {path}",
+                fix="run teach with the model that it was pruned from",
+            )
+
+
+def vocabulary_digest(tokenizer: Tokenizer, vocab_size: int) -> str:
+    """Return the SHA-256 of the tokens of the first ``vocab_size`` ids."""
+    rows = sorted((row, t) for t, row in tokenizer.get_vocab().items() if row < vocab_size)
+    return hashlib.sha256(msgspec.json.encode(rows)).hexdigest()
 
 
 def is_taught(name: str | Path | None) -> bool:

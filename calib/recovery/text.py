@@ -7,7 +7,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from calib.text.heldout import EVERY, split_documents
-from calib.text.windows import byte_windows, token_ids
+from calib.text.windows import byte_windows, scored_windows, token_ids
 from surgery.errors import DataError
 
 WINDOW_BYTES = 2048
@@ -73,6 +73,12 @@ def _packed(
                 del waiting[:used]
 
 
-def encode_heldout(texts: Sequence[str], tokenizer: Tokenizer, first: int) -> list[list[int]]:
-    """Return the ids of held-out windows, each preceded by ``first``."""
-    return [[first, *tokenizer.encode(text, add_special_tokens=False).ids] for text in texts]
+def encode_heldout(
+    texts: Sequence[str], tokenizer: Tokenizer, first: int, positions: int | None
+) -> list[list[int]]:
+    """Return the ids of held-out windows, each preceded by ``first``.
+
+    A window with more tokens than the model has ``positions`` becomes several, as in a score.
+    """
+    encoded = (np.array(tokenizer.encode(t, add_special_tokens=False).ids, int) for t in texts)
+    return [each.tolist() for ids in encoded for each in scored_windows(first, ids, positions)]

@@ -43,6 +43,10 @@ PACK = 512
 """Tokens of choices that the head predicts together."""
 
 
+MEAN = "mean"
+"""Name of the figures of all tasks."""
+
+
 class Item(msgspec.Struct, frozen=True):
     """A question, or the beginning of a text, and what may follow."""
 
@@ -79,6 +83,8 @@ def read_tasks(paths: Sequence[Path | str]) -> list[Task]:
     """
     tasks = [_read_task(Path(path)) for path in paths]
     for number, task in enumerate(tasks):
+        if task.name == MEAN:
+            raise DataError(paths[number], "has the name of the mean of all tasks", fix="rename it")
         if task.name in [each.name for each in tasks[:number]]:
             raise DataError(
                 paths[number],
@@ -90,7 +96,7 @@ def read_tasks(paths: Sequence[Path | str]) -> list[Task]:
 
 def _read_task(path: Path) -> Task:
     try:
-        lines = read_file(path).decode("utf-8").splitlines()
+        lines = read_file(path).decode("utf-8").split("\n")  # strings hold other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise DataError(
@@ -216,7 +222,10 @@ class Answers:
         return Share(self.accuracy / reference.accuracy, half)
 
     def facts(self, reference: "Answers | None" = None) -> dict[str, Any]:
-        """Return the figures for JSON, those of each task and their mean."""
+        """Return the figures for JSON, those of each task and their mean.
+
+        A share of no right answer is None.
+        """
         found: dict[str, Any] = {
             task.name: {
                 "items": len(task.right),
@@ -225,10 +234,10 @@ class Answers:
             }
             for task in self.tasks
         }
-        return found | {"mean": self._facts(reference)}
+        return found | {MEAN: self._facts(reference)}
 
     def _facts(self, reference: "Answers | None") -> dict[str, Any]:
-        share = self.share_of(reference) if reference is not None else None
+        share = self.share_of(reference) if reference and reference.accuracy else None
         return {
             "acc_norm": self.accuracy,
             "margin": self.margin,

@@ -19,7 +19,7 @@ from calib.study.trial import ExpertChoice, RefitHook, Trial, Variant
 from surgery.apply.companions import LEAST_SQUARES, RECONSTRUCTION
 from surgery.apply.edits import KeptParts, kept_parts, layer_groups
 from surgery.errors import BudgetError, PlanError
-from surgery.families.schema import FFN, Dim
+from surgery.families.schema import FFN, WIDE, Dim
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
 from surgery.planning.replacement import Entry, ReplacementWriter, replacement_file
@@ -200,7 +200,7 @@ def trained_tensors(layout: Layout, index: int, trains: bool) -> list[str]:
     names = [ref.name for ref in layout.of_layer[index].values()]
     done = down_proj_tensors(layout, index)
     slots = {name: layout.roles[name].slot for name in names if name not in done}
-    return [name for name, slot in slots.items() if Dim(FFN) in slot.dims]
+    return [name for name, slot in slots.items() if {Dim(FFN), Dim(WIDE)} & {*slot.dims}]
 
 
 def repair_tokens(plan: Plan, study: Study, *, trains: bool = False) -> int:

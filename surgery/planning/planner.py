@@ -157,7 +157,7 @@ def _check_repair(layout: Layout, sizes: Sizes, repair: str) -> None:
         raise BudgetError(
             "`repair`",
             f"does not work with {opaque.method} weights",
-            fix="leave it out, or dequantize the checkpoint first",
+            fix="leave it out, or write the model with `dequantize` alone and prune that one",
         )
 
 

@@ -268,3 +268,29 @@ def test_arguments_that_the_library_refuses_are_named(pair: Pair, tmp_path: Path
     with pytest.raises(SurgeryError, match="refused by transformers"):
         recovered(pair, tmp_path / "out", training={"report_to": "nothing-known"})
     assert not list(tmp_path.iterdir())
+
+
+def test_few_positions_split_the_held_out_text(pair: Pair, tmp_path: Path, run: Run) -> None:
+    model = tiny.save(tmp_path / "gpt2", "gpt2", n_positions=64)
+    given = ("recover", model, "--data", pair.text, "--method", "continue", "--windows", 2)
+    how = ("--tokens", 1280, "--batch-size", 2, "--learning-rate", 3e-3, "--device", "cpu")
+    result = run(*given, *how, "-o", tmp_path / "out", "--json")
+    assert result.exit_code == 0, (result.output, result.exception)
+    scored = run("score", model, "--data", pair.text, "--dtype", "float32", "--json")
+    assert scored.exit_code == 0, scored.output
+
+
+@pytest.mark.parametrize(
+    ("key", "more", "words"),
+    [
+        ("mixtral", ("--lora", 4), "does not work with --lora"),
+        ("bloom", (), "trains nothing"),
+    ],
+)
+def test_ffns_that_cannot_be_trained_are_refused(
+    pair: Pair, tmp_path: Path, run: Run, key: str, more: tuple[object, ...], words: str
+) -> None:
+    model = tiny.save(tmp_path / "model", key)
+    given = ("recover", model, "--data", pair.text, "--method", "continue", "--tokens", 640)
+    refused = run(*given, "-o", tmp_path / "out", "--only", "ffn", *more)
+    assert_refused(refused, "--only ffn", words)

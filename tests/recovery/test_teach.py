@@ -1,9 +1,12 @@
 """teach: the files are exact, resumable, and train as the resident teacher does."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -154,3 +157,55 @@ def test_self_data_is_written_once_and_trains(pair: Pair, tmp_path: Path) -> Non
         recover(tmp_path / "out", resume=True, seed=7)
     recover(tmp_path / "out", resume=True)
     assert (tmp_path / "out.self-data.jsonl").read_bytes() == kept.read_bytes()
+
+
+def test_a_pass_killed_at_its_very_end_continues(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            taught(pair, tmp_path / "t", tokens=4 * SEQ_LEN)
+    again = taught(pair, tmp_path / "t", tokens=4 * SEQ_LEN, resume=True)
+    assert digests(again) == digests(taught(pair, tmp_path / "whole", tokens=4 * SEQ_LEN))
+
+
+def test_damaged_files_are_refused_by_name(pair: Pair, tmp_path: Path, run: Run) -> None:
+    files = taught(pair, tmp_path / "t", tokens=4 * SEQ_LEN)
+    given = ("recover", pair.pruned, "--teacher", files, "-o", tmp_path / "out", "--tokens", 640)
+
+    def refused(name: str, content: bytes, *words: str) -> None:
+        path = files / name
+        whole = path.read_bytes()
+        path.write_bytes(content)
+        assert_refused(run(*given), *words, "run teach again")
+        path.write_bytes(whole)
+
+    part = "part-00000.parquet"
+    refused(part, (files / part).read_bytes()[:-9], part, "is damaged")
+    refused("heldout.json", b"[]", "no text in heldout.json")
+    settings = json.loads((files / "settings.json").read_bytes())
+    for change in ({"windows": 5}, {"top_k": 9}):
+        refused("settings.json", json.dumps(settings | change).encode(), part, "settings.json says")
+    for wrong in ({"windows": 0}, {"precision": "int8"}):
+        changed = json.dumps(settings | wrong).encode()
+        refused("settings.json", changed, "is no directory that teach wrote")
+
+
+def test_a_model_with_other_tokens_teaches_nobody(pair: Pair, tmp_path: Path, run: Run) -> None:
+    other = shutil.copytree(pair.dense, tmp_path / "other")
+    path = other / "tokenizer.json"
+    words = json.loads(path.read_text(encoding="utf-8"))
+    vocab, kept = words["model"]["vocab"], pair.plan.ids().kept.tolist()
+    first, second = [token for token, row in vocab.items() if row in kept][-2:]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    path.write_text(json.dumps(words), encoding="utf-8")
+    with pytest.raises(SurgeryError, match="has another id in"):
+        taught(replace(pair, dense=other), tmp_path / "t")
+    unknown = msgspec.structs.replace(pair.plan, source="/gone")
+    files = taught(replace(pair, dense=other, plan=unknown), tmp_path / "t")
+    given = ("recover", pair.pruned, "--teacher", files, "-o", tmp_path / "out", "--tokens", 640)
+    assert_refused(run(*given), "--teacher: was written by a model whose tokens have other ids")

@@ -145,6 +145,9 @@ def test_what_is_not_known_is_not_said() -> None:
         few.share_of(answers_of(np.ones(LEAST_WINDOWS - 1), digest="other"))
     with pytest.raises(DataError, match="no item that the reference answers right"):
         few.share_of(answers_of(np.zeros(LEAST_WINDOWS - 1)))
+    facts = few.facts(answers_of(np.zeros(LEAST_WINDOWS - 1)))
+    assert facts["mean"]["share"] is None
+    assert facts["mean"]["acc_norm"] == 1
 
 
 def test_one_pass_gives_bits_and_answers(llama: Path, smaller: Path, text: Path, run: Run) -> None:
@@ -202,12 +205,24 @@ def test_a_bad_task_file_is_one_line(
     assert_refused(run("score", llama, "--tasks", path), str(path), *words)
 
 
+def test_strings_may_hold_any_character(tmp_path: Path) -> None:
+    path = tmp_path / "items.jsonl"
+    context = "x\u2028y\u0085z"
+    line = ITEM.replace('"c"', f'"{context}"')
+    path.write_bytes(f"{line}\r\n{ITEM}\n".encode())
+    (task,) = read_tasks([path])
+    assert [item.context for item in task.items] == [context, "c"]
+
+
 def test_other_misuse_is_one_line(tmp_path: Path, llama: Path, run: Run) -> None:
     assert_refused(run("score", llama), "--data: is missing", "--tasks")
     words = "--samples: has no effect without --data"
     assert_refused(run("score", llama, "--tasks", FILES[0], "--samples", 3), words)
     twice = run("score", llama, "--tasks", FILES[0], "--tasks", FILES[0])
     assert_refused(twice, "has the name of another task file")
+    mean = tmp_path / "mean.jsonl"
+    mean.write_text(ITEM, encoding="utf-8")
+    assert_refused(run("score", llama, "--tasks", mean), "has the name of the mean of all tasks")
     missing = tmp_path / "items.jsonl"
     assert_refused(run("score", llama, "--tasks", missing), str(missing), "cannot be read")
     missing.write_bytes(b"\xff")

@@ -87,7 +87,14 @@ def test_a_trial_is_what_apply_writes(tmp_path: Path, key: str, repair: bool) ->
 
 
 @pytest.mark.parametrize(
-    ("key", "trained"), [("llama", True), ("gemma3_text", True), ("phi3", False), ("gpt2", False)]
+    ("key", "trained"),
+    [
+        ("llama", True),
+        ("gemma3_text", True),
+        ("gemma4_text:shared", True),
+        ("phi3", False),
+        ("gpt2", False),
+    ],
 )
 def test_a_trained_trial_is_what_apply_writes(tmp_path: Path, key: str, trained: bool) -> None:
     """FFNs whose linear maps are apart are trained, the same way every time."""
