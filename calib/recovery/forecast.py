@@ -8,6 +8,7 @@ import psutil
 import torch
 
 from calib.estimate import BASE_BYTES, MB, ROW_BYTES
+from calib.recovery.options import EVALUATIONS
 from surgery.layout.layout import Layout
 from surgery.process import Seconds, spoken_range, with_slack
 
@@ -111,6 +112,16 @@ def timed(work: Callable[[], object], repeats: int = 2) -> float:
         work()
         found.append(time.perf_counter() - start)
     return min(found)
+
+
+def fitting_steps(seconds: float, step: float, evaluation: float) -> tuple[int, int]:
+    """Return how many steps and evaluations fit into a time; one of each, if it is too short.
+
+    Evaluations take half of the time at most. Once more is measured what is written.
+    """
+    left = max(0.0, seconds - evaluation)
+    evaluations = max(1, min(EVALUATIONS, int(left / 2 / evaluation)))
+    return max(1, int((left - evaluations * evaluation) / step)), evaluations
 
 
 def expected_seconds(steps: int, step: float, evaluations: int, evaluation: float) -> Seconds:

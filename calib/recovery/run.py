@@ -23,6 +23,7 @@ from calib.estimate import MB
 from calib.recovery.forecast import (
     Forecast,
     expected_seconds,
+    fitting_steps,
     free_memory,
     predict_memory,
     timed,
@@ -447,13 +448,10 @@ class _Session:
                 fix="check its weights",
             )
         step = timed(self._try_step) * self._accumulated
-        tokens, every = self._tokens_of_step, EVALUATIONS
+        steps, evaluations = max(1, (options.tokens or 0) // self._tokens_of_step), EVALUATIONS
         if options.minutes is not None:
-            left = 60 * options.minutes - (EVALUATIONS + 1) * evaluation
-            steps = max(every, int(left / step))
-        else:
-            steps = max(1, (options.tokens or 0) // tokens)
-        every = -(-steps // EVALUATIONS)
+            steps, evaluations = fitting_steps(60 * options.minutes, step, evaluation)
+        every = -(-steps // evaluations)
         self._seconds = expected_seconds(steps, step, -(-steps // every), evaluation)
         return self._work.begin(steps, every, start)
 
@@ -489,6 +487,7 @@ class _Session:
         """Train to the end, or on from the last checkpoint; the model then has its best state."""
         recovery, schedule, start = self._recovery, self._schedule, time.perf_counter()
         LOG.info("%s", self.forecast.table())
+        LOG.info("0 tokens: %.4f bits per byte of held-out text", schedule.start)
         arguments, last = self._arguments(), self._work.last_checkpoint()
         try:
             trainer = RecoveryTrainer(

@@ -15,7 +15,7 @@ def test_what_training_buys_is_measured_beside_the_dense_model(pair: Pair, tmp_p
     items = [{"context": "one two", "choices": ["three", "x"], "answer": n % 2} for n in range(8)]
     tasks.write_text("\n".join(map(json.dumps, items)), encoding="utf-8")
     texts = ("--data", pair.text, "--unseen", pair.text, "--tasks", tasks)
-    take = ("--minutes", 0.02, "--seq-len", 32, "--method", "continue", "--work", tmp_path)
+    take = ("--minutes", 0.05, "--seq-len", 32, "--method", "continue", "--work", tmp_path)
     command = ["recover", pair.dense, pair.pruned, *texts, *take, "--json"]
     result = CliRunner().invoke(main, [str(part) for part in command])
     assert result.exit_code == 0, result.output

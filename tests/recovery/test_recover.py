@@ -5,11 +5,14 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis.strategies import floats
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from calib.recovery.forecast import fitting_steps
 from calib.recovery.options import RecoverOptions
 from calib.streaming.settings import ComputeOptions
 from surgery.api import apply_plan, open_layout
@@ -144,6 +147,15 @@ def test_the_command_predicts_and_says_what_it_did(pair: Pair, tmp_path: Path, r
     assert "bits per byte of held-out text" in picture.read_text(encoding="utf-8")
     short = run(*given, "--minutes", 0.01, "--json", "-o", tmp_path / "short")
     assert json.loads(short.stdout.splitlines()[-1])["tokens"] > 0
+
+
+@hypothesis.given(seconds=floats(0, 1e6), step=floats(1e-3, 1e3), evaluation=floats(1e-3, 1e3))
+def test_steps_fit_into_the_time(seconds: float, step: float, evaluation: float) -> None:
+    steps, evaluations = fitting_steps(seconds, step, evaluation)
+    taken = steps * step + (evaluations + 1) * evaluation
+    assert 1 <= evaluations <= 16
+    assert steps == 1 or taken <= seconds * (1 + 1e-9)
+    assert taken + step >= seconds * (1 - 1e-9)
 
 
 def test_bad_requests_are_refused_in_one_line(pair: Pair, tmp_path: Path, run: Run) -> None:
