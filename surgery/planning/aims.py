@@ -31,7 +31,7 @@ def served_bytes(layout: Layout, sizes: Sizes, aim: str) -> int:
     """Return what ``aim`` makes few, once ``layout`` has ``sizes``, by ``serving_of``.
 
     Raises:
-        BudgetError: the model decodes nothing.
+        BudgetError: no decoding is predicted: it is an encoder, with a decoder or without.
     """
     found = serving_of(layout, sizes)
     if aim == MEMORY:
@@ -39,7 +39,7 @@ def served_bytes(layout: Layout, sizes: Sizes, aim: str) -> int:
     if found.decoded is None:
         raise BudgetError(
             f"`aim` {DECODE}",
-            "has no meaning: the model decodes nothing",
+            "cannot be served: no bytes read for each decoded token are predicted of this model",
             fix=f"take {MEMORY} or {QUALITY}",
         )
     return found.decoded
