@@ -339,7 +339,7 @@ def _check_gliner(config: Mapping[str, Any], where: object) -> None:
 
 
 def _entry(model_type: Any, where: object, code: bool) -> Family | Wrapper:
-    if model_type in REFUSED:
+    if isinstance(model_type, str) and model_type in REFUSED:
         raise FamilyError(
             where,
             f"models of type {model_type} cannot be pruned: {REFUSED[model_type]}",

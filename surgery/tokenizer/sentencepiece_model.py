@@ -82,12 +82,13 @@ class MappedModel:
             TokenizerError: it is damaged, or of another type.
         """
         spec = _opened(data, path, "download it again").trainer_spec
-        if spec.model_type != spec.UNIGRAM:
+        kind = spec.model_type
+        if kind != spec.UNIGRAM:
             raise TokenizerError(
                 path,
                 "this kind of vocabulary cannot be pruned",
                 expected="a Unigram model",
-                found=f"a model of type {spec.ModelType.Name(spec.model_type)}",
+                found=f"a model of type {spec.ModelType.Name(kind)}",
                 fix="keep the vocabulary whole with `vocab_size` and prune channels only",
             )
         return cls(data, path)

@@ -41,6 +41,8 @@ DEEP_ID = '"eos_token_id": ' + "[" * 900 + "2" + "]" * 900
 CASES = [
     Case("unknown model type", config(model_type="snake9"), INSPECT,
          ("config.json", "model type", "not supported", "found snake9", "--family llama")),
+    Case("model type in a list", config(model_type=["llama"]), INSPECT,
+         ("config.json", "model type", "not supported", "found ['llama']")),
     Case("quantized", config(quantization_config={"quant_method": "bitsandbytes"}), INSPECT,
          ("config.json", "quantized", "expected bf16, fp16 or fp32", "quant_method bitsandbytes",
           "prune the unquantized")),
