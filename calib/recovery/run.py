@@ -4,11 +4,10 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -50,7 +49,15 @@ from calib.recovery.options import (
 from calib.recovery.self_data import Writing, write_self_data
 from calib.recovery.teach import LOGPROBS, REST, TOP, TaughtWindows, is_taught
 from calib.recovery.text import encode_heldout, hold_out, training_windows
-from calib.recovery.trainer import METRIC, HeldOut, Loss, RecoveryTrainer, Reports
+from calib.recovery.trainer import (
+    METRIC,
+    HeldOut,
+    Loss,
+    RecoveryTrainer,
+    Reports,
+    check_arguments,
+    check_libraries,
+)
 from calib.recovery.work import Schedule, TrainingText, WorkDirectory
 from calib.recovery.written import kept_rows, plan_for, trained_plan
 from calib.scoring.score import check_predicts, first_token
@@ -296,57 +303,6 @@ class Recovery:
 def _named(checkpoint: Checkpoint) -> str:
     """Return what a checkpoint is known by: its tensors' shapes, and their values."""
     return f"{checkpoint.fingerprint} {checkpoint.weights}"
-
-
-def check_libraries(options: RecoverOptions) -> None:
-    """Refuse a training without the libraries that do it.
-
-    Raises:
-        TrainingError: naming the extra.
-    """
-    for name in ("accelerate", *(("peft",) if options.lora else ())):
-        if find_spec(name) is None:
-            raise TrainingError(
-                name, "is not installed", fix="pip install 'compact-surgery[recover]'"
-            )
-
-
-OWN_ARGUMENTS = (
-    "output_dir",
-    "max_steps",
-    "num_train_epochs",
-    "resume_from_checkpoint",
-    "per_device_train_batch_size",
-    "metric_for_best_model",
-    "greater_is_better",
-    "load_best_model_at_end",
-)
-"""Of ``TrainingArguments``, those that follow from other options."""
-
-
-def check_arguments(training: Mapping[str, Any]) -> None:
-    """Refuse arguments of the library that it does not have, or that follow from other options.
-
-    Raises:
-        TrainingError: naming the first one.
-    """
-    known = {each.name for each in fields(TrainingArguments) if each.name not in OWN_ARGUMENTS}
-    for name in training:
-        if name not in known:
-            raise TrainingError(
-                f"`training`: {name}",
-                "is none of transformers' TrainingArguments, or follows from other options",
-                fix="correct it, or leave it out",
-            )
-    steps = training.get("gradient_accumulation_steps", 1)
-    if not isinstance(steps, int) or steps < 1:
-        raise TrainingError(
-            "`training`: gradient_accumulation_steps",
-            "is not a number of steps",
-            expected="a whole number of at least 1",
-            found=steps,
-            fix="correct it",
-        )
 
 
 def _refused(by: str, error: Exception) -> TrainingError:

@@ -2,8 +2,10 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from safetensors.torch import load_model, save_model
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from calib.recovery.options import RecoverOptions, TrainingError
 from surgery.process import Progress
 
 LOG = logging.getLogger(__name__)
@@ -21,6 +24,57 @@ METRIC = "bits_per_byte"
 
 Loss = Callable[[torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]
 """Returns the loss of the student's logits for a batch."""
+
+
+def check_libraries(options: RecoverOptions) -> None:
+    """Refuse a training without the libraries that do it.
+
+    Raises:
+        TrainingError: naming the extra.
+    """
+    for name in ("accelerate", *(("peft",) if options.lora else ())):
+        if find_spec(name) is None:
+            raise TrainingError(
+                name, "is not installed", fix="pip install 'compact-surgery[recover]'"
+            )
+
+
+OWN_ARGUMENTS = (
+    "output_dir",
+    "max_steps",
+    "num_train_epochs",
+    "resume_from_checkpoint",
+    "per_device_train_batch_size",
+    "metric_for_best_model",
+    "greater_is_better",
+    "load_best_model_at_end",
+)
+"""Of ``TrainingArguments``, those that follow from other options."""
+
+
+def check_arguments(training: Mapping[str, Any]) -> None:
+    """Refuse arguments of the library that it does not have, or that follow from other options.
+
+    Raises:
+        TrainingError: naming the first one.
+    """
+    known = {each.name for each in fields(TrainingArguments) if each.name not in OWN_ARGUMENTS}
+    for name in training:
+        if name not in known:
+            raise TrainingError(
+                f"`training`: {name}",
+                "is none of transformers' TrainingArguments, or follows from other options",
+                fix="correct it, or leave it out",
+            )
+    steps = training.get("gradient_accumulation_steps", 1)
+    if not isinstance(steps, int) or steps < 1:
+        raise TrainingError(
+            "`training`: gradient_accumulation_steps",
+            "is not a number of steps",
+            expected="a whole number of at least 1",
+            found=steps,
+            fix="correct it",
+        )
 
 
 class Windows(Dataset[dict[str, torch.Tensor]]):
@@ -115,21 +169,18 @@ class RecoveryTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self._whole:
-            load_model(
-                self._module if model is None else model,
-                Path(resume_from_checkpoint) / STATE,
-                strict=True,
-            )
+            self._load_state(resume_from_checkpoint, model)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         if self._whole:
-            load_model(
-                self._module, Path(str(self.state.best_model_checkpoint)) / STATE, strict=True
-            )
+            self._load_state(str(self.state.best_model_checkpoint))
         else:
             super()._load_best_model()
+
+    def _load_state(self, checkpoint: str, model: Any = None) -> None:
+        load_model(self._module if model is None else model, Path(checkpoint) / STATE, strict=True)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
