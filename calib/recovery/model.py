@@ -12,6 +12,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from calib.recovery.options import RecoverOptions, TrainingError
 from calib.streaming.empty_model import Conversion, library_errors, whole_class
 from calib.streaming.weights import TORCH_DTYPE
+from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.errors import CheckpointError
 from surgery.files.safetensors_header import TensorRef
 from surgery.hub.shards import Shards
@@ -24,17 +25,22 @@ def load_model(layout: Layout, dtype: torch.dtype) -> Any:
     Raises:
         CheckpointError: transformers cannot load it.
     """
-    checkpoint = layout.checkpoint
-    name, options = str(checkpoint.path), {}
-    if Shards.of(checkpoint.path).remote:  # its directory holds headers alone
-        name, _, options["revision"] = checkpoint.source.partition("@")
+    name, revision = loadable_name(layout.checkpoint)
     with library_errors(layout):
-        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(layout.checkpoint.path, trust_remote_code=False)
         made = whole_class(config).from_pretrained(
-            name, dtype=dtype, trust_remote_code=False, **options
+            name, dtype=dtype, trust_remote_code=False, revision=revision or "main"
         )
     made.config.use_cache = False
     return made
+
+
+def loadable_name(checkpoint: Checkpoint) -> tuple[str, str | None]:
+    """Return the directory or the hub's name of a checkpoint, and its revision on the hub."""
+    if not Shards.of(checkpoint.path).remote:
+        return str(checkpoint.path), None
+    name, _, revision = checkpoint.source.partition("@")  # its directory holds headers alone
+    return name, revision
 
 
 class Teacher:

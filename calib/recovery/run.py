@@ -46,7 +46,7 @@ from calib.recovery.options import (
     RecoverOptions,
     TrainingError,
 )
-from calib.recovery.self_data import Writing, write_self_data
+from calib.recovery.self_data import Writing, seconds_of, write_self_data
 from calib.recovery.teach import LOGPROBS, REST, TOP, TaughtWindows, is_taught
 from calib.recovery.text import encode_heldout, hold_out, training_windows
 from calib.recovery.trainer import (
@@ -58,7 +58,7 @@ from calib.recovery.trainer import (
     check_arguments,
     check_libraries,
 )
-from calib.recovery.work import Schedule, TrainingText, WorkDirectory
+from calib.recovery.work import CLOCK, Schedule, TrainingText, WorkDirectory
 from calib.recovery.written import kept_rows, plan_for, trained_plan
 from calib.scoring.score import check_predicts, first_token
 from calib.streaming.empty_model import positions
@@ -84,6 +84,9 @@ LOG = logging.getLogger(__name__)
 WARMUP = 0.03
 """Share of the steps over which the learning rate rises."""
 
+WRITING = 0.5
+"""Share of the minutes of self-data in which the teacher writes."""
+
 
 @dataclass(frozen=True)
 class Recovered:
@@ -100,6 +103,8 @@ class Recovered:
     """Tokens trained on, and bits per byte of the held-out text after them."""
     seconds: float
     peak_rss_bytes: int | None
+    writing_seconds: float = 0.0
+    """In which the teacher wrote the text; a part of ``seconds``."""
     checks: VerifyReport | None = None
     """What verify says of the output."""
 
@@ -187,10 +192,6 @@ class Recovery:
                 "is the text to train on; the files of a teacher have their own",
                 fix="leave it out" if text.data else "give a text",
             )
-        if options.method == SELF_DATA and options.tokens is None:
-            raise BudgetError(
-                "`minutes`", "says not how much text to write", fix="give `tokens` instead"
-            )
 
     def _teacher(self) -> Layout:
         name = self.options.teacher
@@ -203,6 +204,14 @@ class Recovery:
         found = open_layout(name if name is not None else self.source)
         self.kept = kept_rows(self.layout, found)
         return found
+
+    @property
+    def writing_seconds(self) -> float:
+        """Seconds in which the teacher has written text, or will where it has not begun."""
+        options, clock = self.options, self.options.work / CLOCK
+        if options.method == SELF_DATA and options.minutes is not None and not clock.exists():
+            return 60 * options.minutes * WRITING
+        return seconds_of(clock)
 
     @property
     def identity(self) -> dict[str, str]:
@@ -240,9 +249,10 @@ class Recovery:
 
     def _self_data(self, documents: Iterable[str], progress: Progress | None) -> Iterable[str]:
         assert self.teacher is not None
-        assert self.options.tokens is not None
-        path = self.options.self_data
-        writing = Writing(path, self.options.tokens, self.seq_len, self.text.seed or 0)
+        options, path = self.options, self.options.self_data
+        seconds = None if options.minutes is None else 60 * options.minutes * WRITING
+        clock, seed = options.work / CLOCK, self.text.seed or 0
+        writing = Writing(path, options.tokens, seconds, clock, self.seq_len, seed)
         write_self_data(self.teacher, documents, writing, self.settings, progress)
         return read_documents(path)
 
@@ -406,7 +416,8 @@ class _Session:
         step = timed(self._try_step) * self._accumulated
         steps, evaluations = max(1, (options.tokens or 0) // self._tokens_of_step), EVALUATIONS
         if options.minutes is not None:
-            steps, evaluations = fitting_steps(60 * options.minutes, step, evaluation)
+            seconds = 60 * options.minutes - self._recovery.writing_seconds
+            steps, evaluations = fitting_steps(seconds, step, evaluation)
         every = -(-steps // evaluations)
         self._seconds = expected_seconds(steps, step, -(-steps // every), evaluation)
         return self._work.begin(steps, every, start)
@@ -473,7 +484,16 @@ class _Session:
         after = self._heldout.bits_per_byte(self._model, recovery.settings.device)
         took = time.perf_counter() - start
         method = recovery.options.method
-        return Recovered(None, method, schedule.start, after, curve, took, peak_rss_bytes())
+        return Recovered(
+            None,
+            method,
+            schedule.start,
+            after,
+            curve,
+            took,
+            peak_rss_bytes(),
+            recovery.writing_seconds,
+        )
 
     def _arguments(self) -> TrainingArguments:
         recovery, schedule = self._recovery, self._schedule

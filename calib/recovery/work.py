@@ -17,6 +17,8 @@ from surgery.files.atomic import FileLock, lock_output, new_file, write_atomic
 from surgery.files.strict_json import read_file, read_json
 
 IDENTITY, SCHEDULE, WINDOWS, HELD = "identity.json", "schedule.json", "windows.npy", "heldout.json"
+CLOCK = "writing.json"
+"""Seconds in which a teacher has written text."""
 
 
 T = TypeVar("T")

@@ -27,6 +27,9 @@ BYTE_STAGES = ("calibrate", "score", "apply", "export")
 TOKEN_STAGES = ("recover", "self-data", "teach")
 """Stages that count tokens."""
 
+SECOND_STAGES = ("writing",)
+"""Stages that count seconds."""
+
 PARAMETER = re.compile(r"`([a-z_]+)`")
 """How the library writes the name of a parameter in errors, notes and tables."""
 
@@ -86,6 +89,7 @@ class Bars:
             self.close()
             unit = "B" if stage in BYTE_STAGES else "window"
             unit = "token" if stage in TOKEN_STAGES else unit
+            unit = "s" if stage in SECOND_STAGES else unit
             quiet = not sys.stderr.isatty()
             self._bar = tqdm(total=total, desc=stage, unit=unit, unit_scale=True, disable=quiet)
             self._stage, self._done = stage, 0

@@ -31,6 +31,8 @@ def test_what_training_buys_is_measured_beside_the_dense_model(pair: Pair, tmp_p
         "name": "continue",
         "tokens": 9,
         "minutes": 1.0,
+        "cpu_minutes": 1.0,
+        "written": 0.5,
         "curve": [[0, 2.0], [9, 1.0]],
     }
     assert "+" in table([*found[:2], trained])

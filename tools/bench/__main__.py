@@ -31,7 +31,7 @@ from typing import Any
 
 import click
 
-from calib.recovery.options import CONTINUE, DISTILL
+from calib.recovery.options import METHODS
 from surgery.cli.options import gathered
 from tools.bench import serve
 from tools.bench.child import ROOT, Usage, compact_surgery, measure, python_module, summary
@@ -398,20 +398,24 @@ def bench_wide(channels: int, work: Path, as_json: bool) -> None:
 @gathered(
     "how",
     Training,
-    click.option("--data", required=True, type=file_type, help="Text to train on."),
+    click.option(
+        "--data", required=True, multiple=True, type=file_type, help="Text to train on; several."
+    ),
     click.option("--unseen", required=True, type=file_type, help="Text to score on."),
     click.option("--tasks", multiple=True, type=file_type, help="Task file; several times."),
     click.option("--minutes", default=60.0, show_default=True, help="For each method."),
     click.option("--seq-len", default=512, show_default=True, help="Tokens of a window."),
+    click.option("--windows", default=16, show_default=True, help="Windows that a run holds out."),
+    click.option("--samples", default=256, show_default=True, help="Most windows to score on."),
     work_option,
 )
 @click.option(
     "--method",
     "methods",
     multiple=True,
-    default=(DISTILL, CONTINUE),
+    default=METHODS,
     show_default=True,
-    type=click.Choice((DISTILL, CONTINUE)),
+    type=click.Choice(METHODS),
 )
 @click.option("--beside", multiple=True, type=file_type, help="More models, as a repaired one.")
 @click.option("--plot", type=file_type, help="Write a picture, .png or .svg.")

@@ -16,14 +16,18 @@ Facts = dict[str, Any]
 class Training:
     """How long each method trains, and what the results are measured by."""
 
-    data: Path
-    """Text to train on."""
+    data: Sequence[Path]
+    """Texts to train on."""
     unseen: Path
     """Text to score on."""
     tasks: Sequence[Path]
     """Task files; none measures bits alone."""
     minutes: float
     seq_len: int
+    windows: int
+    """Most windows of ``data`` that each run holds out, to measure its curve on."""
+    samples: int
+    """Most windows of ``unseen`` to score on."""
     work: Path
     """Directory for the checkpoints."""
 
@@ -42,21 +46,22 @@ def bench_methods(
 
     Returns:
         Facts of each model, the dense one first: those of ``score``, with ``name``, and of trained
-        ones ``tokens``, ``minutes`` and ``curve``.
+        ones ``tokens``, ``minutes``, ``cpu_minutes``, ``written`` and ``curve``.
     """
     trained = {}
     for method in methods:
-        output, length = how.work / method, ("--seq-len", str(how.seq_len))
-        train = ("--data", how.data, "--minutes", str(how.minutes), "--method", method, *length)
-        command = ("recover", pruned, *train, "-o", output, "--json")
-        trained[method] = json.loads(measure(compact_surgery(*command)).output)
+        output, data = how.work / method, [part for path in how.data for part in ("--data", path)]
+        sizes = ("--seq-len", str(how.seq_len), "--windows", str(how.windows), "--seed", "0")
+        train = (*data, "--minutes", str(how.minutes), "--method", method, *sizes)
+        used = measure(compact_surgery("recover", pruned, *train, "-o", output, "--json"))
+        trained[method] = json.loads(used.output)
+        trained[method]["cpu_minutes"] = (used.user_seconds + used.system_seconds) / 60
     paths: dict[str, str | Path] = {"dense": model, "pruned": pruned}
     paths |= {path.name: path for path in beside}
     paths |= {name: how.work / name for name, made in trained.items() if made["output"]}
     tasks = [part for path in how.tasks for part in ("--tasks", path)]
-    scored = measure(
-        compact_surgery("score", *paths.values(), "--data", how.unseen, *tasks, "--json")
-    )
+    unseen = ("--data", how.unseen, "--samples", str(how.samples))
+    scored = measure(compact_surgery("score", *paths.values(), *unseen, *tasks, "--json"))
     found = [
         {"name": name, **facts}
         for name, facts in zip(paths, json.loads(scored.output), strict=True)
@@ -65,19 +70,21 @@ def bench_methods(
         made = trained.get(facts["name"])
         if made is not None:
             facts |= {"tokens": made["tokens"], "minutes": made["seconds"] / 60}
+            facts |= {"cpu_minutes": made["cpu_minutes"], "written": made["writing_seconds"] / 60}
             facts["curve"] = [[0, made["before"]], *made["curve"]]
     return found
 
 
 def table(found: Sequence[Facts]) -> str:
     """Return a row for each model."""
-    heads = ("tokens", "minutes", "bits/byte", "loss", "answers", "of dense", "±")
+    heads = ("tokens", "minutes", "of CPU", "bits/byte", "loss", "answers", "of dense", "±")
     lines = [f"{'':<12}" + "".join(f"{head:>12}" for head in heads)]
     for facts in found:
         change, answers = facts.get("change"), facts.get("tasks", {}).get("mean", {})
         cells = [
             f"{facts['tokens']:,}" if "tokens" in facts else "",
             f"{facts['minutes']:.1f}" if "minutes" in facts else "",
+            f"{facts['cpu_minutes']:.1f}" if "minutes" in facts else "",
             f"{facts['bits_per_byte']:.4f}",
             f"{change['share']:+.1%}" if change else "",
             f"{answers['acc_norm']:.1%}" if answers else "",
@@ -89,13 +96,18 @@ def table(found: Sequence[Facts]) -> str:
 
 
 def draw(found: Sequence[Facts], path: Path) -> None:
-    """Draw the bits of held-out text against the share of the time, a line for each method."""
+    """Draw the bits of the run's held-out text against the time, a line for each method.
+
+    A line begins where the teacher has written the text.
+    """
     with saved_figure(path, 7, 4.2) as figure:
         axes = figure.subplots()
         for facts in found:
             if "curve" in facts:
                 tokens, bits = zip(*facts["curve"], strict=True)
-                minutes = [facts["minutes"] * each / max(tokens[-1], 1) for each in tokens]
+                begin = facts["written"]
+                pace = (facts["minutes"] - begin) / max(tokens[-1], 1)
+                minutes = [begin + pace * each for each in tokens]
                 axes.plot(minutes, bits, marker="o", label=facts["name"])
         axes.set_xlabel("minutes")
         axes.set_ylabel("bits per byte of held-out text")
