@@ -1,6 +1,6 @@
 """Train a pruned model back: recover, and teach for a teacher that does not fit."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,9 +108,9 @@ def recover(  # noqa: PLR0913
 def teach(  # noqa: PLR0913
     model: Model | str | Path,
     *,
-    plan: Plan | Path | str,
+    plan: Plan | Path | str | Sequence[Plan | Path | str],
     data: Text,
-    output: Path | str,
+    output: Path | str | Sequence[Path | str],
     tokens: int,
     top_k: int = 64,
     precision: str = "float16",
@@ -134,9 +134,10 @@ def teach(  # noqa: PLR0913
 
     Args:
         model: The dense model: from ``surgery.open_model``, or anything that it takes.
-        plan: The plan of the pruned model, its file, or the pruned model's directory.
+        plan: The plan of the pruned model, its file, or the pruned model's directory. Several
+            vocabularies are taught in one pass.
         data: The text: a path, ``hub:name``, documents, or several ``Source`` with weights.
-        output: Directory to write; it must not exist.
+        output: Directory to write, which must not exist; one for each plan, in their order.
         tokens: Tokens of text.
         top_k: Likeliest kept tokens of each position.
         precision: Of the log-probabilities: float16 or float32.
@@ -159,8 +160,9 @@ def teach(  # noqa: PLR0913
     text = TextOptions(
         sources_of(data), seq_len=seq_len, windows=windows, seed=seed, field=field, strict=strict
     )
-    made = plan if isinstance(plan, Plan) else plan_at(plan)
-    options = TeachOptions(Path(output), tokens, top_k, precision, resume)
-    return Teaching(as_layout(model), made, text, compute_options(device, dtype), options).run(
-        progress
-    )
+    given = [plan] if isinstance(plan, Plan | Path | str) else plan
+    plans = [each if isinstance(each, Plan) else plan_at(each) for each in given]
+    names = [output] if isinstance(output, Path | str) else output
+    options = TeachOptions(tuple(map(Path, names)), tokens, top_k, precision, resume)
+    teaching = Teaching(as_layout(model), plans, text, compute_options(device, dtype), options)
+    return teaching.run(progress)

@@ -9,6 +9,7 @@ import torch
 
 from calib.estimate import BASE_BYTES, MB, ROW_BYTES
 from calib.recovery.options import EVALUATIONS
+from surgery.errors import BudgetError
 from surgery.layout.layout import Layout
 from surgery.process import Seconds, spoken_range, with_slack
 
@@ -95,6 +96,23 @@ def trained_parameters(layout: Layout, lora: int | None, only: str | None) -> in
         return sum(ref.parameters for ref in refs)
     matrices = [r for r in refs if len(r.shape) == 2 and layout.roles[r.name].layer is not None]
     return sum(lora * sum(ref.shape) for ref in matrices)
+
+
+def check_memory(device: torch.device, need: int) -> None:
+    """Refuse a training that takes more than is free.
+
+    Raises:
+        BudgetError: naming ``device``.
+    """
+    if need > (free := free_memory(device)):
+        raise BudgetError(
+            f"`device` {device}",
+            "has too little memory to train this model",
+            expected=f"{need / MB:,.0f} MB free",
+            found=f"{free / MB:,.0f} MB",
+            fix="give `lora` a rank, a smaller `seq_len`, or the directory that teach writes as "
+            "`teacher`",
+        )
 
 
 def free_memory(device: torch.device) -> int:

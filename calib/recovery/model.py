@@ -1,5 +1,6 @@
 """Whole models in memory: the one that is trained, and a teacher with its vocabulary pruned."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,14 +10,18 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from calib.recovery.options import RecoverOptions, TrainingError
+from calib.recovery.losses import divergence
+from calib.recovery.options import FFN_ALONE, RecoverOptions, TrainingError
 from calib.streaming.empty_model import Conversion, library_errors, whole_class
+from calib.streaming.settings import PassSettings
 from calib.streaming.weights import TORCH_DTYPE
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.errors import CheckpointError
 from surgery.files.safetensors_header import TensorRef
 from surgery.hub.shards import Shards
 from surgery.layout.layout import Layout
+
+LOG = logging.getLogger(__name__)
 
 
 def load_model(layout: Layout, dtype: torch.dtype) -> Any:
@@ -71,11 +76,63 @@ class Teacher:
         made: torch.Tensor = self.model(input_ids=self._kept[ids], use_cache=False).logits
         return made
 
+    def divergence(self, student: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the loss of the student's logits for a batch."""
+        return divergence(student, self.logits(batch["input_ids"]))
+
 
 def file_tensors(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return a model's ``state`` as its files name it, with merged tensors divided."""
     found: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(state))
     return found
+
+
+class Student:
+    """The model that is trained, whole, and the tensors of its files."""
+
+    def __init__(
+        self, layout: Layout, options: RecoverOptions, settings: PassSettings, seed: int
+    ) -> None:
+        """Load it, and choose which of its parameters are trained.
+
+        Raises:
+            CheckpointError: transformers cannot load it, or a parameter has no place in the files.
+        """
+        on_card = settings.device.type != "cpu"
+        dtype = settings.dtype if options.lora and on_card else torch.float32
+        self._model = load_model(layout, dtype).to(settings.device)
+        self._parameters = ParameterMap(self._model, layout)
+        self._parameters.check()
+        self._lora = options.lora is not None
+        ffn = self._parameters.of_ffn() if options.only == FFN_ALONE else None
+        if self._lora and layout.experts:
+            LOG.info("note: adapters are for linear maps alone, so packed experts stay as they are")
+        self.trained = self._adapted(options, ffn, seed) if self._lora else self._chosen(ffn)
+        """The model, or the one of peft around it."""
+
+    def _chosen(self, ffn: set[str] | None) -> Any:
+        for name, parameter in self._model.named_parameters():
+            parameter.requires_grad_(ffn is None or name in ffn)
+        return self._model
+
+    def _adapted(self, options: RecoverOptions, ffn: set[str] | None, seed: int) -> Any:
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(seed)
+        modules = "all-linear" if ffn is None else [n.removesuffix(".weight") for n in ffn]
+        rank = options.lora or 0
+        how = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=modules)
+        return get_peft_model(self._model, how)
+
+    def finish(self) -> None:
+        """Merge adapters, and round every parameter to the dtype of its file."""
+        if self._lora:
+            self.trained = self._model = self.trained.merge_and_unload()
+        self._parameters.round()
+
+    def file_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the tensors as the files name them."""
+        return file_tensors(self._model, self._model.state_dict())
 
 
 def check_trainable(layout: Layout) -> None:

@@ -120,8 +120,8 @@ class RecoverOptions:
 class TeachOptions:
     """What is kept of the teacher's distribution, and where."""
 
-    output: Path
-    """Directory to write; it must not exist."""
+    outputs: tuple[Path, ...]
+    """Directories to write, one for each plan; they must not exist."""
     tokens: int
     """Tokens of text; fewer where the text has fewer."""
     top_k: int = 64

@@ -5,7 +5,6 @@ import logging
 import math
 import time
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,49 +13,39 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import torch
 from accelerate import PartialState
-from transformers import PrinterCallback, TrainingArguments, default_data_collator
 
-from calib.estimate import MB
+from calib.recovery.arguments import check_arguments, check_libraries, training_arguments
 from calib.recovery.forecast import (
     Forecast,
+    check_memory,
     expected_seconds,
     fitting_steps,
-    free_memory,
     predict_memory,
     timed,
     trained_parameters,
 )
-from calib.recovery.losses import divergence, divergence_from_top, surprise
-from calib.recovery.model import (
-    ParameterMap,
-    Teacher,
-    check_chosen,
-    check_trainable,
-    file_tensors,
-    load_model,
-)
+from calib.recovery.model import Student, Teacher, check_chosen, check_trainable
 from calib.recovery.options import (
     CONTINUE,
     DISTILL,
     EVALUATIONS,
-    FFN_ALONE,
     SELF_DATA,
     RecoverOptions,
     TrainingError,
 )
 from calib.recovery.self_data import Writing, seconds_of, write_self_data
-from calib.recovery.teach import LOGPROBS, REST, TOP, TaughtWindows, is_taught
+from calib.recovery.taught import TaughtWindows, is_taught
 from calib.recovery.text import encode_heldout, hold_out, training_windows
 from calib.recovery.trainer import (
-    METRIC,
     HeldOut,
     Loss,
-    RecoveryTrainer,
     Reports,
-    check_arguments,
-    check_libraries,
+    Training,
+    half_precision,
+    next_tokens,
+    run_trainer,
+    taught_tokens,
 )
 from calib.recovery.work import CLOCK, Schedule, TrainingText, WorkDirectory
 from calib.recovery.written import kept_rows, plan_for, trained_plan
@@ -70,7 +59,7 @@ from surgery.api import open_layout
 from surgery.apply.output_directory import check_output_path
 from surgery.apply.run import ApplyOptions, apply_to
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.errors import BudgetError, CheckpointError, DataError
+from surgery.errors import CheckpointError, DataError
 from surgery.files.atomic import check_file
 from surgery.layout.layout import Layout
 from surgery.plot import saved_figure, titled
@@ -80,9 +69,6 @@ from surgery.tokenizer.tokenizer_file import load_tokenizer
 from surgery.verify.files import VerifyReport, verify_files
 
 LOG = logging.getLogger(__name__)
-
-WARMUP = 0.03
-"""Share of the steps over which the learning rate rises."""
 
 WRITING = 0.5
 """Share of the minutes of self-data in which the teacher writes."""
@@ -266,21 +252,19 @@ class Recovery:
         main, start = state.is_main_process, time.perf_counter()
         work = self._work(self.options.work, resume=self.options.resume, main=main)
         try:
-            with state.main_process_first():
+            with state.main_process_first():  # the others read what it has written
                 text = self._text(work, progress)
-            session = _Session(self, work, text)
-            made = session.train(progress)
-            if not math.isfinite(made.after):
-                work.close(done=True)
-                raise TrainingError(
-                    "the trained model",
-                    "predicts numbers that are not finite; nothing was written",
-                    found=made.after,
-                    fix="give a smaller `learning_rate`, or check the teacher's weights",
-                )
+            memory = self._fitting_memory()
+            training = self._load(text)
+            with state.main_process_first():
+                schedule, seconds = work.schedule, None
+                if schedule is None:
+                    schedule, seconds = self._begin(work, training)
+            LOG.info("%s", self._forecast(schedule, memory, seconds).table())
+            made = self._train(work, training, schedule, progress)
             if not main:  # the first process writes
                 return replace(made, output=self.options.output if made.helped else None)
-            made = replace(session.write(made), seconds=time.perf_counter() - start)
+            made = replace(self._write(made, training), seconds=time.perf_counter() - start)
             work.close(done=True)
             return made
         finally:
@@ -295,7 +279,9 @@ class Recovery:
         with TemporaryDirectory() as folder:
             work = self._work(Path(folder) / "work", resume=False, main=True)
             try:
-                return _Session(self, work, self._text(work, dry=True)).forecast
+                text, memory = self._text(work, dry=True), self._fitting_memory()
+                schedule, seconds = self._begin(work, self._load(text))
+                return self._forecast(schedule, memory, seconds)
             finally:
                 work.close()
 
@@ -309,243 +295,133 @@ class Recovery:
     def _work(self, path: Path, *, resume: bool, main: bool) -> WorkDirectory:
         return WorkDirectory(path, self.identity, resume=resume, main=main)
 
-
-def _named(checkpoint: Checkpoint) -> str:
-    """Return what a checkpoint is known by: its tensors' shapes, and their values."""
-    return f"{checkpoint.fingerprint} {checkpoint.weights}"
-
-
-def _refused(by: str, error: Exception) -> TrainingError:
-    what = f"is refused by transformers' {by}"
-    return TrainingError("`training`", what, found=error, fix="correct it")
-
-
-class _Session:
-    """The models of a recovery in memory, and what trains one of them."""
-
-    def __init__(self, recovery: Recovery, work: WorkDirectory, text: TrainingText) -> None:
-        self._recovery, self._work, self._text = recovery, work, text
-        options, settings, layout = recovery.options, recovery.settings, recovery.layout
-        self._memory = self._fitting_memory()
-        tokenizer = load_tokenizer(layout.checkpoint.path)
-        held = encode_heldout(text.heldout, tokenizer, first_token(layout), positions(layout))
-        self._heldout = HeldOut(held, sum(len(each.encode()) for each in text.heldout), self._amp)
-        on_card = settings.device.type != "cpu"
-        dtype = settings.dtype if options.lora and on_card else torch.float32
-        self._model = load_model(layout, dtype).to(settings.device)
-        self._parameters = ParameterMap(self._model, layout)
-        self._parameters.check()
-        self._loss: Loss = lambda logits, batch: surprise(logits, batch["input_ids"])
-        if recovery.taught is not None:
-            self._loss = lambda logits, batch: divergence_from_top(
-                logits, batch[TOP], batch[LOGPROBS], batch[REST]
-            )
-        elif options.method == DISTILL and recovery.teacher is not None:
-            teacher = Teacher(recovery.teacher, recovery.kept, settings.dtype)
-            teacher.to(settings.device)
-            self._loss = lambda logits, batch: divergence(
-                logits, teacher.logits(batch["input_ids"])
-            )
-        self._trained = self._prepare_parameters()
-        self._seconds: Seconds | None = None
-        self._schedule = work.schedule or self._begin()
-
-    def _amp(self) -> AbstractContextManager[Any]:
-        """Compute in 16 bits where that is asked for; the weights that are trained stay float32."""
-        settings = self._recovery.settings
-        half = settings.dtype != torch.float32
-        return torch.autocast(settings.device.type, settings.dtype, enabled=half)
-
     def _fitting_memory(self) -> dict[str, int]:
         """Predict the peak of memory, and refuse what does not fit."""
-        recovery = self._recovery
-        options, settings = recovery.options, recovery.settings
+        options, settings = self.options, self.settings
         sizes = 2 if options.lora and settings.device.type != "cpu" else 4
         found = predict_memory(
-            recovery.layout,
-            recovery.teacher if options.method == DISTILL else None,
-            trained=trained_parameters(recovery.layout, options.lora, options.only),
-            batch_tokens=options.batch_size * recovery.seq_len,
+            self.layout,
+            self.teacher if options.method == DISTILL else None,
+            trained=trained_parameters(self.layout, options.lora, options.only),
+            batch_tokens=options.batch_size * self.seq_len,
             itemsizes=(sizes, settings.dtype.itemsize),
         )
-        free, need = free_memory(settings.device), sum(found.values())
-        if need > free:
-            raise BudgetError(
-                f"`device` {settings.device}",
-                "has too little memory to train this model",
-                expected=f"{need / MB:,.0f} MB free",
-                found=f"{free / MB:,.0f} MB",
-                fix="give `lora` a rank, a smaller `seq_len`, or the directory that teach writes "
-                "as `teacher`",
-            )
+        check_memory(settings.device, sum(found.values()))
         return found
 
-    def _prepare_parameters(self) -> Any:
-        """Choose what is trained; return the model, or the one of peft around it."""
-        recovery, model = self._recovery, self._model
-        options = recovery.options
-        ffn = self._parameters.of_ffn() if options.only == FFN_ALONE else None
-        if options.lora is None:
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(ffn is None or name in ffn)
-            return model
-        from peft import LoraConfig, get_peft_model
+    def _load(self, text: TrainingText) -> Training:
+        """Load the models: the one that is trained, and a teacher that is resident."""
+        layout, options, settings = self.layout, self.options, self.settings
+        tokenizer = load_tokenizer(layout.checkpoint.path)
+        ids = encode_heldout(text.heldout, tokenizer, first_token(layout), positions(layout))
+        nbytes = sum(len(each.encode()) for each in text.heldout)
+        heldout = HeldOut(ids, nbytes, partial(half_precision, settings))
+        student = Student(layout, options, settings, self._seed)
+        loss: Loss = next_tokens
+        if self.taught is not None:
+            loss = taught_tokens
+        elif options.method == DISTILL and self.teacher is not None:
+            teacher = Teacher(self.teacher, self.kept, settings.dtype)
+            teacher.to(settings.device)
+            loss = teacher.divergence
+        return Training(student, loss, heldout, text.windows, settings)
 
-        torch.manual_seed(recovery.text.seed or 0)
-        if recovery.layout.experts:
-            LOG.info("note: adapters are for linear maps alone, so packed experts stay as they are")
-        modules = "all-linear" if ffn is None else [n.removesuffix(".weight") for n in ffn]
-        return get_peft_model(
-            model, LoraConfig(r=options.lora, lora_alpha=2 * options.lora, target_modules=modules)
-        )
-
-    def _begin(self) -> Schedule:
+    def _begin(self, work: WorkDirectory, training: Training) -> tuple[Schedule, Seconds]:
         """Measure the held-out text and the pace of a step; choose the number of steps."""
-        recovery, device = self._recovery, self._recovery.settings.device
-        options = recovery.options
-        began = time.perf_counter()
-        start = self._heldout.bits_per_byte(self._trained, device)
+        options, began = self.options, time.perf_counter()
+        start = training.bits_per_byte()
         evaluation = time.perf_counter() - began
         if not math.isfinite(start):
             raise CheckpointError(
-                recovery.layout.checkpoint.path,
+                self.layout.checkpoint.path,
                 "predicts numbers that are not finite, so it cannot be trained",
                 found=f"{start} bits per byte of held-out text",
                 fix="check its weights",
             )
-        step = timed(self._try_step) * self._accumulated
+        step = timed(partial(training.try_step, options.batch_size)) * self._accumulated
         steps, evaluations = max(1, (options.tokens or 0) // self._tokens_of_step), EVALUATIONS
         if options.minutes is not None:
-            seconds = 60 * options.minutes - self._recovery.writing_seconds
+            seconds = 60 * options.minutes - self.writing_seconds
             steps, evaluations = fitting_steps(seconds, step, evaluation)
         every = -(-steps // evaluations)
-        self._seconds = expected_seconds(steps, step, -(-steps // every), evaluation)
-        return self._work.begin(steps, every, start)
+        took = expected_seconds(steps, step, -(-steps // every), evaluation)
+        return work.begin(steps, every, start), took
 
-    def _try_step(self) -> None:
-        """Take a step's loss and gradients, and forget them."""
-        device, size = self._recovery.settings.device, self._recovery.options.batch_size
-        items = [self._text.windows[number % len(self._text.windows)] for number in range(size)]
-        batch = {name: tensor.to(device) for name, tensor in default_data_collator(items).items()}
-        self._trained.train()
-        with self._amp():
-            logits = self._trained(input_ids=batch["input_ids"], use_cache=False).logits
-            loss = self._loss(logits, batch)
-        loss.backward()
-        self._trained.zero_grad(set_to_none=True)
+    @property
+    def _seed(self) -> int:
+        return self.text.seed or 0
 
     @property
     def _accumulated(self) -> int:
-        return int(self._recovery.options.training.get("gradient_accumulation_steps", 1))
+        return int(self.options.training.get("gradient_accumulation_steps", 1))
 
     @property
     def _tokens_of_step(self) -> int:
-        recovery, processes = self._recovery, PartialState().num_processes
-        windows = recovery.options.batch_size * self._accumulated * processes
-        return windows * recovery.seq_len
+        windows = self.options.batch_size * self._accumulated * PartialState().num_processes
+        return windows * self.seq_len
 
-    @property
-    def forecast(self) -> Forecast:
-        """What the run takes."""
-        steps = self._schedule.steps
-        return Forecast(steps, steps * self._tokens_of_step, self._memory, self._seconds)
+    def _forecast(
+        self, schedule: Schedule, memory: dict[str, int], seconds: Seconds | None
+    ) -> Forecast:
+        return Forecast(schedule.steps, schedule.steps * self._tokens_of_step, memory, seconds)
 
-    def train(self, progress: Progress | None) -> Recovered:
+    def _train(
+        self,
+        work: WorkDirectory,
+        training: Training,
+        schedule: Schedule,
+        progress: Progress | None,
+    ) -> Recovered:
         """Train to the end, or on from the last checkpoint; the model then has its best state."""
-        recovery, schedule, start = self._recovery, self._schedule, time.perf_counter()
-        LOG.info("%s", self.forecast.table())
+        start = time.perf_counter()
         LOG.info("0 tokens: %.4f bits per byte of held-out text", schedule.start)
-        arguments, last = self._arguments(), self._work.last_checkpoint()
-        try:
-            trainer = RecoveryTrainer(
-                loss=self._loss,
-                heldout=self._heldout,
-                model=self._trained,
-                args=arguments,
-                train_dataset=self._text.windows,
-                eval_dataset=self._heldout.windows,
-                callbacks=[Reports(progress, self._tokens_of_step)],
-            )
-        except (ImportError, ValueError) as error:
-            raise _refused("Trainer", error) from error
-        trainer.remove_callback(PrinterCallback)
-        try:
-            trainer.train(resume_from_checkpoint=str(last) if last else None)
-        except ImportError as error:  # of the optimizer, which is made here
-            raise _refused("Trainer", error) from error
+        arguments = training_arguments(
+            self.options, self.settings, work.path, schedule.steps, schedule.every, self._seed
+        )
+        reports = Reports(progress, self._tokens_of_step)
         curve = tuple(
-            (int(entry["step"]) * self._tokens_of_step, entry[f"eval_{METRIC}"])
-            for entry in trainer.state.log_history
-            if f"eval_{METRIC}" in entry
+            (step * self._tokens_of_step, bits)
+            for step, bits in run_trainer(training, arguments, reports, work.last_checkpoint())
         )
-        if recovery.options.lora is not None:
-            self._model = self._trained.merge_and_unload()
-        self._parameters.round()
-        after = self._heldout.bits_per_byte(self._model, recovery.settings.device)
-        took = time.perf_counter() - start
-        method = recovery.options.method
+        training.student.finish()
+        after = training.bits_per_byte()
+        if not math.isfinite(after):
+            work.close(done=True)
+            raise TrainingError(
+                "the trained model",
+                "predicts numbers that are not finite; nothing was written",
+                found=after,
+                fix="give a smaller `learning_rate`, or check the teacher's weights",
+            )
         return Recovered(
-            None,
-            method,
-            schedule.start,
-            after,
-            curve,
-            took,
-            peak_rss_bytes(),
-            recovery.writing_seconds,
+            output=None,
+            method=self.options.method,
+            before=schedule.start,
+            after=after,
+            curve=curve,
+            seconds=time.perf_counter() - start,
+            peak_rss_bytes=peak_rss_bytes(),
+            writing_seconds=self.writing_seconds,
         )
 
-    def _arguments(self) -> TrainingArguments:
-        recovery, schedule = self._recovery, self._schedule
-        options, settings = recovery.options, recovery.settings
-        seed = recovery.text.seed or 0
-        chosen: dict[str, Any] = {
-            "output_dir": str(self._work.path),
-            "max_steps": schedule.steps,
-            "per_device_train_batch_size": options.batch_size,
-            "learning_rate": options.peak_rate,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": max(1, round(WARMUP * schedule.steps)),
-            "weight_decay": 0.0,
-            "eval_strategy": "steps",
-            "eval_steps": schedule.every,
-            "save_strategy": "steps",
-            "save_steps": schedule.every,
-            "save_total_limit": 2,
-            "load_best_model_at_end": True,
-            "metric_for_best_model": METRIC,
-            "greater_is_better": False,
-            "logging_steps": schedule.every,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "remove_unused_columns": False,
-            "use_cpu": settings.device.type == "cpu",
-            "bf16": settings.dtype == torch.bfloat16,
-            "fp16": settings.dtype == torch.float16,
-            "seed": seed,
-            "data_seed": seed,
-        }
-        try:
-            made = TrainingArguments(**{**chosen, **options.training})
-        except (TypeError, ValueError) as error:
-            raise _refused("TrainingArguments", error) from error
-        made._n_gpu = min(made.n_gpu, 1)  # several cards are used by several processes
-        return made
-
-    def write(self, made: Recovered) -> Recovered:
+    def _write(self, made: Recovered, training: Training) -> Recovered:
         """Write the checkpoint, its plan and its trained tensors, if training helped."""
-        recovery = self._recovery
-        options, layout = recovery.options, recovery.layout
         if not made.helped:
             return made
+        options = self.options
         what = (
             f"{made.method} on {made.best_tokens:,} tokens: {made.before:.4f} bits per byte of "
             f"held-out text, {made.after:.4f} trained"
         )
-        tensors = file_tensors(self._model, self._model.state_dict())
-        plan = trained_plan(recovery.plan, layout, tensors, options.weights, what)
+        tensors = training.student.file_tensors()
+        plan = trained_plan(self.plan, self.layout, tensors, options.weights, what)
         plan = msgspec.structs.replace(plan, output=str(options.output.absolute()))
         plan.save(options.plan)
-        apply_to(plan, recovery.source, ApplyOptions(options.output, options.resume))
-        checks = verify_files(options.output, plan, recovery.source, download=False)
+        apply_to(plan, self.source, ApplyOptions(options.output, options.resume))
+        checks = verify_files(options.output, plan, self.source, download=False)
         return replace(made, output=options.output, checks=checks)
+
+
+def _named(checkpoint: Checkpoint) -> str:
+    """Return what a checkpoint is known by: its tensors' shapes, and their values."""
+    return f"{checkpoint.fingerprint} {checkpoint.weights}"

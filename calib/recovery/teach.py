@@ -1,10 +1,9 @@
 """A teacher as files: the dense model's likeliest tokens, from one streamed pass."""
 
-import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -14,10 +13,17 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 
 from calib.estimate import MB, Prediction, WindowLengths, predict
 from calib.recovery.options import TeachOptions, TrainingError
+from calib.recovery.taught import (
+    HELD,
+    PART,
+    SETTINGS,
+    TeacherInfo,
+    schema_of,
+    vocabulary_digest,
+)
 from calib.recovery.text import hold_out, training_windows
 from calib.scoring.score import check_predicts, first_token
 from calib.streaming.batches import Stream
@@ -37,88 +43,42 @@ from surgery.planning.plan import Plan
 from surgery.process import Progress, stage
 from surgery.text.documents import TextOptions
 from surgery.tokenizer.tokenizer_file import TokenizerFile, load_tokenizer, prune_tokenizer
-from surgery.verify.files import plan_within
 
 LOG = logging.getLogger(__name__)
-
-IDS, TOP, LOGPROBS, REST = "input_ids", "target_token_ids", "target_logprobs", "target_rest"
-"""Columns: see docs/train-it-back.md."""
-
-PRECISIONS = {"float16": torch.float16, "float32": torch.float32}
 
 PART_BYTES = 1 << 28
 """Hidden states and likeliest tokens of the windows that pass through the model together."""
 
-SETTINGS, WINDOWS, HELD = "settings.json", "windows.npy", "heldout.json"
-PART = "part-{:05d}.parquet"
-
-
-class TeacherInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """settings.json of a teacher's directory."""
-
-    fingerprint: str
-    """Of the dense model."""
-    kept_tokens: str
-    """As in the plan: the dense model's rows that the ids count."""
-    vocab_size: int
-    """V′."""
-    windows: int
-    seq_len: int
-    top_k: int
-    precision: str
-    tokenizer: str
-    """Digest of the tokens by their ids."""
-    data: str
-    """Name of the text."""
-    windows_of_part: int
-    """Windows of each file but the last."""
-    format: int = 1
-
-    def __post_init__(self) -> None:
-        counts = (self.vocab_size, self.windows, self.seq_len, self.top_k, self.windows_of_part)
-        if min(counts) < 1 or self.precision not in PRECISIONS:
-            raise ValueError("a count below 1, or an unknown precision")
-
-    @property
-    def parts(self) -> int:
-        """How many files there are."""
-        return -(-self.windows // self.windows_of_part)
-
-    def windows_in(self, part: int) -> int:
-        """Return how many windows a file holds."""
-        return min(self.windows_of_part, self.windows - part * self.windows_of_part)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all files, without their headers and before compression."""
-        ids = 2 if self.vocab_size <= 1 << 16 else 4
-        number = PRECISIONS[self.precision].itemsize
-        of_token = 4 + number + self.top_k * (ids + number)
-        return self.windows * self.seq_len * of_token
+WINDOWS = "windows.npy"
+"""The text of an unfinished directory, as ids."""
 
 
 @dataclass(frozen=True)
 class Taught:
     """What ``teach`` wrote."""
 
-    output: Path
+    outputs: tuple[Path, ...]
     tokens: int
+    """Of all outputs."""
     nbytes: int
     """Of the files."""
     seconds: float
 
     def facts(self) -> dict[str, Any]:
         """Return everything, for JSON."""
-        return {**asdict(self), "output": str(self.output)}
+        return {**asdict(self), "outputs": [str(each) for each in self.outputs]}
 
 
 class Teaching:
-    """A checked request to write a teacher's files, and what it takes."""
+    """A checked request to write a teacher's files, and what it takes.
+
+    Several vocabularies are taught in one pass: each layer's weights are read once for all.
+    """
 
     def __init__(
         self,
         layout: Layout,
-        plan: Plan,
+        plans: Sequence[Plan],
         text: TextOptions,
         compute: ComputeOptions,
         options: TeachOptions,
@@ -126,13 +86,104 @@ class Teaching:
         """Check the request; read no text and no weights.
 
         Raises:
-            SurgeryError: the model predicts no token, the plan is another one's, or the output
-                cannot be written.
+            SurgeryError: the model predicts no token, a plan is another one's, or an output cannot
+                be written.
         """
         if find_spec("pyarrow") is None:
             fix = "pip install 'compact-surgery[recover]'"
             raise TrainingError("pyarrow", "is not installed", fix=fix)
         check_predicts(layout)
+        outputs = options.outputs
+        if len(plans) != len(outputs) or len({path.resolve() for path in outputs}) < len(outputs):
+            raise BudgetError(
+                "`output`",
+                "names a directory for each plan",
+                expected=f"{len(plans)} different ones",
+                found=", ".join(map(str, outputs)),
+                fix="give as many as plans, in their order",
+            )
+        self.layout, self.options = layout, options
+        self.settings = choose_settings(compute, layout.checkpoint)
+        seq_len = within_positions(text.seq_len, positions(layout))
+        width = layout.by_name[layout.family.embedding].shape[1]
+        of_token = 2 * width * self.settings.dtype.itemsize + 12 * options.top_k
+        windows = max(1, PART_BYTES // (of_token * seq_len * len(plans)))
+        self.lessons = [
+            Lesson(layout, plan, output, text, options, seq_len, windows)
+            for plan, output in zip(plans, outputs, strict=True)
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files, without their headers and before compression."""
+        return sum(lesson.info.nbytes for lesson in self.lessons)
+
+    def prediction(self) -> Prediction:
+        """Predict what a pass of one part of each output takes."""
+        infos = [lesson.info for lesson in self.lessons]
+        windows = sum(min(info.windows, info.windows_of_part) for info in infos)
+        rows = sum(info.vocab_size for info in infos)
+        text = WindowLengths.full(windows, infos[0].seq_len, min(rows, self.layout.vocab_size))
+        return predict(self.layout, text, self.settings, buckets=0, journal=False)
+
+    def run(self, progress: Progress | None = None) -> Taught:
+        """Write the directories, part by part; they get their names when all parts are there.
+
+        Raises:
+            SurgeryError: the disk is too small, or the run to continue was another one.
+        """
+        start, lessons = time.perf_counter(), self.lessons
+        LOG.info("%s of files, without compression", f"{self.nbytes / MB:,.0f} MB")
+        check_space(lessons[0].output, self.nbytes)
+        infos = [lesson.begin() for lesson in lessons]
+        tokens = sum(info.windows * info.seq_len for info in infos)
+        advance = stage(progress, "teach", tokens)
+        for number in range(max(info.parts for info in infos)):
+            self._write_parts([each for each in lessons if each.lacks(number)], number)
+            for info in infos:
+                if number < info.parts:
+                    advance(info.windows_in(number) * info.seq_len)
+        for lesson in lessons:
+            lesson.end()
+        files = [path for lesson in lessons for path in lesson.output.glob("*.parquet")]
+        nbytes, seconds = sum(path.stat().st_size for path in files), time.perf_counter() - start
+        return Taught(self.options.outputs, tokens, nbytes, seconds)
+
+    def _write_parts(self, lessons: "Sequence[Lesson]", number: int) -> None:
+        """Run the windows of a part of each lesson through the model together, and write them."""
+        if not lessons:
+            return
+        windows = [lesson.windows_of(number) for lesson in lessons]
+        streams = [each.stream(ids) for each, ids in zip(lessons, windows, strict=True)]
+        with WeightReader(self.layout.checkpoint, self.settings.device, self.settings.dtype) as r:
+            decoder = StreamedDecoder(self.layout, r, self.settings)
+            decoder.embed(streams)
+            decoder.run_layers(streams)
+            kept = [lesson.plan.ids().kept for lesson in lessons]
+            asked = list(zip(streams, kept, strict=True))
+            found = likeliest(decoder, asked, self.options.top_k)
+        for lesson, ids, likely in zip(lessons, windows, found, strict=True):
+            lesson.write(number, ids, likely)
+
+
+class Lesson:
+    """What a dense model teaches in one vocabulary: a directory of files, and how far it is."""
+
+    def __init__(  # noqa: PLR0913
+        self,
+        layout: Layout,
+        plan: Plan,
+        output: Path,
+        text: TextOptions,
+        options: TeachOptions,
+        seq_len: int,
+        windows_of_part: int,
+    ) -> None:
+        """Check it; read no text.
+
+        Raises:
+            SurgeryError: the plan is another model's, or the output cannot be written.
+        """
         if plan.before.vocab_size != layout.vocab_size:
             raise PlanError(
                 "`plan`",
@@ -149,11 +200,12 @@ class Teaching:
                 found=options.top_k,
                 fix="choose fewer",
             )
-        check_output_path(options.output, layout.checkpoint.path)
-        check_no_partial(options.output, resume=options.resume)
-        self.layout, self.plan, self.text, self.options = layout, plan, text, options
-        self.settings = choose_settings(compute, layout.checkpoint)
-        self.seq_len = within_positions(text.seq_len, positions(layout))
+        check_output_path(output, layout.checkpoint.path)
+        check_no_partial(output, resume=options.resume)
+        self.layout, self.plan, self.output = layout, plan, output
+        self._text, self._options = text, options
+        self._seq_len, self._windows_of_part = seq_len, windows_of_part
+        self._partial = output.with_name(output.name + PARTIAL)
         self._check_tokens()
 
     def _check_tokens(self) -> None:
@@ -180,31 +232,22 @@ class Teaching:
                     fix="name the plan of this model, or a model with the same tokenizer",
                 )
 
-    @property
+    @cached_property
     def info(self) -> TeacherInfo:
         """What the directory will say of itself, with as many windows as are asked for."""
-        options, plan = self.options, self.plan
-        width = self.layout.by_name[self.layout.family.embedding].shape[1]
-        of_token = 2 * width * self.settings.dtype.itemsize + 12 * options.top_k
+        options, plan = self._options, self.plan
         return TeacherInfo(
             self.layout.checkpoint.fingerprint,
             plan.kept_tokens,
             plan.after.vocab_size,
-            max(1, options.tokens // self.seq_len),
-            self.seq_len,
+            max(1, options.tokens // self._seq_len),
+            self._seq_len,
             options.top_k,
             options.precision,
             vocabulary_digest(self._tokenizer[0], plan.after.vocab_size),
-            ", ".join(each.name for each in self.text.data),
-            max(1, PART_BYTES // (of_token * self.seq_len)),
+            ", ".join(each.name for each in self._text.data),
+            self._windows_of_part,
         )
-
-    def prediction(self) -> Prediction:
-        """Predict what a pass of one part takes."""
-        info = self.info
-        windows = min(info.windows, info.windows_of_part)
-        text = WindowLengths.full(windows, self.seq_len, info.vocab_size)
-        return predict(self.layout, text, self.settings, buckets=0, journal=False)
 
     @cached_property
     def _tokenizer(self) -> tuple[Any, np.ndarray]:
@@ -215,97 +258,74 @@ class Teaching:
         return prune_tokenizer(TokenizerFile.reopen(path), ids)
 
     def _read_text(self) -> tuple[np.ndarray, list[str]]:
-        documents, held = hold_out(documents_of(self.layout, self.text), self.text.windows)
+        documents, held = hold_out(documents_of(self.layout, self._text), self._text.windows)
         first = self.plan.ids().new(first_token(self.layout))
         assert first is not None  # checked
         tokenizer, _ = self._tokenizer
-        return training_windows(documents, tokenizer, first, self.seq_len, self.info.windows), held
+        most = self.info.windows
+        return training_windows(documents, tokenizer, first, self._seq_len, most), held
 
-    def run(self, progress: Progress | None = None) -> Taught:
-        """Write the directory, part by part; it gets its name when all are there.
+    def begin(self) -> TeacherInfo:
+        """Make the directory and its text, if no earlier run has; return its settings.
 
         Raises:
-            SurgeryError: the disk is too small, or the run to continue was another one.
+            OutputError: the earlier run was another one.
         """
-        start, output = time.perf_counter(), self.options.output
-        partial = output.with_name(output.name + PARTIAL)
-        LOG.info("%s of files, without compression", f"{self.info.nbytes / MB:,.0f} MB")
-        check_space(output, self.info.nbytes)
-        partial.mkdir(parents=True, exist_ok=True)
-        info = self._begun(partial)
-        tokens = info.windows * info.seq_len
-        advance = stage(progress, "teach", tokens)
-        for number in range(info.parts):
-            path, first = partial / PART.format(number), number * info.windows_of_part
-            if not path.exists():
-                windows = np.load(partial / WINDOWS, mmap_mode="r")
-                chosen = windows[first : first + info.windows_of_part]
-                self._write_part(path, np.array(chosen, dtype=np.int64), info)
-            advance(info.windows_in(number) * info.seq_len)
-        (partial / WINDOWS).unlink(missing_ok=True)  # gone if a run was killed after this line
-        partial.rename(output)
-        nbytes = sum(path.stat().st_size for path in output.glob("*.parquet"))
-        return Taught(output, tokens, nbytes, time.perf_counter() - start)
-
-    def _begun(self, partial: Path) -> TeacherInfo:
-        """Return the settings, of the run to continue if there is one."""
-        path, expected = partial / SETTINGS, self.info
+        self._partial.mkdir(parents=True, exist_ok=True)
+        path = self._partial / SETTINGS
         if not path.exists():
             ids, held = self._read_text()
-            with new_file(partial / WINDOWS) as made:
+            with new_file(self._partial / WINDOWS) as made:
                 np.save(made.file, ids)
-            write_atomic(partial / HELD, json.dumps(held).encode())
-            expected = msgspec.structs.replace(expected, windows=len(ids))
-            write_atomic(path, msgspec.json.encode(expected))
-        found = msgspec.json.decode(read_file(path), type=TeacherInfo)
-        if msgspec.structs.replace(self.info, windows=found.windows) != found:
+            write_atomic(self._partial / HELD, json.dumps(held).encode())
+            begun = msgspec.structs.replace(self.info, windows=len(ids))
+            write_atomic(path, msgspec.json.encode(begun))
+        self.found = msgspec.json.decode(read_file(path), type=TeacherInfo)
+        if msgspec.structs.replace(self.info, windows=self.found.windows) != self.found:
             raise OutputError(
                 path,
                 "is of a run with another model, plan, text or options",
                 fix="give the same ones, or delete the directory and begin anew",
             )
-        return found
+        return self.found
 
-    def _write_part(self, path: Path, windows: np.ndarray, info: TeacherInfo) -> None:
-        """Run some windows through the model, and write the likeliest tokens of each position."""
+    def lacks(self, number: int) -> bool:
+        """Whether a part is still to be written."""
+        return number < self.found.parts and not (self._partial / PART.format(number)).exists()
+
+    def windows_of(self, number: int) -> np.ndarray:
+        """Return the ids of a part, of the pruned vocabulary."""
+        windows = np.load(self._partial / WINDOWS, mmap_mode="r")
+        first = number * self._windows_of_part
+        return np.array(windows[first : first + self._windows_of_part], dtype=np.int64)
+
+    def stream(self, windows: np.ndarray) -> Stream:
+        """Return windows of the pruned vocabulary as the dense model reads them."""
+        return Stream([self._tokenizer[1][window] for window in windows])
+
+    def write(self, number: int, windows: np.ndarray, found: "Sequence[Likely]") -> None:
+        """Write a part: the likeliest tokens at each position of its windows."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        _, old_ids = self._tokenizer
-        stream = Stream([old_ids[window] for window in windows])
-        with WeightReader(self.layout.checkpoint, self.settings.device, self.settings.dtype) as r:
-            decoder = StreamedDecoder(self.layout, r, self.settings)
-            decoder.embed([stream])
-            decoder.run_layers([stream])
-            found = list(likeliest(decoder, stream, self.plan.ids().kept, info.top_k))
-        number = np.uint16 if info.vocab_size <= 1 << 16 else np.uint32
+        info, schema = self.found, schema_of(self.found)
+        ids = np.uint16 if info.vocab_size <= 1 << 16 else np.uint32
         float_type = np.float16 if info.precision == "float16" else np.float32
-        schema = _schema(info)
+        path = self._partial / PART.format(number)
         with new_file(path) as made, pq.ParquetWriter(made.file, schema) as writer:
             for window, (top, logprobs, rest) in zip(windows, found, strict=True):
                 row = [
                     _list(pa.array(window.astype(np.int32))),
-                    _list(_rows(top.astype(number))),
+                    _list(_rows(top.astype(ids))),
                     _list(_rows(logprobs.astype(float_type))),
                     _list(pa.array(rest.astype(float_type))),
                 ]
                 writer.write_table(pa.table(row, schema=schema))
 
-
-def _schema(info: TeacherInfo) -> Any:
-    """Return the columns of a part."""
-    import pyarrow as pa
-
-    number = pa.uint16() if info.vocab_size <= 1 << 16 else pa.uint32()
-    float_type = pa.float16() if info.precision == "float16" else pa.float32()
-    return pa.schema(
-        [
-            (IDS, pa.list_(pa.int32())),
-            (TOP, pa.list_(pa.list_(number, info.top_k))),
-            (LOGPROBS, pa.list_(pa.list_(float_type, info.top_k))),
-            (REST, pa.list_(float_type)),
-        ]
-    )
+    def end(self) -> None:
+        """Give the directory its name."""
+        (self._partial / WINDOWS).unlink(missing_ok=True)  # gone if a run was killed after this
+        self._partial.rename(self.output)
 
 
 def _list(values: Any) -> Any:
@@ -322,30 +342,34 @@ def _rows(values: np.ndarray) -> Any:
     return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
 
 
+Likely = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Of one window: positions in the rows ``(tokens, count)``, likeliest first; their ln p over the
+rows; and the ln of the probability that is left over, −inf where nothing is."""
+
+
 @torch.no_grad()
 def likeliest(
-    decoder: StreamedDecoder, stream: Stream, rows: np.ndarray, count: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield, for each window, the likeliest of ``rows`` at each position.
+    decoder: StreamedDecoder, asked: Sequence[tuple[Stream, np.ndarray]], count: int
+) -> list[list[Likely]]:
+    """Return, for each text and its ascending rows of the head, the likeliest of each window.
 
     The head is read once, block by block; each block leaves the ``count`` best logits so far.
-
-    Yields:
-        Positions in ``rows`` ``(tokens, count)``, likeliest first; their ln p over ``rows``; and
-        the ln of the probability that is left over, −inf where nothing is.
     """
-    windows = [_Likeliest(states, count) for _, _, states in stream.hidden()]
-    for index, part, logits in decoder.logits([(each.states[None], rows) for each in windows]):
-        windows[index].add(part, logits[0].float())
-    for each in windows:
-        yield each.result(len(rows))
+    texts = [
+        [_Likeliest(states, rows, count) for _, _, states in stream.hidden()]
+        for stream, rows in asked
+    ]
+    every = [window for windows in texts for window in windows]
+    for index, part, logits in decoder.logits([(each.states[None], each.rows) for each in every]):
+        every[index].add(part, logits[0].float())
+    return [[window.result() for window in windows] for windows in texts]
 
 
 class _Likeliest:
     """Adds up one window's log-sum-exp, and keeps its largest logits."""
 
-    def __init__(self, states: torch.Tensor, count: int) -> None:
-        self.states, self._count = states, count
+    def __init__(self, states: torch.Tensor, rows: np.ndarray, count: int) -> None:
+        self.states, self.rows, self._count = states, rows, count
         self._total = torch.full(states.shape[:1], -torch.inf)
         self._best = torch.empty(len(states), 0)
         self._ids = torch.empty(len(states), 0, dtype=torch.int64)
@@ -359,108 +383,10 @@ class _Likeliest:
         self._best, order = best.topk(min(self._count, best.shape[-1]), -1)
         self._ids = every.gather(-1, order)
 
-    def result(self, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def result(self) -> Likely:
         """Return ids, ln p and the ln of what is left over."""
         logprobs = self._best - self._total[:, None]
         rest = torch.log1p(-logprobs.double().exp().sum(-1).clamp(max=1)).float()
-        if self._count == rows:
+        if self._count == len(self.rows):
             rest = torch.full_like(rest, -torch.inf)
         return self._ids.numpy(), logprobs.numpy(), rest.numpy()
-
-
-class TaughtWindows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Windows with their teacher's likeliest tokens, read from the files as they are used."""
-
-    def __init__(self, directory: Path) -> None:
-        """Open the directory that ``teach`` wrote.
-
-        Raises:
-            TrainingError: it is none, or a file is missing or damaged.
-        """
-        try:
-            raw = read_file(directory / SETTINGS)
-            self.info = msgspec.json.decode(raw, type=TeacherInfo)
-            self.heldout = msgspec.json.decode(read_file(directory / HELD), type=list[str])
-            if not any(self.heldout):
-                raise ValueError(f"no text in {HELD}")
-        except (OSError, ValueError) as error:
-            raise TrainingError(
-                directory, "is no directory that teach wrote", found=error, fix="run teach again"
-            ) from error
-        self._paths = [directory / PART.format(n) for n in range(self.info.parts)]
-        self._open = [self._opened(number) for number in range(self.info.parts)]
-
-    def _opened(self, number: int) -> Any:
-        """Open a file and check that it is what the settings say; read none of its windows."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        path, expected = self._paths[number], self.info.windows_in(number)
-        if not path.exists():
-            raise TrainingError(path, "is missing", fix="run teach again")
-        try:
-            found = pq.ParquetFile(path)
-        except (OSError, pa.ArrowException) as error:
-            raise TrainingError(path, "is damaged", found=error, fix="run teach again") from error
-        if found.num_row_groups != expected or not found.schema_arrow.equals(_schema(self.info)):
-            raise TrainingError(
-                path,
-                f"is not as {SETTINGS} says",
-                expected=f"{expected:,} windows, {self.info.top_k} tokens at each position",
-                found=f"{found.num_row_groups:,} windows",
-                fix="run teach again",
-            )
-        return found
-
-    def __len__(self) -> int:
-        return self.info.windows
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        part, row = divmod(index, self.info.windows_of_part)
-        group = self._open[part].read_row_group(row)
-        found = {}
-        for name in (IDS, TOP, LOGPROBS, REST):
-            values = group.column(name).combine_chunks().values
-            if name in (TOP, LOGPROBS):
-                flat = values.values.to_numpy(zero_copy_only=False)
-                array = flat.reshape(-1, self.info.top_k)
-            else:
-                array = values.to_numpy(zero_copy_only=False)
-            kind = np.int64 if name in (IDS, TOP) else np.float32
-            found[name] = torch.from_numpy(array.astype(kind))
-        return found
-
-    def check(self, student: Layout) -> None:
-        """Refuse a teacher whose ids are not those of the student.
-
-        Raises:
-            TrainingError: it was made for another vocabulary, or for other tokens.
-        """
-        path, vocab_size = student.checkpoint.path, student.vocab_size
-        plan = plan_within(path)
-        kept = plan.kept_tokens if plan is not None else self.info.kept_tokens
-        if (kept, vocab_size) != (self.info.kept_tokens, self.info.vocab_size):
-            raise TrainingError(
-                "`teacher`",
-                "was written for another vocabulary",
-                expected=f"{vocab_size:,} rows, those that the model's plan keeps",
-                found=f"{self.info.vocab_size:,} rows",
-                fix="run teach with the plan of the model that is trained",
-            )
-        if vocabulary_digest(load_tokenizer(path), vocab_size) != self.info.tokenizer:
-            raise TrainingError(
-                "`teacher`",
-                f"was written by a model whose tokens have other ids than in {path}",
-                fix="run teach with the model that it was pruned from",
-            )
-
-
-def vocabulary_digest(tokenizer: Tokenizer, vocab_size: int) -> str:
-    """Return the SHA-256 of the tokens of the first ``vocab_size`` ids."""
-    rows = sorted((row, t) for t, row in tokenizer.get_vocab().items() if row < vocab_size)
-    return hashlib.sha256(msgspec.json.encode(rows)).hexdigest()
-
-
-def is_taught(name: str | Path | None) -> bool:
-    """Whether ``name`` is a directory that ``teach`` wrote, not a model."""
-    return name is not None and (Path(name) / PART.format(0)).exists()

@@ -4,8 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import fields
-from importlib.util import find_spec
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,68 +12,43 @@ import numpy as np
 import torch
 from safetensors.torch import load_model, save_model
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+)
 
-from calib.recovery.options import RecoverOptions, TrainingError
+from calib.recovery.arguments import METRIC, refused
+from calib.recovery.losses import divergence_from_top, surprise
+from calib.recovery.model import Student
+from calib.recovery.taught import LOGPROBS, REST, TOP, TaughtWindows
+from calib.streaming.settings import PassSettings
 from surgery.process import Progress
 
 LOG = logging.getLogger(__name__)
 
-METRIC = "bits_per_byte"
-
-Loss = Callable[[torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]
+Loss = Callable[[torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor]
 """Returns the loss of the student's logits for a batch."""
 
 
-def check_libraries(options: RecoverOptions) -> None:
-    """Refuse a training without the libraries that do it.
-
-    Raises:
-        TrainingError: naming the extra.
-    """
-    for name in ("accelerate", *(("peft",) if options.lora else ())):
-        if find_spec(name) is None:
-            raise TrainingError(
-                name, "is not installed", fix="pip install 'compact-surgery[recover]'"
-            )
+def next_tokens(logits: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return the loss of pretraining."""
+    return surprise(logits, batch["input_ids"])
 
 
-OWN_ARGUMENTS = (
-    "output_dir",
-    "max_steps",
-    "num_train_epochs",
-    "resume_from_checkpoint",
-    "per_device_train_batch_size",
-    "metric_for_best_model",
-    "greater_is_better",
-    "load_best_model_at_end",
-)
-"""Of ``TrainingArguments``, those that follow from other options."""
+def taught_tokens(logits: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return the loss towards what ``teach`` has written."""
+    return divergence_from_top(logits, batch[TOP], batch[LOGPROBS], batch[REST])
 
 
-def check_arguments(training: Mapping[str, Any]) -> None:
-    """Refuse arguments of the library that it does not have, or that follow from other options.
-
-    Raises:
-        TrainingError: naming the first one.
-    """
-    known = {each.name for each in fields(TrainingArguments) if each.name not in OWN_ARGUMENTS}
-    for name in training:
-        if name not in known:
-            raise TrainingError(
-                f"`training`: {name}",
-                "is none of transformers' TrainingArguments, or follows from other options",
-                fix="correct it, or leave it out",
-            )
-    steps = training.get("gradient_accumulation_steps", 1)
-    if not isinstance(steps, int) or steps < 1:
-        raise TrainingError(
-            "`training`: gradient_accumulation_steps",
-            "is not a number of steps",
-            expected="a whole number of at least 1",
-            found=steps,
-            fix="correct it",
-        )
+def half_precision(settings: PassSettings) -> AbstractContextManager[Any]:
+    """Compute in 16 bits where that is asked for; the weights that are trained stay float32."""
+    half = settings.dtype != torch.float32
+    return torch.autocast(settings.device.type, settings.dtype, enabled=half)
 
 
 class Windows(Dataset[dict[str, torch.Tensor]]):
@@ -118,6 +92,66 @@ class HeldOut:
             total -= float(chosen.double().sum())
         model.train(training)
         return total / math.log(2) / self.nbytes
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained, towards what, and on which text."""
+
+    student: Student
+    loss: Loss
+    heldout: HeldOut
+    windows: "Windows | TaughtWindows"
+    settings: PassSettings
+
+    def bits_per_byte(self) -> float:
+        """Return the student's bits for each byte of held-out text."""
+        return self.heldout.bits_per_byte(self.student.trained, self.settings.device)
+
+    def try_step(self, batch_size: int) -> None:
+        """Take a step's loss and gradients, and forget them."""
+        model, device = self.student.trained, self.settings.device
+        items = [self.windows[number % len(self.windows)] for number in range(batch_size)]
+        batch = {name: tensor.to(device) for name, tensor in default_data_collator(items).items()}
+        model.train()
+        with half_precision(self.settings):
+            logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+            loss = self.loss(logits, batch)
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+
+def run_trainer(
+    training: Training, arguments: TrainingArguments, reports: "Reports", last: Path | None
+) -> list[tuple[int, float]]:
+    """Train to the end, or on from the checkpoint ``last``; the student then has its best state.
+
+    Returns:
+        Steps, and bits per byte of the held-out text after them.
+
+    Raises:
+        TrainingError: the library refuses the arguments.
+    """
+    try:
+        trainer = RecoveryTrainer(
+            loss=training.loss,
+            heldout=training.heldout,
+            model=training.student.trained,
+            args=arguments,
+            train_dataset=training.windows,
+            eval_dataset=training.heldout.windows,
+            callbacks=[reports],
+        )
+    except (ImportError, ValueError) as error:
+        raise refused("Trainer", error) from error
+    trainer.remove_callback(PrinterCallback)
+    try:
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    except ImportError as error:  # of the optimizer, which is made here
+        raise refused("Trainer", error) from error
+    key = f"eval_{METRIC}"
+    history = trainer.state.log_history
+    return [(int(entry["step"]), entry[key]) for entry in history if key in entry]
 
 
 STATE = "model.safetensors"

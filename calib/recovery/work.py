@@ -10,7 +10,7 @@ from typing import TypeVar
 import msgspec
 import numpy as np
 
-from calib.recovery.teach import TaughtWindows
+from calib.recovery.taught import TaughtWindows
 from calib.recovery.trainer import Windows
 from surgery.errors import OutputError, SurgeryError
 from surgery.files.atomic import FileLock, lock_output, new_file, write_atomic

@@ -75,6 +75,7 @@ def repair_plan(
             fix="leave it out, or remove layers instead of collapsing them",
         )
     if plan.after.widths == plan.before.widths:
+        LOG.info("note: `repair` has nothing to do: the plan removes no channel")
         return plan
     path = replacement_file(plan_path)
     predicted = repair_cost(plan, study, trains=trains).peak_memory

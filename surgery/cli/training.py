@@ -56,6 +56,12 @@ training_text_options = gathered(
 )
 
 
+resume_option = click.option("--resume", is_flag=True, help="Continue a run that was killed.")
+dry_run_option = click.option(
+    "--dry-run", is_flag=True, help="Predict what it takes; write nothing."
+)
+
+
 @dataclass(frozen=True)
 class DryRun:
     """Whether a training is only predicted."""
@@ -106,7 +112,7 @@ class DryRun:
         type=click.IntRange(1),
         help="Windows of a step, on each device.",
     ),
-    click.option("--resume", is_flag=True, help="Continue a run that was killed."),
+    resume_option,
     click.option(
         "--training-args",
         "training",
@@ -116,11 +122,7 @@ class DryRun:
         help="JSON of transformers' TrainingArguments, over those that are chosen here.",
     ),
 )
-@gathered(
-    "dry",
-    DryRun,
-    click.option("--dry-run", is_flag=True, help="Predict memory and time; write nothing."),
-)
+@gathered("dry", DryRun, dry_run_option)
 @show_options
 def recover(
     directory: Path,
@@ -175,7 +177,7 @@ def recover(
 class TeachRun:
     """Whose vocabulary a teacher's files count, and how the command answers."""
 
-    plan: Path
+    plans: tuple[Path, ...]
     dry_run: bool
     as_json: bool
 
@@ -188,7 +190,14 @@ class TeachRun:
     "options",
     TeachOptions,
     click.option(
-        "-o", "--output", type=path_type, required=True, metavar="DIR", help="Directory to write."
+        "-o",
+        "--output",
+        "outputs",
+        multiple=True,
+        type=path_type,
+        required=True,
+        metavar="DIR",
+        help="Directory to write; one for each --plan, in their order.",
     ),
     click.option("--tokens", type=click.IntRange(1), required=True, help="Tokens of text."),
     click.option(
@@ -205,19 +214,22 @@ class TeachRun:
         type=click.Choice(["float16", "float32"]),
         help="Of the log-probabilities.",
     ),
-    click.option("--resume", is_flag=True, help="Continue a run that was killed."),
+    resume_option,
 )
 @gathered(
     "asked",
     TeachRun,
     click.option(
         "--plan",
+        "plans",
+        multiple=True,
         type=path_type,
         required=True,
         metavar="PLAN",
-        help="The plan whose vocabulary counts, or a directory that it made.",
+        help="The plan whose vocabulary counts, or a directory that it made; several times for "
+        "several vocabularies in one pass.",
     ),
-    click.option("--dry-run", is_flag=True, help="Predict memory and disk; write nothing."),
+    dry_run_option,
     json_option,
 )
 def teach(
@@ -240,9 +252,9 @@ def teach(
         refuse_idle("with --dry-run", "resume")
     if not text.data:
         raise Refusal("--data: is missing; name the text")
-    made = Teaching(model.layout(), plan_at(asked.plan), text, compute, options)
+    made = Teaching(model.layout(), [*map(plan_at, asked.plans)], text, compute, options)
     if asked.dry_run:
-        click.echo(f"{made.prediction().table()}\nfiles: {made.info.nbytes / 1e6:,.0f} MB")
+        click.echo(f"{made.prediction().table()}\nfiles: {made.nbytes / 1e6:,.0f} MB")
         click.echo("nothing was written")
         return
     with running() as progress:
@@ -250,6 +262,8 @@ def teach(
     if asked.as_json:
         click.echo(json.dumps(taught.facts()))
         return
-    what = f"{taught.output}: {taught.tokens:,} tokens, {taught.nbytes / 1e6:,.1f} MB, "
-    then = ("recover", "PRUNED", "--teacher", taught.output, "-o", "OUT", "--tokens", taught.tokens)
+    outputs = " and ".join(map(str, taught.outputs))
+    what = f"{outputs}: {taught.tokens:,} tokens, {taught.nbytes / 1e6:,.1f} MB, "
+    first, tokens = taught.outputs[0], taught.tokens // len(taught.outputs)
+    then = ("recover", "PRUNED", "--teacher", first, "-o", "OUT", "--tokens", tokens)
     show_written(what + spoken(taught.seconds), *then)

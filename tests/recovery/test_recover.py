@@ -2,6 +2,10 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +18,16 @@ from transformers import AutoModelForCausalLM
 
 from calib.recovery.forecast import fitting_steps
 from calib.recovery.options import RecoverOptions
+from calib.scoring.score import first_token, score_windows
+from calib.streaming.empty_model import positions
 from calib.streaming.settings import ComputeOptions
+from calib.streaming.weights import choose_settings
 from surgery.api import apply_plan, open_layout
 from surgery.errors import SurgeryError
 from surgery.planning.plan import Plan
 from surgery.process import Progress
 from surgery.text.documents import TextOptions, sources_of
+from surgery.tokenizer.tokenizer_file import load_tokenizer
 from tests.recovery.conftest import Pair
 from tests.support import tiny
 from tests.support.command import Run, assert_refused
@@ -27,21 +35,25 @@ from tests.support.contents import snapshot, weights
 from tests.support.plans import random_plan
 
 if TYPE_CHECKING:
-    from calib.recovery.run import Recovered
+    from calib.recovery.run import Recovered, Recovery
 
 STEPS, SEQ_LEN = 20, 32
 TOKENS = STEPS * SEQ_LEN * 2
 
 
-def recovered(
-    pair: Pair, output: Path, progress: Progress | None = None, **changes: Any
-) -> "Recovered":
+def requested(pair: Pair, output: Path, **changes: Any) -> "Recovery":
     from calib.recovery.run import Recovery
 
     text = TextOptions(sources_of(pair.text), seq_len=SEQ_LEN, windows=2, seed=0)
     options: dict[str, Any] = {"tokens": TOKENS, "batch_size": 2, "learning_rate": 3e-3}
     chosen = RecoverOptions(output, **{**options, **changes})
-    return Recovery(open_layout(pair.pruned), text, ComputeOptions("cpu"), chosen).run(progress)
+    return Recovery(open_layout(pair.pruned), text, ComputeOptions("cpu"), chosen)
+
+
+def recovered(
+    pair: Pair, output: Path, progress: Progress | None = None, **changes: Any
+) -> "Recovered":
+    return requested(pair, output, **changes).run(progress)
 
 
 def stopped_after(steps: int) -> Progress:
@@ -88,15 +100,29 @@ def test_each_way_of_training_writes_a_better_checkpoint(
     assert "the weights were trained since" in skipped.stdout
 
 
+KILLED = """
+import os, signal, sys
+import torch
+import calib
+
+def progress(stage: str, done: int, total: int) -> None:
+    if done == 7 * total // 20:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+torch.set_num_threads(int(sys.argv[4]))
+calib.recover(
+    sys.argv[1], data=sys.argv[2], output=sys.argv[3], tokens=1280, batch_size=2, seq_len=32,
+    windows=2, seed=0, learning_rate=3e-3, device="cpu", progress=progress,
+)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kills a process by a signal")
 def test_a_killed_run_continues_and_ends_the_same(pair: Pair, tmp_path: Path) -> None:
     whole = recovered(pair, tmp_path / "whole")
-
-    def stop(stage: str, done: int, total: int) -> None:
-        if done == 7 * SEQ_LEN * 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        recovered(pair, tmp_path / "out", stop)
+    given = (pair.pruned, pair.text, tmp_path / "out", torch.get_num_threads())
+    command = [sys.executable, "-c", KILLED, *map(str, given)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     with pytest.raises(SurgeryError, match="interrupted"):
         recovered(pair, tmp_path / "out")
     with pytest.raises(SurgeryError, match="learning_rate"):
@@ -260,6 +286,11 @@ def test_numbers_that_are_not_finite_are_an_error(pair: Pair, tmp_path: Path) ->
         ("gradient_accumulation_steps", 0),
         ("metric_for_best_model", "loss"),
         ("per_device_train_batch_size", 4),
+        ("eval_strategy", "no"),
+        ("save_strategy", "no"),
+        ("save_only_model", True),
+        ("seed", 1),
+        ("label_smoothing_factor", 0.1),
     ],
 )
 def test_arguments_that_cannot_be_are_refused(
@@ -306,3 +337,51 @@ def test_ffns_that_cannot_be_trained_are_refused(
     given = ("recover", model, "--data", pair.text, "--method", "continue", "--tokens", 640)
     refused = run(*given, "-o", tmp_path / "out", "--only", "ffn", *more)
     assert_refused(refused, "--only ffn", words)
+
+
+def test_held_out_bits_are_those_of_a_score(pair: Pair) -> None:
+    from calib.recovery.model import load_model
+    from calib.recovery.text import encode_heldout, hold_out
+    from calib.recovery.trainer import HeldOut
+
+    layout = open_layout(pair.pruned)
+    _, held = hold_out([pair.text.read_text(encoding="utf-8")], 2)
+    tokenizer = load_tokenizer(pair.pruned)
+    ids = encode_heldout(held, tokenizer, first_token(layout), positions(layout))
+    windows = HeldOut(ids, sum(len(text.encode()) for text in held), nullcontext)
+    found = windows.bits_per_byte(load_model(layout, torch.float32), torch.device("cpu"))
+    settings = choose_settings(ComputeOptions("cpu", dtype="float32"), layout.checkpoint)
+    wanted = score_windows(layout, held, tokenizer, settings)
+    assert found == pytest.approx(wanted.bits_per_byte, rel=1e-6)
+
+
+def test_steps_that_another_process_has_chosen_are_taken(pair: Pair, tmp_path: Path) -> None:
+    from calib.recovery.work import WorkDirectory
+
+    given: dict[str, Any] = {"tokens": None, "minutes": 0.1, "method": "continue"}
+    work = WorkDirectory(
+        tmp_path / "out.training", requested(pair, tmp_path / "out", **given).identity, resume=False
+    )
+    work.begin(3, 1, 5.0)
+    work.close(keep=True)
+    seen: list[tuple[int, int]] = []
+    made = recovered(
+        pair, tmp_path / "out", lambda _, *done: seen.append(done), resume=True, **given
+    )
+    assert seen[-1] == (3 * SEQ_LEN * 2, 3 * SEQ_LEN * 2)
+    assert made.before == 5.0
+
+
+def test_self_data_shares_its_minutes_with_the_writing(pair: Pair, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    stages: dict[str, int] = {}
+
+    def note(stage: str, done: int, total: int) -> None:
+        stages[stage] = total
+
+    made = recovered(pair, out, note, tokens=None, minutes=0.05, method="self-data")
+    assert stages["writing"] == 2  # seconds
+    assert 1 < made.writing_seconds <= made.seconds
+    assert made.tokens > 0
+    lines = (tmp_path / "out.self-data.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) % 16 == 0

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from calib.recovery.losses import divergence, divergence_from_top
 from calib.recovery.options import RecoverOptions, TeachOptions
 from calib.streaming.settings import ComputeOptions
+from calib.streaming.weights import choose_settings
 from surgery.api import open_layout
 from surgery.errors import SurgeryError
 from surgery.process import Progress
@@ -21,6 +23,7 @@ from surgery.text.documents import TextOptions, sources_of
 from tests.recovery.conftest import Pair
 from tests.support.command import Run, assert_refused
 from tests.support.contents import digests
+from tests.support.plans import random_plan
 
 SEQ_LEN = 32
 
@@ -29,9 +32,9 @@ def taught(pair: Pair, output: Path, progress: Progress | None = None, **changes
     from calib.recovery.teach import Teaching
 
     text = TextOptions(sources_of(pair.text), seq_len=SEQ_LEN, windows=2, seed=0)
-    options = TeachOptions(output, **{"tokens": 40 * SEQ_LEN, "top_k": 8, **changes})
-    made = Teaching(open_layout(pair.dense), pair.plan, text, ComputeOptions("cpu"), options)
-    return made.run(progress).output
+    options = TeachOptions((output,), **{"tokens": 40 * SEQ_LEN, "top_k": 8, **changes})
+    made = Teaching(open_layout(pair.dense), [pair.plan], text, ComputeOptions("cpu"), options)
+    return made.run(progress).outputs[0]
 
 
 @pytest.mark.parametrize(("precision", "allowed"), [("float32", 1e-5), ("float16", 2e-3)])
@@ -39,7 +42,7 @@ def test_all_tokens_give_the_resident_teacher_s_loss_and_gradients(
     pair: Pair, tmp_path: Path, precision: str, allowed: float
 ) -> None:
     from calib.recovery.model import Teacher
-    from calib.recovery.teach import LOGPROBS, REST, TOP, TaughtWindows
+    from calib.recovery.taught import LOGPROBS, REST, TOP, TaughtWindows
 
     every = pair.plan.after.vocab_size
     files = taught(pair, tmp_path / "t", tokens=4 * SEQ_LEN, top_k=every, precision=precision)
@@ -67,7 +70,7 @@ def test_all_tokens_give_the_resident_teacher_s_loss_and_gradients(
 
 def test_the_likeliest_tokens_and_what_is_left_over(pair: Pair, tmp_path: Path) -> None:
     from calib.recovery.model import Teacher
-    from calib.recovery.teach import LOGPROBS, REST, TOP, TaughtWindows
+    from calib.recovery.taught import LOGPROBS, REST, TOP, TaughtWindows
 
     windows = TaughtWindows(taught(pair, tmp_path / "t", precision="float32"))
     resident = Teacher(open_layout(pair.dense), pair.plan.ids().kept, torch.float32)
@@ -209,3 +212,93 @@ def test_a_model_with_other_tokens_teaches_nobody(pair: Pair, tmp_path: Path, ru
     files = taught(replace(pair, dense=other, plan=unknown), tmp_path / "t")
     given = ("recover", pair.pruned, "--teacher", files, "-o", tmp_path / "out", "--tokens", 640)
     assert_refused(run(*given), "--teacher: was written by a model whose tokens have other ids")
+
+
+def test_several_vocabularies_are_taught_in_one_pass(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    from calib.recovery.taught import IDS, LOGPROBS, REST, TOP, TaughtWindows
+
+    monkeypatch.setattr("calib.recovery.teach.PART_BYTES", 1 << 17)  # several parts
+    plans = {"first": pair.plan, "second": random_plan(pair.dense, 500, 64)}
+    for name, plan in plans.items():
+        plan.save(tmp_path / f"{name}.json")
+    text = ("--data", pair.text, "--seq-len", SEQ_LEN, "--windows", 2, "--seed", 0)
+    given = ("teach", pair.dense, *text, "--device", "cpu", "--tokens", 640, "--top-k", 8)
+    each = [("--plan", tmp_path / f"{n}.json", "-o", tmp_path / f"{n}-together") for n in plans]
+    result = run(*given, *each[0], *each[1])
+    assert result.exit_code == 0, result.output
+    for name, plan in plans.items():
+        alone = taught(replace(pair, plan=plan), tmp_path / f"{name}-alone", tokens=640)
+        wanted, found = TaughtWindows(alone), TaughtWindows(tmp_path / f"{name}-together")
+        assert found.info.vocab_size == plan.after.vocab_size
+        assert found.info.parts > wanted.info.parts > 1
+        assert found.heldout == wanted.heldout
+        for number in range(len(wanted)):
+            one, other = wanted[number], found[number]
+            assert torch.equal(one[IDS], other[IDS])
+            assert torch.equal(one[TOP], other[TOP])
+            for column in (LOGPROBS, REST):
+                assert torch.allclose(one[column], other[column], atol=2e-3)
+    same = ("--plan", tmp_path / "first.json", *each[0])
+    assert_refused(run(*given, *same), "--output", "2 different ones")
+
+
+VLLM = """
+import random
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+@dataclass
+class SamplingParams:
+    temperature: float = 1.0
+    max_tokens: int | None = 16
+    seed: int | None = None
+    detokenize: bool = True
+
+class LLM:
+    def __init__(self, model, *, revision=None, dtype="auto", max_model_len=None):
+        if REFUSES:
+            raise ValueError("no such architecture")
+        assert dtype == "float32"
+
+    def generate(self, prompts, sampling_params=None, *, use_tqdm=True):
+        found = []
+        for prompt, how in zip(prompts, sampling_params, strict=True):
+            assert len(prompt["prompt_token_ids"]) == 2
+            assert how.temperature == 1 and not how.detokenize
+            drawn = random.Random(how.seed).choices(range(20, 500), k=how.max_tokens)
+            found.append(SimpleNamespace(outputs=[SimpleNamespace(token_ids=drawn)]))
+        return found
+"""
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_vllm_writes_where_it_is_installed(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: bool
+) -> None:
+    from calib.recovery.self_data import VLLM_BATCH, Writing, write_self_data
+
+    (package := tmp_path / "vllm").mkdir()
+    (package / "__init__.py").write_text(VLLM.replace("REFUSES", str(refuses)), encoding="utf-8")
+    platform = (
+        "from types import SimpleNamespace\ncurrent_platform = SimpleNamespace(device_type='cpu')\n"
+    )
+    (package / "platforms.py").write_text(platform, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    teacher = open_layout(pair.dense)
+    settings = choose_settings(ComputeOptions("cpu", dtype="float32"), teacher.checkpoint)
+
+    def write(name: str) -> list[str]:
+        path = tmp_path / f"{name}.jsonl"
+        writing = Writing(path, 320, None, tmp_path / f"{name}.json", SEQ_LEN, 0)
+        write_self_data(teacher, ["a text", "the other"], writing, settings)
+        return path.read_text(encoding="utf-8").splitlines()
+
+    try:
+        first, second = write("first"), write("second")
+    finally:
+        for module in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
+            del sys.modules[module]
+    assert first == second
+    assert len(first) == (16 if refuses else VLLM_BATCH)
