@@ -398,17 +398,8 @@ def test_repair_goes_with_layers_that_go(tmp_path: Path, llama: Path, text: Path
     assert run("apply", file, "-o", out).exit_code == 0
     result = run("verify", out, "--forward")
     assert result.exit_code == 0, result.output
-    nothing = (
-        "--only",
-        "vocabulary",
-        "--vocab-size",
-        512,
-        "--data",
-        text,
-        "-o",
-        tmp_path / "v.json",
-    )
-    result = run("plan", llama, "--stats", stats, *nothing, "--repair", "reconstruct")
+    idle = ("--vocab-size", 512, "--layers", "0,2", "--data", text, "-o", tmp_path / "idle.json")
+    result = run("plan", llama, "--stats", stats, *idle, "--repair", "reconstruct")
     assert result.exit_code == 0, result.output
     assert "--repair has nothing to do" in result.output
     result = run("plan", llama, *repair, "--layers", "0,1+2", "--force")
