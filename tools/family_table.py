@@ -154,7 +154,7 @@ MODELS = {
     "blenderbot": "Blenderbot",
     "blenderbot-small": "Blenderbot Small",
     "bigbird_pegasus": "BigBird-Pegasus",
-    "m2m_100": "NLLB-200; M2M-100 with a tokenizer.json",
+    "m2m_100": "NLLB-200, M2M-100",
     "marian": "Marian, as opus-mt-en-de",
     "pegasus": "PEGASUS",
     "whisper": "Whisper",

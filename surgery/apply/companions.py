@@ -61,10 +61,10 @@ from surgery.planning.plan import Plan
 from surgery.stats.channels import DEFAULT_CRITERION
 from surgery.tokenizer.id_map import IdMap, KeptTokens
 from surgery.tokenizer.legacy import is_legacy
-from surgery.tokenizer.marian import is_marian
+from surgery.tokenizer.mapped import MappedModel
+from surgery.tokenizer.marian import mapped_files
 from surgery.tokenizer.sentencepiece_model import (
     is_sentencepiece,
-    prune_mapped,
     prune_sentencepiece,
 )
 from surgery.tokenizer.tokenizer_file import TokenizerFile
@@ -509,7 +509,7 @@ def _shadows(name: str) -> bool:
 def _can_be_pruned(path: Path) -> bool:
     """Whether ``path`` is a SentencePiece model; other kinds of file have the same name."""
     if path.name in MARIAN_NAMES:
-        return is_marian(path.parent)
+        return path in mapped_files(path.parent)
     return path.name in SENTENCEPIECE_NAMES and is_sentencepiece(read_file(path))
 
 
@@ -544,10 +544,10 @@ FROM_TOKENIZER: dict[str, Callable[[dict[str, Any]], Iterator[bytes]]] = {
 def _rewrite(path: Path, tokens: Mapping[str, int], ids: IdMap) -> bytes:
     if path.name in TOKEN_TABLES:
         return dump_table(_rewrite_table(path, tokens, ids))
+    if path in mapped_files(path.parent):
+        return MappedModel.of(read_file(path), path).pruned(tokens, ids)
     if path.name in SENTENCEPIECE_NAMES:
         return prune_sentencepiece(read_file(path), path, tokens, ids)
-    if path.name in MARIAN_NAMES:
-        return prune_mapped(read_file(path), path, tokens, ids)
     if path.name == WORDPIECE_NAME:
         return _rewrite_lines(path, tokens, ids)
     if path.name in DOCUMENTS:

@@ -40,6 +40,12 @@ MARIAN_NAMES = ("source.spm", "target.spm")
 TARGET_NAME = "target_vocab.json"
 """Marian's vocabulary of the language that is written, where it is another one."""
 
+M2M_NAME = "sentencepiece.bpe.model"
+"""M2M-100's SentencePiece model, whose ids vocab.json gives."""
+
+ALONE_NAMES = (M2M_NAME, "spiece.model")
+"""SentencePiece models that may be the whole tokenizer: a piece's place gives its id."""
+
 WORDPIECE_NAME = "vocab.txt"
 """WordPiece's tokens, one a line, in the order of their ids."""
 
@@ -250,12 +256,21 @@ def weight_map_of(path: Path, index: dict[str, Any]) -> dict[str, str]:
 
 
 def tokenizer_files(directory: Path) -> list[Path]:
-    """The files of the tokenizer: tokenizer.json, or those of ``LEGACY_NAMES``, or Marian's."""
+    """Return the files of the tokenizer: tokenizer.json, or what a loader makes one of.
+
+    That is vocab.json and merges.txt, SentencePiece models and vocab.json, or such a model alone.
+    """
     if (directory / TOKENIZER_NAME).exists():
         return [directory / TOKENIZER_NAME]
     found = [directory / name for name in LEGACY_NAMES if (directory / name).exists()]
     if [path.name for path in found[:2]] == list(LEGACY_NAMES[:2]):
         return found
-    pair = [directory / name for name in MARIAN_NAMES if (directory / name).exists()]
-    marian = len(pair) == 2 and (directory / LEGACY_NAMES[0]).exists()
-    return [*pair, *found] if marian and not (directory / TARGET_NAME).exists() else []
+    if (directory / TARGET_NAME).exists():
+        return []
+    mapped = (directory / LEGACY_NAMES[0]).exists()
+    sets = [MARIAN_NAMES, (M2M_NAME,)] if mapped else [(name,) for name in ALONE_NAMES]
+    for names in sets:
+        models = [directory / name for name in names]
+        if all(path.exists() for path in models):
+            return [*models, *found]
+    return []

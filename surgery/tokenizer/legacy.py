@@ -36,6 +36,8 @@ EXTRA, EXTRA_BEFORE_5 = "extra_special_tokens", "additional_special_tokens"
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
+NLLB = "NllbTokenizer"
+
 SAVE = "save it with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
 
 
@@ -231,7 +233,7 @@ def build_tokenizer(directory: Path) -> dict[str, Any]:
 
 
 def _refuse_sentencepiece(directory: Path) -> None:
-    """Refuse a tokenizer of SentencePiece models alone, as M2M100's, or of two vocabularies.
+    """Refuse a tokenizer of other SentencePiece models, or of two vocabularies.
 
     Raises:
         TokenizerError: there is such a model.
@@ -242,6 +244,14 @@ def _refuse_sentencepiece(directory: Path) -> None:
             "gives the language that is written a vocabulary of its own, and one id means two "
             "tokens",
             fix="keep the vocabulary whole",
+        )
+    class_ = str(optional_json(directory / CONFIG_NAME).get("tokenizer_class"))
+    if class_.startswith(NLLB):
+        raise TokenizerError(
+            directory / TOKENIZER_NAME,
+            "is missing, and without it transformers 5 gives no ids to NLLB's languages",
+            fix="take it from the hub, or save the tokenizer with transformers 4's "
+            "NllbTokenizerFast",
         )
     found = [path.name for path in sorted(directory.glob("*.spm"))]
     found += [name for name in SENTENCEPIECE_NAMES if (directory / name).exists()]

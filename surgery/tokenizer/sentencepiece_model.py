@@ -5,8 +5,6 @@ The file is edited record by record: what this module does not know is copied by
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +52,7 @@ def prune_sentencepiece(data: bytes, path: Path, tokens: Mapping[str, int], ids:
     """
     if ids.identity:
         return data
-    model = _opened(data, path, f"download it again, or delete it {NOT_NEEDED}")
+    model = opened_model(data, path, f"download it again, or delete it {NOT_NEEDED}")
     old_ids = _token_ids(model, path, tokens)
 
     def new_ids() -> Iterator[int | None]:
@@ -64,95 +62,7 @@ def prune_sentencepiece(data: bytes, path: Path, tokens: Mapping[str, int], ids:
         return data
     _check_needed(model, path, new_ids())
     _check_positions(model, path, old_ids, new_ids())
-    return _rewrite(data, model, [new is not None for new in new_ids()])
-
-
-@dataclass(frozen=True, eq=False)
-class MappedModel:
-    """A Unigram model whose pieces have the ids that vocab.json gives them, in any order."""
-
-    data: bytes
-    path: Path
-
-    @classmethod
-    def of(cls, data: bytes, path: Path) -> "MappedModel":
-        """Check that ``data``, the content of ``path``, is such a model.
-
-        Raises:
-            TokenizerError: it is damaged, or of another type.
-        """
-        spec = _opened(data, path, "download it again").trainer_spec
-        kind = spec.model_type
-        if kind != spec.UNIGRAM:
-            raise TokenizerError(
-                path,
-                "this kind of vocabulary cannot be pruned",
-                expected="a Unigram model",
-                found=f"a model of type {spec.ModelType.Name(kind)}",
-                fix="keep the vocabulary whole with `vocab_size` and prune channels only",
-            )
-        return cls(data, path)
-
-    @cached_property
-    def pieces(self) -> list[Any]:
-        """Every piece, in order."""
-        return list(_opened(self.data, self.path, "download it again").pieces)
-
-    def split(self, text: str) -> Iterator[tuple[str, float | None, tuple[int, int]]]:
-        """Yield the pieces of a text, their log probabilities, and where they begin and end.
-
-        A piece that the model does not know has None.
-        """
-        from sentencepiece import sentencepiece_pb2
-
-        messages: Any = sentencepiece_pb2  # a generated module without types
-        raw, place, unknown = text.encode("utf-8", "replace"), [0, 0], self._processor.unk_id()
-
-        def characters(end: int) -> int:
-            place[:] = end, place[1] + len(raw[place[0] : end].decode("utf-8", "replace"))
-            return place[1]
-
-        found = self._processor.encode(raw.decode(), out_type="serialized_proto")
-        for piece in messages.SentencePieceText.FromString(found).pieces:
-            score = None if piece.id == unknown else self._processor.get_score(piece.id)
-            yield piece.piece, score, (characters(piece.begin), characters(piece.end))
-
-    @cached_property
-    def _processor(self) -> Any:
-        from sentencepiece import SentencePieceProcessor
-
-        return SentencePieceProcessor(model_proto=self.data)
-
-
-def prune_mapped(data: bytes, path: Path, tokens: Mapping[str, int], ids: IdMap) -> bytes:
-    """Return a ``MappedModel`` for the kept tokens: same pieces, same order, same scores.
-
-    A piece that is no token makes an unknown token of its text. It goes as well if other pieces
-    spell it, so that no text whose own tokens are removed becomes unknown.
-
-    Args:
-        data: The source's model.
-        path: Its path, for error messages only.
-        tokens: Token → old id.
-        ids: Which ids are kept.
-
-    Raises:
-        TokenizerError: as ``MappedModel.of``.
-    """
-    model = MappedModel.of(data, path)
-    known = {p.piece for p in model.pieces if p.type == p.NORMAL and p.piece in tokens}
-
-    def is_kept(piece: Any) -> bool:
-        if piece.type != piece.NORMAL:
-            return True
-        if piece.piece in tokens:
-            return ids.new(tokens[piece.piece]) is not None
-        return not known.issuperset(piece.piece)
-
-    keep = list(map(is_kept, model.pieces))
-    if all(kept for kept, piece in zip(keep, model.pieces, strict=True) if piece.piece in tokens):
-        return data
-    return _rewrite(data, _opened(data, path, "download it again"), keep)
+    return without_pieces(data, model, [new is not None for new in new_ids()])
 
 
 def pieces_of(data: bytes) -> Iterator[Any] | None:
@@ -168,6 +78,7 @@ class _Model:
         """Read the pieces from the byte ranges ``runs`` of ``data``, all else from ``rest``."""
         self._data, self._runs = data, runs
         self.trainer_spec = rest.trainer_spec
+        self.normalizer_spec = rest.normalizer_spec
 
     @classmethod
     def of(cls, data: bytes) -> "_Model | None":
@@ -196,7 +107,7 @@ class _Model:
             yield from _parse(self._data[start:end]).pieces
 
 
-def _opened(data: bytes, path: Path, fix: str) -> _Model:
+def opened_model(data: bytes, path: Path, fix: str) -> _Model:
     """Return ``data``, the content of ``path``, as a model.
 
     Raises:
@@ -294,7 +205,7 @@ def _check_positions(
         position += 1
 
 
-def _rewrite(data: bytes, model: Any, keep: Sequence[bool]) -> bytes:
+def without_pieces(data: bytes, model: Any, keep: Sequence[bool]) -> bytes:
     """Copy ``data`` without the removed pieces and with a corrected trainer spec."""
     spec = _trainer_spec(model, keep)
     keep_next = iter(keep)

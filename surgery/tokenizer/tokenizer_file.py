@@ -17,8 +17,10 @@ from surgery.tokenizer.checks import check_numbers, check_tokenizer, walk_proces
 from surgery.tokenizer.id_map import IdMap, KeptTokens
 from surgery.tokenizer.kinds import BYTE_CHARACTERS, BYTE_LEVEL, Kind, alphabet, kind_of
 from surgery.tokenizer.legacy import build_tokenizer, is_legacy, with_named_tokens
-from surgery.tokenizer.marian import MarianModels, is_marian, marian_data
+from surgery.tokenizer.mapped import MappedModels
+from surgery.tokenizer.marian import mapped_data, mapped_files
 from surgery.tokenizer.merges import MergeRules, merge_entries, rule_ids
+from surgery.tokenizer.sentencepiece_alone import alone_data, is_alone, reserved_ids
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -34,8 +36,10 @@ class TokenizerFile:
 
     path: Path
     data: dict[str, Any]
-    models: MarianModels | None = None
-    """What splits text in place of ``data``, where that is made of Marian's files."""
+    models: MappedModels | None = None
+    """What splits text in place of ``data``, where vocab.json gives the ids of its pieces."""
+    reserved: frozenset[int] = frozenset()
+    """Ids that a SentencePiece model without tokenizer.json needs, whatever the text."""
 
     @classmethod
     def open(cls, directory: Path) -> "TokenizerFile":
@@ -48,8 +52,9 @@ class TokenizerFile:
                 each other.
         """
         path = directory / TOKENIZER_NAME
-        if is_marian(directory):
-            return cls(path, marian_data(directory), MarianModels.open(directory))
+        built = _built(directory)
+        if built is not None:
+            return built
         if not path.exists():
             return cls(path, build_tokenizer(directory))
         data = read_json(path)
@@ -64,7 +69,7 @@ class TokenizerFile:
         Gemma 3's file) and without a search for repeated keys. The merges become ``MergeRules``.
         """
         path = directory / TOKENIZER_NAME
-        if is_legacy(directory) or is_marian(directory):
+        if not path.exists():
             return cls.open(directory)
         try:
             data = _decode(msgspec.json.format(read_file(path), indent=-1), path)
@@ -148,7 +153,11 @@ class TokenizerFile:
         if self.models is not None:
             return self.unknown | self.models.alphabet(self.vocab)
         byte_fallback = bool(self.data["model"].get("byte_fallback"))
-        found = self.unknown | alphabet(self.kind, self.vocab, byte_fallback=byte_fallback)
+        found = (
+            self.unknown
+            | self.reserved
+            | alphabet(self.kind, self.vocab, byte_fallback=byte_fallback)
+        )
         if self.scores is not None:  # the library scores unknown text by the least likely piece
             found.add(int(self.scores.argmin()))
         return found
@@ -190,7 +199,7 @@ class TokenizerFile:
             TokenizerError: as ``rewrite``.
         """
         models = self.models and self.models.pruned(self.token_ids, ids)
-        return replace(self, data=self.rewrite(ids), models=models)
+        return replace(self, data=self.rewrite(ids), models=models, reserved=frozenset())
 
     def _pruned_model(self, ids: IdMap) -> dict[str, Any]:
         model = dict(self.data["model"])
@@ -247,12 +256,23 @@ def _as_loaded(data: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def tokenizer_data(directory: Path) -> dict[str, Any]:
     """Read tokenizer.json of any kind, or build it from the older files; {} without either."""
+    if (built := _built(directory)) is not None:
+        return built.data
+    path = directory / TOKENIZER_NAME
+    return read_json(path) if path.exists() else {}
+
+
+def _built(directory: Path) -> TokenizerFile | None:
+    """Return the tokenizer that loaders make of older files; None where there is tokenizer.json."""
     path = directory / TOKENIZER_NAME
     if is_legacy(directory):
-        return build_tokenizer(directory)
-    if is_marian(directory):
-        return marian_data(directory)
-    return read_json(path) if path.exists() else {}
+        return TokenizerFile(path, build_tokenizer(directory))
+    if is_alone(directory):
+        data = alone_data(directory)
+        return TokenizerFile(path, data, reserved=reserved_ids(directory, data))
+    if paths := mapped_files(directory):
+        return TokenizerFile(path, mapped_data(directory), MappedModels.open(paths))
+    return None
 
 
 def load_tokenizer(directory: Path) -> "Tokenizer":
@@ -262,7 +282,7 @@ def load_tokenizer(directory: Path) -> "Tokenizer":
         TokenizerError: it is absent and cannot be built, or the library refuses it.
     """
     path = directory / TOKENIZER_NAME
-    if is_marian(directory):
+    if mapped_files(directory):
         return TokenizerFile.open(directory).library()
     data = tokenizer_data(directory)
     if not data and not path.exists():
@@ -281,10 +301,10 @@ def load_tokenizers(directory: Path) -> "list[Tokenizer]":
     Raises:
         TokenizerError: as ``load_tokenizer``.
     """
-    if not is_marian(directory):
+    if not (paths := mapped_files(directory)):
         return [load_tokenizer(directory)]
-    data = marian_data(directory)
-    return [model.library(data) for model in MarianModels.open(directory).alone()]
+    data = mapped_data(directory)
+    return [model.library(data) for model in MappedModels.open(paths).alone()]
 
 
 def pre_tokenizer_name(tokenizer: "Tokenizer") -> str | None:

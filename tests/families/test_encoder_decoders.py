@@ -120,15 +120,14 @@ def test_languages_and_tasks_keep_their_tokens(tmp_path: Path) -> None:
 
 
 def test_sentencepiece_models_alone_are_refused_by_name(tmp_path: Path, run: Run) -> None:
-    """As M2M-100's are published: vocab.json maps the pieces of a BPE."""
+    """Those of a class that no tokenizer.json can be made for."""
     source = tiny_encoders.save(tmp_path / "source", "m2m_100", "text")
     (source / "tokenizer.json").unlink()
-    for name in ("sentencepiece.bpe.model", "vocab.json"):
-        (source / name).write_text("{}", "utf-8")
+    (source / "spm.model").write_text("{}", "utf-8")
     refused = run("plan", source, "--vocab-size", SMALLER, "-o", tmp_path / "plan.json")
     assert refused.exit_code == 2
-    assert "the tokens are made by sentencepiece.bpe.model" in refused.output
+    assert "the tokens are made by spm.model" in refused.output
     rows = ("--vocab-size", tiny_encoders.VOCAB_SIZE)
     assert run("plan", source, *rows, "-o", tmp_path / "plan.json").exit_code == 0
     assert run("apply", tmp_path / "plan.json", "-o", tmp_path / "out").exit_code == 0
-    assert (tmp_path / "out" / "sentencepiece.bpe.model").read_bytes() == b"{}"
+    assert (tmp_path / "out" / "spm.model").read_bytes() == b"{}"
