@@ -10,7 +10,7 @@ from typing import Any
 
 import sentencepiece
 import torch
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, XLMRobertaModel
+from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
 from surgery.tokenizer.mapped import MappedModel
 from tests.support import tiny
@@ -60,7 +60,11 @@ WITHOUT_ID = 9
 def trained(model_type: str, of_t5: bool = False) -> bytes:
     """A SentencePiece model; T5's has symbols and bytes, too."""
     made = io.BytesIO()
-    more = {"byte_fallback": True, "user_defined_symbols": ["<extra_id_0>"], **T5_IDS}
+    more: dict[str, Any] = {
+        "byte_fallback": True,
+        "user_defined_symbols": ["<extra_id_0>"],
+        **T5_IDS,
+    }
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(tiny.prose(60_000).split(". ")),
         model_writer=made,
@@ -94,7 +98,7 @@ def save(path: Path, class_: str, rows: int, extra: Mapping[str, Any] | None = N
     type_, sizes, settings = MODELS[class_]
     torch.manual_seed(0)
     config = AutoConfig.for_model(type_, **sizes, vocab_size=rows)
-    made = XLMRobertaModel(config) if type_ == "xlm-roberta" else None
+    made = AutoModel.from_config(config) if type_ == "xlm-roberta" else None
     model: Any = made or AutoModelForSeq2SeqLM.from_config(config)
     if made is None and extra:
         model.generation_config.update(**extra)
