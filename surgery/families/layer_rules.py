@@ -5,7 +5,7 @@ A rule computes the new value of its key when layers are removed. Types without 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from surgery.errors import FamilyError
@@ -56,15 +56,18 @@ class Period:
     others: object = "sliding_attention"
     counted_by: tuple[str, ...] = ()
     """Engines that count like this even where config.json has a list."""
+    begins: bool = False
+    """Whether the first layer of every period is of the kind ``last``, not the last one."""
 
     def length(self, config: Mapping[str, Any]) -> int:
         """The period of a config."""
-        return next((config[k] for k in self.keys if _is_number(config.get(k))), self.default)
+        found = (config.get(key) for key in self.keys)
+        return next((n for n in found if _is_number(n) and n > 0), self.default)
 
     def kinds(self, config: Mapping[str, Any], depth: int) -> list[object]:
         """The kinds of ``depth`` layers."""
-        period = self.length(config)
-        return [self.others if (n + 1) % period else self.last for n in range(depth)]
+        period, shift = self.length(config), 0 if self.begins else 1
+        return [self.others if (n + shift) % period else self.last for n in range(depth)]
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class PerLayer:
         value, depth = config.get(self.key), config.get("num_hidden_layers")
         if isinstance(value, list) and value:
             return value
-        counts = value is None and self.period and isinstance(depth, int)
+        counts = value in (None, []) and self.period and isinstance(depth, int)
         return self.period.kinds(config, depth) if counts and self.period and depth else None
 
     def renumbered(
@@ -120,19 +123,29 @@ class PerLayer:
 
 @dataclass(frozen=True)
 class LayerNumbers:
-    """A list of layers' numbers; where it is missing, the keys ``otherwise`` apply."""
+    """A list of layers' numbers, those of the period's ``last`` kind where it has one."""
 
     key: str
-    otherwise: tuple["RequiredValue", ...] = ()
+    period: Period | None = None
+    """How the config class fills in a missing list, where it does."""
+
+    def kinds(self, config: Mapping[str, Any]) -> list[object] | None:
+        """The kind of each layer, filled in where the list is missing; None without a period."""
+        value, depth = config.get(self.key), config.get("num_hidden_layers")
+        if self.period is None or not isinstance(depth, int):
+            return None
+        if isinstance(value, list):
+            return [self.period.last if n in value else self.period.others for n in range(depth)]
+        return self.period.kinds(config, depth) if value is None else None
 
     def renumbered(
         self, config: Mapping[str, Any], firsts: Sequence[int], where: object
     ) -> dict[str, Any]:
         """The new numbers of the kept layers in the list."""
-        value = config.get(self.key)
+        value, kinds = config.get(self.key), self.kinds(config)
+        if value is None and kinds is not None and self.period is not None:
+            value = [n for n, kind in enumerate(kinds) if kind == self.period.last]
         if value is None:
-            for constant in self.otherwise:
-                constant.renumbered(config, firsts, where)
             return {}
         if not isinstance(value, list) or not all(map(_is_number, value)):
             raise _wrong(self.key, "numbers of layers in a list", value, where)
@@ -205,19 +218,33 @@ class RequiredValue:
         return {}
 
 
-LLAMA_CPP, MLX = "llama.cpp's converter", "mlx-lm"
+CONVERTER, LLAMA_CPP, MLX, VLLM = "llama.cpp's converter", "llama.cpp", "mlx-lm", "vLLM"
+TRANSFORMERS_4 = "transformers 4"
+"""Of engines that count. ``export`` tells llama.cpp what its converter does not."""
 
 _TYPES = (PerLayer("layer_types"),)
 _WINDOWS_BY = {
-    "gemma2": Period(2, counted_by=(LLAMA_CPP,)),
-    "gemma3_text": Period(6, ("sliding_window_pattern",), counted_by=(LLAMA_CPP, MLX)),
+    "gemma2": Period(2, counted_by=(CONVERTER,)),
+    "gemma3_text": Period(6, ("sliding_window_pattern",), counted_by=(CONVERTER, MLX)),
     "vaultgemma": Period(2),
     "olmo3": Period(4),
     "cohere2": Period(4, ("sliding_window_pattern",), counted_by=(LLAMA_CPP, MLX)),
-    "gpt_oss": Period(2, counted_by=(LLAMA_CPP,)),
+    "gpt_oss": Period(2, counted_by=(CONVERTER, VLLM)),
+    "modernbert": Period(
+        3, ("global_attn_every_n_layers",), counted_by=(LLAMA_CPP, TRANSFORMERS_4), begins=True
+    ),
 }
 """Model type → how its layers with windows take turns."""
-_NO_ROPE = Period(4, ("no_rope_layer_interval",), last=0, others=1, counted_by=("llama.cpp",))
+_AFMOE = Period(4, ("global_attn_every_n_layers",), counted_by=(LLAMA_CPP,))
+_NO_ROPE = Period(4, ("no_rope_layer_interval",), last=0, others=1, counted_by=(LLAMA_CPP,))
+_LLAMA4_NO_ROPE = replace(_NO_ROPE, counted_by=(LLAMA_CPP, MLX))
+_LLAMA4_EXPERTS = Period(
+    1,
+    ("interleave_moe_layer_step",),
+    last="mixture",
+    others="dense",
+    counted_by=(LLAMA_CPP, MLX, VLLM),
+)
 _LINEAR = Period(4, ("full_attention_interval",), others="linear_attention", counted_by=(MLX,))
 _WINDOWS = (PerLayer("layer_types", unless=("use_sliding_window", False)),)
 _MLP_ONLY = (LayerNumbers("mlp_only_layers"), RequiredValue("decoder_sparse_step", 1))
@@ -241,7 +268,6 @@ LAYER_RULES: dict[str, tuple[LayerRule, ...]] = {
     "qwen3": _WINDOWS,
     "granite_swa": (*_TYPES, PerLayer("layer_rope_theta", needed=False)),
     "smollm3": (PerLayer("no_rope_layers", period=_NO_ROPE), PerLayer("layer_types", needed=False)),
-    "modernbert": _TYPES,
     "deberta-v2": (RequiredValue("conv_kernel_size", 0),),
     "exaone4": _TYPES,
     "qwen2_moe": (*_WINDOWS, *_MLP_ONLY),
@@ -259,7 +285,7 @@ LAYER_RULES: dict[str, tuple[LayerRule, ...]] = {
         PerLayer("mlp_layer_types", needed=False),
         LeadingCount("first_k_dense_replace", 1),
     ),
-    "afmoe": (*_TYPES, LeadingCount("num_dense_layers", 1)),
+    "afmoe": (PerLayer("layer_types", period=_AFMOE), LeadingCount("num_dense_layers", 1)),
     "ernie4_5_moe": (
         LeadingCount("moe_layer_start_index", 1),
         LastNumber("moe_layer_end_index"),
@@ -268,8 +294,8 @@ LAYER_RULES: dict[str, tuple[LayerRule, ...]] = {
     "hunyuan_v1_moe": (PerLayer("num_experts", needed=False), PerLayer("moe_topk", needed=False)),
     "cohere2_moe": (*_TYPES, PerLayer("mlp_layer_types")),
     "llama4_text": (
-        LayerNumbers("moe_layers", (RequiredValue("interleave_moe_layer_step", 1),)),
-        PerLayer("no_rope_layers"),
+        LayerNumbers("moe_layers", period=_LLAMA4_EXPERTS),
+        PerLayer("no_rope_layers", period=_LLAMA4_NO_ROPE),
         PerLayer("layer_types", needed=False),
     ),
 }

@@ -10,7 +10,7 @@ import numpy as np
 
 from surgery.errors import ADD_FAMILY, BudgetError, FamilyError
 from surgery.families.blocks import BUFFER
-from surgery.families.layer_rules import PerLayer
+from surgery.families.layer_rules import CONVERTER, LayerNumbers, PerLayer
 from surgery.families.schema import Family
 from surgery.layout.layout import FLOATS, Layout
 
@@ -154,45 +154,59 @@ def kind_notes(
 
     By their ``influence``, where it is known, layers that keep the pattern are offered.
     """
-    notes = []
-    for rule in layout.family.layer_rules or ():
-        kinds = rule.kinds(layout.config) if isinstance(rule, PerLayer) else None
-        if kinds is None or not isinstance(rule, PerLayer):
-            continue
+    notes, firsts = [], [group[0] for group in groups]
+    kept = pattern_layers(
+        layout,
+        len(firsts),
+        np.bincount(firsts, minlength=layout.num_hidden_layers) if influence is None else influence,
+    )
+    for rule, kinds in _listed(layout):
         mixed = [group for group in groups if len({str(kinds[n]) for n in group}) > 1]
         if mixed:
             notes.append(f"{format_layers(mixed)} differ in {rule.key}; each becomes as its first")
         if len(set(map(str, kinds))) > 1:
-            firsts = [group[0] for group in groups]
-            notes += _counting(layout, rule, kinds, firsts, influence)
+            notes += _counting(layout, rule, [kinds[first] for first in firsts], kept)
     return notes
+
+
+def _listed(layout: Layout) -> list[tuple[PerLayer | LayerNumbers, list[object]]]:
+    """Return the rules that tell kinds of layers apart, and the kind of each layer."""
+    rules = [r for r in layout.family.layer_rules or () if isinstance(r, PerLayer | LayerNumbers)]
+    found = ((rule, rule.kinds(layout.config)) for rule in rules)
+    return [(rule, kinds) for rule, kinds in found if kinds is not None]
 
 
 def _counting(
     layout: Layout,
-    rule: PerLayer,
+    rule: PerLayer | LayerNumbers,
     kinds: Sequence[object],
-    firsts: Sequence[int],
-    influence: np.ndarray | None,
+    kept: GroupedLayers | None,
 ) -> list[str]:
-    """Say which engines run another model, for they count layers, and which layers avoid that."""
+    """Say which engines run another model, for they count layers, and what to do.
+
+    Args:
+        layout: The source's.
+        rule: That tells the layers apart.
+        kinds: Those of the layers that are kept.
+        kept: As many layers that keep the pattern, if there are such.
+    """
     if rule.period is None:
         return [
             f"{rule.key} says which kind each layer is; an engine that counts layers instead "
             "runs another model"
         ]
-    counted = rule.period.kinds(layout.config, len(firsts))
-    if [kinds[first] for first in firsts] == counted:
+    if kinds == rule.period.kinds(layout.config, len(kinds)):
         return []
-    every, last = rule.period.length(layout.config), rule.period.last
-    who = " and ".join(rule.period.counted_by) or "an engine that counts layers"
-    note = f"{rule.key}: {who} would take each {every}. layer for one of {last!r}, and run another "
-    note += "model; compact-surgery export tells llama.cpp, or refuses"
-    chosen = np.bincount(firsts, minlength=len(kinds))
-    kept = nearest_layers(kinds, counted, chosen if influence is None else influence)
+    engines, every = rule.period.counted_by, rule.period.length(layout.config)
+    who = " and ".join([", ".join(engines[:-1]), *engines[-1:]] if engines[1:] else engines)
+    start = " from the first on" if rule.period.begins else ""
+    note = f"{rule.key}: {who or 'an engine that counts layers'} would take each {every}. layer"
+    note += f"{start} for one of {rule.period.last!r}, and run another model"
+    if CONVERTER in engines:
+        note += "; compact-surgery export tells llama.cpp, or refuses"
     if kept is not None:
-        note += f"; `layers` {format_layers([[n] for n in kept])} keeps the pattern"
-    return [note]
+        return [f"{note}; `layers` {format_layers(kept)} keeps the pattern"]
+    return [f"{note}; no {len(kinds)} layers keep the pattern, so run the output in transformers"]
 
 
 def nearest_layers(
@@ -222,13 +236,13 @@ def pattern_layers(layout: Layout, count: int, influence: np.ndarray) -> list[li
 
     None where layers differ by no pattern, or where no such layers are left.
     """
-    for rule in layout.family.layer_rules or ():
-        kinds = rule.kinds(layout.config) if isinstance(rule, PerLayer) else None
-        if kinds is not None and isinstance(rule, PerLayer) and rule.period is not None:
-            wanted = rule.period.kinds(layout.config, count)
-            kept = nearest_layers(kinds, wanted, influence)
-            return None if kept is None else [[layer] for layer in kept]
-    return None
+    found = [(rule.period, kinds) for rule, kinds in _listed(layout) if rule.period is not None]
+    if not found:
+        return None
+    every = list(zip(*(kinds for _, kinds in found), strict=True))
+    wanted = list(zip(*(period.kinds(layout.config, count) for period, _ in found), strict=True))
+    kept = nearest_layers(every, wanted, influence)
+    return None if kept is None else [[layer] for layer in kept]
 
 
 def layer_keys(

@@ -24,7 +24,7 @@ from surgery.files.shard_file import IO, open_shard
 from surgery.planning.layers import check_layers, layer_keys, nearest_layers
 from surgery.planning.plan import Plan
 from surgery.stats.channel_stats import ChannelStats
-from tests.support import fp8, tiny
+from tests.support import fp8, tiny, tiny_encoders
 from tests.support.command import Run, assert_refused
 from tests.support.contents import bits, snapshot
 from tests.support.json_files import change, put
@@ -179,8 +179,7 @@ def test_options_that_do_not_fit_are_refused(
         ("qwen3", {"layer_types": None}, "layer_types: is missing"),
         ("qwen3", {"layer_types": ["full_attention"]}, "does not have an entry for every layer"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step: makes layers differ"),
-        ("llama4_text", {"moe_layers": None, "interleave_moe_layer_step": 2}, "interleave_moe"),
-        ("llama4_text", {"no_rope_layers": []}, "no_rope_layers: is missing"),
+        ("llama4_text", {"moe_layers": "all"}, "moe_layers: does not say which layers it means"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "makes layers differ by number"),
         ("llama", {"some_list": [1, 2, 3]}, "some_list: may have an entry for each layer"),
         ("qwen3_next", {}, "no full_attention would be left"),
@@ -252,8 +251,9 @@ def test_a_plan_says_what_to_know_of_several_kinds(tmp_path: Path) -> None:
     ("key", "name"),
     [
         *((key, "layer_types") for key in ("gemma2", "gemma3_text", "vaultgemma", "olmo3")),
-        *((key, "layer_types") for key in ("cohere2", "gpt_oss", "qwen3_next")),
-        ("smollm3", "no_rope_layers"),
+        *((key, "layer_types") for key in ("cohere2", "gpt_oss", "qwen3_next", "afmoe")),
+        ("modernbert", "layer_types"),
+        *((key, "no_rope_layers") for key in ("smollm3", "llama4_text")),
     ],
 )
 def test_a_missing_list_is_written_as_the_config_class_fills_it_in(key: str, name: str) -> None:
@@ -262,6 +262,61 @@ def test_a_missing_list_is_written_as_the_config_class_fills_it_in(key: str, nam
     kept = [[n] for n in (0, 1, 3, 5, 7, 11, 12)]
     changes = layer_keys(given, family_of({"model_type": key}, "config.json"), kept, 13, "config")
     assert changes[name] == [getattr(config, name)[group[0]] for group in kept]
+
+
+@pytest.mark.parametrize(
+    ("key", "pattern", "name"),
+    [
+        ("gemma3_text", {"sliding_window_pattern": 3}, "layer_types"),
+        ("cohere2", {"sliding_window_pattern": 3}, "layer_types"),
+        ("qwen3_next", {"full_attention_interval": 3}, "layer_types"),
+        ("afmoe", {"global_attn_every_n_layers": 3}, "layer_types"),
+        ("modernbert", {"global_attn_every_n_layers": 2}, "layer_types"),
+        ("smollm3", {"no_rope_layer_interval": 3}, "no_rope_layers"),
+        ("llama4_text", {"no_rope_layer_interval": 3, "no_rope_layers": []}, "no_rope_layers"),
+    ],
+)
+def test_a_pattern_given_as_a_number_becomes_a_list(
+    key: str, pattern: dict[str, Any], name: str
+) -> None:
+    config = AutoConfig.for_model(key, num_hidden_layers=13, **pattern)
+    given, kept = {"num_hidden_layers": 13, **pattern}, [[n] for n in (0, 1, 3, 5, 7, 11, 12)]
+    changes = layer_keys(given, family_of({"model_type": key}, "config.json"), kept, 13, "config")
+    assert changes[name] == [getattr(config, name)[group[0]] for group in kept]
+
+
+def test_layers_of_experts_that_a_number_tells_become_a_list() -> None:
+    pattern = {"num_hidden_layers": 6, "interleave_moe_layer_step": 2}
+    config = AutoConfig.for_model("llama4_text", **pattern)
+    assert config.moe_layers == [1, 3, 5]
+    family = family_of({"model_type": "llama4_text"}, "config.json")
+    kept = [[0], [1], [3], [4], [5]]
+    assert layer_keys(pattern, family, kept, 6, "config")["moe_layers"] == [1, 2, 4]
+    given = {**pattern, "moe_layers": [0, 4]}
+    assert layer_keys(given, family, kept, 6, "config")["moe_layers"] == [0, 3]
+
+
+def test_the_note_names_every_engine_that_counts_and_what_to_do(tmp_path: Path) -> None:
+    def said(key: str, kept: list[list[int]], **changes: Any) -> list[str]:
+        save = tiny_encoders.save if key == "modernbert" else tiny.save
+        source = save(tmp_path / key, key, **changes)
+        return [note for note in plan_of(source, kept).provenance.notes if "would take" in note]
+
+    assert said("gpt_oss", [[0], [2]], layer_types=None) == [
+        "layer_types: llama.cpp's converter and vLLM would take each 2. layer for one of "
+        "'full_attention', and run another model; compact-surgery export tells llama.cpp, or "
+        "refuses; `layers` 0-1 keeps the pattern"
+    ]
+    layers = {"num_hidden_layers": 4, "moe_layers": [1, 3], "no_rope_layers": [1, 1, 1, 0]}
+    found = said("llama4_text", [[0], [2], [3]], interleave_moe_layer_step=2, **layers)
+    assert found == [
+        "moe_layers: llama.cpp, mlx-lm and vLLM would take each 2. layer for one of 'mixture', and "
+        "run another model; `layers` 0-2 keeps the pattern",
+        "no_rope_layers: llama.cpp and mlx-lm would take each 4. layer for one of 0, and run "
+        "another model; `layers` 0-2 keeps the pattern",
+    ]
+    (note,) = said("modernbert", [[1], [2]])
+    assert "llama.cpp and transformers 4 would take each 2. layer from the first on" in note
 
 
 def test_the_nearest_layers_that_keep_a_pattern() -> None:

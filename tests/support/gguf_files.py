@@ -31,6 +31,8 @@ def write_gguf(
             writer.add_array(key, value)
         elif isinstance(value, float):
             writer.add_float32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
         else:
             writer.add_uint32(key, value)
     for name, values in tensors.items():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from tests.support import tiny
 from tools.engines import __main__ as engines
@@ -93,6 +94,79 @@ def test_a_row_for_each_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(engines, "variants_of", lambda *_: {"dense": model})
     monkeypatch.setattr(engines, "ends_of", lambda _: set())
     assert engines.rows_of(model, work, [ENGINES[0]]) == ([first], [])
+
+
+def row(engine: str, model: str, found: str) -> str:
+    return f"| {engine} | 1 | {model} | yes | {found} | |"
+
+
+def test_rows_of_other_engines_and_models_stay() -> None:
+    old = [
+        row("transformers 5", "small, dense", "old"),
+        row("vLLM", "small, dense", "old"),
+        row("vLLM", "small, both", "old"),
+        row("MLX", "small, dense", "old"),
+        row("transformers 5", "other, dense", "old"),
+    ]
+    new = [
+        row("transformers 5", "small, dense", "new"),
+        row("CTranslate2", "small, dense", "new"),
+        row("vLLM", "small, dense", "new"),
+        row("transformers 5", "third, dense", "new"),
+    ]
+    assert engines.merged(old, new) == [*new[:1], new[2], new[1], old[3], old[4], new[3]]
+    assert engines.merged([], old) == old
+
+
+def test_the_page_keeps_what_is_around_its_table(tmp_path: Path) -> None:
+    page, first, second = tmp_path / "page.md", row("MLX", "a, b", "x"), row("vLLM", "a, b", "y")
+    page.write_text(f"before\n{engines.MARKS[0]}\n\n{engines.MARKS[1]}\nafter\n", "utf-8")
+    engines.write_page(page, [first], keep=False)
+    engines.write_page(page, [second], keep=True)
+    table = "\n".join([*engines.HEAD, second, first])
+    wanted = f"before\n{engines.MARKS[0]}\n\n{table}\n\n{engines.MARKS[1]}\nafter\n"
+    assert page.read_text("utf-8") == wanted
+    engines.write_page(page, [second], keep=False)
+    assert first not in page.read_text("utf-8")
+
+
+def test_the_command_is_red_where_a_required_engine_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page is written all the same; a green run says so in its last line."""
+    page, model = tmp_path / "page.md", tiny.save(tmp_path / "model")
+    page.write_text("\n".join(engines.MARKS), "utf-8")
+    monkeypatch.setattr(engines, "PAGE", page)
+    options = ["--model", str(model), "--work", str(tmp_path / "work"), "--engine", "vLLM"]
+    wrong = row("vLLM", "model, dense", "19 of 20")
+    monkeypatch.setattr(engines, "rows_of", lambda *_: ([wrong], [wrong]))
+    red = CliRunner().invoke(engines.main, options)
+    assert red.exit_code == 1
+    assert red.output.endswith(f"Error: these have to be right:\n{wrong}\n")
+    assert wrong in page.read_text("utf-8")
+    monkeypatch.setattr(engines, "rows_of", lambda *_: ([wrong], []))
+    green = CliRunner().invoke(engines.main, options)
+    assert green.exit_code == 0
+    assert "what has to be right is right: " in green.output.splitlines()[-1]
+
+    def fails(*_: object) -> None:
+        raise environments.Failure("no room")
+
+    monkeypatch.setattr(engines, "rows_of", fails)
+    stopped = CliRunner().invoke(engines.main, options)
+    assert stopped.output == f"Error: {model} cannot be pruned: no room\n"
+
+
+def test_a_large_model_is_tried_in_fewer_ways(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.save(tmp_path / "model")
+    assert engines.engines_for(model) == ENGINES
+    monkeypatch.setattr(engines, "LARGE_BYTES", 1)
+    names = [engine.name for engine in engines.engines_for(model)]
+    assert names == ["transformers 5", "llama.cpp"]
+    monkeypatch.setattr(engines, "call", lambda *_: None)
+    assert list(engines.variants_of(model, tmp_path)) == ["dense", "both", "both, −33 %"]
 
 
 def test_the_prompts_are_twenty() -> None:
