@@ -21,19 +21,24 @@ def cosine_sum(before: torch.Tensor, after: torch.Tensor) -> float:
     Each cosine is computed in float64 where the device has it, some tokens at a time. A zero state
     has no direction and counts 0.
     """
-    wide = torch.float32 if before.device.type == "mps" else torch.float64
-    values = CACHED_VALUES if before.device.type == "cpu" else CHUNK_VALUES
+    device = before.device
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    values = CACHED_VALUES // 2 if device.type == "cpu" else CHUNK_VALUES
     rows = max(1, values // before.shape[-1])
-    total = 0.0
-    for one, other in zip(
-        before.flatten(0, -2).split(rows), after.flatten(0, -2).split(rows), strict=True
-    ):
+    tokens = before.shape[:-1].numel()
+    dots, lengths = (torch.empty(tokens, dtype=wide, device=device) for _ in range(2))
+    pairs = zip(
+        *(each.flatten(0, -2).split(rows) for each in (before, after)),
+        *(each.split(rows) for each in (dots, lengths)),
+        strict=True,
+    )
+    for one, other, dot, length in pairs:
         one, other = one.to(wide), other.to(wide)
-        lengths = torch.linalg.vector_norm(one, dim=-1) * torch.linalg.vector_norm(other, dim=-1)
-        dots = torch.linalg.vecdot(one, other)
-        cosines = torch.where(lengths > 0, dots / lengths, 0.0)
-        total += float(cosines.cpu().double().sum())
-    return total
+        dot.copy_(torch.linalg.vecdot(one, other))
+        length.copy_(torch.linalg.vector_norm(one, dim=-1))
+        length *= torch.linalg.vector_norm(other, dim=-1)
+    cosines = torch.where(lengths > 0, dots / lengths, 0.0)
+    return float(cosines.cpu().double().sum())
 
 
 def weight_norms(layer: nn.Module, ffn_modules: Sequence[FfnModule]) -> dict[str, torch.Tensor]:
@@ -141,7 +146,35 @@ class ChannelSums:
         if self._window_sq is None:
             shape = (tokens.count, act.shape[1])
             self._window_sq = Sum(torch.zeros(shape, dtype=self._dtype, device=act.device))
-        windows = self._window_sq
+        if act.device.type == "cpu" and not self._compensated:
+            self._add_rows(expert, tokens, buckets, act, self._window_sq)
+        else:
+            self._add_products(expert, tokens, buckets, act, self._window_sq)
+        if tokens.last:
+            self.sum_l2.add(self._window_sq.total.sqrt_().sum(dim=0), expert)
+            self._window_sq = None
+
+    def _add_rows(
+        self, expert: int, tokens: Tokens, buckets: torch.Tensor, act: torch.Tensor, windows: Sum
+    ) -> None:
+        """Add each token's row to its sums while it is in the cache.
+
+        On a CPU this takes a third of the time of ``_add_products``.
+        """
+        sum_abs, sum_sq = (each.total[:, expert] for each in (self.sum_abs, self.sum_sq))
+        step = max(1, CACHED_VALUES // act.shape[1])
+        parts = zip(*(each.split(step) for each in (act, buckets, tokens.windows)), strict=True)
+        for part, of_bucket, of_window in parts:
+            wide = part.to(self._dtype).abs_()
+            sum_abs.index_add_(0, of_bucket, wide)
+            sum_sq.index_add_(0, of_bucket, wide.square_())
+            windows.total.index_add_(0, of_window, wide)
+
+    def _add_products(
+        self, expert: int, tokens: Tokens, buckets: torch.Tensor, act: torch.Tensor, windows: Sum
+    ) -> None:
+        """Multiply many tokens' rows by who belongs to which sum, always in the same order."""
+        count = len(self.tokens)
         step = max(1, CHUNK_VALUES // max(act.shape[1], tokens.count))
         step = min(step, FEW_TOKENS) if self._compensated else step
         for start in range(0, len(act), step):
@@ -154,9 +187,6 @@ class ChannelSums:
             sums = groups @ wide.square_()
             self.sum_sq.add(sums[:count], expert)
             windows.add(sums[count:])
-        if tokens.last:
-            self.sum_l2.add(windows.total.sqrt_().sum(dim=0), expert)
-            self._window_sq = None
 
     def add_outputs(self, expert: int, buckets: torch.Tensor, routed: Routed) -> None:
         """Add what a routed expert puts out.

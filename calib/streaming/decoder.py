@@ -27,7 +27,7 @@ from calib.streaming.empty_model import (
     library_errors,
 )
 from calib.streaming.ffn import FfnCall, FfnModule, ffn_above, hooked_ffn, no_hook, seen_ffn
-from calib.streaming.layers import Layers, broken_tensor, move_buffers, not_finite
+from calib.streaming.layers import Layers, all_finite, check_finite, move_buffers, not_finite
 from calib.streaming.settings import PassSettings, Timings
 from calib.streaming.stacks import Stack, capture_both, shifted
 from calib.streaming.stand_ins import (
@@ -38,6 +38,7 @@ from calib.streaming.stand_ins import (
     takes_passed,
     with_values,
 )
+from calib.streaming.tables import Tables
 from calib.streaming.weights import WeightReader
 from surgery.errors import CheckpointError
 from surgery.families.blocks import OUTSIDE
@@ -45,9 +46,6 @@ from surgery.families.schema import DECODER, ENCODER_DECODER, VOCAB, Dim
 from surgery.files.safetensors_header import TensorRef
 from surgery.layout.layout import Layout
 from surgery.process import Advance, no_advance, release_freed_memory
-
-HEAD_ROWS = 8192
-"""Rows of lm_head in memory at a time."""
 
 NO_WEIGHTS: Mapping[str, torch.Tensor] = {}
 
@@ -96,6 +94,7 @@ class StreamedDecoder:
         self._layers = Layers(
             layout, reader, self._conversion, modules, self.settings, self.timings
         )
+        self._tables = Tables(layout, reader, self._model, self._conversion, self._stacks)
         self._channels = max([1, *map(layout.channels_of, layout.family.widths)])
         self._outputs = 1
         self._options = {"use_cache": False} if layout.family.kind == DECODER else {}
@@ -121,13 +120,7 @@ class StreamedDecoder:
         """
         begins = () if self._start is None else (self._start,)
         used = np.union1d(tokens_of(streams, self.layout.vocab_size), begins).astype(np.int64)
-        for name, tables in self._tables.items():
-            ref = self.layout.by_name[name]
-            rows = self.reader.rows(ref.name, used)
-            self._check(ref, rows)
-            for table in tables:
-                table.weight = nn.Parameter(rows, requires_grad=False)
-                table.padding_idx = None
+        self._tables.load(used)
         for stream in streams:
             stream.batches = []
             for length in dict.fromkeys(map(len, stream.windows)):
@@ -137,7 +130,7 @@ class StreamedDecoder:
                 self._embed(stream, used, passed)
             if passed:
                 stream.states.restore(passed)
-        self._free_tables()
+        self._tables.free()
         for stream in streams if passed else ():
             self._recall(stream, passed)
 
@@ -237,7 +230,7 @@ class StreamedDecoder:
                 hooked = hooked_ffn(layer, ffn_modules, self._ids(index, part), channels, outputs)
                 hidden, after = self._run(index, layer, part, hooked)
                 hooks.states(index, hidden, after)
-                finite.append(after.isfinite().all())
+                finite.append(all_finite(after))
                 part.write(self._both_halves(index, part, after))
                 stream.states.give_back(part.rows)
                 progress(len(part.ids))
@@ -293,7 +286,7 @@ class StreamedDecoder:
                 hidden = part.read().to(self.reader.device)
                 with hooked_ffn(layer, ffn_modules, part.ids, no_hook):
                     added = ffn_above(layer, ffn_modules[0])(hidden)
-                finite.append(added.isfinite().all())
+                finite.append(all_finite(added))
                 stream.states.after[part.rows] += added.flatten(0, 1).to(stream.states.after.device)
                 stream.states.give_back(part.rows)
             if not bool(torch.stack(finite).all()):
@@ -344,40 +337,20 @@ class StreamedDecoder:
             Index in ``hidden``, slice of its rows, and their logits ``(windows, tokens, rows of
             the slice)``. The library computes them, soft caps included.
         """
-        family = self.layout.family
-        name = self._tensor(family.embedding if self.layout.tied else family.head)
-        bias = self.layout.by_name.get(family.head.removesuffix("weight") + "bias")
-        head = self._model.get_output_embeddings()
         every = np.unique(np.concatenate([rows for _, rows in hidden]))
-        self.reader.expect([name] * -(-len(every) // HEAD_ROWS))
-        for table in self._every_table():
-            row = torch.zeros(1, table.embedding_dim, dtype=self.reader.dtype)
-            table.weight = nn.Parameter(self.reader.to_device(row), requires_grad=False)
-        try:
-            for start in range(0, len(every), HEAD_ROWS):
-                block = every[start : start + HEAD_ROWS]
-                weight = self.reader.rows(name, block)
-                self._check(self.layout.checkpoint.tensors[name], weight)
-                head.weight = nn.Parameter(weight, requires_grad=False)
-                if bias is not None:
-                    head.bias = nn.Parameter(
-                        self.reader.rows(bias.name, block), requires_grad=False
-                    )
-                for index, (states, rows) in enumerate(hidden):
-                    first, stop = np.searchsorted(rows, (block[0], block[-1] + 1)).tolist()
-                    if first == stop:
-                        continue
-                    begin = torch.zeros(states.shape[:2], dtype=torch.int64)
-                    begin = begin.to(self.reader.device)
-                    run = partial(self._forward, begin)
-                    logits = self._replayed(self._stacks[0], states, run).logits
-                    if stop - first < len(block):
-                        wanted = torch.from_numpy(np.searchsorted(block, rows[first:stop]))
-                        logits = logits[..., wanted.to(logits.device)]
-                    yield index, slice(first, stop), logits
-        finally:
-            head.to("meta")
-            self._free_tables()
+        for block in self._tables.head_blocks(every):
+            for index, (states, rows) in enumerate(hidden):
+                first, stop = np.searchsorted(rows, (block[0], block[-1] + 1)).tolist()
+                if first == stop:
+                    continue
+                begin = torch.zeros(states.shape[:2], dtype=torch.int64)
+                begin = begin.to(self.reader.device)
+                run = partial(self._forward, begin)
+                logits = self._replayed(self._stacks[0], states, run).logits
+                if stop - first < len(block):
+                    wanted = torch.from_numpy(np.searchsorted(block, rows[first:stop]))
+                    logits = logits[..., wanted.to(logits.device)]
+                yield index, slice(first, stop), logits
 
     @torch.no_grad()
     def outputs(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -406,20 +379,10 @@ class StreamedDecoder:
         with library_errors(self.layout):
             return stack.replay(given, self._outputs, run)
 
-    def _tensor(self, name: str) -> str:
-        """Return the name that a tensor of the text model has in the file."""
-        return self.layout.by_name[name].name
-
-    def _check(self, ref: TensorRef, rows: torch.Tensor) -> None:
-        """Refuse NaN and infinity in rows of a tensor outside of the layers."""
-        if not all(bool(part.isfinite().all()) for part in rows.split(HEAD_ROWS)):
-            raise broken_tensor(f"{ref.path}: tensor {ref.name}", rows.dtype)
-
     def _reading_order(self) -> list[str]:
         """Return the file's names of all tensors up to the last layer, in reading order."""
         outer = [ref.name for ref in self._outer_tensors().values()]
-        tables = map(self._tensor, self._tables)
-        return [*outer, *tables, *self._layers.names()]
+        return [*outer, *self._tables.names(), *self._layers.names()]
 
     def _outer_tensors(self) -> dict[str, TensorRef]:
         """Return the tensors before and after the layers, without embeddings and head."""
@@ -437,41 +400,12 @@ class StreamedDecoder:
         outer = self._outer_tensors()
         names = {name: self.reader.read(ref.name) for name, ref in outer.items()}
         for name, value in names.items():
-            self._check(outer[name], value)
+            check_finite(outer[name], value)
         weights = {k: self.reader.to_device(v) for k, v in self._conversion.convert(names).items()}
         self._model.load_state_dict(weights, strict=False, assign=True)
         if self.layout.family.kind == ENCODER_DECODER:
             compute_missing(self._model)
         move_buffers(self._model, self.reader.device)
-
-    @cached_property
-    def _tables(self) -> dict[str, list[nn.Embedding]]:
-        """Names of the tensors with a row for each token → their modules; the head is none.
-
-        An encoder and a decoder have a table each, and files may have one for both.
-        """
-        layout, family = self.layout, self.layout.family
-        found: dict[str, list[nn.Embedding]] = {}
-        for name, ref in layout.by_name.items():
-            role = layout.roles[ref.name]
-            if role.slot.dims == (Dim(VOCAB), None) and name != family.head:
-                path = self._conversion.target(name)[0].removesuffix(".weight")
-                found[name] = [self._model.get_submodule(path)]
-        if family.kind != ENCODER_DECODER:
-            return found
-        of_stacks: dict[str, list[nn.Embedding]] = {}
-        for stack in self._stacks:
-            table = stack.parent.get_input_embeddings()
-            own = next((n for n, t in found.items() if t[0] is table), family.embedding)
-            of_stacks.setdefault(own, []).append(table)
-        return of_stacks
-
-    def _every_table(self) -> list[nn.Embedding]:
-        return [table for tables in self._tables.values() for table in tables]
-
-    def _free_tables(self) -> None:
-        for table in self._every_table():
-            table.weight = nn.Parameter(table.weight.to("meta"), requires_grad=False)
 
     @cached_property
     def _start(self) -> int | None:
@@ -489,21 +423,15 @@ class StreamedDecoder:
             )
         return start
 
-    @property
-    def _by_ids(self) -> bool:
-        """Whether layers take arguments that depend on the tokens: there are more tables."""
-        return self.layout.family.kind != ENCODER_DECODER and len(self._tables) > 1
-
     def _key(self, part: MicroBatch) -> int:
         """Key of a micro-batch's arguments."""
-        return part.windows.start if self._by_ids else len(part.ids)
+        return part.windows.start if self._tables.by_ids else len(part.ids)
 
     def _forward(self, rows: torch.Tensor) -> Any:
         """Run the library's model on ``rows`` of its tables, int64 ``(windows, tokens)``."""
-        if self._by_ids:
+        if self._tables.by_ids:
             return self._model(input_ids=rows, **self._options)
-        (embedding,) = self._every_table()
-        return self._model(inputs_embeds=embedding(rows), **self._options)
+        return self._model(inputs_embeds=self._tables.look_up(rows), **self._options)
 
     def _capture_arguments(
         self, ids: torch.Tensor, used: np.ndarray

@@ -357,6 +357,9 @@ def library_errors(layout: Layout) -> Iterator[None]:
 def _parameters_on_meta() -> Iterator[None]:
     """Create modules with real buffers (rotary tables, scales) but parameters without storage.
 
+    The library is told that these are initialized. It would draw random numbers for them, which
+    took half of the time to build a model.
+
     torch has one ``register_parameter`` for the whole process. So one thread at a time replaces it,
     and the modules of all other threads keep their parameters.
     """
@@ -365,7 +368,9 @@ def _parameters_on_meta() -> Iterator[None]:
     def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         original(module, name, parameter)
         if parameter is not None and get_ident() == builder:
-            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+            empty = nn.Parameter(parameter.to("meta"), requires_grad=False)
+            empty._is_hf_initialized = True  # type: ignore[attr-defined]
+            module._parameters[name] = empty
 
     with BUILDING:
         original = nn.Module.register_parameter

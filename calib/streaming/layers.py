@@ -18,6 +18,9 @@ from surgery.files.safetensors_header import TensorRef
 from surgery.layout.layout import Layout
 from surgery.process import Advance, Progress, stage
 
+CHECKED_ROWS = 8192
+"""Rows of a tensor that are looked at together: on a device, this makes copies of them."""
+
 
 class Layers:
     """Modules without weights, and the file's tensors of each."""
@@ -188,6 +191,16 @@ def move_buffers(module: nn.Module, device: torch.device) -> None:
             setattr(part, name, buffer.to(device))
 
 
+def all_finite(values: torch.Tensor) -> torch.Tensor:
+    """Return, as a tensor, whether no value is NaN or infinity.
+
+    On a CPU the extremes, which are NaN where any value is, take a tenth of the time.
+    """
+    if values.device.type != "cpu":
+        return values.isfinite().all()
+    return torch.stack(torch.aminmax(values)).isfinite().all()
+
+
 def not_finite(layout: Layout, index: int, layer: nn.Module, dtype: torch.dtype) -> CheckpointError:
     """Return the error for a layer whose output or weights have a number that is not finite.
 
@@ -199,7 +212,7 @@ def not_finite(layout: Layout, index: int, layer: nn.Module, dtype: torch.dtype)
     """
     where, name = str(layout.checkpoint.path), f"layer {index}"
     for parameter, value in layer.named_parameters():
-        if not value.is_meta and not bool(value.isfinite().all()):
+        if not value.is_meta and not bool(all_finite(value)):
             name = f"{layout.layer_path(index)}.{parameter}"
             ref = layout.by_name.get(name)
             where = str(ref.path) if ref else where
@@ -215,6 +228,16 @@ def not_finite(layout: Layout, index: int, layer: nn.Module, dtype: torch.dtype)
         if dtype == torch.float16
         else "check the weights of this layer; a value may be far too large",
     )
+
+
+def check_finite(ref: TensorRef, values: torch.Tensor) -> None:
+    """Refuse NaN and infinity in a tensor outside of the layers.
+
+    Raises:
+        CheckpointError: it names the tensor.
+    """
+    if not all(bool(all_finite(part)) for part in values.split(CHECKED_ROWS)):
+        raise broken_tensor(f"{ref.path}: tensor {ref.name}", values.dtype)
 
 
 def broken_tensor(where: str, dtype: torch.dtype) -> CheckpointError:

@@ -185,7 +185,7 @@ def test_score_equals_a_full_load(
     tmp_path: Path, model_type: str, tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "calib.streaming.decoder.HEAD_ROWS", 100
+        "calib.streaming.tables.HEAD_ROWS", 100
     )  # several blocks, the last one partial
     capped = model_type == "gemma3_text"
     changes: dict[str, Any] = {"final_logit_softcapping": 2.0} if capped else {}

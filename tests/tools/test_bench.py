@@ -16,9 +16,10 @@ from surgery.checkpoint.opaque import opaque_matrices
 from surgery.hub.shards import Shards
 from surgery.layout.build import read_layout
 from surgery.vocabulary.order import rarity_of
-from tests.support import ROOT
+from tests.support import ROOT, tiny
 from tests.support.tiny import MODEL_TYPES
 from tools.bench import __main__ as bench_module
+from tools.bench import forward
 from tools.bench.child import measure
 from tools.bench.hub import PeakDisk
 from tools.predictions import PRUNED, experts_row
@@ -161,6 +162,17 @@ def test_the_proof_for_a_card_runs_to_its_end_on_the_cpu(tmp_path: Path) -> None
         refused = CliRunner().invoke(bench_module.main, ["gpu", "--work", str(tmp_path)])
         assert refused.exit_code == 1
         assert "`device` cuda: is not available" in refused.output
+
+
+def test_the_bare_forward_and_what_commands_take_over_it(tmp_path: Path) -> None:
+    path = tiny.save(tmp_path / "model", intermediate_size=512)
+    text = tmp_path / "text.txt"
+    text.write_text(tiny.prose(12_000), encoding="utf-8")
+    facts = forward.measured(forward.stages_of(str(path), str(text), 2, 32, 2, 2), 1)
+    assert {"forward", "calibrate", "score", "search"} < facts.keys()
+    assert facts["calibrate_over_forward"] > 0
+    assert facts["search_over_score"] > 0
+    assert all(facts[f"{name}, of a forward"] > 0 for name in forward.PLACES)
 
 
 def test_what_is_missing_is_named_before_anything_runs(

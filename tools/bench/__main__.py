@@ -3,6 +3,7 @@
     python -m tools.bench apply --work DIR
     python -m tools.bench experts --work DIR
     python -m tools.bench calibrate MODEL --data TEXT
+    python -m tools.bench forward MODEL --data TEXT
     python -m tools.bench large --layers N --work DIR
     python -m tools.bench mixture --work DIR
     python -m tools.bench hub --work DIR
@@ -169,6 +170,28 @@ def bench_calibrate(model: Path, data: str, samples: int, seq_len: int, as_json:
     facts["read_over_needed"] = streamed["bytes_read"] / streamed["needed_bytes"]
     facts["identical"] = full["identical"]
     _show(facts, as_json, list(stages))
+
+
+@main.command("forward")
+@click.argument("model", type=click.Path(path_type=Path, exists=True))
+@click.option("--data", required=True, metavar="TEXT")
+@click.option("--samples", default=16, show_default=True)
+@click.option("--seq-len", default=512, show_default=True)
+@click.option("--windows", default=16, show_default=True, help="Held-out ones of search.")
+@click.option("--candidates", default=12, show_default=True, help="Of search; 0 measures none.")
+@click.option("--repeat", default=3, show_default=True, type=click.IntRange(1))
+@json_option
+def bench_forward(model: Path, data: str, as_json: bool, **sizes: int) -> None:
+    """Set calibrate beside the bare forward of its windows, and search beside one score.
+
+    All run in turns in one process on one thread. Times are CPU times, medians of the runs. The
+    score is of all text that the search reads.
+    """
+    names = ("samples", "seq_len", "windows", "candidates", "repeat")
+    asked = (model, data, *(str(sizes[name]) for name in names))
+    usage = measure(python_module("forward", *asked))
+    facts: Facts = {**sizes, **json.loads(usage.output.splitlines()[-1])}
+    _show(facts, as_json, [name for name in facts if isinstance(facts[name], dict)])
 
 
 @main.command("large")
