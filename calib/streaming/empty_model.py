@@ -136,6 +136,19 @@ def empty_model(layout: Layout, dtype: torch.dtype) -> tuple[Any, Conversion]:
     return model.eval().requires_grad_(False), conversion
 
 
+def parameter_shapes(layout: Layout, changes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the library's parameters, with ``changes`` of config.json's keys.
+
+    Raises:
+        CheckpointError: config.json makes no model.
+    """
+    check_runs(layout)
+    with library_errors(layout), torch.device("meta"):
+        config = AutoConfig.for_model(**(_model_config(layout) | changes))
+        model = _model(config, layout, torch.float32)
+        return {name: tuple(each.shape) for name, each in model.named_parameters()}
+
+
 def check_runs(layout: Layout) -> None:
     """Refuse a model that does not run layer by layer.
 

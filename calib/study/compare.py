@@ -2,14 +2,24 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from calib.scoring.score import check_predicts
 from calib.study.laco import collapse_layers
+from calib.study.residual import ResidualStream, StreamCut, check_hidden, check_rotate
 from calib.study.search import coarse, expert_counts
 from calib.study.slicegpt import check_sliced, sliced_size
 from calib.study.study import Candidate, Study
-from calib.study.table import EXPERT_METHODS, FFN_CRITERIA, LAYER_METHODS, METHODS, Row
+from calib.study.table import (
+    EXPERT_METHODS,
+    FFN_CRITERIA,
+    HIDDEN,
+    LAYER_METHODS,
+    METHODS,
+    ROTATE,
+    STREAM_METHODS,
+    Row,
+)
 from calib.study.two_stage import (
     TwoStage,
     attentions_by_perplexity,
@@ -47,6 +57,8 @@ class RatioTarget:
     """Those of 2SSP, where that is tried."""
     slice_to: int = 0
     """Columns that SliceGPT keeps, where that is tried."""
+    streams: Mapping[str, StreamCut] = field(default_factory=dict)
+    """Method → what it keeps of the residual stream, of those that are tried."""
 
 
 def usable_methods(layout: Layout) -> list[str]:
@@ -69,7 +81,7 @@ def check_methods(layout: Layout, methods: Sequence[str]) -> None:
         BudgetError, FamilyError: layers of this model cannot be removed, or it is not scored.
     """
     check_predicts(layout)
-    known = [*METHODS, *EXPERT_METHODS]
+    known = [*METHODS, *EXPERT_METHODS, *STREAM_METHODS]
     for method in methods:
         if method not in known:
             raise DataError(
@@ -104,6 +116,8 @@ CHECKS: Mapping[tuple[str, ...], Callable[[Layout], object]] = {
     LAYER_METHODS: _check_fewer_layers,
     ("slicegpt",): check_sliced,
     ("2ssp",): check_two_stage,
+    (ROTATE,): check_rotate,
+    (HIDDEN,): check_hidden,
 }
 """Methods → what refuses a model that does not allow them."""
 
@@ -144,7 +158,7 @@ def compare_methods(
     found = {}
     layout, smallest = study.text.layout, study.text.rarity.must_keep
     for ratio in ratios:
-        others = {*methods} - {*EXPERT_METHODS}
+        others = {*methods} - {*EXPERT_METHODS, *STREAM_METHODS}
         pairs = sizes_at(layout, ratio, smallest, steps) if others else []
         usual = split(layout, ratio, smallest, steps) if others else whole(layout)
         searched = list(pairs)
@@ -155,8 +169,11 @@ def compare_methods(
         fewer_experts = replace(whole(layout), experts=experts)
         two_stage = two_stage_sizes(layout, ratio) if "2ssp" in methods else None
         slice_to = sliced_size(layout, ratio) if "slicegpt" in methods else 0
+        cut = {*methods} & {*STREAM_METHODS}
+        stream = ResidualStream.of(layout) if cut else None
+        streams = {method: stream.cut(ratio, method) for method in cut} if stream else {}
         target = RatioTarget(
-            ratio, pairs, coarse(searched), usual, fewer_experts, two_stage, slice_to
+            ratio, pairs, coarse(searched), usual, fewer_experts, two_stage, slice_to, streams
         )
         first = [candidate for method in methods for candidate in _candidates(method, target)]
         best = _try(study, first, progress)
@@ -224,6 +241,12 @@ def _candidates(method: str, target: RatioTarget) -> list[Candidate]:
     if method == "slicegpt":
         return [
             Candidate(method, replace(target.fewer_experts, experts=0), slice_to=target.slice_to)
+        ]
+    if method in target.streams:
+        return [
+            Candidate(
+                method, replace(target.fewer_experts, experts=0), stream=target.streams[method]
+            )
         ]
     if method == "prune":
         return [Candidate(method, target.usual)]

@@ -11,6 +11,7 @@ from calib.scoring.tasks import Answers, AskedTasks, Task
 from calib.statistics.prepare import check_channels
 from calib.streaming.settings import ComputeOptions, PassSettings
 from calib.streaming.weights import choose_settings
+from calib.study.residual import NarrowTrial, ResidualStream, StreamCut, StreamSums, measure_stream
 from calib.study.slicegpt import SlicedTrial, sliced_parameters
 from calib.study.table import DENSE, Row
 from calib.study.text import CalibrationPass, StudyText
@@ -59,6 +60,8 @@ class Candidate:
     """Layers whose attention is removed (2SSP)."""
     slice_to: int = 0
     """Columns of the residual stream that SliceGPT keeps; 0 keeps all."""
+    stream: StreamCut | None = None
+    """What is kept of the residual stream; None is all."""
 
     def text(self, full: int) -> tuple[int, int | None]:
         """Return V of the vocabulary that tokenizes the calibration text, and ``samples``.
@@ -111,6 +114,7 @@ class Study:
     """Whether a log line has said that the text is short."""
     kept: dict[str, Kept] = field(default_factory=dict, init=False)
     """Name of a candidate → the channels that it kept, layer by layer, when it was last tried."""
+    _stream_sums: StreamSums | None = field(default=None, init=False)
     block_influence: np.ndarray | None = field(default=None, init=False)
     """float64 ``[L]``, known once a candidate was tried on text that the source's own tokenizer
     tokenized."""
@@ -213,11 +217,21 @@ class Study:
         if candidate.slice_to:
             heldout, text = self.text.encoded(layout.vocab_size), self.calibration_windows()
             return SlicedTrial(variant, heldout, candidate.slice_to, text, asked)
+        if candidate.stream is not None:
+            heldout = self.text.encoded(layout.vocab_size)
+            return NarrowTrial(variant, heldout, self._measured_stream(), candidate.stream, asked)
         return Trial(variant, self.text.encoded(sizes.vocab_size), calibration_pass, asked=asked)
 
     def calibration_windows(self) -> Sequence[np.ndarray]:
         """Return the calibration text, tokenized by the source's own tokenizer."""
         return self.text.calibration_pass(self.text.layout.vocab_size).streams[0].windows
+
+    def _measured_stream(self) -> StreamSums:
+        """Return what calibration text shows of the residual stream; measured once."""
+        if self._stream_sums is None:
+            stream = ResidualStream.of(self.text.layout)
+            self._stream_sums = measure_stream(stream, self.calibration_windows(), self.settings)
+        return self._stream_sums
 
     def asked(self, vocab_size: int) -> AskedTasks:
         """Return the tasks, tokenized by the vocabulary of this size."""
@@ -247,11 +261,13 @@ class Study:
             alike_bytes += int(words.nbytes[same].sum())
         nbytes = sum(len(text.encode("utf-8")) for text in self.text.heldout)
         total, total_dense = (float(sum(map(np.sum, each))) for each in (token_bits, dense))
-        other = candidate.slice_to or candidate.without_attention  # no standard architecture
+        other = candidate.slice_to or candidate.without_attention or candidate.stream
         parameters = parameters_of(layout, sizes)
         parameters -= sum(attention_parameters(layout, n) for n in candidate.without_attention)
         if candidate.slice_to:
             parameters = sliced_parameters(layout, candidate.slice_to)
+        if candidate.stream is not None:
+            parameters = candidate.stream.parameters
         answers: Answers | None = None
         if trial.asked is not None:
             answers = trial.asked.answers(f"{layout.checkpoint.path}: {candidate.name}")

@@ -21,6 +21,9 @@ EXPERT_METHODS = {
 }
 """Method that removes whole experts → the criterion of experts; tried if they are named."""
 
+ROTATE, HIDDEN = STREAM_METHODS = ("rotate", "hidden")
+"""Methods that remove columns of the residual stream; tried if they are named."""
+
 OTHER_ARCHITECTURES = {
     "slicegpt": "matrices between the blocks that change the basis of the residual stream",
     "2ssp": "layers without an attention",

@@ -178,8 +178,8 @@ class CompareOptions:
         help="Some of: random, abs-act, act2, wanda, l2 (channels alone), shortgpt, laco (layers), "
         "slicegpt (columns of the residual stream), 2ssp (channels and attentions), "
         "vocabulary (alone), compact (the paper's), prune (what prune --ratio makes), search (the "
-        "best split, repaired).  [default: these]  Of a mixture also reap, man, msan, frequency, "
-        "gate, aimer, random-experts.",
+        "best split, repaired).  [default: these]  Also rotate, hidden (columns of the residual "
+        "stream) and, of a mixture, reap, man, msan, frequency, gate, aimer, random-experts.",
     ),
     click.option(
         "--by-samples",

@@ -12,32 +12,14 @@ from torch import nn
 
 from calib.study.slicegpt import _Covariance, sliced_parameters, sliced_size
 from calib.study.study import Candidate, Study
-from calib.study.text import StudyText
 from calib.study.two_stage import attentions_by_perplexity, two_stage_sizes
 from surgery.planning.sizes import whole
-from surgery.vocabulary.order import open_vocabulary, rarity_of
 from tests.support import tiny
-from tests.support.calibration import SETTINGS
+from tests.support.calibration import SETTINGS, bits_of, study_of
 from tests.support.command import Run, assert_refused
 from tests.support.plans import layout_of
 from tools.published import PUBLISHED
 from tools.shapes import write_headers_only
-
-
-def study_of(path: Path) -> Study:
-    layout = layout_of(path)
-    documents, heldout = [tiny.prose(4_000)], [tiny.prose(300)]
-    text = StudyText(layout, rarity_of(layout), open_vocabulary(layout), documents, heldout, 6, 64)
-    return Study(text, SETTINGS)
-
-
-def bits_of(model: Any, windows: list[np.ndarray]) -> float:
-    total = 0.0
-    for window in windows:
-        ids = torch.from_numpy(window)[None]
-        logs = tiny.logits_of(model, ids)[0].double().log_softmax(-1)
-        total -= float(logs[:-1].gather(1, ids[0, 1:, None]).sum())
-    return total / math.log(2)
 
 
 def silence(model: Any, layers: list[int]) -> None:
