@@ -1,5 +1,6 @@
 """Predict the memory of a training from headers, and its time from a first step."""
 
+import gc
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -116,8 +117,10 @@ def check_memory(device: torch.device, need: int) -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free where the training runs."""
+    """Return the bytes that are free where the training runs, once a writing teacher has left."""
+    gc.collect()
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
 
