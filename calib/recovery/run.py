@@ -6,14 +6,13 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import msgspec
 import numpy as np
-from accelerate import PartialState
 
 from calib.recovery.arguments import check_arguments, check_libraries, training_arguments
 from calib.recovery.forecast import (
@@ -191,6 +190,18 @@ class Recovery:
         self.kept = kept_rows(self.layout, found)
         return found
 
+    @cached_property
+    def _processes(self) -> Any:
+        """The processes that train together; accelerate is in the extra, so it is imported here."""
+        from accelerate import PartialState
+
+        return PartialState(cpu=self.settings.device.type == "cpu")
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this process speaks and writes for all."""
+        return bool(self._processes.is_main_process)
+
     @property
     def writing_seconds(self) -> float:
         """Seconds in which the teacher has written text, or will where it has not begun."""
@@ -248,8 +259,7 @@ class Recovery:
         Raises:
             SurgeryError: there is too little memory or text, or an interrupted run is in the way.
         """
-        state = PartialState(cpu=self.settings.device.type == "cpu")
-        main, start = state.is_main_process, time.perf_counter()
+        state, main, start = self._processes, self.is_main_process, time.perf_counter()
         work = self._work(self.options.work, resume=self.options.resume, main=main)
         try:
             with state.main_process_first():  # the others read what it has written
@@ -260,7 +270,9 @@ class Recovery:
                 schedule, seconds = work.schedule, None
                 if schedule is None:
                     schedule, seconds = self._begin(work, training)
-            LOG.info("%s", self._forecast(schedule, memory, seconds).table())
+            if main:
+                LOG.info("%s", self._forecast(schedule, memory, seconds).table())
+                LOG.info("0 tokens: %.4f bits per byte of held-out text", schedule.start)
             made = self._train(work, training, schedule, progress)
             if not main:  # the first process writes
                 return replace(made, output=self.options.output if made.helped else None)
@@ -357,7 +369,7 @@ class Recovery:
 
     @property
     def _tokens_of_step(self) -> int:
-        windows = self.options.batch_size * self._accumulated * PartialState().num_processes
+        windows = self.options.batch_size * self._accumulated * self._processes.num_processes
         return windows * self.seq_len
 
     def _forecast(
@@ -374,7 +386,6 @@ class Recovery:
     ) -> Recovered:
         """Train to the end, or on from the last checkpoint; the model then has its best state."""
         start = time.perf_counter()
-        LOG.info("0 tokens: %.4f bits per byte of held-out text", schedule.start)
         arguments = training_arguments(
             self.options, self.settings, work.path, schedule.steps, schedule.every, self._seed
         )

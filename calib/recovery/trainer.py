@@ -248,6 +248,8 @@ class Reports(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        """Log the bits."""
+        """Log the bits, once for all processes."""
+        if not state.is_world_process_zero:
+            return
         tokens, bits = state.global_step * self._tokens, given["metrics"][f"eval_{METRIC}"]
         LOG.info("%s tokens: %.4f bits per byte of held-out text", f"{tokens:,}", bits)

@@ -159,6 +159,8 @@ def recover(
             print_text(f"{recovery.forecast().table()}\nnothing was written")
             return
         made = recovery.run(progress)
+    if not recovery.is_main_process:
+        return
     if show.plot is not None:
         made.plot(show.plot, str(directory))
     if show.as_json:

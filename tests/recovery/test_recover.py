@@ -339,6 +339,15 @@ def test_ffns_that_cannot_be_trained_are_refused(
     assert_refused(refused, "--only ffn", words)
 
 
+def test_a_missing_library_is_named(
+    pair: Pair, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    monkeypatch.delitem(sys.modules, "calib.recovery.run", raising=False)
+    given = ("recover", pair.pruned, "--data", pair.text, "-o", tmp_path / "out", "--tokens", 640)
+    assert_refused(run(*given), "accelerate: is not installed", "pip install")
+
+
 def test_held_out_bits_are_those_of_a_score(pair: Pair) -> None:
     from calib.recovery.model import load_model
     from calib.recovery.text import encode_heldout, hold_out
