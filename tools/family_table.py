@@ -174,6 +174,17 @@ MODELS = {
     "idefics2": "Idefics 2",
     "kosmos-2": "Kosmos 2",
     "kosmos-2.5": "Kosmos 2.5",
+    "deepseek_v4": "DeepSeek V4",
+    "phi4_multimodal": "Phi-4 multimodal",
+    "fast_vlm": "FastVLM",
+    "perception_lm": "Perception LM",
+    "gemma3n_text": "Gemma 3n, text",
+    "gemma3n": "Gemma 3n",
+    "longt5": "LongT5",
+    "led": "LED",
+    "pegasus_x": "PEGASUS-X",
+    "switch_transformers": "Switch Transformers",
+    "t5gemma2": "T5Gemma 2",
 }
 """Model type → well-known models of it."""
 
@@ -223,7 +234,9 @@ def widths(family: Family) -> str:
     by_key: dict[str, list[str]] = {}
     for axis, width in family.widths.items():
         by_key.setdefault(width.key, []).append(PARTS[axis])
-    return "; ".join(f"{' and '.join(p)} (`{k}`)" for k, p in by_key.items()) or "nothing else"
+    if not by_key:
+        return f"nothing else: {family.only_vocabulary}"
+    return "; ".join(f"{' and '.join(p)} (`{k}`)" for k, p in by_key.items())
 
 
 def untested() -> set[str]:

@@ -168,7 +168,8 @@ def check_channels(layout: Layout) -> None:
     if not layout.widths:
         raise BudgetError(
             layout.checkpoint.config_path,
-            "has no key for the width of this model's FFN, so there are no channels to choose",
+            "describes a model without channels to choose: "
+            f"{layout.family.only_vocabulary or 'no layer has an FFN'}",
             fix="plan the vocabulary alone, with `vocab_size`",
         )
 

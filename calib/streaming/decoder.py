@@ -32,6 +32,7 @@ from calib.streaming.settings import PassSettings, Timings
 from calib.streaming.stacks import Stack, capture_both, shifted
 from calib.streaming.stand_ins import (
     ENCODED,
+    IDS,
     Arguments,
     PassedOn,
     swapped,
@@ -441,11 +442,12 @@ class StreamedDecoder:
         The tables have the rows of the tokens ``used``.
         """
         texts = [ids, shifted(ids, self._start)][: len(self._stacks)]
-        found = (torch.from_numpy(np.searchsorted(used, text.numpy())) for text in texts)
-        rows = [each.to(self.reader.device) for each in found]
+        places = (torch.from_numpy(np.searchsorted(used, text.numpy())) for text in texts)
+        rows = [each.to(self.reader.device) for each in places]
         with library_errors(self.layout):
             if self.layout.family.kind != ENCODER_DECODER:
-                hidden, arguments = self._stacks[0].capture(partial(self._forward, rows[0]))
+                hidden, found = self._stacks[0].capture(partial(self._forward, rows[0]))
+                arguments = [with_values(of, lambda v: IDS if v is rows[0] else v) for of in found]
             elif self.layout.decoder_layers:
                 given = [self._given(*each) for each in zip(self._stacks, rows, strict=True)]
                 of_encoder, of_decoder, arguments = capture_both(*self._stacks, given=given)
@@ -516,6 +518,8 @@ class StreamedDecoder:
         def find(value: Any) -> Any:
             if isinstance(value, PassedOn):
                 return passed[value.place - 1]
+            if value is IDS:
+                return self._ids(index, part).to(self.reader.device)
             return states[..., self._half(0, states)] if value is ENCODED else value
 
         positional, named = with_values(every[index], find)

@@ -33,7 +33,7 @@ from surgery.errors import CheckpointError, FamilyError, SurgeryError
 from surgery.families.blocks import OUTSIDE
 from surgery.families.schema import DECODER, ENCODER_DECODER, GLINER, TIE_KEY, UNDIVIDED
 from surgery.families.table import family_of
-from surgery.files.model_files import GLINER_NAME
+from surgery.files.model_files import CONFIG_NAME
 from surgery.layout.layout import Layout
 
 
@@ -273,19 +273,16 @@ def shape_faults(
         family: Model type to treat it as; None is the config's own.
     """
     if family == GLINER:  # transformers knows the encoder alone
-        whole = family_of(config, GLINER_NAME, family)
-        config, family, inside = whole.text_config(config), whole.text_type, whole.prefixes[0][0]
-        named = {name: shape for name, shape in shapes.items() if name.startswith(inside)}
-        shapes = {name.removeprefix(inside): shape for name, shape in named.items()}
+        config, shapes, family = _text_alone(config, shapes, family)
     quantized = config.get("quantization_config")
     if isinstance(quantized, dict) and quantized.get("quant_method") != "fp8":
         return []
-    kept = {key: value for key, value in config.items() if key not in IGNORED_KEYS}
-    kept |= {"model_type": family} if family else {}
     try:
-        made = AutoConfig.for_model(**PreTrainedConfig._decode_special_floats(kept))
-        with torch.device("meta"):
-            model = whole_class(made).from_config(made)
+        try:
+            model = _on_meta(config, family)
+        except ImportError:  # of a library that only a vision tower needs
+            config, shapes, family = _text_alone(config, shapes, family)
+            model = _on_meta(config, family)
         empty = {name: torch.empty(list(shape), device="meta") for name, shape in shapes.items()}
         found = Conversion(model).convert(empty)
     except Exception as error:  # whatever the library makes of a wrong value
@@ -302,6 +299,30 @@ def shape_faults(
             wanted, there = list(parameter.shape), list(value.shape)
             faults.append(f"{name} is {there}, where config.json makes it {wanted}")
     return faults
+
+
+def _on_meta(config: Mapping[str, Any], family: str | None) -> Any:
+    """Return the library's whole model of a config.json without storage."""
+    kept = {key: value for key, value in config.items() if key not in IGNORED_KEYS}
+    kept |= {"model_type": family} if family else {}
+    made = AutoConfig.for_model(**PreTrainedConfig._decode_special_floats(kept))
+    with torch.device("meta"):
+        return whole_class(made).from_config(made)
+
+
+def _text_alone(
+    config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], family: str | None
+) -> tuple[Mapping[str, Any], Mapping[str, Sequence[int]], str]:
+    """Return the config of the language model inside another, the shapes of its tensors by their
+    names there, and its type."""
+    whole = family_of(config, CONFIG_NAME, family)
+    inside: dict[str, Sequence[int]] = {}
+    for name, shape in shapes.items():
+        prefixes = ((old, new) for old, new in whole.prefixes if old and name.startswith(old))
+        old, new = next(prefixes, ("", ""))
+        if old or name in whole.by_name:
+            inside[new + name.removeprefix(old)] = shape
+    return whole.text_config(config), inside, whole.text_type
 
 
 def _computed(model: Any) -> set[str]:

@@ -28,6 +28,13 @@ class Encoded:
 ENCODED = Encoded()
 
 
+class Ids:
+    """Stands for the tokens that a layer runs on, where it looks them up in a table of its own."""
+
+
+IDS = Ids()
+
+
 class CaptureDone(Exception):
     """Ends a forward pass once the last layer's arguments are known."""
 

@@ -35,9 +35,9 @@ class Tables:
         """Names of the tensors → their modules. Files may have one for encoder and decoder."""
         found: dict[str, list[nn.Embedding]] = {}
         for name, ref in layout.by_name.items():
-            if layout.roles[ref.name].slot.dims == (Dim(VOCAB), None) and (
-                name != layout.family.head
-            ):
+            role = layout.roles[ref.name]
+            table = role.slot.dims == (Dim(VOCAB), None) and role.layer is None
+            if table and name != layout.family.head:
                 path = conversion.target(name)[0].removesuffix(".weight")
                 found[name] = [model.get_submodule(path)]
         if layout.family.kind != ENCODER_DECODER:
@@ -55,7 +55,10 @@ class Tables:
     @property
     def by_ids(self) -> bool:
         """Whether layers take arguments that depend on the tokens: there are more tables."""
-        return self._layout.family.kind != ENCODER_DECODER and len(self._modules) > 1
+        roles = self._layout.roles.values()
+        in_layers = any(role.layer is not None and Dim(VOCAB) in role.slot.dims for role in roles)
+        more = len(self._modules) > 1 or in_layers
+        return self._layout.family.kind != ENCODER_DECODER and more
 
     def load(self, used: np.ndarray) -> None:
         """Read the rows ``used``, ascending ids.

@@ -22,6 +22,9 @@ from surgery.files.shard_file import ShardFile, open_shard
 from surgery.hub.shards import SMALL_BYTES, Shards
 
 TORCH_DTYPE = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+INTEGER_DTYPE = {"I64": torch.int64, "I32": torch.int32}
+"""Of tables, such as one with the experts of each token; they are never converted."""
+
 FP8_DTYPE = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 BLOCK_BYTES = 1 << 20
@@ -92,6 +95,8 @@ class WeightReader:
         if (opaque := self._holds_codes(name)) is not None:
             return self._decoded(self._tensors[name], opaque)
         with self._at_hand(self._tensors[name]) as ref:
+            if ref.dtype in INTEGER_DTYPE:
+                return self._whole(ref, None)
             scales = self._scales(self._tensors[name])
             other = scales is None and TORCH_DTYPE[ref.dtype] != self.dtype
             if convert and other and self.device.type == "cpu":
@@ -122,7 +127,7 @@ class WeightReader:
         if scales is not None:
             result = self._memory(ref.shape, self._dequantize)
             return self._rows_into(result, ref, np.arange(ref.shape[0]), scales)
-        stored = self._memory(ref.shape, TORCH_DTYPE[ref.dtype])
+        stored = self._memory(ref.shape, (TORCH_DTYPE | INTEGER_DTYPE)[ref.dtype])
         self._fill(ref, raw(stored), ref.start)
         return stored
 
@@ -140,6 +145,8 @@ class WeightReader:
 
     def to_device(self, stored: torch.Tensor) -> torch.Tensor:
         """Return a tensor from ``read`` in the compute dtype and on the device."""
+        if not stored.is_floating_point():
+            return stored.to(self.device)
         if self.device.type != "cpu" or stored.dtype == self.dtype:
             return stored.to(self.device, self.dtype)
         return pages(stored.shape, self.dtype).copy_(stored)

@@ -36,9 +36,12 @@ def check_part(checkpoint: Checkpoint, part: TensorRef) -> None:
         return
     if codes is None:
         raise CheckpointError(where_of(part), "has no codes beside it", fix=WHOLE)
-    if not steps_of(checkpoint, codes):
+    if steps_of(checkpoint, codes):
+        expected, dtypes = _expected(checkpoint, part, codes), _dtypes(part, codes)
+    elif not opaque.by_rows and _is_laid_out_as_usual(opaque):
+        expected, dtypes = _expected_by_columns(checkpoint, part, codes)
+    else:
         return
-    expected, dtypes = _expected(checkpoint, part, codes), _dtypes(part, codes)
     if _trimmed(part.shape) != _trimmed(expected) or part.dtype not in dtypes:
         strategy = held_of(checkpoint, codes).strategy
         by_config = bool(strategy) and part.name.endswith((*SCALES, ZEROS))
@@ -81,6 +84,55 @@ def _expected(checkpoint: Checkpoint, part: TensorRef, codes: TensorRef) -> tupl
     return tuple(-(-full[d] // n) if n else 1 for d, n in enumerate(grid))
 
 
+_FLOATS = ("F32", "BF16", "F16")
+_BY_COLUMNS = {
+    ".qzeros": ("I32",),
+    ".g_idx": ("I32", "I64"),
+    "_scales": EXPONENTS,
+    ".scales": _FLOATS,
+}
+"""Endings of parts of GPTQ, AWQ and MXFP4, with their dtypes."""
+
+_USUAL = ("", "gptq", "gptq_v2", "gemm", "GEMM")
+"""Formats of GPTQ and AWQ, not of one kernel, such as Marlin's."""
+
+
+def _is_laid_out_as_usual(opaque: Opaque) -> bool:
+    """Whether the shapes of parts that are not stored by rows are known."""
+    return opaque.variant in _USUAL and 32 % opaque.bits == 0
+
+
+def _expected_by_columns(
+    checkpoint: Checkpoint, part: TensorRef, codes: TensorRef
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Return shape and dtypes of a part of GPTQ, AWQ or MXFP4.
+
+    Raises:
+        CheckpointError: the codes have another number of dimensions.
+    """
+    opaque, ending = checkpoint.opaque, next(end for end in _BY_COLUMNS if part.name.endswith(end))
+    assert opaque is not None
+    dims = 4 if opaque.method == "mxfp4" else 2
+    if len(codes.shape) != dims or not all(codes.shape):
+        raise CheckpointError(
+            where_of(codes),
+            "holds no codes in the shape of their format",
+            expected=f"{dims} dimensions, each of at least 1",
+            found=list(codes.shape),
+            fix=WHOLE,
+        )
+    if opaque.method == "mxfp4":
+        return codes.shape[:-1], _BY_COLUMNS[ending]
+    rows, columns = opaque.shape_of(codes.shape, codes.dtype)
+    scales = opaque_parts(checkpoint, codes).get(".scales", part)
+    groups = scales.shape[0] if scales.shape else 1  # where config.json does not say
+    if opaque.group:
+        groups = -(-columns // opaque.group) if opaque.group > 0 else 1
+    packed = opaque.values_of(codes.dtype) if ending == ".qzeros" else 1
+    shape = (columns,) if ending == ".g_idx" else (groups, -(-rows // packed))
+    return shape, _BY_COLUMNS[ending]
+
+
 def _dtypes(part: TensorRef, codes: TensorRef) -> tuple[str, ...]:
     """Return the dtypes that a part may have."""
     if part.name.endswith(SHAPE):
@@ -89,8 +141,7 @@ def _dtypes(part: TensorRef, codes: TensorRef) -> tuple[str, ...]:
         return ("I32",) if codes.dtype == "I32" else (codes.dtype,)
     if part.name.endswith("zero_point"):
         return "I8", "I32", "F32", "BF16", "F16", codes.dtype
-    floats = ("F32", "BF16", "F16")
-    return (*floats, "F8_E4M3", *EXPONENTS) if part.name.endswith(SCALES) else floats
+    return (*_FLOATS, "F8_E4M3", *EXPONENTS) if part.name.endswith(SCALES) else _FLOATS
 
 
 def check_codes(checkpoint: Checkpoint, codes: TensorRef) -> None:

@@ -88,7 +88,7 @@ class Opaque:
     strategy: str = ""
     """What shares a scale, if it is said: ``tensor``, ``channel``, ``group``, ``block``."""
     group: int = 0
-    """Neighbours in a row that share a scale, if groups do."""
+    """Neighbours in a row that share a scale, if groups do; -1 in GPTQ and AWQ: the whole row."""
     block: tuple[int, int] | None = None
     """Rows and columns that share a scale, if blocks do."""
     symmetric: bool = True
@@ -203,6 +203,9 @@ def opaque_of(config: dict[str, Any]) -> Opaque | None:
         bits=bits,
         variant="transformed" if section.get("transform_config") else variant,
     )
+    if method in ("gptq", "awq"):
+        size = section.get("group_size", section.get("q_group_size"))
+        return replace(found, group=size if type(size) is int else 0)
     if not weights:
         said = {"block_structure": section.get("weight_block_size")}
         return replace(found, **_sharing(said)) if method == "fp8" else found

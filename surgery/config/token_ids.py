@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from surgery.errors import TokenizerError
-from surgery.families.default_ids import ID_SECTIONS, Change
+from surgery.families.default_ids import ID_SECTIONS, MEDIA_IDS, OFFSET_SECTIONS, Change
 
 ID_KEY = re.compile(
     r"(?!.*(codec|codebook))"
@@ -142,6 +142,13 @@ def _visit_bias_keys(value: dict[str, Any], change: ChangeAt, path: JsonPath) ->
     return result
 
 
+def _visit_media(value: dict[str, Any], change: ChangeAt, path: JsonPath) -> dict[str, Any]:
+    """Map the ids of the text that a section of images or sounds has; all others are its own."""
+    return value | {
+        key: _visit_key(key, value[key], change, (*path, key)) for key in MEDIA_IDS if key in value
+    }
+
+
 def _visit_decoder(value: dict[str, Any], change: ChangeAt, path: JsonPath) -> dict[str, Any]:
     result = {}
     for key, token in value.items():
@@ -188,6 +195,7 @@ def _visit_map(value: dict[str, Any], change: ChangeAt, path: JsonPath) -> dict[
 
 _OBJECTS: dict[str, Callable[[dict[str, Any], ChangeAt, JsonPath], dict[str, Any]]] = {
     **dict.fromkeys(ID_SECTIONS, _visit_object),
+    **dict.fromkeys(OFFSET_SECTIONS, _visit_media),
     "added_tokens_decoder": _visit_decoder,
     "sequence_bias": _visit_bias_keys,
     **dict.fromkeys(("lang_to_id", "task_to_id"), _visit_named),

@@ -50,6 +50,14 @@ def norms(*names: str, at: str = LAYER) -> tuple[Slot, ...]:
     return weights + per_layer("norms", *(f"{n}.bias" for n in names), required=False, at=at)
 
 
+def older_norms(*names: str, at: str = "") -> tuple[Slot, ...]:
+    """Norms, each with a weight and a bias; the first checkpoints call them gamma and beta."""
+    leaves = ("weight", "bias", "gamma", "beta")
+    return tuple(
+        Slot(f"{at}{name}.{leaf}", "norms", required=False) for name in names for leaf in leaves
+    )
+
+
 def into(path: str, axis: str = FFN, *, block: str = "", at: str = LAYER) -> tuple[Slot, ...]:
     """A linear map into the channels: its rows, and its bias if any, are pruned."""
     return (

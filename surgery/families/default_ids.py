@@ -20,7 +20,10 @@ ID_SECTIONS = (*SECTIONS, "encoder_config")
 """Those of models that transformers does not register, too: GLiNER's encoder."""
 
 OFFSET_SECTIONS = ("vision_config", "audio_config")
-"""Parts with their own vocabularies; only their vocab_offset counts text ids."""
+"""Parts with their own vocabularies; only their vocab_offset and MEDIA_IDS are of the text's."""
+
+MEDIA_IDS = ("image_token_id", "audio_token_id")
+"""Keys of those parts, as of Phi-4 multimodal's, for the text's token that stands for them."""
 
 Default = int | list[int]
 
@@ -33,6 +36,7 @@ _BLENDERBOT = {
     "forced_eos_token_id": 2,
 }
 _T5 = {"pad_token_id": 0, "eos_token_id": 1}
+_GEMMA = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 _ROBERTA = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
 
 _BY_HAND: dict[str, Mapping[str, Default]] = {
@@ -60,6 +64,8 @@ _BY_HAND: dict[str, Mapping[str, Default]] = {
         "eos_token_id": 128001,
         "mask_token_id": 128002,
     },
+    "led": {**_ROBERTA, "decoder_start_token_id": 2},
+    "longt5": _T5,
     "m2m_100": {**_ROBERTA, "decoder_start_token_id": 2},
     "marian": {
         "pad_token_id": 58100,
@@ -80,13 +86,23 @@ _BY_HAND: dict[str, Mapping[str, Default]] = {
     "mt5": {**_T5, "decoder_start_token_id": 0},
     "mvp": {**_ROBERTA, "decoder_start_token_id": 2},
     "pegasus": {**_T5, "decoder_start_token_id": 0, "forced_eos_token_id": 1},
+    "pegasus_x": {**_T5, "decoder_start_token_id": 0, "forced_eos_token_id": 1},
     "plbart": {**_ROBERTA, "forced_eos_token_id": 2},
     "rembert": {"pad_token_id": 0, "bos_token_id": 312, "eos_token_id": 313},
     "roberta": _ROBERTA,
     "roberta-prelayernorm": _ROBERTA,
     "roc_bert": _PAD,
     "roformer": _PAD,
+    "switch_transformers": _T5,
     "t5": _T5,
+    "t5gemma2": {**_GEMMA, "image_token_index": 256001},
+    "t5gemma2_decoder": _GEMMA,
+    "t5gemma2_encoder": {
+        "boi_token_index": 255999,
+        "eoi_token_index": 256000,
+        "image_token_index": 262144,
+    },
+    "t5gemma2_text": _GEMMA,
     "umt5": {**_T5, "decoder_start_token_id": 0},
     "whisper": {
         "pad_token_id": 50256,
@@ -173,6 +189,8 @@ _TYPES_BY_HAND: dict[str, Mapping[str, str]] = {
     "mllama": {"text_config": "mllama_text_model"},
     "pix2struct": {"text_config": "pix2struct_text_model"},
     "pp_formulanet": {"text_config": "pp_formulanet_text"},
+    "t5gemma2": {"encoder": "t5gemma2_encoder", "decoder": "t5gemma2_decoder"},
+    "t5gemma2_encoder": {"text_config": "t5gemma2_text"},
     "vision-encoder-decoder": {"encoder": "vit", "decoder": "bert"},
     "qwen2_audio": {"text_config": "qwen2"},
 }

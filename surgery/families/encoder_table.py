@@ -1,4 +1,4 @@
-"""Encoders, and models that lose vocabulary alone: the part of the table that is made by hand.
+"""Encoders: a part of the table that is made by hand.
 
 Slots have the names of the model without a head.
 """
@@ -10,39 +10,29 @@ from surgery.families.blocks import (
     buffers,
     fused,
     into,
+    older_norms,
     one,
     optional,
     out_of,
-    per_layer,
 )
-from surgery.families.schema import (
-    DECODER_FFN,
-    ENCODER,
-    ENCODER_DECODER,
-    FFN,
-    HEAD,
-    TEXT_VOCAB,
-    UNDIVIDED,
-    VOCAB,
-    Family,
-    Slot,
-    Width,
-)
+from surgery.families.schema import ENCODER, FFN, HEAD, VOCAB, Family, Slot, Width
 
 _BERT = "encoder.layer.{layer}."
 _DISTIL = "transformer.layer.{layer}."
 _MODERN = "layers.{layer}."
 
-_TASKS = ("pooler.", "classifier.", "qa_outputs.", "pre_classifier.", "dense.")
+TASKS = ("pooler.", "classifier.", "qa_outputs.", "pre_classifier.", "dense.")
 """Heads of tasks: they know nothing of the vocabulary, and are copied as they are."""
 
 
-def _norms(*names: str, at: str = "") -> tuple[Slot, ...]:
-    """Norms, each with a weight and a bias; the first checkpoints call them gamma and beta."""
-    leaves = ("weight", "bias", "gamma", "beta")
-    return tuple(
-        Slot(f"{at}{name}.{leaf}", "norms", required=False) for name in names for leaf in leaves
-    )
+def _others(*names: str) -> tuple[Slot, ...]:
+    """Tensors outside the layers that a model may lack."""
+    return tuple(slot for name in names for slot in one(name, required=False))
+
+
+def _linear(name: str) -> tuple[Slot, ...]:
+    """A linear map outside the layers that a model may lack."""
+    return _others(f"{name}.weight", f"{name}.bias")
 
 
 def _table(name: str) -> tuple[Slot, ...]:
@@ -54,10 +44,10 @@ def _embeddings() -> tuple[Slot, ...]:
     """The embedding of tokens, and tables of positions and segments, which are never pruned."""
     return (
         *_table("embeddings.word_embeddings"),
-        *one("embeddings.position_embeddings.weight", required=False),
-        *one("embeddings.token_type_embeddings.weight", required=False),
+        *_others("embeddings.position_embeddings.weight"),
+        *_others("embeddings.token_type_embeddings.weight"),
         *buffers("embeddings.position_ids", "embeddings.token_type_ids", at=""),
-        *_norms("embeddings.LayerNorm"),
+        *older_norms("embeddings.LayerNorm"),
     )
 
 
@@ -72,488 +62,181 @@ def _head(decoder: str, *biases: str) -> tuple[Slot, ...]:
     )
 
 
-def _encoder(
-    slots: tuple[Slot, ...],
-    prefix: str,
-    decoder: str,
-    *biases: str,
-    carried: tuple[str, ...] = (),
-    embedding: str = "embeddings.word_embeddings.weight",
-    **rest: object,
-) -> Family:
-    """Return an encoder whose names begin with ``prefix`` where a checkpoint has a head."""
-    return replace(
-        Family(
-            slots + _head(decoder, *biases),
-            tied=True,
-            kind=ENCODER,
-            embedding=embedding,
-            head=f"{decoder}.weight",
-            prefixes=((prefix, ""),),
-            carried=(*carried, *_TASKS, f"{prefix}pooler."),
-        ),
-        **rest,  # type: ignore[arg-type]
-    )
-
+_CLS = ("cls.predictions.decoder", "cls.predictions.bias")
+_LM_HEAD = ("lm_head.decoder", "lm_head.bias")
+"""Where a head for masked tokens has its rows and its biases: BERT's kin, and RoBERTa's."""
 
 _BERT_FFN = into("intermediate.dense", at=_BERT) + out_of("output.dense", at=_BERT)
-_BERT_LAYERS = (
+_BERT_MAPS = (
     attention(
         *(f"attention.self.{name}" for name in ("query", "key", "value")),
         "attention.output.dense",
         at=_BERT,
     )
-    + _norms("attention.output.LayerNorm", "output.LayerNorm", at=_BERT)
     + _BERT_FFN
 )
-_BERT_LIKE = _embeddings() + _BERT_LAYERS
-_BERT_MAPS = tuple(slot for slot in _BERT_LAYERS if slot.group != "norms")
-_CLS = ("cls.predictions.decoder", "cls.predictions.bias")
-_LM_HEAD = ("lm_head.decoder", "lm_head.bias")
-_ROBERTA = _encoder(
-    _BERT_LIKE, "roberta.", *_LM_HEAD, carried=("lm_head.",), positions_after_pad=True
+_BERT_LIKE = (
+    _embeddings()
+    + _BERT_MAPS
+    + older_norms("attention.output.LayerNorm", "output.LayerNorm", at=_BERT)
 )
+"""All that BERT has below its heads."""
+
+
+def _normed(*in_layers: str, after: str) -> tuple[Slot, ...]:
+    """BERT with other norms: in its layers, and after the last."""
+    return _embeddings() + _BERT_MAPS + older_norms(*in_layers, at=_BERT) + older_norms(after)
+
+
+def _encoder(
+    prefix: str,
+    slots: tuple[Slot, ...] = _BERT_LIKE,
+    head: tuple[str, ...] = _CLS,
+    carried: tuple[str, ...] = (),
+) -> Family:
+    """Return an encoder; unless told otherwise, it is BERT.
+
+    Args:
+        prefix: What names begin with where a checkpoint has a head.
+        slots: Its tensors, the embedding first.
+        head: The map that predicts masked tokens, then its biases by other names.
+        carried: What else is beside the encoder, such as the rest of its head.
+    """
+    module, inside, _ = head[0].partition(".")
+    around = (f"{module}.",) if inside else ()
+    return Family(
+        slots + _head(*head),
+        tied=True,
+        kind=ENCODER,
+        embedding=slots[0].name,
+        head=f"{head[0]}.weight",
+        prefixes=((f"{prefix}.", ""),),
+        carried=(*carried, *around, *TASKS, f"{prefix}.pooler."),
+    )
+
+
+def _roberta(prefix: str, slots: tuple[Slot, ...] = _BERT_LIKE) -> Family:
+    """Return an encoder of RoBERTa's kin; unless told otherwise, its tensors are BERT's."""
+    return replace(_encoder(prefix, slots, _LM_HEAD), positions_after_pad=True)
+
+
+_ROBERTA = _roberta("roberta")
 
 ENCODERS: dict[str, Family] = {
-    "bert": _encoder(_BERT_LIKE, "bert.", *_CLS, carried=("cls.",)),
-    "ernie": _encoder(
-        _BERT_LIKE + one("embeddings.task_type_embeddings.weight", required=False),
-        "ernie.",
-        *_CLS,
-        carried=("cls.",),
-    ),
-    "megatron-bert": _encoder(
-        _embeddings() + _BERT_MAPS + _norms("attention.ln", "ln", at=_BERT) + _norms("encoder.ln"),
-        "bert.",
-        *_CLS,
-        carried=("cls.",),
-    ),
-    "big_bird": _encoder(_BERT_LIKE, "bert.", *_CLS, carried=("cls.",)),
-    "bert-generation": _encoder(_BERT_LIKE, "bert.", *_LM_HEAD, carried=("lm_head.",)),
+    "bert": _encoder("bert"),
+    "ernie": _encoder("ernie", _BERT_LIKE + _others("embeddings.task_type_embeddings.weight")),
+    "megatron-bert": _encoder("bert", _normed("attention.ln", "ln", after="encoder.ln")),
+    "big_bird": _encoder("bert"),
+    "bert-generation": _encoder("bert", head=_LM_HEAD),
     "roc_bert": _encoder(
+        "roc_bert",
         _BERT_LIKE
         + one("embeddings.pronunciation_embed.weight")
         + one("embeddings.shape_embed.weight")
-        + one("embeddings.map_inputs_layer.weight", required=False)
-        + one("embeddings.map_inputs_layer.bias", required=False),
-        "roc_bert.",
-        *_CLS,
-        carried=("cls.",),
+        + _linear("embeddings.map_inputs_layer"),
     ),
-    "rembert": _encoder(
-        _BERT_LIKE
-        + one("encoder.embedding_hidden_mapping_in.weight")
-        + one("encoder.embedding_hidden_mapping_in.bias"),
-        "rembert.",
-        *_CLS,
-        carried=("cls.",),
+    "rembert": replace(
+        _encoder(
+            "rembert",
+            _BERT_LIKE
+            + one("encoder.embedding_hidden_mapping_in.weight")
+            + one("encoder.embedding_hidden_mapping_in.bias"),
+        ),
         tied=False,
     ),
     "roformer": _encoder(
-        _BERT_LIKE
-        + one("encoder.embed_positions.weight", required=False)
-        + one("embeddings_project.weight", required=False)
-        + one("embeddings_project.bias", required=False),
-        "roformer.",
-        *_CLS,
-        carried=("cls.",),
+        "roformer",
+        _BERT_LIKE + _others("encoder.embed_positions.weight") + _linear("embeddings_project"),
     ),
-    "distilbert": _encoder(
-        _embeddings()
-        + attention(*(f"attention.{name}_lin" for name in ("q", "k", "v", "out")), at=_DISTIL)
-        + _norms("sa_layer_norm", "output_layer_norm", at=_DISTIL)
-        + into("ffn.lin1", at=_DISTIL)
-        + out_of("ffn.lin2", at=_DISTIL),
-        "distilbert.",
-        "vocab_projector",
-        carried=("vocab_transform.", "vocab_layer_norm."),
+    "distilbert": replace(
+        _encoder(
+            "distilbert",
+            _embeddings()
+            + attention(*(f"attention.{name}_lin" for name in ("q", "k", "v", "out")), at=_DISTIL)
+            + older_norms("sa_layer_norm", "output_layer_norm", at=_DISTIL)
+            + into("ffn.lin1", at=_DISTIL)
+            + out_of("ffn.lin2", at=_DISTIL),
+            ("vocab_projector",),
+            ("vocab_transform.", "vocab_layer_norm."),
+        ),
         widths={FFN: Width("hidden_dim")},
         depth="n_layers",
     ),
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
     "camembert": _ROBERTA,
-    "data2vec-text": _encoder(
-        _BERT_LIKE,
-        "data2vec_text.",
-        *_LM_HEAD,
-        carried=("lm_head.",),
-        positions_after_pad=True,
+    "data2vec-text": _roberta("data2vec_text"),
+    "roberta-prelayernorm": _roberta(
+        "roberta_prelayernorm",
+        _normed("attention.LayerNorm", "intermediate.LayerNorm", after="LayerNorm"),
     ),
-    "roberta-prelayernorm": _encoder(
-        _embeddings()
-        + _BERT_MAPS
-        + _norms("attention.LayerNorm", "intermediate.LayerNorm", at=_BERT)
-        + _norms("LayerNorm"),
-        "roberta_prelayernorm.",
-        *_LM_HEAD,
-        carried=("lm_head.",),
-        positions_after_pad=True,
+    "xlm-roberta-xl": _roberta(
+        "roberta",
+        _normed("attention.self_attn_layer_norm", "LayerNorm", after="encoder.LayerNorm"),
     ),
-    "xlm-roberta-xl": _encoder(
-        _embeddings()
-        + _BERT_MAPS
-        + _norms("attention.self_attn_layer_norm", "LayerNorm", at=_BERT)
-        + _norms("encoder.LayerNorm"),
-        "roberta.",
-        *_LM_HEAD,
-        carried=("lm_head.",),
-        positions_after_pad=True,
-    ),
-    "mpnet": _encoder(
+    "mpnet": _roberta(
+        "mpnet",
         _embeddings()
         + attention(*(f"attention.attn.{name}" for name in "qkvo"), at=_BERT)
         + one("encoder.relative_attention_bias.weight")
-        + _norms("attention.LayerNorm", "output.LayerNorm", at=_BERT)
+        + older_norms("attention.LayerNorm", "output.LayerNorm", at=_BERT)
         + _BERT_FFN,
-        "mpnet.",
-        *_LM_HEAD,
-        carried=("lm_head.",),
-        positions_after_pad=True,
     ),
     "electra": _encoder(
-        _BERT_LIKE
-        + one("embeddings_project.weight", required=False)
-        + one("embeddings_project.bias", required=False),
-        "electra.",
-        "generator_lm_head",
-        carried=("generator_predictions.", "discriminator_predictions."),
+        "electra",
+        _BERT_LIKE + _linear("embeddings_project"),
+        ("generator_lm_head",),
+        ("generator_predictions.", "discriminator_predictions."),
     ),
-    "deberta-v2": _encoder(
-        _embeddings()
-        + attention(
-            *(f"attention.self.{name}_proj" for name in ("query", "key", "value")),
-            "attention.output.dense",
-            at=_BERT,
-        )
-        + optional(
-            "attention",
-            attention(*(f"attention.self.pos_{name}_proj" for name in ("key", "query")), at=_BERT),
-        )
-        + _norms("attention.output.LayerNorm", "output.LayerNorm", at=_BERT)
-        + _BERT_FFN
-        + one("embeddings.embed_proj.weight", required=False)
-        + one("encoder.rel_embeddings.weight", required=False)
-        + _norms("encoder.LayerNorm", "encoder.conv.LayerNorm")
-        + one("encoder.conv.conv.weight", required=False)
-        + one("encoder.conv.conv.bias", required=False),
-        "deberta.",
-        *_CLS,
-        "lm_predictions.lm_head.bias",
-        carried=("cls.", "lm_predictions.", "mask_predictions."),
+    "deberta-v2": replace(
+        _encoder(
+            "deberta",
+            _embeddings()
+            + attention(
+                *(f"attention.self.{name}_proj" for name in ("query", "key", "value")),
+                "attention.output.dense",
+                at=_BERT,
+            )
+            + optional(
+                "attention",
+                attention(
+                    *(f"attention.self.pos_{name}_proj" for name in ("key", "query")), at=_BERT
+                ),
+            )
+            + older_norms("attention.output.LayerNorm", "output.LayerNorm", at=_BERT)
+            + _BERT_FFN
+            + _others("embeddings.embed_proj.weight", "encoder.rel_embeddings.weight")
+            + older_norms("encoder.LayerNorm", "encoder.conv.LayerNorm")
+            + _linear("encoder.conv.conv"),
+            (*_CLS, "lm_predictions.lm_head.bias"),
+            ("lm_predictions.", "mask_predictions."),
+        ),
         between_layers=("encoder.conv.conv.weight",),
     ),
     "modernbert": _encoder(
+        "model",
         _table("embeddings.tok_embeddings")
-        + _norms("embeddings.norm", "final_norm")
+        + older_norms("embeddings.norm", "final_norm")
         + attention("attn.Wqkv", "attn.Wo", at=_MODERN)
-        + _norms("attn_norm", "mlp_norm", at=_MODERN)
+        + older_norms("attn_norm", "mlp_norm", at=_MODERN)
         + fused("mlp.Wi", at=_MODERN)
         + out_of("mlp.Wo", at=_MODERN),
-        "model.",
-        "decoder",
-        carried=("head.",),
-        embedding="embeddings.tok_embeddings.weight",
+        ("decoder",),
+        ("head.",),
     ),
-    "eurobert": _encoder(
-        _table("embed_tokens")
-        + _norms("norm")
-        + attention(*(f"self_attn.{name}_proj" for name in "qkvo"), at=_MODERN)
-        + _norms("input_layernorm", "post_attention_layernorm", at=_MODERN)
-        + into("mlp.gate_proj", at=_MODERN)
-        + into("mlp.up_proj", at=_MODERN)
-        + out_of("mlp.down_proj", at=_MODERN),
-        "model.",
-        "lm_head",
-        embedding="embed_tokens.weight",
-        tied=False,
-    ),
-}
-"""model_type → family."""
-
-_TABLES = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
-_WORDS = ("word_embeddings", "encoder.word_embeddings", "decoder.word_embeddings")
-_STACKS = ("encoder", "decoder")
-_BEFORE = tuple(f"{stack}." for stack in _STACKS)
-
-
-def _undivided(
-    tables: tuple[str, ...],
-    head: str,
-    *biases: str,
-    prefix: str = "",
-    carried: tuple[str, ...] = (),
-    **rest: object,
-) -> Family:
-    """Return a model of which the vocabulary is pruned and nothing else.
-
-    The first of ``tables`` is the embedding. Files may hold it several times, under each name.
-    """
-    weights = tuple(
-        Slot(f"{name}.weight", "vocabulary", (VOCAB, None), required=name == tables[0])
-        for name in (*tables, head)
-    )
-    made = Family(
-        weights + tuple(Slot(name, "vocabulary", (VOCAB,), required=False) for name in biases),
-        tied=True,
-        widths={},
-        kind=UNDIVIDED,
-        embedding=f"{tables[0]}.weight",
-        head=f"{head}.weight",
-        prefixes=((prefix, ""),) if prefix else (),
-        carried=(*carried, *(prefix + name for name in carried if prefix)),
-    )
-    return replace(made, **rest)  # type: ignore[arg-type]
-
-
-def _both(
-    head: str = "lm_head",
-    *,
-    layers: tuple[Slot, ...] = (),
-    prefix: str = "model.",
-    tables: tuple[str, ...] = _TABLES,
-    carried: tuple[str, ...] = (),
-    **rest: object,
-) -> Family:
-    """Return an encoder with a decoder; ``layers`` are the slots of both, where they run."""
-    made = _undivided(tables, head, prefix=prefix, carried=(*_BEFORE, *carried))
-    bias = Slot("final_logits_bias", "vocabulary", (None, VOCAB), required=False, block=HEAD)
-    slots = tuple(
-        replace(slot, block=HEAD) if slot.name == made.head else slot for slot in made.slots
-    )
-    known = {
-        "kind": ENCODER_DECODER,
-        "depth": "encoder_layers",
-        "decoder_depth": "decoder_layers" if layers else "",
-        "slots": (*slots, replace(bias, is_parameter=False), *layers),
-    }
-    return replace(made, **{**known, **rest})  # type: ignore[arg-type]
-
-
-def _projections(module: str) -> tuple[str, ...]:
-    return tuple(f"{module}.{name}_proj" for name in ("q", "k", "v", "out"))
-
-
-def _bart_layers(*own_attention: str) -> tuple[Slot, ...]:
-    """The layers of BART's kin; ``own_attention`` are the encoder's maps, where they have names of
-    their own."""
-    found: list[Slot] = []
-    for stack, axis in zip(_STACKS, (FFN, DECODER_FFN), strict=True):
-        at, crosses = f"{stack}.layers.{{layer}}.", stack == "decoder"
-        own = own_attention if own_attention and not crosses else _projections("self_attn")
-        found += attention(*own, *(_projections("encoder_attn") if crosses else ()), at=at)
-        found += into("fc1", axis, at=at) + out_of("fc2", axis, at=at)
-        found += _norms("self_attn_layer_norm", "encoder_attn_layer_norm", at=at)
-        found += _norms("final_layer_norm", at=at)
-        found += one(f"{stack}.embed_positions.weight", required=False)
-        found += _norms(f"{stack}.layernorm_embedding", f"{stack}.layer_norm")
-    return tuple(found)
-
-
-def _t5_layers() -> tuple[Slot, ...]:
-    """The layers of T5's kin: attention, then attention to the encoder in a decoder, then the FFN,
-    with one map into the channels or with two."""
-    found: list[Slot] = []
-    for last, stack in enumerate(_STACKS, start=1):
-        at = f"{stack}.block.{{layer}}."
-        own = ("layer.0.SelfAttention", "layer.1.EncDecAttention")[:last]
-        found += attention(*(f"{module}.{name}" for module in own for name in "qkvo"), at=at)
-        bias = f"{own[0]}.relative_attention_bias.weight"
-        found += per_layer("attention", bias, required=False, at=at)
-        ffn = f"layer.{last}.DenseReluDense"
-        found += into(f"{ffn}.wi", block="plain", at=at)
-        found += into(f"{ffn}.wi_0", block="gated", at=at)
-        found += into(f"{ffn}.wi_1", block="gated", at=at)
-        found += out_of(f"{ffn}.wo", at=at)
-        found += _norms(*(f"layer.{n}.layer_norm" for n in range(last + 1)), at=at)
-        found += _norms(f"{stack}.final_layer_norm")
-    return tuple(found)
-
-
-_T5 = _both(
-    layers=_t5_layers(),
-    prefix="",
-    depth="num_layers",
-    decoder_depth="num_decoder_layers",
-    layer_outputs=3,
-    widths={FFN: Width("d_ff")},
-)
-_TWO_WIDTHS = {FFN: Width("encoder_ffn_dim"), DECODER_FFN: Width("decoder_ffn_dim")}
-_BART = _both(
-    layers=_bart_layers(),
-    widths=_TWO_WIDTHS,
-    carried=("classification_head.", "qa_outputs."),
-)
-_READS_IMAGES = "its encoder reads images, and no text stands for these"
-
-ENCODER_DECODERS: dict[str, Family] = {
-    "t5": _T5,
-    "mt5": _T5,
-    "umt5": replace(_T5, layer_outputs=2),
-    "bart": _BART,
-    "mbart": _BART,
-    "mvp": _BART,
-    "plbart": _BART,
-    "blenderbot": _BART,
-    "blenderbot-small": _BART,
-    "bigbird_pegasus": _both(
-        layers=_bart_layers(
-            *(f"self_attn.self.{name}" for name in ("query", "key", "value")), "self_attn.output"
-        ),
-        widths=_TWO_WIDTHS,
-        carried=("classification_head.", "qa_outputs."),
-    ),
-    "m2m_100": replace(_BART, positions_after_pad=True),
-    "marian": _BART,
-    "pegasus": _BART,
-    "whisper": _both(
-        "proj_out",
-        tables=("decoder.embed_tokens",),
-        only_vocabulary="its encoder hears sound, and no text stands for that",
-    ),
-    "prophetnet": _both(
-        prefix="prophetnet.",
-        tables=_WORDS,
-        depth="num_encoder_layers",
-        only_vocabulary="its decoder has several states for each token",
-    ),
-    "udop": _both(
-        prefix="",
-        carried=("patch_embed.",),
-        depth="num_layers",
-        only_vocabulary="its encoder reads where each word lies on a page",
-    ),
-    "pix2struct": _both(
-        "decoder.lm_head",
-        prefix="",
-        tables=("decoder.embed_tokens",),
-        section="text_config",
-        depth="num_layers",
-        tied=False,
-        only_vocabulary=_READS_IMAGES,
-    ),
-    "pp_formulanet": _both(
-        tables=("decoder.embed_tokens",),
-        section="text_config",
-        depth="decoder_layers",
-        tied=False,
-        only_vocabulary=_READS_IMAGES,
-    ),
-    "florence2": _both(
-        layers=_bart_layers(),
-        widths=_TWO_WIDTHS,
-        prefix="model.language_model.",
-        carried=tuple(
-            f"{at}{name}"
-            for at in ("model.", "")
-            for name in ("vision_tower.", "multi_modal_projector.")
-        ),
-        section="text_config",
-        text_type="bart",
-    ),
-    "vision-encoder-decoder": _both(
-        "decoder.output_projection",
-        prefix="",
-        tables=("decoder.model.decoder.embed_tokens", "decoder.lm_head"),
-        carried=("enc_to_dec_proj.",),
-        section="decoder",
-        depth="decoder_layers",
-        positions_after_pad=True,
-        only_vocabulary=_READS_IMAGES,
-    ),
-}
-"""model_type → family."""
-
-_KOSMOS = _undivided(
-    ("text_model.model.embed_tokens",),
-    "text_model.lm_head",
-    carried=("text_model.model.", "vision_model.", "image_to_text_projection."),
-    section="text_config",
-    depth="layers",
-    positions_after_pad=True,
-)
-
-
-_GEMMA3N = _undivided(
-    ("model.embed_tokens",),
-    "lm_head",
-    carried=tuple(f"model.{name}" for name in ("layers.", "norm.", "altup_", "per_layer_")),
-)
-_PER_LAYER = Slot("model.embed_tokens_per_layer.weight", "vocabulary", (TEXT_VOCAB, None))
-
-UNDIVIDED_MODELS: dict[str, Family] = {
-    "xlm": _undivided(
-        ("embeddings",),
-        "pred_layer.proj",
-        "pred_layer.proj.bias",
-        prefix="transformer.",
-        carried=(
-            *("attentions.", "ffns.", "layer_norm1.", "layer_norm2.", "layer_norm_emb."),
-            *("position_embeddings.", "lang_embeddings.", "position_ids"),
-            *("sequence_summary.", *_TASKS),
-        ),
-        depth="n_layers",
-    ),
-    "xlnet": _undivided(
-        ("word_embedding",),
-        "lm_loss",
-        "lm_loss.bias",
-        prefix="transformer.",
-        carried=("layer.", "mask_emb", "sequence_summary.", "logits_proj.", *_TASKS),
-        depth="n_layer",
-    ),
-    "reformer": _undivided(
-        ("embeddings.word_embeddings",),
-        "lm_head.decoder",
-        "lm_head.decoder.bias",
-        "lm_head.bias",
-        prefix="reformer.",
-        carried=("embeddings.position_embeddings.", "encoder.", *_TASKS),
-        depth="attn_layers",
-        tied=False,
-    ),
-    "xmod": _undivided(
-        ("embeddings.word_embeddings",),
-        *("lm_head.decoder", "lm_head.decoder.bias", "lm_head.bias"),
-        prefix="roberta.",
-        carried=("embeddings.", "encoder.", "lm_head.", *_TASKS),
-        positions_after_pad=True,
-    ),
-    "trocr": _undivided(
-        ("decoder.embed_tokens",),
-        "output_projection",
-        prefix="model.",
-        carried=("decoder.",),
-        depth="decoder_layers",
-        positions_after_pad=True,
-    ),
-    "git": _undivided(
-        ("embeddings.word_embeddings",),
-        "output",
-        "output.bias",
-        prefix="git.",
-        carried=(
-            *("embeddings.", "encoder.", "image_encoder.", "visual_projection."),
-            "img_temporal_embedding.",
+    "eurobert": replace(
+        _encoder(
+            "model",
+            _table("embed_tokens")
+            + older_norms("norm")
+            + attention(*(f"self_attn.{name}_proj" for name in "qkvo"), at=_MODERN)
+            + older_norms("input_layernorm", "post_attention_layernorm", at=_MODERN)
+            + into("mlp.gate_proj", at=_MODERN)
+            + into("mlp.up_proj", at=_MODERN)
+            + out_of("mlp.down_proj", at=_MODERN),
+            ("lm_head",),
         ),
         tied=False,
     ),
-    "blip": _undivided(
-        ("text_decoder.bert.embeddings.word_embeddings",),
-        "text_decoder.cls.predictions.decoder",
-        *("text_decoder.cls.predictions.decoder.bias", "text_decoder.cls.predictions.bias"),
-        carried=("text_decoder.", "vision_model."),
-        section="text_config",
-    ),
-    "idefics2": _undivided(
-        ("model.text_model.embed_tokens",),
-        "lm_head",
-        carried=("model.text_model.", "model.connector.", "model.vision_model."),
-        section="text_config",
-        tied=False,
-    ),
-    "kosmos-2": _KOSMOS,
-    "kosmos-2.5": _KOSMOS,
-    "gemma3n_text": replace(_GEMMA3N, slots=(*_GEMMA3N.slots, _PER_LAYER)),
 }
 """model_type → family."""

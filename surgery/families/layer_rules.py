@@ -79,8 +79,8 @@ class PerLayer:
     """Whether the config class derives a missing list from the layers' numbers."""
     unless: tuple[str, object] = ("", True)
     """(key, its default): while that key is false or null, all layers are alike."""
-    keeps: str = ""
-    """An entry that at least one kept layer must have: transformers runs no model without one."""
+    keeps: tuple[str, ...] = ()
+    """Entries of which a kept layer must have one: transformers runs no model without."""
     period: Period | None = None
     """How the config class fills in a missing list, where it does."""
 
@@ -114,9 +114,9 @@ class PerLayer:
                 fix="check config.json",
             )
         kept = [value[first] for first in firsts]
-        if self.keeps and self.keeps not in kept:
+        if self.keeps and not {*self.keeps}.intersection(map(str, kept)):
             raise FamilyError(
-                f"{where}: {self.key}", f"no {self.keeps} would be left", fix="keep such a layer"
+                f"{where}: {self.key}", f"no {self.keeps[0]} would be left", fix="keep such a layer"
             )
         return {self.key: kept}
 
@@ -218,6 +218,39 @@ class RequiredValue:
         return {}
 
 
+@dataclass(frozen=True)
+class FirstStays:
+    """The first layer lacks what all others have, so that no other can take its place."""
+
+    lacks: str
+    """What it lacks."""
+    key: str = ""
+    """No key of config.json says so."""
+
+    def renumbered(
+        self, config: Mapping[str, Any], firsts: Sequence[int], where: object
+    ) -> dict[str, Any]:
+        """Return no entries; raise where the first layer is removed."""
+        if firsts[0] != 0:
+            raise FamilyError(
+                "layers", f"0 cannot be removed: the first layer has no {self.lacks}", fix="keep it"
+            )
+        return {}
+
+
+@dataclass(frozen=True)
+class Depth:
+    """The number of layers, which files may have beside a list with an entry for each."""
+
+    key: str
+
+    def renumbered(
+        self, config: Mapping[str, Any], firsts: Sequence[int], where: object
+    ) -> dict[str, Any]:
+        """The number of the kept layers, where the key is there."""
+        return {self.key: len(firsts)} if self.key in config else {}
+
+
 CONVERTER, LLAMA_CPP, MLX, VLLM = "llama.cpp's converter", "llama.cpp", "mlx-lm", "vLLM"
 TRANSFORMERS_4 = "transformers 4"
 """Of engines that count. ``export`` tells llama.cpp what its converter does not."""
@@ -249,6 +282,13 @@ _LINEAR = Period(4, ("full_attention_interval",), others="linear_attention", cou
 _WINDOWS = (PerLayer("layer_types", unless=("use_sliding_window", False)),)
 _MLP_ONLY = (LayerNumbers("mlp_only_layers"), RequiredValue("decoder_sparse_step", 1))
 
+_NO_NORM = FirstStays("norm before its attention, unlike all others")
+_MLPS = PerLayer("mlp_layer_types")
+_BOTH_TYPES = (*_TYPES, _MLPS)
+_HYBRID = PerLayer("layer_types", keeps=("full_attention",))
+_LINEAR_TYPES = (PerLayer("layer_types", keeps=("full_attention",), period=_LINEAR),)
+_THETAS = PerLayer("layer_rope_theta", needed=False)
+
 _ALIKE = """
     llama mistral ministral3 gemma phi3 granite olmo olmo2 stablelm cohere glm glm4 gpt_neox opt
     falcon bloom phi ernie4_5 hunyuan_v1_dense seed_oss arcee nemotron starcoder2 helium
@@ -256,26 +296,59 @@ _ALIKE = """
     olmoe granitemoe granitemoeshared phimoe minimax_m2 flex_olmo solar_open
     bert ernie megatron-bert rembert roformer distilbert roberta xlm-roberta camembert
     data2vec-text roberta-prelayernorm xlm-roberta-xl mpnet electra eurobert
+    doge emu3 glm46v glm4v glm_ocr glmga hunyuan_vl hyperclovax iquestcoder paddleocr_vl
+    phi4_multimodal xglm falcon_h1 falcon_mamba mamba mamba2 cosmos3_edge ctrl openai-gpt aria_text
 """.split()  # noqa: SIM905
 """Types whose layers differ in nothing but their weights."""
 
 LAYER_RULES: dict[str, tuple[LayerRule, ...]] = {
     **dict.fromkeys(_ALIKE, ()),
-    "gpt2": (RequiredValue("scale_attn_by_inverse_layer_idx", False),),
+    **dict.fromkeys(
+        ("gpt2", "gpt-sw3"), (RequiredValue("scale_attn_by_inverse_layer_idx", False),)
+    ),
     **{key: (PerLayer("layer_types", period=by),) for key, by in _WINDOWS_BY.items()},
     "ministral": (PerLayer("layer_types", needed=False),),
     "qwen2": _WINDOWS,
     "qwen3": _WINDOWS,
-    "granite_swa": (*_TYPES, PerLayer("layer_rope_theta", needed=False)),
+    **dict.fromkeys(("granite_swa", "granitemoe_swa", "muse_glimmer"), (*_TYPES, _THETAS)),
     "smollm3": (PerLayer("no_rope_layers", period=_NO_ROPE), PerLayer("layer_types", needed=False)),
+    "modernbert": (PerLayer("layer_types", period=_WINDOWS_BY["modernbert"]), _NO_NORM),
+    "modernbert-decoder": (*_TYPES, _NO_NORM),
     "deberta-v2": (RequiredValue("conv_kernel_size", 0),),
-    "exaone4": _TYPES,
+    **dict.fromkeys(
+        ("exaone4", "cwm", "kolibri1", "cohere_compass_text"), _TYPES
+    ),
+    "granitemoehybrid": (PerLayer("layer_types", keeps=("attention", "full_attention")),),
+    **dict.fromkeys(("qwen2_5_omni_thinker", "qianfan_ocr"), _WINDOWS),
+    **dict.fromkeys(("aya_vision", "cohere2_vision"), (PerLayer("layer_types"),)),
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text"), _LINEAR_TYPES),
+    **dict.fromkeys(("olmo_hybrid", "lfm3"), (_HYBRID,)),
+    "lfm2": (_HYBRID, LayerNumbers("full_attn_idxs")),
+    "lfm2_moe": (_HYBRID, LeadingCount("num_dense_layers", 2)),
+    "kimi_linear": (_HYBRID, _MLPS),
+    "bailing_hybrid": (_HYBRID, _MLPS, LeadingCount("first_k_dense_replace", 2)),
+    "nemotron_h": (PerLayer("layers_block_type"), Depth("num_hidden_layers")),
+    "bamba": (LayerNumbers("attn_layer_indices"),),
+    **dict.fromkeys(("axk1", "deepseek_ocr2", "glm4_moe_lite", "hy_v3"), (_MLPS,)),
+    **dict.fromkeys(
+        (
+            *("axk2", "deepseek_v4", "mellum", "mimo_v2_flash", "minimax_m3_vl"),
+            *("minimax_m3_vl_text", "unlimited_ocr"),
+        ),
+        _BOTH_TYPES,
+    ),
+    "deepseek_v32": (*_BOTH_TYPES, LeadingCount("first_k_dense_replace", 3)),
+    "laguna": (*_BOTH_TYPES, PerLayer("num_attention_heads_per_layer")),
+    "muse_spark": (*_BOTH_TYPES, _THETAS),
+    "flint": (*_TYPES, *_MLP_ONLY),
+    **dict.fromkeys(("glm4v_moe", "glm4_moe"), (LeadingCount("first_k_dense_replace", 1),)),
+    "mistral4": (LeadingCount("first_k_dense_replace", 0),),
+    "kimi_k25": (LeadingCount("first_k_dense_replace", 3),),
     "qwen2_moe": (*_WINDOWS, *_MLP_ONLY),
     "qwen3_moe": _MLP_ONLY,
-    "qwen3_next": (PerLayer("layer_types", keeps="full_attention", period=_LINEAR), *_MLP_ONLY),
+    "qwen3_next": (PerLayer("layer_types", keeps=("full_attention",), period=_LINEAR), *_MLP_ONLY),
     "deepseek_v2": (LeadingCount("first_k_dense_replace", 0),),
     "deepseek_v3": (LeadingCount("first_k_dense_replace", 3),),
-    "glm4_moe": (LeadingCount("first_k_dense_replace", 1),),
     "dots1": (
         PerLayer("layer_types", unless=("sliding_window", True)),
         LeadingCount("first_k_dense_replace", 0),
@@ -301,5 +374,11 @@ LAYER_RULES: dict[str, tuple[LayerRule, ...]] = {
 }
 """Model type → the keys by which its layers differ.
 
-Two types are missing, and so refused: diffllama, whose attention depends on the layer's number, and
-gpt_neo, whose kinds of attention are nested patterns."""
+The others are refused, for their layers depend on their numbers in other ways:
+
+- by code: diffllama, minimax, beam; gpt_neox_japanese, whose last layer has a bias; zaya, whose
+  first layer routes otherwise; minicpm3, which scales by the number of all layers;
+- by patterns: gpt_neo, jamba, recurrent_gemma; dots3_note_text and Gemma 4 by `per_layer_config`;
+- because layers use what others computed: Gemma 4, glm5_next, glm_moe_dsa, hy_v4, mistral_large4;
+- because images feed into them by number: Qwen 3 VL and Omni, cosmos3_omni, granite4_vision,
+  granite_docling, cohere_compass; qwen4_exp_text, whose n-grams are added to chosen ones."""

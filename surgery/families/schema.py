@@ -188,8 +188,8 @@ class Family:
     a config.json without it has as many as the encoder."""
     layer_outputs: int = 2
     """How many values the library's model takes apart of what a layer returns."""
-    only_vocabulary: str = "its layers are not run one by one"
-    """Why only the vocabulary is pruned, where no slot is in a layer."""
+    only_vocabulary: str = ""
+    """Why only the vocabulary is pruned, where there are no ``widths``."""
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
     prefixes: tuple[tuple[str, str], ...] = ()

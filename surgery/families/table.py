@@ -14,7 +14,8 @@ from typing import Any
 from surgery.errors import SAVE_WITH_GLINER, FamilyError, UnknownTypeError
 from surgery.families.blocks import buffers
 from surgery.families.default_ids import DERIVED, SECTION_TYPES, derived
-from surgery.families.encoder_table import ENCODER_DECODERS, ENCODERS, UNDIVIDED_MODELS
+from surgery.families.encoder_decoder_table import ENCODER_DECODERS, UNDIVIDED_MODELS
+from surgery.families.encoder_table import ENCODERS
 from surgery.families.layer_rules import LAYER_RULES
 from surgery.families.schema import (
     ENCODER,
@@ -61,9 +62,19 @@ BEST_OF_GROUP = ("deepseek_v2", "deepseek_ocr2", "unlimited_ocr")
 """Types that score a group by its best expert. All others take the sum of the two best."""
 
 EXPERTS_STAY: Mapping[str, str] = {
+    "deepseek_v4": "its hash layers have a table with the experts of each token",
     "zaya": "its router has a row that belongs to no expert",
 }
 """Model type → why whole experts cannot be removed."""
+
+_FOUR = "config.json has no key for the FFN's width, which is four times that of the states"
+ONLY_VOCABULARY: Mapping[str, str] = {
+    **dict.fromkeys(("bloom", "mpt", "openai-gpt"), _FOUR),
+    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba"), "its layers have no FFN"),
+    "ctrl": "the maps of its FFN have numbers in place of names",
+    "recurrent_gemma": "its FFN has half the width that config.json says",
+}
+"""Model type → why it has no channels to remove."""
 
 _NEXTN = (
     *("deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "hy_v3"),
@@ -81,6 +92,7 @@ _MTP = (
 )
 LEFT_OUT: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(_MTP, ("mtp.",)),
+    "deepseek_v4": ("mtp.",),
     "ernie4_5_moe": ("model.mtp_",),
     "hy_v4": ("model.mtp_layers.",),
     "mimo_v2_flash": ("model.mtp.",),
@@ -89,6 +101,14 @@ LEFT_OUT: Mapping[str, tuple[str, ...]] = {
     "mistral_large4": ("mtp_dspark.",),
 }
 """Prefixes of tensors for multi-token prediction outside of the layers."""
+
+SPELLINGS: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "deepseek_v4": (
+        ("embed.", "model.embed_tokens."),
+        *((f"hc_head_{part}", f"model.hc_head.hc_{part}") for part in ("fn", "base", "scale")),
+    ),
+}
+"""(prefix in published checkpoints, prefix in the slots), where a class would save others."""
 
 ROUNDS: Mapping[str, str] = {"lfm2": "block_auto_adjust_ff_dim"}
 """Flag by which a class rounds the width that config.json has."""
@@ -134,15 +154,11 @@ _NORM = "a norm over the FFN's channels divides by all of them, kept or not"
 _ROWS = "its embedding has more rows after those of the vocabulary"
 _SHARED = "several layers share one block"
 _UNSEEN = "its experts run in code of their own, where calibration sees no activations"
-_LORA = "adapters lie beside every linear map"
-_ENCODER = "not a decoder alone: it has an encoder, or is one"
-_TIMM = "its vision tower needs the package timm, which no test has"
 _UNPROVEN = "no tiny model of it runs yet, and nothing else would prove an entry"
 _OTHER = "no text goes in, or none comes out, by way of one decoder"
 
 REFUSED: Mapping[str, str] = {
     "bitnet": _NORM,
-    "deepseek_v4": "its hash layers route by a table that is indexed by token",
     "cpmant": _ROWS,
     "mllama": _ROWS,
     "molmo2": _ROWS,
@@ -153,13 +169,11 @@ REFUSED: Mapping[str, str] = {
     "zamba": _SHARED,
     "zamba2": _SHARED,
     "rwkv": "its layers pass on a state and more",
-    "phi4_multimodal": _LORA,
     **dict.fromkeys(("dots3_note", "xlstm"), _UNPROVEN),
     **dict.fromkeys(
         ("jetmoe", "step3p7", "inkling2", "inkling2_text", "inkling_mm_model", "inkling_text"),
         _UNSEEN,
     ),
-    **dict.fromkeys(("fast_vlm", "gemma3n", "perception_lm"), _TIMM),
     **dict.fromkeys(
         (
             *("blt", "chameleon", "diffusion_gemma", "evolla", "gemma4_assistant"),
@@ -168,9 +182,11 @@ REFUSED: Mapping[str, str] = {
         ),
         _OTHER,
     ),
-    "t5gemma2": _ENCODER,
 }
 """Model type → why it cannot be pruned exactly, or not yet."""
+
+BY_NUMBER = ("cohere_compass",)
+"""Wrappers of which images feed into the language model's layers by their number."""
 
 _SPEC = re.compile(r"(?P<group>\w+)(?: \((?P<axes>[^)]*)\))?(?P<rest>.*)")
 
@@ -212,11 +228,14 @@ def _family(name: str, data: Mapping[str, Any]) -> Family:
     told = {key: data[key] for key in ("depth", "embedding", "head", "section") if key in data}
     if name in EXPERTS_STAY:
         told["experts_stay"] = EXPERTS_STAY[name]
+    if not widths:
+        told["only_vocabulary"] = ONLY_VOCABULARY.get(name, "no width of its FFN was found")
     return Family(
         slots + BUFFERS.get(name, ()),
         data["tied"],
         widths,
         None if name in EXPERTS_STAY else _experts(name, data.get("experts")),
+        prefixes=SPELLINGS.get(name, ()),
         left_out=LEFT_OUT.get(name, ()),
         carried=tuple(data.get("carried", ())),
         draft_layers=DRAFT_LAYERS.get(name, ""),
@@ -248,6 +267,7 @@ def read_entry(name: str, data: Mapping[str, Any]) -> Family | Wrapper:
         data["tied"],
         section=data["around"],
         left_out=LEFT_OUT.get(name, ()),
+        by_number=name in BY_NUMBER,
     )
 
 

@@ -269,7 +269,10 @@ class Layout:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know of the model, one sentence each."""
-        return (*((OWN_HEAD,) if self.unties else ()), *self.checkpoint.notes)
+        why = self.family.only_vocabulary
+        alone = f"only the vocabulary can be pruned: {why}"
+        own_head = (OWN_HEAD,) if self.unties else ()
+        return (*own_head, *((alone,) if why else ()), *self.checkpoint.notes)
 
     @cached_property
     def roles(self) -> dict[str, TensorRole]:
@@ -305,8 +308,8 @@ class Layout:
 
     @cached_property
     def beside(self) -> dict[str, TensorRef]:
-        """Tensors beside the language model that a model which ``runs_whole`` has."""
-        if not self.runs_whole:
+        """Tensors beside the language model, where a decoder has no class that runs it alone."""
+        if self.family.text_type or self.family.kind != DECODER:
             return {}
         tensors = self.checkpoint.tensors.items()
         return {name: ref for name, ref in tensors if self.roles[name].slot is CARRIED}

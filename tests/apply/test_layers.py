@@ -1,6 +1,7 @@
 """Layers that are removed or merged: equal to the dense model without them, or with the sum."""
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,14 +21,15 @@ from surgery.errors import BudgetError, FamilyError
 from surgery.planning.layers import format_layers, layers_by_influence, parse_layers
 from surgery.planning.plan import Plan
 from surgery.verify.files import verify_files
-from tests.support import tiny
+from tests.support import tiny, tiny_encoders
 from tests.support.contents import bits, weights
 from tests.support.layers import merged_layers, plan_of
 from tests.support.plans import layout_of, masked_dense
-from tests.support.sample import sampled
-from tests.support.tiny_configs import TINY
+from tests.support.sample import KEYS, sampled
 
 CPU = torch.device("cpu")
+BESIDE = re.compile("vision|visual|image|audio|qformer|sam_|connector|projector")
+"""Parts of a name that no layer of a language model has."""
 
 
 def bypass(module: torch.nn.Module) -> None:
@@ -36,30 +38,29 @@ def bypass(module: torch.nn.Module) -> None:
     def hook(_: Any, inputs: Any, named: Any, output: Any) -> Any:
         hidden = inputs[0] if inputs else named["hidden_states"]
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        return (hidden, *output[1:]) if isinstance(output, tuple | list) else hidden
 
     module.register_forward_hook(hook, with_kwargs=True)
 
 
-def layers_of(model: Any) -> Any:
-    """The decoder layers of a loaded model: the longest list that is no vision tower's."""
+def layers_of(model: Any, count: int) -> Any:
+    """The decoder layers of a loaded model: the list of so many that no vision tower has."""
     lists = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == tiny.LAYERS
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count
     }
-    found = [module for name, module in lists.items() if "vision" not in name]
-    return found[0]
+    return next(module for name, module in lists.items() if not BESIDE.search(name))
 
 
 def assert_equals_bypassed(source: Path, output: Path, key: str, stays: Sequence[int]) -> None:
     dense, pruned = tiny.load(source, key), tiny.load(output, key)
-    for number, layer in enumerate(layers_of(dense)):
+    for number, layer in enumerate(layers_of(dense, layout_of(source).num_hidden_layers)):
         if number not in stays:
             bypass(layer)
     ids = torch.randint(tiny.TOKENS, (2, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        expected, found = dense(input_ids=ids).logits, pruned(input_ids=ids).logits
+        expected, found = tiny.logits_of(dense, ids), tiny.logits_of(pruned, ids)
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
     assert expected.std() > 0.05
 
@@ -68,18 +69,41 @@ def whole_plan(source: Path, layers: Sequence[Sequence[int]]) -> Plan:
     return plan_of(source, layers, tiny.VOCAB_SIZE, 1.0)
 
 
-@pytest.mark.parametrize("key", sampled(TINY))
+ONLY = {"qwen3_next": [0, 1], "granitemoehybrid": [0, 1, 3]}
+"""Layers to keep of a tiny model, one of which must stay; of others, all but one."""
+
+
+def without_one(source: Path) -> list[int]:
+    """All layers but one that is not the only one with its kind of channels."""
+    outputs = layout_of(source).ffn_outputs
+    every = range(len(outputs))
+    gone = next(n for n in (1, *every) if all(
+        any(axis in outputs[other] for other in every if other != n) for axis in outputs[n]
+    ))  # fmt: skip
+    return [n for n in every if n != gone]
+
+
+@pytest.mark.parametrize("key", sampled(KEYS))
 def test_dropped_equals_bypassed_or_is_refused(tmp_path: Path, key: str) -> None:
     source = tiny.save(tmp_path / "source", key, sharded=True)
     if layout_of(source).family.layer_rules is None:
         with pytest.raises(FamilyError, match="cannot be removed: what a layer is"):
             whole_plan(source, [[0], [2]])
         return
-    stays = [0, 1] if key == "qwen3_next" else [0, 2]
+    stays = ONLY.get(key) or without_one(source)
     plan = whole_plan(source, [[layer] for layer in stays])
     apply_plan(plan, source=source, output=tmp_path / "out")
     assert verify_files(tmp_path / "out", plan, source).ok
     assert_equals_bypassed(source, tmp_path / "out", key, stays)
+
+
+@pytest.mark.parametrize("key", ["modernbert", "modernbert-decoder"])
+def test_a_first_layer_unlike_all_others_stays(tmp_path: Path, key: str) -> None:
+    """Without its norm, the layer after it would compute something else, and no shape shows it."""
+    save: Any = tiny.save if key in KEYS else tiny_encoders.save
+    source = save(tmp_path / "source", key)
+    with pytest.raises(FamilyError, match="0 cannot be removed: the first layer has no norm"):
+        plan_of(source, [[1], [2]], layout_of(source).vocab_size, 1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

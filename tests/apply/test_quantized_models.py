@@ -148,6 +148,12 @@ UP, DOWN = "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"
         ("int4 with zeros", f"{UP}.weight_zero_point", torch.ones(96, 2).char(), "I32 [12, 2]"),
         ("nvfp4", f"{UP}.weight_global_scale", torch.ones(2), "F32 or BF16 or F16 [1, 1]"),
         ("block", f"{UP}.weight_scale", torch.ones(3, 2), "[6, 2], as strategy block says"),
+        ("gptq", f"{UP}.scales", torch.ones(2, 95).half(), "F32 or BF16 or F16 [2, 96]"),
+        ("gptq", f"{DOWN}.scales", torch.ones(3, 32).half(), "[6, 32]"),
+        ("gptq", f"{UP}.qzeros", torch.ones(2, 96).int(), "I32 [2, 12]"),
+        ("gptq", f"{UP}.g_idx", torch.zeros(31).int(), "I32 or I64 [32]"),
+        ("awq", f"{UP}.scales", torch.ones(2, 96).int(), "F32 or BF16 or F16 [2, 96]"),
+        ("awq", f"{DOWN}.qzeros", torch.ones(5, 4).int(), "I32 [6, 4]"),
     ],
 )  # fmt: skip
 def test_parts_that_do_not_fit_are_refused(

@@ -177,7 +177,7 @@ def test_paths_name_every_id() -> None:
 
 @pytest.mark.parametrize("section", ["vision_config", "audio_config", "talker_config", "codec"])
 def test_other_sections_are_left_alone(section: str) -> None:
-    inside = {"bos_token_id": 4, "image_token_id": 7, "vocab_size": 5}
+    inside = {"bos_token_id": 4, "eos_token_id": 7, "vocab_size": 5}
     assert visit(**{section: inside}) == {section: inside}
 
 
@@ -278,3 +278,11 @@ def test_referenced_ids_are_those_that_are_mapped(data: dict[str, Any]) -> None:
 def test_the_identity_changes_nothing() -> None:
     data = {"eos_token_id": [1, 3], "pad_token_id": 7, "sequence_bias": [[[5], 1.0]]}
     assert visit_ids(data, lambda old: old, HERE) == data
+
+
+@pytest.mark.parametrize("section", ["vision_config", "audio_config"])
+def test_the_texts_token_in_a_section_of_images_or_sounds(section: str) -> None:
+    """As of Phi-4 multimodal; other ids there are of codes."""
+    inside = {"image_token_id": 8, "bos_token_id": 8, "hidden_size": 8}
+    found = visit_ids({section: inside}, lambda old: old // 2, HERE)
+    assert found == {section: inside | {"image_token_id": 4}}

@@ -10,6 +10,7 @@ from surgery.config.token_ids import ID_KEY, visit_ids
 from surgery.families.default_ids import (
     COUNTS,
     DEFAULT_IDS,
+    MEDIA_IDS,
     OFFSET_SECTIONS,
     SECTION_TYPES,
     SECTIONS,
@@ -20,8 +21,8 @@ from surgery.families.table import FAMILIES
 
 KEY = re.compile(f"{ID_KEY.pattern}|{'|'.join(COUNTS)}")
 MODEL_TYPES = sorted({*DEFAULT_IDS, *FAMILIES})
-COPIES = ("pix2struct",)
-"""Types whose class takes all ids from the section of the text, whatever the whole names."""
+COPIES = {"pix2struct": "text_config", "t5gemma2": "encoder"}
+"""Types whose class takes ids from a section, whatever the whole names."""
 
 
 def even(old: int) -> int | None:
@@ -41,7 +42,9 @@ def ids_of(config: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_the_table_is_what_the_config_class_fills_in(model_type: str) -> None:
     config = AutoConfig.for_model(model_type)
-    copied = ids_of(config.text_config) if model_type in COPIES else {}
+    section = getattr(config, COPIES.get(model_type, ""), None)
+    copied = ids_of(section) if section is not None else {}
+    copied = {key: value for key, value in copied.items() if hasattr(config, key)}
     assert ids_of(config) == {**copied, **DEFAULT_IDS.get(model_type, {})}
     for name in (*SECTIONS, *OFFSET_SECTIONS):
         section = getattr(config, name, None)
@@ -52,7 +55,8 @@ def test_the_table_is_what_the_config_class_fills_in(model_type: str) -> None:
             assert known == section.model_type
             assert known in DEFAULT_IDS
         else:
-            assert hasattr(section, "vocab_offset") == (known is not None)
+            of_text = any(getattr(section, key, None) for key in ("vocab_offset", *MEDIA_IDS))
+            assert of_text == (known is not None)
             assert known in (section.model_type, None)
 
 

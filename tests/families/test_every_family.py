@@ -21,7 +21,7 @@ from tests.support.command import Run
 from tests.support.contents import weights
 from tests.support.full_load import full_load_bits, hooked, window_norms
 from tests.support.plans import assert_equals_masked_dense, layout_of, random_plan
-from tests.support.sample import KEYS, sampled
+from tests.support.sample import KEYS, sampled, text_family
 
 SHARE = 0.6
 CPU = torch.device("cpu")
@@ -95,7 +95,8 @@ def test_the_whole_command_line(tmp_path: Path, text: Path, run: Run, key: str) 
     if not widths:
         refused = run(*take)
         assert refused.exit_code == 2
-        assert "no channels to choose; plan the vocabulary alone" in refused.output
+        why = text_family(key).only_vocabulary
+        assert f"without channels to choose: {why}; plan the vocabulary alone" in refused.output
     steps = (
         ("inspect", source),
         *([take] if widths else []),

@@ -315,7 +315,7 @@ def test_the_note_names_every_engine_that_counts_and_what_to_do(tmp_path: Path) 
         "no_rope_layers: llama.cpp and mlx-lm would take each 4. layer for one of 0, and run "
         "another model; `layers` 0-2 keeps the pattern",
     ]
-    (note,) = said("modernbert", [[1], [2]])
+    (note,) = said("modernbert", [[0], [2]], global_attn_every_n_layers=2)
     assert "llama.cpp and transformers 4 would take each 2. layer from the first on" in note
 
 

@@ -5,16 +5,22 @@ import json
 import pytest
 
 from surgery.families.default_ids import DERIVED, derived
-from surgery.families.table import FAMILIES, REFUSED, WRAPPERS, read_entry
+from surgery.families.schema import Family
+from surgery.families.table import (
+    BY_HAND,
+    FAMILIES,
+    ONLY_VOCABULARY,
+    REFUSED,
+    WRAPPERS,
+    read_entry,
+)
 from tests.support.sample import sampled
-from tools.derive.__main__ import CORRECTED, written
+from tools.derive.__main__ import written
 from tools.derive.configs import registered
 from tools.derive.entry import derive
 
-DERIVED_TYPES = [name for name in derived() if name not in CORRECTED]
 
-
-@pytest.mark.parametrize("model_type", sampled(DERIVED_TYPES, ("llama", "mixtral"), 3))
+@pytest.mark.parametrize("model_type", sampled(derived(), ("llama", "mixtral"), 3))
 def test_derived_again_an_entry_is_the_same(model_type: str) -> None:
     assert derive(model_type) == derived()[model_type]
 
@@ -28,6 +34,13 @@ def test_the_file_is_as_the_tool_writes_it() -> None:
     text = DERIVED.read_text("utf-8")
     assert text == written(json.loads(text))
     assert max(map(len, text.splitlines())) < 200
+
+
+def test_what_loses_vocabulary_alone_says_why() -> None:
+    alone = {n for n, each in FAMILIES.items() if isinstance(each, Family) and not each.widths}
+    said = {n: FAMILIES[n].only_vocabulary for n in alone}
+    assert all(said.values())
+    assert set(said) - BY_HAND.keys() == ONLY_VOCABULARY.keys()
 
 
 def test_every_line_is_read() -> None:

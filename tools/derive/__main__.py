@@ -26,10 +26,6 @@ from tools.derive.entry import derive
 LINE = 100
 """Characters; lists and objects that fit in them take one line."""
 
-CORRECTED = ("nemotron_h",)
-"""Types whose entry was corrected by hand, so that a run over all types keeps it: Nemotron-H's
-packed experts have another prefix than its layers, and would be taken for foreign tensors."""
-
 
 def written(entries: dict[str, Any]) -> str:
     """Return the table as JSON, one line for each tensor."""
@@ -45,10 +41,10 @@ def _on_one_line(found: re.Match[str]) -> str:
 
 
 def main(types: Iterable[str], file: Path = DERIVED) -> None:
-    """Derive ``types``, else all that are not by hand, refused or corrected; write ``file``."""
+    """Derive ``types``, else all that are not by hand or refused; write ``file``."""
     warnings.filterwarnings("ignore")
     known = json.loads(file.read_text("utf-8"))
-    apart = {*BY_HAND, *REFUSED, *CORRECTED}
+    apart = {*BY_HAND, *REFUSED}
     chosen = list(types) or [name for name in registered() if name not in apart]
     found = {}
     for name in chosen:

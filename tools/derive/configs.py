@@ -8,13 +8,31 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
+from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperModel
+from transformers.utils import is_timm_available
 
 Kwargs = dict[str, Any]
+
+
+def _without_weights(tower: Any, config: Any) -> None:
+    PreTrainedModel.__init__(tower, config)
+    tower.timm_model = nn.Linear(1, 1)
+    PreTrainedModel.post_init(tower)
+
+
+if not is_timm_available():  # no text passes a vision tower
+    TimmWrapperModel.__init__ = _without_weights
 
 CAUSAL: Mapping[str, Any] = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 IMAGE: Mapping[str, Any] = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES

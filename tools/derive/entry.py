@@ -6,7 +6,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from surgery.config.token_ids import ID_KEY
-from surgery.families.default_ids import COUNTS, OFFSET_SECTIONS, SECTIONS
+from surgery.families.default_ids import COUNTS, MEDIA_IDS, OFFSET_SECTIONS, SECTIONS
 from surgery.families.schema import GROUP_KEYS, PER_TOKEN_KEYS, Dim, Family, Slot
 from tools.derive.axes import Built, template, value_at
 from tools.derive.configs import CAUSAL, default_config, registered
@@ -45,7 +45,8 @@ def _tokens(model_type: str) -> dict[str, Any]:
     sections = {}
     for name in (*SECTIONS, *OFFSET_SECTIONS):
         section = getattr(config, name, None)
-        if section is not None and (name in SECTIONS or hasattr(section, "vocab_offset")):
+        of_text = (getattr(section, key, None) for key in ("vocab_offset", *MEDIA_IDS))
+        if section is not None and (name in SECTIONS or any(n is not None for n in of_text)):
             sections[name] = {"type": section.model_type, "ids": _ids(section)}
     return found | ({"sections": sections} if sections else {})
 

@@ -35,6 +35,9 @@ from tools.derive.configs import Kwargs
 
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_layer")
 BESIDE_EXPERTS = ("experts", "packed")
+BESIDE_TEXT = {"phi4_multimodal": ("model.embed_tokens_extend.",)}
+"""Model type without a section for its text → prefixes of what reads images and sounds."""
+
 _BLOCKS = {FFN: "dense", SHARED: "shared"}
 _DOWN = re.compile(r"down|(^|[._])(w2|wo|fc2|fc_out|ff_out|c_proj|out\w*)([._]|$)|4h_to_h", re.I)
 
@@ -172,8 +175,11 @@ class Seen:
     def _is_text(self, name: str) -> bool:
         if name in (self.embedding, self.head):
             return True
+        if name.startswith(BESIDE_TEXT.get(self.model_type, ())):
+            return False
         if not self.section:
-            return name.startswith(self.layers + ".") or "{" not in name
+            packed = EXPERT in {dim.axis for dim in self.axes.get(name, {}).values()}
+            return packed or name.startswith(self.layers + ".") or "{" not in name
         if name.startswith(self.layers + "."):
             return True
         roots = (self.layers.rpartition(".")[0], ".".join(self.embedding.split(".")[:-2]))

@@ -57,6 +57,16 @@ CHANGES: dict[str, Kwargs] = {
     "emu3": {"vq_config": {"base_channels": 32, "codebook_size": 64, "channel_multiplier": [1, 1]}},
     "granite4_vision": {"vision_config": {"hidden_size": 64}, "downsample_rate": "2/4"},
     "bamba": {"attn_layer_indices": [1]},
+    "deepseek_v4": {
+        "partial_rotary_factor": 0.5,
+        "rope_parameters": {key: {"partial_rotary_factor": 0.5} for key in ("main", "compress")},
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+        "layer_types": [
+            *("heavily_compressed_attention", "sliding_attention"),
+            *("compressed_sparse_attention", "heavily_compressed_attention"),
+        ],
+        "mlp_layer_types": ["hash_moe", "moe"] * 2,
+    },
     "deepseek_ocr2": {"text_config": {"num_experts_per_tok": 2}},
     "dots3_note_text": {"head_dim": 12},
     "falcon_h1": {"mamba_d_ssm": 32},
