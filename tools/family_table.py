@@ -206,7 +206,11 @@ PARTS = {
 
 def family_table() -> str:
     """Return the tables in Markdown: a row for each entry of FAMILIES; then what is refused."""
+    alone = [each for each in FAMILIES.values() if isinstance(each, Family) and not each.widths]
     rows = [
+        f"{len(FAMILIES)} types are supported. {len(FAMILIES) - len(alone)} of them lose more than "
+        f"their vocabulary. {len(REFUSED)} others are refused.",
+        "",
         "| model_type | such as | cut, beside the vocabulary | loads in | real weights |",
         "|---|---|---|---|---|",
     ]

@@ -128,6 +128,8 @@ class LayerNumbers:
     key: str
     period: Period | None = None
     """How the config class fills in a missing list, where it does."""
+    keeps: str = ""
+    """What the listed layers have, without which transformers runs no model."""
 
     def kinds(self, config: Mapping[str, Any]) -> list[object] | None:
         """The kind of each layer, filled in where the list is missing; None without a period."""
@@ -149,7 +151,12 @@ class LayerNumbers:
             return {}
         if not isinstance(value, list) or not all(map(_is_number, value)):
             raise _wrong(self.key, "numbers of layers in a list", value, where)
-        return {self.key: [new for new, first in enumerate(firsts) if first in value]}
+        kept = [new for new, first in enumerate(firsts) if first in value]
+        if self.keeps and value and not kept:
+            raise FamilyError(
+                f"{where}: {self.key}", f"no {self.keeps} would be left", fix="keep such a layer"
+            )
+        return {self.key: kept}
 
 
 @dataclass(frozen=True)
@@ -315,9 +322,7 @@ LAYER_RULES: dict[str, tuple[LayerRule, ...]] = {
     "modernbert": (PerLayer("layer_types", period=_WINDOWS_BY["modernbert"]), _NO_NORM),
     "modernbert-decoder": (*_TYPES, _NO_NORM),
     "deberta-v2": (RequiredValue("conv_kernel_size", 0),),
-    **dict.fromkeys(
-        ("exaone4", "cwm", "kolibri1", "cohere_compass_text"), _TYPES
-    ),
+    **dict.fromkeys(("exaone4", "cwm", "kolibri1", "cohere_compass_text"), _TYPES),
     "granitemoehybrid": (PerLayer("layer_types", keeps=("attention", "full_attention")),),
     **dict.fromkeys(("qwen2_5_omni_thinker", "qianfan_ocr"), _WINDOWS),
     **dict.fromkeys(("aya_vision", "cohere2_vision"), (PerLayer("layer_types"),)),
@@ -328,7 +333,7 @@ LAYER_RULES: dict[str, tuple[LayerRule, ...]] = {
     "kimi_linear": (_HYBRID, _MLPS),
     "bailing_hybrid": (_HYBRID, _MLPS, LeadingCount("first_k_dense_replace", 2)),
     "nemotron_h": (PerLayer("layers_block_type"), Depth("num_hidden_layers")),
-    "bamba": (LayerNumbers("attn_layer_indices"),),
+    "bamba": (LayerNumbers("attn_layer_indices", keeps="attention"),),
     **dict.fromkeys(("axk1", "deepseek_ocr2", "glm4_moe_lite", "hy_v3"), (_MLPS,)),
     **dict.fromkeys(
         (

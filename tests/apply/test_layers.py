@@ -69,7 +69,7 @@ def whole_plan(source: Path, layers: Sequence[Sequence[int]]) -> Plan:
     return plan_of(source, layers, tiny.VOCAB_SIZE, 1.0)
 
 
-ONLY = {"qwen3_next": [0, 1], "granitemoehybrid": [0, 1, 3]}
+ONLY = {"qwen3_next": [0, 1], "granitemoehybrid": [0, 1, 3], "bamba": [0, 1]}
 """Layers to keep of a tiny model, one of which must stay; of others, all but one."""
 
 

@@ -202,6 +202,8 @@ ENCODER_DECODERS: dict[str, Kwargs] = {
             "vision_config": {**_SMALL, "image_size": 16, "patch_size": 4},
             "mm_tokens_per_image": 4,
             "boi_token_index": 7,
+            "eoi_token_index": 8,
+            "image_token_index": 6,
         },
         "decoder": _GEMMA,
         "image_token_index": 6,
