@@ -144,7 +144,7 @@ def parameter_shapes(layout: Layout, changes: Mapping[str, Any]) -> dict[str, tu
     """
     check_runs(layout)
     with library_errors(layout), torch.device("meta"):
-        config = AutoConfig.for_model(**(_model_config(layout) | changes))
+        config = AutoConfig.for_model(**{**_model_config(layout), **changes})
         model = _model(config, layout, torch.float32)
         return {name: tuple(each.shape) for name, each in model.named_parameters()}
 

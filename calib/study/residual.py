@@ -84,13 +84,14 @@ class ResidualStream:
         )
         if {n: len(s) for n, s in shapes.items()} != {n: len(s) for n, s in larger.items()}:
             raise _refused(layout, "has other parameters at another hidden_size", size)
-        dims = {}
+        dims: dict[str, int] = {}
         for name, shape in shapes.items():
             pairs = enumerate(zip(shape, larger[name], strict=True))
             changed = [dim for dim, (one, other) in pairs if one != other]
             if len(changed) > 1 or any(shape[dim] != size for dim in changed):
                 raise _refused(layout, "takes other sizes from hidden_size, as its heads'", name)
-            dims |= dict.fromkeys([name] if changed else [], *changed)
+            if changed:
+                dims[name] = changed[0]
         return cls(layout, size, shapes, dims)
 
     def norms(self, index: int) -> list[str]:
@@ -106,19 +107,25 @@ class ResidualStream:
     def check(self, method: str) -> None:
         """Refuse a model whose stream cannot lose columns by ``method``.
 
-        Norms must be RMS norms. To be rotated, their weights must fold into what reads the stream.
+        Norms must be RMS norms, and only layers and the head may read the stream. To be rotated,
+        the weights of norms must fold into what reads the stream.
 
         Raises:
             FamilyError: it says why.
         """
-        layout, norms = self.layout, self.norms(0)
-        inside = f"{layout.layer_path(0)}."
-        if not norms or any(f"{inside}{name}.bias" in self.dims for name in norms):
-            problem = "is not made of RMS norms: others subtract the mean of all channels"
-            raise _refused(layout, problem, ", ".join(norms) or "no norm with a weight")
-        if method == ROTATE and not {*norms} <= {*BEFORE_BLOCKS}:
-            problem = "has a norm that is not just before an attention or an FFN"
-            raise _refused(layout, problem, ", ".join(norms), method)
+        layout, inner = self.layout, f"{self.layout.family.layers}."
+        ends = (layout.family.embedding, layout.family.head)
+        for name in self.dims:
+            if not name.startswith(inner) and name not in ends and len(self.shapes[name]) > 1:
+                raise _refused(layout, "has a stream that more than its layers reads", name)
+        for index in range(layout.num_hidden_layers):
+            norms, inside = self.norms(index), f"{layout.layer_path(index)}."
+            if not norms or any(f"{inside}{name}.bias" in self.dims for name in norms):
+                problem = "is not made of RMS norms: others subtract the mean of all channels"
+                raise _refused(layout, problem, ", ".join(norms) or "no norm with a weight")
+            if method == ROTATE and not {*norms} <= {*BEFORE_BLOCKS}:
+                problem = "has a norm that is not just before an attention or an FFN"
+                raise _refused(layout, problem, ", ".join(norms), method)
 
     def parameters(self, size: int, method: str) -> int:
         """Return the parameters of the model with ``size`` columns."""

@@ -62,7 +62,7 @@ class Period:
     def length(self, config: Mapping[str, Any]) -> int:
         """The period of a config."""
         found = (config.get(key) for key in self.keys)
-        return next((n for n in found if _is_number(n) and n > 0), self.default)
+        return next((n for n in found if type(n) is int and n > 0), self.default)
 
     def kinds(self, config: Mapping[str, Any], depth: int) -> list[object]:
         """The kinds of ``depth`` layers."""

@@ -188,8 +188,8 @@ def bench_forward(model: Path, data: str, as_json: bool, **sizes: int) -> None:
     score is of all text that the search reads.
     """
     names = ("samples", "seq_len", "windows", "candidates", "repeat")
-    asked = (model, data, *(str(sizes[name]) for name in names))
-    usage = measure(python_module("forward", *asked))
+    asked = [str(sizes[name]) for name in names]
+    usage = measure(python_module("forward", model, data, *asked))
     facts: Facts = {**sizes, **json.loads(usage.output.splitlines()[-1])}
     _show(facts, as_json, [name for name in facts if isinstance(facts[name], dict)])
 
