@@ -340,17 +340,18 @@ class StreamedDecoder:
         """
         every = np.unique(np.concatenate([rows for _, rows in hidden]))
         for block in self._tables.head_blocks(every):
+            shown = None
             for index, (states, rows) in enumerate(hidden):
                 first, stop = np.searchsorted(rows, (block[0], block[-1] + 1)).tolist()
                 if first == stop:
                     continue
+                if rows is not shown:  # computing all rows for half of them takes twice the time
+                    self._tables.show_head(np.searchsorted(block, rows[first:stop]))
+                    shown = rows
                 begin = torch.zeros(states.shape[:2], dtype=torch.int64)
                 begin = begin.to(self.reader.device)
                 run = partial(self._forward, begin)
                 logits = self._replayed(self._stacks[0], states, run).logits
-                if stop - first < len(block):
-                    wanted = torch.from_numpy(np.searchsorted(block, rows[first:stop]))
-                    logits = logits[..., wanted.to(logits.device)]
                 yield index, slice(first, stop), logits
 
     @torch.no_grad()

@@ -31,6 +31,8 @@ class Tables:
     ) -> None:
         """Find the tables of ``model``; an encoder and a decoder in ``stacks`` have one each."""
         self._layout, self._reader, self._model = layout, reader, model
+        self._block: dict[str, torch.Tensor] = {}
+        """Rows of the head's parameters, by their names in the module."""
         self._modules: dict[str, list[nn.Embedding]] = {}
         """Names of the tensors → their modules. Files may have one for encoder and decoder."""
         found: dict[str, list[nn.Embedding]] = {}
@@ -86,7 +88,7 @@ class Tables:
         return states
 
     def head_blocks(self, every: np.ndarray) -> Iterator[np.ndarray]:
-        """Yield the ascending ids ``every`` by blocks, while the head has the rows of a block.
+        """Yield the ascending ids ``every`` by blocks, whose rows ``show_head`` gives to the head.
 
         Each table has one row, of zeros, so that the library's model runs.
 
@@ -104,16 +106,23 @@ class Tables:
         try:
             for start in range(0, len(every), HEAD_ROWS):
                 block = every[start : start + HEAD_ROWS]
-                weight = self._reader.rows(ref.name, block)
-                check_finite(ref, weight)
-                head.weight = nn.Parameter(weight, requires_grad=False)
+                self._block = {"weight": self._reader.rows(ref.name, block)}
+                check_finite(ref, self._block["weight"])
                 if bias is not None:
-                    rows = self._reader.rows(bias.name, block)
-                    head.bias = nn.Parameter(rows, requires_grad=False)
+                    self._block["bias"] = self._reader.rows(bias.name, block)
                 yield block
         finally:
+            self._block = {}
             head.to("meta")
             self.free()
+
+    def show_head(self, places: np.ndarray) -> None:
+        """Give the head the rows at ``places``, ascending, of the block that was yielded last."""
+        head = self._model.get_output_embeddings()
+        for name, rows in self._block.items():
+            whole = len(places) == len(rows)
+            shown = rows if whole else rows[torch.from_numpy(places).to(rows.device)]
+            setattr(head, name, nn.Parameter(shown, requires_grad=False))
 
     def _every(self) -> list[nn.Embedding]:
         return [module for modules in self._modules.values() for module in modules]
