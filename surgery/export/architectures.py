@@ -76,6 +76,9 @@ class Architecture:
     """Whether transformers heeds partial_rotary_factor."""
     full_beyond: bool = False
     """Whether the runtime has no windows for the type: it always attends to the whole text."""
+    encoder: bool = False
+    """Whether it is one like BERT: all tokens see each other, positions are a table, and its
+    output is embeddings."""
 
 
 _SILU = {"hidden_act": ("silu", "swish", None)}
@@ -101,6 +104,17 @@ _MULTIPLIERS = (
     Key("logit_scale", float, ("logits_scaling",)),
 )
 _THETA = {"rope_theta": 10000.0}
+_BERT = Architecture(
+    "bert",
+    encoder=True,
+    defaults={"layer_norm_eps": 1e-12},
+    required={
+        "hidden_act": ("gelu", "gelu_new", "gelu_pytorch_tanh", None),
+        "activation": ("gelu", None),
+        "position_embedding_type": ("absolute", None),
+        "is_decoder": (False, None),
+    },
+)
 _GEMMA_SIZES = {
     "rms_norm_eps": 1e-6,
     "head_dim": 256,
@@ -192,8 +206,16 @@ ARCHITECTURES: dict[str, Architecture] = {
         defaults={"rope_theta": 150000.0},
         windows=Windows(2),
     ),
+    **dict.fromkeys(("bert", "distilbert", "roberta", "xlm-roberta", "camembert"), _BERT),
 }
 """Model type → how it is written."""
+
+NOT_IN_RUNTIME = {
+    "mpnet": "attention by relative positions",
+    "deberta-v2": "attention by relative positions",
+    "big_bird": "attention to blocks",
+}
+"""Model type that embeds text → what llama.cpp lacks for it."""
 
 COMMON = (
     Key("context_length", int, ("max_position_embeddings",)),
@@ -203,7 +225,15 @@ COMMON = (
     Key("attention.head_count_kv", int, ("num_key_value_heads", "num_attention_heads")),
     Key("attention.layer_norm_rms_epsilon", float, ("rms_norm_eps",)),
 )
-"""Keys that every architecture has."""
+"""Keys that every decoder has."""
+
+OF_ENCODERS = (
+    Key("embedding_length", int, ("hidden_size", "dim")),
+    Key("feed_forward_length", int, ("intermediate_size", "hidden_dim")),
+    Key("attention.head_count", int, ("num_attention_heads", "n_heads")),
+    Key("attention.layer_norm_epsilon", float, ("layer_norm_eps",)),
+)
+"""Keys that every encoder has; DistilBERT has other names in config.json."""
 
 
 def architecture_of(layout: Layout, pre: str | None) -> Architecture:
@@ -214,6 +244,13 @@ def architecture_of(layout: Layout, pre: str | None) -> Architecture:
     """
     model_type = layout.family.text_type or layout.family.model_type
     found = ARCHITECTURES.get(model_type)
+    if model_type in NOT_IN_RUNTIME:
+        raise FamilyError(
+            layout.where,
+            f"llama.cpp has no {NOT_IN_RUNTIME[model_type]}",
+            found=model_type,
+            fix="serve it with sentence-transformers or transformers",
+        )
     if found is None:
         needs = f", whose get_vocab_base_pre has to return {pre!r}" if pre else ""
         raise FamilyError(

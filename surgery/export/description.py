@@ -14,14 +14,16 @@ import numpy as np
 from surgery.errors import CheckpointError, FamilyError
 from surgery.export.architectures import (
     COMMON,
+    OF_ENCODERS,
     Architecture,
     CountedRope,
     CountedScale,
     Key,
 )
+from surgery.export.embedders import encoder_notes, encoder_values, segments
 from surgery.layout.layout import Layout
 
-Value = int | float | str | list[bool]
+Value = bool | int | float | str | list[bool]
 """A value of a GGUF file: an int is a uint32 there, a float a float32."""
 
 Config = Mapping[str, Any]
@@ -66,6 +68,8 @@ def describe(layout: Layout, architecture: Architecture) -> Description:
         "block_count": layout.num_hidden_layers,
         "vocab_size": layout.vocab_size,
     }
+    if architecture.encoder:
+        return _encoder(architecture, layout, config, values)
     for entry in (*COMMON, *architecture.keys):
         values |= _entry(entry, config, where)
     of_embedding = config["hidden_size"] // config["num_attention_heads"]
@@ -78,6 +82,17 @@ def describe(layout: Layout, architecture: Architecture) -> Description:
     _check_counted(architecture.counted, layout, config, head)
     named = {f"{architecture.name}.{key}": value for key, value in values.items()}
     return Description(named, tensors, _notes(architecture, config, full, where))
+
+
+def _encoder(
+    architecture: Architecture, layout: Layout, config: Config, values: dict[str, Value]
+) -> Description:
+    for entry in OF_ENCODERS:
+        values |= _entry(entry, config, layout.where)
+    values |= encoder_values(layout)
+    named = {f"{architecture.name}.{key}": value for key, value in values.items()}
+    named["tokenizer.ggml.token_type_count"] = segments(layout)
+    return Description(named, {}, tuple(encoder_notes(layout)))
 
 
 def _entry(entry: Key, config: Config, where: object) -> dict[str, Value]:

@@ -123,7 +123,7 @@ def export_layout(
         pre=pre,
         tensors=dict(Counter(tensor.type for tensor in tensors)),
         seconds=time.perf_counter() - started,
-        notes=(*description.notes, *_notes(layout, tensors, type_)),
+        notes=(*description.notes, *_notes(layout, tensors, type_, architecture.encoder)),
     )
 
 
@@ -204,6 +204,8 @@ def _writer(
     for key, value in description.values.items():
         if isinstance(value, list):
             writer.add_key_value(key, value, GGUFValueType.ARRAY, GGUFValueType.BOOL)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
         elif isinstance(value, str):
             writer.add_string(key, value)
         elif isinstance(value, float):
@@ -229,6 +231,8 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
         add_array("scores", vocabulary.scores.tolist(), Kind.FLOAT32)
     if vocabulary.merges is not None:
         add_array("merges", vocabulary.merges, Kind.STRING)
+    if vocabulary.characters:
+        add_array("precompiled_charsmap", list(vocabulary.characters), Kind.UINT8)
     for key, value in vocabulary.settings.items():
         add = writer.add_bool if isinstance(value, bool) else writer.add_uint32
         add(f"tokenizer.ggml.{key}", value)
@@ -275,7 +279,7 @@ def _write_tensors(file: BinaryIO, tensors: Sequence[GgufTensor], advance: Advan
             advance(padding)
 
 
-def _notes(layout: Layout, tensors: Sequence[GgufTensor], type_: str) -> list[str]:
+def _notes(layout: Layout, tensors: Sequence[GgufTensor], type_: str, encoder: bool) -> list[str]:
     notes = []
     values, _ = BLOCK[type_]
     wide = [t for t in tensors if t.type == "f16" != type_]
@@ -284,6 +288,6 @@ def _notes(layout: Layout, tensors: Sequence[GgufTensor], type_: str) -> list[st
             f"{len(wide)} matrices are f16, for their rows are no multiple of {values}: "
             f"{wide[0].name} has rows of {wide[0].shape[-1]:,}"
         )
-    if any(role.slot is CARRIED for role in layout.roles.values()):
+    if not encoder and any(role.slot is CARRIED for role in layout.roles.values()):
         notes.append("the language model alone is in the file; encoders are left out")
     return notes

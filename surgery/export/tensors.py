@@ -12,8 +12,9 @@ from surgery.apply.shard import DTYPE, WINDOW_BYTES
 from surgery.checkpoint.fp8 import from_bf16, to_bf16
 from surgery.errors import CheckpointError, FamilyError
 from surgery.export.architectures import Architecture
+from surgery.export.embedders import POSITIONS, first_position
 from surgery.families.blocks import BUFFER
-from surgery.families.schema import EXPERT, Dim, Slot
+from surgery.families.schema import EXPERT, HEAD, Dim, Slot
 from surgery.files.safetensors_header import TensorRef
 from surgery.files.shard_file import Buffer, ShardFile
 from surgery.layout.layout import FLOATS, Layout
@@ -30,8 +31,8 @@ OWN_TYPE = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 BLOCK = {"f32": (1, 4), "f16": (1, 2), "bf16": (1, 2), "q8_0": (32, 34), MXFP4: (32, 17)}
 """Type → values of a block, and its bytes."""
 
-ROUTERS = ("ffn_gate_inp", "ffn_gate_inp_shexp")
-"""Matrices that the runtime reads as f32 only."""
+AS_F32 = ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd", "token_types")
+"""Routers and tables that the runtime reads as f32 only."""
 
 MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 """Mixtral's names of an expert's projections."""
@@ -138,7 +139,7 @@ def _type(name: str, part: Part, shape: tuple[int, ...], type_: str) -> str:
     if isinstance(part, Rows) and part.scales is not None:
         return MXFP4
     module = name.split(".")[-2]
-    plain = len(shape) == 1 or module.endswith("_norm") or module in ROUTERS
+    plain = len(shape) == 1 or module.endswith("_norm") or module in AS_F32
     if plain or not name.endswith(".weight"):
         return "f32"
     return "f16" if shape[-1] % BLOCK[type_][0] else type_
@@ -156,6 +157,8 @@ def _sources(layout: Layout, architecture: Architecture) -> Iterator[Source]:
         role = layout.roles[ref.name]
         if role.slot.block == BUFFER or (layout.tied and name == layout.family.head):
             continue
+        if architecture.encoder and role.slot.block == HEAD:
+            continue
         if role.opaque and ref.name.endswith("_blocks"):
             yield from _mxfp4(layout, ref, name, role.slot)
             continue
@@ -171,7 +174,12 @@ def _sources(layout: Layout, architecture: Architecture) -> Iterator[Source]:
             yield from _packed(ref, name, role.slot)
         else:
             full = name if name.endswith((".weight", ".bias")) else f"{name}.weight"
-            yield full, (_rows(ref, heads.get(full.split(".")[-2])),), ref.shape
+            rows, shape = _rows(ref, heads.get(full.split(".")[-2])), ref.shape
+            if architecture.encoder and full == POSITIONS:
+                first = first_position(layout)
+                rows = replace(rows, first=first, count=rows.count - first)
+                shape = (rows.count, rows.columns)
+            yield full, (rows,), shape
 
 
 def _check_float(ref: TensorRef) -> None:

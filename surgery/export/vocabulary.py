@@ -10,10 +10,16 @@ import numpy as np
 
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.errors import AMEND, TokenizerError
+from surgery.export.embedders import (
+    phantom_spaces,
+    unigram_scores,
+    unigram_settings,
+    wordpiece_settings,
+)
 from surgery.files.model_files import TEMPLATE_FOLDER, named_templates
 from surgery.files.strict_json import read_file
 from surgery.process import release_freed_memory
-from surgery.tokenizer.kinds import BYTE_LEVEL, SENTENCEPIECE
+from surgery.tokenizer.kinds import BYTE_LEVEL, SENTENCEPIECE, UNIGRAM, WORDPIECE
 from surgery.tokenizer.sentencepiece_model import pieces_of
 from surgery.tokenizer.tokenizer_file import TokenizerFile, read_pre_tokenizer
 
@@ -70,7 +76,8 @@ class Vocabulary:
     """A tokenizer as GGUF stores it."""
 
     model: str
-    """"gpt2" for byte-level BPE, "llama" for SentencePiece's."""
+    """"gpt2" for byte-level BPE, "llama" for SentencePiece's, "t5" for Unigram, "bert" for
+    WordPiece."""
     pre: str
     """How text is split before BPE."""
     texts: np.ndarray
@@ -84,6 +91,8 @@ class Vocabulary:
     """Further keys below ``tokenizer.ggml.``: ids of special tokens, and where they are added."""
     templates: Mapping[str, str] = field(default_factory=dict)
     """Chat templates by name; "default" is the one without a name."""
+    characters: bytes = b""
+    """Unigram's table that rewrites characters, as SentencePiece has it."""
 
 
 def read_vocabulary(checkpoint: Checkpoint, rows: int, pre: str | None) -> Vocabulary:
@@ -96,14 +105,6 @@ def read_vocabulary(checkpoint: Checkpoint, rows: int, pre: str | None) -> Vocab
     """
     path = checkpoint.path
     tokenizer = TokenizerFile.reopen(path)
-    if tokenizer.kind not in (BYTE_LEVEL, SENTENCEPIECE):
-        raise TokenizerError(
-            tokenizer.path,
-            "this kind of tokenizer cannot be exported as GGUF",
-            expected="byte-level BPE, or SentencePiece's",
-            found=tokenizer.data["model"]["type"],
-            fix="use llama.cpp's convert_hf_to_gguf.py",
-        )
     settings = _settings(tokenizer, checkpoint, rows)
     texts, kinds = _tokens(tokenizer, rows)
     common: dict[str, Any] = {"templates": _templates(checkpoint)}
@@ -112,7 +113,16 @@ def read_vocabulary(checkpoint: Checkpoint, rows: int, pre: str | None) -> Vocab
         if pre is None:
             raise _unknown_pre(tokenizer.path)
         return Vocabulary("gpt2", pre, texts, kinds, None, merges, settings, **common)
+    if tokenizer.kind is WORDPIECE:
+        phantom_spaces(texts, np.flatnonzero(kinds == NORMAL), tokenizer.path)
+        settings |= wordpiece_settings(tokenizer.data, settings, tokenizer.path)
+        return Vocabulary("bert", "default", texts, kinds, None, None, settings, **common)
     settings["add_space_prefix"] = _adds_space(tokenizer.data)
+    if tokenizer.kind is UNIGRAM:
+        spaces, characters = unigram_settings(_text_parts(tokenizer.data), tokenizer.path)
+        scores = unigram_scores(tokenizer, rows, PADDING_SCORE)
+        common |= {"settings": settings | spaces, "characters": characters}
+        return Vocabulary("t5", "default", texts, kinds, scores, None, **common)
     scores = _scores(tokenizer, texts, kinds)
     return Vocabulary("llama", "default", texts, kinds, scores, None, settings, **common)
 
@@ -157,7 +167,7 @@ def _tokens(tokenizer: TokenizerFile, rows: int) -> tuple[np.ndarray, np.ndarray
             continue
         control = entry.get("special") or _looks_special(text)
         texts[id_] = text if control else text.replace("\u2581", " ")
-        if kinds[id_] != UNKNOWN or tokenizer.kind is BYTE_LEVEL:
+        if kinds[id_] != UNKNOWN or tokenizer.kind in (BYTE_LEVEL, WORDPIECE):
             kinds[id_] = CONTROL if control else USER_DEFINED
     for id_ in np.flatnonzero(kinds == UNUSED).tolist():
         texts[id_] = f"[PAD{id_}]"
@@ -196,14 +206,18 @@ def _scores(tokenizer: TokenizerFile, texts: np.ndarray, kinds: np.ndarray) -> n
 
 def _adds_space(data: Mapping[str, Any]) -> bool:
     """Whether the tokenizer puts a space before a text."""
-    parts = [*_parts(data.get("normalizer")), *_parts(data.get("pre_tokenizer"))]
-    for part in parts:
+    for part in _text_parts(data):
         if part.get("type") == "Prepend":
             return True
         if part.get("type") == "Metaspace":
             scheme = part.get("prepend_scheme")
             return bool(part.get("add_prefix_space", True)) if scheme is None else scheme != "never"
     return False
+
+
+def _text_parts(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What changes and splits text before the model sees it."""
+    return [*_parts(data.get("normalizer")), *_parts(data.get("pre_tokenizer"))]
 
 
 def _parts(part: Any) -> list[dict[str, Any]]:
@@ -230,6 +244,9 @@ def _settings(tokenizer: TokenizerFile, checkpoint: Checkpoint, rows: int) -> di
             id_ = id_[0] if isinstance(id_, list) and id_ else id_
         if type(id_) is int and 0 <= id_ < rows:
             found[key] = id_
+    for role, stand_in in (("bos", "cls"), ("eos", "sep")):  # encoders have these alone
+        if SPECIAL[role] not in found and SPECIAL[stand_in] in found:
+            found[SPECIAL[role]] = found[SPECIAL[stand_in]]
     where = f"{tokenizer.path}: post_processor"
     try:
         around = _added_around(tokenizer.data.get("post_processor"))

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import surgery
-from surgery.export.architectures import ARCHITECTURES
 from tests.support import ROOT, gguf_models, tiny
 from tests.support.plans import random_plan
 
@@ -52,7 +51,7 @@ def assert_runs(source: Path, key: str, file: Path, tokens: int = 600) -> None:
         torch.testing.assert_close(own_values, values, atol=TIE, rtol=0)
 
 
-@pytest.mark.parametrize("key", ARCHITECTURES)
+@pytest.mark.parametrize("key", gguf_models.CHANGES)
 def test_the_same_texts(tmp_path: Path, key: str) -> None:
     assert_runs(gguf_models.save(tmp_path / "model", key), key, tmp_path / "model.gguf")
 

@@ -5,6 +5,8 @@
 ``model`` of JOBS.json is a GGUF file. Its cache is in f32, and attention is computed without
 llama.cpp's flash attention, which rounds to f16. Besides what ``jobs.py`` says, ``texts`` may be
 there, of which ``ids`` are made. End-of-text tokens end a completion, unless ``past_end`` is true.
+Where ``embed`` is true, ``embeddings`` of the texts are made as well, and their ids are those of
+whole texts, with the tokens around them.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ def complete(jobs: Jobs) -> Jobs:
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel = jobs["model"], CONTEXT, 1
     params.cpuparams.n_threads, params.warmup, params.verbosity = 1, False, -1
+    params.embedding = embed = bool(jobs.get("embed"))
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(params)
@@ -39,7 +42,7 @@ def complete(jobs: Jobs) -> Jobs:
             return json.load(answer)
 
     def tokenize(text: str) -> list[int]:
-        body = {"content": text, "add_special": False, "parse_special": True}
+        body = {"content": text, "add_special": embed, "parse_special": True}
         return list(post("tokenize", body)["tokens"])
 
     def steps(prompt: list[int]) -> tuple[list[int], list[Step]]:
@@ -55,10 +58,13 @@ def complete(jobs: Jobs) -> Jobs:
         return ids, tops
 
     found = [steps(prompt) for prompt in jobs["prompts"]]
+    texts = jobs["texts"] if embed else []
+    embedded = [post("embedding", {"content": text})[0]["embedding"] for text in texts]
     return {
         "ids": [tokenize(text) for text in jobs.get("texts", [])],
         "completions": [ids for ids, _ in found],
         "top": [tops for _, tops in found],
+        "embeddings": [vector for (vector,) in embedded],
     }
 
 
