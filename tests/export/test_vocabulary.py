@@ -245,5 +245,5 @@ def test_other_kinds_are_refused(tmp_path: Path) -> None:
         )
     ).save(str(source / "tokenizer.json"))
     change(source / "tokenizer_config.json", put(unk_token="[UNK]"))
-    with pytest.raises(TokenizerError, match="llama.cpp prepares text otherwise"):
+    with pytest.raises(TokenizerError, match="prepares text otherwise than this tokenizer"):
         vocabulary_of(source)

@@ -12,6 +12,9 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAUSE_SECONDS = 0.002
+SAMPLES = 2000
+"""After the first seconds, a pause is this part of the time that has passed: where processor time is
+short, looking would take it from the child."""
 """Between two looks at the child: the error of a wall time, and of a peak between two looks."""
 
 
@@ -52,7 +55,7 @@ def measure(command: Sequence[str | Path]) -> Usage:
             sample = _memory(process.pid)
             rss = max(rss, sample.get("VmHWM", 0))
             anonymous = max(anonymous, sample.get("RssAnon", 0))
-            time.sleep(PAUSE_SECONDS)
+            time.sleep(max(PAUSE_SECONDS, (time.perf_counter() - start) / SAMPLES))
         seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
