@@ -12,10 +12,9 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAUSE_SECONDS = 0.002
-SAMPLES = 2000
-"""After the first seconds, a pause is this part of the time that has passed: where processor time is
-short, looking would take it from the child."""
-"""Between two looks at the child: the error of a wall time, and of a peak between two looks."""
+"""Between two looks at the child, at first: the error of a wall time, and of a peak between them."""
+LOOKS = 2000
+"""Later, a pause is this part of the time that has passed: looking takes time from the child."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Usage:
     peak_rss_bytes: int
     """Resident, pages of mapped files among them."""
     peak_anonymous_bytes: int
-    """Resident pages that no file backs, sampled every ``PAUSE_SECONDS``."""
+    """Resident pages that no file backs, as sampled."""
     output: str
     """What it printed."""
 
@@ -55,7 +54,7 @@ def measure(command: Sequence[str | Path]) -> Usage:
             sample = _memory(process.pid)
             rss = max(rss, sample.get("VmHWM", 0))
             anonymous = max(anonymous, sample.get("RssAnon", 0))
-            time.sleep(max(PAUSE_SECONDS, (time.perf_counter() - start) / SAMPLES))
+            time.sleep(max(PAUSE_SECONDS, (time.perf_counter() - start) / LOOKS))
         seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
