@@ -12,7 +12,7 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAUSE_SECONDS = 0.002
-"""Between two looks at the child, at first: the error of a wall time, and of a peak between them."""
+"""Between two looks at the child, at first: the error of a wall time, and of a peak."""
 LOOKS = 2000
 """Later, a pause is this part of the time that has passed: looking takes time from the child."""
 
