@@ -58,9 +58,9 @@ def name_modules(path: Path, **folders: str) -> None:
 
 
 def export(source: Path, file: Path) -> Exported:
-    bpe = tiny_encoders.kind_of(json.loads((source / "config.json").read_text())["model_type"])
-    pre = {"pre": "gpt-2"} if bpe == tiny_encoders.BYTE_LEVEL else {}
-    return surgery.export_gguf(source, file, type="f32", **pre)
+    key = json.loads((source / "config.json").read_text())["model_type"]
+    byte_level = tiny_encoders.kind_of(key) == tiny_encoders.BYTE_LEVEL
+    return surgery.export_gguf(source, file, type="f32", pre="gpt-2" if byte_level else None)
 
 
 @pytest.mark.skipif(
