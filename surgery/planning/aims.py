@@ -20,11 +20,12 @@ CHANNEL_CAP = 1 / 2
 """Largest share of the channels that an aim takes. In searches of SmolLM2-135M and of Gemma 3 270M,
 the best splits took at most 42 %, at a ratio of 0.35."""
 
+CACHE = "the cache and "
 COUNTED = {
     DECODE: "bytes read for each decoded token",
-    MEMORY: f"bytes in memory with the cache and logits of {POSITIONS:,} positions",
+    MEMORY: f"bytes in memory with {CACHE}logits of {POSITIONS:,} positions",
 }
-"""Aim → what it makes few."""
+"""Aim → what it makes few. Where no cache is predicted, none is counted."""
 
 
 def served_bytes(layout: Layout, sizes: Sizes, aim: str) -> int:
@@ -76,7 +77,8 @@ def split_for(ratio: float, pairs: Sequence[Sizes], left: Layout, served: Sequen
 def aim_note(layout: Layout, aim: str, sizes: Sizes, usual: Sizes) -> str:
     """Say what a split for ``aim`` saves beside ``usual``, the rule of thumb's."""
     full, found, beside = (served_bytes(layout, s, aim) for s in (whole(layout), sizes, usual))
-    saved = f"split for {aim}: {1 - found / full:.1%} fewer {COUNTED[aim]}"
+    counted = COUNTED[aim] if serving_of(layout, usual).cache else COUNTED[aim].replace(CACHE, "")
+    saved = f"split for {aim}: {1 - found / full:.1%} fewer {counted}"
     if sizes == usual:
         return f"{saved}; no other split of this ratio saves notably more than the rule of thumb's"
     named = ", ".join([f"V' {usual.vocab_size}", *(f"{k} {n}" for k, n in usual.widths.items())])

@@ -182,7 +182,7 @@ CONSTRAINTS = (
         Effect.CANNOT,
         "vocab_size",
         never,
-        "is a pruned byte-level BPE that the converter does not know, so it stops",
+        "is a pruned byte-level BPE, which stops its converter",
         "compact-surgery export writes the GGUF file",
         "ggml-org/llama.cpp conversion/base.py (get_vocab_base_pre)",
         applies=lambda facts: facts.vocab_pruned and facts.byte_level,
@@ -212,8 +212,8 @@ CONSTRAINTS = (
         Effect.FALLS_BACK,
         "widths",
         multiple(QK_K),
-        f"is no multiple of {QK_K}, so down_proj gets Q4_0 to Q8_0 in place of a K-quant",
-        f"`multiple_of` {QK_K}, which at the same ratio changes V', too",
+        f"is no multiple of {QK_K}, so down_proj gets no K-quant",
+        f"`multiple_of` {QK_K}; a ratio then changes V', too",
         "ggml-org/llama.cpp src/llama-quant.cpp (tensor_type_fallback), ggml/src/ggml-common.h "
         "(QK_K)",
         applies=lambda facts: not _narrow(facts),
@@ -223,9 +223,8 @@ CONSTRAINTS = (
         Effect.FALLS_BACK,
         "widths",
         multiple(QK_K),
-        f"is no multiple of {QK_K}, so down_proj gets Q4_0 to Q8_0 in place of a K-quant, as all "
-        f"rows of hidden_size do anyway, which is no multiple of {QK_K}, either",
-        f"`multiple_of` {QK_K} helps down_proj alone, and at the same ratio changes V', too",
+        f"is no multiple of {QK_K}, so down_proj gets no K-quant; nor has hidden_size any",
+        f"`multiple_of` {QK_K} for down_proj; a ratio then changes V', too",
         "ggml-org/llama.cpp src/llama-quant.cpp (tensor_type_fallback), ggml/src/ggml-common.h "
         "(QK_K)",
         applies=_narrow,
@@ -340,12 +339,17 @@ def engine_notes(facts: ModelFacts, plan: Plan | None = None) -> list[EngineNote
 
 
 def by_engine(notes: Iterable[EngineNote]) -> list[str]:
-    """Return one line for each engine: its effects, each with the size that causes it."""
-    lines: dict[str, str] = {}
+    """Return a line for each engine and effect, with the sizes that cause it."""
+    texts: dict[tuple[str, Effect], list[str]] = {}
     for note in notes:
-        said = f"{note.effect.value}: {note.text}"
-        lines[note.engine] = f"{lines[note.engine]}; {said}" if note.engine in lines else said
-    return [f"{engine}: {line}" for engine, line in lines.items()]
+        texts.setdefault((note.engine, note.effect), []).append(note.text)
+    engines = dict.fromkeys(engine for engine, _ in texts)
+    return [
+        f"{engine}: {effect.value}: {'; '.join(said)}"
+        for engine in engines
+        for (of, effect), said in texts.items()
+        if of == engine
+    ]
 
 
 def changed_sizes(plan: Plan) -> set[str]:
@@ -356,7 +360,7 @@ def changed_sizes(plan: Plan) -> set[str]:
 
 
 def engine_table(notes: Iterable[EngineNote], *, every: bool = False) -> str:
-    """Return notes on engines as text, a line for each engine under one heading; empty if none.
+    """Return notes on engines as text, in lines under one heading; empty if there are none.
 
     Args:
         notes: From ``engine_notes``.

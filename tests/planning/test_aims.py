@@ -110,6 +110,15 @@ def test_of_rows_that_lose_little_more_the_one_of_fewest_bytes_is_chosen() -> No
     assert [line.split()[0] for line in lines if line.endswith("  best")] == ["best"]
 
 
+def test_memory_counts_no_cache_where_none_is_predicted(tmp_path: Path, run: Run) -> None:
+    """An encoder's layers keep nothing, and what a decoder beside one keeps is not predicted."""
+    path = tiny_encoders.save(tmp_path / "model", "t5", "text")
+    request = ("--ratio", 0.1, "--multiple-of", 8, "--for", "memory", "-o", tmp_path / "p.json")
+    result = run("plan", path, *request)
+    assert result.exit_code == 0, result.output
+    assert "fewer bytes in memory with logits of 2,048 positions" in result.output
+
+
 def test_search_for_memory_draws_the_frontier(tied: Layout, tmp_path: Path, run: Run) -> None:
     text = tmp_path / "text.txt"
     text.write_text(tiny.prose(24_000), encoding="utf-8")

@@ -61,7 +61,7 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("llama.cpp", "no multiple of 256, so down_proj", width(1408), width(1536)),
     (
         "llama.cpp",
-        "in place of a K-quant, as all rows of hidden_size do anyway",
+        "no K-quant; nor has hidden_size any",
         {"hidden_size": 576, **width(1408)},
         {"hidden_size": 768, **width(1408)},
     ),
@@ -209,17 +209,16 @@ def test_every_entry_names_a_repository_and_a_file(constraint: Constraint) -> No
     assert "http" not in constraint.source
 
 
-def test_each_engine_has_one_line() -> None:
+def test_each_effect_of_an_engine_has_one_line() -> None:
     facts = replace(SERVED, widths={"moe_intermediate_size": 768, "intermediate_size": 1408})
     assert by_engine(engine_notes(facts)) == [
         "vLLM, SGLang: cannot: moe_intermediate_size 768 at tp=4, 8 gives a rank no whole groups "
         "of 128, so AWQ, GPTQ and FP8 in such groups do not load (`target` tp=N,group=128, or "
-        "smaller groups); cannot: intermediate_size 1408 at tp=2, 4, 8 gives a rank no whole "
+        "smaller groups); intermediate_size 1408 at tp=2, 4, 8 gives a rank no whole "
         "groups of 128, so AWQ, GPTQ and FP8 in such groups do not load (`target` tp=N,group=128, "
         "or smaller groups)",
-        "llama.cpp: falls back: intermediate_size 1408 is no multiple of 256, so down_proj gets "
-        "Q4_0 to Q8_0 in place of a K-quant (`multiple_of` 256, which at the same ratio changes "
-        "V', too)",
+        "llama.cpp: falls back: intermediate_size 1408 is no multiple of 256, so down_proj gets no "
+        "K-quant (`multiple_of` 256; a ratio then changes V', too)",
     ]
 
 
@@ -231,20 +230,23 @@ def test_only_notes_that_another_plan_can_change_are_shown(llama: Path) -> None:
     assert len(engine_table(notes).splitlines()) == 2  # the heading, and llama.cpp
     everything = engine_table(notes, every=True).splitlines()
     assert everything[0] == "engines:"
-    assert len(everything) == 1 + len({note.engine for note in notes}) > 2
+    assert len(everything) == 1 + len({(note.engine, note.effect) for note in notes}) > 2
     assert engine_table(engine_notes(facts)) == ""
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(list(Effect)), st.booleans())))
-def test_the_table_has_a_line_an_engine(found: list[tuple[str, Effect, bool]]) -> None:
+def test_the_table_has_a_line_for_each_effect_of_an_engine(
+    found: list[tuple[str, Effect, bool]],
+) -> None:
     notes = [EngineNote(e, effect, "size", f"n{n}", c) for n, (e, effect, c) in enumerate(found)]
     for every in (False, True):
         shown = [note for note in notes if every or note.chosen]
         lines = engine_table(notes, every=every).splitlines()
-        assert len(lines) == (1 + len({note.engine for note in shown}) if shown else 0)
-        for note in shown:
-            (line,) = (line for line in lines[1:] if line.startswith(f"  {note.engine}: "))
-            assert f"{note.effect.value}: {note.text}" in line
+        heads = [f"  {note.engine}: {note.effect.value}: " for note in shown]
+        assert len(lines) == (1 + len(set(heads)) if shown else 0)
+        for note, head in zip(shown, heads, strict=True):
+            (line,) = (line for line in lines[1:] if line.startswith(head))
+            assert note.text in line
 
 
 def test_a_plan_has_the_notes_of_its_output(llama: Path, tmp_path: Path) -> None:
