@@ -37,8 +37,8 @@ def test_the_file_is_as_the_tool_writes_it() -> None:
 
 
 def test_what_loses_vocabulary_alone_says_why() -> None:
-    alone = {n for n, each in FAMILIES.items() if isinstance(each, Family) and not each.widths}
-    said = {n: FAMILIES[n].only_vocabulary for n in alone}
+    families = {n: each for n, each in FAMILIES.items() if isinstance(each, Family)}
+    said = {n: each.only_vocabulary for n, each in families.items() if not each.widths}
     assert all(said.values())
     assert set(said) - BY_HAND.keys() == ONLY_VOCABULARY.keys()
 

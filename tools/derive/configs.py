@@ -32,7 +32,7 @@ def _without_weights(tower: Any, config: Any) -> None:
 
 
 if not is_timm_available():  # no text passes a vision tower
-    TimmWrapperModel.__init__ = _without_weights
+    setattr(TimmWrapperModel, "__init__", _without_weights)  # noqa: B010
 
 CAUSAL: Mapping[str, Any] = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 IMAGE: Mapping[str, Any] = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
