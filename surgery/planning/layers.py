@@ -170,10 +170,13 @@ def kind_notes(
 
 
 def _listed(layout: Layout) -> list[tuple[PerLayer | LayerNumbers, list[object]]]:
-    """Return the rules that tell kinds of layers apart, and the kind of each layer."""
+    """Return the rules that tell kinds of layers apart, and the kind of each layer.
+
+    A list with too few entries tells nothing.
+    """
     rules = [r for r in layout.family.layer_rules or () if isinstance(r, PerLayer | LayerNumbers)]
-    found = ((rule, rule.kinds(layout.config)) for rule in rules)
-    return [(rule, kinds) for rule, kinds in found if kinds is not None]
+    found, depth = ((rule, rule.kinds(layout.config)) for rule in rules), layout.num_hidden_layers
+    return [(rule, kinds[:depth]) for rule, kinds in found if kinds and len(kinds) >= depth]
 
 
 def _counting(

@@ -315,6 +315,12 @@ def test_the_note_names_every_engine_that_counts_and_what_to_do(tmp_path: Path) 
         "no_rope_layers: llama.cpp and mlx-lm would take each 4. layer for one of 0, and run "
         "another model; `layers` 0-2 keeps the pattern",
     ]
+    source = tmp_path / "llama4_text"
+    change(source / "config.json", lambda data: data["no_rope_layers"].append(1))
+    assert [n for n in plan_of(source, [[0], [2], [3]]).provenance.notes if "would" in n] == found
+    change(source / "config.json", lambda data: data.update(no_rope_layers=[1, 1, 1]))
+    notes = plan_of(source, [[0], [1]]).provenance.notes  # the short list tells nothing
+    assert not any("no_rope_layers" in note for note in notes)
     (note,) = said("modernbert", [[0], [2]], global_attn_every_n_layers=2)
     assert "llama.cpp and transformers 4 would take each 2. layer from the first on" in note
 
