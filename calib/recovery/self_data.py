@@ -95,7 +95,7 @@ def write_self_data(
         DataError: there is no document.
     """
     tokenizer, first = load_tokenizer(teacher.checkpoint.path), first_token(teacher)
-    starts = cycle(_starts(documents, tokenizer))
+    starts = cycle(_starts(documents, tokenizer, first))
     draw, batch = _drawer(teacher, settings, writing.seq_len)
     written = _complete_lines(writing.path, batch)
     count, done = len(written), sum(line["tokens"] for line in written)
@@ -177,21 +177,23 @@ def _in_vllm(teacher: Layout, settings: PassSettings, seq_len: int) -> Draw:
 
 def _in_transformers(teacher: Layout, settings: PassSettings, seq_len: int) -> Draw:
     first, model = first_token(teacher), _model(teacher, settings)
-    how = GenerationConfig(
+    ends = model.generation_config.eos_token_id
+    model.generation_config = GenerationConfig(  # the file's own may have penalties
         do_sample=True,
         temperature=1.0,
         top_k=0,
         top_p=1.0,
         max_new_tokens=max(1, seq_len - 2),
-        eos_token_id=model.generation_config.eos_token_id,
+        eos_token_id=ends,
         pad_token_id=first,
     )
 
     def draw(starts: Sequence[int], seed: int) -> list[list[int]]:
         begin = torch.tensor([[first, start] for start in starts], device=settings.device)
+        seen = torch.ones_like(begin)  # or ``first``, which pads, would be masked
         torch.manual_seed(seed)
         with torch.no_grad():
-            found: list[list[int]] = model.generate(begin, generation_config=how)[:, 1:].tolist()
+            found: list[list[int]] = model.generate(begin, attention_mask=seen)[:, 1:].tolist()
         return found
 
     return draw
@@ -201,14 +203,15 @@ def _model(teacher: Layout, settings: PassSettings) -> Any:
     return load_model(teacher, settings.dtype).eval().to(settings.device)
 
 
-def _starts(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[int]:
-    """Yield the first token of each document."""
+def _starts(documents: Iterable[str], tokenizer: Tokenizer, first: int) -> Iterator[int]:
+    """Yield the first token of each document, after ``first`` where that begins it."""
     count = 0
     for document in documents:
         ids = tokenizer.encode(document[:64], add_special_tokens=False).ids
-        if ids:
+        start = next((id_ for id_ in ids if id_ != first), None)
+        if start is not None:
             count += 1
-            yield ids[0]
+            yield start
     if not count:
         raise DataError("`data`", "has no document", fix="give text with words in it")
 

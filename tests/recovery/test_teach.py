@@ -20,6 +20,7 @@ from surgery.api import open_layout
 from surgery.errors import SurgeryError
 from surgery.process import Progress
 from surgery.text.documents import TextOptions, sources_of
+from surgery.tokenizer.tokenizer_file import load_tokenizer
 from tests.recovery.conftest import Pair
 from tests.support.command import Run, assert_refused
 from tests.support.contents import digests
@@ -302,3 +303,35 @@ def test_vllm_writes_where_it_is_installed(
             del sys.modules[module]
     assert first == second
     assert len(first) == (16 if refuses else VLLM_BATCH)
+
+
+def test_self_data_is_what_the_model_predicts(pair: Pair, tmp_path: Path) -> None:
+    """After the token that begins a text, without the penalties of generation_config.json."""
+    from calib.recovery.self_data import BATCH, Writing, write_self_data
+    from calib.scoring.score import first_token
+
+    source = shutil.copytree(pair.dense, tmp_path / "source")
+    settings = json.loads((source / "generation_config.json").read_text(encoding="utf-8"))
+    settings |= {"eos_token_id": 2, "bos_token_id": 1, "repetition_penalty": 9.0, "min_p": 0.9}
+    (source / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    teacher = open_layout(source)
+    compute = choose_settings(ComputeOptions("cpu", dtype="float32"), teacher.checkpoint)
+    writing = Writing(tmp_path / "t.jsonl", BATCH, None, tmp_path / "c.json", 12, 3)
+    tokenizer, first = load_tokenizer(source), first_token(teacher)
+    begins = tokenizer.id_to_token(first)
+    write_self_data(teacher, [f"{begins}Some text", "Some", begins], writing, compute)
+    rows = [json.loads(line) for line in writing.path.read_text(encoding="utf-8").splitlines()]
+
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    start = tokenizer.encode("Some", add_special_tokens=False).ids[0]
+    ids = torch.tensor([[first, start]] * BATCH)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        while ids.shape[1] < 12:
+            drawn = torch.multinomial(model(ids).logits[:, -1].softmax(-1), 1)
+            ids = torch.cat([ids, drawn], 1)
+    assert len(rows) == BATCH
+    for row, wanted in zip(rows, ids[:, 1:].tolist(), strict=True):
+        said = wanted[: wanted.index(2) + 1] if 2 in wanted else wanted
+        said = said[: said.index(first)] if first in said else said
+        assert row == {"text": tokenizer.decode(said), "tokens": len(said)}
