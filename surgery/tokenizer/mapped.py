@@ -155,7 +155,15 @@ class MappedModel:
     def _processor(self) -> Any:
         from sentencepiece import SentencePieceProcessor
 
-        return SentencePieceProcessor(model_proto=self.data)
+        try:
+            return SentencePieceProcessor(model_proto=self.data)
+        except (RuntimeError, ValueError) as error:  # such as a piece that occurs twice
+            raise TokenizerError(
+                self.path,
+                "is refused by SentencePiece",
+                found=str(error)[:200],
+                fix="download it again",
+            ) from error
 
 
 @dataclass(frozen=True, eq=False)

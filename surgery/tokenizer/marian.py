@@ -133,7 +133,7 @@ def _codes(directory: Path) -> list[str]:
         )
     lists: dict[str, list[str]] = read_json(LANGUAGE_CODES)[M2M_CLASS]
     name = settings.get("language_codes", "m2m100")
-    if name not in lists:
+    if not isinstance(name, str) or name not in lists:
         raise TokenizerError(
             f"{directory / CONFIG_NAME}: language_codes",
             "is no list of languages that transformers has",

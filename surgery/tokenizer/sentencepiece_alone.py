@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import AMEND, TokenizerError
+from surgery.files.index_sets import MAX_SIZE
 from surgery.files.model_files import (
     ALONE_NAMES,
     CONFIG_NAME,
@@ -109,15 +110,14 @@ def alone_data(directory: Path) -> dict[str, Any]:
             fix="download it again",
         )
     pieces = [[piece.piece, piece.score] for piece in model.pieces]
-    added_last, language = _last(name, settings)
+    added_last, language = _last(name, settings, directory / SETTINGS_NAME)
     vocab = [[token, 0.0] for token in class_.first] + pieces[class_.replaced :]
     vocab += [[token, 0.0] for token in added_last]
     ids = {token: id_ for id_, (token, _) in enumerate(vocab)}
     special = _special(directory, class_) | {*added_last}
     around = [language if token == "" else token for token in class_.around]
-    for token in (class_.unknown, language):
-        if token and token not in ids:
-            raise TokenizerError(path, f"lacks the token {token!r}", fix=AMEND)
+    if class_.unknown not in ids:
+        raise TokenizerError(path, f"lacks the token {class_.unknown!r}", fix=AMEND)
     used = {token: ids[token] for token in around if token != TEXT}
     data = {
         "added_tokens": [
@@ -154,13 +154,26 @@ def _class_of(directory: Path) -> str:
     return str(named or "").removesuffix("Fast")
 
 
-def _last(name: str, settings: Mapping[str, Any]) -> tuple[list[str], str]:
-    """Return the tokens after the pieces, and the language that stands beside a text."""
+def _last(name: str, settings: Mapping[str, Any], where: Path) -> tuple[list[str], str]:
+    """Return the tokens after the pieces, and the language that stands beside a text.
+
+    Raises:
+        TokenizerError: ``settings``, which are read from ``where``, name neither.
+    """
     if name == "T5Tokenizer":
         number = settings.get("extra_ids", SENTINELS)
+        if type(number) is not int or number >= MAX_SIZE:
+            raise _wrong(f"{where}: extra_ids", "a number of tokens", number)
         return [f"<extra_id_{i}>" for i in range(number - 1, -1, -1)], ""
     codes = [code for codes in read_json(LANGUAGE_CODES).get(name, {}).values() for code in codes]
-    return [*codes, MASK], (settings.get("src_lang") or "en_XX") if codes else ""
+    language = settings.get("src_lang") or "en_XX"
+    if codes and language not in codes:
+        raise _wrong(f"{where}: src_lang", "a language of this tokenizer", language)
+    return [*codes, MASK], language if codes else ""
+
+
+def _wrong(where: str, expected: str, found: object) -> TokenizerError:
+    return TokenizerError(where, "cannot be used", expected=expected, found=found, fix=AMEND)
 
 
 def _special(directory: Path, class_: SentencePieceClass) -> set[str]:

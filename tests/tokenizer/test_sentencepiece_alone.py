@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer, M2M100ForConditionalGeneration
 from transformers.models.m2m_100 import tokenization_m2m_100
 from transformers.models.mbart import tokenization_mbart
 from transformers.models.mbart50 import tokenization_mbart50
 
 from surgery.api import apply_plan, make_plan
+from surgery.errors import TokenizerError
 from surgery.planning.plan import PROVENANCE_NAME, Plan
 from surgery.tokenizer.id_map import IdMap
 from surgery.tokenizer.mapped import MappedModel, last_merge
@@ -184,6 +186,34 @@ def test_others_are_refused_by_name(m2m: Path, tmp_path: Path, run: Run) -> None
         refused = run("plan", path, "--vocab-size", 420, "-o", tmp_path / "plan.json")
         assert refused.exit_code == 2, (case, refused.output)
         assert message in refused.output
+
+
+@pytest.mark.parametrize(
+    ("class_", "settings", "message"),
+    [
+        ("T5Tokenizer", {"extra_ids": None}, "extra_ids: cannot be used"),
+        ("T5Tokenizer", {"extra_ids": "100"}, "extra_ids: cannot be used"),
+        ("MBartTokenizer", {"src_lang": ["en_XX"]}, "src_lang: cannot be used"),
+        ("M2M100Tokenizer", {"language_codes": ["m2m100"]}, "is no list of languages"),
+    ],
+)
+def test_settings_of_another_type_are_refused(
+    class_: str, settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    made = tiny_sentencepiece.save(tmp_path / "source", class_, M2M_ROWS)
+    path = changed(made, tmp_path / "changed", "tokenizer_config.json", **settings)
+    with pytest.raises(TokenizerError, match=message):
+        TokenizerFile.open(path)
+
+
+def test_a_model_that_sentencepiece_refuses_is_refused(m2m: Path, tmp_path: Path) -> None:
+    """Its pieces can be read, but one occurs twice."""
+    path = Path(shutil.copytree(m2m, tmp_path / "twice")) / "sentencepiece.bpe.model"
+    model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    model.pieces.add().CopyFrom(model.pieces[20])
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(TokenizerError, match=r"sentencepiece\.bpe\.model: is refused"):
+        TokenizerFile.open(path.parent).library().encode("a text")
 
 
 def test_language_codes_are_those_of_transformers() -> None:
