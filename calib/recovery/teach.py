@@ -93,15 +93,7 @@ class Teaching:
             fix = "pip install 'compact-surgery[recover]'"
             raise TrainingError("pyarrow", "is not installed", fix=fix)
         check_predicts(layout)
-        outputs = options.outputs
-        if len(plans) != len(outputs) or len({path.resolve() for path in outputs}) < len(outputs):
-            raise BudgetError(
-                "`output`",
-                "names a directory for each plan",
-                expected=f"{len(plans)} different ones",
-                found=", ".join(map(str, outputs)),
-                fix="give as many as plans, in their order",
-            )
+        _check_outputs(plans, options.outputs)
         self.layout, self.options = layout, options
         self.settings = choose_settings(compute, layout.checkpoint)
         seq_len = within_positions(text.seq_len, positions(layout))
@@ -110,7 +102,7 @@ class Teaching:
         windows = max(1, PART_BYTES // (of_token * seq_len * len(plans)))
         self.lessons = [
             Lesson(layout, plan, output, text, options, seq_len, windows)
-            for plan, output in zip(plans, outputs, strict=True)
+            for plan, output in zip(plans, options.outputs, strict=True)
         ]
 
     @property
@@ -200,12 +192,17 @@ class Lesson:
                 found=options.top_k,
                 fix="choose fewer",
             )
-        check_output_path(output, layout.checkpoint.path)
-        check_no_partial(output, resume=options.resume)
         self.layout, self.plan, self.output = layout, plan, output
         self._text, self._options = text, options
         self._seq_len, self._windows_of_part = seq_len, windows_of_part
-        self._partial = output.with_name(output.name + PARTIAL)
+        self._partial = _partial(output)
+        several = options.resume and len(options.outputs) > 1
+        self._ended = several and (output / SETTINGS).exists() and not self._partial.exists()
+        if self._ended:  # the run was killed before the others had their names
+            self._partial = output
+        else:
+            check_output_path(output, layout.checkpoint.path)
+            check_no_partial(output, resume=options.resume)
         self._check_tokens()
 
     def _check_tokens(self) -> None:
@@ -291,7 +288,8 @@ class Lesson:
 
     def lacks(self, number: int) -> bool:
         """Whether a part is still to be written."""
-        return number < self.found.parts and not (self._partial / PART.format(number)).exists()
+        there = self._ended or (self._partial / PART.format(number)).exists()
+        return number < self.found.parts and not there
 
     def windows_of(self, number: int) -> np.ndarray:
         """Return the ids of a part, of the pruned vocabulary."""
@@ -324,8 +322,35 @@ class Lesson:
 
     def end(self) -> None:
         """Give the directory its name."""
+        if self._ended:
+            return
         (self._partial / WINDOWS).unlink(missing_ok=True)  # gone if a run was killed after this
         self._partial.rename(self.output)
+
+
+def _partial(output: Path) -> Path:
+    """Return the name of a directory that is not whole yet."""
+    return output.with_name(output.name + PARTIAL)
+
+
+def _check_outputs(plans: Sequence[Plan], outputs: Sequence[Path]) -> None:
+    """Refuse outputs that are not one directory for each plan, none inside another.
+
+    Raises:
+        BudgetError: they are not.
+    """
+    if not plans:
+        raise BudgetError("`plan`", "is none, whose vocabulary would count", fix="name one")
+    names = [each.resolve() for path in outputs for each in (path, _partial(path))]
+    inside = any({*name.parents}.intersection(names) for name in names)
+    if len(plans) != len(outputs) or len({*names}) < len(names) or inside:
+        raise BudgetError(
+            "`output`",
+            "names a directory for each plan, none inside another",
+            expected=f"{len(plans)} different ones",
+            found=", ".join(map(str, outputs)),
+            fix="give as many as plans, in their order",
+        )
 
 
 def _list(values: Any) -> Any:

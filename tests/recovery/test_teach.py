@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import calib
 from calib.recovery.losses import divergence, divergence_from_top
 from calib.recovery.options import RecoverOptions, TeachOptions
 from calib.streaming.settings import ComputeOptions
@@ -241,8 +242,17 @@ def test_several_vocabularies_are_taught_in_one_pass(
             assert torch.equal(one[TOP], other[TOP])
             for column in (LOGPROBS, REST):
                 assert torch.allclose(one[column], other[column], atol=2e-3)
+    last = tmp_path / "second-together"
+    last.rename(last.with_name("second-together.partial"))  # killed before it had its name
+    result = run(*given, *each[0], *each[1], "--resume")
+    assert result.exit_code == 0, result.output
+    assert len(TaughtWindows(last)) == len(found)
     same = ("--plan", tmp_path / "first.json", *each[0])
     assert_refused(run(*given, *same), "--output", "2 different ones")
+    inside = ("--plan", tmp_path / "first.json", "-o", tmp_path / "new", *each[1][:2])
+    assert_refused(run(*given, *inside, "-o", tmp_path / "new/a"), "--output", "none inside")
+    with pytest.raises(SurgeryError, match="`plan`: is none"):
+        calib.teach(pair.dense, plan=[], data=pair.text, output=[], tokens=640)
 
 
 VLLM = """
