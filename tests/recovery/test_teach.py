@@ -328,7 +328,7 @@ def test_self_data_is_what_the_model_predicts(pair: Pair, tmp_path: Path) -> Non
     compute = choose_settings(ComputeOptions("cpu", dtype="float32"), teacher.checkpoint)
     writing = Writing(tmp_path / "t.jsonl", BATCH, None, tmp_path / "c.json", 12, 3)
     tokenizer, first = load_tokenizer(source), first_token(teacher)
-    begins = tokenizer.id_to_token(first)
+    begins = str(tokenizer.id_to_token(first))
     write_self_data(teacher, [f"{begins}Some text", "Some", begins], writing, compute)
     rows = [json.loads(line) for line in writing.path.read_text(encoding="utf-8").splitlines()]
 

@@ -209,7 +209,8 @@ def test_settings_of_another_type_are_refused(
 def test_a_model_that_sentencepiece_refuses_is_refused(m2m: Path, tmp_path: Path) -> None:
     """Its pieces can be read, but one occurs twice."""
     path = Path(shutil.copytree(m2m, tmp_path / "twice")) / "sentencepiece.bpe.model"
-    model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    messages: Any = sentencepiece_model_pb2  # a generated module without types
+    model = messages.ModelProto.FromString(path.read_bytes())
     model.pieces.add().CopyFrom(model.pieces[20])
     path.write_bytes(model.SerializeToString())
     with pytest.raises(TokenizerError, match=r"sentencepiece\.bpe\.model: is refused"):
