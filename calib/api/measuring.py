@@ -8,8 +8,14 @@ from calib.scoring.logits import compare_logits as compare_logits_of
 from calib.scoring.score import Score
 from calib.scoring.tasks import Answers, Task, measure_models, read_tasks
 from calib.streaming.settings import compute_options
-from calib.study.compare import check_methods, check_ratios, compare_methods, usable_methods
-from calib.study.search import SearchResult, search_sizes, search_space
+from calib.study.compare import (
+    Comparison,
+    check_methods,
+    check_ratios,
+    compare_methods,
+    usable_methods,
+)
+from calib.study.search import MOST, SearchResult, search_sizes, search_space
 from calib.study.study import open_study
 from calib.study.table import Row
 from calib.text.chat import documents_of
@@ -161,6 +167,7 @@ def search(  # noqa: PLR0913
     target: str | None = None,
     dequantize: bool = False,
     repair: str = "none",
+    tasks: Path | str | Sequence[Path | str] = (),
     samples: int = 256,
     seq_len: int = 2048,
     windows: int = 64,
@@ -204,6 +211,7 @@ def search(  # noqa: PLR0913
         dequantize: As for ``surgery.make_plan``.
         repair: "none"; "least-squares" to refit down_proj for all sizes; or "reconstruct" to train
             each FFN, too.
+        tasks: Files of items for all sizes to answer, as for ``answer``. They choose nothing.
         samples: Most windows of text to choose channels by.
         seq_len: Tokens of such a window.
         windows: Most held-out windows, of 2,048 bytes each.
@@ -244,7 +252,7 @@ def search(  # noqa: PLR0913
         compute_options(device, dtype, spill=spill),
     )
     space = search_space(layout, request, candidates, documents_of(layout, text))
-    study = open_study(layout, space.choice, text, compute)
+    study = open_study(layout, space.choice, text, compute, _tasks(tasks))
     return search_sizes(study, space, progress)
 
 
@@ -258,6 +266,8 @@ def compare(  # noqa: PLR0913
     target: str | None = None,
     dequantize: bool = False,
     tasks: Path | str | Sequence[Path | str] = (),
+    tries: int = MOST,
+    keep: Path | str | None = None,
     samples: int = 256,
     seq_len: int = 2048,
     windows: int = 64,
@@ -289,6 +299,8 @@ def compare(  # noqa: PLR0913
         methods: Some of random, abs-act, act2, wanda, l2, shortgpt, laco, vocabulary, compact,
             prune, search, slicegpt and 2ssp; None is all that the model allows.
         tasks: Files of items for all methods to answer, as for ``answer``.
+        tries: Most pairs that ``compact`` and ``search`` try at a ratio; 1 is the rule of thumb's.
+        keep: File for the rows, as they are made; those that it has are not made again.
         multiple_of: As for ``surgery.make_plan``.
         target: As for ``surgery.make_plan``.
         dequantize: As for ``surgery.make_plan``.
@@ -314,7 +326,7 @@ def compare(  # noqa: PLR0913
 
     Raises:
         BudgetError: there is no ratio, or one that is no share.
-        DataError: a method is unknown, or there is not enough text.
+        DataError: a method is unknown, there is not enough text, or ``keep`` holds other rows.
     """
     ratios = list(ratio) if isinstance(ratio, Sequence) else [ratio]
     check_ratios(ratios)
@@ -328,7 +340,9 @@ def compare(  # noqa: PLR0913
     documents = documents_of(layout, text)
     choice = choose_vocabulary(layout, CutRequest(sizes, order), documents=documents)
     study = open_study(layout, choice, text, compute, _tasks(tasks))
-    return compare_methods(study, allowed_steps(layout, sizes), ratios, names, progress)
+    file = Path(keep) if keep is not None else None
+    asked = Comparison(ratios, names, tries, file)
+    return compare_methods(study, allowed_steps(layout, sizes), asked, progress)
 
 
 def _tasks(files: Path | str | Sequence[Path | str]) -> list[Task]:

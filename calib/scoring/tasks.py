@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -24,6 +25,7 @@ from calib.scoring.score import (
     run_asked,
     texts_of,
 )
+from calib.scoring.shared_context import Joined, joined, most_shared
 from calib.streaming.batches import Stream
 from calib.streaming.empty_model import positions
 from calib.streaming.settings import ComputeOptions
@@ -222,13 +224,17 @@ class Answers:
         return Share(self.accuracy / reference.accuracy, half)
 
     def facts(self, reference: "Answers | None" = None) -> dict[str, Any]:
-        """Return the figures for JSON, those of each task and their mean.
+        """Return the figures for JSON, those of each task with its items, and their mean.
 
-        A share of no right answer is None.
+        An item is 1 where it is answered right, by the sums or, in ``right_norm``, per byte. A
+        share of no right answer is None.
         """
         found: dict[str, Any] = {
             task.name: {
                 "items": len(task.right),
+                "digest": task.digest,
+                "right": [int(right) for right in task.right],
+                "right_norm": [int(right) for right in task.right_norm],
                 "acc": task.acc,
                 **self.of_task(task.name)._facts(reference and reference.of_task(task.name)),
             }
@@ -265,6 +271,8 @@ class Answers:
 class AskedTasks:
     """The items of tasks, each choice after its context and a space, on their way through a model.
 
+    Where the model allows it, the choices of an item share their context, which is computed once.
+
     A text begins with the special tokens that the tokenizer adds; one that would have no token
     before its choice begins with bos (eos where there is none). The tokens of a choice are those
     after as many as the context has, as lm-evaluation-harness counts them.
@@ -276,6 +284,7 @@ class AskedTasks:
         tasks: Sequence[Task],
         tokenizer: Tokenizer,
         ids: tuple[np.ndarray, np.ndarray] | None = None,
+        most_shared: int = 0,
     ) -> None:
         """Tokenize the items.
 
@@ -285,6 +294,8 @@ class AskedTasks:
             tokenizer: Of the model, or of a smaller vocabulary.
             ids: The source's id of each of the tokenizer's, and the source's ids of the
                 vocabulary, ascending; None where the tokenizer is the model's own.
+            most_shared: Most tokens of a text for the choices of each item to share one window.
+                Where one is longer, each choice of all items has a window of its own.
 
         Raises:
             DataError: a choice has no token, or more than the model has positions.
@@ -294,14 +305,19 @@ class AskedTasks:
         self._tasks, self._most = tasks, positions(layout)
         self._before, _ = special_ids(tokenizer)
         self._first = first_token(layout)
-        windows, self._choices = [], list[np.ndarray]()
+        self._choices: list[np.ndarray] = []
         self._lossy = self._short = 0
+        items = list[list[np.ndarray]]()
         for task in tasks:
             for number, item in enumerate(task.items, 1):
-                for window, choice in self._encode(item, tokenizer, f"{task.name}: item {number}"):
-                    windows.append(window)
-                    self._choices.append(choice)
-        self.stream = Stream(windows)
+                texts = list(self._encode(item, tokenizer, f"{task.name}: item {number}"))
+                self._choices += [choice for _, choice in texts]
+                items.append([text for text, _ in texts])
+        windows = self._windows(items, most_shared)
+        self._places = [each.places for each in windows]
+        shared = len(windows) < len(self._choices)
+        branches = [each.branches for each in windows] if shared else []
+        self.stream = Stream([each.window for each in windows], branches=branches)
         if self._lossy:
             LOG.info("note: the tokenizer loses text of %d choices", self._lossy)
         if self._short:
@@ -340,19 +356,34 @@ class AskedTasks:
             self._short += self._most is not None and len(ids) - 1 > self._most
             yield ids[:-1][-(self._most or len(ids)) :], choice
 
+    def _windows(self, items: Sequence[Sequence[np.ndarray]], most_shared: int) -> list[Joined]:
+        """Return a window for each of the ``items``, or for each text of an item."""
+        counts = iter(map(len, self._choices))
+        together = [joined(texts, list(islice(counts, len(texts)))) for texts in items]
+        share = max((each.longest for each in together), default=0) <= most_shared
+        found = list[Joined]()
+        for texts, each in zip(items, together, strict=True):
+            if share and len(each.window) <= (self._most or len(each.window)):
+                found.append(each)
+            else:
+                last = map(len, each.places)
+                found += [joined([text], [n]) for text, n in zip(texts, last, strict=True)]
+        return found
+
     def predictions(self) -> list[Predictions]:
         """As ``Asked``: of the choices' tokens alone, many together."""
         self._packs: list[tuple[list[int], Predictions]] = []
         room = min(PACK, self._most or PACK)
+        firsts = np.cumsum([0, *map(len, self._places)]).tolist()
         indices: list[int] = []
         states: list[torch.Tensor] = []
-        for index, _, hidden in self.stream.hidden():
-            count = len(self._choices[index])
-            if indices and sum(map(len, states)) + count > room:
-                self._pack(indices, states)
-                indices, states = [], []
-            indices.append(index)
-            states.append(hidden[-count:])
+        for window, _, hidden in self.stream.hidden():
+            for index, places in enumerate(self._places[window], firsts[window]):
+                if indices and sum(map(len, states)) + len(places) > room:
+                    self._pack(indices, states)
+                    indices, states = [], []
+                indices.append(index)
+                states.append(hidden[places])
         self._pack(indices, states)
         return [predicted for _, predicted in self._packs]
 
@@ -425,7 +456,8 @@ def measure_models(
         tokenizer = load_tokenizer(layout.checkpoint.path)
         settings = choose_settings(compute, layout.checkpoint)
         scored = AskedText(layout, texts, tokenizer) if texts else None
-        answered = AskedTasks(layout, tasks, tokenizer) if tasks else None
+        shared = most_shared(layout, settings) if tasks else 0
+        answered = AskedTasks(layout, tasks, tokenizer, most_shared=shared) if tasks else None
         run_asked(layout, [each for each in (scored, answered) if each], settings, progress)
         yield Measured(
             scored.score() if scored else None,

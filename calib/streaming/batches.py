@@ -83,6 +83,29 @@ class LayerHooks:
 NO_HOOKS = LayerHooks()
 
 
+@dataclass(frozen=True)
+class Branches:
+    """What a window holds: tokens that several texts begin with, then what follows in each."""
+
+    trunk: int
+    """Tokens that all texts begin with."""
+    lengths: tuple[int, ...] = ()
+    """Tokens of each branch, in their order."""
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """int64 ``(tokens,)``: the place of each token in its own text."""
+        after = [torch.arange(self.trunk, self.trunk + length) for length in self.lengths]
+        return torch.cat([torch.arange(self.trunk), *after])
+
+    @property
+    def sees(self) -> torch.Tensor:
+        """Bool ``(tokens, tokens)``: whether a token attends to another, earlier in its text."""
+        branch = [torch.full((n,), number) for number, n in enumerate(self.lengths)]
+        of = torch.cat([torch.full((self.trunk,), -1), *branch])
+        return torch.tril((of == -1)[None, :] | (of[:, None] == of[None, :]))
+
+
 @dataclass
 class Batch:
     """Windows of one length and their hidden states."""
@@ -98,6 +121,8 @@ class Batch:
     passed_on: dict[int, tuple[Any, ...]] = field(default_factory=dict)
     """First window of a micro-batch → what the last layer returned beside its hidden states; of an
     encoder with a decoder, the windows of a micro-batch →."""
+    branches: Sequence[Branches] = ()
+    """As in ``Stream``."""
 
     @property
     def hidden(self) -> torch.Tensor:
@@ -115,6 +140,8 @@ class Stream:
     states: HiddenStates = field(default_factory=HiddenStates)
     batches: list[Batch] = field(default_factory=list)
     """One for each window length."""
+    branches: Sequence[Branches] = ()
+    """What each window holds, where windows hold several texts."""
 
     @property
     def tokens(self) -> int:

@@ -13,6 +13,7 @@ from torch import nn
 from calib.streaming.batches import (
     NO_HOOKS,
     Batch,
+    Branches,
     LayerHooks,
     MicroBatch,
     Stream,
@@ -127,7 +128,9 @@ class StreamedDecoder:
             for length in dict.fromkeys(map(len, stream.windows)):
                 ids = torch.from_numpy(np.stack([w for w in stream.windows if len(w) == length]))
                 first = sum(each.ids.numel() for each in stream.batches)
-                stream.batches.append(Batch(ids, stream.states, first))
+                pairs = zip(stream.windows, stream.branches, strict=False)
+                branches = [each for window, each in pairs if len(window) == length]
+                stream.batches.append(Batch(ids, stream.states, first, branches=branches))
                 self._embed(stream, used, passed)
             if passed:
                 stream.states.restore(passed)
@@ -139,7 +142,8 @@ class StreamedDecoder:
         """Fill the last batch's hidden states and capture the arguments of the layers."""
         batch, states = stream.batches[-1], stream.states
         for part in self._micro_batches([batch]):
-            hidden, arguments = self._capture_arguments(part.ids, used)
+            branches = batch.branches[part.windows]
+            hidden, arguments = self._capture_arguments(part.ids, used, branches)
             if not len(states.before):
                 states.allocate(stream.tokens, hidden.shape[-1], hidden.dtype)
             shared = 0 < self.layout.first_shared < self.layout.num_hidden_layers
@@ -427,16 +431,29 @@ class StreamedDecoder:
 
     def _key(self, part: MicroBatch) -> int:
         """Key of a micro-batch's arguments."""
-        return part.windows.start if self._tables.by_ids else len(part.ids)
+        alone = self._tables.by_ids or part.batch.branches
+        return part.windows.start if alone else len(part.ids)
 
-    def _forward(self, rows: torch.Tensor) -> Any:
+    def _forward(self, rows: torch.Tensor, branches: Sequence[Branches] = ()) -> Any:
         """Run the library's model on ``rows`` of its tables, int64 ``(windows, tokens)``."""
+        given = self._options | self._attention(branches)
         if self._tables.by_ids:
-            return self._model(input_ids=rows, **self._options)
-        return self._model(inputs_embeds=self._tables.look_up(rows), **self._options)
+            return self._model(input_ids=rows, **given)
+        return self._model(inputs_embeds=self._tables.look_up(rows), **given)
+
+    def _attention(self, branches: Sequence[Branches]) -> dict[str, torch.Tensor]:
+        """Return positions and a mask for windows with ``branches``; nothing for others."""
+        if not branches:
+            return {}
+        sees = torch.stack([each.sees for each in branches])[:, None]
+        mask = torch.zeros(sees.shape, dtype=self.reader.dtype)
+        mask = mask.masked_fill(~sees, torch.finfo(mask.dtype).min)
+        positions = torch.stack([each.positions for each in branches])
+        device = self.reader.device
+        return {"attention_mask": mask.to(device), "position_ids": positions.to(device)}
 
     def _capture_arguments(
-        self, ids: torch.Tensor, used: np.ndarray
+        self, ids: torch.Tensor, used: np.ndarray, branches: Sequence[Branches] = ()
     ) -> tuple[torch.Tensor, list[Arguments]]:
         """Run the model up to its layers; return the hidden states and each layer's arguments.
 
@@ -447,7 +464,8 @@ class StreamedDecoder:
         rows = [each.to(self.reader.device) for each in places]
         with library_errors(self.layout):
             if self.layout.family.kind != ENCODER_DECODER:
-                hidden, found = self._stacks[0].capture(partial(self._forward, rows[0]))
+                run = partial(self._forward, rows[0], branches)
+                hidden, found = self._stacks[0].capture(run)
                 arguments = [with_values(of, lambda v: IDS if v is rows[0] else v) for of in found]
             elif self.layout.decoder_layers:
                 given = [self._given(*each) for each in zip(self._stacks, rows, strict=True)]

@@ -1,16 +1,19 @@
 """Compare methods at the same ratios, on the same text and windows, in the same passes."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from calib.scoring.score import check_predicts
+from calib.study.kept_rows import KeptRows
 from calib.study.laco import collapse_layers
 from calib.study.residual import ResidualStream, StreamCut, check_hidden, check_rotate
-from calib.study.search import coarse, expert_counts
+from calib.study.search import MOST, coarse, expert_counts
 from calib.study.slicegpt import check_sliced, sliced_size
 from calib.study.study import Candidate, Study
 from calib.study.table import (
+    DENSE,
     EXPERT_METHODS,
     FFN_CRITERIA,
     HIDDEN,
@@ -32,7 +35,7 @@ from surgery.planning.layers import check_layers, layers_by_influence
 from surgery.planning.request import SizeRequest, experts_at
 from surgery.planning.shapes import expert_choices
 from surgery.planning.sizes import Sizes, Steps, check_ratio, sizes_at, split, whole
-from surgery.process import Progress, stage
+from surgery.process import Progress, Stopwatch, stage
 
 LOG = logging.getLogger(__name__)
 
@@ -41,14 +44,32 @@ LACO_WINDOWS, LACO_TOKENS = 8, 64
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """What is compared."""
+
+    ratios: Sequence[float]
+    """Shares of all parameters to remove."""
+    methods: Sequence[str]
+    """Their names."""
+    tries: int = MOST
+    """Most pairs that ``compact`` and ``search`` try at a ratio; 1 is the rule of thumb's."""
+    keep: Path | None = None
+    """A file for the rows, as they are made. Those that it has are not made again."""
+
+
+@dataclass(frozen=True)
 class RatioTarget:
     """A ratio, and the sizes that meet it."""
 
     ratio: float
     pairs: Sequence[Sizes]
-    """In order of V'. The last has the largest V', which is V if the ratio allows that."""
+    """Those that ``compact`` tries, in order of V'."""
     searched: Sequence[Sizes]
-    """Those that a search would try first; of a mixture they have several E'."""
+    """Those that ``search`` tries; of a mixture they have several E'."""
+    vocabulary: Sizes
+    """With the smallest V'."""
+    channels: Sizes
+    """With the largest V', which is V if the ratio allows that."""
     usual: Sizes
     """Those of the rule of thumb."""
     fewer_experts: Sizes
@@ -137,14 +158,13 @@ def check_ratios(ratios: Sequence[float]) -> None:
 def compare_methods(
     study: Study,
     steps: Steps,
-    ratios: Sequence[float],
-    methods: Sequence[str],
+    asked: Comparison,
     progress: Progress | None = None,
 ) -> dict[float, list[Row]]:
-    """Try ``methods`` at each ratio, in two passes each; LaCo takes one more for each collapse.
+    """Try all methods at each ratio, in two passes each; LaCo takes one more for each collapse.
 
-    The second pass has the methods that follow from the first one. If the study has tasks, it has
-    all methods, each at its best sizes, and they answer.
+    The second pass has the methods that follow from the first one and, where the study has tasks,
+    the best of those that try several sizes, which answer.
 
     Methods of experts remove whole experts alone, as near to the ratio as these come. ``compact``
     is the paper's method at the best of the pairs: the source's own tokenizer tokenizes the text.
@@ -152,40 +172,92 @@ def compare_methods(
     tokenizes the text. ``search`` is this tool's best: of several pairs, or triples of a mixture,
     with down_proj refitted.
 
+    Args:
+        study: The text, the tasks, and compute settings.
+        steps: Of which sizes are multiples.
+        asked: The ratios and methods.
+        progress: Called with "compare", finished windows × layers, and the total of a pass.
+
     Returns:
         Ratio → the dense model's row, then one row for each method, in their order.
+
+    Raises:
+        DataError: ``asked.keep`` is no file of such rows.
     """
+    kept = KeptRows(asked.keep, study, steps, asked.tries)
     found = {}
-    layout, smallest = study.text.layout, study.text.rarity.must_keep
-    for ratio in ratios:
-        others = {*methods} - {*EXPERT_METHODS, *STREAM_METHODS}
-        pairs = sizes_at(layout, ratio, smallest, steps) if others else []
-        usual = split(layout, ratio, smallest, steps) if others else whole(layout)
-        searched = list(pairs)
-        if "search" in methods and layout.experts:
-            counts = expert_counts(layout, SizeRequest())
-            searched = sizes_at(layout, ratio, smallest, steps, experts=counts)
-        experts = experts_at(layout, layout, ratio) if {*methods} & {*EXPERT_METHODS} else 0
-        fewer_experts = replace(whole(layout), experts=experts)
-        two_stage = two_stage_sizes(layout, ratio) if "2ssp" in methods else None
-        slice_to = sliced_size(layout, ratio) if "slicegpt" in methods else 0
-        cut = {*methods} & {*STREAM_METHODS}
-        stream = ResidualStream.of(layout) if cut else None
-        streams = {method: stream.cut(ratio, method) for method in cut} if stream else {}
-        target = RatioTarget(
-            ratio, pairs, coarse(searched), usual, fewer_experts, two_stage, slice_to, streams
-        )
-        first = [candidate for method in methods for candidate in _candidates(method, target)]
-        best = _try(study, first, progress)
-        last = [_fewer_layers(study, m, target) for m in methods if m in LAYER_METHODS]
-        if two_stage is not None and two_stage.attentions:
-            best["2ssp"] = _fewer_attentions(study, *best["2ssp"], two_stage.attentions)
-            last += [] if study.tasks else [best["2ssp"][0]]
-        if study.tasks:
-            last = [*(best[m][0] for m in methods if m not in LAYER_METHODS), *last]
-        best |= _try(study, last, progress, answers=bool(study.tasks)) if last else {}
-        found[ratio] = [study.dense, *(best[method][1] for method in methods)]
+    for ratio in asked.ratios:
+        left = [method for method in asked.methods if method not in kept.at(ratio)]
+        if left:
+            target = _target(study, steps, ratio, left, asked.tries)
+            for rows in _rows_at(study, target, left, progress):
+                kept.add(ratio, {**rows, DENSE: study.dense})
+        rows = kept.at(ratio)
+        found[ratio] = [rows[name] for name in (DENSE, *asked.methods)]
     return found
+
+
+def _target(
+    study: Study, steps: Steps, ratio: float, methods: Sequence[str], tries: int
+) -> RatioTarget:
+    """Return the sizes that ``methods`` have at a ratio."""
+    layout, smallest = study.text.layout, study.text.rarity.must_keep
+    others = {*methods} - {*EXPERT_METHODS, *STREAM_METHODS}
+    pairs = sizes_at(layout, ratio, smallest, steps) if others else []
+    usual = split(layout, ratio, smallest, steps) if others else whole(layout)
+    searched = list(pairs)
+    if "search" in methods and layout.experts:
+        counts = expert_counts(layout, SizeRequest())
+        searched = sizes_at(layout, ratio, smallest, steps, experts=counts)
+    experts = experts_at(layout, layout, ratio) if {*methods} & {*EXPERT_METHODS} else 0
+    fewer_experts = replace(whole(layout), experts=experts)
+    two_stage = two_stage_sizes(layout, ratio) if "2ssp" in methods else None
+    slice_to = sliced_size(layout, ratio) if "slicegpt" in methods else 0
+    tried = coarse(pairs, most=tries) if tries > 1 else [usual]
+    searched = coarse(searched, most=tries) if tries > 1 else [usual]
+    first, last = (pairs[0], pairs[-1]) if pairs else (usual, usual)
+    cut = {*methods} & {*STREAM_METHODS}
+    stream = ResidualStream.of(layout) if cut else None
+    streams = {method: stream.cut(ratio, method) for method in cut} if stream else {}
+    sizes = (tried, searched, first, last, usual, fewer_experts)
+    return RatioTarget(ratio, *sizes, two_stage, slice_to, streams)
+
+
+def _rows_at(
+    study: Study, target: RatioTarget, methods: Sequence[str], progress: Progress | None
+) -> Iterator[dict[str, Row]]:
+    """Yield rows by method, once after each of two passes."""
+    first: list[Candidate] = []
+    for method in methods:
+        first += [each for each in _candidates(method, target) if each not in first]
+    names = [candidate.name for candidate in first]
+    attentions = target.two_stage.attentions if target.two_stage is not None else 0
+    final = {m for m in methods if m not in LAYER_METHODS and names.count(m) == 1}
+    final -= {"2ssp"} if attentions else set()
+    best = _try(study, first, progress, answers=final if study.tasks else ()) if first else {}
+    if final:
+        yield {method: best[method][1] for method in methods if method in final}
+
+    last, seconds = list[Candidate](), dict[str, float]()
+    for method in methods:
+        watch, before = Stopwatch(), 0.0
+        if method in LAYER_METHODS:
+            last.append(_fewer_layers(study, method, target, watch))
+            before = study.influence_seconds if method == "shortgpt" else 0.0
+        elif method == "2ssp" and attentions:
+            last.append(_fewer_attentions(study, best[method][0], attentions, watch))
+            before = best[method][1].seconds
+        elif method not in final:
+            before = best[method][1].seconds
+            last += [best[method][0]] * bool(study.tasks)
+        seconds[method] = before + sum(watch.seconds.values())
+    asked = [candidate.name for candidate in last] if study.tasks else []
+    best |= _try(study, last, progress, answers=asked) if last else {}
+    yield {
+        method: replace(best[method][1], seconds=seconds[method])
+        for method in methods
+        if method not in final
+    }
 
 
 def compare_samples(
@@ -213,29 +285,44 @@ def _try(
     candidates: Sequence[Candidate],
     progress: Progress | None,
     *,
-    answers: bool = False,
+    answers: Collection[str] = (),
 ) -> dict[str, tuple[Candidate, Row]]:
-    """Return the candidate with the best score for each name, and its row."""
-    found: dict[str, tuple[Candidate, Row]] = {}
-    advance = stage(progress, "compare", study.windows(len(candidates), answers=answers))
+    """Return the candidate with the best score for each name, and its row.
+
+    The seconds of the row are those of all candidates of its name, alone: a calibration pass that
+    several methods share counts for each. Several candidates are tried, one is not.
+    """
+    advance = stage(progress, "compare", study.windows(len(candidates), answers=bool(answers)))
     rows = study.rows(candidates, advance, answers=answers)
-    for pair in zip(candidates, rows, strict=True):
-        name = pair[0].name
-        found[name] = min(found.get(name, pair), pair, key=lambda each: each[1].score)
+    found: dict[str, tuple[Candidate, Row]] = {}
+    for name in dict.fromkeys(candidate.name for candidate in candidates):
+        own = [number for number, each in enumerate(candidates) if each.name == name]
+        took = [study.took[number] for number in own]
+        passes = {each.text: each.calibrate for each in took}
+        tried = sum(each.heldout for each in took) if len(own) > 1 else 0.0
+        seconds = sum(passes.values()) + sum(each.own for each in took) + tried
+        best = min(own, key=lambda number: rows[number].score)
+        found[name] = candidates[best], replace(rows[best], seconds=seconds)
     return found
 
 
 def _candidates(method: str, target: RatioTarget) -> list[Candidate]:
-    """Return the first pass's candidates of a method; of several, the best one counts."""
+    """Return the first pass's candidates of a method; of several, the best one counts.
+
+    LaCo has none. The others that remove layers need the influence that ``act2`` measures, too.
+    """
+    if method == "laco":
+        return []
     if method in EXPERT_METHODS:
         criterion = EXPERT_METHODS[method]
         sizes = target.fewer_experts
         return [Candidate(method, sizes, retokenize=False, expert_criterion=criterion)]
-    pairs = coarse(target.pairs)
     if method in FFN_CRITERIA:
-        return [Candidate(method, pairs[-1], method, retokenize=False)]
+        influence = method == "act2"  # as below, so that it is tried once
+        channels = target.channels
+        return [Candidate(method, channels, method, retokenize=False, influence=influence)]
     if method == "vocabulary":
-        return [Candidate(method, pairs[0])]
+        return [Candidate(method, target.vocabulary)]
     if method == "2ssp" and target.two_stage is not None:
         return [Candidate(method, target.two_stage.sizes, "l2", retokenize=False)]
     if method == "slicegpt":
@@ -251,22 +338,23 @@ def _candidates(method: str, target: RatioTarget) -> list[Candidate]:
     if method == "prune":
         return [Candidate(method, target.usual)]
     if method == "compact":
-        return [Candidate(method, sizes, retokenize=False) for sizes in pairs]
+        return [Candidate(method, sizes, retokenize=False) for sizes in target.pairs]
     if method == "search":
         return [Candidate(method, sizes, repair=True) for sizes in target.searched]
-    return [Candidate("act2", pairs[-1], "act2", retokenize=False, influence=True)]
+    return [Candidate("act2", target.channels, "act2", retokenize=False, influence=True)]
 
 
 def _fewer_attentions(
-    study: Study, candidate: Candidate, row: Row, count: int
-) -> tuple[Candidate, Row]:
-    """Return 2SSP's candidate with both stages; ``row`` is that of the first one."""
-    windows, kept = study.calibration_windows()[:1], study.kept[candidate.name]
-    layers = attentions_by_perplexity(study.text.layout, windows, kept, count, study.settings)
-    return replace(candidate, without_attention=frozenset(layers)), row
+    study: Study, candidate: Candidate, count: int, watch: Stopwatch
+) -> Candidate:
+    """Return 2SSP's candidate with both stages."""
+    layout, windows = study.text.layout, study.calibration_windows()[:1]
+    kept = study.kept[candidate.name]
+    layers = attentions_by_perplexity(layout, windows, kept, count, study.settings, watch)
+    return replace(candidate, without_attention=frozenset(layers))
 
 
-def _fewer_layers(study: Study, method: str, target: RatioTarget) -> Candidate:
+def _fewer_layers(study: Study, method: str, target: RatioTarget, watch: Stopwatch) -> Candidate:
     """Return a layer method's candidate; the first pass has measured the layers' influence."""
     layout, depth = study.text.layout, _depth(study, target)
     if method == "shortgpt":
@@ -275,7 +363,7 @@ def _fewer_layers(study: Study, method: str, target: RatioTarget) -> Candidate:
     else:
         calibration_pass = study.text.calibration_pass(layout.vocab_size, LACO_WINDOWS)
         windows = [window[:LACO_TOKENS] for window in calibration_pass.streams[0].windows]
-        groups = collapse_layers(layout, windows, depth, study.settings)
+        groups = collapse_layers(layout, windows, depth, study.settings, watch)
     return Candidate(method, replace(whole(layout), layers=groups))
 
 

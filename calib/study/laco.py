@@ -13,6 +13,7 @@ from calib.streaming.settings import PassSettings
 from calib.streaming.weights import WeightReader
 from surgery.errors import BudgetError
 from surgery.layout.layout import Layout
+from surgery.process import Stopwatch
 
 COLLAPSED = 4
 """Most layers that are collapsed into one (the paper's C)."""
@@ -31,6 +32,7 @@ def collapse_layers(
     windows: Sequence[np.ndarray],
     count: int,
     settings: PassSettings,
+    watch: Stopwatch | None = None,
 ) -> GroupList:
     """Return ``count`` groups of layers, each to be collapsed into its first.
 
@@ -43,6 +45,7 @@ def collapse_layers(
         windows: A few short windows; the paper takes ten sentences.
         count: Layers to keep.
         settings: How the layers compute.
+        watch: Gets the seconds of "choose", those of reading weights left out.
 
     Raises:
         BudgetError: so many layers cannot be collapsed.
@@ -62,7 +65,7 @@ def collapse_layers(
                 fix="choose a smaller ratio",
             )
         tried = [_collapsed(groups, start, size) for start in starts]
-        cosines = _cosines(layout, windows, tried, settings)
+        cosines = _cosines(layout, windows, tried, groups, settings, watch or Stopwatch())
         above: list[int] = []
         while not above:
             above = [
@@ -95,22 +98,42 @@ def _cosines(
     layout: Layout,
     windows: Sequence[np.ndarray],
     tried: Sequence[GroupList],
+    groups: GroupList,
     settings: PassSettings,
+    watch: Stopwatch,
 ) -> list[float]:
-    """Return, for each of ``tried``, the mean cosine of last hidden states with the dense ones."""
-    dense, streams = Stream(windows), [Stream(windows) for _ in tried]
-    layers = [LayerGroups(groups) for groups in tried]
+    """Return, for each of ``tried``, the mean cosine of last hidden states with the dense ones.
+
+    Each begins where it differs from ``groups``, with the states that these give.
+    """
+    dense, base, streams = Stream(windows), Stream(windows), [Stream(windows) for _ in tried]
+    of_base, layers = LayerGroups(groups), [LayerGroups(each) for each in tried]
+    begins = [
+        next(old[0] for old, new in zip(groups, each, strict=False) if old != new) for each in tried
+    ]
     with (
-        spilled([dense, *streams], settings.spill),
+        spilled([dense, base, *streams], settings.spill),
         WeightReader(layout.checkpoint, settings.device, settings.dtype) as reader,
     ):
         decoder = StreamedDecoder(layout, reader, settings)
-        decoder.embed([dense, *streams])
+        decoder.embed([dense, base, *streams])
         for index in decoder.layers():
-            decoder.run(index, dense)
-            for stream, of_stream in zip(streams, layers, strict=True):
-                of_stream.run(decoder, index, stream)
+            with watch.timed("choose"):
+                decoder.run(index, dense)
+                for begin, stream, of_stream in zip(begins, streams, layers, strict=True):
+                    if index == begin:
+                        _take(stream, base)
+                    if index >= begin:
+                        of_stream.run(decoder, index, stream)
+                of_base.run(decoder, index, base)
         return [
             cosine_sum(dense.states.before[None], stream.states.before[None]) / dense.tokens
             for stream in streams
         ]
+
+
+def _take(stream: Stream, other: Stream) -> None:
+    """Give ``stream`` the hidden states that ``other`` has between two layers."""
+    stream.states.before.copy_(other.states.before)
+    for batch, of_other in zip(stream.batches, other.batches, strict=True):
+        batch.passed_on = dict(of_other.passed_on)

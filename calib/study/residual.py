@@ -289,13 +289,12 @@ class NarrowTrial(Trial):
 
     def run(self, decoder: StreamedDecoder, index: int) -> None:
         """Run the text through a layer that writes to the columns that are kept alone."""
-        for text in self.scored if index == 0 else []:
+        for text in self.scored.values() if index == 0 else []:
             self._projection.apply_(text.states.before)
         with ExitStack() as stack:
             for path in self._stream.norms(index):
                 norm = decoder.layer(index).get_submodule(path)
                 stack.enter_context(_projected(norm, self._projection))
-            for text in self.scored:
-                decoder.run(index, text)
-        for text in self.scored:
+            self.run_scored(decoder, index, {})
+        for text in self.scored.values():
             self._projection.apply_(text.states.before)

@@ -292,7 +292,8 @@ def search_sizes(
     """Try the sizes of ``space``, coarse to fine, in two passes at most.
 
     Args:
-        study: The text, and compute settings.
+        study: The text, compute settings, and tasks, which all sizes answer. The answers choose
+            nothing.
         space: The sizes, and how channels and experts are chosen.
         progress: Called with "search", finished windows × layers of a pass, and their total.
     """
@@ -315,8 +316,7 @@ def search_sizes(
 
     def attempt(chosen: Sequence[Sizes]) -> list[tuple[Row, Sizes]]:
         candidates = [replace(like, name=_name(layout, sizes), sizes=sizes) for sizes in chosen]
-        advance = stage(progress, "search", study.windows(len(candidates)))
-        return list(zip(study.rows(candidates, advance), chosen, strict=True))
+        return list(zip(_rows(study, candidates, progress), chosen, strict=True))
 
     first = coarse(space.sizes, usual, space.most)
     tried = attempt(first)
@@ -342,12 +342,19 @@ def _search_layers(study: Study, ratio: float, progress: Progress | None) -> Sea
         check_layers(layout, kept)
         chosen.setdefault(format_layers(kept), kept)
     sizes = [replace(whole(layout), layers=layers) for layers in chosen.values()]
-    advance = stage(progress, "search", study.windows(len(sizes)))
-    tried = study.rows([Candidate(n, s) for n, s in zip(chosen, sizes, strict=True)], advance)
+    candidates = [Candidate(n, s) for n, s in zip(chosen, sizes, strict=True)]
+    tried = _rows(study, candidates, progress)
     best = tried.index(best_for(QUALITY, tried))
     if kept is not None and tried[-1].score <= tried[best].score + WITHIN:
         best = len(tried) - 1
     return SearchResult(study.dense, tried, sizes[best])
+
+
+def _rows(study: Study, candidates: Sequence[Candidate], progress: Progress | None) -> list[Row]:
+    """Try ``candidates`` in one pass; they answer the study's tasks."""
+    asked = [candidate.name for candidate in candidates] if study.tasks else []
+    advance = stage(progress, "search", study.windows(len(candidates), answers=bool(asked)))
+    return study.rows(candidates, advance, answers=asked)
 
 
 def _counts(found: Sequence[Sizes]) -> list[int]:

@@ -102,7 +102,7 @@ class SlicedTrial(Trial):
     @property
     def streams(self) -> list[Stream]:
         """All streams that the trial runs itself."""
-        return [*self.scored, self._text]
+        return [*self.scored.values(), self._text]
 
     def run(self, decoder: StreamedDecoder, index: int) -> None:
         """Run all text through a layer whose two blocks read projected inputs."""
@@ -118,8 +118,8 @@ class SlicedTrial(Trial):
                 for _ in decoder.peek(index, self._text):
                     pass
             with _seen(norm, _in_place(second.projection(self._size, decoder))):
-                for stream in self.streams:
-                    decoder.run(index, stream)
+                self.run_scored(decoder, index, {})
+                decoder.run(index, self._text)
 
     def _check_residual(self, decoder: StreamedDecoder, norm: nn.Module) -> None:
         """Refuse a layer that does not add to what its second norm reads.

@@ -1,12 +1,14 @@
 """Try candidates for a smaller model on one text, all in one pass, on the same held-out bytes."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
-from calib.scoring.score import check_predicts
+from calib.scoring.score import check_predicts, half_interval
+from calib.scoring.shared_context import most_shared
 from calib.scoring.tasks import Answers, AskedTasks, Task
 from calib.statistics.prepare import check_channels
 from calib.streaming.settings import ComputeOptions, PassSettings
@@ -24,10 +26,11 @@ from surgery.planning.planner import kept_experts
 from surgery.planning.request import SizeChoice
 from surgery.planning.shapes import axis_lengths, blocks, expert_groups, parameters_of
 from surgery.planning.sizes import Sizes, whole
-from surgery.process import Advance, no_advance
+from surgery.process import Advance, Stopwatch, no_advance
 from surgery.stats.channels import (
     DEFAULT_CRITERION,
     DEFAULT_EXPERT_CRITERION,
+    RANDOM,
     Kept,
     needs_stats,
     too_few_tokens,
@@ -71,6 +74,20 @@ class Candidate:
         return self.sizes.vocab_size if self.retokenize else full, self.samples
 
 
+@dataclass(frozen=True)
+class Took:
+    """Seconds that a candidate takes, without those of reading weights and of the head."""
+
+    text: tuple[int, int | None]
+    """The text that chooses its channels; several candidates may share its pass."""
+    calibrate: float
+    """Of this pass; 0 where no text chooses."""
+    own: float
+    """Of choosing, refitting and training."""
+    heldout: float
+    """Of the held-out text."""
+
+
 def _chooses(candidate: Candidate, layout: Layout) -> bool:
     """Whether a text chooses channels or experts of ``candidate``."""
     sizes = candidate.sizes
@@ -112,40 +129,56 @@ class Study:
     _dense_row: Row | None = field(default=None, init=False)
     _told: bool = field(default=False, init=False)
     """Whether a log line has said that the text is short."""
+    took: list[Took] = field(default_factory=list, init=False)
+    """Of each candidate of the last ``rows``."""
     kept: dict[str, Kept] = field(default_factory=dict, init=False)
     """Name of a candidate → the channels that it kept, layer by layer, when it was last tried."""
     _stream_sums: StreamSums | None = field(default=None, init=False)
+    _stream_watch: Stopwatch = field(default_factory=Stopwatch, init=False)
+    """Seconds of measuring the stream; the weights are read in them, too."""
     block_influence: np.ndarray | None = field(default=None, init=False)
     """float64 ``[L]``, known once a candidate was tried on text that the source's own tokenizer
     tokenized."""
+    influence_seconds: float = field(default=0.0, init=False)
+    """What that pass took."""
 
     def rows(
         self,
         candidates: Sequence[Candidate],
         progress: Advance = no_advance,
         *,
-        answers: bool = False,
+        answers: Collection[str] = (),
     ) -> list[Row]:
         """Try ``candidates`` in one pass and compare each with the dense model.
 
-        With ``answers``, they and the dense model answer the tasks, too.
+        Those with a name in ``answers`` answer the tasks, and so does the dense model.
         """
         layout = self.text.layout
         dense = Candidate(DENSE, whole(layout))
-        everything = [*candidates, *[dense] * self._needs_dense(answers=answers)]
+        everything = [*candidates, *[dense] * self._needs_dense(answers=bool(answers))]
         passes = self._passes(everything)
         trials = [
-            self._trial(candidate, passes.get(candidate.text(layout.vocab_size)), answers=answers)
+            self._trial(
+                candidate,
+                passes.get(candidate.text(layout.vocab_size)),
+                answers=candidate.name in answers or (candidate is dense and bool(answers)),
+            )
             for candidate in everything
         ]
         bits = self.bits(trials, progress)
+        self.took = [
+            self._took(candidate, trial)
+            for candidate, trial in zip(candidates, trials, strict=False)
+        ]
         self._tell_short_text(passes)
         self.kept |= {c.name: t.kept for c, t in zip(candidates, trials, strict=False) if t.kept}
         if len(everything) > len(candidates):
             self._dense = trials[-1].heldout, bits[-1]
             self._dense_row = self._row(dense, trials[-1], bits[-1])
         if (layout.vocab_size, None) in passes:
-            self.block_influence = passes[layout.vocab_size, None].block_influence
+            dense_pass = passes[layout.vocab_size, None]
+            self.block_influence = dense_pass.block_influence
+            self.influence_seconds = dense_pass.watch.seconds.get("calibrate", 0.0)
         return [
             self._row(candidate, trial, found)
             for candidate, trial, found in zip(candidates, trials, bits, strict=False)
@@ -156,6 +189,17 @@ class Study:
         """The row of the dense model, which is tried with the first candidates."""
         assert self._dense_row is not None
         return self._dense_row
+
+    def _took(self, candidate: Candidate, trial: Trial) -> Took:
+        calibrate = 0.0
+        by_text = candidate.influence or candidate.repair or candidate.criterion != RANDOM
+        if trial.calibration_pass is not None and by_text:
+            calibrate = trial.calibration_pass.watch.seconds.get("calibrate", 0.0)
+        if candidate.stream is not None:
+            calibrate = self._stream_watch.seconds["calibrate"]
+        heldout = trial.watch.seconds.get("heldout", 0.0)
+        text = candidate.text(self.text.layout.vocab_size)
+        return Took(text, calibrate, trial.own_seconds, heldout)
 
     def bits(
         self, trials: Sequence[Trial], progress: Advance = no_advance
@@ -230,14 +274,22 @@ class Study:
         """Return what calibration text shows of the residual stream; measured once."""
         if self._stream_sums is None:
             stream = ResidualStream.of(self.text.layout)
-            self._stream_sums = measure_stream(stream, self.calibration_windows(), self.settings)
+            with self._stream_watch.timed("calibrate"):
+                windows = self.calibration_windows()
+                self._stream_sums = measure_stream(stream, windows, self.settings)
         return self._stream_sums
 
     def asked(self, vocab_size: int) -> AskedTasks:
         """Return the tasks, tokenized by the vocabulary of this size."""
         tokenizer, old_ids = self.text.tokenizer_of(vocab_size)
         kept = self.text.ids(vocab_size).kept
-        return AskedTasks(self.text.layout, self.tasks, tokenizer, (old_ids, kept))
+        return AskedTasks(
+            self.text.layout, self.tasks, tokenizer, (old_ids, kept), self._most_shared
+        )
+
+    @cached_property
+    def _most_shared(self) -> int:
+        return most_shared(self.text.layout, self.settings)
 
     def _experts(self, candidate: Candidate) -> ExpertChoice | None:
         layout, sizes = self.text.layout, candidate.sizes
@@ -260,7 +312,8 @@ class Study:
             alike_dense += float(words_before.bits(bits_before)[same].sum())
             alike_bytes += int(words.nbytes[same].sum())
         nbytes = sum(len(text.encode("utf-8")) for text in self.text.heldout)
-        total, total_dense = (float(sum(map(np.sum, each))) for each in (token_bits, dense))
+        windows, windows_dense = ([float(b.sum()) for b in each] for each in (token_bits, dense))
+        total, total_dense = sum(windows), sum(windows_dense)
         other = candidate.slice_to or candidate.without_attention or candidate.stream
         parameters = parameters_of(layout, sizes)
         parameters -= sum(attention_parameters(layout, n) for n in candidate.without_attention)
@@ -287,5 +340,7 @@ class Study:
             memory_bytes=0 if other else served_bytes(layout, sizes, MEMORY),
             heldout_windows=len(self.text.heldout),
             heldout_bytes=nbytes,
+            loss_margin=half_interval(windows, windows_dense),
+            window_bits=tuple(windows),
             answers=answers,
         )

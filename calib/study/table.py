@@ -9,6 +9,7 @@ from calib.scoring.tasks import Answers
 from surgery.planning.aims import COUNTED, DECODE, MARGIN, MEMORY, QUALITY
 from surgery.planning.sizes import TOLERANCE
 from surgery.plot import html_table, saved_figure, titled
+from surgery.process import spoken
 
 FFN_CRITERIA = ("random", "abs-act", "act2", "wanda", "l2")
 """Criteria that are compared with the whole vocabulary kept."""
@@ -75,6 +76,10 @@ class Row:
     """Windows of held-out text."""
     heldout_bytes: int
     """UTF-8 bytes of these windows."""
+    loss_margin: float | None = None
+    """Half of the interval that holds 95 % of the losses on windows drawn anew: ``Change``."""
+    window_bits: tuple[float, ...] = ()
+    """Bits of each window."""
     experts: int = 0
     """Routed experts of each layer that has some."""
     decoded_bytes: int = 0
@@ -83,6 +88,8 @@ class Row:
     """Bytes in memory with the cache and logits of ``POSITIONS`` positions, as predicted."""
     answers: Answers | None = None
     """Which items of tasks it answers right, if it was asked."""
+    seconds: float = 0.0
+    """What its method alone takes to choose what is removed, in a comparison."""
 
     def served(self, aim: str) -> int:
         """Return the bytes that ``aim`` makes few; 0 for quality, which counts none."""
@@ -97,6 +104,7 @@ class Row:
         """Return all fields and the score, for JSON; answers beside those of ``dense``."""
         found = asdict(replace(self, answers=None)) | {"score": self.score}
         del found["answers"]
+        found["window_bits"] = list(self.window_bits)
         if self.answers is not None:
             found["tasks"] = self.answers.facts(dense.answers if dense is not None else None)
         return found
@@ -149,10 +157,13 @@ def table(rows: Sequence[Row], ratio: float | None = None, aim: str = QUALITY) -
     routed = any(row.experts for row in rows)
     heads = ["V'", *(["I'"] if len(keys) == 1 else keys), *["experts"] * routed]
     heads += ["layers", "parameters", "removed"]
-    heads += ["bits/byte", "loss", "alike", "score"]
+    known = any(row.loss_margin is not None for row in rows)
+    heads += ["bits/byte", "loss", *["±"] * known, "alike", "score"]
     heads += {DECODE: ["read MB"], MEMORY: ["memory MB"]}.get(aim, [])
     answers = rows[0].answers
     heads += ["acc_norm", "of dense", "±"] if answers is not None else []
+    timed = any(row.seconds for row in rows)
+    heads += ["time"] * timed
     widths = [max(10, len(head) + 2) for head in heads]
     lines = [f"{'cut':<{wide}}" + "".join(f"{h:>{w}}" for h, w in zip(heads, widths, strict=True))]
     tried = [row for row in rows if row.name != DENSE]
@@ -163,12 +174,15 @@ def table(rows: Sequence[Row], ratio: float | None = None, aim: str = QUALITY) -
         cells += [str(row.num_hidden_layers), f"{row.parameters / 1e6:,.1f}M"]
         mark = "*" if ratio is not None and missed(row, ratio) else ""
         cells += [f"{row.removed:.1%}{mark}", f"{row.bits_per_byte:.4f}"]
-        cells += [f"{row.loss:+.1%}", f"{row.alike_loss:+.1%}", f"{row.score:+.1%}"]
+        cells.append(f"{row.loss:+.1%}")
+        cells += ["?" if row.loss_margin is None else f"{row.loss_margin:.1%}"] * known
+        cells += [f"{row.alike_loss:+.1%}", f"{row.score:+.1%}"]
         cells += [f"{row.served(aim) / 1e6:,.1f}"] * (aim != QUALITY)
         if answers is not None and row.answers is not None:
             share = row.answers.share_of(answers)
             cells += [f"{row.answers.accuracy:.1%}", f"{share.share:.1%}"]
             cells.append("?" if share.margin is None else f"{share.margin:.1%}")
+        cells += [spoken(row.seconds) if row.name != DENSE else ""] * timed
         text = "".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True))
         lines.append(f"{row.name:<{wide}}{text}" + marks.get(row.name, ""))
     return "\n".join(lines)
@@ -188,18 +202,22 @@ def notes(names: Iterable[str]) -> list[str]:
     ]
 
 
-def legend(row: Row, *, marked: bool = False, aim: str = QUALITY) -> str:
+def legend(row: Row, *, marked: bool = False, timed: bool = False, aim: str = QUALITY) -> str:
     """Return what the columns of a table mean, and on how much text its rows were measured.
 
     Args:
         row: Any of its rows.
         marked: Whether a row misses the ratio.
+        timed: Whether rows say how long their methods took.
         aim: What the best row is to serve.
     """
     lines = [
         f"held out: {row.heldout_windows:,} windows, {row.heldout_bytes:,} bytes, "
         "by which no channel was chosen",
-        "loss: bits over those of the dense model",
+        "loss: bits over those of the dense model"
+        + (
+            "; ±: other windows of such text move it by less" if row.loss_margin is not None else ""
+        ),
         "alike: the same, over the words that both vocabularies tokenize alike",
         "score: two parts loss, one part alike; search minimizes it",
     ]
@@ -216,6 +234,11 @@ def legend(row: Row, *, marked: bool = False, aim: str = QUALITY) -> str:
             "of dense: the same, divided by that of the dense model; ±: other items of this kind "
             "move it by less, in 95 of 100 cases",
         ]
+    if timed:
+        lines.append(
+            "time: what the method alone takes to choose and refit, without reading and writing "
+            "weights; of several sizes, with the held-out text by which the best is found"
+        )
     if marked:
         lines.append(
             "*: not the share asked for, but the nearest that whole layers, experts or steps reach"

@@ -31,6 +31,7 @@ from calib.text.windows import byte_windows, token_windows, within_positions
 from surgery.families.schema import EXPERT
 from surgery.layout.layout import Layout
 from surgery.planning.request import SizeChoice
+from surgery.process import Stopwatch
 from surgery.stats.channel_stats import AxisSums
 from surgery.text.documents import TextOptions
 from surgery.tokenizer.id_map import IdMap
@@ -81,6 +82,8 @@ class CalibrationPass:
         fit = [w for n, w in enumerate(windows) if not refits or n % GATE_EVERY < GATE_EVERY - 1]
         self.streams = [Stream(part) for part in (fit, gate) if part]
         self._refits, self._chooses = refits, chooses
+        self.watch = Stopwatch()
+        """Seconds of "calibrate"."""
         self.sums: dict[str, AxisSums] = {}
         self.cosines: list[float] = []
         """Per layer passed, Σ cos(x_in, x_out) over the tokens."""

@@ -29,7 +29,7 @@ from calib.study.two_stage import without_attention
 from calib.text.heldout import Encoded
 from surgery.families.schema import EXPERT
 from surgery.layout.layout import Layout
-from surgery.process import Advance, no_advance
+from surgery.process import Advance, Stopwatch, no_advance
 from surgery.stats.channels import (
     DEFAULT_CRITERION,
     Kept,
@@ -116,18 +116,26 @@ class Trial:
         if calibration_pass and variant.repair:
             streams = calibration_pass.streams
             self._prefix = PrunedPrefix(streams, collects=variant.reconstruct)
+        self.watch = Stopwatch()
+        """Seconds of "trial" in all layers, and of "heldout" and "tasks" among them."""
         self._on_refit = on_refit
         self._groups = LayerGroups(variant.layers)
 
     @property
     def streams(self) -> list[Stream]:
         """All streams that the trial runs itself."""
-        return [*self.scored, *(self._prefix.streams if self._prefix else [])]
+        return [*self.scored.values(), *(self._prefix.streams if self._prefix else [])]
 
     @property
-    def scored(self) -> list[Stream]:
-        """The streams whose predictions count."""
-        return [self.stream, *([self.asked.stream] if self.asked else [])]
+    def scored(self) -> dict[str, Stream]:
+        """The streams whose predictions count, by what ``watch`` calls them."""
+        return {"heldout": self.stream} | ({"tasks": self.asked.stream} if self.asked else {})
+
+    @property
+    def own_seconds(self) -> float:
+        """Seconds of all but the held-out text and the tasks: of choosing and refitting."""
+        taken = self.watch.seconds
+        return taken.get("trial", 0.0) - taken.get("heldout", 0.0) - taken.get("tasks", 0.0)
 
     def run(self, decoder: StreamedDecoder, index: int) -> None:
         """Run the text through the variant's version of a layer."""
@@ -138,12 +146,20 @@ class Trial:
             layer = decoder.layer(index)
             block = without_attention(decoder.layout, index, layer) if silent else nullcontext()
             with block, self._without_experts(decoder, index, experts):
-                for stream in self.scored:
-                    decoder.run(index, stream, weights=weights)
+                self.run_scored(decoder, index, weights)
                 if self._prefix is not None:
                     self._prefix.advance(decoder, index, weights)
             return
-        self._groups.run(decoder, index, *self.scored)
+        with self.watch.timed("heldout"):
+            self._groups.run(decoder, index, *self.scored.values())
+
+    def run_scored(
+        self, decoder: StreamedDecoder, index: int, weights: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Run what is scored through a layer whose ``weights`` replace its own."""
+        for name, stream in self.scored.items():
+            with self.watch.timed(name):
+                decoder.run(index, stream, weights=weights)
 
     def _kept_experts(self, decoder: StreamedDecoder, index: int) -> np.ndarray | None:
         """Return the experts of a layer that the variant keeps; None where it keeps all."""
@@ -313,9 +329,11 @@ def try_all(
         for index in decoder.layers():
             for calibration_pass in [*passes, None]:
                 if calibration_pass is not None:
-                    calibration_pass.measure(decoder, index)
+                    with calibration_pass.watch.timed("calibrate"):
+                        calibration_pass.measure(decoder, index)
                 for trial in (t for t in trials if t.calibration_pass is calibration_pass):
-                    trial.run(decoder, index)
+                    with trial.watch.timed("trial"):
+                        trial.run(decoder, index)
                     progress(len(trial.heldout.words))
                 if calibration_pass is not None:
                     calibration_pass.forget()

@@ -23,6 +23,7 @@ from surgery.errors import BudgetError, FamilyError
 from surgery.families.schema import FFN
 from surgery.layout.layout import Layout
 from surgery.planning.sizes import Sizes, whole
+from surgery.process import Stopwatch
 from surgery.stats.channels import Kept
 
 ALPHA = 1.5
@@ -118,6 +119,7 @@ def attentions_by_perplexity(
     kept: Kept,
     count: int,
     settings: PassSettings,
+    watch: Stopwatch | None = None,
 ) -> list[int]:
     """Return the layers that lose their attention: one at a time, that which is missed least.
 
@@ -130,10 +132,12 @@ def attentions_by_perplexity(
         kept: The channels that the first stage keeps, by layer.
         count: Attentions to remove.
         settings: How the layers compute.
+        watch: Gets the seconds of "choose", those of reading weights left out.
     """
+    watch = watch or Stopwatch()
     removed: list[int] = []
     while len(removed) < count:
-        bits = _without_one_more(layout, windows, kept, removed, settings)
+        bits = _without_one_more(layout, windows, kept, removed, settings, watch)
         removed.append(min(bits, key=lambda index: bits[index]))
     return removed
 
@@ -144,6 +148,7 @@ def _without_one_more(
     kept: Kept,
     removed: Sequence[int],
     settings: PassSettings,
+    watch: Stopwatch,
 ) -> Mapping[int, float]:
     """Return layer → bits of the windows without its attention and without those removed."""
     base, trials = Stream(windows), dict[int, Stream]()
@@ -151,18 +156,20 @@ def _without_one_more(
         decoder = StreamedDecoder(layout, reader, settings)
         decoder.embed([base])
         for index in decoder.layers():
-            weights = _pruned(decoder, index, kept[index])
-            layer, gone = decoder.layer(index), index in removed
-            if not gone:
-                trials[index] = _copy(base)
-            for number, stream in [(-1, base), *trials.items()]:
-                silent = gone or number == index
-                block = without_attention(layout, index, layer) if silent else nullcontext()
-                with block:
-                    decoder.run(index, stream, weights=weights)
+            with watch.timed("choose"):
+                weights = _pruned(decoder, index, kept[index])
+                layer, gone = decoder.layer(index), index in removed
+                if not gone:
+                    trials[index] = _copy(base)
+                for number, stream in [(-1, base), *trials.items()]:
+                    silent = gone or number == index
+                    block = without_attention(layout, index, layer) if silent else nullcontext()
+                    with block:
+                        decoder.run(index, stream, weights=weights)
         rows = np.arange(layout.vocab_size)
         asked = {number: predictions_of(stream, rows) for number, stream in trials.items()}
-        count_bits(decoder, [each for found in asked.values() for each in found.values()])
+        with watch.timed("choose"):
+            count_bits(decoder, [each for found in asked.values() for each in found.values()])
     return {
         number: float(sum(each.bits().sum() for each in found.values()))
         for number, found in asked.items()

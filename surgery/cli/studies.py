@@ -51,6 +51,7 @@ class SearchOptions:
 
     candidates: str | None
     output: Path | None
+    tasks: tuple[Path, ...]
 
 
 @click.command()
@@ -74,6 +75,7 @@ class SearchOptions:
         metavar="PLAN",
         help="File to write a plan of the best sizes to.",
     ),
+    tasks_option,
 )
 @show_options
 def search(
@@ -90,6 +92,7 @@ def search(
     block of TEXT scores them; the rest of TEXT chooses their channels and experts.
     """
     from calib.pipeline import PlanFiles, calibrated_plan
+    from calib.scoring.tasks import read_tasks
     from calib.study.search import search_sizes, search_space
     from calib.study.study import open_study
     from calib.text.chat import documents_of
@@ -105,11 +108,12 @@ def search(
         refuse_idle("with --candidates", "multiple_of", "target")
     if not layout.experts:
         refuse_idle("for a model without routed experts", "expert_criterion")
+    tasks = read_tasks(options.tasks)
     space = search_space(layout, cut, options.candidates, documents_of(layout, text))
     with running() as progress:
-        study = open_study(layout, space.choice, text, compute)
+        study = open_study(layout, space.choice, text, compute, tasks)
         found = search_sizes(study, space, progress)
-    rows = json.dumps([row.facts() for row in found.rows])
+    rows = json.dumps([row.facts(found.dense) for row in found.rows])
     took = f"took {spoken(time.perf_counter() - start)}"
     click.echo(rows if show.as_json else f"{found.table()}\n{took}")
     if show.plot is not None:
@@ -153,6 +157,8 @@ class CompareOptions:
     ratios: list[float]
     methods: str | None
     counts: list[int] | None
+    tries: int
+    keep: Path | None
     tasks: tuple[Path, ...]
 
 
@@ -187,6 +193,21 @@ class CompareOptions:
         type=Numbers(int),
         metavar="N,N,…",
         help="Instead try the paper's method with these numbers of calibration windows.",
+    ),
+    click.option(
+        "--tries",
+        type=click.IntRange(min=1),
+        default=8,
+        show_default=True,
+        metavar="N",
+        help="Most pairs of V' and I' that compact and search try at a ratio; 1 is the rule of "
+        "thumb's.",
+    ),
+    click.option(
+        "--keep",
+        type=path_type,
+        metavar="FILE",
+        help="Keep the rows in FILE as they are made. A later run makes only those that it lacks.",
     ),
     tasks_option,
 )
@@ -229,7 +250,7 @@ def compare(
         refuse_idle("without --plot", "force")
     show.check()
     if options.counts:
-        refuse_idle("with --by-samples", "methods", "tasks")
+        refuse_idle("with --by-samples", "methods", "tasks", "tries", "keep")
         if len(options.ratios) > 1:
             raise Refusal("--ratio: takes one share with --by-samples; leave out the others")
     check_ratios(options.ratios)
@@ -247,14 +268,18 @@ def compare(
             rows = compare_samples(study, steps, ratios[0], options.counts, progress)
             found = {ratios[0]: rows}
         else:
-            found = compare_methods(study, steps, ratios, names, progress)
-    facts = {str(r): [row.facts(study.dense) for row in rows] for r, rows in found.items()}
+            found = compare_methods(
+                study, steps, ratios, names, progress, tries=options.tries, keep=options.keep
+            )
+    facts = {str(r): [row.facts(rows[0]) for row in rows] for r, rows in found.items()}
     texts = [
         f"{100 * ratio:g}% of the parameters\n{table(rows, ratio)}" for ratio, rows in found.items()
     ]
     marked = any(missed(row, ratio) for ratio, rows in found.items() for row in rows)
     took = f"took {spoken(time.perf_counter() - start)}"
-    texts.append("\n".join([legend(study.dense, marked=marked), *notes(names), took]))
+    dense = found[ratios[0]][0]
+    described = legend(dense, marked=marked, timed=not options.counts)
+    texts.append("\n".join([described, *notes(names), took]))
     click.echo(json.dumps(facts) if show.as_json else "\n\n".join(texts))
     if show.plot is not None and options.counts:
         plot_samples(rows, show.plot, model.model)

@@ -4,6 +4,7 @@ import logging
 import re
 import shlex
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from surgery.errors import printable
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
 from surgery.planning.request import SizeRequest
-from surgery.process import Progress, reuse_freed_memory
+from surgery.process import Progress, reuse_freed_memory, spoken
 from surgery.verify.engines import engine_table, planned_notes
 
 RULE = "V' and I' follow a rule of thumb; compact-surgery search finds the split for your model"
@@ -74,12 +75,17 @@ LOG_LINES = "compact_surgery.log_lines"
 """Key of a command's context for the log lines that have been printed."""
 
 
+LINE_SECONDS = 60
+"""Where stderr is no terminal, how often a line tells the progress of a long stage."""
+
+
 class Bars:
-    """A progress bar on stderr, one stage at a time; none if stderr is no terminal."""
+    """A progress bar on stderr, one stage at a time; if stderr is no terminal, a line a minute."""
 
     def __init__(self) -> None:
         self._bar: Any = None
         self._stage, self._done = "", 0
+        self._began = self._told = time.monotonic()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Show the progress of a stage."""
@@ -93,8 +99,13 @@ class Bars:
             quiet = not sys.stderr.isatty()
             self._bar = tqdm(total=total, desc=stage, unit=unit, unit_scale=True, disable=quiet)
             self._stage, self._done = stage, 0
+            self._began = self._told = time.monotonic()
         self._bar.update(done - self._done)
         self._done = done
+        if self._bar.disable and time.monotonic() - self._told >= LINE_SECONDS:
+            self._told = time.monotonic()
+            took = spoken(self._told - self._began)
+            click.echo(f"{stage}: {done / max(1, total):.0%} after {took}", err=True)
 
     def close(self) -> None:
         """Close the current bar."""

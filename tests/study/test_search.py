@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import calib
-from calib.study.table import LAYER_METHODS, METHODS
+from calib.study.study import Candidate, Study
+from calib.study.table import LAYER_METHODS, METHODS, Row
 from calib.text.heldout import split_documents
 from calib.text.windows import byte_windows
 from surgery.planning.layers import format_layers
@@ -202,9 +204,50 @@ def test_compared_methods_answer_the_same_items(
                 assert row[figure] == pytest.approx(bits[figure], rel=1e-5)
     assert "guessing" in picture.read_text(encoding="utf-8")
     lines = run("compare", model, *options, *asked, "--ratio", "0.2").stdout.splitlines()
-    assert lines[1].split()[-4:] == ["acc_norm", "of", "dense", "±"]
+    assert lines[1].split()[-5:] == ["acc_norm", "of", "dense", "±", "time"]
     (legend,) = [line for line in lines if line.startswith("acc_norm:")]
     assert "to 96 words items" in legend
+
+
+def test_compare_goes_on_where_a_killed_run_stopped(
+    model: Path, prose: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "rows.json"
+    options = ("--data", prose, *TEXT, "--multiple-of", 64, "--windows", 4, "--tries", 2, "--json")
+    asked = ("--ratio", "0.3", "--keep", file)
+    first = run("compare", model, *options, *asked, "--methods", "random,compact")
+    dense, random, compact = json.loads(first.stdout)["0.3"]
+    assert len(dense["window_bits"]) == dense["heldout_windows"]
+    assert (dense["seconds"], random["seconds"] < compact["seconds"]) == (0, True)
+    tried: list[list[str]] = []
+    rows = Study.rows
+
+    def noted(study: Study, candidates: Sequence[Candidate], *more: Any, **named: Any) -> list[Row]:
+        tried.append([candidate.name for candidate in candidates])
+        return rows(study, candidates, *more, **named)
+
+    monkeypatch.setattr(Study, "rows", noted)
+    again = run("compare", model, *options, *asked, "--methods", "compact,act2,random")
+    found = json.loads(again.stdout)["0.3"]
+    assert tried == [["act2"]]
+    assert [row["name"] for row in found] == ["dense", "compact", "act2", "random"]
+    assert (found[1], found[3]) == (compact, random)
+    others = ("--ratio", "0.3", "--keep", file, "--tries", 3)
+    assert_refused(run("compare", model, *options, *others), "holds rows of another comparison")
+    file.write_text("{}")
+    assert_refused(run("compare", model, *options, *asked), "holds no rows of compare")
+
+
+def test_search_lets_all_sizes_answer(model: Path, prose: Path, run: Run) -> None:
+    sizes = ("--candidates", "640:64,512:96", "--data", prose, *TEXT, "--windows", 4)
+    asked = ("--tasks", FOLDER / "words.jsonl")
+    plain = json.loads(run("search", model, *sizes, "--json").stdout)
+    shown = run("search", model, *sizes, *asked, "--json")
+    for row, answered in zip(plain, json.loads(shown.stdout), strict=True):
+        right = answered.pop("tasks")["words"]
+        assert len(right["right_norm"]) == right["items"] == 96
+        assert sum(right["right_norm"]) / 96 == pytest.approx(right["acc_norm"])
+        assert answered == row
 
 
 def test_compare_has_the_plan_that_prune_would_make(

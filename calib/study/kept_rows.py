@@ -1,0 +1,85 @@
+"""Rows of a comparison in a file, so that a killed run goes on, or one with more methods."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from calib.study.study import Study
+from calib.study.table import DENSE, Row
+from surgery.errors import DataError
+from surgery.files.atomic import write_atomic
+from surgery.files.strict_json import read_file
+
+FORMAT = 1
+
+
+class _File(msgspec.Struct):
+    """What the file holds."""
+
+    version: int
+    comparison: str
+    """SHA-256 of what all rows have in common."""
+    rows: dict[str, dict[str, Row]]
+    """Ratio → name → row."""
+
+
+class KeptRows:
+    """Rows that are kept in a file as they are made; without a file, in memory alone."""
+
+    def __init__(self, path: Path | None, study: Study, *settings: object) -> None:
+        """Read the rows that ``path`` has; ``settings`` are those of all rows, beside the study's.
+
+        Raises:
+            DataError: the file has rows of another comparison, or none.
+        """
+        self._path = path
+        self._file = _File(FORMAT, _digest(study, settings) if path else "", {})
+        if path is None or not path.exists():
+            return
+        try:
+            found = msgspec.json.decode(read_file(path), type=_File)
+        except (OSError, msgspec.MsgspecError) as error:
+            raise DataError(
+                path, "holds no rows of compare", found=error, fix="name another file"
+            ) from error
+        if (found.version, found.comparison) != (FORMAT, self._file.comparison):
+            raise DataError(
+                path,
+                "holds rows of another comparison",
+                expected="the same model, text, tasks and sizes to try",
+                fix="name another file, or delete this one",
+            )
+        self._file = found
+
+    def at(self, ratio: float) -> Mapping[str, Row]:
+        """Return the rows of a ratio by their names."""
+        return self._file.rows.get(repr(ratio), {})
+
+    def add(self, ratio: float, rows: Mapping[str, Row]) -> None:
+        """Keep rows of a ratio, that of the dense model among them."""
+        assert DENSE in rows
+        self._file.rows.setdefault(repr(ratio), {}).update(rows)
+        if self._path is not None:
+            write_atomic(self._path, msgspec.json.encode(self._file))
+
+
+def _digest(study: Study, settings: tuple[object, ...]) -> str:
+    """Return the SHA-256 of the model, the text, the tasks, and ``settings``."""
+    text, result = study.text, hashlib.sha256()
+    facts = [
+        text.layout.checkpoint.fingerprint,
+        text.samples,
+        text.seq_len,
+        text.ids(text.rarity.must_keep).kept.tolist(),
+        *(task.digest for task in study.tasks),
+        str(study.settings.dtype),
+        *settings,
+    ]
+    result.update(repr(facts).encode())
+    for window in text.heldout:
+        result.update(window.encode() + b"\0")
+    for window in study.calibration_windows():
+        result.update(window.tobytes() + b"\0")
+    return result.hexdigest()
