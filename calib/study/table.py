@@ -164,7 +164,7 @@ def table(rows: Sequence[Row], ratio: float | None = None, aim: str = QUALITY) -
     heads += ["acc_norm", "of dense", "±"] if answers is not None else []
     timed = any(row.seconds for row in rows)
     heads += ["time"] * timed
-    widths = [max(10, len(head) + 2) for head in heads]
+    widths = [13 if head == "time" else max(10, len(head) + 2) for head in heads]
     lines = [f"{'cut':<{wide}}" + "".join(f"{h:>{w}}" for h, w in zip(heads, widths, strict=True))]
     tried = [row for row in rows if row.name != DENSE]
     marks = {best_for(name, tried).name: mark for name, mark in _marks(aim) if tried}

@@ -227,6 +227,7 @@ def compare(
     """
     from calib.scoring.tasks import read_tasks
     from calib.study.compare import (
+        Comparison,
         check_methods,
         check_ratios,
         compare_methods,
@@ -268,9 +269,8 @@ def compare(
             rows = compare_samples(study, steps, ratios[0], options.counts, progress)
             found = {ratios[0]: rows}
         else:
-            found = compare_methods(
-                study, steps, ratios, names, progress, tries=options.tries, keep=options.keep
-            )
+            asked = Comparison(ratios, names, options.tries, options.keep)
+            found = compare_methods(study, steps, asked, progress)
     facts = {str(r): [row.facts(rows[0]) for row in rows] for r, rows in found.items()}
     texts = [
         f"{100 * ratio:g}% of the parameters\n{table(rows, ratio)}" for ratio, rows in found.items()
