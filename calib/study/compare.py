@@ -229,7 +229,8 @@ def _rows_at(
     """Yield rows by method, once after each of two passes."""
     first: list[Candidate] = []
     for method in methods:
-        first += [each for each in _candidates(method, target) if each not in first]
+        if method != "laco":  # it measures nothing here
+            first += [each for each in _candidates(method, target) if each not in first]
     names = [candidate.name for candidate in first]
     attentions = target.two_stage.attentions if target.two_stage is not None else 0
     final = {m for m in methods if m not in LAYER_METHODS and names.count(m) == 1}
@@ -309,10 +310,8 @@ def _try(
 def _candidates(method: str, target: RatioTarget) -> list[Candidate]:
     """Return the first pass's candidates of a method; of several, the best one counts.
 
-    LaCo has none. The others that remove layers need the influence that ``act2`` measures, too.
+    Methods that remove layers by influence need what ``act2`` measures, too.
     """
-    if method == "laco":
-        return []
     if method in EXPERT_METHODS:
         criterion = EXPERT_METHODS[method]
         sizes = target.fewer_experts
