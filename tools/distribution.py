@@ -22,12 +22,12 @@ PARTS = ("vocabulary", "FFN", "attention", "other")
 
 
 def _qwen(*sizes: int, tied: bool) -> dict[str, Any]:
-    names = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    names: dict[str, Any] = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
     return llama_config(*sizes[:6], tie_word_embeddings=tied, **names)
 
 
 def _gemma(*sizes: int, head_dim: int = 256) -> dict[str, Any]:
-    names = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+    names: dict[str, Any] = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
     return llama_config(*sizes[:6], tie_word_embeddings=True, head_dim=head_dim, **names)
 
 

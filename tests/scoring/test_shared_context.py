@@ -1,6 +1,7 @@
 """Choices that share their context in one window: exactly those of a window for each."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def asked_bits(path: Path, shared: int) -> tuple[list[float], int]:
 
 @pytest.mark.parametrize("key", ["llama", "gemma3_text", "gpt2", "qwen3_moe"])
 def test_sharing_changes_no_answer(tmp_path: Path, key: str) -> None:
-    changes = {"sliding_window": 512} if key == "gemma3_text" else {}
+    changes: dict[str, Any] = {"sliding_window": 512} if key == "gemma3_text" else {}
     path = tiny.save(tmp_path / "model", key, **changes)
     shared = most_shared(layout_of(path), SETTINGS)
     assert shared >= 512
