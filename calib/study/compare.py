@@ -192,8 +192,8 @@ def compare_methods(
             target = _target(study, steps, ratio, left, asked.tries)
             for rows in _rows_at(study, target, left, progress):
                 kept.add(ratio, {**rows, DENSE: study.dense})
-        rows = kept.at(ratio)
-        found[ratio] = [rows[name] for name in (DENSE, *asked.methods)]
+        every = kept.at(ratio)
+        found[ratio] = [every[name] for name in (DENSE, *asked.methods)]
     return found
 
 

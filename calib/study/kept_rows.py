@@ -80,6 +80,6 @@ def _digest(study: Study, settings: tuple[object, ...]) -> str:
     result.update(repr(facts).encode())
     for window in text.heldout:
         result.update(window.encode() + b"\0")
-    for window in study.calibration_windows():
-        result.update(window.tobytes() + b"\0")
+    for ids in study.calibration_windows():
+        result.update(ids.tobytes() + b"\0")
     return result.hexdigest()
