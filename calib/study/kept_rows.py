@@ -9,7 +9,7 @@ import msgspec
 from calib.study.study import Study
 from calib.study.table import DENSE, Row
 from surgery.errors import DataError
-from surgery.files.atomic import write_atomic
+from surgery.files.atomic import check_file, write_atomic
 from surgery.files.strict_json import read_file
 
 FORMAT = 1
@@ -33,14 +33,19 @@ class KeptRows:
 
         Raises:
             DataError: the file has rows of another comparison, or none.
+            OutputError: it could not be written.
         """
         self._path = path
+        if path is not None:
+            check_file(path, study.text.layout.checkpoint.path, force=True)
         self._file = _File(FORMAT, _digest(study, settings) if path else "", {})
         if path is None or not path.exists():
             return
         try:
             found = msgspec.json.decode(read_file(path), type=_File)
-        except (OSError, msgspec.MsgspecError) as error:
+            if not all(DENSE in rows for rows in found.rows.values()):
+                raise ValueError(f"no row {DENSE}")
+        except (OSError, ValueError) as error:
             raise DataError(
                 path, "holds no rows of compare", found=error, fix="name another file"
             ) from error
@@ -55,12 +60,12 @@ class KeptRows:
 
     def at(self, ratio: float) -> Mapping[str, Row]:
         """Return the rows of a ratio by their names."""
-        return self._file.rows.get(repr(ratio), {})
+        return self._file.rows.get(repr(float(ratio)), {})
 
     def add(self, ratio: float, rows: Mapping[str, Row]) -> None:
         """Keep rows of a ratio, that of the dense model among them."""
         assert DENSE in rows
-        self._file.rows.setdefault(repr(ratio), {}).update(rows)
+        self._file.rows.setdefault(repr(float(ratio)), {}).update(rows)
         if self._path is not None:
             write_atomic(self._path, msgspec.json.encode(self._file))
 
@@ -70,14 +75,15 @@ def _digest(study: Study, settings: tuple[object, ...]) -> str:
     text, result = study.text, hashlib.sha256()
     facts = [
         text.layout.checkpoint.fingerprint,
+        text.layout.checkpoint.weights,
         text.samples,
         text.seq_len,
-        text.ids(text.rarity.must_keep).kept.tolist(),
+        text.rarity.must_keep,
         *(task.digest for task in study.tasks),
         str(study.settings.dtype),
         *settings,
     ]
-    result.update(repr(facts).encode())
+    result.update(repr(facts).encode() + b"\0" + text.rarity.order.tobytes())
     for window in text.heldout:
         result.update(window.encode() + b"\0")
     for ids in study.calibration_windows():

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import calib
@@ -234,8 +236,20 @@ def test_compare_goes_on_where_a_killed_run_stopped(
     assert (found[1], found[3]) == (compact, random)
     others = ("--ratio", "0.3", "--keep", file, "--tries", 3)
     assert_refused(run("compare", model, *options, *others), "holds rows of another comparison")
-    file.write_text("{}")
-    assert_refused(run("compare", model, *options, *asked), "holds no rows of compare")
+    other = shutil.copytree(model, tmp_path / "trained")  # the same headers, other weights
+    name = next(other.glob("*.safetensors"))
+    save_file({k: v * 1.5 for k, v in load_file(name).items()}, name, {"format": "pt"})
+    changes = ((other, ()), (model, ("--vocab-by", "frequency")))
+    for source, order in changes:
+        refused = run("compare", source, *options, *asked, *order)
+        assert_refused(refused, "holds rows of another comparison")
+    nowhere = ("--ratio", "0.3", "--keep", tmp_path / "gone/rows.json")
+    assert_refused(run("compare", model, *options, *nowhere), "its directory does not exist")
+    kept = json.loads(file.read_text())
+    del kept["rows"]["0.3"]["dense"]
+    for damaged in (json.dumps(kept), "{}"):
+        file.write_text(damaged)
+        assert_refused(run("compare", model, *options, *asked), "holds no rows of compare")
 
 
 def test_search_lets_all_sizes_answer(model: Path, prose: Path, run: Run) -> None:
