@@ -46,9 +46,11 @@ def lines_of(text: str) -> list[list[str]]:
 
 
 def commands(page: str, *languages: str) -> list[list[str]]:
-    """The commands of this project in blocks of ``languages``; in others than sh after a $."""
+    """The commands of this project in blocks of ``languages``; after a $ where some line has one."""
     texts = [
-        text if language == "sh" else "".join(re.findall(r"^\$ ((?:.*\\\n)*.*\n)", text, re.M))
+        "".join(re.findall(r"^\$ ((?:.*\\\n)*.*\n)", text, re.M))
+        if language == "text" or re.search(r"^\$ ", text, re.M)
+        else text
         for language, text in blocks(page)
         if language in languages
     ]
