@@ -46,7 +46,7 @@ def lines_of(text: str) -> list[list[str]]:
 
 
 def commands(page: str, *languages: str) -> list[list[str]]:
-    """The commands of this project in blocks of ``languages``; after a $ where some line has one."""
+    """The commands of this project in blocks of ``languages``; after a $ where a line has one."""
     texts = [
         "".join(re.findall(r"^\$ ((?:.*\\\n)*.*\n)", text, re.M))
         if language == "text" or re.search(r"^\$ ", text, re.M)
