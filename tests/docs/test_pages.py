@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def commands(page: str, *languages: str) -> list[list[str]]:
         for language, text in blocks(page)
         if language in languages
     ]
-    lines = (line for text in texts for line in lines_of(text))
+    lines = ([*takewhile(">".__ne__, line)] for text in texts for line in lines_of(text))
     return [line for line in lines if line[0] == "compact-surgery"]
 
 
