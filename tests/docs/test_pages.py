@@ -140,6 +140,7 @@ def test_commands_that_are_only_shown_are_valid(page: str) -> None:
     inline = re.findall(r"`(compact-surgery (?!COMMAND|\w*\[).*?)`", PAGES[page].replace("\n", " "))
     shown = [line for text in inline for line in lines_of(text) if len(line) > 2]
     for command in [*shown, *commands(page, "sh", "console", "text")]:
+        assert not (len(command) > 2 and command[2].startswith("hub:")), command
         parse(main, command[0], command[1:])
 
 
