@@ -244,10 +244,10 @@ def architecture_of(layout: Layout, pre: str | None) -> Architecture:
     """
     model_type = layout.family.text_type or layout.family.model_type
     found = ARCHITECTURES.get(model_type)
-    if model_type in NOT_IN_RUNTIME:
+    if missing := NOT_IN_RUNTIME.get(model_type):
         raise FamilyError(
             layout.where,
-            f"llama.cpp has no {NOT_IN_RUNTIME[model_type]}",
+            f"llama.cpp has no {missing}",
             found=model_type,
             fix="serve it with sentence-transformers or transformers",
         )
