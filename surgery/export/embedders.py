@@ -54,7 +54,7 @@ def encoder_notes(layout: Layout) -> list[str]:
     """Return what the user of an encoder should know, one sentence each."""
     notes = ["poolers and heads of tasks are left out: the file gives embeddings"]
     if read_pooling(layout.checkpoint.path) is None:
-        notes.append(f"no {MODULES_NAME} says how to pool: llama.cpp needs --pooling mean or cls")
+        notes.append(f"no {MODULES_NAME} says how to pool: name mean or cls to llama.cpp")
     return notes
 
 

@@ -1,6 +1,7 @@
 """A command ends with its result: notes and what engines do come before it."""
 
 import re
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -25,14 +26,15 @@ def pruned(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def assert_ordered(lines: list[str], result: str) -> None:
-    """Notes come first, then engines in a line each, then the result."""
+    """Notes come first, then what engines do, each engine's lines together, then the result."""
     assert lines[-1].startswith(result)
     (heading,) = (n for n, line in enumerate(lines) if line.startswith("engines"))
     notes = [n for n, line in enumerate(lines) if line.startswith("note")]
     assert all(n < heading for n in notes)
     engines = [line.split(":")[0] for line in lines[heading + 1 :] if line.startswith("  ")]
-    assert engines
-    assert len(engines) == len(set(engines))
+    together = [engine for engine, _ in groupby(engines)]
+    assert together
+    assert len(together) == len(set(together))
 
 
 def test_prune_ends_with_what_it_made(pruned: tuple[Path, str]) -> None:
