@@ -486,7 +486,7 @@ STRANGE: tuple[Any, ...] = (
 
 @pytest.mark.parametrize("model_type", sorted(LAYER_RULES))
 def test_a_strange_value_of_a_layer_key_is_refused_by_name(model_type: str) -> None:
-    """Whatever config.json has for a key: new values, or a refusal that names the key or the layer."""
+    """Whatever config.json has for a key: new values, or a refusal by the key or the layer."""
     for rule in LAYER_RULES[model_type]:
         for value in STRANGE:
             for firsts in ([0], [1, 2], [0, 1, 2]):
