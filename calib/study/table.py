@@ -379,7 +379,9 @@ def plot_methods(found: Mapping[float, Sequence[Row]], path: Path, model: str = 
 def plot_answers(found: Mapping[float, Sequence[Row]], path: Path, model: str = "") -> None:
     """Draw each method's share of the dense model's right answers over the removed share.
 
-    All rows have answers. The bars are the ± of ``Share``.
+    All rows have answers. The bars are the ± of ``Share``. Methods stand a little beside each
+    other, so that their bars can be told apart. A line begins at the dense model, unless the
+    method's output is larger than that.
 
     Raises:
         OutputError: as ``saved_figure``.
@@ -389,14 +391,22 @@ def plot_answers(found: Mapping[float, Sequence[Row]], path: Path, model: str = 
     names = list(dict.fromkeys(row.name for rows in found.values() for row in rows))
     with saved_figure(path, 7, 4.5) as figure:
         axes = figure.subplots()
-        for number, name in enumerate(name for name in names if name != DENSE):
+        names.remove(DENSE)
+        for number, name in enumerate(names):
             rows = [row for each in found.values() for row in each if row.name == name]
             shares = [row.answers.share_of(dense.answers) for row in rows if row.answers]
+            beside = 0.4 * (number - (len(names) - 1) / 2)
+            points = [
+                (100 * row.removed + beside, 100 * share.share, 100 * (share.margin or 0))
+                for row, share in zip(rows, shares, strict=True)
+            ]
+            if all(row.removed > 0 for row in rows):
+                points.insert(0, (0.0, 100.0, 0.0))
             axes.errorbar(
-                [0.0, *(100 * row.removed for row in rows)],
-                [100.0, *(100 * share.share for share in shares)],
-                [0.0, *(100 * (share.margin or 0) for share in shares)],
+                *zip(*points, strict=True),
                 marker="os^vDP*X<>hp"[number % 12],
+                markersize=4,
+                linewidth=1,
                 capsize=2,
                 label=name,
             )
