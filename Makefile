@@ -47,7 +47,8 @@ test:
 test-models: $(VENV)/dev.stamp $(VENV)/transformers4.stamp
 	COMPACT_SURGERY_TRANSFORMERS4=$(abspath $(PYTHON4)) COMPACT_SURGERY_MODELS=all \
 		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/families tests/layout tests/tools/test_derive.py \
-		tests/apply/test_layers.py tests/apply/test_removed_experts.py
+		tests/apply/test_layers.py tests/apply/test_removed_experts.py \
+		tests/tokenizer/test_real_tokenizers.py
 
 # What is in build/engines is not run again.
 test-engines: $(VENV)/dev.stamp $(MODEL)/config.json $(GEMMA)/config.json $(MIXTURE)/config.json \
