@@ -402,8 +402,11 @@ def plot_answers(found: Mapping[float, Sequence[Row]], path: Path, model: str = 
             ]
             if all(row.removed > 0 for row in rows):
                 points.insert(0, (0.0, 100.0, 0.0))
+            sizes, answers, margins = zip(*points, strict=True)
             axes.errorbar(
-                *zip(*points, strict=True),
+                sizes,
+                answers,
+                margins,
                 marker="os^vDP*X<>hp"[number % 12],
                 markersize=4,
                 linewidth=1,

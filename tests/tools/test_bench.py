@@ -20,7 +20,7 @@ from tests.support import ROOT, tiny
 from tests.support.tiny import MODEL_TYPES
 from tools.bench import __main__ as bench_module
 from tools.bench import forward
-from tools.bench.child import measure
+from tools.bench.child import ChildError, measure
 from tools.bench.hub import PeakDisk
 from tools.predictions import PRUNED, experts_row
 from tools.published import MIXTURES, MXFP4, PUBLISHED, QUANTIZED, llama_config
@@ -133,7 +133,7 @@ def test_a_child_is_measured() -> None:
     usage = measure(["sh", "-c", "echo done; sleep 0.02"])
     assert usage.output == "done\n"
     assert usage.peak_rss_bytes > 0
-    with pytest.raises(RuntimeError, match="ended with status 3"):
+    with pytest.raises(ChildError, match="ended with status 3"):
         measure(["sh", "-c", "exit 3"])
 
 

@@ -10,11 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+import click
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAUSE_SECONDS = 0.002
 """Between two looks at the child, at first: the error of a wall time, and of a peak."""
 LOOKS = 2000
 """Later, a pause is this part of the time that has passed: looking takes time from the child."""
+
+
+class ChildError(click.ClickException):
+    """A command failed; it has said why on stderr."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ def measure(command: Sequence[str | Path]) -> Usage:
     it is no larger than ours the child's own high-water mark, as sampled, stands in for it.
 
     Raises:
-        RuntimeError: the command failed.
+        ChildError: the command failed.
     """
     rss = anonymous = 0
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -60,7 +66,7 @@ def measure(command: Sequence[str | Path]) -> Usage:
         output.seek(0)
         printed = output.read()
     if process.returncode:
-        raise RuntimeError(f"{command[0]} ended with status {process.returncode}: {printed}")
+        raise ChildError(f"{command[0]} ended with status {process.returncode}: {printed}")
     if usage.ru_maxrss * 1024 > _memory(os.getpid())["VmHWM"]:
         rss = usage.ru_maxrss * 1024
     return Usage(seconds, usage.ru_utime, usage.ru_stime, rss, anonymous, printed)

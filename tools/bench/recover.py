@@ -48,14 +48,8 @@ def bench_methods(
         Facts of each model, the dense one first: those of ``score``, with ``name``, and of trained
         ones ``tokens``, ``minutes``, ``cpu_minutes``, ``written`` and ``curve``.
     """
-    trained = {}
-    for method in methods:
-        output, data = how.work / method, [part for path in how.data for part in ("--data", path)]
-        sizes = ("--seq-len", str(how.seq_len), "--windows", str(how.windows), "--seed", "0")
-        train = (*data, "--minutes", str(how.minutes), "--method", method, *sizes)
-        used = measure(compact_surgery("recover", pruned, *train, "-o", output, "--json"))
-        trained[method] = json.loads(used.output)
-        trained[method]["cpu_minutes"] = (used.user_seconds + used.system_seconds) / 60
+    how.work.mkdir(parents=True, exist_ok=True)
+    trained = {method: _train(pruned, method, how) for method in methods}
     paths: dict[str, str | Path] = {"dense": model, "pruned": pruned}
     paths |= {path.name: path for path in beside}
     paths |= {name: how.work / name for name, made in trained.items() if made["output"]}
@@ -72,6 +66,22 @@ def bench_methods(
             facts |= {"tokens": made["tokens"], "minutes": made["seconds"] / 60}
             facts |= {"cpu_minutes": made["cpu_minutes"], "written": made["writing_seconds"] / 60}
             facts["curve"] = [[0, made["before"]], *made["curve"]]
+    return found
+
+
+def _train(pruned: Path, method: str, how: Training) -> Facts:
+    """Train into ``how.work``, unless that was done before; return what ``recover`` says of it."""
+    record = how.work / f"{method}.json"
+    if not record.exists():
+        data = [part for path in how.data for part in ("--data", path)]
+        sizes = ("--seq-len", str(how.seq_len), "--windows", str(how.windows), "--seed", "0")
+        train = (*data, "--minutes", str(how.minutes), "--method", method, *sizes)
+        output = ("-o", how.work / method, "--json")
+        used = measure(compact_surgery("recover", pruned, *train, *output))
+        minutes = (used.user_seconds + used.system_seconds) / 60
+        made = {**json.loads(used.output), "cpu_minutes": minutes}
+        record.write_text(json.dumps(made), encoding="utf-8")
+    found: Facts = json.loads(record.read_text(encoding="utf-8"))
     return found
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tools.bench.child import ROOT, compact_surgery, measure
+from tools.bench.child import ROOT, ChildError, compact_surgery, measure
 
 CHILD = Path(__file__).with_name("serving.py")
 HELDOUT = ROOT / "tools" / "text" / "heldout.txt"
@@ -187,7 +187,7 @@ def run_pair(pair: Pair, commands: Mapping[str, Sequence[str | Path]], repeat: i
         for side in SIDES[:: -1 if number % 2 else 1]:
             try:
                 usage = measure(commands[side])
-            except RuntimeError as error:
+            except ChildError as error:
                 pair.problem = f"{side}: {error}"[:200]
                 pair.runs = {each: [] for each in SIDES}
                 return
