@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.functional import log_softmax
 from transformers import AutoConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from calib.recovery.losses import divergence
 from calib.recovery.options import FFN_ALONE, RecoverOptions, TrainingError
 from calib.streaming.empty_model import Conversion, library_errors, whole_class
 from calib.streaming.settings import PassSettings
@@ -46,6 +46,12 @@ def loadable_name(checkpoint: Checkpoint) -> tuple[str, str | None]:
         return str(checkpoint.path), None
     name, _, revision = checkpoint.source.partition("@")  # its directory holds headers alone
     return name, revision
+
+
+def divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Return the mean KL(teacher ‖ student) of logits ``(windows, tokens, V')``, in nats."""
+    wanted, found = log_softmax(teacher.float(), -1), log_softmax(student.float(), -1)
+    return (wanted.exp() * (wanted - found)).sum(-1).mean()
 
 
 class Teacher:

@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 import torch
 from tokenizers import Tokenizer
+from torch.nn.functional import log_softmax
 
 from calib.recovery.options import TrainingError
 from surgery.files.strict_json import read_file
@@ -17,6 +18,9 @@ from surgery.verify.files import plan_within
 
 IDS, TOP, LOGPROBS, REST = "input_ids", "target_token_ids", "target_logprobs", "target_rest"
 """Columns: see docs/train-it-back.md."""
+
+LEAST = 1e-12
+"""Least probability that a student leaves over for all tokens which a teacher's file omits."""
 
 PRECISIONS = {"float16": torch.float16, "float32": torch.float32}
 
@@ -180,3 +184,27 @@ def vocabulary_digest(tokenizer: Tokenizer, vocab_size: int) -> str:
 def is_taught(name: str | Path | None) -> bool:
     """Whether ``name`` is a directory that ``teach`` wrote, not a model."""
     return name is not None and (Path(name) / PART.format(0)).exists()
+
+
+def divergence_from_top(
+    student: torch.Tensor, ids: torch.Tensor, logprobs: torch.Tensor, rest: torch.Tensor
+) -> torch.Tensor:
+    """Return ``divergence`` where only the teacher's likeliest tokens are known.
+
+    All other tokens count as one, whose probability is what these leave over. If the teacher's file
+    names all tokens, both are equal.
+
+    Args:
+        student: Logits ``(windows, tokens, V')``.
+        ids: int64 ``(windows, tokens, k)``, the likeliest tokens.
+        logprobs: Their ln p, float ``(windows, tokens, k)``.
+        rest: The ln of the probability that is left over, ``(windows, tokens)``; −inf where nothing
+            is.
+    """
+    found = log_softmax(student.float(), -1).gather(-1, ids)
+    wanted = logprobs.float()
+    known = (wanted.exp() * (wanted - found)).sum(-1)
+    some = rest > -torch.inf
+    left = (1 - found.exp().sum(-1)).clamp(min=LEAST).log()
+    unnamed = rest.exp() * (rest.where(some, left) - left)
+    return (known + unnamed.where(some, torch.zeros_like(unnamed))).mean()

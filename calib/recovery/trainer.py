@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_model, save_model
+from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 from transformers import (
     PrinterCallback,
@@ -23,9 +24,8 @@ from transformers import (
 )
 
 from calib.recovery.arguments import METRIC, refused
-from calib.recovery.losses import divergence_from_top, surprise
 from calib.recovery.model import Student
-from calib.recovery.taught import LOGPROBS, REST, TOP, TaughtWindows
+from calib.recovery.taught import LOGPROBS, REST, TOP, TaughtWindows, divergence_from_top
 from calib.streaming.settings import PassSettings
 from surgery.process import Progress
 
@@ -36,8 +36,9 @@ Loss = Callable[[torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor]
 
 
 def next_tokens(logits: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Return the loss of pretraining."""
-    return surprise(logits, batch["input_ids"])
+    """Return the mean −ln p of each next token: what pretraining minimizes."""
+    targets = batch["input_ids"][:, 1:].long()
+    return cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten())
 
 
 def taught_tokens(logits: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -13,8 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import calib
-from calib.recovery.losses import divergence, divergence_from_top
+from calib.recovery.model import divergence
 from calib.recovery.options import RecoverOptions, TeachOptions
+from calib.recovery.taught import divergence_from_top
 from calib.streaming.settings import ComputeOptions
 from calib.streaming.weights import choose_settings
 from surgery.api import open_layout
