@@ -1,7 +1,7 @@
-"""Temporary replacements for decoder layers, or for their weights."""
+"""Temporary replacements for decoder layers, alone or in their list, or for their weights."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,43 @@ class ReplayHidden(StandIn):
     def forward(self, *_: Any, **__: Any) -> Any:
         """Return ``hidden`` as the library's layers return theirs."""
         return (self.hidden, *self._nothing) if self._nothing else self.hidden
+
+
+class Stack:
+    """A list of layers that run one after the other, in the module that runs them."""
+
+    def __init__(self, model: Any, paths: Sequence[str], outputs: int) -> None:
+        """Take the layers at ``paths``, of which the model takes apart ``outputs`` values each."""
+        parent, _, self._name = paths[0].rpartition(".")[0].rpartition(".")
+        self.parent: Any = model.get_submodule(parent)
+        """The module that has the list; of an encoder with a decoder, one of these."""
+        self.layers: list[nn.Module] = list(getattr(self.parent, self._name))
+        self._captures = [ArgumentCapture(layer, outputs) for layer in self.layers]
+        self._captures[-1].last = True
+        self._put(self._captures)
+
+    def _put(self, layers: Sequence[nn.Module]) -> None:
+        setattr(self.parent, self._name, nn.ModuleList(layers))
+
+    def capture(self, forward: Callable[[], object]) -> tuple[torch.Tensor, list[Arguments]]:
+        """Run ``forward`` up to the last layer.
+
+        Returns:
+            The hidden states before the first layer, and the arguments of each.
+        """
+        with suppress(CaptureDone):
+            forward()
+        return self._captures[0].hidden, [capture.arguments for capture in self._captures]
+
+    def replay(self, hidden: torch.Tensor, outputs: int, forward: Callable[[], Any]) -> Any:
+        """Run ``forward`` with ``hidden`` as what the last layer gives, among its ``outputs``."""
+        replay = ReplayHidden(self.layers[0], outputs)
+        replay.hidden = hidden
+        self._put([replay])
+        try:
+            return forward()
+        finally:
+            self._put(self._captures)
 
 
 def with_values(arguments: Arguments, find: Callable[[Any], Any]) -> Arguments:

@@ -16,8 +16,8 @@ from calib.statistics.resume import ResumeDirectory
 from calib.statistics.sums import ChannelSums
 from calib.streaming.batches import Stream, Tokens
 from calib.streaming.decoder import StreamedDecoder
+from calib.streaming.ends import shifted
 from calib.streaming.settings import PassSettings
-from calib.streaming.stacks import shifted
 from calib.streaming.weights import WeightReader
 from calib.text.windows import token_windows
 from surgery.api import apply_plan

@@ -75,7 +75,7 @@ def test_score_equals_a_full_load(
     tmp_path: Path, key: str, tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "calib.streaming.tables.HEAD_ROWS", 250
+        "calib.streaming.ends.HEAD_ROWS", 250
     )  # several blocks, the last one partial
     # transformers zeroes Youtu's padding row as it loads it, which a tied head shows.
     no_padding: dict[str, Any] = {"pad_token_id": None} if key == "youtu" else {}

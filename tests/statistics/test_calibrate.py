@@ -22,14 +22,7 @@ from surgery.stats.channels import CRITERIA, bucket_weights, choose_channels
 from surgery.tokenizer.tokenizer_file import load_tokenizer
 from surgery.vocabulary.order import rarity_of
 from tests.support import tiny
-from tests.support.calibration import (
-    CPU,
-    EDGES,
-    SEQ_LEN,
-    SETTINGS,
-    sample_windows,
-    take_stats,
-)
+from tests.support.calibration import CPU, EDGES, SEQ_LEN, SETTINGS, sample_windows, take_stats
 from tests.support.command import Run, assert_refused
 from tests.support.full_load import full_load_bits, hooked, window_norms
 from tests.support.plans import layout_of
@@ -185,7 +178,7 @@ def test_score_equals_a_full_load(
     tmp_path: Path, model_type: str, tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "calib.streaming.tables.HEAD_ROWS", 100
+        "calib.streaming.ends.HEAD_ROWS", 100
     )  # several blocks, the last one partial
     capped = model_type == "gemma3_text"
     changes: dict[str, Any] = {"final_logit_softcapping": 2.0} if capped else {}

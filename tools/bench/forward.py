@@ -23,6 +23,7 @@ from calib.statistics.options import CalibrationOptions
 from calib.statistics.prepare import prepare_calibration
 from calib.statistics.sums import ChannelSums
 from calib.streaming import decoder as decoder_module
+from calib.streaming import ends as ends_module
 from calib.streaming.batches import micro_batches
 from calib.streaming.layers import Layers
 from calib.streaming.settings import ComputeOptions, Timings
@@ -36,7 +37,7 @@ from surgery.vocabulary.order import rarity_of
 from tools.bench.calibrate import _batches
 
 PLACES: dict[str, tuple[Any, str]] = {
-    "build the model": (decoder_module, "empty_model"),
+    "build the model": (ends_module, "empty_model"),
     "read weights": (Layers, "_read"),
     "load weights": (Layers, "_load"),
     "sums of activations": (ChannelSums, "add"),
