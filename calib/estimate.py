@@ -11,7 +11,8 @@ from calib.streaming.settings import ComputeOptions, PassSettings
 from surgery.errors import BudgetError
 from surgery.families.blocks import OUTSIDE
 from surgery.families.schema import EXPERT, FFN, WIDE
-from surgery.layout.layout import FLOATS, Layout
+from surgery.layout.layout import Layout
+from surgery.layout.roles import FLOATS
 from surgery.process import Seconds, with_slack
 
 MB = 10**6

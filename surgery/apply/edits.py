@@ -14,7 +14,8 @@ from surgery.families.blocks import adds_up
 from surgery.families.schema import EXPERT, EXPERTS, VOCAB, WIDTHS, Dim, renumbered
 from surgery.files.index_sets import MAKE_AGAIN
 from surgery.files.safetensors_header import ITEMSIZE, TensorRef
-from surgery.layout.layout import Layout, TensorRole
+from surgery.layout.layout import Layout
+from surgery.layout.roles import TensorRole
 from surgery.planning.layers import check_layers
 from surgery.planning.plan import Plan, Shape
 from surgery.planning.replacement import check_replaced

@@ -21,7 +21,8 @@ from surgery.export.vocabulary import Vocabulary, find_pre_tokenizer, read_vocab
 from surgery.files.atomic import check_file, new_file
 from surgery.files.shard_file import open_shard
 from surgery.hub.skeleton import Skeleton
-from surgery.layout.layout import CARRIED, Layout
+from surgery.layout.layout import Layout
+from surgery.layout.roles import CARRIED
 from surgery.planning.plan import recorded_pre_tokenizer
 from surgery.process import Advance, Progress, spoken, stage
 from surgery.tokenizer.tokenizer_file import check_pre_tokenizer

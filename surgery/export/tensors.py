@@ -17,7 +17,8 @@ from surgery.families.blocks import BUFFER
 from surgery.families.schema import EXPERT, HEAD, Dim, Slot
 from surgery.files.safetensors_header import TensorRef
 from surgery.files.shard_file import Buffer, ShardFile
-from surgery.layout.layout import FLOATS, Layout
+from surgery.layout.layout import Layout
+from surgery.layout.roles import FLOATS
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
 """Types that weights can be written as."""

@@ -14,7 +14,8 @@ from surgery.families.schema import EXPERT_KEYS, EXPERTS, TEXT_VOCAB, VOCAB, Fam
 from surgery.families.table import family_of
 from surgery.files.safetensors_header import TensorRef
 from surgery.files.shard_file import same_values
-from surgery.layout.layout import CARRIED, FLOATS, Layout, no_size, size_in
+from surgery.layout.layout import Layout, no_size, size_in
+from surgery.layout.roles import CARRIED, FLOATS
 
 
 def read_layout(checkpoint: Checkpoint, family: Family | None = None) -> Layout:

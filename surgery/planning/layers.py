@@ -12,7 +12,8 @@ from surgery.errors import ADD_FAMILY, BudgetError, FamilyError
 from surgery.families.blocks import BUFFER
 from surgery.families.layer_rules import CONVERTER, LayerNumbers, PerLayer
 from surgery.families.schema import Family
-from surgery.layout.layout import FLOATS, Layout
+from surgery.layout.layout import Layout
+from surgery.layout.roles import FLOATS
 
 GroupedLayers = Sequence[Sequence[int]]
 """For each layer of the output, the source's layers that it is made of; empty keeps all layers."""

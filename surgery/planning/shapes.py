@@ -21,7 +21,8 @@ from surgery.families.schema import (
 )
 from surgery.files.index_sets import MAKE_AGAIN
 from surgery.files.safetensors_header import ITEMSIZE, TensorRef
-from surgery.layout.layout import CARRIED, Layout, TensorRole, size_in
+from surgery.layout.layout import Layout, size_in
+from surgery.layout.roles import CARRIED, TensorRole
 from surgery.planning.layers import PLAIN_LISTS
 from surgery.planning.plan import Plan, Shape
 from surgery.planning.sizes import Sizes

@@ -12,7 +12,7 @@ from surgery.families.schema import Family, Wrapper, template
 from surgery.families.table import FAMILIES
 from surgery.files.safetensors_header import TensorRef
 from surgery.layout.build import read_layout
-from surgery.layout.layout import CARRIED
+from surgery.layout.roles import CARRIED
 from surgery.probe.evidence import WIDTH_KEY, Evidence
 from surgery.probe.proposal import Entry
 

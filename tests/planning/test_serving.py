@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from surgery.layout.layout import CARRIED, Layout
+from surgery.layout.layout import Layout
+from surgery.layout.roles import CARRIED
 from surgery.planning.shapes import Serving, serving_of
 from surgery.planning.sizes import Sizes, whole
 from tests.support import tiny, tiny_encoders
