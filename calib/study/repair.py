@@ -16,8 +16,8 @@ from calib.streaming.weights import TORCH_DTYPE, raw
 from calib.study.reconstruct import EPOCHS
 from calib.study.study import Study, open_study
 from calib.study.trial import ExpertChoice, RefitHook, Trial, Variant
-from surgery.apply.companions import LEAST_SQUARES, RECONSTRUCTION
 from surgery.apply.edits import KeptParts, kept_parts, layer_groups
+from surgery.apply.model_card import LEAST_SQUARES, RECONSTRUCTION
 from surgery.errors import BudgetError, PlanError
 from surgery.families.schema import FFN, WIDE, Dim
 from surgery.layout.layout import Layout

@@ -1,6 +1,5 @@
 """The files beside the weights: copied, rewritten through the id map, or left out."""
 
-import json
 import re
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
@@ -17,15 +16,7 @@ from surgery.config.rewrite import (
 )
 from surgery.config.token_ids import visit_ids
 from surgery.errors import SAVE_WITH_GLINER, CheckpointError, TokenizerError
-from surgery.families.schema import (
-    DECODER,
-    ENCODER,
-    ENCODER_DECODER,
-    EXPERT_KEYS,
-    GLINER,
-    Family,
-    renumbered,
-)
+from surgery.families.schema import EXPERT_KEYS, GLINER, Family, renumbered
 from surgery.families.table import family_of
 from surgery.files.model_files import (
     CONFIG_NAME,
@@ -56,162 +47,14 @@ from surgery.files.strict_json import (
     read_json,
     table_pieces,
 )
-from surgery.planning.layers import format_layers, layer_keys
+from surgery.planning.layers import layer_keys
 from surgery.planning.plan import Plan
-from surgery.stats.channels import DEFAULT_CRITERION
 from surgery.tokenizer.id_map import IdMap, KeptTokens
 from surgery.tokenizer.legacy import is_legacy
 from surgery.tokenizer.mapped import MappedModel
 from surgery.tokenizer.marian import mapped_files
-from surgery.tokenizer.sentencepiece_model import (
-    is_sentencepiece,
-    prune_sentencepiece,
-)
+from surgery.tokenizer.sentencepiece_model import is_sentencepiece, prune_sentencepiece
 from surgery.tokenizer.tokenizer_file import TokenizerFile
-
-LICENSE = re.compile(r"^license: *(\S+) *$", re.MULTILINE)
-PIPELINE = re.compile(r"^pipeline_tag: *([\w-]+) *$", re.MULTILINE)
-
-
-def model_card(plan: Plan, checkpoint: Checkpoint) -> bytes:
-    """Return README.md of the output; its license is the one that the source's card names.
-
-    So is the task of an encoder.
-    """
-    base = plan.base or plan.published().source
-    before, after = plan.before, plan.after
-    removed = 1 - after.parameters / before.parameters
-    head = ["---"] + ([f"base_model: {json.dumps(base)}"] if plan.base else [])
-    path, task = checkpoint.path / "README.md", "text-generation"
-    card = read_file(path).decode("utf-8", "replace") if path.exists() else ""
-    if found := LICENSE.search(card):
-        head.append(f"license: {found[1]}")
-    where = checkpoint.config_path
-    kind = family_of(checkpoint.config, where, checkpoint.family).kind
-    if kind != DECODER:
-        usual = {ENCODER: "feature-extraction", ENCODER_DECODER: "text2text-generation"}
-        usual |= {kind: "token-classification"} if checkpoint.family == GLINER else {}
-        task = found[1] if (found := PIPELINE.search(card)) else usual.get(kind, task)
-    sizes = [(key, size, after.widths[key]) for key, size in before.widths.items()]
-    sizes += [("experts of a layer", before.experts, after.experts)] * bool(before.experts)
-    widths = "\n".join(f"| {key} | {old:,} | {new:,} |" for key, old, new in sizes)
-    claims = [*_vocabulary_claims(plan), *_channel_claims(plan)]
-    claims += [*_expert_claims(plan), *_layer_claims(plan)]
-    quantized = checkpoint.opaque.method if checkpoint.opaque is not None else "FP8"
-    if plan.dequantize and (checkpoint.quantization is not None or checkpoint.opaque is not None):
-        claims.append(f"{quantized} weights were converted to bf16.")
-    made = plan.replaced
-    trained = "Nothing was trained."
-    if made and made.trained:
-        trained = f"Trained: {made.what}."
-    elif made and made.what.startswith(RECONSTRUCTION):
-        trained = "Trained: each FFN alone, towards the dense one, where that helps."
-    if plan.dropped:
-        claims.append("Layers for multi-token prediction were left out.")
-    text = f"""{chr(10).join(head)}
-library_name: {GLINER if checkpoint.family == GLINER else "transformers"}
-pipeline_tag: {task}
-tags:
-{"- pruned" + chr(10) if removed else ""}- compact-surgery
----
-
-# {base}{f", pruned by {removed:.1%}" if removed else ""}
-
-A {"smaller" if removed else "rewritten"} checkpoint of `{base}`.
-The layout is the standard one and loads like its base model.
-
-| | before | after |
-|---|---:|---:|
-| vocabulary rows | {before.vocab_size:,} | {after.vocab_size:,} |
-{widths}
-| layers | {before.num_hidden_layers} | {after.num_hidden_layers} |
-| parameters | {before.parameters:,} | {after.parameters:,} |
-| bytes of weights | {before.nbytes:,} | {after.nbytes:,} |
-
-{"".join(f"- {claim}{chr(10)}" for claim in claims)}
-{trained} Plan `{plan.digest[:16]}`, whole in `compact_surgery.json`.
-"""
-    return text.encode("utf-8")
-
-
-LEAST_SQUARES = "least squares"
-"""How a repair's ``Replacement.what`` begins."""
-
-RECONSTRUCTION = f"{LEAST_SQUARES} and reconstruction"
-"""How it begins where FFNs were trained, too."""
-
-COMPACT = "as in COMPACT (arXiv 2509.06836)"
-
-
-def _vocabulary_claims(plan: Plan) -> list[str]:
-    if plan.ids().identity:
-        return []
-    orders = {"merge-order": " by merge order", "frequency": " by their frequency in a text"}
-    cost = plan.vocabulary
-    by = orders.get(cost.order, "") if cost else ""
-    before, after = plan.before.vocab_size, plan.after.vocab_size
-    which = []
-    if cost is not None:
-        scripts = [s.script for s in cost.scripts if s.asked == "dropped"]
-        which += [f"those of {', '.join(scripts)}"] if scripts else []
-        lost = {s.script for s in cost.scripts if s.tokens_before > s.tokens_after}
-        which += ["tokens reserved for later use"] if "reserved" in lost else []
-    if cost is None or cost.by_rarity:
-        which.append(f"the rarest{by}, {COMPACT}")
-    named = f": {'; '.join(which)}" if which else ", which no token has"
-    return [f"Vocabulary: {before - after:,} of {before:,} rows were removed{named}."]
-
-
-def _channel_claims(plan: Plan) -> list[str]:
-    if plan.after.widths == plan.before.widths:
-        return []
-    made = plan.provenance
-    if made.criterion == "random":
-        claims = ["FFN channels: those that are kept were drawn by chance."]
-    else:
-        method = f", {COMPACT}" if made.criterion == DEFAULT_CRITERION else ""
-        claims = [f"FFN channels: kept by {made.criterion}{_over_text(plan)}{method}."]
-    repaired = plan.replaced
-    if repaired and (not repaired.trained or repaired.what.startswith(LEAST_SQUARES)):
-        claims.append("Each down_proj that this helps was refitted by least squares.")
-    return claims
-
-
-def _expert_claims(plan: Plan) -> list[str]:
-    criterion = plan.provenance.expert_criterion
-    if criterion is None:
-        return []
-    by = {
-        "random": "those that are kept were drawn by chance",
-        "aimer": "kept by aimer, by their weights alone",
-    }.get(criterion, f"kept by {criterion}{_over_text(plan)}")
-    before, after = plan.before.experts, plan.after.experts
-    return [f"Experts: {before - after} of {before} were removed from each layer; {by}."]
-
-
-def _layer_claims(plan: Plan) -> list[str]:
-    claims = []
-    left_out = set(range(plan.before.num_hidden_layers)).difference(*plan.layers)
-    if plan.layers and left_out:
-        names = format_layers([[layer] for layer in sorted(left_out)])
-        by = (
-            f", those of least block influence{_over_text(plan)}, as in ShortGPT (arXiv 2403.03853)"
-            if plan.provenance.layers_by_influence
-            else ""
-        )
-        claims.append(f"Removed layers: {names}{by}.")
-    merged = [group for group in plan.layers if len(group) > 1]
-    if merged:
-        names = format_layers(merged)
-        claims.append(f"Layers merged into one: {names}, as in LaCo (arXiv 2402.11187).")
-    return claims
-
-
-def _over_text(plan: Plan) -> str:
-    """Name the text that a choice was made by."""
-    tokens = plan.provenance.calibration_tokens
-    return f" over {tokens:,} calibration tokens" if tokens else ""
-
 
 CARRIED = re.compile(
     r".+\.jinja|.+\.spm|merges\.txt|(LICENSE|NOTICE|USE_POLICY|COPYRIGHT).*",

@@ -11,9 +11,10 @@ from typing import Any, get_args
 
 import msgspec
 
-from surgery.apply.companions import companion_files, model_card, pruned_config
+from surgery.apply.companions import companion_files, pruned_config
 from surgery.apply.cost import ApplyCost, apply_seconds, cost_of
 from surgery.apply.edits import OutputTensor, edits, sources
+from surgery.apply.model_card import model_card
 from surgery.apply.output_directory import (
     OutputDirectory,
     check_space,

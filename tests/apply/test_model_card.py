@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import surgery
-from surgery.apply.companions import model_card
+from surgery.apply.model_card import model_card
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
 from surgery.planning.planner import plan_cut
