@@ -3,14 +3,17 @@
 import re
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.config.rewrite import (
     CODE,
+    check_patterns,
     dequantized_config,
     remove_tokens,
+    rename_modules,
     rewrite_config,
     untied_config,
 )
@@ -69,21 +72,7 @@ PLAIN = (*SENTENCEPIECE_NAMES, *MARIAN_NAMES, WORDPIECE_NAME)
 SHADOWING = ("tekken.json", *SENTENCEPIECE_NAMES)
 """Vocabulary files that other loaders prefer silently; none may stay stale beside a pruned one."""
 
-NAMING = (
-    *("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules"),
-    *("targets", "quantized_layers"),
-)
-"""Keys of a quantization_config that hold names of modules, in a list or as an object's keys: those
-that are not quantized, or that are, or how each is."""
-
 EXPERT_OF = re.compile(r"\.experts\.([0-9]+)(?:\.|$)")
-
-MODULE = re.compile(r"[\w.*-]+")
-"""The name of a module, written out or with wildcards."""
-
-ANY_NUMBER = re.compile(r"(\[0-9\]|\\d)[+*]?")
-NUMBERED = re.compile(r"(layers|experts|h|blocks)\W+[0-9]")
-"""In a pattern: any number, and a number of a layer or an expert."""
 
 LAYER_OF = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.([0-9]+)(?:\.|$)")
 
@@ -205,9 +194,9 @@ def pruned_config(plan: Plan, checkpoint: Checkpoint) -> bytes:
         config = relayered_config(config, family, plan, path)
     if plan.layers or plan.kept_experts:
         if not plan.dequantize:
-            _check_rules(family.text_config(config).get("quantization_config"), path)
-            _check_rules(config.get("quantization_config"), path)
-        config = _renumbered_modules(config, plan)
+            check_patterns(family.text_config(config).get("quantization_config"), path)
+            check_patterns(config.get("quantization_config"), path)
+        config = rename_modules(config, partial(_renumbered, plan))
     if plan.dequantize:
         config = dequantized_config(config, family)
     if plan.untie:
@@ -236,45 +225,7 @@ def relayered_config(
     return {**config, family.section: text} if family.section else text
 
 
-def _check_rules(value: Any, where: Path) -> None:
-    """Refuse patterns of modules that name a layer or an expert by its number.
-
-    Raises:
-        CheckpointError: a string in ``value``, part of a quantization_config, is such a pattern.
-    """
-    if isinstance(value, dict | list):
-        for child in [*value, *value.values()] if isinstance(value, dict) else value:
-            _check_rules(child, where)
-    elif isinstance(value, str) and _names_by_number(value):
-        raise CheckpointError(
-            f"{where}: quantization_config",
-            "has a pattern that names a layer or an expert by its number, which changes",
-            found=repr(value),
-            fix="write out the modules that it means, or keep all layers and experts",
-        )
-
-
-def _names_by_number(text: str) -> bool:
-    """Whether ``text`` is a pattern of modules with the number of a layer or an expert in it."""
-    return not MODULE.fullmatch(text) and bool(NUMBERED.search(ANY_NUMBER.sub("*", text)))
-
-
-def _renumbered_modules(data: dict[str, Any], plan: Plan) -> dict[str, Any]:
-    """Return a copy whose names of modules have new numbers of layers and experts."""
-    result = dict(data)
-    for key, value in data.items():
-        if key in NAMING and isinstance(value, dict):
-            named = ((_renumbered_module(name, plan), entry) for name, entry in value.items())
-            result[key] = {name: entry for name, entry in named if name is not None}
-        elif isinstance(value, dict):
-            result[key] = _renumbered_modules(value, plan)
-        elif key in NAMING and isinstance(value, list):
-            found = (_renumbered_module(str(name), plan) for name in value)
-            result[key] = [name for name in found if name is not None]
-    return result
-
-
-def _renumbered_module(name: str, plan: Plan) -> str | None:
+def _renumbered(plan: Plan, name: str) -> str | None:
     """Return a module's name in the output; None where its layer or its expert is removed."""
     layer, expert = LAYER_OF.search(name), EXPERT_OF.search(name)
     if layer is None:

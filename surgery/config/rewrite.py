@@ -1,4 +1,4 @@
-"""JSON files beside the weights: find and rewrite their ids, sizes and names of tokens."""
+"""JSON files beside the weights: find and rewrite their ids, sizes and names."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -8,7 +8,7 @@ from typing import Any
 
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.config.token_ids import reference_paths, visit_ids
-from surgery.errors import TokenizerError
+from surgery.errors import CheckpointError, TokenizerError
 from surgery.families.default_ids import COUNTS, ID_SECTIONS, OFFSET_SECTIONS, fill_defaults
 from surgery.families.schema import TIE_KEY, Family
 from surgery.files.model_files import DOCUMENTS, named_templates
@@ -28,6 +28,20 @@ TOKEN_KEY = re.compile(r"\w+_tokens?")
 
 CODE = ("auto_map", "custom_pipelines")
 """Keys that point at Python files of a checkpoint, which are never run and are left out."""
+
+NAMING = (
+    *("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules"),
+    *("targets", "quantized_layers"),
+)
+"""Keys of a quantization_config that hold names of modules, in a list or as an object's keys: those
+that are not quantized, or that are, or how each is."""
+
+MODULE = re.compile(r"[\w.*-]+")
+"""The name of a module, written out or with wildcards."""
+
+ANY_NUMBER = re.compile(r"(\[0-9\]|\\d)[+*]?")
+NUMBERED = re.compile(r"(layers|experts|h|blocks)\W+[0-9]")
+"""In a pattern: any number, and a number of a layer or an expert."""
 
 
 def token_references(checkpoint: Checkpoint, tokens: dict[str, int]) -> dict[int, list[str]]:
@@ -143,6 +157,44 @@ def untied_config(config: dict[str, Any], family: Family) -> dict[str, Any]:
     result = {**config, TIE_KEY: False}
     section = config.get(family.section) if family.section else None
     return result | ({family.section: {**section, TIE_KEY: False}} if section else {})
+
+
+def check_patterns(value: Any, where: Path) -> None:
+    """Refuse patterns of modules that name a layer or an expert by its number.
+
+    Raises:
+        CheckpointError: a string in ``value``, part of a quantization_config, is such a pattern.
+    """
+    if isinstance(value, dict | list):
+        for child in [*value, *value.values()] if isinstance(value, dict) else value:
+            check_patterns(child, where)
+    elif isinstance(value, str) and _names_by_number(value):
+        raise CheckpointError(
+            f"{where}: quantization_config",
+            "has a pattern that names a layer or an expert by its number, which changes",
+            found=repr(value),
+            fix="write out the modules that it means, or keep all layers and experts",
+        )
+
+
+def _names_by_number(text: str) -> bool:
+    """Whether ``text`` is a pattern of modules with the number of a layer or an expert in it."""
+    return not MODULE.fullmatch(text) and bool(NUMBERED.search(ANY_NUMBER.sub("*", text)))
+
+
+def rename_modules(data: dict[str, Any], renamed: Callable[[str], str | None]) -> dict[str, Any]:
+    """Return a copy with ``renamed`` names of modules; those that it gives no name are left out."""
+    result = dict(data)
+    for key, value in data.items():
+        if key in NAMING and isinstance(value, dict):
+            named = ((renamed(name), entry) for name, entry in value.items())
+            result[key] = {name: entry for name, entry in named if name is not None}
+        elif isinstance(value, dict):
+            result[key] = rename_modules(value, renamed)
+        elif key in NAMING and isinstance(value, list):
+            found = (renamed(str(name)) for name in value)
+            result[key] = [name for name in found if name is not None]
+    return result
 
 
 def visit_sizes(data: dict[str, Any], ids: IdMap, where: object) -> dict[str, Any]:
