@@ -9,11 +9,7 @@ from pathlib import Path
 from calib.estimate import BASE_BYTES, MB, Prediction, over_cap
 from calib.statistics.calibrate import Calibration
 from calib.statistics.options import CalibrationOptions
-from calib.statistics.prepare import (
-    documents_or_none,
-    prepare_calibration,
-    run_calibration,
-)
+from calib.statistics.prepare import documents_or_none, prepare_calibration, run_calibration
 from calib.streaming.empty_model import shape_faults
 from calib.streaming.settings import ComputeOptions
 from calib.study.repair import open_repair, repair_cost, repair_plan, repair_tokens
@@ -28,9 +24,9 @@ from surgery.apply.run import ApplyForecast, ApplyOptions, apply_to, forecast_ap
 from surgery.errors import CheckpointError
 from surgery.files.atomic import check_file, check_no_partial
 from surgery.layout.layout import Layout
+from surgery.planning.choice import SizeChoice, choose_sizes
 from surgery.planning.plan import Plan
 from surgery.planning.replacement import replacement_file
-from surgery.planning.request import SizeChoice, choose_sizes
 from surgery.process import Progress, Seconds, Stopwatch, spoken_range
 from surgery.report.page import ReportSources, ReportSubject, report_on
 from surgery.report.passages import read_texts

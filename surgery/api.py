@@ -14,9 +14,10 @@ from surgery.hub.fetch import resolve_model, resolve_source
 from surgery.layout.build import read_layout
 from surgery.layout.census import Census, RoutingCensus
 from surgery.layout.layout import Layout
+from surgery.planning.choice import SizeChoice, choose_sizes
 from surgery.planning.plan import PROVENANCE_NAME, Plan
 from surgery.planning.planner import check_stats, plan_cut
-from surgery.planning.request import CutRequest, SizeChoice, SizeRequest, choose_sizes
+from surgery.planning.request import CutRequest, SizeRequest
 from surgery.probe.probe import Proposal, propose, unknown_type
 from surgery.process import Progress
 from surgery.report.page import Report, ReportSources, ReportSubject, report_on

@@ -15,8 +15,9 @@ from surgery.apply.cost import apply_cost
 from surgery.apply.run import JOBS
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.layout.build import read_layout
+from surgery.planning.choice import SizeChoice
 from surgery.planning.planner import plan_cut
-from surgery.planning.request import CutRequest, SizeChoice
+from surgery.planning.request import CutRequest
 from surgery.planning.shapes import shape_of
 from surgery.planning.sizes import split, whole
 from surgery.stats.channels import ChannelOptions

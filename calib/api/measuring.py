@@ -21,14 +21,11 @@ from calib.study.table import Row
 from calib.text.chat import documents_of
 from surgery.api import Model, as_layout
 from surgery.errors import DataError, PlanError
+from surgery.planning.choice import choose_vocabulary
 from surgery.planning.plan import Plan
-from surgery.planning.request import CutRequest, SizeRequest, allowed_steps, choose_vocabulary
+from surgery.planning.request import CutRequest, SizeRequest, allowed_steps
 from surgery.process import Progress
-from surgery.stats.channels import (
-    DEFAULT_CRITERION,
-    DEFAULT_EXPERT_CRITERION,
-    ChannelOptions,
-)
+from surgery.stats.channels import DEFAULT_CRITERION, DEFAULT_EXPERT_CRITERION, ChannelOptions
 from surgery.text.documents import Text, TextOptions, sources_of
 from surgery.verify.files import origin_of
 from surgery.vocabulary.order import VocabularyOptions

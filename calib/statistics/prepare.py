@@ -20,13 +20,8 @@ from calib.text.windows import Part, check_windows, shortfall, token_windows, wi
 from surgery.errors import BudgetError, DataError
 from surgery.files.atomic import check_file, check_no_partial
 from surgery.layout.layout import Layout
-from surgery.planning.request import (
-    CutRequest,
-    SizeChoice,
-    choose_sizes,
-    parse_vocab_sizes,
-    rarity_or_whole,
-)
+from surgery.planning.choice import SizeChoice, choose_sizes, rarity_or_whole
+from surgery.planning.request import CutRequest
 from surgery.planning.sizes import candidate_vocab_sizes
 from surgery.process import Progress
 from surgery.stats.channel_stats import ChannelStats
@@ -195,9 +190,30 @@ def _bucket_edges(
     layout: Layout, rarity: Rarity, size: int | None, vocab_sizes: str | None
 ) -> list[int]:
     """Return the rarity ranks at which buckets of tokens end."""
-    exact = parse_vocab_sizes(vocab_sizes, layout) if vocab_sizes else []
+    exact = _vocab_sizes(vocab_sizes, layout) if vocab_sizes else []
     usual = [size] if size else candidate_vocab_sizes(layout, rarity.must_keep)
     return sorted({*(exact or usual), layout.vocab_size})
+
+
+def _vocab_sizes(sizes: str, layout: Layout) -> list[int]:
+    """Return the sizes in "V,V,…".
+
+    Raises:
+        BudgetError: a size is no number between 1 and V.
+    """
+    try:
+        found = [int(part) for part in sizes.split(",")]
+    except ValueError:
+        found = [0]
+    if not 1 <= min(found) <= max(found) <= layout.vocab_size:
+        raise BudgetError(
+            "`vocab_sizes`",
+            "are not sizes of this vocabulary",
+            expected=f"numbers from 1 to {layout.vocab_size}, with commas",
+            found=sizes,
+            fix="correct them",
+        )
+    return found
 
 
 def _settings(

@@ -31,8 +31,9 @@ from calib.study.two_stage import (
 )
 from surgery.errors import BudgetError, DataError, SurgeryError
 from surgery.layout.layout import Layout
+from surgery.planning.choice import experts_at
 from surgery.planning.layers import check_layers, layers_by_influence
-from surgery.planning.request import SizeRequest, experts_at
+from surgery.planning.request import SizeRequest
 from surgery.planning.shapes import expert_choices
 from surgery.planning.sizes import Sizes, Steps, check_ratio, sizes_at, split, whole
 from surgery.process import Progress, Stopwatch, stage

@@ -21,9 +21,9 @@ from surgery.apply.model_card import LEAST_SQUARES, RECONSTRUCTION
 from surgery.errors import BudgetError, PlanError
 from surgery.families.schema import FFN, WIDE, Dim
 from surgery.layout.layout import Layout
+from surgery.planning.choice import SizeChoice
 from surgery.planning.plan import Plan
 from surgery.planning.replacement import Entry, ReplacementWriter, replacement_file
-from surgery.planning.request import SizeChoice
 from surgery.planning.shapes import axis_lengths, output_dtype, output_shape
 from surgery.planning.sizes import Sizes
 from surgery.process import Advance, Progress, no_advance, peak_rss_bytes, stage

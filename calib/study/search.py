@@ -25,28 +25,19 @@ from surgery.errors import BudgetError
 from surgery.families.schema import VOCAB
 from surgery.layout.layout import Layout
 from surgery.planning.aims import QUALITY
+from surgery.planning.choice import SizeChoice, choose_vocabulary, layers_at
 from surgery.planning.layers import check_layers, format_layers, pattern_layers
 from surgery.planning.request import (
     EXPERTS,
     LAYERS,
     CutRequest,
-    SizeChoice,
     SizeRequest,
     allowed_steps,
-    choose_vocabulary,
     fixed_sizes,
-    layers_at,
     main_width,
 )
 from surgery.planning.shapes import blocks, check_experts, expert_choices, unprunable
-from surgery.planning.sizes import (
-    FixedSizes,
-    Sizes,
-    check_sizes,
-    nearest_to_rule,
-    sizes_at,
-    whole,
-)
+from surgery.planning.sizes import FixedSizes, Sizes, check_sizes, nearest_to_rule, sizes_at, whole
 from surgery.process import Progress, stage
 from surgery.stats.channels import RECONSTRUCT
 

@@ -30,7 +30,7 @@ from calib.text.heldout import Encoded, split_documents
 from calib.text.windows import byte_windows, token_windows, within_positions
 from surgery.families.schema import EXPERT
 from surgery.layout.layout import Layout
-from surgery.planning.request import SizeChoice
+from surgery.planning.choice import SizeChoice
 from surgery.process import Stopwatch
 from surgery.stats.channel_stats import AxisSums
 from surgery.text.documents import TextOptions

@@ -399,8 +399,8 @@ def plan(
     from surgery.api import plan_choice
     from surgery.apply.cost import apply_cost
     from surgery.files.atomic import check_file
+    from surgery.planning.choice import choose_sizes
     from surgery.planning.replacement import replacement_file
-    from surgery.planning.request import choose_sizes
     from surgery.stats.channel_stats import ChannelStats
 
     if not text.data:

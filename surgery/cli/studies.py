@@ -245,7 +245,8 @@ def compare(
         table,
     )
     from calib.text.chat import documents_of
-    from surgery.planning.request import allowed_steps, choose_vocabulary
+    from surgery.planning.choice import choose_vocabulary
+    from surgery.planning.request import allowed_steps
 
     if show.plot is None:
         refuse_idle("without --plot", "force")

@@ -19,9 +19,9 @@ from surgery.files.model_files import ADAPTER_NAME
 from surgery.files.safetensors_header import TensorRef
 from surgery.hub.shards import Shards
 from surgery.layout.layout import Layout
+from surgery.planning.choice import SizeChoice
 from surgery.planning.layers import check_layers, format_layers, kind_notes
 from surgery.planning.plan import ChannelShares, Plan, Provenance, recorded_pre_tokenizer
-from surgery.planning.request import SizeChoice
 from surgery.planning.shapes import (
     KeptExperts,
     axis_lengths,

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 import surgery
 from surgery.apply.model_card import model_card
 from surgery.layout.layout import Layout
+from surgery.planning.choice import choose_sizes
 from surgery.planning.plan import Plan
 from surgery.planning.planner import plan_cut
 from surgery.planning.replacement import Replacement
-from surgery.planning.request import CutRequest, SizeRequest, choose_sizes
+from surgery.planning.request import CutRequest, SizeRequest
 from surgery.stats.channel_stats import ChannelStats
 from surgery.stats.channels import CRITERIA, ChannelOptions
 from surgery.vocabulary.cost import VocabularyCost

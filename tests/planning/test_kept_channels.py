@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surgery.apply.edits import kept_parts
+from surgery.planning.choice import choose_sizes
 from surgery.planning.plan import Plan
 from surgery.planning.planner import plan_cut
-from surgery.planning.request import CutRequest, SizeRequest, choose_sizes
+from surgery.planning.request import CutRequest, SizeRequest
 from surgery.stats.channels import CRITERIA, ChannelOptions, bucket_weights
 from tests.support import tiny
 from tests.support.command import Run, assert_refused

@@ -22,10 +22,11 @@ from calib.study.text import StudyText
 from calib.study.trial import Trial, Variant, try_all
 from calib.text.heldout import BLOCK_CHARACTERS, EVERY, LEAST_BLOCKS, Words, split_documents
 from surgery.api import apply_plan
+from surgery.planning.choice import SizeChoice
 from surgery.planning.plan import Plan
 from surgery.planning.planner import plan_cut
 from surgery.planning.replacement import ReplacementWriter
-from surgery.planning.request import CutRequest, SizeChoice
+from surgery.planning.request import CutRequest
 from surgery.planning.shapes import axis_lengths
 from surgery.planning.sizes import whole
 from surgery.stats.channels import ChannelOptions

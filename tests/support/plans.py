@@ -15,9 +15,10 @@ from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.families.schema import EXPERT, Dim
 from surgery.layout.build import read_layout
 from surgery.layout.layout import Layout
+from surgery.planning.choice import SizeChoice
 from surgery.planning.plan import Plan
 from surgery.planning.planner import plan_cut
-from surgery.planning.request import CutRequest, SizeChoice
+from surgery.planning.request import CutRequest
 from surgery.planning.sizes import Sizes
 from surgery.stats.channel_stats import AxisSums, ChannelStats, StatsInfo
 from surgery.stats.channels import ChannelOptions

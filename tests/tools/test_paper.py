@@ -10,9 +10,9 @@ import pytest
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.layout.build import read_layout
 from surgery.layout.layout import Layout
+from surgery.planning.choice import SizeChoice
 from surgery.planning.plan import Plan
 from surgery.planning.planner import plan_cut
-from surgery.planning.request import SizeChoice
 from surgery.planning.sizes import (
     CANDIDATE_RATIOS,
     TOLERANCE,

@@ -19,20 +19,15 @@ import numpy as np
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.layout.build import read_layout
 from surgery.layout.layout import Layout
+from surgery.planning.choice import SizeChoice
 from surgery.planning.planner import plan_cut
-from surgery.planning.request import CutRequest, SizeChoice
+from surgery.planning.request import CutRequest
 from surgery.planning.sizes import Sizes
 from surgery.stats.channel_stats import AxisSums, ChannelStats, StatsInfo
 from surgery.stats.channels import LEAST_TOKENS, ChannelOptions
 from surgery.vocabulary.order import rarity_of
 from tools.published import MIXTURES, PUBLISHED, llama_config
-from tools.shapes import (
-    MAX_SHARD_BYTES,
-    Config,
-    write_headers_only,
-    write_random,
-    write_tokenizer,
-)
+from tools.shapes import MAX_SHARD_BYTES, Config, write_headers_only, write_random, write_tokenizer
 from tools.synthetic_tokenizer import SPECIAL_TOKENS
 
 PAPER_SIZES = Sizes(67840, {"intermediate_size": 8448})

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from surgery.errors import BudgetError
 from surgery.layout.layout import Layout
+from surgery.planning.choice import choose_sizes
 from surgery.planning.layers import layers_by_influence
-from surgery.planning.request import CutRequest, SizeRequest, choose_sizes
+from surgery.planning.request import CutRequest, SizeRequest
 from surgery.planning.sizes import TOLERANCE, Sizes
 from surgery.vocabulary.order import VocabularyOptions
 from tests.support import tiny
