@@ -36,9 +36,8 @@ from surgery.cli.options import (
     text_options,
     vocabulary_options,
 )
-from surgery.cli.terminal import bars, print_text, running, show_plan, show_written
+from surgery.cli.terminal import bars, print_text, running, show_plan, show_written, size_flags
 from surgery.files.shard_file import IO
-from surgery.planning.aims import QUALITY
 from surgery.planning.request import CutRequest
 from surgery.process import peak_rss_bytes, spoken, spoken_range, spoken_stages
 from surgery.text.documents import TextOptions
@@ -137,11 +136,7 @@ def calibrate(
     if as_json:
         click.echo(json.dumps(facts))
     else:
-        ratio = options.sizes.ratio or 0.2
-        by_sizes = not (options.sizes.empty or options.sizes.ratio)
-        sizes = ("SIZES",) if by_sizes else ("--ratio", f"{ratio:g}")
-        aim = ("--for", options.sizes.aim) if options.sizes.aim != QUALITY else ()
-        then = ("plan", model.model, "--stats", options.output, *sizes, *aim)
+        then = ("plan", model.model, "--stats", options.output, *size_flags(options.sizes))
         took = spoken(time.perf_counter() - start)
         if few:
             print_text(f"note: {few}")

@@ -14,6 +14,7 @@ import click
 from surgery.apply.companions import files_left_out
 from surgery.errors import printable
 from surgery.layout.layout import Layout
+from surgery.planning.aims import QUALITY
 from surgery.planning.plan import Plan
 from surgery.planning.request import SizeRequest
 from surgery.process import Progress, reuse_freed_memory, spoken
@@ -139,6 +140,13 @@ def running() -> Iterator[Progress]:
 def show_written(what: str, *then: object) -> None:
     """Print, as a command's last line, what it wrote and the words of the command to go on with."""
     click.echo(f"wrote {what}; next: {shlex.join(['compact-surgery', *map(str, then)])}")
+
+
+def size_flags(sizes: SizeRequest) -> list[str]:
+    """Return the words for the same sizes in another command; of none, those of a usual ratio."""
+    by_ratio = sizes.empty or sizes.ratio
+    given = ["--ratio", f"{sizes.ratio or 0.2:g}"] if by_ratio else ["SIZES"]
+    return [*given, *(["--for", sizes.aim] if sizes.aim != QUALITY else [])]
 
 
 class _Echo(logging.Handler):
