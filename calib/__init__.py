@@ -7,8 +7,8 @@ if TYPE_CHECKING:
     from calib.api.measuring import answer, compare, compare_logits, score, search
     from calib.api.pruning import Pruned, calibrate, prune, read_documents
     from calib.api.training import recover, teach
-    from calib.recovery.run import Recovered
     from calib.recovery.teach import Taught
+    from calib.recovery.written import Recovered
     from calib.scoring.logits import Equality
     from calib.scoring.score import Change, Score
     from calib.scoring.tasks import Answers, Share
@@ -41,7 +41,7 @@ _HOMES = {
     "calib.api.measuring": ("answer", "compare", "compare_logits", "score", "search"),
     "calib.api.pruning": ("Pruned", "calibrate", "prune", "read_documents"),
     "calib.api.training": ("recover", "teach"),
-    "calib.recovery.run": ("Recovered",),
+    "calib.recovery.written": ("Recovered",),
     "calib.recovery.teach": ("Taught",),
     "calib.scoring.logits": ("Equality",),
     "calib.scoring.score": ("Change", "Score"),

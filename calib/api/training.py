@@ -13,8 +13,8 @@ from surgery.text.documents import Text, TextOptions, sources_of
 from surgery.verify.files import plan_at
 
 if TYPE_CHECKING:
-    from calib.recovery.run import Recovered
     from calib.recovery.teach import Taught
+    from calib.recovery.written import Recovered
 
 
 def recover(  # noqa: PLR0913

@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -47,7 +47,7 @@ from calib.recovery.trainer import (
     taught_tokens,
 )
 from calib.recovery.work import CLOCK, Schedule, TrainingText, WorkDirectory
-from calib.recovery.written import kept_rows, plan_for, trained_plan
+from calib.recovery.written import Recovered, kept_rows, plan_for, trained_plan
 from calib.scoring.score import check_predicts, first_token
 from calib.streaming.empty_model import positions
 from calib.streaming.settings import ComputeOptions
@@ -61,81 +61,15 @@ from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.errors import CheckpointError, DataError
 from surgery.files.atomic import check_file
 from surgery.layout.layout import Layout
-from surgery.plot import saved_figure, titled
-from surgery.process import Progress, Seconds, peak_rss_bytes, spoken
+from surgery.process import Progress, Seconds, peak_rss_bytes
 from surgery.text.documents import TextOptions, read_documents
 from surgery.tokenizer.tokenizer_file import load_tokenizer
-from surgery.verify.files import VerifyReport, verify_files
+from surgery.verify.files import verify_files
 
 LOG = logging.getLogger(__name__)
 
 WRITING = 0.5
 """Share of the minutes of self-data in which the teacher writes."""
-
-
-@dataclass(frozen=True)
-class Recovered:
-    """What a recovery made."""
-
-    output: Path | None
-    """The checkpoint; None where training did not help, so that none was written."""
-    method: str
-    before: float
-    """Bits per byte of the held-out text, of the checkpoint that was trained."""
-    after: float
-    """Of the best state, in the checkpoint's dtype."""
-    curve: tuple[tuple[int, float], ...]
-    """Tokens trained on, and bits per byte of the held-out text after them."""
-    seconds: float
-    peak_rss_bytes: int | None
-    writing_seconds: float = 0.0
-    """In which the teacher wrote the text; a part of ``seconds``."""
-    checks: VerifyReport | None = None
-    """What verify says of the output."""
-
-    @property
-    def helped(self) -> bool:
-        """Whether the best state needs fewer bits than the checkpoint that was trained."""
-        return self.after < self.before
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that were trained on."""
-        return self.curve[-1][0] if self.curve else 0
-
-    @property
-    def best_tokens(self) -> int:
-        """Tokens after which the best state was reached."""
-        return min(self.curve, key=lambda point: point[1])[0] if self.curve else 0
-
-    def facts(self) -> dict[str, Any]:
-        """Return everything, for JSON."""
-        found = {key: value for key, value in asdict(self).items() if key != "checks"}
-        return found | {"output": str(self.output) if self.output else None, "tokens": self.tokens}
-
-    def table(self) -> str:
-        """Return the bits as lines for people."""
-        lines = [f"{'tokens':>12}{'bits per byte of held-out text':>34}"]
-        lines += [f"{tokens:>12,}{bits:>34.4f}" for tokens, bits in ((0, self.before), *self.curve)]
-        change = f"{self.after / self.before - 1:+.2%}"
-        if self.output is None:
-            lines.append(f"no better than before ({change}): nothing was written")
-        else:
-            lines.append(f"written: {self.after:.4f}, {change}, in {spoken(self.seconds)}")
-        return "\n".join(lines)
-
-    def plot(self, path: Path, model: str = "") -> None:
-        """Draw bits against tokens to a picture (extra ``plot``)."""
-        with saved_figure(path, 7, 4.2) as figure:
-            axes = figure.subplots()
-            points = ((0, self.before), *self.curve)
-            axes.plot(*zip(*points, strict=True), marker="o", label=self.method)
-            axes.axhline(self.before, linestyle=":", color="#000000", label="before")
-            axes.set_xlabel("tokens trained on")
-            axes.set_ylabel("bits per byte of held-out text")
-            axes.set_title(titled(model, "trained back"))
-            axes.grid(alpha=0.3)
-            axes.legend()
 
 
 class Recovery:

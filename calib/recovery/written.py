@@ -1,7 +1,9 @@
-"""The plan of a trained checkpoint, and its tensors as apply takes them."""
+"""What a recovery makes: its figures, the plan of its checkpoint, and trained tensors for apply."""
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -15,8 +17,75 @@ from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
 from surgery.planning.replacement import Entry, ReplacementWriter
 from surgery.planning.request import CutRequest, SizeRequest
+from surgery.plot import saved_figure, titled
+from surgery.process import spoken
 from surgery.tokenizer.tokenizer_file import load_tokenizer
-from surgery.verify.files import origin_of, plan_within, verify_files
+from surgery.verify.files import VerifyReport, origin_of, plan_within, verify_files
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What a recovery made."""
+
+    output: Path | None
+    """The checkpoint; None where training did not help, so that none was written."""
+    method: str
+    before: float
+    """Bits per byte of the held-out text, of the checkpoint that was trained."""
+    after: float
+    """Of the best state, in the checkpoint's dtype."""
+    curve: tuple[tuple[int, float], ...]
+    """Tokens trained on, and bits per byte of the held-out text after them."""
+    seconds: float
+    peak_rss_bytes: int | None
+    writing_seconds: float = 0.0
+    """In which the teacher wrote the text; a part of ``seconds``."""
+    checks: VerifyReport | None = None
+    """What verify says of the output."""
+
+    @property
+    def helped(self) -> bool:
+        """Whether the best state needs fewer bits than the checkpoint that was trained."""
+        return self.after < self.before
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that were trained on."""
+        return self.curve[-1][0] if self.curve else 0
+
+    @property
+    def best_tokens(self) -> int:
+        """Tokens after which the best state was reached."""
+        return min(self.curve, key=lambda point: point[1])[0] if self.curve else 0
+
+    def facts(self) -> dict[str, Any]:
+        """Return everything, for JSON."""
+        found = {key: value for key, value in asdict(self).items() if key != "checks"}
+        return found | {"output": str(self.output) if self.output else None, "tokens": self.tokens}
+
+    def table(self) -> str:
+        """Return the bits as lines for people."""
+        lines = [f"{'tokens':>12}{'bits per byte of held-out text':>34}"]
+        lines += [f"{tokens:>12,}{bits:>34.4f}" for tokens, bits in ((0, self.before), *self.curve)]
+        change = f"{self.after / self.before - 1:+.2%}"
+        if self.output is None:
+            lines.append(f"no better than before ({change}): nothing was written")
+        else:
+            lines.append(f"written: {self.after:.4f}, {change}, in {spoken(self.seconds)}")
+        return "\n".join(lines)
+
+    def plot(self, path: Path, model: str = "") -> None:
+        """Draw bits against tokens to a picture (extra ``plot``)."""
+        with saved_figure(path, 7, 4.2) as figure:
+            axes = figure.subplots()
+            points = ((0, self.before), *self.curve)
+            axes.plot(*zip(*points, strict=True), marker="o", label=self.method)
+            axes.axhline(self.before, linestyle=":", color="#000000", label="before")
+            axes.set_xlabel("tokens trained on")
+            axes.set_ylabel("bits per byte of held-out text")
+            axes.set_title(titled(model, "trained back"))
+            axes.grid(alpha=0.3)
+            axes.legend()
 
 
 def plan_for(layout: Layout) -> tuple[Plan, Path]:

@@ -35,7 +35,8 @@ from tests.support.contents import snapshot, weights
 from tests.support.plans import random_plan
 
 if TYPE_CHECKING:
-    from calib.recovery.run import Recovered, Recovery
+    from calib.recovery.run import Recovery
+    from calib.recovery.written import Recovered
 
 STEPS, SEQ_LEN = 20, 32
 TOKENS = STEPS * SEQ_LEN * 2
@@ -301,7 +302,7 @@ def test_arguments_that_cannot_be_are_refused(
 
 
 def test_the_tokens_of_the_best_state_are_told_from_those_of_the_run() -> None:
-    from calib.recovery.run import Recovered
+    from calib.recovery.written import Recovered
 
     made = Recovered(None, "distill", 2.0, 1.2, ((10, 1.5), (20, 1.2), (30, 1.3)), 1.0, None)
     assert (made.best_tokens, made.tokens) == (20, 30)
