@@ -97,7 +97,7 @@ def test_calibrate_survives_a_lost_node(
 ) -> None:
     model, out = tiny.save(tmp_path / "model", "mixtral", sharded=True), tmp_path / "out"
     expected = merged_parts(run, model, text, tmp_path, 4)
-    monkeypatch.setattr("calib.statistics.ray.part_task", ray_tasks.stalled_part)
+    monkeypatch.setattr("calib.statistics.prepare.part_task", ray_tasks.stalled_part)
     out.mkdir()
     lose_node(out)
     found = calibrate(run, model, text, out / "stats", "--engine", "ray", "--parts", 4)

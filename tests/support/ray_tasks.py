@@ -38,7 +38,7 @@ def attempts(place: Path) -> int:
 
 def stalled_part(*arguments: Any) -> Path:
     """The first part waits until it is lost with its node."""
-    from calib.statistics.ray import part_task
+    from calib.statistics.prepare import part_task
 
     folder: Path = arguments[0].folder
     if begin(folder.parent):
