@@ -12,12 +12,12 @@ import click
 from calib.statistics.options import CalibrationOptions
 from calib.streaming.settings import ComputeOptions
 from surgery.apply.run import ApplyOptions
+from surgery.cli.cut_options import cut_options, size_options, vocabulary_options
 from surgery.cli.options import (
     ModelOptions,
     Refusal,
     capped_options,
     compute_options,
-    cut_options,
     engine_option,
     engines_option,
     family_option,
@@ -31,10 +31,8 @@ from surgery.cli.options import (
     push_option,
     refuse_idle,
     score_text_options,
-    size_options,
     tasks_option,
     text_options,
-    vocabulary_options,
 )
 from surgery.cli.terminal import bars, print_text, running, show_plan, show_written, size_flags
 from surgery.files.shard_file import IO

@@ -11,10 +11,10 @@ import click
 
 from calib.streaming.settings import ComputeOptions
 from surgery.apply.run import JOBS, ApplyOptions
+from surgery.cli.cut_options import cut_options
 from surgery.cli.options import (
     ModelOptions,
     Refusal,
-    cut_options,
     device_option,
     engine_option,
     engines_option,

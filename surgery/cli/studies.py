@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from calib.streaming.settings import ComputeOptions
+from surgery.cli.cut_options import search_cut_options, step_cut_options
 from surgery.cli.options import (
     ModelOptions,
     Numbers,
@@ -23,11 +24,9 @@ from surgery.cli.options import (
     model_options,
     path_type,
     refuse_idle,
-    search_cut_options,
     share,
     show_options,
     spilling_options,
-    step_cut_options,
     study_text_options,
     tasks_option,
 )
