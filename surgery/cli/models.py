@@ -43,6 +43,7 @@ from surgery.text.documents import TextOptions
 if TYPE_CHECKING:
     from calib.scoring.tasks import Measured
     from surgery.layout.layout import Layout
+    from surgery.planning.choice import SizeChoice
     from surgery.stats.channel_stats import ChannelStats
 
 NO_TIME = "not estimated for models on the hub or on a cluster"
@@ -311,16 +312,9 @@ def prune(
         write_page,
     )
     from calib.statistics.prepare import choose_before_calibration
-    from surgery.hub.upload import check_push, push
+    from surgery.hub.upload import push
 
-    if options.dry_run:
-        refuse_idle("with --dry-run", "resume", "push_to", "report")
-    if options.push_to:
-        check_push(options.push_to)
-    if not cut.sizes.removes_experts:
-        refuse_idle("where no experts are removed", "expert_criterion")
-    if options.output is None and not options.dry_run:
-        raise Refusal("--output: is missing; name the directory to write, such as -o smaller")
+    check_pruned(cut, options)
     output, resume = options.output or Path("pruned"), options.resume
     layout = model.layout()
     where = layout.checkpoint.path
@@ -328,13 +322,7 @@ def prune(
         output, where, resume=resume, force=options.force, report=options.report
     )
     choice = choose_before_calibration(layout, cut, text)
-    calibrates = choice.needs_statistics(layout) or cut.channels.repair != "none"
-    if not calibrates and not cut.sizes.by_rule:
-        why = "where nothing is chosen by a text's activations"
-        refuse_idle(why, "samples", "seq_len", "device", "dtype")
-        refuse_idle(why, "max_memory", "max_gpu_memory", "spill", "min_expert_tokens")
-    if not text.data:
-        refuse_idle("without --data", "field", "strict", "seed")
+    check_used(choice, layout, text)
     applied = ApplyOptions(output, resume, io=options.io)
     if options.dry_run:
         forecast = forecast_prune(layout, choice, text, compute, files, applied)
@@ -357,6 +345,32 @@ def prune(
         then = _next_command(layout, model.model, output)
         show_written(f"{output}{also} and {files.plan}", *then)
     sys.exit(0 if report.ok else 1)
+
+
+def check_pruned(cut: CutRequest, options: PruneOptions) -> None:
+    """Refuse options of ``prune`` that do not work together, before the model is opened."""
+    from surgery.hub.upload import check_push
+
+    if options.dry_run:
+        refuse_idle("with --dry-run", "resume", "push_to", "report")
+    if options.push_to:
+        check_push(options.push_to)
+    if not cut.sizes.removes_experts:
+        refuse_idle("where no experts are removed", "expert_criterion")
+    if options.output is None and not options.dry_run:
+        raise Refusal("--output: is missing; name the directory to write, such as -o smaller")
+
+
+def check_used(choice: "SizeChoice", layout: "Layout", text: TextOptions) -> None:
+    """Refuse options of a text, or of a pass over it, where ``choice`` needs none."""
+    sizes, channels = choice.request.sizes, choice.request.channels
+    calibrates = choice.needs_statistics(layout) or channels.repair != "none"
+    if not calibrates and not sizes.by_rule:
+        why = "where nothing is chosen by a text's activations"
+        refuse_idle(why, "samples", "seq_len", "device", "dtype")
+        refuse_idle(why, "max_memory", "max_gpu_memory", "spill", "min_expert_tokens")
+    if not text.data:
+        refuse_idle("without --data", "field", "strict", "seed")
 
 
 @click.group()
