@@ -8,7 +8,9 @@ from surgery.errors import OutputError
 from surgery.files.model_files import INDEX_NAME, TEMPLATE_FOLDER
 from surgery.hub.remote_file import client_errors, reason_of, retried
 
-NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+"""A model on the hub, without its revision."""
+
 STALE = ["*.safetensors", INDEX_NAME, f"{TEMPLATE_FOLDER}/*"]
 """Weights and chat templates that an earlier push left and this one does not have: loaders would
 take them."""
@@ -25,7 +27,7 @@ def check_push(repo: str) -> None:
     """
     from huggingface_hub import constants, get_token
 
-    if not NAME.fullmatch(repo):
+    if not HUB_NAME.fullmatch(repo):
         raise OutputError(repo, "is not a repository name", expected="org/name", fix="correct it")
     if constants.HF_HUB_OFFLINE:
         raise OutputError(repo, "cannot be uploaded offline", fix="unset HF_HUB_OFFLINE")

@@ -14,17 +14,12 @@ from surgery.files import index_sets
 from surgery.files.atomic import write_atomic
 from surgery.files.index_sets import MAKE_AGAIN
 from surgery.files.strict_json import dump_table, read_file
+from surgery.hub.upload import HUB_NAME
 from surgery.planning.layers import format_layers
 from surgery.planning.replacement import Replacement
 from surgery.plot import html_table
 from surgery.tokenizer.id_map import IdMap
-from surgery.vocabulary.cost import (
-    LINE,
-    ScriptCost,
-    VocabularyCost,
-    shortened_token,
-    token_lines,
-)
+from surgery.vocabulary.cost import LINE, ScriptCost, VocabularyCost, shortened_token, token_lines
 
 FORMAT = 4
 
@@ -37,9 +32,6 @@ PROVENANCE_NAME = "compact_surgery.json"
 MOST_ROWLESS = 1 << 16
 """Most tokens with ids after the last row; Gemma 3 has one."""
 
-
-HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-"""A model on the hub, without its revision."""
 
 HUB_SOURCE = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*@\w[\w./-]*")
 """A source on the hub; every other one is a directory."""

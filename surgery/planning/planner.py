@@ -37,6 +37,7 @@ from surgery.stats.channel_stats import ChannelStats
 from surgery.stats.channels import (
     AIMER,
     RANDOM,
+    ChannelOptions,
     Kept,
     bucket_weights,
     choose_channels,
@@ -95,17 +96,7 @@ def plan_cut(
         check_stats(layout, stats)
     experts_kept = kept_experts(layout, sizes, channels.expert_criterion, stats, ids)
     if stats is not None:
-        experts = layout.family.widths.get(EXPERT)
-        if experts and sizes.widths.get(experts.key) != layout.widths.get(experts.key):
-            check_tokens(stats, channels.min_expert_tokens, experts_kept)
-        notes += _not_compared(layout, stats) + _approximations(stats, ids, channels.criterion)
-        if sizes.widths != layout.widths or experts_kept:
-            notes += _other_text(stats, ids) + _other_layers(sizes)
-            few = too_few_tokens(stats.info.tokens)
-            if few and channels.criterion != RANDOM and sizes.widths != layout.widths:
-                notes.append(few)
-        if sizes.experts:
-            notes += _unseen(stats, channels.min_expert_tokens)
+        notes += _notes_on_stats(layout, sizes, channels, stats, ids, experts_kept)
     if stats is not None or (channels.criterion == RANDOM and sizes.widths != layout.widths):
         kept = _kept_channels(layout, stats, ids, sizes, channels.criterion)
         kept_channels = _encoded_channels(layout, sizes, _of_experts(kept, experts_kept))
@@ -141,6 +132,33 @@ def plan_cut(
             expert_criterion=channels.expert_criterion if sizes.experts else None,
         ),
     )
+
+
+def _notes_on_stats(
+    layout: Layout,
+    sizes: Sizes,
+    channels: ChannelOptions,
+    stats: ChannelStats,
+    ids: IdMap,
+    experts_kept: dict[int, np.ndarray],
+) -> list[str]:
+    """Return how far statistics fit the plan that they choose channels and experts for.
+
+    Raises:
+        StatsError: an expert whose channels are chosen saw too few tokens.
+    """
+    experts = layout.family.widths.get(EXPERT)
+    if experts and sizes.widths.get(experts.key) != layout.widths.get(experts.key):
+        check_tokens(stats, channels.min_expert_tokens, experts_kept)
+    notes = _not_compared(layout, stats) + _approximations(stats, ids, channels.criterion)
+    if sizes.widths != layout.widths or experts_kept:
+        notes += _other_text(stats, ids) + _other_layers(sizes)
+        few = too_few_tokens(stats.info.tokens)
+        if few and channels.criterion != RANDOM and sizes.widths != layout.widths:
+            notes.append(few)
+    if sizes.experts:
+        notes += _unseen(stats, channels.min_expert_tokens)
+    return notes
 
 
 def _pre_tokenizer(layout: Layout, choice: SizeChoice, ids: IdMap) -> str | None:

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field, replace
 from math import lcm
 
 from surgery.errors import BudgetError, OptionError, check_choice
+from surgery.hub.upload import HUB_NAME
 from surgery.layout.layout import Layout
 from surgery.planning.aims import AIMS, QUALITY
-from surgery.planning.plan import HUB_NAME
 from surgery.planning.shapes import blocks
 from surgery.planning.sizes import MULTIPLE_OF, FixedSizes, Steps, check_ratio, parse_target, steps
 from surgery.stats.channels import ChannelOptions
