@@ -4,7 +4,7 @@ import re
 
 import click
 
-from surgery.cli.options import combined, gathered, path_type, share
+from surgery.cli.options import choice_option, combined, gathered, number_option, path_type, share
 from surgery.errors import BudgetError
 from surgery.planning.aims import AIMS, QUALITY
 from surgery.planning.request import CutRequest, SizeRequest
@@ -61,44 +61,36 @@ class Ratio(click.ParamType):
 channel_options = gathered(
     "channels",
     ChannelOptions,
-    click.option(
-        "--criterion",
-        default=DEFAULT_CRITERION,
-        show_default=True,
-        type=click.Choice(list(CRITERIA)),
-        help="Importance of a channel.",
+    choice_option(
+        "--criterion", of=CRITERIA, default=DEFAULT_CRITERION, help="Importance of a channel."
     ),
-    click.option(
+    number_option(
         "--min-expert-tokens",
         default=LEAST_TOKENS,
-        show_default=True,
-        type=click.IntRange(0),
+        least=0,
         help="Fewest tokens an expert must have seen for its channels to be ranked.",
     ),
-    click.option(
+    choice_option(
         "--repair",
+        of=REPAIRS,
         default="none",
-        show_default=True,
-        type=click.Choice(REPAIRS),
         help="Refit down_proj to the kept channels on --data, if it helps on held-out text; "
         "reconstruct also trains each FFN alone, which takes longer.",
     ),
-    click.option(
+    choice_option(
         "--expert-criterion",
+        of=EXPERT_CRITERIA,
         default=DEFAULT_EXPERT_CRITERION,
-        show_default=True,
-        type=click.Choice(list(EXPERT_CRITERIA)),
         help="Importance of a routed expert.",
     ),
 )
 vocabulary_options = gathered(
     "vocabulary",
     VocabularyOptions,
-    click.option(
+    choice_option(
         "--vocab-by",
+        of=ORDERS,
         default="merge-order",
-        show_default=True,
-        type=click.Choice(ORDERS),
         help="Rarity of tokens: the tail of the merge list, or counts over --data.",
     ),
     click.option(
@@ -131,12 +123,11 @@ vocabulary_options = gathered(
     ),
 )
 
-aim_option = click.option(
+aim_option = choice_option(
     "--for",
     "aim",
+    of=AIMS,
     default=QUALITY,
-    show_default=True,
-    type=click.Choice(AIMS),
     help="What the split between V' and I' serves at the ratio. decode: fewest bytes read for each "
     "decoded token; memory: fewest bytes with the cache and logits of a batch.",
 )

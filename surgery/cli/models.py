@@ -26,6 +26,7 @@ from surgery.cli.options import (
     io_option,
     json_option,
     model_options,
+    number_option,
     path_type,
     prune_text_options,
     push_option,
@@ -164,13 +165,7 @@ class ScoredModels:
     family_option,
 )
 @score_text_options
-@click.option(
-    "--window-bytes",
-    default=2048,
-    show_default=True,
-    type=click.IntRange(4),
-    help="Bytes of text per window.",
-)
+@number_option("--window-bytes", default=2048, least=4, help="Bytes of text per window.")
 @tasks_option
 @compute_options
 @json_option

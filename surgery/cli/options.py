@@ -1,7 +1,7 @@
 """Options that several commands share."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
@@ -66,6 +66,18 @@ def gathered(name: str, kind: type[Any], *options: Callable[..., Any]) -> Callab
         return combined(*options)(gather)
 
     return decorate
+
+
+def number_option(name: str, *, default: int, least: int = 1, help: str) -> Callable[..., Any]:
+    """Return an option that takes a whole number from ``least`` on."""
+    kind = click.IntRange(least)
+    return click.option(name, default=default, show_default=True, type=kind, help=help)
+
+
+def choice_option(*names: str, of: Iterable[str], default: str, help: str) -> Callable[..., Any]:
+    """Return an option that takes one of some names."""
+    kind = click.Choice([*of])
+    return click.option(*names, default=default, show_default=True, type=kind, help=help)
 
 
 class Size(click.ParamType):
@@ -197,27 +209,11 @@ def data_options(*, required: bool, use: str = "") -> Callable[..., Any]:
     )
 
 
-samples_option = click.option(
-    "--samples",
-    default=256,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Most windows of text to use.",
-)
-seq_len_option = click.option(
-    "--seq-len",
-    default=2048,
-    show_default=True,
-    type=click.IntRange(2),
-    help="Tokens per window.",
-)
+samples_option = number_option("--samples", default=256, help="Most windows of text to use.")
+seq_len_option = number_option("--seq-len", default=2048, least=2, help="Tokens per window.")
 seed_option = click.option("--seed", type=int, help="Shuffle the documents first.")
-windows_option = click.option(
-    "--windows",
-    default=64,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Most windows of 2,048 bytes to hold out.",
+windows_option = number_option(
+    "--windows", default=64, help="Most windows of 2,048 bytes to hold out."
 )
 data_option = data_options(required=True)
 text_options = gathered(
@@ -259,32 +255,25 @@ plan_text_options = gathered(
     seed_option,
 )
 
-engine_option = click.option(
+engine_option = choice_option(
     "--engine",
+    of=ENGINES,
     default="local",
-    show_default=True,
-    type=click.Choice(ENGINES),
     help="ray: run tasks on a cluster whose nodes share the file system (extra 'ray').",
 )
-io_option = click.option(
+io_option = choice_option(
     "--io",
+    of=get_args(IO),
     default="mmap",
-    show_default=True,
-    type=click.Choice(get_args(IO)),
     help="How shards are read. mmap: mapped into memory; read: for network file systems.",
 )
-device_option = click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    type=click.Choice(DEVICES),
-    help="auto: CUDA where there is one.",
+device_option = choice_option(
+    "--device", of=DEVICES, default="auto", help="auto: CUDA where there is one."
 )
-dtype_option = click.option(
+dtype_option = choice_option(
     "--dtype",
+    of=DTYPE_NAMES,
     default="auto",
-    show_default=True,
-    type=click.Choice(DTYPE_NAMES),
     help="auto: float32 on the CPU, else the checkpoint's.",
 )
 spill_option = click.option(

@@ -23,6 +23,7 @@ from surgery.cli.options import (
     io_option,
     json_option,
     model_options,
+    number_option,
     path_type,
     plan_text_options,
     push_option,
@@ -178,13 +179,7 @@ def repaired(
         help="Directory to write instead of the plan's.",
     ),
     click.option("--resume", is_flag=True, help="Continue an interrupted run of the same plan."),
-    click.option(
-        "--jobs",
-        default=JOBS,
-        show_default=True,
-        type=click.IntRange(1),
-        help="Shards to write at a time.",
-    ),
+    number_option("--jobs", default=JOBS, help="Shards to write at a time."),
     engine_option,
     io_option,
     click.option(

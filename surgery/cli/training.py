@@ -14,11 +14,13 @@ from surgery.cli.options import (
     Refusal,
     ShowOptions,
     capped_options,
+    choice_option,
     compute_options,
     data_options,
     gathered,
     json_option,
     model_options,
+    number_option,
     path_type,
     refuse_idle,
     seed_option,
@@ -38,18 +40,10 @@ training_text_options = gathered(
     "text",
     TextOptions,
     data_options(required=False),
-    click.option(
-        "--seq-len",
-        default=512,
-        show_default=True,
-        type=click.IntRange(2),
-        help="Tokens per window.",
-    ),
-    click.option(
+    number_option("--seq-len", default=512, least=2, help="Tokens per window."),
+    number_option(
         "--windows",
         default=16,
-        show_default=True,
-        type=click.IntRange(1),
         help="Most windows of 2,048 bytes to hold out; they choose the best state.",
     ),
     seed_option,
@@ -81,11 +75,10 @@ class DryRun:
     ),
     click.option("--tokens", type=click.IntRange(1), help="Tokens to train on."),
     click.option("--minutes", type=float, help="Minutes to train, instead of --tokens."),
-    click.option(
+    choice_option(
         "--method",
+        of=METHODS,
         default="distill",
-        show_default=True,
-        type=click.Choice(METHODS),
         help="distill: towards the dense model's distribution; continue: as pretraining; "
         "self-data: as pretraining, on text that the dense model writes first.",
     ),
@@ -105,13 +98,7 @@ class DryRun:
     click.option(
         "--learning-rate", type=float, help="Its peak.  [default: 1e-4, of adapters 1e-3]"
     ),
-    click.option(
-        "--batch-size",
-        default=1,
-        show_default=True,
-        type=click.IntRange(1),
-        help="Windows of a step, on each device.",
-    ),
+    number_option("--batch-size", default=1, help="Windows of a step, on each device."),
     resume_option,
     click.option(
         "--training-args",
@@ -202,18 +189,11 @@ class TeachRun:
         help="Directory to write; one for each --plan, in their order.",
     ),
     click.option("--tokens", type=click.IntRange(1), required=True, help="Tokens of text."),
-    click.option(
-        "--top-k",
-        default=64,
-        show_default=True,
-        type=click.IntRange(1),
-        help="Likeliest kept tokens of each position.",
-    ),
-    click.option(
+    number_option("--top-k", default=64, help="Likeliest kept tokens of each position."),
+    choice_option(
         "--precision",
+        of=("float16", "float32"),
         default="float16",
-        show_default=True,
-        type=click.Choice(["float16", "float32"]),
         help="Of the log-probabilities.",
     ),
     resume_option,
