@@ -125,10 +125,11 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def timed(work: Callable[[], object], repeats: int = 2) -> float:
-    """Return the least seconds that ``work`` takes."""
-    found = []
-    for _ in range(repeats):
+def timed(work: Callable[[], object], seconds: float = 0.0) -> float:
+    """Return the least seconds that ``work`` takes: of two runs, or of as many as ``seconds``
+    allow, for other programs may slow one of them."""
+    found: list[float] = []
+    while len(found) < 2 or sum(found) + found[-1] < seconds:
         start = time.perf_counter()
         work()
         found.append(time.perf_counter() - start)

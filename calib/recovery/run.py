@@ -71,6 +71,9 @@ LOG = logging.getLogger(__name__)
 WRITING = 0.5
 """Share of the minutes of self-data in which the teacher writes."""
 
+TRYING = 0.04
+"""Share of the minutes in which steps are tried, to know how many fit."""
+
 
 class Recovery:
     """A checked request; its text is read and its models are loaded when it runs."""
@@ -284,11 +287,13 @@ class Recovery:
                 found=f"{start} bits per byte of held-out text",
                 fix="check its weights",
             )
-        step = timed(partial(training.try_step, options.batch_size)) * self._accumulated
+        seconds = 60 * (options.minutes or 0) - self.writing_seconds
+        try_step = partial(training.try_step, options.batch_size)
+        step = timed(try_step, TRYING * seconds) * self._accumulated
         steps, evaluations = max(1, (options.tokens or 0) // self._tokens_of_step), EVALUATIONS
         if options.minutes is not None:
-            seconds = 60 * options.minutes - self.writing_seconds
-            steps, evaluations = fitting_steps(seconds, step, evaluation)
+            left = (1 - TRYING) * seconds
+            steps, evaluations = fitting_steps(left, step, evaluation)
         every = -(-steps // evaluations)
         took = expected_seconds(steps, step, -(-steps // every), evaluation)
         return work.begin(steps, every, start), took

@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 from contextlib import nullcontext
+from itertools import accumulate, chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import hypothesis
@@ -16,6 +18,7 @@ from hypothesis.strategies import floats
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from calib.recovery import forecast
 from calib.recovery.forecast import fitting_steps
 from calib.recovery.options import RecoverOptions
 from calib.scoring.score import first_token, score_windows
@@ -183,6 +186,18 @@ def test_steps_fit_into_the_time(seconds: float, step: float, evaluation: float)
     assert 1 <= evaluations <= 16
     assert steps == 1 or taken <= seconds * (1 + 1e-9)
     assert taken + step >= seconds * (1 - 1e-9)
+
+
+def test_a_step_that_others_slow_down_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = accumulate([5.0, 4.0, 1.0, 1.5, 9.0])
+    clock = chain([0.0], *([end, end] for end in ends))
+    fake = SimpleNamespace(perf_counter=lambda: next(clock))
+    monkeypatch.setattr(forecast, "time", fake)
+    assert forecast.timed(int, seconds=12.0) == 1.0
+    monkeypatch.undo()
+    runs: list[int] = []
+    forecast.timed(lambda: runs.append(1))
+    assert len(runs) == 2
 
 
 def test_bad_requests_are_refused_in_one_line(pair: Pair, tmp_path: Path, run: Run) -> None:
