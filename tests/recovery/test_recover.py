@@ -193,7 +193,7 @@ def test_a_step_that_others_slow_down_is_tried_again(monkeypatch: pytest.MonkeyP
     clock = chain([0.0], *([end, end] for end in ends))
     fake = SimpleNamespace(perf_counter=lambda: next(clock))
     monkeypatch.setattr(forecast, "time", fake)
-    assert forecast.timed(int, seconds=12.0) == 1.0
+    assert forecast.timed(int, seconds=14.0) == 1.0
     monkeypatch.undo()
     runs: list[int] = []
     forecast.timed(lambda: runs.append(1))
