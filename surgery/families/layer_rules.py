@@ -160,6 +160,36 @@ class LayerNumbers:
 
 
 @dataclass(frozen=True)
+class DenseLayers:
+    """A list of the layers without experts, beside a step at which layers have them.
+
+    A layer has experts where the list lacks it and its number + 1 is a multiple of the step.
+    """
+
+    key: str = "mlp_only_layers"
+    step: str = "decoder_sparse_step"
+    default: tuple[int, ...] = ()
+    """The config class's list where config.json has none."""
+
+    def renumbered(
+        self, config: Mapping[str, Any], firsts: Sequence[int], where: object
+    ) -> dict[str, Any]:
+        """The new numbers of the kept layers without experts; the step becomes 1."""
+        value, step = config.get(self.key), config.get(self.step, 1)
+        if value is not None and not (isinstance(value, list) and all(map(_is_number, value))):
+            raise _wrong(self.key, "numbers of layers in a list", value, where)
+        if not _is_number(step) or step < 1:
+            raise _wrong(self.step, "a number of layers", step, where)
+        if value is None and not self.default and step == 1:
+            return {}
+        dense = self.default if value is None else value
+        kept = [
+            new for new, first in enumerate(firsts) if first in dense or (first + 1) % step != 0
+        ]
+        return {self.key: kept, **({self.step: 1} if step != 1 else {})}
+
+
+@dataclass(frozen=True)
 class LeadingCount:
     """The number of layers, from the first on, that are of one kind."""
 
@@ -287,7 +317,7 @@ _LLAMA4_EXPERTS = Period(
 )
 _LINEAR = Period(4, ("full_attention_interval",), others="linear_attention", counted_by=(MLX,))
 _WINDOWS = (PerLayer("layer_types", unless=("use_sliding_window", False)),)
-_MLP_ONLY = (LayerNumbers("mlp_only_layers"), RequiredValue("decoder_sparse_step", 1))
+_MLP_ONLY = (DenseLayers(),)
 
 _NO_NORM = FirstStays("norm before its attention, unlike all others")
 _MLPS = PerLayer("mlp_layer_types")
@@ -345,7 +375,7 @@ LAYER_RULES: dict[str, tuple[LayerRule, ...]] = {
     "deepseek_v32": (*_BOTH_TYPES, LeadingCount("first_k_dense_replace", 3)),
     "laguna": (*_BOTH_TYPES, PerLayer("num_attention_heads_per_layer")),
     "muse_spark": (*_BOTH_TYPES, _THETAS),
-    "flint": (*_TYPES, *_MLP_ONLY),
+    "flint": (*_TYPES, DenseLayers(default=(0, 1))),
     **dict.fromkeys(("glm4v_moe", "glm4_moe"), (LeadingCount("first_k_dense_replace", 1),)),
     "mistral4": (LeadingCount("first_k_dense_replace", 0),),
     "kimi_k25": (LeadingCount("first_k_dense_replace", 3),),

@@ -97,6 +97,29 @@ def test_dropped_equals_bypassed_or_is_refused(tmp_path: Path, key: str) -> None
     assert_equals_bypassed(source, tmp_path / "out", key, stays)
 
 
+SPARSE_BY_NUMBER: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {"layer_types": ["full_attention", "sliding_attention"] * 3},
+    "qwen3_moe": {},
+    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"] * 3},
+}
+
+
+@pytest.mark.parametrize("key", SPARSE_BY_NUMBER)
+def test_layers_keep_their_experts_where_a_step_counts_them(tmp_path: Path, key: str) -> None:
+    step: dict[str, Any] = {"decoder_sparse_step": 2, "mlp_only_layers": [5]}
+    source = tiny.save(
+        tmp_path / "source", key, num_hidden_layers=6, **step, **SPARSE_BY_NUMBER[key]
+    )
+    assert [sorted(axes) for axes in layout_of(source).ffn_outputs].count(["ffn"]) == 4
+    stays = [0, 1, 4]
+    plan = whole_plan(source, [[layer] for layer in stays])
+    apply_plan(plan, source=source, output=tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))
+    assert (config["decoder_sparse_step"], config["mlp_only_layers"]) == (1, [0, 2])
+    assert verify_files(tmp_path / "out", plan, source).ok
+    assert_equals_bypassed(source, tmp_path / "out", key, stays)
+
+
 @pytest.mark.parametrize("key", ["modernbert", "modernbert-decoder"])
 def test_a_first_layer_unlike_all_others_stays(tmp_path: Path, key: str) -> None:
     """Without its norm, the layer after it would compute something else, and no shape shows it."""

@@ -178,7 +178,7 @@ def test_options_that_do_not_fit_are_refused(
         ("exaone4", {"layer_types": None}, "layer_types: is missing"),
         ("qwen3", {"layer_types": None}, "layer_types: is missing"),
         ("qwen3", {"layer_types": ["full_attention"]}, "does not have an entry for every layer"),
-        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step: makes layers differ"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step: does not say which layers"),
         ("llama4_text", {"moe_layers": "all"}, "moe_layers: does not say which layers it means"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "makes layers differ by number"),
         ("llama", {"some_list": [1, 2, 3]}, "some_list: may have an entry for each layer"),
@@ -215,6 +215,12 @@ def test_keys_that_speak_of_layers_stay_in_step() -> None:
         **depth,
         "mlp_only_layers": [0, 2],
     }
+    assert keys("qwen3_moe", groups, mlp_only_layers=[5], decoder_sparse_step=3) == {
+        **depth,
+        "mlp_only_layers": [0, 2],
+        "decoder_sparse_step": 1,
+    }
+    assert keys("flint", groups, **lists)["mlp_only_layers"] == [0]  # the class's are 0 and 1
     assert keys("deepseek_v3", groups) == {**depth, "first_k_dense_replace": 2}
     assert keys("deepseek_v2", groups) == {**depth, "first_k_dense_replace": 0}
     assert keys("deepseek_v2", groups, first_k_dense_replace=1)["first_k_dense_replace"] == 1
