@@ -32,7 +32,7 @@ from calib.study.two_stage import (
 from surgery.errors import BudgetError, DataError, SurgeryError
 from surgery.layout.layout import Layout
 from surgery.planning.choice import experts_at
-from surgery.planning.layers import check_layers, layers_by_influence
+from surgery.planning.layers import check_layers, layers_by_influence, needed_layers
 from surgery.planning.request import SizeRequest
 from surgery.planning.shapes import expert_choices
 from surgery.planning.sizes import Sizes, Steps, check_ratio, sizes_at, split, whole
@@ -359,7 +359,8 @@ def _fewer_layers(study: Study, method: str, target: RatioTarget, watch: Stopwat
     layout, depth = study.text.layout, _depth(study, target)
     if method == "shortgpt":
         assert study.block_influence is not None
-        groups = layers_by_influence(study.block_influence, depth)
+        needed = needed_layers(layout, study.block_influence)
+        groups = layers_by_influence(study.block_influence, max(depth, len(needed)), needed)
     else:
         calibration_pass = study.text.calibration_pass(layout.vocab_size, LACO_WINDOWS)
         windows = [window[:LACO_TOKENS] for window in calibration_pass.streams[0].windows]

@@ -26,7 +26,7 @@ from surgery.families.schema import VOCAB
 from surgery.layout.layout import Layout
 from surgery.planning.aims import QUALITY
 from surgery.planning.choice import SizeChoice, choose_vocabulary, layers_at
-from surgery.planning.layers import check_layers, format_layers, pattern_layers
+from surgery.planning.layers import check_removable, format_layers, pattern_layers
 from surgery.planning.request import (
     EXPERTS,
     LAYERS,
@@ -209,7 +209,7 @@ def _layer_space(layout: Layout, request: CutRequest) -> SearchSpace:
     if names := [f"`{name}`" for name, given in idle.items() if given]:
         problem = "has no effect where layers are searched"
         raise BudgetError(", ".join(names), problem, fix="leave it out")
-    check_layers(layout, [[layer] for layer in range(1, layout.num_hidden_layers)])
+    check_removable(layout)
     return SearchSpace(choose_vocabulary(layout, request, layout.vocab_size), [], 0)
 
 
@@ -330,7 +330,6 @@ def _search_layers(study: Study, ratio: float, progress: Progress | None) -> Sea
     kept = pattern_layers(layout, len(groups), study.block_influence)
     chosen = {format_layers(groups): groups}
     if kept is not None:
-        check_layers(layout, kept)
         chosen.setdefault(format_layers(kept), kept)
     sizes = [replace(whole(layout), layers=layers) for layers in chosen.values()]
     candidates = [Candidate(n, s) for n, s in zip(chosen, sizes, strict=True)]

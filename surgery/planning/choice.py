@@ -9,7 +9,12 @@ import numpy as np
 from surgery.errors import BudgetError, DataError, TokenizerError
 from surgery.layout.layout import Layout
 from surgery.planning.aims import QUALITY, aim_note, served_bytes, split_for
-from surgery.planning.layers import check_layers, layers_by_influence, parse_layers
+from surgery.planning.layers import (
+    check_layers,
+    layers_by_influence,
+    needed_layers,
+    parse_layers,
+)
 from surgery.planning.request import (
     CHANNELS,
     EXPERTS,
@@ -168,7 +173,8 @@ def _chosen_layers(
             fix="calibrate, then plan with `stats`; or name the layers with `layers`",
         )
     elif target.num_hidden_layers is not None:
-        groups = layers_by_influence(influence, target.num_hidden_layers)
+        needed = needed_layers(layout, influence)
+        groups = layers_by_influence(influence, target.num_hidden_layers, needed)
     else:
         groups = layers_at(layout, target.ratio or 0.0, influence)
     check_layers(layout, groups)
@@ -183,8 +189,9 @@ def layers_at(layout: Layout, ratio: float, influence: np.ndarray) -> list[list[
     """
     full = layout.parameters(layout.vocab_size, layout.widths)
     cuts: list[tuple[float, list[list[int]]]] = []
-    for count in range(layout.num_hidden_layers - 1, 0, -1):
-        groups = layers_by_influence(influence, count)
+    needed = needed_layers(layout, influence)
+    for count in range(layout.num_hidden_layers - 1, max(1, len(needed)) - 1, -1):
+        groups = layers_by_influence(influence, count, needed)
         left = layout.with_layers(groups).parameters(layout.vocab_size, layout.widths)
         cuts.append((1 - left / full, groups))
     one, most = (cuts[0][0], cuts[-1][0]) if cuts else (0.0, 0.0)

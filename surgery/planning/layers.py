@@ -1,9 +1,9 @@
 """The layers of an output: parsed from text, chosen by block influence, checked, formatted."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import groupby, pairwise
-from math import inf
 from typing import Any
 
 import numpy as np
@@ -60,7 +60,9 @@ def format_layers(groups: GroupedLayers) -> str:
     return ",".join(parts)
 
 
-def layers_by_influence(influence: np.ndarray, count: int) -> list[list[int]]:
+def layers_by_influence(
+    influence: np.ndarray, count: int, needed: Collection[int] = ()
+) -> list[list[int]]:
     """Keep the ``count`` layers of largest block influence (ShortGPT, arXiv 2403.03853).
 
     Of equal ones, keep the first.
@@ -68,20 +70,55 @@ def layers_by_influence(influence: np.ndarray, count: int) -> list[list[int]]:
     Args:
         influence: float64 ``[L]``, 1 − the mean cosine between a layer's input and output.
         count: Layers to keep.
+        needed: From ``needed_layers``: these are among them, whatever their influence.
 
     Raises:
-        BudgetError: ``count`` is not between 1 and L.
+        BudgetError: ``count`` is less than 1 or the layers ``needed``, or more than L.
     """
-    if not 1 <= count <= len(influence):
+    least = max(1, len(needed))
+    if not least <= count <= len(influence):
         raise BudgetError(
             "`num_hidden_layers`",
             "is out of reach",
-            expected=f"1 to {len(influence)} (the source's layers)",
+            expected=f"{least} to {len(influence)} (the source's layers)",
             found=count,
             fix="choose a number in this range",
         )
-    chosen = np.sort(np.argsort(-influence, kind="stable")[:count])
-    return [[layer] for layer in chosen.tolist()]
+    return [[layer] for layer in sorted(ranked(influence, needed)[:count])]
+
+
+def ranked(influence: np.ndarray, needed: Collection[int] = ()) -> list[int]:
+    """Return the layers in the order in which they are kept: those ``needed`` first."""
+    order = np.argsort(-influence, kind="stable").tolist()
+    return sorted(order, key=lambda layer: layer not in needed)
+
+
+def needed_layers(layout: Layout, influence: np.ndarray) -> list[int]:
+    """Return the layers of largest ``influence`` without which ``check_layers`` refuses the rest.
+
+    Such are one of each kind of FFN, one with full attention, or the first layer, as the model
+    type's rules say.
+    """
+    found: list[int] = []
+    for need in sorted(_needs(layout), key=len):
+        if not need.intersection(found):
+            found.append(max(sorted(need), key=lambda layer: influence[layer]))
+    return found
+
+
+def _needs(layout: Layout) -> Iterator[set[int]]:
+    """Yield sets of layers: of each, at least one must be kept."""
+    axes = {axis for each in layout.ffn_outputs for axis in each}
+    found = [{n for n, each in enumerate(layout.ffn_outputs) if axis in each} for axis in axes]
+    for rule in layout.family.layer_rules or ():
+        found.append(set())
+        for layer in range(layout.num_hidden_layers):
+            with suppress(FamilyError):  # the rule does without all others, or it does not
+                rule.renumbered(layout.config, [layer], layout.where)
+                found[-1].add(layer)
+    for need in found:
+        if 0 < len(need) < layout.num_hidden_layers:
+            yield need
 
 
 def check_layers(layout: Layout, groups: GroupedLayers) -> None:
@@ -114,6 +151,17 @@ def check_layers(layout: Layout, groups: GroupedLayers) -> None:
     for group in groups:
         for other in group[1:]:
             _check_alike(layout, group[0], other)
+
+
+def check_removable(layout: Layout) -> None:
+    """Refuse a model of several layers of which none can be removed.
+
+    Raises:
+        BudgetError, FamilyError: as ``check_layers``.
+    """
+    alike = np.zeros(layout.num_hidden_layers)
+    needed, most = needed_layers(layout, alike), max(1, layout.num_hidden_layers - 1)
+    check_layers(layout, layers_by_influence(alike, max(most, len(needed)), needed))
 
 
 def _check_alike(layout: Layout, first: int, other: int) -> None:
@@ -214,7 +262,10 @@ def _counting(
 
 
 def nearest_layers(
-    kinds: Sequence[object], wanted: Sequence[object], weights: Sequence[float] | np.ndarray
+    kinds: Sequence[object],
+    wanted: Sequence[object],
+    weights: Sequence[float] | np.ndarray,
+    needs: Sequence[Collection[int]] = (),
 ) -> list[int] | None:
     """Return layers of the ``wanted`` kinds, in order, of the largest sum of ``weights``.
 
@@ -224,28 +275,34 @@ def nearest_layers(
         kinds: The kind of each of the source's layers.
         wanted: The kinds of the layers to keep.
         weights: What speaks for each of the source's layers, such as its block influence.
+        needs: Sets of layers; one of each is among those that are returned.
     """
-    # most[n]: of the best choice of the first n wanted, the sum of weights; and the choice
-    most: list[tuple[float, list[int]]] = [(0, []), *((-inf, list[int]()) for _ in wanted)]
+    # best[n, met]: of the choices of the first n wanted that have one of the needs ``met``, that
+    # with the largest sum of weights.
+    best: dict[tuple[int, frozenset[int]], tuple[float, list[int]]] = {(0, frozenset()): (0, [])}
     for layer, kind in enumerate(kinds):
-        for n in range(min(layer + 1, len(wanted)), 0, -1):
-            total, before = most[n - 1]
-            if kind == wanted[n - 1] and total + weights[layer] > most[n][0]:
-                most[n] = (total + float(weights[layer]), [*before, layer])
-    return most[-1][1] if most[-1][0] > -inf else None
+        own = {number for number, need in enumerate(needs) if layer in need}
+        for (n, met), (total, before) in list(best.items()):
+            if n < len(wanted) and kind == wanted[n]:
+                key, more = (n + 1, met | own), total + float(weights[layer])
+                if key not in best or more > best[key][0]:
+                    best[key] = (more, [*before, layer])
+    found = best.get((len(wanted), frozenset(range(len(needs)))))
+    return found[1] if found else None
 
 
 def pattern_layers(layout: Layout, count: int, influence: np.ndarray) -> list[list[int]] | None:
     """Return the ``count`` layers of largest influence that an engine which counts takes rightly.
 
-    None where layers differ by no pattern, or where no such layers are left.
+    None where layers differ by no pattern, or where no such layers are left that ``check_layers``
+    allows.
     """
     found = [(rule.period, kinds) for rule, kinds in _listed(layout) if rule.period is not None]
     if not found:
         return None
     every = list(zip(*(kinds for _, kinds in found), strict=True))
     wanted = list(zip(*(period.kinds(layout.config, count) for period, _ in found), strict=True))
-    kept = nearest_layers(every, wanted, influence)
+    kept = nearest_layers(every, wanted, influence, list(_needs(layout)))
     return None if kept is None else [[layer] for layer in kept]
 
 

@@ -11,7 +11,13 @@ import numpy as np
 from surgery.errors import SurgeryError
 from surgery.families.schema import EXPERT, WIDTHS
 from surgery.layout.layout import Layout
-from surgery.planning.layers import check_layers, format_layers, layers_by_influence
+from surgery.planning.layers import (
+    check_layers,
+    format_layers,
+    layers_by_influence,
+    needed_layers,
+    ranked,
+)
 from surgery.planning.plan import Plan
 from surgery.planning.planner import kept_experts
 from surgery.planning.request import SizeRequest, allowed_steps, main_width
@@ -95,7 +101,7 @@ def choices_of(
     widths = _width_stops(layout, steps, fixed, most["widths"], marked)
     counts = {mark.experts or layout.experts for mark in marked}
     experts = _expert_stops(layout, stats, most["experts"], counts)
-    layers = _layer_stops(layout, stats)
+    layers, influence = _layer_stops(layout, stats), stats.block_influence
     sizes = _sizes_by_kind(layout, widths, experts)
     rows = [(n, axis) for n, axes in enumerate(stats.layers) for axis in WIDTHS if axis in axes]
     shares = _shares(layout, stats, rarity, (vocab, experts, widths), rows)
@@ -104,7 +110,7 @@ def choices_of(
         "widths": widths,
         "experts": experts,
         "layers": layers,
-        "influence": np.argsort(-stats.block_influence, kind="stable").tolist(),
+        "influence": ranked(influence, needed_layers(layout, influence)),
         "must_keep": rarity.must_keep,
         "rows": [[layer, axis] for layer, axis in rows],
         "main_width": _main_width(layout),
@@ -273,10 +279,11 @@ def _expert_stops(layout: Layout, stats: ChannelStats, most: int, marked: set[in
 
 def _layer_stops(layout: Layout, stats: ChannelStats) -> list[int]:
     """Return how many layers can be kept, by influence; ascending."""
-    found = [layout.num_hidden_layers]
+    found, influence = [layout.num_hidden_layers], stats.block_influence
+    needed = needed_layers(layout, influence)
     for count in range(1, layout.num_hidden_layers):
         try:
-            check_layers(layout, layers_by_influence(stats.block_influence, count))
+            check_layers(layout, layers_by_influence(influence, count, needed))
         except SurgeryError:
             continue
         found.append(count)

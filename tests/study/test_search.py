@@ -513,6 +513,16 @@ def test_layers_that_keep_the_pattern_are_preferred(tmp_path: Path, prose: Path,
     assert f"--layers={chosen['name']}" in shown.stdout.splitlines()[-1]
 
 
+def test_a_first_layer_that_stays_is_in_all_rows(tmp_path: Path, prose: Path, run: Run) -> None:
+    source = tiny.save(tmp_path / "model", "modernbert-decoder", num_hidden_layers=4)
+    options = ("--data", prose, *TAKE, "--windows", 2, "--only", "layers", "--ratio", 0.2)
+    result = run("search", source, *options, "-o", tmp_path / "plan.json", "--json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout.splitlines()[0])
+    assert all(row["name"].startswith("0") for row in rows)
+    assert Plan.load(tmp_path / "plan.json").layers[0] == [0]
+
+
 def test_only_limits_the_axes_of_a_search(tmp_path: Path, prose: Path, run: Run) -> None:
     source = tiny.save(tmp_path / "model", "qwen3_moe", num_experts=8)
     options = ("--data", prose, *TAKE, "--windows", 2, "--multiple-of", 2, "--ratio", 0.3, "--json")
