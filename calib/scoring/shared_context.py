@@ -10,7 +10,7 @@ import torch
 from calib.streaming.batches import Branches, Stream
 from calib.streaming.decoder import StreamedDecoder
 from calib.streaming.settings import PassSettings
-from calib.streaming.stand_ins import Arguments
+from calib.streaming.stand_ins import MASK, has_value
 from calib.streaming.weights import WeightReader
 from surgery.errors import SurgeryError
 from surgery.families.schema import DECODER
@@ -20,7 +20,7 @@ AGREE = 1e-3
 """Most difference of a layer's output, over its largest number: rounding is far smaller."""
 
 LIMITS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
-"""Keys of config.json that limit how far back a layer's tokens attend."""
+"""Keys of the library's config that limit how far back a layer's tokens attend."""
 
 TRUNK, BRANCHES = 5, (3, 4)
 """Tokens of the texts by which a model is tried."""
@@ -75,8 +75,9 @@ def most_shared(layout: Layout, settings: PassSettings) -> int:
             decoder = StreamedDecoder(layout, reader, settings)
             decoder.embed([together, alone])
             (arguments,) = together.batches[0].arguments.values()
-            if not all(_masked(each, both.branches) for each in arguments):
+            if not all(has_value(each, MASK) for each in arguments):
                 return 0
+            limits = [getattr(decoder.config, key, None) for key in LIMITS]
             for index in decoder.layers():
                 decoder.run(index, together)
                 decoder.run(index, alone)
@@ -88,16 +89,4 @@ def most_shared(layout: Layout, settings: PassSettings) -> int:
     error = (states[np.concatenate(both.places)] - expected).abs().max()
     if not bool(error <= AGREE * expected.abs().max()):
         return 0
-    limits = [layout.config.get(key) for key in LIMITS]
-    return min([each for each in limits if isinstance(each, int)], default=1 << 30)
-
-
-def _masked(arguments: Arguments, branches: Branches) -> bool:
-    """Whether a layer gets the mask of ``branches``."""
-    positional, named = arguments
-    for value in (*positional, *named.values()):
-        if isinstance(value, torch.Tensor) and value.dim() == 4:
-            mask = value[0, 0].cpu()
-            if mask.shape == branches.sees.shape:
-                return torch.equal(mask if mask.dtype == torch.bool else mask == 0, branches.sees)
-    return False
+    return min((each for each in limits if isinstance(each, int) and each > 0), default=1 << 30)

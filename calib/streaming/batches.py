@@ -99,11 +99,19 @@ class Branches:
         return torch.cat([torch.arange(self.trunk), *after])
 
     @property
-    def sees(self) -> torch.Tensor:
-        """Bool ``(tokens, tokens)``: whether a token attends to another, earlier in its text."""
-        branch = [torch.full((n,), number) for number, n in enumerate(self.lengths)]
-        of = torch.cat([torch.full((self.trunk,), -1), *branch])
-        return torch.tril((of == -1)[None, :] | (of[:, None] == of[None, :]))
+    def numbers(self) -> torch.Tensor:
+        """int64 ``(tokens,)``: the branch of each token; −1 in the trunk."""
+        after = [torch.full((n,), number) for number, n in enumerate(self.lengths)]
+        return torch.cat([torch.full((self.trunk,), -1), *after])
+
+
+def seen(numbers: torch.Tensor) -> torch.Tensor:
+    """Return, from ``Branches.numbers``, whether each token attends to another.
+
+    It does where that one is earlier in its own text: bool ``(…, tokens, tokens)``.
+    """
+    same = numbers[..., :, None] == numbers[..., None, :]
+    return torch.tril((numbers == -1)[..., None, :] | same)
 
 
 @dataclass

@@ -25,7 +25,15 @@ from calib.streaming.ends import Ends
 from calib.streaming.ffn import FfnCall, FfnModule, ffn_above, hooked_ffn, no_hook, seen_ffn
 from calib.streaming.layers import Layers, all_finite, not_finite
 from calib.streaming.settings import PassSettings, Timings
-from calib.streaming.stand_ins import ENCODED, IDS, PassedOn, swapped, takes_passed, with_values
+from calib.streaming.stand_ins import (
+    ENCODED,
+    IDS,
+    MASK,
+    PassedOn,
+    swapped,
+    takes_passed,
+    with_values,
+)
 from calib.streaming.weights import WeightReader
 from surgery.errors import CheckpointError
 from surgery.layout.layout import Layout
@@ -75,6 +83,11 @@ class StreamedDecoder:
         reader.expect([*self._ends.names(), *self._layers.names()])
         self._ends.load()
         release_freed_memory()  # that of planning, tokenizing and building, before weights are read
+
+    @property
+    def config(self) -> Any:
+        """The library's config of the language model, with what its class fills in."""
+        return self._ends.config
 
     @torch.no_grad()
     def embed(self, streams: Sequence[Stream], passed: int = 0) -> None:
@@ -329,6 +342,8 @@ class StreamedDecoder:
                 return passed[value.place - 1]
             if value is IDS:
                 return ends.ids(index, part).to(self.reader.device)
+            if value is MASK:
+                return ends.mask(batch.branches[part.windows])
             return states[..., ends.half(0, states)] if value is ENCODED else value
 
         positional, named = with_values(every[index], find)

@@ -1,6 +1,6 @@
 """The model before its layers and after them: tables, arguments of the layers, and the head."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from calib.streaming.batches import Branches, MicroBatch
+from calib.streaming.batches import Branches, MicroBatch, seen
 from calib.streaming.empty_model import (
     Conversion,
     compute_missing,
@@ -17,7 +17,7 @@ from calib.streaming.empty_model import (
     library_errors,
 )
 from calib.streaming.layers import check_finite, move_buffers
-from calib.streaming.stand_ins import ENCODED, IDS, Arguments, Stack, with_values
+from calib.streaming.stand_ins import ENCODED, IDS, MASK, Arguments, Stack, with_values
 from calib.streaming.weights import WeightReader
 from surgery.errors import CheckpointError
 from surgery.families.blocks import OUTSIDE
@@ -166,6 +166,11 @@ class Ends:
         """How many values the layer that ran last has returned."""
         self._options = {"use_cache": False} if layout.family.kind == DECODER else {}
 
+    @property
+    def config(self) -> Any:
+        """The library's config of the language model, with what its class fills in."""
+        return self._model.config.get_text_config()
+
     def names(self) -> list[str]:
         """Return the file's names of its tensors, in reading order."""
         outer = [ref.name for ref in self._outer_tensors().values()]
@@ -232,9 +237,7 @@ class Ends:
         rows = [each.to(self._reader.device) for each in places]
         with library_errors(self._layout):
             if self._layout.family.kind != ENCODER_DECODER:
-                run = partial(self._forward, rows[0], branches)
-                hidden, found = self._stacks[0].capture(run)
-                arguments = [with_values(of, lambda v: IDS if v is rows[0] else v) for of in found]
+                hidden, arguments = self._capture_one(rows[0], branches)
             elif self._layout.decoder_layers:
                 given = [self._given(*each) for each in zip(self._stacks, rows, strict=True)]
                 of_encoder, of_decoder, arguments = capture_both(*self._stacks, given=given)
@@ -248,23 +251,40 @@ class Ends:
         self.streams = tuple(hidden.shape[2:])
         return hidden.flatten(2), arguments
 
-    def _forward(self, rows: torch.Tensor, branches: Sequence[Branches] = ()) -> Any:
+    def _capture_one(
+        self, rows: torch.Tensor, branches: Sequence[Branches]
+    ) -> tuple[torch.Tensor, list[Arguments]]:
+        """Capture the only stack's; IDS and MASK stand for the tokens and for the branches."""
+        given: dict[str, torch.Tensor] = {}
+        stand_ins: list[tuple[torch.Tensor, object]] = [(rows, IDS)]
+        if branches:
+            mask = self.mask(branches)
+            positions = torch.stack([each.positions for each in branches])
+            given = {"attention_mask": mask, "position_ids": positions.to(mask.device)}
+            stand_ins.append((mask, MASK))
+        hidden, found = self._stacks[0].capture(partial(self._forward, rows, given))
+
+        def find(value: Any) -> Any:
+            return next((stand_in for each, stand_in in stand_ins if value is each), value)
+
+        return hidden, [with_values(of, find) for of in found]
+
+    def _forward(self, rows: torch.Tensor, more: Mapping[str, torch.Tensor]) -> Any:
         """Run the library's model on ``rows`` of its tables, int64 ``(windows, tokens)``."""
-        given = self._options | self._attention(branches)
+        given: dict[str, Any] = {**self._options, **more}
         if self.tables.by_ids:
             return self._model(input_ids=rows, **given)
         return self._model(inputs_embeds=self.tables.look_up(rows), **given)
 
-    def _attention(self, branches: Sequence[Branches]) -> dict[str, torch.Tensor]:
-        """Return positions and a mask for windows with ``branches``; nothing for others."""
-        if not branches:
-            return {}
-        sees = torch.stack([each.sees for each in branches])[:, None]
-        mask = torch.zeros(sees.shape, dtype=self._reader.dtype)
-        mask = mask.masked_fill(~sees, torch.finfo(mask.dtype).min)
-        positions = torch.stack([each.positions for each in branches])
-        device = self._reader.device
-        return {"attention_mask": mask.to(device), "position_ids": positions.to(device)}
+    def mask(self, branches: Sequence[Branches]) -> torch.Tensor:
+        """Return what each token of windows with ``branches`` attends to, as a layer adds it.
+
+        ``(windows, 1, tokens, tokens)``: 0 or the lowest number.
+        """
+        numbers = torch.stack([each.numbers for each in branches]).to(self._reader.device)
+        sees, dtype = seen(numbers)[:, None], self._reader.dtype
+        mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device)
+        return mask.masked_fill_(~sees, torch.finfo(dtype).min)
 
     def _given(self, stack: Stack, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return what an encoder or a decoder is run on. Some scale the rows of their table."""
@@ -311,7 +331,7 @@ class Ends:
                     shown = rows
                 begin = torch.zeros(states.shape[:2], dtype=torch.int64)
                 begin = begin.to(self._reader.device)
-                run = partial(self._forward, begin)
+                run = partial(self._forward, begin, {})
                 logits = self._replayed(self._stacks[0], states, run).logits
                 yield index, slice(first, stop), logits
 

@@ -35,6 +35,13 @@ class Ids:
 IDS = Ids()
 
 
+class Mask:
+    """Stands for the mask of windows that hold several texts: of all windows it would be large."""
+
+
+MASK = Mask()
+
+
 class CaptureDone(Exception):
     """Ends a forward pass once the last layer's arguments are known."""
 
@@ -125,6 +132,12 @@ def with_values(arguments: Arguments, find: Callable[[Any], Any]) -> Arguments:
     """Return ``arguments`` with what ``find`` makes of each."""
     positional, named = arguments
     return tuple(map(find, positional)), {key: find(value) for key, value in named.items()}
+
+
+def has_value(arguments: Arguments, wanted: Any) -> bool:
+    """Whether ``wanted`` itself is one of the ``arguments``."""
+    positional, named = arguments
+    return any(value is wanted for value in (*positional, *named.values()))
 
 
 def takes_passed(arguments: Arguments) -> bool:
