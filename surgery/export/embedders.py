@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 
 from surgery.errors import AMEND, CheckpointError, TokenizerError
-from surgery.files.model_files import EMPTY_MODULE, MODULES_NAME, modules_of
+from surgery.files.model_files import (
+    EMPTY_MODULE,
+    MODULES_NAME,
+    PROMPTS_NAME,
+    SENTENCE_NAMES,
+    modules_of,
+)
 from surgery.files.strict_json import read_json
 from surgery.layout.layout import Layout
 from surgery.tokenizer.tokenizer_file import TokenizerFile
@@ -21,6 +27,9 @@ SEGMENTS = "embeddings.token_type_embeddings.weight"
 POSITIONS = "embeddings.position_embeddings.weight"
 PAD_OF_ROBERTA = 1
 """What the config classes of RoBERTa's kin take where config.json names no padding token."""
+
+LOWERCASE = "normalizer.lowercase"
+"""Key below ``tokenizer.ggml.``: of WordPiece alone."""
 
 SERVE = "serve it with sentence-transformers"
 
@@ -56,6 +65,33 @@ def encoder_notes(layout: Layout) -> list[str]:
     if read_pooling(layout.checkpoint.path) is None:
         notes.append(f"no {MODULES_NAME} says how to pool: name mean or cls to llama.cpp")
     return notes
+
+
+def text_note(layout: Layout, *, lowercased: bool) -> list[str]:
+    """Return, as one note, what sentence-transformers does to a text and the file does not hold.
+
+    ``lowercased`` says whether the file holds that text is lowercased.
+    """
+    directory, path = layout.checkpoint.path, layout.checkpoint.path / PROMPTS_NAME
+    prompts = read_json(path).get("prompts") if path.exists() else None
+    prompts = prompts if isinstance(prompts, dict) else {}
+    named = sorted(name for name, text in prompts.items() if text)
+    settings, positions = _text_settings(directory), layout.by_name[POSITIONS].shape[0]
+    most = settings.get("max_seq_length")
+    found = [f"puts prompts before texts ({', '.join(named)})"] if named else []
+    if settings.get("do_lower_case") and not lowercased:
+        found.append("lowercases texts")
+    if type(most) is int and 0 < most < positions - first_position(layout):
+        found.append(f"cuts texts after {most:,} tokens")
+    what = f"{', '.join(found[:-1])} and {found[-1]}" if found[1:] else "".join(found)
+    return [f"sentence-transformers {what}; the file does not"] if found else []
+
+
+def _text_settings(directory: Path) -> dict[str, Any]:
+    """Return what sentence-transformers says of texts: the first of its files that is there."""
+    paths = (directory / name for name in SENTENCE_NAMES if name.startswith("sentence_"))
+    found = next((path for path in paths if path.exists()), None)
+    return read_json(found) if found is not None else {}
 
 
 def read_pooling(directory: Path) -> str | None:
@@ -125,7 +161,7 @@ def phantom_spaces(texts: np.ndarray, normal: np.ndarray, path: Path) -> None:
 def wordpiece_settings(
     data: Mapping[str, Any], settings: Mapping[str, Any], path: Path
 ) -> dict[str, bool]:
-    """Return how WordPiece's text is normalized.
+    """Return how WordPiece's text is normalized, by the tokenizer or before it.
 
     Raises:
         TokenizerError: otherwise than BERT's, which is all that llama.cpp knows; or ``settings``
@@ -143,7 +179,8 @@ def wordpiece_settings(
     lower = bool(normalizer.get("lowercase", True))
     accents = normalizer.get("strip_accents")
     strip = lower if accents is None else bool(accents)
-    return {"normalizer.lowercase": lower, "normalizer.strip_accents": strip}
+    before = bool(_text_settings(path.parent).get("do_lower_case"))
+    return {LOWERCASE: lower or before, "normalizer.strip_accents": strip}
 
 
 def unigram_settings(parts: list[dict[str, Any]], path: Path) -> tuple[dict[str, bool], bytes]:

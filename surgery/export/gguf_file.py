@@ -16,6 +16,7 @@ from surgery.apply.shard import copy_range, write_all
 from surgery.errors import CheckpointError, OptionError, OutputError, check_choice
 from surgery.export.architectures import Architecture, architecture_of
 from surgery.export.description import Description, describe
+from surgery.export.embedders import LOWERCASE, text_note
 from surgery.export.tensors import BLOCK, MXFP4, OWN_TYPE, TYPES, GgufTensor, pieces, tensors_of
 from surgery.export.vocabulary import Vocabulary, find_pre_tokenizer, read_vocabulary
 from surgery.files.atomic import check_file, new_file
@@ -111,6 +112,9 @@ def export_layout(
             "`pre`", f"has no effect, for this tokenizer needs {pre!r}", fix="leave it out"
         )
     check_space(output, total, resumable=False)
+    notes = [*description.notes, *_notes(layout, tensors, type_, architecture.encoder)]
+    if architecture.encoder:
+        notes += text_note(layout, lowercased=bool(vocabulary.settings.get(LOWERCASE)))
     with new_file(output) as made:
         writer = _writer(layout, architecture, description, type_)
         _add_vocabulary(writer, vocabulary)
@@ -124,7 +128,7 @@ def export_layout(
         pre=pre,
         tensors=dict(Counter(tensor.type for tensor in tensors)),
         seconds=time.perf_counter() - started,
-        notes=(*description.notes, *_notes(layout, tensors, type_, architecture.encoder)),
+        notes=tuple(notes),
     )
 
 

@@ -25,6 +25,8 @@ ENCODERS = [key for key, entry in ARCHITECTURES.items() if entry.encoder]
 BOUND = 2e-3
 """Of embeddings of length 1: llama.cpp takes gelu from a table in f16, and by its tanh form."""
 
+LOWERED = "bert whose texts sentence-transformers lowercases"
+
 METASPACE = pre_tokenizers.Metaspace().__getstate__()
 
 TEXTS = [
@@ -57,6 +59,12 @@ def name_modules(path: Path, **folders: str) -> None:
     (path / "modules.json").write_text(json.dumps(named))
 
 
+def before(path: Path, **settings: Any) -> Path:
+    """Write what sentence-transformers does to a text before the tokenizer."""
+    (path / "sentence_bert_config.json").write_text(json.dumps(settings))
+    return path
+
+
 def export(source: Path, file: Path) -> Exported:
     key = json.loads((source / "config.json").read_text())["model_type"]
     byte_level = tiny_encoders.kind_of(key) == tiny_encoders.BYTE_LEVEL
@@ -69,6 +77,7 @@ def export(source: Path, file: Path) -> Exported:
 )
 def test_llama_cpp_embeds_as_transformers_does(tmp_path: Path) -> None:
     models = {key: save(tmp_path / key, key) for key in ENCODERS}
+    models[LOWERED] = before(save(tmp_path / "lowered", "bert"), do_lower_case=True)
     for key in ENCODERS:
         models[f"{key} pruned"] = out = tmp_path / f"{key}-out"
         surgery.apply_plan(random_plan(models[key], 512, 64), source=models[key], output=out)
@@ -85,7 +94,8 @@ def test_llama_cpp_embeds_as_transformers_does(tmp_path: Path) -> None:
         found = json.loads(job.read_text())
         assert "error" not in found, (name, found.get("error"))
         tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-        assert found["ids"] == [tokenizer.encode(text).ids for text in TEXTS], name
+        texts = [text.lower() if name == LOWERED else text for text in TEXTS]
+        assert found["ids"] == [tokenizer.encode(text).ids for text in texts], name
         model = tiny_encoders.load(path)
         for ids, own in zip(found["ids"], found["embeddings"], strict=True):
             with torch.no_grad():
@@ -108,6 +118,30 @@ def test_keys_of_an_embedder(tmp_path: Path) -> None:
     assert {"\u2581the", "ing"} <= set(keys["tokenizer.ggml.tokens"])
     assert (keys["tokenizer.ggml.bos_token_id"], keys["tokenizer.ggml.eos_token_id"]) == (2, 3)
     assert not any(name.startswith("cls") for name in tensors)
+
+
+@pytest.mark.parametrize(
+    ("key", "lower", "most", "note"),
+    [
+        ("bert", True, 256, "puts prompts before texts (passage, query)"),
+        ("bert", False, 128, "puts prompts before texts (passage, query) and cuts texts after 128"),
+        ("roberta", True, 512, "puts prompts before texts (passage, query) and lowercases texts"),
+    ],
+)
+def test_what_sentence_transformers_does_before_is_held_or_said(
+    tmp_path: Path, key: str, lower: bool, most: int, note: str
+) -> None:
+    source = before(save(tmp_path / "model", key), max_seq_length=most, do_lower_case=lower)
+    prompts = {"query": "query: ", "passage": "passage: ", "other": ""}
+    (source / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts}))
+    _, found = export(source, tmp_path / "model.gguf").notes
+    assert found.removesuffix(" tokens; the file does not").removesuffix("; the file does not") == (
+        f"sentence-transformers {note}"
+    )
+    keys, _ = read_gguf(tmp_path / "model.gguf")
+    held = keys.get("tokenizer.ggml.normalizer.lowercase")
+    assert held == (lower if key == "bert" else None)
+    assert not keys.get("tokenizer.ggml.normalizer.strip_accents")
 
 
 def test_the_first_rows_of_robertas_positions_are_left_out(tmp_path: Path) -> None:
