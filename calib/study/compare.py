@@ -184,17 +184,18 @@ def compare_methods(
 
     Raises:
         DataError: ``asked.keep`` is no file of such rows.
+        OutputError: it could not be written, or another run writes it.
     """
-    kept = KeptRows(asked.keep, study, steps, asked.tries)
     found = {}
-    for ratio in asked.ratios:
-        left = [method for method in asked.methods if method not in kept.at(ratio)]
-        if left:
-            target = _target(study, steps, ratio, left, asked.tries)
-            for rows in _rows_at(study, target, left, progress):
-                kept.add(ratio, {**rows, DENSE: study.dense})
-        every = kept.at(ratio)
-        found[ratio] = [every[name] for name in (DENSE, *asked.methods)]
+    with KeptRows(asked.keep, study, steps, asked.tries) as kept:
+        for ratio in asked.ratios:
+            left = [method for method in asked.methods if method not in kept.at(ratio)]
+            if left:
+                target = _target(study, steps, ratio, left, asked.tries)
+                for rows in _rows_at(study, target, left, progress):
+                    kept.add(ratio, {**rows, DENSE: study.dense})
+            every = kept.at(ratio)
+            found[ratio] = [every[name] for name in (DENSE, *asked.methods)]
     return found
 
 

@@ -9,7 +9,7 @@ import msgspec
 from calib.study.study import Study
 from calib.study.table import DENSE, Row
 from surgery.errors import DataError
-from surgery.files.atomic import check_file, write_atomic
+from surgery.files.atomic import FileLock, check_file, lock_output, write_atomic
 from surgery.files.strict_json import read_file
 
 FORMAT = 1
@@ -26,37 +26,42 @@ class _File(msgspec.Struct):
 
 
 class KeptRows:
-    """Rows that are kept in a file as they are made; without a file, in memory alone."""
+    """Rows that are kept in a file as they are made; without a file, in memory alone.
+
+    ``FILE.lock`` exists while a run uses the file.
+    """
 
     def __init__(self, path: Path | None, study: Study, *settings: object) -> None:
         """Read the rows that ``path`` has; ``settings`` are those of all rows, beside the study's.
 
         Raises:
             DataError: the file has rows of another comparison, or none.
-            OutputError: it could not be written.
+            OutputError: it could not be written, or another run writes it.
         """
         self._path = path
-        if path is not None:
-            check_file(path, study.text.layout.checkpoint.path, force=True)
-        self._file = _File(FORMAT, _digest(study, settings) if path else "", {})
-        if path is None or not path.exists():
+        self._lock: FileLock | None = None
+        self._file = _File(FORMAT, "", {})
+        if path is None:
             return
+        check_file(path, study.text.layout.checkpoint.path, force=True)
+        wait = "wait for it, or name another file"
+        self._lock = lock_output(path, path.with_name(f"{path.name}.lock"), wait)
         try:
-            found = msgspec.json.decode(read_file(path), type=_File)
-            if not all(DENSE in rows for rows in found.rows.values()):
-                raise ValueError(f"no row {DENSE}")
-        except (OSError, ValueError) as error:
-            raise DataError(
-                path, "holds no rows of compare", found=error, fix="name another file"
-            ) from error
-        if (found.version, found.comparison) != (FORMAT, self._file.comparison):
-            raise DataError(
-                path,
-                "holds rows of another comparison",
-                expected="the same model, text, tasks and sizes to try",
-                fix="name another file, or delete this one",
-            )
-        self._file = found
+            self._file = _read(path, _digest(study, settings))
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "KeptRows":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let other runs write the file."""
+        if self._lock is not None:
+            self._lock.remove()
 
     def at(self, ratio: float) -> Mapping[str, Row]:
         """Return the rows of a ratio by their names."""
@@ -68,6 +73,28 @@ class KeptRows:
         self._file.rows.setdefault(repr(float(ratio)), {}).update(rows)
         if self._path is not None:
             write_atomic(self._path, msgspec.json.encode(self._file))
+
+
+def _read(path: Path, comparison: str) -> _File:
+    """Return the rows of ``path``, none where it is not there."""
+    if not path.exists():
+        return _File(FORMAT, comparison, {})
+    try:
+        found = msgspec.json.decode(read_file(path), type=_File)
+        if not all(DENSE in rows for rows in found.rows.values()):
+            raise ValueError(f"no row {DENSE}")
+    except (OSError, ValueError) as error:
+        raise DataError(
+            path, "holds no rows of compare", found=error, fix="name another file"
+        ) from error
+    if (found.version, found.comparison) != (FORMAT, comparison):
+        raise DataError(
+            path,
+            "holds rows of another comparison",
+            expected="the same model, text, tasks and sizes to try",
+            fix="name another file, or delete this one",
+        )
+    return found
 
 
 def _digest(study: Study, settings: tuple[object, ...]) -> str:

@@ -216,6 +216,9 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """Errors of file systems that cannot lock."""
 
 
+WAIT_OR_RESUME = "wait for it, or stop it and continue with `resume`, or name another output"
+
+
 class FileLock:
     """A lock between processes; ``close`` and ``remove`` release it.
 
@@ -272,8 +275,13 @@ class FileLock:
         self.close()
 
 
-def lock_output(output: Path, path: Path) -> FileLock:
+def lock_output(output: Path, path: Path, fix: str = WAIT_OR_RESUME) -> FileLock:
     """Lock ``path`` for the run that writes ``output``; where nothing can be locked, only open it.
+
+    Args:
+        output: What is written.
+        path: The file to lock.
+        fix: What to do while another run holds the lock.
 
     Raises:
         OutputError: another run holds the lock.
@@ -290,11 +298,7 @@ def lock_output(output: Path, path: Path) -> FileLock:
             held = True  # there, nothing keeps two runs apart
         if not held:
             lock.close()
-            raise OutputError(
-                output,
-                "is being written by another run",
-                fix="wait for it, or stop it and continue with `resume`, or name another output",
-            )
+            raise OutputError(output, "is being written by another run", fix=fix)
         # The last holder may have deleted the file since it was opened: others then lock a new one.
         if _is(path, lock.fileno()):
             return lock

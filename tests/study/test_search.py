@@ -18,6 +18,7 @@ from calib.study.study import Candidate, Study
 from calib.study.table import LAYER_METHODS, METHODS, Row
 from calib.text.heldout import split_documents
 from calib.text.windows import byte_windows
+from surgery.files.atomic import FileLock
 from surgery.planning.layers import format_layers
 from surgery.planning.plan import Plan
 from surgery.text.documents import read_documents
@@ -245,6 +246,11 @@ def test_compare_goes_on_where_a_killed_run_stopped(
         assert_refused(refused, "holds rows of another comparison")
     nowhere = ("--ratio", "0.3", "--keep", tmp_path / "gone/rows.json")
     assert_refused(run("compare", model, *options, *nowhere), "its directory does not exist")
+    lock = file.with_name("rows.json.lock")
+    assert not lock.exists()
+    with FileLock(lock):  # as another run does
+        refused = run("compare", model, *options, *asked)
+    assert_refused(refused, f"{file}: is being written by another run; wait for it, or name")
     kept = json.loads(file.read_text())
     del kept["rows"]["0.3"]["dense"]
     for damaged in (json.dumps(kept), "{}"):
