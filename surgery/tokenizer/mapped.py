@@ -53,10 +53,11 @@ class MappedModel:
         Raises:
             TokenizerError: it is damaged, or of another type.
         """
-        spec = opened_model(data, path, "download it again").trainer_spec
-        if spec.model_type not in (spec.UNIGRAM, spec.BPE):
-            raise _refusal(path, "Unigram or BPE", spec.ModelType.Name(spec.model_type))
-        return cls(data, path, spec.model_type == spec.BPE)
+        trainer_spec = opened_model(data, path, "download it again").trainer_spec
+        if trainer_spec.model_type not in (trainer_spec.UNIGRAM, trainer_spec.BPE):
+            found = trainer_spec.ModelType.Name(trainer_spec.model_type)
+            raise _refusal(path, "Unigram or BPE", found)
+        return cls(data, path, trainer_spec.model_type == trainer_spec.BPE)
 
     @cached_property
     def pieces(self) -> list[Any]:

@@ -1,8 +1,9 @@
 """A SentencePiece model without tokenizer.json, as XLM-R, mBART and T5 may be published."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -100,15 +101,16 @@ def alone_data(directory: Path) -> dict[str, Any]:
     name = _class_of(directory)
     class_, settings = CLASSES[name], optional_json(directory / SETTINGS_NAME)
     model = opened_model(read_file(path), path, "download it again")
-    spec = model.trainer_spec
-    if spec.model_type != spec.UNIGRAM:
+    trainer_spec = model.trainer_spec
+    if trainer_spec.model_type != trainer_spec.UNIGRAM:
         raise TokenizerError(
             path,
             f"is no model that {name} can read",
             expected="a Unigram model",
-            found=f"a model of type {spec.ModelType.Name(spec.model_type)}",
+            found=f"a model of type {trainer_spec.ModelType.Name(trainer_spec.model_type)}",
             fix="download it again",
         )
+    _check_first(list(islice(model.pieces, class_.replaced)), name, path)
     pieces = [[piece.piece, piece.score] for piece in model.pieces]
     added_last, language = _last(name, settings, directory / SETTINGS_NAME)
     vocab = [[token, 0.0] for token in class_.first] + pieces[class_.replaced :]
@@ -138,6 +140,18 @@ def alone_data(directory: Path) -> dict[str, Any]:
     }
     check_tokenizer(data, path)
     return with_named_tokens(data, directory)
+
+
+def _check_first(pieces: Sequence[Any], name: str, path: Path) -> None:
+    """Refuse a model in which text has a piece that the class ``name`` replaces."""
+    if not all(piece.type in (piece.UNKNOWN, piece.CONTROL) for piece in pieces):
+        raise TokenizerError(
+            path,
+            f"does not begin with the pieces in whose place {name} puts its own",
+            expected="<unk>, <s>, </s>",
+            found=", ".join(piece.piece for piece in pieces),
+            fix="download it again",
+        )
 
 
 def reserved_ids(directory: Path, data: Mapping[str, Any]) -> frozenset[int]:

@@ -24,7 +24,7 @@ from tools.derive.entry import derive
 
 NAME = "newmodel"
 NORM = "model.layers.{layer}.post_feedforward_layernorm.weight"
-BRANCH = re.compile(r"(?<!spec\.)model_type\b\W*(==|!=|\bin\b)|\bmatch\b.*model_type")
+BRANCH = re.compile(r"(?<!trainer_spec\.)model_type\b\W*(==|!=|\bin\b)|\bmatch\b.*model_type")
 """SentencePiece calls its kind of vocabulary so, too."""
 
 

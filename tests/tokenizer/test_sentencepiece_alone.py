@@ -1,9 +1,10 @@
 """Tokenizers published as a SentencePiece model: XLM-R, mBART, T5, and M2M-100 with vocab.json."""
 
 import json
+import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -215,6 +216,19 @@ def test_a_model_that_sentencepiece_refuses_is_refused(m2m: Path, tmp_path: Path
     path.write_bytes(model.SerializeToString())
     with pytest.raises(TokenizerError, match=r"sentencepiece\.bpe\.model: is refused"):
         TokenizerFile.open(path.parent).library().encode("a text")
+
+
+@pytest.mark.parametrize("class_", [name for name in ALONE if name != "T5Tokenizer"])
+def test_a_model_without_its_first_pieces_is_refused(class_: str, tmp_path: Path) -> None:
+    """The class would put its own tokens in the place of text's."""
+    made = tiny_sentencepiece.save(tmp_path / "source", class_, 1000)
+    path, messages = made / "sentencepiece.bpe.model", cast(Any, sentencepiece_model_pb2)
+    model = messages.ModelProto.FromString(path.read_bytes())
+    del model.pieces[1:3]
+    path.write_bytes(model.SerializeToString())
+    first = re.escape(", ".join(piece.piece for piece in model.pieces[:3]))
+    with pytest.raises(TokenizerError, match=f"expected <unk>, <s>, </s>, found {first}"):
+        TokenizerFile.open(made)
 
 
 def test_language_codes_are_those_of_transformers() -> None:
