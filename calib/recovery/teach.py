@@ -33,7 +33,7 @@ from calib.streaming.settings import ComputeOptions
 from calib.streaming.weights import WeightReader, choose_settings
 from calib.text.chat import documents_of
 from calib.text.windows import within_positions
-from surgery.apply.output_directory import check_output_path, check_space
+from surgery.apply.output_directory import check_output_path, check_space, file_system
 from surgery.errors import BudgetError, OutputError, PlanError
 from surgery.files.atomic import PARTIAL, check_no_partial, new_file, write_atomic
 from surgery.files.strict_json import read_file
@@ -126,7 +126,7 @@ class Teaching:
         """
         start, lessons = time.perf_counter(), self.lessons
         LOG.info("%s of files, without compression", f"{self.nbytes / MB:,.0f} MB")
-        check_space(lessons[0].output, self.nbytes)
+        self._check_space()
         infos = [lesson.begin() for lesson in lessons]
         tokens = sum(info.windows * info.seq_len for info in infos)
         advance = stage(progress, "teach", tokens)
@@ -140,6 +140,14 @@ class Teaching:
         files = [path for lesson in lessons for path in lesson.output.glob("*.parquet")]
         nbytes, seconds = sum(path.stat().st_size for path in files), time.perf_counter() - start
         return Taught(self.options.outputs, tokens, nbytes, seconds)
+
+    def _check_space(self) -> None:
+        """Refuse outputs that do not fit on their disks; those of one disk count together."""
+        disks: dict[int, list[Lesson]] = {}
+        for lesson in self.lessons:
+            disks.setdefault(file_system(lesson.output), []).append(lesson)
+        for lessons in disks.values():
+            check_space(lessons[0].output, sum(lesson.info.nbytes for lesson in lessons))
 
     def _write_parts(self, lessons: "Sequence[Lesson]", number: int) -> None:
         """Run the windows of a part of each lesson through the model together, and write them."""

@@ -307,8 +307,7 @@ def check_space(path: Path, nbytes: int, *, resumable: bool = True) -> int:
     Raises:
         OutputError: they do not; it names what is needed and what is free.
     """
-    there = next(parent for parent in path.absolute().parents if parent.is_dir())
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(_existing_parent(path)).free
     if free < nbytes:
         raise OutputError(
             path,
@@ -319,6 +318,15 @@ def check_space(path: Path, nbytes: int, *, resumable: bool = True) -> int:
             + (", then run with `resume`" if resumable else ""),
         )
     return free
+
+
+def file_system(path: Path) -> int:
+    """Return the number of the file system on which the output ``path`` will be."""
+    return _existing_parent(path).stat().st_dev
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in path.absolute().parents if parent.is_dir())
 
 
 def remove_journal(path: Path) -> None:

@@ -217,6 +217,28 @@ def test_a_model_with_other_tokens_teaches_nobody(pair: Pair, tmp_path: Path, ru
     assert_refused(run(*given), "--teacher: was written by a model whose tokens have other ids")
 
 
+def test_each_disk_must_have_room_for_what_is_written_to_it(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from calib.recovery.teach import Teaching
+
+    outputs = tuple(tmp_path / disk / name for disk, name in (("a", "0"), ("b", "1"), ("b", "2")))
+    for output in outputs:
+        output.parent.mkdir(exist_ok=True)
+    text = TextOptions(sources_of(pair.text), seq_len=SEQ_LEN, windows=2, seed=0)
+    options = TeachOptions(outputs, tokens=40 * SEQ_LEN, top_k=8)
+    plans = [pair.plan] * len(outputs)
+    made = Teaching(open_layout(pair.dense), plans, text, ComputeOptions("cpu"), options)
+    one = made.nbytes // len(outputs)
+    usage = shutil.disk_usage(tmp_path)
+    free = {"a": made.nbytes, "b": 2 * one - 1}
+    monkeypatch.setattr("calib.recovery.teach.file_system", lambda path: ord(path.parent.name))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free[path.name]))
+    with pytest.raises(SurgeryError, match=f"b/1: no space .* expected {2 * one:,} bytes"):
+        made.run()
+    assert not any(path.exists() for path in outputs)
+
+
 def test_several_vocabularies_are_taught_in_one_pass(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
 ) -> None:
