@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from surgery.cli.main import main
+from surgery.verify.engines import Effect
 from surgery.verify.files import VerifyReport
 from tests.support.command import Run
 
@@ -26,14 +27,16 @@ def pruned(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def assert_ordered(lines: list[str], result: str) -> None:
-    """Notes come first, then what engines do, each engine's lines together, then the result."""
+    """Notes come first, then a line for each engine and effect, by engine, then the result."""
     assert lines[-1].startswith(result)
     (heading,) = (n for n, line in enumerate(lines) if line.startswith("engines"))
     notes = [n for n, line in enumerate(lines) if line.startswith("note")]
     assert all(n < heading for n in notes)
-    engines = [line.split(":")[0] for line in lines[heading + 1 :] if line.startswith("  ")]
+    listed = [line.strip() for line in lines[heading + 1 :] if line.startswith("  ")]
+    engines, effects, _ = zip(*(line.split(": ", 2) for line in listed), strict=True)
+    assert {*effects} <= {effect.value for effect in Effect}
+    assert len(set(zip(engines, effects, strict=True))) == len(listed) > 0
     together = [engine for engine, _ in groupby(engines)]
-    assert together
     assert len(together) == len(set(together))
 
 

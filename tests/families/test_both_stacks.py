@@ -269,7 +269,7 @@ REFUSED = {
     "vision-encoder-decoder": "its encoder reads images",
     "udop": "its encoder reads where each word lies on a page",
     "prophetnet": "its decoder has several states for each token",
-    "xlnet": "and are not run one by one",
+    "xlnet": "its layers compute two streams of states, and are not run one by one",
 }
 """Model type → why its channels cannot be ranked."""
 
