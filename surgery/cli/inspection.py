@@ -1,8 +1,10 @@
-"""The command that shows a model, or what a plan removes and keeps of one: inspect."""
+"""The commands that show a model, or what a plan removes and keeps of one: inspect and report."""
 
 import json
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,15 +12,22 @@ from surgery.cli.options import (
     ModelOptions,
     ShowOptions,
     data_options,
+    device_option,
+    force_option,
     gathered,
     model_options,
     path_type,
     refuse_idle,
     show_options,
 )
-from surgery.cli.terminal import print_text
+from surgery.cli.terminal import print_text, running
 from surgery.probe.probe import Proposal
 from surgery.text.documents import TextOptions
+
+if TYPE_CHECKING:
+    from surgery.planning.plan import Plan
+    from surgery.report.page import ReportSubject
+    from surgery.verify.files import VerifyReport
 
 
 @dataclass(frozen=True)
@@ -204,3 +213,113 @@ def show_plan_of(
         click.echo(json.dumps(found.facts(limit, listed.script)))
     else:
         click.echo(found.table(limit, listed.script))
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What a page is made from, and its file."""
+
+    stats: Path | None
+    results: tuple[Path, ...]
+    source: str | None
+    forward: bool
+    device: str
+    output: Path
+    force: bool
+
+
+@click.command()
+@click.argument("subject", metavar="SOURCE")
+@gathered(
+    "options",
+    ReportOptions,
+    click.option(
+        "--stats",
+        type=path_type,
+        help="From calibrate: shows the layers, and makes the sliders of What if.",
+    ),
+    click.option(
+        "--results",
+        type=path_type,
+        multiple=True,
+        metavar="FILE",
+        help="What score, search or compare printed with --json. May be given several times.",
+    ),
+    click.option("--source", metavar="MODEL", help="The plan's model, if it has moved."),
+    click.option(
+        "--forward", is_flag=True, help="Also compare an output's logits, as verify --forward does."
+    ),
+    device_option,
+    click.option(
+        "-o",
+        "--output",
+        type=path_type,
+        default="report.html",
+        show_default=True,
+        help="File that the page is written to.",
+    ),
+    force_option,
+)
+@gathered("text", TextOptions, data_options(required=False, use="Text to show before and after. "))
+def report(subject: str, options: ReportOptions, text: TextOptions) -> None:
+    """Make one HTML page that shows what a cut keeps and loses.
+
+    The quick way takes seconds: compact-surgery plan MODEL --ratio 0.2 -o plan.json, then
+    compact-surgery report plan.json.
+
+    SOURCE is a plan's file, an output's directory, or a model with --stats, which calibrate makes.
+    Of a model, the rule of thumb removes a fifth, and the sliders of the page choose other sizes.
+    """
+    from calib.text.chat import documents_of
+    from surgery.api import report_subject
+    from surgery.files.atomic import check_file
+    from surgery.report.page import ReportSources, report_on
+    from surgery.report.passages import read_texts
+    from surgery.report.proof import read_results
+    from surgery.stats.channel_stats import ChannelStats
+
+    if not text.data:
+        refuse_idle("without --data", "field", "strict")
+    if not options.forward:
+        refuse_idle("without --forward", "device")
+    check_file(options.output, force=options.force)
+    stats = ChannelStats.load(options.stats) if options.stats else None
+    opened = report_subject(subject, stats, options.source)
+    if opened.output is None:
+        refuse_idle("where no output is given", "forward")
+    check_file(options.output, opened.layout.checkpoint.path, force=options.force)
+    results = read_results(options.results)
+    texts = read_texts(text, partial(documents_of, opened.layout))
+    checks = checks_of(opened, options)
+    made = report_on(opened, ReportSources(stats, options.stats, texts, checks, results))
+    made.save(options.output)
+    size = options.output.stat().st_size
+    click.echo(f"wrote {options.output}: {size:,} bytes; open it in a browser")
+
+
+def checks_of(opened: "ReportSubject", options: ReportOptions) -> "VerifyReport | None":
+    """Return what verify says of an output; None where there is none."""
+    from surgery.verify.files import verify_files
+
+    if opened.output is None:
+        return None
+    source = opened.layout.checkpoint.path
+    found = verify_files(opened.output, opened.plan, source, download=False)
+    if options.forward and found.ok:
+        add_logits(found, opened.plan, source, opened.output, options.device)
+    return found
+
+
+def add_logits(
+    report: "VerifyReport", plan: "Plan", source: Path, output: Path, device: str
+) -> None:
+    """Add to a report how far an output's logits are from the masked dense model's."""
+    from calib.scoring.logits import compare_logits
+
+    if plan.replaced is not None and plan.replaced.trained:
+        report.skipped["logits equal the masked dense model's"] = "the weights were trained since"
+        return
+    with running():
+        found = compare_logits(plan, source, output, device)
+    report.checks[found.check] = found.faults()
+    report.details[found.check] = found.line()

@@ -10,11 +10,11 @@ from typing import Any
 
 import click
 
-from surgery.cli.inspection import inspect
+from surgery.cli.inspection import inspect, report
 from surgery.cli.models import calibrate, prune, score, stats
 from surgery.cli.options import Refusal
 from surgery.cli.plans import apply, export, plan, verify
-from surgery.cli.studies import compare, report, search
+from surgery.cli.studies import compare, search
 from surgery.cli.terminal import show_logs, with_flags
 from surgery.cli.training import recover, teach
 from surgery.errors import SurgeryError, is_panic, printable, shortened

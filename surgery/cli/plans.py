@@ -12,6 +12,7 @@ import click
 from calib.streaming.settings import ComputeOptions
 from surgery.apply.run import JOBS, ApplyOptions
 from surgery.cli.cut_options import cut_options
+from surgery.cli.inspection import add_logits
 from surgery.cli.options import (
     ModelOptions,
     Refusal,
@@ -30,7 +31,6 @@ from surgery.cli.options import (
     refuse_idle,
     spilling_options,
 )
-from surgery.cli.studies import add_logits
 from surgery.cli.terminal import (
     bars,
     print_text,

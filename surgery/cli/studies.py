@@ -1,10 +1,10 @@
-"""The commands that try several sizes or methods, or show a cut: search, compare and report."""
+"""The commands that try several sizes or methods: search and compare."""
 
 import json
 import shlex
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +17,6 @@ from surgery.cli.options import (
     Numbers,
     Refusal,
     ShowOptions,
-    data_options,
-    device_option,
-    force_option,
     gathered,
     model_options,
     path_type,
@@ -39,9 +36,7 @@ from surgery.stats.channels import ChannelOptions
 from surgery.text.documents import TextOptions
 
 if TYPE_CHECKING:
-    from surgery.planning.plan import Plan
-    from surgery.report.page import ReportSubject
-    from surgery.verify.files import VerifyReport
+    from calib.study.table import Row
 
 
 @dataclass(frozen=True)
@@ -234,15 +229,6 @@ def compare(
         usable_methods,
     )
     from calib.study.study import open_study
-    from calib.study.table import (
-        legend,
-        missed,
-        notes,
-        plot_answers,
-        plot_methods,
-        plot_samples,
-        table,
-    )
     from calib.text.chat import documents_of
     from surgery.planning.choice import choose_vocabulary
     from surgery.planning.request import allowed_steps
@@ -271,129 +257,38 @@ def compare(
         else:
             asked = Comparison(ratios, names, options.tries, options.keep)
             found = compare_methods(study, steps, asked, progress)
-    facts = {str(r): [row.facts(rows[0]) for row in rows] for r, rows in found.items()}
-    texts = [
+    if show.as_json:
+        facts = {str(r): [row.facts(rows[0]) for row in rows] for r, rows in found.items()}
+        click.echo(json.dumps(facts))
+    else:
+        tables = compared(found, names, timed=not options.counts)
+        click.echo(f"{tables}\ntook {spoken(time.perf_counter() - start)}")
+    if show.plot is not None:
+        draw_compared(found, show.plot, model.model, options)
+
+
+def compared(found: Mapping[float, Sequence["Row"]], names: Sequence[str], *, timed: bool) -> str:
+    """Return a table for each ratio, and what the user should know of them."""
+    from calib.study.table import legend, missed, notes, table
+
+    tables = [
         f"{100 * ratio:g}% of the parameters\n{table(rows, ratio)}" for ratio, rows in found.items()
     ]
     marked = any(missed(row, ratio) for ratio, rows in found.items() for row in rows)
-    took = f"took {spoken(time.perf_counter() - start)}"
-    dense = found[ratios[0]][0]
-    described = legend(dense, marked=marked, timed=not options.counts)
-    texts.append("\n".join([described, *notes(names), took]))
-    click.echo(json.dumps(facts) if show.as_json else "\n\n".join(texts))
-    if show.plot is not None and options.counts:
-        plot_samples(rows, show.plot, model.model)
-    elif show.plot is not None and tasks:
-        plot_answers(found, show.plot, model.model)
-    elif show.plot is not None:
-        plot_methods(found, show.plot, model.model)
+    dense = next(iter(found.values()))[0]
+    described = legend(dense, marked=marked, timed=timed)
+    return "\n\n".join([*tables, "\n".join([described, *notes(names)])])
 
 
-@dataclass(frozen=True)
-class ReportOptions:
-    """What a page is made from, and its file."""
-
-    stats: Path | None
-    results: tuple[Path, ...]
-    source: str | None
-    forward: bool
-    device: str
-    output: Path
-    force: bool
-
-
-@click.command()
-@click.argument("subject", metavar="SOURCE")
-@gathered(
-    "options",
-    ReportOptions,
-    click.option(
-        "--stats",
-        type=path_type,
-        help="From calibrate: shows the layers, and makes the sliders of What if.",
-    ),
-    click.option(
-        "--results",
-        type=path_type,
-        multiple=True,
-        metavar="FILE",
-        help="What score, search or compare printed with --json. May be given several times.",
-    ),
-    click.option("--source", metavar="MODEL", help="The plan's model, if it has moved."),
-    click.option(
-        "--forward", is_flag=True, help="Also compare an output's logits, as verify --forward does."
-    ),
-    device_option,
-    click.option(
-        "-o",
-        "--output",
-        type=path_type,
-        default="report.html",
-        show_default=True,
-        help="File that the page is written to.",
-    ),
-    force_option,
-)
-@gathered("text", TextOptions, data_options(required=False, use="Text to show before and after. "))
-def report(subject: str, options: ReportOptions, text: TextOptions) -> None:
-    """Make one HTML page that shows what a cut keeps and loses.
-
-    The quick way takes seconds: compact-surgery plan MODEL --ratio 0.2 -o plan.json, then
-    compact-surgery report plan.json.
-
-    SOURCE is a plan's file, an output's directory, or a model with --stats, which calibrate makes.
-    Of a model, the rule of thumb removes a fifth, and the sliders of the page choose other sizes.
-    """
-    from calib.text.chat import documents_of
-    from surgery.api import report_subject
-    from surgery.files.atomic import check_file
-    from surgery.report.page import ReportSources, report_on
-    from surgery.report.passages import read_texts
-    from surgery.report.proof import read_results
-    from surgery.stats.channel_stats import ChannelStats
-
-    if not text.data:
-        refuse_idle("without --data", "field", "strict")
-    if not options.forward:
-        refuse_idle("without --forward", "device")
-    check_file(options.output, force=options.force)
-    stats = ChannelStats.load(options.stats) if options.stats else None
-    opened = report_subject(subject, stats, options.source)
-    if opened.output is None:
-        refuse_idle("where no output is given", "forward")
-    check_file(options.output, opened.layout.checkpoint.path, force=options.force)
-    results = read_results(options.results)
-    texts = read_texts(text, partial(documents_of, opened.layout))
-    checks = checks_of(opened, options)
-    made = report_on(opened, ReportSources(stats, options.stats, texts, checks, results))
-    made.save(options.output)
-    size = options.output.stat().st_size
-    click.echo(f"wrote {options.output}: {size:,} bytes; open it in a browser")
-
-
-def checks_of(opened: "ReportSubject", options: ReportOptions) -> "VerifyReport | None":
-    """Return what verify says of an output; None where there is none."""
-    from surgery.verify.files import verify_files
-
-    if opened.output is None:
-        return None
-    source = opened.layout.checkpoint.path
-    found = verify_files(opened.output, opened.plan, source, download=False)
-    if options.forward and found.ok:
-        add_logits(found, opened.plan, source, opened.output, options.device)
-    return found
-
-
-def add_logits(
-    report: "VerifyReport", plan: "Plan", source: Path, output: Path, device: str
+def draw_compared(
+    found: Mapping[float, Sequence["Row"]], path: Path, model: str, options: CompareOptions
 ) -> None:
-    """Add to a report how far an output's logits are from the masked dense model's."""
-    from calib.scoring.logits import compare_logits
+    """Draw the picture of what was compared."""
+    from calib.study.table import plot_answers, plot_methods, plot_samples
 
-    if plan.replaced is not None and plan.replaced.trained:
-        report.skipped["logits equal the masked dense model's"] = "the weights were trained since"
-        return
-    with running():
-        found = compare_logits(plan, source, output, device)
-    report.checks[found.check] = found.faults()
-    report.details[found.check] = found.line()
+    if options.counts:
+        plot_samples(next(iter(found.values())), path, model)
+    elif options.tasks:
+        plot_answers(found, path, model)
+    else:
+        plot_methods(found, path, model)
