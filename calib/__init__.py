@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from calib.api.training import recover, teach
     from calib.recovery.teach import Taught
     from calib.recovery.written import Recovered
+    from calib.scoring.answers import Answers, Share
     from calib.scoring.logits import Equality
     from calib.scoring.score import Change, Score
-    from calib.scoring.tasks import Answers, Share
     from calib.study.search import SearchResult
 
 
@@ -41,11 +41,11 @@ _HOMES = {
     "calib.api.measuring": ("answer", "compare", "compare_logits", "score", "search"),
     "calib.api.pruning": ("Pruned", "calibrate", "prune", "read_documents"),
     "calib.api.training": ("recover", "teach"),
-    "calib.recovery.written": ("Recovered",),
     "calib.recovery.teach": ("Taught",),
+    "calib.recovery.written": ("Recovered",),
+    "calib.scoring.answers": ("Answers", "Share"),
     "calib.scoring.logits": ("Equality",),
     "calib.scoring.score": ("Change", "Score"),
-    "calib.scoring.tasks": ("Answers", "Share"),
     "calib.study.search": ("SearchResult",),
 }
 

@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from calib.scoring.answers import Answers
 from calib.scoring.logits import Equality
 from calib.scoring.logits import compare_logits as compare_logits_of
 from calib.scoring.score import Score
-from calib.scoring.tasks import Answers, Task, measure_models, read_tasks
+from calib.scoring.tasks import Task, measure_models, read_tasks
 from calib.streaming.settings import compute_options
 from calib.study.compare import (
     Comparison,

@@ -7,9 +7,10 @@ from functools import cached_property
 
 import numpy as np
 
+from calib.scoring.answers import Answers
 from calib.scoring.score import check_predicts, half_interval
 from calib.scoring.shared_context import most_shared
-from calib.scoring.tasks import Answers, AskedTasks, Task
+from calib.scoring.tasks import AskedTasks, Task
 from calib.statistics.prepare import check_channels
 from calib.streaming.settings import ComputeOptions, PassSettings
 from calib.streaming.weights import choose_settings

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from calib.scoring.tasks import Answers
+from calib.scoring.answers import Answers
 from surgery.planning.aims import COUNTED, DECODE, MARGIN, MEMORY, QUALITY
 from surgery.planning.sizes import TOLERANCE
 from surgery.plot import html_table, saved_figure, titled

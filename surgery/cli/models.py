@@ -184,8 +184,9 @@ def score(
     much, by a bootstrap: a smaller difference may be chance. --json prints an object for each
     model, in a list if there are several.
     """
+    from calib.scoring.answers import answers_table
     from calib.scoring.score import score_table
-    from calib.scoring.tasks import answers_table, measure_models, read_tasks
+    from calib.scoring.tasks import measure_models, read_tasks
 
     if not (text.data or tasks):
         raise Refusal("--data: is missing; name held-out text, or items with --tasks")

@@ -1,4 +1,4 @@
-"""Answers to the items of task files: exactly those of the whole model, compared by pairs."""
+"""Answers to the items of task files: exactly those of the whole model."""
 
 import json
 import math
@@ -9,13 +9,11 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import calib
 import surgery
-from calib.scoring.score import LEAST_WINDOWS, run_asked
-from calib.scoring.tasks import Answers, AskedTasks, Task, TaskAnswers, read_tasks
+from calib.scoring.score import run_asked
+from calib.scoring.tasks import AskedTasks, Task, read_tasks
 from calib.streaming.settings import PassSettings
 from surgery.errors import DataError
 from surgery.tokenizer.tokenizer_file import load_tokenizer
@@ -99,55 +97,6 @@ def test_what_a_model_has_no_positions_for_is_cut_from_the_left(
     words = Task("words", (msgspec.structs.replace(long[0].items[0], choices=("a", "b " * 30)),))
     with pytest.raises(DataError, match="more tokens than the model has positions"):
         AskedTasks(layout, [words], tokenizer)
-
-
-def answers_of(*rights: np.ndarray, digest: str = "items") -> Answers:
-    tasks = []
-    for number, right in enumerate(rights):
-        each = tuple(map(bool, right))
-        tasks.append(TaskAnswers(f"t{number}", digest, 0.25, each, each))
-    return Answers(tuple(tasks))
-
-
-@given(st.lists(st.booleans(), min_size=LEAST_WINDOWS, max_size=30))
-def test_the_same_answers_are_all_of_them_for_sure(right: list[bool]) -> None:
-    answers = answers_of(np.array([True, *right]))
-    share = answers.share_of(answers)
-    assert share.share == 1
-    assert not share.margin
-    assert not share.clear
-
-
-def test_margins_are_those_of_paired_items() -> None:
-    """The ± of a difference of shares; two tasks of unlike size count alike in the mean."""
-    rng = np.random.default_rng(2)
-    before = [rng.random(n) < 0.6 for n in (400, 100)]
-    after = [right & (rng.random(len(right)) < 0.8) for right in before]
-    first, second = answers_of(*before), answers_of(*after)
-    assert second.accuracy == pytest.approx(np.mean([np.mean(right) for right in after]))
-    share = second.share_of(first)
-    assert share.share == pytest.approx(second.accuracy / first.accuracy)
-    variances = []
-    for one, two in zip(before, after, strict=True):
-        rest = two.astype(float) - share.share * one.astype(float)
-        variances.append(np.var(rest) / len(rest) / 4)
-    error = 1.96 * math.sqrt(sum(variances)) / first.accuracy
-    assert share.margin == pytest.approx(error, rel=0.1)
-    assert share.clear
-    single = [right.mean() * (1 - right.mean()) / len(right) / 4 for right in before]
-    assert first.margin == pytest.approx(1.96 * math.sqrt(sum(single)), rel=0.1)
-
-
-def test_what_is_not_known_is_not_said() -> None:
-    few = answers_of(np.ones(LEAST_WINDOWS - 1))
-    assert (few.margin, few.share_of(few).margin, few.share_of(few).clear) == (None, None, None)
-    with pytest.raises(DataError, match="are not the same for both models"):
-        few.share_of(answers_of(np.ones(LEAST_WINDOWS - 1), digest="other"))
-    with pytest.raises(DataError, match="no item that the reference answers right"):
-        few.share_of(answers_of(np.zeros(LEAST_WINDOWS - 1)))
-    facts = few.facts(answers_of(np.zeros(LEAST_WINDOWS - 1)))
-    assert facts["mean"]["share"] is None
-    assert facts["mean"]["acc_norm"] == 1
 
 
 def test_one_pass_gives_bits_and_answers(llama: Path, smaller: Path, text: Path, run: Run) -> None:
