@@ -239,10 +239,7 @@ class Ends:
             if self._layout.family.kind != ENCODER_DECODER:
                 hidden, arguments = self._capture_one(rows[0], branches)
             elif self._layout.decoder_layers:
-                given = [self._given(*each) for each in zip(self._stacks, rows, strict=True)]
-                of_encoder, of_decoder, arguments = capture_both(*self._stacks, given=given)
-                self._check_length(of_encoder, ids)
-                return torch.cat([of_encoder, of_decoder], dim=-1), arguments
+                return self._capture_both(*rows)
             else:
                 (stack,) = self._stacks
                 run = partial(stack.parent, **self._given(stack, rows[0]))
@@ -268,6 +265,20 @@ class Ends:
             return next((stand_in for each, stand_in in stand_ins if value is each), value)
 
         return hidden, [with_values(of, find) for of in found]
+
+    def _capture_both(
+        self, text: torch.Tensor, shifted_text: torch.Tensor
+    ) -> tuple[torch.Tensor, list[Arguments]]:
+        """Capture both stacks'; ENCODED stands for what the encoder makes of the text."""
+        encoder, decoder = self._stacks
+        of_encoder, first = encoder.capture(partial(encoder.parent, **self._given(encoder, text)))
+        self._check_length(of_encoder, text)
+        encoded, given = torch.zeros_like(of_encoder), self._given(decoder, shifted_text)
+        of_decoder, others = decoder.capture(
+            partial(decoder.parent, **given, encoder_hidden_states=encoded, use_cache=False)
+        )
+        crossing = [with_values(each, lambda v: ENCODED if v is encoded else v) for each in others]
+        return torch.cat([of_encoder, of_decoder], dim=-1), [*first, *crossing]
 
     def _forward(self, rows: torch.Tensor, more: Mapping[str, torch.Tensor]) -> Any:
         """Run the library's model on ``rows`` of its tables, int64 ``(windows, tokens)``."""
@@ -393,22 +404,3 @@ def shifted(ids: torch.Tensor, start: int | None) -> torch.Tensor:
     """
     first = ids[:, -1:] if start is None else torch.full_like(ids[:, :1], start)
     return torch.cat([first, ids[:, :-1]], dim=1)
-
-
-def capture_both(
-    encoder: Stack, decoder: Stack, *, given: Sequence[dict[str, torch.Tensor]]
-) -> tuple[torch.Tensor, torch.Tensor, list[Arguments]]:
-    """Capture hidden states and arguments of both stacks; ``given`` is what each is run on.
-
-    Returns:
-        Hidden states ``(windows, tokens, D)`` before the encoder's first layer, and before the
-        decoder's. Arguments of all layers, in which ENCODED stands for what the encoder makes of
-        the text.
-    """
-    of_encoder, first = encoder.capture(lambda: encoder.parent(**given[0]))
-    encoded = torch.zeros_like(of_encoder)
-    of_decoder, others = decoder.capture(
-        lambda: decoder.parent(**given[1], encoder_hidden_states=encoded, use_cache=False)
-    )
-    crossing = [with_values(each, lambda v: ENCODED if v is encoded else v) for each in others]
-    return of_encoder, of_decoder, [*first, *crossing]
