@@ -465,10 +465,11 @@ def test_repair_goes_with_layers_that_go(tmp_path: Path, llama: Path, text: Path
     assert run("apply", file, "-o", out).exit_code == 0
     result = run("verify", out, "--forward")
     assert result.exit_code == 0, result.output
-    idle = ("--vocab-size", 512, "--layers", "0,2", "--data", text, "-o", tmp_path / "idle.json")
-    result = run("plan", llama, "--stats", stats, *idle, "--repair", "reconstruct")
-    assert result.exit_code == 0, result.output
-    assert "--repair has nothing to do" in result.output
+    idle = ("--data", text, "-o", tmp_path / "idle.json", "--force", "--repair", "reconstruct")
+    for removed in (("--vocab-size", 512, "--layers", "0,2"), ("--layers", "0,1-2")):
+        result = run("plan", llama, "--stats", stats, *idle, *removed)
+        assert result.exit_code == 0, result.output
+        assert "--repair has nothing to do: the plan removes no channel" in result.output
     result = run("plan", llama, *repair, "--layers", "0,1+2", "--force")
     assert (result.exit_code, "does not work with collapsed layers" in result.output) == (2, True)
 
