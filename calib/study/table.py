@@ -292,9 +292,11 @@ def plot_frontier(rows: Sequence[Row], aim: str, path: Path, model: str = "") ->
         dots = axes.scatter(*points(rows), c=[r.vocab_size for r in rows], cmap="viridis", zorder=3)
         axes.scatter(*points([chosen]), s=140, facecolors="none", edgecolors="black", zorder=4)
         for row in rows:
-            widths = ", ".join(f"{size:,}" for size in row.widths.values())
-            x, y = points([row])
-            axes.annotate(f" {row.vocab_size:,} : {widths}", (x[0], y[0]), fontsize="x-small")
+            sizes = f"{row.vocab_size:,} : " + ", ".join(
+                f"{size:,}" for size in row.widths.values()
+            )
+            at = (row.served(aim) / 1e6, 100 * row.score)
+            axes.annotate(sizes, at, (7, 7), textcoords="offset points", fontsize="x-small")
         figure.colorbar(dots, ax=axes, label="V', rows of the embedding")
         axes.set(
             xlabel=f"MB: {COUNTED[aim]}",
@@ -302,7 +304,7 @@ def plot_frontier(rows: Sequence[Row], aim: str, path: Path, model: str = "") ->
             title=titled(model, f"V' : I' by what they lose and take; circled: for {aim}"),
         )
         axes.title.set_fontsize("medium")
-        axes.margins(x=0.15)
+        axes.margins(x=0.25)
         axes.legend(frameon=False)
 
 
