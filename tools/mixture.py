@@ -6,6 +6,7 @@ It has Qwen3-MoE's shape: 4 layers of 16 experts, of which a token goes to 4, an
 parameters. The seed is fixed. It takes ten minutes on one busy core.
 """
 
+import json
 import time
 from pathlib import Path
 
@@ -50,6 +51,18 @@ def rate_at(step: int) -> float:
     return 0.1 + 0.45 * (1 + float(np.cos(np.pi * min(1.0, (step - WARMUP) / (SCHEDULE - WARMUP)))))
 
 
+def publish_config(path: Path) -> None:
+    """Name a config.json's keys as published models have them.
+
+    transformers 4 and mlx-lm ask for these; transformers 5 writes others.
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["num_experts"] = config.pop("num_local_experts")
+    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+    config["torch_dtype"] = config.pop("dtype")
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 @click.command()
 @click.option("--steps", default=STEPS, show_default=True, help="Fewer give a worse model sooner.")
 @click.option("-o", "output", type=click.Path(path_type=Path), required=True, metavar="DIR")
@@ -76,6 +89,7 @@ def main(steps: int, output: Path) -> None:
             click.echo(f"step {step}: loss {loss.item():.3f}, {seconds:.0f} s")
     model.config.output_router_logits = False
     model.to(torch.bfloat16).save_pretrained(output)
+    publish_config(output / "config.json")
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>"
     ).save_pretrained(output)
