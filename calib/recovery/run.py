@@ -108,12 +108,23 @@ class Recovery:
             self.seq_len = self.taught.info.seq_len
         elif options.method != CONTINUE:
             self.teacher = self._teacher()
+        for source in self._also_read():
+            check_output_path(options.output, source)
         if (self.taught is None) != bool(text.data):
             raise DataError(
                 "`data`",
                 "is the text to train on; the files of a teacher have their own",
                 fix="leave it out" if text.data else "give a text",
             )
+
+    def _also_read(self) -> list[Path]:
+        """Return the directories that are read beside the model's; nothing is written in them."""
+        found = [self.source]
+        if self.teacher is not None:
+            found.append(self.teacher.checkpoint.path)
+        if self.taught is not None:
+            found.append(self.taught.directory)
+        return found
 
     def _teacher(self) -> Layout:
         name = self.options.teacher

@@ -33,6 +33,8 @@ class TeacherInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     fingerprint: str
     """Of the dense model."""
+    weights: str
+    """Digest of some of its weights."""
     kept_tokens: str
     """As in the plan: the dense model's rows that the ids count."""
     vocab_size: int
@@ -97,6 +99,7 @@ class TaughtWindows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         Raises:
             TrainingError: it is none, or a file is missing or damaged.
         """
+        self.directory = directory
         try:
             raw = read_file(directory / SETTINGS)
             self.info = msgspec.json.decode(raw, type=TeacherInfo)

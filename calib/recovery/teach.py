@@ -243,6 +243,7 @@ class Lesson:
         options, plan = self._options, self.plan
         return TeacherInfo(
             self.layout.checkpoint.fingerprint,
+            self.layout.checkpoint.weights,
             plan.kept_tokens,
             plan.after.vocab_size,
             max(1, options.tokens // self._seq_len),
@@ -276,10 +277,10 @@ class Lesson:
         Raises:
             OutputError: the earlier run was another one.
         """
-        self._partial.mkdir(parents=True, exist_ok=True)
         path = self._partial / SETTINGS
         if not path.exists():
             ids, held = self._read_text()
+            self._partial.mkdir(parents=True, exist_ok=True)
             with new_file(self._partial / WINDOWS) as made:
                 np.save(made.file, ids)
             write_atomic(self._partial / HELD, json.dumps(held).encode())

@@ -256,6 +256,14 @@ def test_nothing_is_deleted_or_replaced_that_a_run_has_not_made(pair: Pair, tmp_
     assert not list(tmp_path.iterdir())
 
 
+def test_nothing_is_written_into_what_is_read(pair: Pair, tmp_path: Path) -> None:
+    before = snapshot(pair.dense)
+    for changes in ({}, {"method": "continue"}, {"teacher": str(pair.dense)}):
+        with pytest.raises(SurgeryError, match="inside each other"):
+            requested(pair, pair.dense / "out", **changes)
+    assert snapshot(pair.dense) == before
+
+
 def test_a_run_without_a_checkpoint_outlives_other_options(pair: Pair, tmp_path: Path) -> None:
     from calib.recovery.work import WorkDirectory
 

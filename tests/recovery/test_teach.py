@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import calib
@@ -104,8 +105,21 @@ def test_a_killed_pass_continues_and_ends_the_same(
         taught(pair, tmp_path / "t")
     with pytest.raises(SurgeryError, match="another model, plan, text or options"):
         taught(pair, tmp_path / "t", resume=True, top_k=4)
+    changed = replace(pair, dense=shutil.copytree(pair.dense, tmp_path / "changed"))
+    for shard in changed.dense.glob("*.safetensors"):
+        save_file({n: t + 1 for n, t in load_file(shard).items()}, shard, {"format": "pt"})
+    with pytest.raises(SurgeryError, match="another model, plan, text or options"):
+        taught(changed, tmp_path / "t", resume=True)
     again = taught(pair, tmp_path / "t", resume=True)
     assert digests(again) == digests(whole)
+
+
+def test_a_text_without_words_leaves_nothing_behind(pair: Pair, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    empty = replace(pair, text=tmp_path / "empty.txt")
+    with pytest.raises(SurgeryError, match="holds no text"):
+        taught(empty, tmp_path / "t")
+    assert [each.name for each in tmp_path.iterdir()] == ["empty.txt"]
 
 
 def test_recover_reads_the_files(pair: Pair, tmp_path: Path, run: Run) -> None:
