@@ -96,7 +96,8 @@ class Recovery:
         self.settings = choose_settings(compute, layout.checkpoint)
         if not (options.resume and options.work.exists()):  # nothing there is of an earlier run
             for path in (options.plan, options.weights, options.self_data):
-                check_file(path, layout.checkpoint.path)
+                fix = "name another output, or move the file away"
+                check_file(path, layout.checkpoint.path, fix=fix)
         check_output_path(options.output, layout.checkpoint.path)
         self.seq_len = within_positions(text.seq_len, positions(layout))
         self.plan, self.source = plan_for(layout)

@@ -34,6 +34,7 @@ from surgery.planning.sizes import Sizes
 from surgery.process import spoken, spoken_stages
 from surgery.stats.channels import ChannelOptions
 from surgery.text.documents import TextOptions
+from surgery.vocabulary.order import VocabularyOptions
 
 if TYPE_CHECKING:
     from calib.study.table import Row
@@ -92,6 +93,7 @@ def search(
     from calib.text.chat import documents_of
 
     show.check()
+    check_apart(show.plot, options.output, "--output")
     start, layout = time.perf_counter(), model.layout()
     if options.output is None and show.plot is None:
         refuse_idle("without --output and --plot", "force")
@@ -128,6 +130,12 @@ def search(
     click.echo(f"best: {shlex.join(_prune_to(model.model, found.best, cut))}")
 
 
+def check_apart(plot: Path | None, other: Path | None, name: str) -> None:
+    """Refuse a picture that would be one file with what the option ``name`` writes."""
+    if plot is not None and other is not None and plot.resolve() == other.resolve():
+        raise Refusal(f"--plot: names the same file as {name}: {plot}; name another one")
+
+
 def _prune_to(model: str, sizes: Sizes, cut: CutRequest) -> list[str]:
     """Return the command that prunes to ``sizes`` as ``cut`` chooses tokens, channels, experts."""
     given = [f"--vocab-size={sizes.vocab_size}"]
@@ -135,13 +143,22 @@ def _prune_to(model: str, sizes: Sizes, cut: CutRequest) -> list[str]:
     given += [f"--num-experts={sizes.experts}"] * bool(sizes.experts)
     given += [f"--width={key}={size}" for key, size in sizes.widths.items()]
     given += ["--dequantize"] * sizes.dequantize
-    usual = ChannelOptions()
-    given += [
-        f"--{name.replace('_', '-')}={value}"
-        for name, value in asdict(cut.channels).items()
-        if value != getattr(usual, name)
-    ]
+    given += [*_given(cut.channels, ChannelOptions()), *_given(cut.vocabulary, VocabularyOptions())]
     return ["compact-surgery", "prune", model, "--data", "TEXT", *given, "-o", "DIR"]
+
+
+def _given(options: ChannelOptions | VocabularyOptions, usual: object) -> list[str]:
+    """Return the words for those of ``options`` that differ from the ``usual`` ones."""
+    words = list[str]()
+    for name, value in asdict(options).items():
+        flag = f"--{name.removesuffix('s' * name.endswith('_scripts')).replace('_', '-')}"
+        if value == getattr(usual, name):
+            continue
+        if isinstance(value, tuple):
+            words += [f"{flag}={each}" for each in value]
+        else:
+            words.append(flag if value is True else f"{flag}={value}")
+    return words
 
 
 @dataclass(frozen=True)
@@ -236,6 +253,7 @@ def compare(
     if show.plot is None:
         refuse_idle("without --plot", "force")
     show.check()
+    check_apart(show.plot, options.keep, "--keep")
     if options.counts:
         refuse_idle("with --by-samples", "methods", "tasks", "tries", "keep")
         if len(options.ratios) > 1:

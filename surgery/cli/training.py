@@ -136,7 +136,9 @@ def recover(
     disable_progress_bar()
     set_verbosity_error()
     if dry.dry_run:
-        refuse_idle("with --dry-run", "resume", "plot")
+        refuse_idle("with --dry-run", "resume", "plot", "as_json")
+    if show.plot is None:
+        refuse_idle("without --plot", "force")
     if not text.data:
         refuse_idle("with the files of a teacher", "seq_len", "windows", "field", "strict")
     show.check()
@@ -231,7 +233,7 @@ def teach(
     from surgery.verify.files import plan_at
 
     if asked.dry_run:
-        refuse_idle("with --dry-run", "resume")
+        refuse_idle("with --dry-run", "resume", "as_json")
     if not text.data:
         raise Refusal("--data: is missing; name the text")
     made = Teaching(model.layout(), [*map(plan_at, asked.plans)], text, compute, options)

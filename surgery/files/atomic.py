@@ -130,13 +130,19 @@ def move_into_place(temporary: Path, path: Path) -> None:
     sync_directory(path.parent)
 
 
-def check_file(path: Path, source: Path | None = None, *, force: bool = False) -> None:
+OTHER_OR_FORCE = "name another file, or replace it with `force`"
+
+
+def check_file(
+    path: Path, source: Path | None = None, *, force: bool = False, fix: str = OTHER_OR_FORCE
+) -> None:
     """Refuse, before the work, a file that could not be written after it.
 
     Args:
         path: The file.
         source: Directory of the model, in which nothing is written.
         force: Whether to replace a file that is there.
+        fix: What to do about a file that is there.
 
     Raises:
         OutputError: ``path`` is a directory, a device or a pipe; or its directory is missing, not
@@ -158,9 +164,7 @@ def check_file(path: Path, source: Path | None = None, *, force: bool = False) -
     if not os.access(parent, os.W_OK):
         raise OutputError(path, "its directory is not writable", fix="name another directory")
     if path.exists() and not force:
-        raise OutputError(
-            path, "is there already", fix="name another file, or replace it with `force`"
-        )
+        raise OutputError(path, "is there already", fix=fix)
 
 
 def check_no_partial(output: Path, *, resume: bool) -> None:

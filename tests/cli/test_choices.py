@@ -133,6 +133,9 @@ IDLE = [
     ("prune MODEL --vocab-size 500 -o out --dry-run", "--resume"),
     ("apply plan.json --engine ray", "--jobs 2"),
     ("compare MODEL --data t --ratio 0.2 --by-samples 2", "--methods act2"),
+    ("recover MODEL --data t --tokens 9 -o out", "--force"),
+    ("recover MODEL --data t --tokens 9 -o out --dry-run", "--json"),
+    ("teach MODEL --plan p --data t --tokens 9 -o out --dry-run", "--json"),
 ]
 
 

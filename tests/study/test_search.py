@@ -96,6 +96,25 @@ def test_search_prints_the_table_plots_and_plans(
     assert Plan.load(tmp_path / "pruned.plan.json").after == plan.after
 
 
+def test_the_command_to_go_on_with_chooses_tokens_as_the_search_did(
+    model: Path, prose: Path, run: Run
+) -> None:
+    chosen = ("--vocab-by=frequency", "--drop-reserved", "--keep-script=Greek")
+    candidates = ("--candidates", "600:512,560:512", "--data", prose, *TEXT)
+    shown = run("search", model, *candidates, *chosen)
+    assert shown.exit_code == 0, shown.output
+    assert set(chosen) < set(shlex.split(shown.stdout.splitlines()[-1]))
+
+
+def test_a_picture_and_what_is_written_beside_it_are_two_files(
+    model: Path, prose: Path, tmp_path: Path, run: Run
+) -> None:
+    for command, option in (("search", "--output"), ("compare", "--keep")):
+        given = ("--ratio", 0.2, "--data", prose, *TEXT, option, tmp_path / "p.png")
+        refused = run(command, model, *given, "--plot", tmp_path / ".." / tmp_path.name / "p.png")
+        assert_refused(refused, "p.png", option)
+
+
 def test_candidates_are_tried_as_they_are(model: Path, prose: Path, run: Run) -> None:
     options = ("--data", prose, *TEXT, "--candidates", "450:512,1536:100")
     rows = json.loads(run("search", model, *options, "--json").stdout)
