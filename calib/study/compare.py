@@ -32,7 +32,12 @@ from calib.study.two_stage import (
 from surgery.errors import BudgetError, DataError, SurgeryError
 from surgery.layout.layout import Layout
 from surgery.planning.choice import experts_at
-from surgery.planning.layers import check_layers, layers_by_influence, needed_layers
+from surgery.planning.layers import (
+    check_mergeable,
+    check_removable,
+    layers_by_influence,
+    needed_layers,
+)
 from surgery.planning.request import SizeRequest
 from surgery.planning.shapes import expert_choices
 from surgery.planning.sizes import Sizes, Steps, check_ratio, sizes_at, split, whole
@@ -131,11 +136,12 @@ def _check_fewer_layers(layout: Layout) -> None:
             "has one layer, which cannot be removed",
             fix="leave out the `methods` that remove layers",
         )
-    check_layers(layout, [[layer] for layer in range(1, layout.num_hidden_layers)])
+    check_removable(layout)
 
 
 CHECKS: Mapping[tuple[str, ...], Callable[[Layout], object]] = {
     LAYER_METHODS: _check_fewer_layers,
+    ("laco",): check_mergeable,
     ("slicegpt",): check_sliced,
     ("2ssp",): check_two_stage,
     (ROTATE,): check_rotate,

@@ -164,6 +164,28 @@ def check_removable(layout: Layout) -> None:
     check_layers(layout, layers_by_influence(alike, max(most, len(needed)), needed))
 
 
+def check_mergeable(layout: Layout) -> None:
+    """Refuse a model whose layers cannot be added to each other, for some have other shapes.
+
+    Raises:
+        BudgetError: naming two layers.
+    """
+    one, *others = (
+        {key: shape for key, (_, shape) in _shapes(layout, layer).items()}
+        for layer in range(layout.num_hidden_layers)
+    )
+    for other, found in enumerate(others, start=1):
+        for key in one.keys() | found.keys():
+            if one.get(key) != found.get(key):
+                raise BudgetError(
+                    f"layers 0 and {other}",
+                    f"cannot be merged into one: they differ in {key[0]}",
+                    expected=one.get(key) or "none",
+                    found=found.get(key) or "none",
+                    fix="remove layers instead",
+                )
+
+
 def _check_alike(layout: Layout, first: int, other: int) -> None:
     """Refuse to add two layers unless their tensors are alike in shape and dtype, none in FP8."""
     found = [_shapes(layout, layer) for layer in (first, other)]

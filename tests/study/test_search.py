@@ -548,6 +548,18 @@ def test_a_first_layer_that_stays_is_in_all_rows(tmp_path: Path, prose: Path, ru
     assert Plan.load(tmp_path / "plan.json").layers[0] == [0]
 
 
+@pytest.mark.parametrize("key", ["modernbert-decoder", "qwen2_moe", "deepseek_v3", "qwen3_next"])
+def test_layers_of_several_shapes_are_removed_but_not_merged(
+    tmp_path: Path, prose: Path, run: Run, key: str
+) -> None:
+    source = tiny.save(tmp_path / "model", key)
+    sizes = ("--ratio", 0.3, "--multiple-of", 8)
+    options = ("--data", prose, "--samples", 4, "--seq-len", 64, "--windows", 2, *sizes)
+    assert_refused(run("compare", source, *options, "--methods", "laco"), "cannot be merged")
+    result = run("compare", source, *options, "--methods", "shortgpt", "--json")
+    assert result.exit_code == 0, result.output
+
+
 def test_only_limits_the_axes_of_a_search(tmp_path: Path, prose: Path, run: Run) -> None:
     source = tiny.save(tmp_path / "model", "qwen3_moe", num_experts=8)
     options = ("--data", prose, *TAKE, "--windows", 2, "--multiple-of", 2, "--ratio", 0.3, "--json")
