@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+import msgspec
 import torch
 from transformers import TrainingArguments
 
@@ -68,8 +69,11 @@ def check_arguments(training: Mapping[str, Any]) -> None:
     Raises:
         TrainingError: naming the first one.
     """
-    known = {each.name for each in fields(TrainingArguments)}
-    for name in training:
+    known, types = (
+        {each.name for each in fields(TrainingArguments)},
+        get_type_hints(TrainingArguments),
+    )
+    for name, value in training.items():
         problem = None
         if name in OWN_ARGUMENTS:
             problem = "follows from other options"
@@ -80,6 +84,15 @@ def check_arguments(training: Mapping[str, Any]) -> None:
         if problem is not None:
             fix = "correct it" if name not in known else "leave it out"
             raise TrainingError(f"`training`: {name}", problem, fix=fix)
+        try:
+            msgspec.convert(value, types[name])
+        except msgspec.ValidationError as error:
+            what = "is of another type"
+            raise TrainingError(
+                f"`training`: {name}", what, found=error, fix="correct it"
+            ) from error
+        except TypeError:  # a type that msgspec does not know; the library looks at the value
+            continue
     steps = training.get("gradient_accumulation_steps", 1)
     if not isinstance(steps, int) or steps < 1:
         raise TrainingError(
@@ -153,7 +166,7 @@ def training_arguments(
     }
     try:
         made = TrainingArguments(**{**chosen, **options.training})
-    except (TypeError, ValueError) as error:
+    except (ImportError, TypeError, ValueError) as error:
         raise refused("TrainingArguments", error) from error
     made._n_gpu = min(made.n_gpu, 1)  # several cards are used by several processes
     return made

@@ -143,12 +143,12 @@ def run_trainer(
             eval_dataset=training.heldout.windows,
             callbacks=[reports],
         )
-    except (ImportError, ValueError) as error:
+    except (ImportError, RuntimeError, ValueError) as error:
         raise refused("Trainer", error) from error
     trainer.remove_callback(PrinterCallback)
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
-    except ImportError as error:  # of the optimizer, which is made here
+    except (ImportError, ValueError) as error:  # of optimizer and loader, which are made here
         raise refused("Trainer", error) from error
     key = f"eval_{METRIC}"
     history = trainer.state.log_history

@@ -215,6 +215,25 @@ def test_bad_requests_are_refused_in_one_line(pair: Pair, tmp_path: Path, run: R
     arguments.write_text('{"learning_rat": 1}', encoding="utf-8")
     refused = run(*several, "--training-args", arguments, "--windows", 2)
     assert_refused(refused, "TrainingArguments", "learning_rat")
+    arguments.write_text('{"max_grad_norm": "abc"}', encoding="utf-8")
+    refused = run(*several, "--training-args", arguments, "--windows", 2)
+    assert_refused(refused, "--training-args: max_grad_norm", "got `str`", "correct it")
+
+
+@pytest.mark.parametrize(
+    "given", [{"report_to": "none-such"}, {"dataloader_num_workers": -1}, {"deepspeed": "none"}]
+)
+def test_arguments_that_the_library_refuses_end_in_one_line(
+    pair: Pair, tmp_path: Path, run: Run, given: dict[str, Any]
+) -> None:
+    arguments = tmp_path / "arguments.json"
+    arguments.write_text(json.dumps(given), encoding="utf-8")
+    take = ("--tokens", 640, "--seq-len", 32, "--windows", 2, "--training-args", arguments)
+    result = run("recover", pair.pruned, "--data", pair.text, "-o", tmp_path / "out", *take)
+    *_, last = result.output.splitlines()
+    assert result.exit_code == 2
+    assert last.startswith("Error: --training-args: is refused by transformers' Train")
+    assert not isinstance(result.exception, (TypeError, ValueError, ImportError, RuntimeError))
 
 
 def test_a_killed_run_of_a_mixture_continues_with_its_experts(pair: Pair, tmp_path: Path) -> None:
