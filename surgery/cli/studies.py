@@ -279,13 +279,13 @@ def compare(
         facts = {str(r): [row.facts(rows[0]) for row in rows] for r, rows in found.items()}
         click.echo(json.dumps(facts))
     else:
-        tables = compared(found, names, timed=not options.counts)
+        tables = compared(found, timed=not options.counts)
         click.echo(f"{tables}\ntook {spoken(time.perf_counter() - start)}")
     if show.plot is not None:
         draw_compared(found, show.plot, model.model, options)
 
 
-def compared(found: Mapping[float, Sequence["Row"]], names: Sequence[str], *, timed: bool) -> str:
+def compared(found: Mapping[float, Sequence["Row"]], *, timed: bool) -> str:
     """Return a table for each ratio, and what the user should know of them."""
     from calib.study.table import legend, missed, notes, table
 
@@ -293,9 +293,9 @@ def compared(found: Mapping[float, Sequence["Row"]], names: Sequence[str], *, ti
         f"{100 * ratio:g}% of the parameters\n{table(rows, ratio)}" for ratio, rows in found.items()
     ]
     marked = any(missed(row, ratio) for ratio, rows in found.items() for row in rows)
-    dense = next(iter(found.values()))[0]
-    described = legend(dense, marked=marked, timed=timed)
-    return "\n\n".join([*tables, "\n".join([described, *notes(names)])])
+    dense, *others = next(iter(found.values()))
+    described = [legend(dense, marked=marked, timed=timed), *notes(row.name for row in others)]
+    return "\n\n".join([*tables, "\n".join(described)])
 
 
 def draw_compared(

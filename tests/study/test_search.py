@@ -316,6 +316,7 @@ def test_compare_by_amount_of_text(model: Path, prose: Path, tmp_path: Path, run
     picture = tmp_path / "samples.png"
     result = run("compare", model, *options, "--by-samples", "2,8", "--plot", picture)
     assert result.exit_code == 0, result.output
+    assert "no standard checkpoint" not in result.output  # of methods that it does not try
     assert [line.split()[0] for line in result.stdout.splitlines()[2:5]] == ["dense", "2", "8"]
     assert picture.stat().st_size > 5000
 
