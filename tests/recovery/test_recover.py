@@ -220,9 +220,7 @@ def test_bad_requests_are_refused_in_one_line(pair: Pair, tmp_path: Path, run: R
     assert_refused(refused, "--training-args: max_grad_norm", "got `str`", "correct it")
 
 
-@pytest.mark.parametrize(
-    "given", [{"report_to": "none-such"}, {"dataloader_num_workers": -1}, {"deepspeed": "none"}]
-)
+@pytest.mark.parametrize("given", [{"report_to": "none-such"}, {"dataloader_num_workers": -1}])
 def test_arguments_that_the_library_refuses_end_in_one_line(
     pair: Pair, tmp_path: Path, run: Run, given: dict[str, Any]
 ) -> None:
