@@ -292,11 +292,9 @@ def plot_frontier(rows: Sequence[Row], aim: str, path: Path, model: str = "") ->
         dots = axes.scatter(*points(rows), c=[r.vocab_size for r in rows], cmap="viridis", zorder=3)
         axes.scatter(*points([chosen]), s=140, facecolors="none", edgecolors="black", zorder=4)
         for row in rows:
-            sizes = f"{row.vocab_size:,} : " + ", ".join(
-                f"{size:,}" for size in row.widths.values()
-            )
-            at = (row.served(aim) / 1e6, 100 * row.score)
-            axes.annotate(sizes, at, (7, 7), textcoords="offset points", fontsize="x-small")
+            widths = ", ".join(f"{size:,}" for size in row.widths.values())
+            named, at = f"{row.vocab_size:,} : {widths}", (row.served(aim) / 1e6, 100 * row.score)
+            axes.annotate(named, at, (7, 7), textcoords="offset points", fontsize="x-small")
         figure.colorbar(dots, ax=axes, label="V', rows of the embedding")
         axes.set(
             xlabel=f"MB: {COUNTED[aim]}",

@@ -151,9 +151,10 @@ def _given(options: ChannelOptions | VocabularyOptions, usual: object) -> list[s
     """Return the words for those of ``options`` that differ from the ``usual`` ones."""
     words = list[str]()
     for name, value in asdict(options).items():
-        flag = f"--{name.removesuffix('s' * name.endswith('_scripts')).replace('_', '-')}"
         if value == getattr(usual, name):
             continue
+        option = name.replace("_scripts", "_script")  # given once for each
+        flag = f"--{option.replace('_', '-')}"
         if isinstance(value, tuple):
             words += [f"{flag}={each}" for each in value]
         else:
