@@ -18,7 +18,7 @@ from surgery.export.architectures import Architecture, architecture_of
 from surgery.export.description import Description, describe
 from surgery.export.embedders import LOWERCASE, text_note
 from surgery.export.tensors import BLOCK, MXFP4, OWN_TYPE, TYPES, GgufTensor, pieces, tensors_of
-from surgery.export.vocabulary import Vocabulary, find_pre_tokenizer, read_vocabulary
+from surgery.export.vocabulary import Vocabulary, read_vocabulary
 from surgery.files.atomic import check_file, new_file
 from surgery.files.shard_file import open_shard
 from surgery.hub.skeleton import Skeleton
@@ -26,7 +26,8 @@ from surgery.layout.layout import Layout
 from surgery.layout.roles import CARRIED
 from surgery.planning.plan import recorded_pre_tokenizer
 from surgery.process import Advance, Progress, spoken, stage
-from surgery.tokenizer.tokenizer_file import check_pre_tokenizer
+from surgery.tokenizer.kinds import check_pre_tokenizer
+from surgery.tokenizer.tokenizer_file import read_pre_tokenizer
 
 ALIGNMENT = 32
 """Tensors begin at multiples of it, counted from the first."""
@@ -162,7 +163,7 @@ def _pre_tokenizer(source: Path, given: str | None) -> str | None:
     """Return the name that is known, else the ``given`` one."""
     if given is not None:
         check_pre_tokenizer("pre", given)
-    known = recorded_pre_tokenizer(source) or find_pre_tokenizer(source)
+    known = recorded_pre_tokenizer(source) or read_pre_tokenizer(source)
     if None not in (known, given) and known != given:
         raise OptionError(
             "`pre`",

@@ -18,10 +18,9 @@ from surgery.export.embedders import (
 )
 from surgery.files.model_files import TEMPLATE_FOLDER, named_templates
 from surgery.files.strict_json import read_file
-from surgery.process import release_freed_memory
 from surgery.tokenizer.kinds import BYTE_LEVEL, SENTENCEPIECE, UNIGRAM, WORDPIECE
 from surgery.tokenizer.sentencepiece_model import pieces_of
-from surgery.tokenizer.tokenizer_file import TokenizerFile, read_pre_tokenizer
+from surgery.tokenizer.tokenizer_file import TokenizerFile
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Kinds of token, as numbered in GGUF and, but for USER_DEFINED, in tokenizer.model."""
@@ -125,19 +124,6 @@ def read_vocabulary(checkpoint: Checkpoint, rows: int, pre: str | None) -> Vocab
         return Vocabulary("t5", "default", texts, kinds, scores, None, **common)
     scores = _scores(tokenizer, texts, kinds)
     return Vocabulary("llama", "default", texts, kinds, scores, None, settings, **common)
-
-
-def find_pre_tokenizer(directory: Path) -> str | None:
-    """Return llama.cpp's name for the way that a tokenizer splits text, by the ids of a check text.
-
-    None where it has none, and for kinds that need none. Only one form of the tokenizer is in
-    memory at a time.
-    """
-    kind = TokenizerFile.reopen(directory).kind
-    release_freed_memory()
-    found = read_pre_tokenizer(directory) if kind is BYTE_LEVEL else None
-    release_freed_memory()
-    return found
 
 
 def _unknown_pre(path: Path) -> TokenizerError:

@@ -1,11 +1,19 @@
-"""Kinds of tokenizer that can be pruned: what each must keep, and the text its tokens stand for."""
+"""Kinds of tokenizer that can be pruned: what each must keep, how it spells and splits text."""
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from surgery.errors import TokenizerError
+from surgery.errors import OptionError, TokenizerError
+from surgery.files.strict_json import read_json
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+PRE_TOKENIZERS = Path(__file__).with_name("pre_tokenizers.json")
+"""llama.cpp's table of pre-tokenizers (MIT): a check text, and name → hashes of its ids."""
 
 _SPACE = "\u2581"  # ▁
 
@@ -179,3 +187,37 @@ def _component_types(part: Any) -> set[str]:
     lists = (part.get("pretokenizers"), part.get("decoders"))
     inner = [child for children in lists if isinstance(children, list) for child in children]
     return {str(part.get("type"))}.union(*(_component_types(child) for child in inner))
+
+
+def pre_tokenizer_name(tokenizer: "Tokenizer") -> str | None:
+    """Return llama.cpp's name for the way that text is split before BPE; None where it has none.
+
+    Its converter knows a tokenizer by the ids of a check text. So it knows no pruned one.
+    """
+    table = read_json(PRE_TOKENIZERS)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    ids = tokenizer.encode(table["text"]).ids
+    digest = hashlib.sha256(str(ids).encode()).hexdigest()
+    return next((name for name, known in table["names"].items() if digest in known), None)
+
+
+def check_pre_tokenizer(option: str, name: str) -> None:
+    """Refuse a name that llama.cpp's table of pre-tokenizers does not have.
+
+    Raises:
+        OptionError: it names the option, and names like ``name``.
+    """
+    from difflib import get_close_matches
+
+    names = read_json(PRE_TOKENIZERS)["names"]
+    if name in names:
+        return
+    close = get_close_matches(name.lower(), names, n=3, cutoff=0.6)
+    raise OptionError(
+        f"`{option}`",
+        "is none of llama.cpp's names for pre-tokenizers",
+        found=repr(name[:40]),
+        fix=(f"did you mean {' or '.join(close)}? " if close else "")
+        + "name the one that its converter finds for the source, such as llama-bpe, qwen2, smollm",
+    )

@@ -1,6 +1,7 @@
 """tokenizer.json: opened, rewritten for the kept tokens, and loaded by the tokenizers library."""
 
-import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import compress
@@ -10,12 +11,20 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from surgery.errors import OptionError, TokenizerError, is_panic
+from surgery.errors import TokenizerError, is_panic
 from surgery.files.model_files import TOKENIZER_NAME
 from surgery.files.strict_json import check_depth, dump_table, read_file, read_json
+from surgery.process import release_freed_memory
 from surgery.tokenizer.checks import check_numbers, check_tokenizer, walk_processor
 from surgery.tokenizer.id_map import IdMap, KeptTokens
-from surgery.tokenizer.kinds import BYTE_CHARACTERS, BYTE_LEVEL, Kind, alphabet, kind_of
+from surgery.tokenizer.kinds import (
+    BYTE_CHARACTERS,
+    BYTE_LEVEL,
+    Kind,
+    alphabet,
+    kind_of,
+    pre_tokenizer_name,
+)
 from surgery.tokenizer.legacy import build_tokenizer, is_legacy, with_named_tokens
 from surgery.tokenizer.mapped import MappedModels
 from surgery.tokenizer.marian import mapped_data, mapped_files
@@ -24,10 +33,6 @@ from surgery.tokenizer.sentencepiece_alone import alone_data, is_alone, reserved
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-
-PRE_TOKENIZERS = Path(__file__).with_name("pre_tokenizers.json")
-"""llama.cpp's table of pre-tokenizers (MIT): a check text, and name → hashes of its ids."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,12 +76,8 @@ class TokenizerFile:
         path = directory / TOKENIZER_NAME
         if not path.exists():
             return cls.open(directory)
-        try:
+        with _reading(path):
             data = _decode(msgspec.json.format(read_file(path), indent=-1), path)
-        except (OSError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-            raise TokenizerError(
-                path, "cannot be read", found=error, fix="download the file again"
-            ) from error
         check_tokenizer(data, path)
         return cls(path, _as_loaded(data, path))
 
@@ -307,57 +308,36 @@ def load_tokenizers(directory: Path) -> "list[Tokenizer]":
     return [model.library(data) for model in MappedModels.open(paths).alone()]
 
 
-def pre_tokenizer_name(tokenizer: "Tokenizer") -> str | None:
-    """Return llama.cpp's name for the way that text is split before BPE; None where it has none.
-
-    Its converter knows a tokenizer by the ids of a check text. So it knows no pruned one.
-    """
-    table = read_json(PRE_TOKENIZERS)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    ids = tokenizer.encode(table["text"]).ids
-    digest = hashlib.sha256(str(ids).encode()).hexdigest()
-    return next((name for name, known in table["names"].items() if digest in known), None)
-
-
 def read_pre_tokenizer(directory: Path) -> str | None:
-    """Return ``pre_tokenizer_name`` of a directory's tokenizer.
+    """Return ``pre_tokenizer_name`` of a directory's tokenizer; None for kinds that need no name.
 
-    The library reads the file itself: that takes a third of the memory of a ``TokenizerFile``'s.
-    """
-    from tokenizers import Tokenizer
-
-    if is_legacy(directory):
-        return pre_tokenizer_name(load_tokenizer(directory))
-    return pre_tokenizer_name(Tokenizer.from_file(str(directory / TOKENIZER_NAME)))
-
-
-def check_pre_tokenizer(option: str, name: str) -> None:
-    """Refuse a name that llama.cpp's table of pre-tokenizers does not have.
+    The tables of tokenizer.json are decoded by the library alone, which takes a third of the memory
+    of a ``TokenizerFile`` and is freed before this returns.
 
     Raises:
-        OptionError: it names the option, and names like ``name``.
+        TokenizerError: it cannot be read, or its kind cannot be pruned.
     """
-    from difflib import get_close_matches
-
-    names = read_json(PRE_TOKENIZERS)["names"]
-    if name in names:
-        return
-    close = get_close_matches(name.lower(), names, n=3, cutoff=0.6)
-    raise OptionError(
-        f"`{option}`",
-        "is none of llama.cpp's names for pre-tokenizers",
-        found=repr(name[:40]),
-        fix=(f"did you mean {' or '.join(close)}? " if close else "")
-        + "name the one that its converter finds for the source, such as llama-bpe, qwen2, smollm",
-    )
+    path = directory / TOKENIZER_NAME
+    if not path.exists():
+        return TokenizerFile.open(directory).pre_tokenizer
+    with _reading(path):
+        raw = read_file(path)
+        data = _without_tables(raw)
+    byte_level = kind_of(data, path) is BYTE_LEVEL
+    found = pre_tokenizer_name(_loaded(raw, path)) if byte_level else None
+    release_freed_memory()
+    return found
 
 
 def _library(data: dict[str, Any], path: Path) -> "Tokenizer":
+    return _loaded(dump_table(data), path)
+
+
+def _loaded(raw: bytes, path: Path) -> "Tokenizer":
     from tokenizers import Tokenizer
 
     try:
-        tokenizer = Tokenizer.from_buffer(dump_table(data))
+        tokenizer = Tokenizer.from_buffer(raw)
         tokenizer.encode("a")  # some contradictions show only here
     except BaseException as error:  # the library raises bare Exception
         if not isinstance(error, Exception) and not is_panic(error):
@@ -369,6 +349,28 @@ def _library(data: dict[str, Any], path: Path) -> "Tokenizer":
             fix="save the tokenizer with transformers' AutoTokenizer",
         ) from error
     return tokenizer
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise TokenizerError(
+            path, "cannot be read", found=error, fix="download the file again"
+        ) from error
+
+
+def _without_tables(raw: bytes) -> dict[str, Any]:
+    """Decode what tells the kind of a tokenizer.json, and not its tokens and merges."""
+    parts = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+    model = parts.pop("model", msgspec.Raw(b"null"))
+    data = {key: msgspec.json.decode(part) for key, part in parts.items() if key != "added_tokens"}
+    if _opens(model, b"{"):
+        inner = msgspec.json.decode(model, type=dict[str, msgspec.Raw])
+        short = inner.keys() - {"vocab", "merges"}
+        data["model"] = {key: msgspec.json.decode(inner[key]) for key in short}
+    return data
 
 
 def _decode(raw: bytes, path: Path) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from surgery.export.vocabulary import (
     read_vocabulary,
 )
 from surgery.planning.plan import PROVENANCE_NAME, Plan
-from surgery.tokenizer import tokenizer_file
+from surgery.tokenizer import kinds
+from surgery.tokenizer.tokenizer_file import read_pre_tokenizer
 from tests.support import gguf_models, sentencepiece_models, tiny
 from tests.support.gguf_files import read_gguf
 from tests.support.json_files import change, put
@@ -36,12 +37,12 @@ def vocabulary_of(path: Path, rows: int = 640, pre: str | None = "gpt-2") -> Voc
 @pytest.fixture
 def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Give the tiny tokenizer a name, as llama.cpp's table does for published ones."""
-    table = json.loads(tokenizer_file.PRE_TOKENIZERS.read_text("utf-8"))
+    table = json.loads(kinds.PRE_TOKENIZERS.read_text("utf-8"))
     ids = tiny.tokenizer().encode(table["text"]).ids
     table["names"]["tiny"] = [hashlib.sha256(str(ids).encode()).hexdigest()]
     path = tmp_path / "table.json"
     path.write_text(json.dumps(table))
-    monkeypatch.setattr(tokenizer_file, "PRE_TOKENIZERS", path)
+    monkeypatch.setattr(kinds, "PRE_TOKENIZERS", path)
     return "tiny"
 
 
@@ -173,7 +174,7 @@ def test_only_one_bos_before_and_one_eos_after_a_text_can_be_told(
 
 
 def test_published_tokenizers_have_names_in_the_table() -> None:
-    table = json.loads(tokenizer_file.PRE_TOKENIZERS.read_text("utf-8"))
+    table = json.loads(kinds.PRE_TOKENIZERS.read_text("utf-8"))
     hashes = [digest for known in table["names"].values() for digest in known]
     assert len(hashes) == len(set(hashes)) == 95
     assert {"llama-bpe", "qwen2", "smollm", "gpt-2"} <= table["names"].keys()
@@ -218,6 +219,35 @@ def test_a_name_that_contradicts_the_known_one_is_refused(tmp_path: Path, known:
         made = surgery.export_gguf(source, tmp_path / "out.gguf", pre=known)
         assert made.pre == known
         made.output.unlink()
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_other_kinds_need_no_name(tmp_path: Path, kind: str) -> None:
+    sentencepiece_models.source(kind).tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert read_pre_tokenizer(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b'{"model": ',
+        b"[]",
+        b"null",
+        b'{"model": null}',
+        b'{"model": {"type": "BPE", "vocab": {}, "merges": []}, "decoder": null}',
+        b'{"model": {"type": "BPE", "vocab": 5}, "decoder": {"type": "ByteLevel"}}',
+        b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]},'
+        b' "decoder": {"type": "ByteLevel"}}',
+        b"[" * 100_000,
+    ],
+)
+def test_a_damaged_tokenizer_is_refused_before_its_name_is_looked_up(
+    tmp_path: Path, damage: bytes
+) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(damage)
+    with pytest.raises(TokenizerError, match=path.name):
+        read_pre_tokenizer(tmp_path)
 
 
 def test_a_name_that_a_tokenizer_does_not_take_is_refused(tmp_path: Path) -> None:
