@@ -1,5 +1,6 @@
 """The table of engines: a row for each, with its reason where it cannot run a model."""
 
+import importlib.util
 import re
 import shutil
 import sys
@@ -9,9 +10,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from surgery.vocabulary.scripts import script_of
 from tests.support import tiny
 from tools.engines import __main__ as engines
-from tools.engines import environments
+from tools.engines import environments, ids
 from tools.engines.comparison import compare, compare_embeddings
 from tools.engines.environments import ENGINES, Engine
 from tools.engines.jobs import Jobs, best
@@ -155,6 +157,35 @@ def test_the_command_is_red_where_a_required_engine_fails(
     monkeypatch.setattr(engines, "rows_of", fails)
     stopped = CliRunner().invoke(engines.main, options)
     assert stopped.output == f"Error: {model} cannot be pruned: no room\n"
+
+
+def test_the_texts_for_ids_are_of_all_scripts_and_the_same_each_time() -> None:
+    found = ids.texts()
+    assert found == ids.texts()
+    assert len(found) == len(set(found)) > 2000
+    names = {script_of(character) for text in found for character in text}
+    assert len(names - {"Common", "Inherited"}) >= 14
+    assert any("\x00" in text for text in found)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("xllamacpp") is None,
+    reason="xllamacpp, llama.cpp as a prebuilt wheel, is not installed",
+)
+@pytest.mark.parametrize(("pre", "equal"), [("gpt-2", True), ("qwen2", False)])
+def test_ids_of_llama_cpp_beside_those_of_tokenizer_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pre: str, equal: bool
+) -> None:
+    """A name that is not the tokenizer's is seen: it splits numbers otherwise."""
+    model, some = tiny.save(tmp_path / "model"), ids.texts()[3::10]
+    monkeypatch.setattr(ids, "python_of", lambda *_: Path(sys.executable))
+    monkeypatch.setattr(ids, "texts", lambda: some)
+    options = [str(model), "--work", str(tmp_path / "work"), "--pre", pre]
+    said = CliRunner().invoke(ids.main, options)
+    assert said.exit_code == (0 if equal else 1), said.output
+    number = re.search(rf"\| model \| (\d+) of {len(some)} \|", said.output)
+    assert number is not None
+    assert (int(number[1]) == len(some)) == equal
 
 
 def test_a_large_model_is_tried_in_fewer_ways(

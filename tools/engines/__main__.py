@@ -147,7 +147,7 @@ def results_of(
     try:
         if engine.gguf:
             for name in todo:
-                _run_gguf(engine, python, checkpoints[name], files[name])
+                run_gguf(engine, python, checkpoints[name], files[name])
         elif todo:
             call(python, "-m", f"tools.engines.{engine.script}", *(files[name] for name in todo))
     except (Failure, SurgeryError) as error:
@@ -163,10 +163,12 @@ def _done(found: Jobs) -> bool:
     return "completions" in found or "embeddings" in found
 
 
-def _run_gguf(engine: Engine, python: Path, model: Path, jobs: Path) -> None:
+def run_gguf(engine: Engine, python: Path, model: Path, jobs: Path, pre: str | None = None) -> None:
+    """Let an engine do a file of jobs on a model, whose GGUF file is there only meanwhile."""
     target = jobs.with_suffix(".gguf")
+    if pre is None and "moe_intermediate_size" in _read(model / "config.json"):
+        pre = MIXTURE_PRE
     try:
-        pre = MIXTURE_PRE if "moe_intermediate_size" in _read(model / "config.json") else None
         surgery.export_gguf(model, target, type="f32", pre=pre, force=True)
         jobs.write_text(json.dumps({**_read(jobs), "model": str(target)}), encoding="utf-8")
         call(python, "-m", f"tools.engines.{engine.script}", jobs)
