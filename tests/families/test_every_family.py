@@ -14,6 +14,7 @@ from calib.statistics.sums import ChannelSums
 from calib.streaming.settings import PassSettings
 from calib.text.windows import byte_windows, token_windows
 from surgery.api import apply_plan
+from surgery.planning.plan import Plan
 from surgery.tokenizer.tokenizer_file import load_tokenizer
 from surgery.vocabulary.order import rarity_of
 from tests.support import tiny
@@ -21,6 +22,7 @@ from tests.support.command import Run
 from tests.support.contents import weights
 from tests.support.full_load import full_load_bits, hooked, window_norms
 from tests.support.plans import assert_equals_masked_dense, layout_of, random_plan
+from tests.support.published import deepseek_v4_name, rename_tensors
 from tests.support.sample import KEYS, sampled, text_family
 
 SHARE = 0.6
@@ -109,6 +111,28 @@ def test_the_whole_command_line(tmp_path: Path, text: Path, run: Run, key: str) 
         result = run(*step)
         assert result.exit_code == 0, (step, result.output, result.exception)
     assert layout_of(out).widths == widths
+
+
+def test_deepseek_v4_under_its_published_names(tmp_path: Path, text: Path, run: Run) -> None:
+    """They have no ``model.`` in front, which transformers saves, and reads either way."""
+    source = tiny.save(tmp_path / "source", "deepseek_v4", sharded=True)
+    rename_tensors(source, deepseek_v4_name)
+    names = set(weights(source))
+    assert {"embed.weight", "head.weight", "norm.weight", "hc_head_fn"} <= names
+    assert not any(name.startswith("model.") for name in names)
+    stats, plan, out = (tmp_path / name for name in ("stats.safetensors", "plan.json", "out"))
+    sizes = ("--vocab-size", 512, "--width", "moe_intermediate_size=32")
+    for step in (
+        ("calibrate", source, "--data", text, "--seq-len", 64, "--samples", 12, "-o", stats),
+        ("plan", source, *sizes, *LITTLE, "--stats", stats, "-o", plan),
+        ("apply", plan, "-o", out),
+        ("verify", out, "--forward"),
+        ("score", source, out, "--data", text),
+    ):
+        done = run(*step)
+        assert done.exit_code == 0, done.output
+    assert set(weights(out)) == names
+    assert_equals_masked_dense(source, out, Plan.load(plan), "deepseek_v4")
 
 
 @pytest.mark.parametrize("key", sampled(KEYS))

@@ -49,7 +49,7 @@ def as_published_before_5(path: Path) -> Path:
     if (path / "tokenizer_config.json").exists():
         _rewrite(path / "tokenizer_config.json", _tokenizer_in_4)
     if config.get("vision_config", {}).get("model_type") in _NESTED_TOWERS:
-        _nest_tower(path)
+        rename_tensors(path, _nested)
     return path
 
 
@@ -94,17 +94,25 @@ def _tokenizer_in_4(config: dict[str, Any]) -> dict[str, Any]:
     return old
 
 
-def _nest_tower(path: Path) -> None:
+def rename_tensors(path: Path, new_name: Callable[[str], str]) -> None:
+    """Rename the tensors of a checkpoint, in its shards and its index."""
+
+    def renamed(by_name: dict[str, Any]) -> dict[str, Any]:
+        return {new_name(name): value for name, value in by_name.items()}
+
     index = path / "model.safetensors.index.json"
     if index.exists():
-        _rewrite(index, lambda data: data | {"weight_map": _nested(data["weight_map"])})
+        _rewrite(index, lambda data: data | {"weight_map": renamed(data["weight_map"])})
     for file in path.glob("*.safetensors"):
-        save_file(_nested(load_file(file)), file, metadata={"format": "pt"})
+        save_file(renamed(load_file(file)), file, metadata={"format": "pt"})
 
 
-def _nested(by_name: dict[str, Any]) -> dict[str, Any]:
+def _nested(name: str) -> str:
     old, new = "vision_tower.", "vision_tower.vision_model."
-    return {
-        name.replace(old, new) if name.startswith((old, f"model.{old}")) else name: value
-        for name, value in by_name.items()
-    }
+    return name.replace(old, new) if name.startswith((old, f"model.{old}")) else name
+
+
+def deepseek_v4_name(name: str) -> str:
+    """Return the published name of a tensor that transformers 5.23 saved with ``model.``."""
+    name = name.replace("model.hc_head.hc_", "hc_head_").replace("embed_tokens.", "embed.")
+    return name.removeprefix("model.")
