@@ -296,7 +296,7 @@ def _try(
     *,
     answers: Collection[str] = (),
 ) -> dict[str, tuple[Candidate, Row]]:
-    """Return the candidate with the best score for each name, and its row.
+    """Return the candidate that loses least for each name, and its row.
 
     The seconds of the row are those of all candidates of its name, alone: a calibration pass that
     several methods share counts for each. Several candidates are tried, one is not.
@@ -310,7 +310,7 @@ def _try(
         passes = {each.text: each.calibrate for each in took}
         tried = sum(each.heldout for each in took) if len(own) > 1 else 0.0
         seconds = sum(passes.values()) + sum(each.own for each in took) + tried
-        best = min(own, key=lambda number: rows[number].score)
+        best = min(own, key=lambda number: rows[number].loss)
         found[name] = candidates[best], replace(rows[best], seconds=seconds)
     return found
 

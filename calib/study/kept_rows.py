@@ -12,7 +12,7 @@ from surgery.errors import DataError
 from surgery.files.atomic import FileLock, check_file, lock_output, write_atomic
 from surgery.files.strict_json import read_file
 
-FORMAT = 1
+FORMAT = 2
 
 
 class _File(msgspec.Struct):

@@ -131,7 +131,7 @@ def repair(
             Trial(repaired, encoded, calibration_pass, write),
         ]
         bits = study.bits(trials, progress)
-        before, after = (float(sum(window.sum() for window in each)) for each in bits)
+        before, after = map(sum, bits)
         if after >= before:
             writer.discard()
     nbytes = sum(len(window.encode("utf-8")) for window in text.heldout)

@@ -253,7 +253,7 @@ class SearchResult:
     rows: Sequence[Row]
     """One for each choice of sizes, in order of E', then of V'."""
     best: Sizes
-    """Those with the best score, or those that serve the aim and lose little more."""
+    """Those that lose least, or those that serve the aim and lose little more."""
     aim: str = QUALITY
     """What they serve."""
 
@@ -335,7 +335,7 @@ def _search_layers(study: Study, ratio: float, progress: Progress | None) -> Sea
     candidates = [Candidate(n, s) for n, s in zip(chosen, sizes, strict=True)]
     tried = _rows(study, candidates, progress)
     best = tried.index(best_for(QUALITY, tried))
-    if kept is not None and tried[-1].score <= tried[best].score + WITHIN:
+    if kept is not None and tried[-1].loss <= tried[best].loss + WITHIN:
         best = len(tried) - 1
     return SearchResult(study.dense, tried, sizes[best])
 

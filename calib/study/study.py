@@ -20,7 +20,6 @@ from calib.study.table import DENSE, Row
 from calib.study.text import CalibrationPass, StudyText
 from calib.study.trial import ExpertChoice, Trial, Variant, try_all
 from calib.study.two_stage import attention_parameters
-from calib.text.heldout import Encoded
 from surgery.layout.layout import Layout
 from surgery.planning.aims import DECODE, MEMORY, served_bytes
 from surgery.planning.choice import SizeChoice
@@ -126,7 +125,6 @@ class Study:
     settings: PassSettings
     tasks: Sequence[Task] = ()
     """Items that candidates answer."""
-    _dense: tuple[Encoded, list[np.ndarray]] | None = field(default=None, init=False)
     _dense_row: Row | None = field(default=None, init=False)
     _told: bool = field(default=False, init=False)
     """Whether a log line has said that the text is short."""
@@ -174,14 +172,13 @@ class Study:
         self._tell_short_text(passes)
         self.kept |= {c.name: t.kept for c, t in zip(candidates, trials, strict=False) if t.kept}
         if len(everything) > len(candidates):
-            self._dense = trials[-1].heldout, bits[-1]
-            self._dense_row = self._row(dense, trials[-1], bits[-1])
+            self._dense_row = self._row(dense, trials[-1], bits[-1], bits[-1])
         if (layout.vocab_size, None) in passes:
             dense_pass = passes[layout.vocab_size, None]
             self.block_influence = dense_pass.block_influence
             self.influence_seconds = dense_pass.watch.seconds.get("calibrate", 0.0)
         return [
-            self._row(candidate, trial, found)
+            self._row(candidate, trial, found, self.dense.window_bits)
             for candidate, trial, found in zip(candidates, trials, bits, strict=False)
         ]
 
@@ -202,9 +199,7 @@ class Study:
         text = candidate.text(self.text.layout.vocab_size)
         return Took(text, calibrate, trial.own_seconds, heldout)
 
-    def bits(
-        self, trials: Sequence[Trial], progress: Advance = no_advance
-    ) -> list[list[np.ndarray]]:
+    def bits(self, trials: Sequence[Trial], progress: Advance = no_advance) -> list[list[float]]:
         """Run ``trials`` as ``try_all`` does."""
         return try_all(self.text.layout, trials, self.settings, progress)
 
@@ -301,20 +296,12 @@ class Study:
         kept = kept_experts(layout, sizes, criterion, None, ids)  # empty if a text chooses
         return ExpertChoice(criterion, sizes.experts, expert_groups(layout), kept)
 
-    def _row(self, candidate: Candidate, trial: Trial, token_bits: Sequence[np.ndarray]) -> Row:
-        assert self._dense is not None
+    def _row(
+        self, candidate: Candidate, trial: Trial, bits: Sequence[float], dense: Sequence[float]
+    ) -> Row:
+        """Return a candidate's row, from the bits of each window and those of the dense model."""
         layout, sizes = self.text.layout, candidate.sizes
-        encoded, dense = self._dense
-        alike, alike_dense, alike_bytes = 0.0, 0.0, 0
-        pairs = zip(trial.heldout.words, token_bits, encoded.words, dense, strict=True)
-        for words, bits, words_before, bits_before in pairs:
-            same = words.alike(words_before)
-            alike += float(words.bits(bits)[same].sum())
-            alike_dense += float(words_before.bits(bits_before)[same].sum())
-            alike_bytes += int(words.nbytes[same].sum())
         nbytes = sum(len(text.encode("utf-8")) for text in self.text.heldout)
-        windows, windows_dense = ([float(b.sum()) for b in each] for each in (token_bits, dense))
-        total, total_dense = sum(windows), sum(windows_dense)
         other = candidate.slice_to or candidate.without_attention or candidate.stream
         parameters = parameters_of(layout, sizes)
         parameters -= sum(attention_parameters(layout, n) for n in candidate.without_attention)
@@ -332,16 +319,14 @@ class Study:
             num_hidden_layers=len(sizes.layers) or layout.num_hidden_layers,
             parameters=parameters,
             removed=1 - parameters / layout.parameters(layout.vocab_size, layout.widths),
-            bits_per_byte=total / nbytes,
-            loss=total / total_dense - 1,
-            alike_loss=alike / alike_dense - 1 if alike_dense else 0.0,
-            alike_share=alike_bytes / nbytes,
+            bits_per_byte=sum(bits) / nbytes,
+            loss=sum(bits) / sum(dense) - 1,
             experts=sizes.experts or layout.experts,
             decoded_bytes=0 if other else served_bytes(layout, sizes, DECODE),
             memory_bytes=0 if other else served_bytes(layout, sizes, MEMORY),
             heldout_windows=len(self.text.heldout),
             heldout_bytes=nbytes,
-            loss_margin=half_interval(windows, windows_dense),
-            window_bits=tuple(windows),
+            loss_margin=half_interval(bits, dense),
+            window_bits=tuple(bits),
             answers=answers,
         )

@@ -42,15 +42,6 @@ METHODS = (
 DENSE = "dense"
 """Name of the row of the model from which nothing is removed."""
 
-BLEND = 2 / 3
-"""Weight of the loss over all bytes in a score; the loss on words tokenized alike has the rest.
-
-On the task files of this project (``tools/tasks``), SmolLM2-135M lost 2.4 points of accuracy for
-each per cent of bits that pruning channels alone cost; there both losses are the same. It lost 1.6
-points for each per cent that pruning the vocabulary alone cost; there words tokenized alike cost
-nothing.
-"""
-
 
 @dataclass(frozen=True)
 class Row:
@@ -67,11 +58,7 @@ class Row:
     bits_per_byte: float
     """Over all bytes."""
     loss: float
-    """Bits divided by those of the dense model, minus 1."""
-    alike_loss: float
-    """The same on words that both vocabularies tokenize alike."""
-    alike_share: float
-    """Share of these words in all bytes."""
+    """Bits divided by those of the dense model, minus 1: the number that a search minimizes."""
     heldout_windows: int
     """Windows of held-out text."""
     heldout_bytes: int
@@ -95,14 +82,9 @@ class Row:
         """Return the bytes that ``aim`` makes few; 0 for quality, which counts none."""
         return {DECODE: self.decoded_bytes, MEMORY: self.memory_bytes}.get(aim, 0)
 
-    @property
-    def score(self) -> float:
-        """The number that a search minimizes."""
-        return BLEND * self.loss + (1 - BLEND) * self.alike_loss
-
     def facts(self, dense: "Row | None" = None) -> dict[str, Any]:
-        """Return all fields and the score, for JSON; answers beside those of ``dense``."""
-        found = asdict(replace(self, answers=None)) | {"score": self.score}
+        """Return all fields, for JSON; answers beside those of ``dense``."""
+        found = asdict(replace(self, answers=None))
         del found["answers"]
         found["window_bits"] = list(self.window_bits)
         if self.answers is not None:
@@ -122,30 +104,30 @@ def rows_html(title: str, rows: Sequence[Row]) -> str:
     cells = []
     for row in rows:
         sizes = [row.vocab_size, *row.widths.values(), *[row.experts] * routed]
-        bits = [f"{row.bits_per_byte:.4f}", f"{row.loss:+.2%}", f"{row.score:+.2%}"]
+        bits = [f"{row.bits_per_byte:.4f}", f"{row.loss:+.2%}"]
         cells.append([row.name, *sizes, row.num_hidden_layers, row.removed, *bits])
-    return html_table(title, [*heads, "bits per byte", "loss", "score"], cells)
+    return html_table(title, [*heads, "bits per byte", "loss"], cells)
 
 
 WITHIN = 0.01
-"""How much worse a score may be than the best one, for a row that serves an aim better."""
+"""How much more a row may lose than the best one does, if it serves an aim better."""
 
 
 def best_for(aim: str, rows: Sequence[Row]) -> Row:
-    """Return the row of the best score; or of those close to it, that with the fewest bytes.
+    """Return the row that loses least; or of those close to it, that with the fewest bytes.
 
     The dense model's row is never it. Bytes that differ by less than ``MARGIN`` count as equal.
     """
     rows = [row for row in rows if row.name != DENSE]
-    best = min(rows, key=lambda row: row.score)
-    close = [row for row in rows if row.score <= best.score + WITHIN]
+    best = min(rows, key=lambda row: row.loss)
+    close = [row for row in rows if row.loss <= best.loss + WITHIN]
     least = min(row.served(aim) for row in close)
     equal = [row for row in close if row.served(aim) <= (1 + MARGIN) * least]
-    return min(equal, key=lambda row: row.score)
+    return min(equal, key=lambda row: row.loss)
 
 
 def table(rows: Sequence[Row], ratio: float | None = None, aim: str = QUALITY) -> str:
-    """Return the rows as text for people; the best score is marked.
+    """Return the rows as text for people; the least loss is marked.
 
     Args:
         rows: One may be ``DENSE``.
@@ -158,7 +140,7 @@ def table(rows: Sequence[Row], ratio: float | None = None, aim: str = QUALITY) -
     heads = ["V'", *(["I'"] if len(keys) == 1 else keys), *["experts"] * routed]
     heads += ["layers", "parameters", "removed"]
     known = any(row.loss_margin is not None for row in rows)
-    heads += ["bits/byte", "loss", *["±"] * known, "alike", "score"]
+    heads += ["bits/byte", "loss", *["±"] * known]
     heads += {DECODE: ["read MB"], MEMORY: ["memory MB"]}.get(aim, [])
     answers = rows[0].answers
     heads += ["acc_norm", "of dense", "±"] if answers is not None else []
@@ -173,10 +155,8 @@ def table(rows: Sequence[Row], ratio: float | None = None, aim: str = QUALITY) -
         cells += [str(row.experts)] * routed
         cells += [str(row.num_hidden_layers), f"{row.parameters / 1e6:,.1f}M"]
         mark = "*" if ratio is not None and missed(row, ratio) else ""
-        cells += [f"{row.removed:.1%}{mark}", f"{row.bits_per_byte:.4f}"]
-        cells.append(f"{row.loss:+.1%}")
+        cells += [f"{row.removed:.1%}{mark}", f"{row.bits_per_byte:.4f}", f"{row.loss:+.1%}"]
         cells += ["?" if row.loss_margin is None else f"{row.loss_margin:.1%}"] * known
-        cells += [f"{row.alike_loss:+.1%}", f"{row.score:+.1%}"]
         cells += [f"{row.served(aim) / 1e6:,.1f}"] * (aim != QUALITY)
         if answers is not None and row.answers is not None:
             share = row.answers.share_of(answers)
@@ -218,13 +198,11 @@ def legend(row: Row, *, marked: bool = False, timed: bool = False, aim: str = QU
         + (
             "; ±: other windows of such text move it by less" if row.loss_margin is not None else ""
         ),
-        "alike: the same, over the words that both vocabularies tokenize alike",
-        "score: two parts loss, one part alike; search minimizes it",
     ]
     if aim != QUALITY:
         lines.append(
-            f"for {aim}: fewest {COUNTED[aim]}, of those with a score of at most "
-            f"{100 * WITHIN:g} point above the best"
+            f"for {aim}: fewest {COUNTED[aim]}, of those that lose at most "
+            f"{100 * WITHIN:g} point more than the best"
         )
     if row.answers is not None:
         sizes = " + ".join(f"{len(task.right):,} {task.name}" for task in row.answers.tasks)
@@ -246,6 +224,9 @@ def legend(row: Row, *, marked: bool = False, timed: bool = False, aim: str = QU
     return "\n".join(lines)
 
 
+LOSS_LABEL = "bits over the dense model's (%)"
+
+
 def plot_sizes(rows: Sequence[Row], path: Path, model: str = "") -> None:
     """Draw what the sizes of a search lose: over their E' where these differ, else over V'.
 
@@ -255,50 +236,54 @@ def plot_sizes(rows: Sequence[Row], path: Path, model: str = "") -> None:
         OutputError: as ``saved_figure``.
     """
     ordered = sorted(rows, key=lambda row: row.vocab_size)
-    best = min(ordered, key=lambda row: row.score)
+    best = min(ordered, key=lambda row: row.loss)
     by_experts = len({row.experts for row in rows}) > 1
     with saved_figure(path, 7, 4) as figure:
         axes = figure.subplots()
-        (_plot_experts if by_experts else _plot_losses)(axes, ordered)
+        if by_experts:
+            _plot_experts(axes, ordered)
+        else:
+            sizes = [row.vocab_size for row in ordered]
+            axes.plot(sizes, [100 * row.loss for row in ordered], marker="o")
+            axes.set(xlabel="V', rows of the embedding")
         axes.axvline(best.experts if by_experts else best.vocab_size, color="grey", linestyle=":")
-        sizes = [f"V' {best.vocab_size:,}", *[f"E' {best.experts}"] * by_experts]
-        sizes += [f"{key} {size:,}" for key, size in best.widths.items()]
+        named = [f"V' {best.vocab_size:,}", *[f"E' {best.experts}"] * by_experts]
+        named += [f"{key} {size:,}" for key, size in best.widths.items()]
         axes.set(
-            ylabel="score (%)" if by_experts else "bits over the dense model's (%)",
-            title=titled(model, f"{best.removed:.0%} fewer parameters\nbest: {', '.join(sizes)}"),
+            ylabel=LOSS_LABEL,
+            title=titled(model, f"{best.removed:.0%} fewer parameters\nbest: {', '.join(named)}"),
         )
         axes.title.set_fontsize("medium")
-        axes.legend(frameon=False)
 
 
 def plot_frontier(rows: Sequence[Row], aim: str, path: Path, model: str = "") -> None:
-    """Draw the score over the bytes that ``aim`` makes few, and the frontier.
+    """Draw the loss over the bytes that ``aim`` makes few, and the frontier.
 
-    Of the rows on it, none has fewer bytes and a better score. The title names ``model``.
+    Of the rows on it, none has fewer bytes and loses less. The title names ``model``.
 
     Raises:
         OutputError: as ``saved_figure``.
     """
     rows = sorted((row for row in rows if row.name != DENSE), key=lambda row: row.served(aim))
-    front = [row for n, row in enumerate(rows) if all(row.score < r.score for r in rows[:n])]
+    front = [row for n, row in enumerate(rows) if all(row.loss < r.loss for r in rows[:n])]
     chosen = best_for(aim, rows)
     with saved_figure(path, 7, 4.5) as figure:
         axes = figure.subplots()
 
         def points(chosen: Sequence[Row]) -> tuple[list[float], list[float]]:
-            return [row.served(aim) / 1e6 for row in chosen], [100 * row.score for row in chosen]
+            return [row.served(aim) / 1e6 for row in chosen], [100 * row.loss for row in chosen]
 
         axes.plot(*points(front), color="grey", drawstyle="steps-post", label="frontier")
         dots = axes.scatter(*points(rows), c=[r.vocab_size for r in rows], cmap="viridis", zorder=3)
         axes.scatter(*points([chosen]), s=140, facecolors="none", edgecolors="black", zorder=4)
         for row in rows:
             widths = ", ".join(f"{size:,}" for size in row.widths.values())
-            named, at = f"{row.vocab_size:,} : {widths}", (row.served(aim) / 1e6, 100 * row.score)
+            named, at = f"{row.vocab_size:,} : {widths}", (row.served(aim) / 1e6, 100 * row.loss)
             axes.annotate(named, at, (7, 7), textcoords="offset points", fontsize="x-small")
         figure.colorbar(dots, ax=axes, label="V', rows of the embedding")
         axes.set(
             xlabel=f"MB: {COUNTED[aim]}",
-            ylabel="score (%)",
+            ylabel=LOSS_LABEL,
             title=titled(model, f"V' : I' by what they lose and take; circled: for {aim}"),
         )
         axes.title.set_fontsize("medium")
@@ -306,32 +291,21 @@ def plot_frontier(rows: Sequence[Row], aim: str, path: Path, model: str = "") ->
         axes.legend(frameon=False)
 
 
-def _plot_losses(axes: Any, rows: Sequence[Row]) -> None:
-    """Draw the loss over V', for all bytes and for words tokenized alike, and the score."""
-    for label, values in (
-        ("all bytes", [row.loss for row in rows]),
-        ("words tokenized alike", [row.alike_loss for row in rows]),
-        ("score", [row.score for row in rows]),
-    ):
-        sizes = [row.vocab_size for row in rows]
-        axes.plot(sizes, [100 * value for value in values], marker="o", label=label)
-    axes.set(xlabel="V', rows of the embedding")
-
-
 def _plot_experts(axes: Any, rows: Sequence[Row]) -> None:
-    """Draw the score over E': a dot for each row, as dark as its V' is large, and the best line."""
+    """Draw the loss over E': a dot for each row, as dark as its V' is large, and the best line."""
     counts = sorted({row.experts for row in rows})
-    best = [min(row.score for row in rows if row.experts == count) for count in counts]
-    axes.plot(counts, [100 * score for score in best], color="grey", label="best score of each E'")
+    best = [min(row.loss for row in rows if row.experts == count) for count in counts]
+    axes.plot(counts, [100 * loss for loss in best], color="grey", label="best of each E'")
     dots = axes.scatter(
         [row.experts for row in rows],
-        [100 * row.score for row in rows],
+        [100 * row.loss for row in rows],
         c=[row.vocab_size for row in rows],
         cmap="viridis_r",
         zorder=3,
     )
     axes.figure.colorbar(dots, ax=axes, label="V', rows of the embedding")
     axes.set(xlabel="E', routed experts of each layer")
+    axes.legend(frameon=False)
 
 
 def plot_methods(found: Mapping[float, Sequence[Row]], path: Path, model: str = "") -> None:

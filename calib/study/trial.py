@@ -299,15 +299,15 @@ def try_all(
     trials: Sequence[Trial],
     settings: PassSettings,
     progress: Advance = no_advance,
-) -> list[list[np.ndarray]]:
+) -> list[list[float]]:
     """Run all trials and their calibration passes through the model, reading it once.
 
     A calibration pass holds the statistics of one layer at a time, for the trials that use it.
     Hidden states are in files if the settings name a directory for them, else in memory.
 
     Returns:
-        Per trial and held-out text, the bits of each token, float64. Of the items that trials are
-        asked, the bits have been counted.
+        Per trial, the bits of each held-out text. Of the items that trials are asked, the bits have
+        been counted.
     """
     passes = list(
         {
@@ -333,14 +333,14 @@ def try_all(
                 for trial in (t for t in trials if t.calibration_pass is calibration_pass):
                     with trial.watch.timed("trial"):
                         trial.run(decoder, index)
-                    progress(len(trial.heldout.words))
+                    progress(len(trial.heldout.counts))
                 if calibration_pass is not None:
                     calibration_pass.forget()
         scored = [predictions_of(trial.stream, trial.variant.ids.kept) for trial in trials]
         asked = [each for trial in trials if trial.asked for each in trial.asked.predictions()]
         count_bits(decoder, [*asked, *(each for found in scored for each in found.values())])
     return [
-        trial.heldout.by_text([each.bits() for _, each in sorted(found.items())])
+        trial.heldout.by_text(each.bits() for _, each in sorted(found.items()))
         for trial, found in zip(trials, scored, strict=True)
     ]
 

@@ -133,7 +133,6 @@ class TrialRow(msgspec.Struct, frozen=True):
     removed: Figure
     bits_per_byte: Figure
     loss: Figure
-    score: Figure
     heldout_windows: int
     heldout_bytes: int
     experts: int = 0
@@ -150,8 +149,8 @@ class Results:
 
     @property
     def best(self) -> TrialRow | None:
-        """The pair that a search found best."""
-        return min(self.search, key=lambda row: row.score, default=None)
+        """The sizes of least loss in a search."""
+        return min(self.search, key=lambda row: row.loss, default=None)
 
 
 def read_results(paths: Sequence[Path]) -> Results:

@@ -37,9 +37,9 @@ def chosen(layout: Layout, ratio: float, aim: str) -> Sizes:
     return choose_sizes(layout, CutRequest(SizeRequest(ratio, multiple_of=8, aim=aim))).sizes
 
 
-def row(name: str, score: float, decoded: int = 0, memory: int = 0) -> Row:
+def row(name: str, loss: float, decoded: int = 0, memory: int = 0) -> Row:
     counted: dict[str, Any] = {"decoded_bytes": decoded, "memory_bytes": memory}
-    return Row(name, 9, {"i": 9}, 1, 9, 0.1, 1.0, score, score, 1.0, 1, 1, **counted)
+    return Row(name, 9, {"i": 9}, 1, 9, 0.1, 1.0, loss, 1, 1, **counted)
 
 
 @settings(deadline=None, max_examples=25)
@@ -128,8 +128,8 @@ def test_search_for_memory_draws_the_frontier(tied: Layout, tmp_path: Path, run:
     result = run("search", tied.checkpoint.path, *options, *more, "-o", tmp_path / "best.json")
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout.splitlines()[0])
-    least = min(each["score"] for each in rows) + WITHIN
-    close = [each for each in rows if each["score"] <= least]
+    least = min(each["loss"] for each in rows) + WITHIN
+    close = [each for each in rows if each["loss"] <= least]
     bytes_of = {each["vocab_size"]: each["memory_bytes"] for each in close}
     found = Plan.load(tmp_path / "best.json").after.vocab_size
     assert bytes_of[found] <= min(bytes_of.values()) * (1 + MARGIN)

@@ -25,6 +25,7 @@ from surgery.planning.sizes import Sizes
 from surgery.report import page as pages
 from surgery.report.page import Report
 from surgery.report.passages import TextGrowth
+from surgery.report.proof import read_results
 from surgery.report.spelling import javascript_regex, script_json
 from surgery.report.vocabulary import LANGUAGES, GroupCount
 from tests.support import tiny
@@ -374,20 +375,22 @@ def test_prune_in_python_writes_a_page_too(llama: Path, text: Path, tmp_path: Pa
 def test_results_are_shown(bench: Path, run: Run) -> None:
     size = {"num_hidden_layers": 3, "parameters": 9, "heldout_windows": 1, "heldout_bytes": 9}
     row = {"vocab_size": 512, "widths": {"intermediate_size": 64}, "bits_per_byte": 1.5}
-    tried = {**size, **row, "name": "V' 512", "removed": 0.2, "loss": 0.25, "score": 0.2}
+    tried = {**size, **row, "name": "V' 512", "removed": 0.2, "loss": 0.25}
     files = {
         "score.json": [
             {"model": "dense", "bits_per_byte": 1.25, "bytes": 9, "windows": 1},
             {"model": "<b>smaller", "bits_per_byte": 1.5, "bytes": 9, "windows": 1, "margin": 0.1,
              "change": {"share": 0.2, "margin": 0.01}},
         ],
-        "search.json": [tried],
+        "search.json": [{**tried, "name": "V' 600", "loss": 0.3}, tried],
         "compare.json": {"0.2": [{**tried, "name": "dense", "loss": 0.0}, tried]},
     }  # fmt: skip
     given = []
     for name, value in files.items():
         Path(name).write_text(json.dumps(value))
         given += ["--results", name]
+    found = read_results([Path("search.json")])
+    assert found.best == found.search[1]
     more = ("--stats", "stats.safetensors", "-o", "page.html")
     done = run("report", "plan.json", "--source", "model", *given, *more)
     assert done.exit_code == 0, done.output
@@ -471,7 +474,7 @@ def test_patterns_are_written_as_javascript_reads_them() -> None:
 
 def test_notebooks_show_scores_and_searches() -> None:
     score = Score((20.0, 28.0), (16, 16), "digest", tokens=9, lossy_windows=0)
-    dense = Row("dense", 640, {"intermediate_size": 96}, 3, 900, 0.0, 1.5, 0.0, 0.0, 1.0, 2, 32)
+    dense = Row("dense", 640, {"intermediate_size": 96}, 3, 900, 0.0, 1.5, 0.0, 2, 32)
     tried = replace(dense, name="<V' 512>", vocab_size=512, removed=0.2, loss=0.1)
     search = SearchResult(dense, [tried], Sizes(512, {"intermediate_size": 96}))
     for shown, words in (

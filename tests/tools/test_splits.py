@@ -44,7 +44,7 @@ def test_the_pair_found_is_held_against_the_others(
     assert list(judged) == ["search", "channels", "vocabulary", "rule"]
     assert judged["channels"]["vocab_size"] == max(r["vocab_size"] for r in facts["tried"])
     assert judged["vocabulary"]["vocab_size"] == min(r["vocab_size"] for r in facts["tried"])
-    best = min(facts["tried"], key=lambda row: row["score"])
+    best = min(facts["tried"], key=lambda row: row["loss"])
     assert judged["search"]["vocab_size"] == best["vocab_size"]
     assert judged["search"]["loss"] != best["loss"], "the same text"
     assert facts["forwards_per_pair"] > 0
