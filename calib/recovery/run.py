@@ -299,13 +299,15 @@ class Recovery:
                 found=f"{start} bits per byte of held-out text",
                 fix="check its weights",
             )
-        seconds = 60 * (options.minutes or 0) - self.writing_seconds
         try_step = partial(training.try_step, options.batch_size)
-        step = timed(try_step, TRYING * seconds) * self._accumulated
-        steps, evaluations = max(1, (options.tokens or 0) // self._tokens_of_step), EVALUATIONS
-        if options.minutes is not None:
-            left = (1 - TRYING) * seconds
-            steps, evaluations = fitting_steps(left, step, evaluation)
+        if options.minutes is None:
+            assert options.tokens is not None
+            step = timed(try_step) * self._accumulated
+            steps, evaluations = max(1, options.tokens // self._tokens_of_step), EVALUATIONS
+        else:
+            seconds = 60 * options.minutes - self.writing_seconds
+            step = timed(try_step, TRYING * seconds) * self._accumulated
+            steps, evaluations = fitting_steps((1 - TRYING) * seconds, step, evaluation)
         every = -(-steps // evaluations)
         took = expected_seconds(steps, step, -(-steps // every), evaluation)
         return work.begin(steps, every, start), took
