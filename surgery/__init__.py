@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     )
     from surgery.errors import SurgeryError
     from surgery.planning.plan import Plan
-    from surgery.stats.channel_stats import ChannelStats, merge_stats
+    from surgery.stats.channel_stats import ChannelStats
+    from surgery.stats.merge import merge_stats
     from surgery.text.documents import Source
 
 
@@ -44,7 +45,7 @@ _HOMES = {
     "Plan": "surgery.planning.plan",
     "Source": "surgery.text.documents",
     "SurgeryError": "surgery.errors",
-    "merge_stats": "surgery.stats.channel_stats",
+    "merge_stats": "surgery.stats.merge",
 }
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())

@@ -17,7 +17,7 @@ from surgery.families.schema import Family
 from surgery.families.table import FAMILIES
 from surgery.hub.shards import Shards
 from surgery.layout.layout import Layout
-from surgery.planning import planner
+from surgery.planning import selection
 from surgery.planning.request import CutRequest, SizeRequest
 from surgery.stats.channels import ChannelOptions
 from tests.support import ROOT, tiny
@@ -298,8 +298,8 @@ def test_a_criterion_of_weights_alone_reads_them_once(
         read.append(layer)
         return measured(layout, layer, shards)
 
-    measured = planner._aimer
-    monkeypatch.setattr(planner, "_aimer", noted)
+    measured = selection._aimer
+    monkeypatch.setattr(selection, "_aimer", noted)
     by = ("--num-experts", 3, "--expert-criterion", "aimer")
     made = run("prune", model, *by, "-o", tmp_path / "out")
     assert made.exit_code == 0, made.output

@@ -29,7 +29,8 @@ from surgery.planning.choice import SizeChoice, choose_sizes, rarity_or_whole
 from surgery.planning.request import CutRequest
 from surgery.planning.sizes import candidate_vocab_sizes
 from surgery.process import Advance, Progress, no_advance, reuse_freed_memory
-from surgery.stats.channel_stats import ChannelStats, merge_stats
+from surgery.stats.channel_stats import ChannelStats
+from surgery.stats.merge import merge_stats
 from surgery.text.documents import TextOptions
 from surgery.tokenizer.tokenizer_file import load_tokenizer, prune_tokenizer
 from surgery.vocabulary.order import Rarity, open_vocabulary

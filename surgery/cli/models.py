@@ -383,7 +383,7 @@ def stats() -> None:
 def merge(paths: tuple[Path, ...], output: Path, force: bool) -> None:
     """Add up the statistics of separate runs over parts of a text, or over several texts."""
     from surgery.files.atomic import check_file
-    from surgery.stats.channel_stats import merge_stats
+    from surgery.stats.merge import merge_stats
 
     check_file(output, force=force)
     merged = merge_stats(paths)

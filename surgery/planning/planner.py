@@ -1,51 +1,46 @@
 """Make a plan from headers, sizes and statistics; no weights are read."""
 
-import math
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
 from surgery.checkpoint.checkpoint import same_weights
-from surgery.checkpoint.fp8 import weight_windows
-from surgery.checkpoint.opaque import opaque_matrices
 from surgery.errors import BudgetError, StatsError
 from surgery.families.schema import EXPERT, GLINER
 from surgery.files import index_sets
 from surgery.files.model_files import ADAPTER_NAME
-from surgery.files.safetensors_header import TensorRef
-from surgery.hub.shards import Shards
 from surgery.layout.layout import Layout
 from surgery.planning.choice import SizeChoice
 from surgery.planning.layers import check_layers, format_layers, kind_notes
 from surgery.planning.plan import ChannelShares, Plan, Provenance, recorded_pre_tokenizer
+from surgery.planning.selection import (
+    channel_sizes,
+    encoded_channels,
+    encoded_experts,
+    kept_channels,
+    kept_experts,
+    of_experts,
+    of_output,
+    without_experts,
+)
 from surgery.planning.shapes import (
     KeptExperts,
     axis_lengths,
-    blocks,
     check_blocks,
     check_experts,
-    expert_groups,
     parameters_of,
     shape_of,
 )
 from surgery.planning.sizes import TOLERANCE, Sizes, check_sizes, whole
 from surgery.stats.channel_stats import ChannelStats
 from surgery.stats.channels import (
-    AIMER,
     RANDOM,
     ChannelOptions,
     Kept,
     bucket_weights,
-    choose_channels,
-    choose_experts,
-    expert_importance,
     kept_shares,
-    needs_stats,
-    random_channels,
     too_few_tokens,
     unseen_experts,
 )
@@ -90,7 +85,7 @@ def plan_cut(
     ids = choice.rarity.id_map(sizes.vocab_size)
     influence = stats.block_influence if stats is not None else None
     notes = _notes(layout, choice, cost, influence)
-    kept_channels: list[dict[str, list[str]]] = []
+    encoded: list[dict[str, list[str]]] = []
     shares = None
     if stats is not None:
         check_stats(layout, stats)
@@ -98,9 +93,9 @@ def plan_cut(
     if stats is not None:
         notes += _notes_on_stats(layout, sizes, channels, stats, ids, experts_kept)
     if stats is not None or (channels.criterion == RANDOM and sizes.widths != layout.widths):
-        kept = _kept_channels(layout, stats, ids, sizes, channels.criterion)
-        kept_channels = _encoded_channels(layout, sizes, _of_experts(kept, experts_kept))
-        shares = _shares(layout, stats, ids, sizes, _without_experts(kept, experts_kept))
+        kept = kept_channels(layout, stats, ids, sizes, channels.criterion)
+        encoded = encoded_channels(layout, sizes, of_experts(kept, experts_kept))
+        shares = _shares(layout, stats, ids, sizes, without_experts(kept, experts_kept))
     return Plan(
         source=layout.checkpoint.source,
         fingerprint=layout.checkpoint.fingerprint,
@@ -109,8 +104,8 @@ def plan_cut(
         after=shape_of(layout, sizes, experts_kept),
         kept_tokens=index_sets.encode(ids.kept, layout.vocab_size),
         rowless_tokens=choice.rarity.rowless,
-        kept_channels=kept_channels,
-        kept_experts=_encoded_experts(layout, sizes, experts_kept),
+        kept_channels=encoded,
+        kept_experts=encoded_experts(layout, sizes, experts_kept),
         dropped=layout.dropped,
         dequantize=sizes.dequantize,
         untie=layout.unties,
@@ -179,149 +174,12 @@ def _check_repair(layout: Layout, sizes: Sizes, repair: str) -> None:
         )
 
 
-def kept_experts(
-    layout: Layout,
-    sizes: Sizes,
-    criterion: str,
-    stats: ChannelStats | None,
-    ids: IdMap,
-) -> dict[int, np.ndarray]:
-    """Return layer of the source → the experts to keep; empty if none are removed or chosen."""
-    if not sizes.experts or (stats is None and needs_stats(criterion)):
-        return {}
-    layers = [layer for layer, axes in enumerate(layout.ffn_outputs) if EXPERT in axes]
-    groups = expert_groups(layout)
-    sums = {layer: stats.layers[layer][EXPERT] for layer in layers} if stats else {}
-    weights = bucket_weights(stats, ids) if stats else np.ones(1)
-    found = {}
-    with Shards.of(layout.checkpoint.path) as shards:
-        if criterion == AIMER:
-            refs = [ref for layer in layers for ref in _expert_matrices(layout, layer)]
-            shards.expect([{ref.path.name} for ref in refs])
-        for layer in layers:
-            if criterion == AIMER:
-                importance = -_aimer(layout, layer, shards)
-            else:
-                importance = expert_importance(
-                    criterion, sums.get(layer), weights, layout.experts, layer
-                )
-            found[layer] = choose_experts(importance, sizes.experts, groups)
-    return found
-
-
-def _aimer(layout: Layout, layer: int, shards: Shards) -> np.ndarray:
-    """Return ‖w‖₁ / (√N ‖w‖₂) of each expert's matrices, float64 ``[experts]``; reads them.
-
-    Source: arXiv 2603.18492, eq. 4, which removes the experts of the largest value.
-    """
-    sums = np.zeros((3, layout.experts))  # N, Σ|w| and Σw²
-    for ref in _expert_matrices(layout, layer):
-        role = layout.roles[ref.name]
-        total = math.prod(layout.shape_of(ref))
-        for first, values in _values(layout, ref, shards):
-            expert = role.expert or 0
-            if role.slot.packed:
-                expert = first * layout.experts // total
-            wide = values.astype(np.float64)
-            sums[:, expert] += len(wide), np.abs(wide).sum(), np.square(wide).sum()
-    count, absolute, square = sums
-    return absolute / np.sqrt(np.maximum(count * square, np.finfo(np.float64).tiny))
-
-
-def _values(layout: Layout, ref: TensorRef, shards: Shards) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the values of a weight in order, with the number of each window's first one."""
-    if not layout.roles[ref.name].opaque:
-        yield from weight_windows(layout.checkpoint, ref, shards)
-        return
-    first = 0
-    for matrix in opaque_matrices(layout.checkpoint, ref):
-        yield first, matrix.decode(shards).reshape(-1)
-        first += math.prod(matrix.shape)
-
-
-def _expert_matrices(layout: Layout, layer: int) -> list[TensorRef]:
-    """Return the tensors of a layer that hold its experts' matrices; their biases are none."""
-    return [
-        ref
-        for ref in layout.of_layer[layer].values()
-        if (slot := layout.roles[ref.name].slot).width == EXPERT
-        and len(layout.shape_of(ref)) == (3 if slot.packed else 2)
-    ]
-
-
-def _encoded_experts(layout: Layout, sizes: Sizes, kept: KeptExperts) -> list[str]:
-    """Return the experts to keep, as the plan holds them."""
-    if not kept:
-        return []
-    groups = sizes.layers or [[layer] for layer in range(layout.num_hidden_layers)]
-    none = np.zeros(0, dtype=np.int64)
-    return [index_sets.encode(kept.get(group[0], none), layout.experts) for group in groups]
-
-
-def _kept_channels(
-    layout: Layout, stats: ChannelStats | None, ids: IdMap, sizes: Sizes, criterion: str
-) -> Kept:
-    """Return the channels to keep of every layer of the source."""
-    lengths = axis_lengths(layout, sizes.widths)
-    by_key = {} if sizes.dequantize else blocks(layout)
-    by_axis = {axis: by_key.get(width.key, 1) for axis, width in layout.family.widths.items()}
-    if stats is None:
-        return random_channels(_channel_sizes(layout), lengths, by_axis)
-    return choose_channels(stats, ids, lengths, criterion, by_axis)
-
-
-def _of_experts(kept: Kept, experts: KeptExperts) -> Kept:
-    """Return ``kept`` without the entries of removed experts."""
-    found = [dict(axes) for axes in kept]
-    for layer, chosen in experts.items():
-        found[layer][EXPERT] = [kept[layer][EXPERT][expert] for expert in chosen]
-    return found
-
-
-def _without_experts(kept: Kept, experts: KeptExperts) -> Kept:
-    """Return ``kept`` with no channels of removed experts."""
-    found = [dict(axes) for axes in kept]
-    for layer, chosen in experts.items():
-        every = enumerate(kept[layer][EXPERT])
-        found[layer][EXPERT] = [own if n in chosen else own[:0] for n, own in every]
-    return found
-
-
-def _encoded_channels(layout: Layout, sizes: Sizes, kept: Kept) -> list[dict[str, list[str]]]:
-    """Return the channels to keep of every layer of the output, as the plan holds them."""
-    full = axis_lengths(layout, layout.widths)
-    return [
-        {
-            axis: [index_sets.encode(k, full[axis]) for k in of_axis]
-            for axis, of_axis in axes.items()
-        }
-        for axes in _of_output(kept, sizes)
-    ]
-
-
-def _channel_sizes(layout: Layout) -> list[dict[str, tuple[int, int]]]:
-    """Return per layer: channel axis → experts and channels."""
-    full = axis_lengths(layout, layout.widths)
-    return [
-        {axis: (experts, full[axis]) for axis, experts in axes.items()}
-        for axes in layout.ffn_outputs
-    ]
-
-
 def _shares(
     layout: Layout, stats: ChannelStats | None, ids: IdMap, sizes: Sizes, kept: Kept
 ) -> ChannelShares:
     """Return what the kept channels of every layer of the output hold of the statistics."""
     shares = [{} for _ in kept] if stats is None else kept_shares(stats, ids, kept)
-    return ChannelShares(axis_lengths(layout, layout.widths), _of_output(shares, sizes))
-
-
-Layer = TypeVar("Layer")
-
-
-def _of_output(layers: list[Layer], sizes: Sizes) -> list[Layer]:
-    """Return, for each layer of the output, what ``layers`` has of the first of its layers."""
-    return [layers[group[0]] for group in sizes.layers] if sizes.layers else layers
+    return ChannelShares(axis_lengths(layout, layout.widths), of_output(shares, sizes))
 
 
 def check_stats(layout: Layout, stats: ChannelStats) -> None:
@@ -344,7 +202,7 @@ def check_stats(layout: Layout, stats: ChannelStats) -> None:
             "belong to a model of the same shapes with other weights",
             fix=f"calibrate {layout.checkpoint.path}",
         )
-    expected = _channel_sizes(layout)
+    expected = channel_sizes(layout)
     found = [{axis: sums.sum_sq.shape[1:] for axis, sums in a.items()} for a in stats.layers]
     if found != expected or len(stats.token_counts) != layout.vocab_size:
         layer = next((i for i, (a, b) in enumerate(zip_longest(found, expected)) if a != b), 0)

@@ -19,8 +19,8 @@ from surgery.planning.layers import (
     ranked,
 )
 from surgery.planning.plan import Plan
-from surgery.planning.planner import kept_experts
 from surgery.planning.request import SizeRequest, allowed_steps, main_width
+from surgery.planning.selection import kept_experts
 from surgery.planning.shapes import (
     axis_lengths,
     blocks,

@@ -13,8 +13,9 @@ from calib.statistics.sums import ChannelSums
 from calib.streaming.batches import Routed
 from surgery.errors import StatsError
 from surgery.planning.plan import Plan
-from surgery.stats.channel_stats import ROUTED_PARTS, ChannelStats, merge_stats
+from surgery.stats.channel_stats import ROUTED_PARTS, ChannelStats
 from surgery.stats.channels import EXPERT_CRITERIA, bucket_weights, expert_importance
+from surgery.stats.merge import merge_stats
 from surgery.vocabulary.order import rarity_of
 from tests.support import fp8, tiny
 from tests.support.calibration import CPU, EDGES, SEQ_LEN, SETTINGS, sample_windows, take_stats

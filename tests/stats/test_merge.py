@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from calib.text.windows import Part
 from surgery.errors import DataError, StatsError
 from surgery.planning.plan import Plan
-from surgery.stats.channel_stats import PARTS, AxisSums, ChannelStats, StatsInfo, merge_stats
+from surgery.stats.channel_stats import PARTS, AxisSums, ChannelStats, StatsInfo
+from surgery.stats.merge import merge_stats
 from tests.support import tiny
 from tests.support.command import Run
 
