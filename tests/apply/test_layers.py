@@ -28,7 +28,7 @@ from tests.support.plans import layout_of, masked_dense
 from tests.support.sample import KEYS, sampled
 
 CPU = torch.device("cpu")
-BESIDE = re.compile("vision|visual|image|audio|qformer|sam_|connector|projector")
+BESIDE = re.compile("vision|visual|video|image|audio|qformer|sam_|connector|projector")
 """Parts of a name that no layer of a language model has."""
 
 
