@@ -41,17 +41,30 @@ def peak_rss_bytes() -> int | None:
 
 
 def moved_bytes() -> dict[str, int] | None:
-    """Bytes that this process has read and written; None where the system does not report it."""
-    if IO_COUNTERS.exists():
+    """Bytes that this process has read and written; None where the system does not report it.
+
+    Some containers let no process read its own counters.
+    """
+    try:
         lines = IO_COUNTERS.read_text(encoding="ascii").splitlines()
-        fields = dict(line.split(": ") for line in lines)
-        return {"read_bytes": int(fields["rchar"]), "written_bytes": int(fields["wchar"])}
+    except FileNotFoundError:
+        return _counted_by_psutil()
+    except OSError:
+        return None
+    fields = dict(line.split(": ") for line in lines)
+    return {"read_bytes": int(fields["rchar"]), "written_bytes": int(fields["wchar"])}
+
+
+def _counted_by_psutil() -> dict[str, int] | None:
     import psutil
 
     process = psutil.Process()
     if not hasattr(process, "io_counters"):  # as on macOS
         return None
-    counted = process.io_counters()
+    try:
+        counted = process.io_counters()
+    except psutil.Error:
+        return None
     return {"read_bytes": counted.read_bytes, "written_bytes": counted.write_bytes}
 
 

@@ -1,6 +1,7 @@
 """Without what only Linux has, and with what Windows refuses, commands write the same bytes."""
 
 import ctypes
+import errno
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from calib.streaming.hidden_states import reserve
 from surgery import process
 from surgery.process import release_freed_memory, reuse_freed_memory
+from tests.support.command import Run
 from tests.support.contents import snapshot
 
 ROOT = Path(__file__).parents[2]
@@ -179,6 +181,24 @@ def test_what_no_system_counts_is_not_told(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(process, "IO_COUNTERS", Path("no such file"))
     monkeypatch.delattr(psutil.Process, "io_counters", raising=False)
     assert process.moved_bytes() is None
+
+
+class Unreadable:
+    """A file that the system shows to nobody."""
+
+    def read_text(self, *, encoding: str) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/proc/self/io")
+
+
+def test_apply_works_where_its_own_counters_cannot_be_read(
+    bench: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "IO_COUNTERS", Unreadable())
+    made = run("apply", "plan.json", "-o", "out", "--json")
+    assert made.exit_code == 0, made.output
+    facts = json.loads(made.stdout)
+    assert facts["parameters"] > 0
+    assert not {"read_bytes", "written_bytes", "written_bytes_per_second"} & facts.keys()
 
 
 def test_windows_tells_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:
