@@ -11,7 +11,7 @@ QUALITY, DECODE, MEMORY = AIMS = ("quality", "decode", "memory")
 
 POSITIONS = 2048
 """Positions whose keys, values and logits count for memory: a batch of 16 texts of 128 tokens, as
-where texts are scored."""
+where texts are scored. Of an encoder with a decoder, both read as many."""
 
 MARGIN = 0.01
 """Bytes that differ by less than this share count as equal: what the steps of the sizes leave."""
@@ -36,7 +36,8 @@ def served_bytes(layout: Layout, sizes: Sizes, aim: str) -> int:
     """
     found = serving_of(layout, sizes)
     if aim == MEMORY:
-        return found.weights + POSITIONS * ((found.cache or 0) + (found.logits or 0))
+        positions = (found.cache or 0) + (found.source_cache or 0) + (found.logits or 0)
+        return found.weights + POSITIONS * positions
     if found.decoded is None:
         raise BudgetError(
             f"`aim` {DECODE}",

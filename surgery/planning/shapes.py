@@ -1,6 +1,7 @@
 """Shapes and bytes of an output from headers alone; what quantized weights and routers allow."""
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -355,7 +356,10 @@ class Serving:
     None where headers do not tell, or nothing is decoded."""
     cache: int | None
     """Keys and values of each position, in bf16; layers with windows keep only the last ones. None
-    as for ``decoded``."""
+    where headers do not tell, or nothing is decoded."""
+    source_cache: int | None
+    """The same of each position of an encoder's text, to which its decoder attends; None where
+    there is no encoder."""
     logits: int | None
     """float32 logits of each position of a batch; None where the model predicts no tokens."""
 
@@ -376,14 +380,20 @@ def serving_of(layout: Layout, sizes: Sizes) -> Serving:
         table = role.slot.dims == (Dim(VOCAB), None) and not _is_head(layout, role)
         looked_up += nbytes - nbytes // sizes.vocab_size if table else 0
         routed += nbytes if role.slot.of_expert or role.slot.packed else 0
-    cached = _cached(layout, [group[0] for group in sizes.layers])
+    beside_encoder = layout.family.kind == ENCODER_DECODER
+    cached, of_source = 0, 0
+    if beside_encoder:
+        cached, of_source = _cached_beside_encoder(layout)
+    elif layout.predicts:
+        cached = _cached(layout, [group[0] for group in sizes.layers])
     count = sizes.experts or layout.experts
     idle = routed * (count - min(_per_token(layout), count)) // count if count else 0
-    decodes = layout.predicts or layout.family.kind == ENCODER_DECODER
+    decodes = layout.predicts or beside_encoder
     return Serving(
         weights=total,
         decoded=total - beside - idle - looked_up if layout.predicts else None,
-        cache=cached * CACHE_ITEMSIZE or None if layout.predicts else None,
+        cache=cached * CACHE_ITEMSIZE or None,
+        source_cache=of_source * CACHE_ITEMSIZE or None,
         logits=sizes.vocab_size * LOGIT_ITEMSIZE if decodes else None,
     )
 
@@ -421,18 +431,52 @@ def _cached_values(attention: Mapping[str, tuple[int, ...]]) -> int:
     return latents + keys + attention.get("v_proj", (keys,))[0]
 
 
+MAPS = {"k", "v", "key", "value", "k_proj", "v_proj", "key_proj", "value_proj"}
+"""Names of the maps that make keys and values, in decoders that have an encoder."""
+
+CROSSES = re.compile("cross|encoder|encdec", re.IGNORECASE)
+"""What the name of an attention to the encoder has."""
+
+
+def _cached_beside_encoder(layout: Layout) -> tuple[int, int]:
+    """Values that a decoder caches of each of its positions, and of each of its encoder's.
+
+    Where no attention is to the encoder alone, each is to both (T5Gemma 2). All layers are kept.
+    """
+    own = of_source = 0
+    for name, ref in layout.checkpoint.tensors.items():
+        *path, last = name.removesuffix(".weight").split(".")
+        if last not in MAPS or "decoder" not in path:
+            continue
+        first = len(path) - path[::-1].index("decoder")
+        if any(map(CROSSES.search, path[first:])):
+            of_source += layout.shape_of(ref)[0]
+        else:
+            own += layout.shape_of(ref)[0]
+    return own, of_source or own
+
+
 def serving_table(before: Serving, after: Serving | None = None) -> str:
     """Return predictions as text for people, side by side where there are two.
 
     Of a model that predicts no tokens, weights alone.
     """
-    names = ("weights", "read for each decoded token", "cache of each position", "logits")
-    keys = ("weights", "decoded", "cache", "logits")[: 1 if before.logits is None else None]
-    head = f"{'bytes':<28}{'before' if after else '':>18}"
+    names = {
+        "weights": "weights",
+        "decoded": "read for each decoded token",
+        "cache": "cache of each position",
+        "source_cache": "cache of each source position",
+        "logits": "logits",
+    }
+    if before.logits is None:
+        names = {"weights": names["weights"]}
+    elif before.source_cache is None:
+        del names["source_cache"]
+    head = f"{'bytes':<30}{'before' if after else '':>18}"
     rows = [head + f"{'after':>18}{'removed':>10}" if after else head.rstrip()]
-    for name, key in zip(names, keys, strict=False):
+    for key, name in names.items():
         old, new = getattr(before, key), getattr(after, key) if after else None
-        row = f"{name:<28}{'unknown' if old is None else f'{old:,}':>18}"
+        row = f"{name:<30}{'unknown' if old is None else f'{old:,}':>18}"
         if after is not None:
             share = f"{1 - new / old:.2%}" if old and new is not None else ""
             row += f"{'unknown' if new is None else f'{new:,}':>18}{share:>10}"

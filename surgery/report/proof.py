@@ -95,9 +95,12 @@ def _memory(layout: Layout, plan: Plan) -> tuple[list[BillRow], int]:
     context = min(CONTEXT, most) if type(most) is int and most > 0 else CONTEXT
     if before.cache is None or after.cache is None:
         return rows, 0
-    cache = BillRow("cache of keys and values", before.cache * context, after.cache * context)
-    together = BillRow("together", rows[0].before + cache.before, rows[0].after + cache.after)
-    return [*rows, cache, together], context
+    rows.append(BillRow("cache of keys and values", before.cache * context, after.cache * context))
+    if before.source_cache is not None and after.source_cache is not None:
+        sizes = (before.source_cache * context, after.source_cache * context)
+        rows.append(BillRow("cache of as many tokens of a source", *sizes))
+    together = (sum(row.before for row in rows), sum(row.after for row in rows))
+    return [*rows, BillRow("together", *together)], context
 
 
 Figure = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]

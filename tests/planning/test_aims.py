@@ -111,13 +111,23 @@ def test_of_rows_that_lose_little_more_the_one_of_fewest_bytes_is_chosen() -> No
     assert [line.split()[0] for line in lines if line.endswith("  best")] == ["best"]
 
 
-def test_memory_counts_no_cache_where_none_is_predicted(tmp_path: Path, run: Run) -> None:
-    """An encoder's layers keep nothing, and what a decoder beside one keeps is not predicted."""
-    path = tiny_encoders.save(tmp_path / "model", "t5", "text")
-    request = ("--ratio", 0.1, "--multiple-of", 8, "--for", "memory", "-o", tmp_path / "p.json")
-    result = run("plan", path, *request)
-    assert result.exit_code == 0, result.output
-    assert "fewer bytes in memory with logits of 2,048 positions" in result.output
+def test_memory_counts_the_caches_that_there_are(tmp_path: Path, run: Run) -> None:
+    """An encoder's layers keep nothing; a decoder beside one keeps its own and the encoder's."""
+    for key, head, counted in (
+        ("t5", "text", "with the cache and logits of 2,048 positions"),
+        ("bert", "masked", "with logits of 2,048 positions"),
+    ):
+        path = tiny_encoders.save(tmp_path / key, key, head)
+        request = ("--ratio", 0.1, "--multiple-of", 8, "--for", "memory")
+        result = run("plan", path, *request, "-o", tmp_path / f"{key}.json")
+        assert result.exit_code == 0, result.output
+        assert f"fewer bytes in memory {counted}" in result.output
+    layout = layout_of(tmp_path / "t5")
+    sizes = [Sizes(size, layout.widths) for size in (640, 512)]
+    found = [served_bytes(layout, each, MEMORY) for each in sizes]
+    one = layout.by_name["shared.weight"].nbytes // 640
+    assert found[0] - found[1] == 128 * (one + 2048 * 4)
+    assert found[0] == layout.checkpoint.nbytes + 2048 * (128 + 128 + 640 * 4)
 
 
 def test_search_for_memory_draws_the_frontier(tied: Layout, tmp_path: Path, run: Run) -> None:
