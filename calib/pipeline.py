@@ -1,7 +1,7 @@
 """The whole pipeline: calibrate, plan, repair, apply and verify."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -56,7 +56,7 @@ class PlanFiles:
     def beside(
         cls,
         output: Path,
-        model: Path,
+        read: Collection[Path],
         *,
         resume: bool = False,
         force: bool = False,
@@ -64,32 +64,32 @@ class PlanFiles:
     ) -> "PlanFiles":
         """Return ``DIR.plan.json`` and ``DIR.stats.safetensors`` beside the directory ``output``.
 
-        With ``report``, also ``DIR.report.html``.
+        With ``report``, also ``DIR.report.html``. ``read`` is as for ``check``.
 
         Raises:
-            OutputError: ``output`` cannot be written, or is inside the directory ``model``; or it
-                was interrupted, and ``resume`` is not given; or one of the files is there, and
-                neither ``force`` nor ``resume`` is given.
+            OutputError: ``output`` cannot be written, or is inside what is read; or it was
+                interrupted, and ``resume`` is not given; or one of the files is there, and neither
+                ``force`` nor ``resume`` is given; or it is one of those that are read.
         """
         if not (resume and output.is_dir()):
-            check_output_path(output, model)
+            check_output_path(output, read)
         ends = (PLAN_END, STATS_END, PAGE_END)
         plan, stats, page = (output.with_name(output.name + end) for end in ends)
         for interrupted in (output, stats):
             check_no_partial(interrupted, resume=resume)
         files = cls(plan, stats, output, resume, force, page if report else None)
-        files.check(model)
+        files.check(read)
         return files
 
-    def check(self, model: Path) -> None:
-        """Refuse files that cannot be written, are there, or are inside the directory ``model``.
+    def check(self, read: Collection[Path]) -> None:
+        """Refuse files that cannot be written, or are there; ``read`` is as for ``check_file``.
 
         Raises:
             OutputError: it names the path.
         """
         for path in (self.plan, self.stats, replacement_file(self.plan), self.page):
             if path is not None and path.absolute().parent.is_dir():  # else it is created
-                check_file(path, model, force=self.force or self.resume)
+                check_file(path, read, force=self.force or self.resume)
 
 
 PLAN_END, STATS_END, PAGE_END = ".plan.json", ".stats.safetensors", ".report.html"

@@ -17,6 +17,10 @@ AMEND = "correct it, or use the file that the model was published with"
 """The fix for a file that is whole, but whose content cannot be meant."""
 
 
+GET_AGAIN = "download the file again, or use another checkpoint"
+"""The fix for weights that cannot be meant."""
+
+
 SAVE_WITH_GLINER = (
     "save it once with the package gliner, which writes all that is needed: "
     "GLiNER.from_pretrained(dir).save_pretrained(new_dir, safe_serialization=True)"
@@ -121,6 +125,10 @@ def _same_error(kind: type[SurgeryError], message: str) -> SurgeryError:
 
 class CheckpointError(SurgeryError):
     """The source directory, one of its shards or JSON files is damaged or not supported."""
+
+
+class NotFiniteError(CheckpointError):
+    """A weight is NaN or infinity, or gives one: what a run has begun with it is of no use."""
 
 
 class FamilyError(SurgeryError):

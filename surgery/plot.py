@@ -20,11 +20,12 @@ SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "compact-surgery"}
 """Text in an SVG stays text, and the same figure gives the same file."""
 
 
-def check_picture(path: Path | None, *, force: bool = False) -> None:
+def check_picture(path: Path | None, read: Iterable[Path], *, force: bool = False) -> None:
     """Refuse, before the work, a picture that could not be drawn after it.
 
     Args:
         path: The file; None draws nothing.
+        read: All that the work reads, as for ``check_file``.
         force: Whether to replace a file that is there.
 
     Raises:
@@ -32,7 +33,7 @@ def check_picture(path: Path | None, *, force: bool = False) -> None:
     """
     if path is None:
         return
-    check_file(path, force=force)
+    check_file(path, read, force=force)
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:

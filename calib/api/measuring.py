@@ -7,7 +7,7 @@ from calib.scoring.answers import Answers
 from calib.scoring.logits import Equality
 from calib.scoring.logits import compare_logits as compare_logits_of
 from calib.scoring.score import Score
-from calib.scoring.tasks import Task, measure_models, read_tasks
+from calib.scoring.tasks import measure_models, read_tasks
 from calib.streaming.settings import compute_options
 from calib.study.compare import (
     Comparison,
@@ -16,6 +16,7 @@ from calib.study.compare import (
     compare_methods,
     usable_methods,
 )
+from calib.study.kept_rows import check_kept
 from calib.study.search import MOST, SearchResult, search_sizes, search_space
 from calib.study.study import open_study
 from calib.study.table import Row
@@ -111,7 +112,7 @@ def answer(
     Raises:
         DataError: a file cannot be read, or has a bad item.
     """
-    items = _tasks(tasks)
+    items = read_tasks(_paths(tasks))
     if not items:
         raise DataError("`tasks`", "are none", fix="name a task file")
     compute, layouts = compute_options(device, dtype), [as_layout(model, family)]
@@ -250,7 +251,7 @@ def search(  # noqa: PLR0913
         compute_options(device, dtype, spill=spill),
     )
     space = search_space(layout, request, candidates, documents_of(layout, text))
-    study = open_study(layout, space.choice, text, compute, _tasks(tasks))
+    study = open_study(layout, space.choice, text, compute, read_tasks(_paths(tasks)))
     return search_sizes(study, space, progress)
 
 
@@ -335,13 +336,14 @@ def compare(  # noqa: PLR0913
     sizes = SizeRequest(ratios[0], multiple_of=multiple_of, target=target, dequantize=dequantize)
     order = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts, drop_scripts)
     compute = compute_options(device, dtype, spill=spill)
+    file, items = Path(keep) if keep is not None else None, _paths(tasks)
+    check_kept(file, [layout.checkpoint.path, *text.files, *items, *order.files])
     documents = documents_of(layout, text)
     choice = choose_vocabulary(layout, CutRequest(sizes, order), documents=documents)
-    study = open_study(layout, choice, text, compute, _tasks(tasks))
-    file = Path(keep) if keep is not None else None
+    study = open_study(layout, choice, text, compute, read_tasks(items))
     asked = Comparison(ratios, names, tries, file)
     return compare_methods(study, allowed_steps(layout, sizes), asked, progress)
 
 
-def _tasks(files: Path | str | Sequence[Path | str]) -> list[Task]:
-    return read_tasks([files] if isinstance(files, str | Path) else list(files))
+def _paths(files: Path | str | Sequence[Path | str]) -> list[Path]:
+    return [Path(each) for each in ([files] if isinstance(files, str | Path) else files)]

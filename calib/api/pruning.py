@@ -322,8 +322,8 @@ def prune(  # noqa: PLR0913
     order = VocabularyOptions(vocab_by, drop_reserved, keep_tokens, keep_scripts, drop_scripts)
     channels = ChannelOptions(criterion, min_expert_tokens, repair, expert_criterion)
     asked = CutRequest(sizes, order, channels, base_model)
-    where, path = layout.checkpoint.path, Path(output)
-    files = PlanFiles.beside(path, where, resume=resume, force=force, report=report)
+    read = [layout.checkpoint.path, *text.files, *order.files]
+    files = PlanFiles.beside(Path(output), read, resume=resume, force=force, report=report)
     choice = choose_before_calibration(layout, asked, text)
     plan, first = calibrated_plan(layout, choice, text, compute, files, progress)
     checks, last = apply_and_verify(plan, layout, applied, progress)

@@ -1,14 +1,15 @@
 """transformers' TrainingArguments of a recovery: those chosen here, and those a user may give."""
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import msgspec
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 
 from calib.recovery.options import RecoverOptions, TrainingError
 from calib.streaming.settings import PassSettings
@@ -59,6 +60,9 @@ IDLE_ARGUMENTS = (
 )
 """Those that change nothing: the losses and the measurement of held-out text are our own."""
 
+WHOLE_PROCESS = ("deepspeed", "fsdp", "fsdp_config")
+"""Those that set up the process once, so that they are not tried before."""
+
 WARMUP = 0.03
 """Share of the steps over which the learning rate rises."""
 
@@ -102,6 +106,42 @@ def check_arguments(training: Mapping[str, Any]) -> None:
             found=steps,
             fix="correct it",
         )
+
+
+def check_values(options: RecoverOptions, settings: PassSettings, seed: int) -> None:
+    """Refuse, before a model is loaded, values of the user's arguments that the library refuses.
+
+    Reports, optimizer, scheduler and loader are tried with a model of two numbers. What needs the
+    real one, such as an optimizer's ``optim_target_modules``, is refused when that is trained.
+
+    Raises:
+        TrainingError: with the library's reason.
+    """
+    tried = {name: value for name, value in options.training.items() if name not in WHOLE_PROCESS}
+    asked, steps = replace(options, training=tried), 100
+    made: Any = training_arguments(asked, settings, options.work, steps, 1, seed)
+    windows: Any = [0]
+    model: Any = torch.nn.Linear(1, 1)
+    groups = [{"params": [each]} for each in model.parameters()]  # as many as a Trainer makes
+    try:
+        get_reporting_integration_callbacks(made.report_to)
+        if made.optim_target_modules is None:
+            Trainer.get_optimizer_cls_and_kwargs(made, model)
+        get_scheduler(
+            made.lr_scheduler_type,
+            torch.optim.SGD(groups, made.learning_rate),
+            made.get_warmup_steps(steps),
+            steps,
+            made.lr_scheduler_kwargs,
+        )
+        torch.utils.data.DataLoader(
+            windows,
+            num_workers=made.dataloader_num_workers,
+            persistent_workers=made.dataloader_persistent_workers,
+            prefetch_factor=made.dataloader_prefetch_factor,
+        )
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        raise refused("Trainer", error) from error
 
 
 def check_libraries(options: RecoverOptions) -> None:

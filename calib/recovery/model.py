@@ -13,6 +13,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from calib.recovery.options import FFN_ALONE, RecoverOptions, TrainingError
 from calib.streaming.empty_model import Conversion, library_errors, whole_class
+from calib.streaming.layers import all_finite, broken_tensor
 from calib.streaming.settings import PassSettings
 from calib.streaming.weights import TORCH_DTYPE
 from surgery.checkpoint.checkpoint import Checkpoint
@@ -29,6 +30,7 @@ def load_model(layout: Layout, dtype: torch.dtype) -> Any:
 
     Raises:
         CheckpointError: transformers cannot load it.
+        NotFiniteError: a weight is NaN or infinity.
     """
     name, revision = loadable_name(layout.checkpoint)
     with library_errors(layout):
@@ -37,6 +39,11 @@ def load_model(layout: Layout, dtype: torch.dtype) -> Any:
             name, dtype=dtype, trust_remote_code=False, revision=revision or "main"
         )
     made.config.use_cache = False
+    for parameter, value in made.named_parameters():
+        if not bool(all_finite(value.detach())):
+            ref = layout.by_name.get(parameter)
+            path, known = (ref.path, ref.name) if ref else (layout.checkpoint.path, parameter)
+            raise broken_tensor(f"{path}: tensor {known}", dtype)
     return made
 
 

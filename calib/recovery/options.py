@@ -3,9 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from surgery.errors import BudgetError, SurgeryError, check_choice, check_least
+import msgspec
+
+from surgery.errors import BudgetError, OutputError, SurgeryError, check_choice, check_least
+from surgery.files.strict_json import read_file
+
+T = TypeVar("T")
 
 DISTILL, CONTINUE, SELF_DATA = METHODS = ("distill", "continue", "self-data")
 FFN_ALONE = "ffn"
@@ -135,3 +140,38 @@ class TeachOptions:
         check_choice("precision", self.precision, PRECISIONS)
         for name in ("tokens", "top_k"):
             check_least(name, getattr(self, name), 1)
+
+
+def read_state(path: Path, kind: type[T]) -> T:
+    """Return what a file of an unfinished run holds.
+
+    Raises:
+        OutputError: it is damaged.
+    """
+    try:
+        return msgspec.json.decode(read_file(path), type=kind)
+    except msgspec.MsgspecError as error:
+        fix = "delete the directory and begin anew"
+        raise OutputError(path, "is damaged", found=error, fix=fix) from error
+
+
+def check_same_options(path: Path, known: Mapping[str, str], given: Mapping[str, str]) -> None:
+    """Refuse to continue the run of a directory with other options than it was begun with.
+
+    Args:
+        path: The directory.
+        known: What it was begun with, by the options' names.
+        given: The same of the run that would continue.
+
+    Raises:
+        OutputError: naming the first option that differs.
+    """
+    for name in sorted({*known, *given}):
+        if known.get(name) != given.get(name):
+            raise OutputError(
+                f"{path}: `{name}`",
+                "was another one when the run was begun",
+                expected=known.get(name),
+                found=given.get(name),
+                fix="give the same options, or delete the directory and begin anew",
+            )

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,7 +14,12 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from calib.recovery.arguments import check_arguments, check_libraries, training_arguments
+from calib.recovery.arguments import (
+    check_arguments,
+    check_libraries,
+    check_values,
+    training_arguments,
+)
 from calib.recovery.forecast import (
     Forecast,
     check_memory,
@@ -94,11 +99,7 @@ class Recovery:
         check_chosen(layout, options)
         self.layout, self.text, self.options = layout, text, options
         self.settings = choose_settings(compute, layout.checkpoint)
-        if not (options.resume and options.work.exists()):  # nothing there is of an earlier run
-            for path in (options.plan, options.weights, options.self_data):
-                fix = "name another output, or move the file away"
-                check_file(path, layout.checkpoint.path, fix=fix)
-        check_output_path(options.output, layout.checkpoint.path)
+        self._check_outputs([layout.checkpoint.path, *text.files])
         self.seq_len = within_positions(text.seq_len, positions(layout))
         self.plan, self.source = plan_for(layout)
         self.taught: TaughtWindows | None = None
@@ -109,14 +110,22 @@ class Recovery:
             self.seq_len = self.taught.info.seq_len
         elif options.method != CONTINUE:
             self.teacher = self._teacher()
-        for source in self._also_read():
-            check_output_path(options.output, source)
+        self._check_outputs(self._also_read())
         if (self.taught is None) != bool(text.data):
             raise DataError(
                 "`data`",
                 "is the text to train on; the files of a teacher have their own",
                 fix="leave it out" if text.data else "give a text",
             )
+
+    def _check_outputs(self, read: Sequence[Path]) -> None:
+        """Refuse outputs that could not be written, or that are ``read``."""
+        options = self.options
+        check_output_path(options.output, read)
+        ours = options.resume and options.work.exists()  # an earlier run has begun them
+        fix = "name another output, or move the file away"
+        for path in (options.plan, options.weights, options.self_data):
+            check_file(path, read, force=ours, fix=fix)
 
     def _also_read(self) -> list[Path]:
         """Return the directories that are read beside the model's; nothing is written in them."""
@@ -209,6 +218,7 @@ class Recovery:
             SurgeryError: there is too little memory or text, or an interrupted run is in the way.
         """
         state, main, start = self._processes, self.is_main_process, time.perf_counter()
+        check_values(self.options, self.settings, self._seed)
         work = self._work(self.options.work, resume=self.options.resume, main=main)
         try:
             with state.main_process_first():  # the others read what it has written
@@ -237,6 +247,7 @@ class Recovery:
         Raises:
             SurgeryError: as ``run``.
         """
+        check_values(self.options, self.settings, self._seed)
         with TemporaryDirectory() as folder:
             work = self._work(Path(folder) / "work", resume=False, main=True)
             try:

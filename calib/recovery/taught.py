@@ -1,6 +1,7 @@
 """The files of a teacher: settings, columns, and their windows as a training reads them."""
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,8 @@ class TaughtWindows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             if not any(self.heldout):
                 raise ValueError(f"no text in {HELD}")
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                raise _unreadable(error.filename or directory, error) from error
             raise TrainingError(
                 directory, "is no directory that teach wrote", found=error, fix="run teach again"
             ) from error
@@ -119,11 +122,13 @@ class TaughtWindows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         import pyarrow.parquet as pq
 
         path, expected = self._paths[number], self.info.windows_in(number)
-        if not path.exists():
-            raise TrainingError(path, "is missing", fix="run teach again")
         try:
             found = pq.ParquetFile(path)
+        except FileNotFoundError as error:
+            raise TrainingError(path, "is missing", fix="run teach again") from error
         except (OSError, pa.ArrowException) as error:
+            if isinstance(error, OSError) and error.errno:
+                raise _unreadable(path, error) from error
             raise TrainingError(path, "is damaged", found=error, fix="run teach again") from error
         if found.num_row_groups != expected or not found.schema_arrow.equals(schema_of(self.info)):
             raise TrainingError(
@@ -176,6 +181,13 @@ class TaughtWindows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
                 f"was written by a model whose tokens have other ids than in {path}",
                 fix="run teach with the model that it was pruned from",
             )
+
+
+def _unreadable(path: Path | str, error: OSError) -> TrainingError:
+    """Return the error for a file that the system does not let us read; it may well be whole."""
+    found = os.strerror(error.errno) if error.errno else error
+    fix = "check its permissions, and its disk"
+    return TrainingError(path, "cannot be read", found=found, fix=fix)
 
 
 def vocabulary_digest(tokenizer: Tokenizer, vocab_size: int) -> str:

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -15,7 +17,7 @@ import numpy as np
 import torch
 
 from calib.estimate import MB, Prediction, WindowLengths, predict
-from calib.recovery.options import TeachOptions, TrainingError
+from calib.recovery.options import TeachOptions, TrainingError, check_same_options, read_state
 from calib.recovery.taught import (
     HELD,
     PART,
@@ -34,9 +36,14 @@ from calib.streaming.weights import WeightReader, choose_settings
 from calib.text.chat import documents_of
 from calib.text.windows import within_positions
 from surgery.apply.output_directory import check_output_path, check_space, file_system
-from surgery.errors import BudgetError, OutputError, PlanError
-from surgery.files.atomic import PARTIAL, check_no_partial, new_file, write_atomic
-from surgery.files.strict_json import read_file
+from surgery.errors import BudgetError, NotFiniteError, OutputError, PlanError
+from surgery.files.atomic import (
+    PARTIAL,
+    check_no_partial,
+    lock_output,
+    new_file,
+    write_atomic,
+)
 from surgery.hub.fetch import source_at_hand
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
@@ -49,8 +56,8 @@ LOG = logging.getLogger(__name__)
 PART_BYTES = 1 << 28
 """Hidden states and likeliest tokens of the windows that pass through the model together."""
 
-WINDOWS = "windows.npy"
-"""The text of an unfinished directory, as ids."""
+WINDOWS, BEGUN = "windows.npy", "begun.json"
+"""Of an unfinished directory: its text as ids, and the options that the text was read by."""
 
 
 @dataclass(frozen=True)
@@ -124,10 +131,21 @@ class Teaching:
         Raises:
             SurgeryError: the disk is too small, or the run to continue was another one.
         """
-        start, lessons = time.perf_counter(), self.lessons
-        LOG.info("%s of files, without compression", f"{self.nbytes / MB:,.0f} MB")
+        start = time.perf_counter()
         self._check_space()
+        with ExitStack() as locks:
+            for lesson in self.lessons:
+                locks.enter_context(lesson.locked())
+            tokens = self._write(progress)
+        files = [path for each in self.lessons for path in each.output.glob("*.parquet")]
+        nbytes, seconds = sum(path.stat().st_size for path in files), time.perf_counter() - start
+        return Taught(self.options.outputs, tokens, nbytes, seconds)
+
+    def _write(self, progress: Progress | None) -> int:
+        """Write what is not there yet of all directories; return the tokens of all."""
+        lessons = self.lessons
         infos = [lesson.begin() for lesson in lessons]
+        LOG.info("%s of files, without compression", f"{self.nbytes / MB:,.0f} MB")
         tokens = sum(info.windows * info.seq_len for info in infos)
         advance = stage(progress, "teach", tokens)
         for number in range(max(info.parts for info in infos)):
@@ -137,9 +155,7 @@ class Teaching:
                     advance(info.windows_in(number) * info.seq_len)
         for lesson in lessons:
             lesson.end()
-        files = [path for lesson in lessons for path in lesson.output.glob("*.parquet")]
-        nbytes, seconds = sum(path.stat().st_size for path in files), time.perf_counter() - start
-        return Taught(self.options.outputs, tokens, nbytes, seconds)
+        return tokens
 
     def _check_space(self) -> None:
         """Refuse outputs that do not fit on their disks; those of one disk count together."""
@@ -203,15 +219,42 @@ class Lesson:
         self.layout, self.plan, self.output = layout, plan, output
         self._text, self._options = text, options
         self._seq_len, self._windows_of_part = seq_len, windows_of_part
+        self._look()
+        self._check_tokens()
+
+    def _look(self) -> None:
+        """See how far an earlier run came, and refuse an output that cannot be written."""
+        output, options = self.output, self._options
         self._partial = _partial(output)
         several = options.resume and len(options.outputs) > 1
         self._ended = several and (output / SETTINGS).exists() and not self._partial.exists()
         if self._ended:  # the run was killed before the others had their names
             self._partial = output
         else:
-            check_output_path(output, layout.checkpoint.path)
+            check_output_path(output, [self.layout.checkpoint.path, *self._text.files])
             check_no_partial(output, resume=options.resume)
-        self._check_tokens()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs from writing the directory; ``DIR.partial.lock`` exists meanwhile.
+
+        A model with NaN or infinity, which shows in the first part, leaves no directory.
+
+        Raises:
+            OutputError: another run writes it, or has written it since it was looked at.
+        """
+        partial = _partial(self.output)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        lock = lock_output(self.output, partial.with_name(f"{partial.name}.lock"))
+        try:
+            self._look()
+            yield
+        except NotFiniteError:
+            if not (self._partial / PART.format(0)).exists():
+                shutil.rmtree(self._partial, ignore_errors=True)
+            raise
+        finally:
+            lock.remove()
 
     def _check_tokens(self) -> None:
         """Refuse a plan for other tokens, or one without the token that begins a text."""
@@ -277,16 +320,20 @@ class Lesson:
         Raises:
             OutputError: the earlier run was another one.
         """
-        path = self._partial / SETTINGS
+        path, begun_by = self._partial / SETTINGS, self._partial / BEGUN
         if not path.exists():
             ids, held = self._read_text()
-            self._partial.mkdir(parents=True, exist_ok=True)
+            self._partial.mkdir(exist_ok=True)
             with new_file(self._partial / WINDOWS) as made:
                 np.save(made.file, ids)
             write_atomic(self._partial / HELD, json.dumps(held).encode())
+            write_atomic(begun_by, msgspec.json.encode(self._read_by))
             begun = msgspec.structs.replace(self.info, windows=len(ids))
             write_atomic(path, msgspec.json.encode(begun))
-        self.found = msgspec.json.decode(read_file(path), type=TeacherInfo)
+        if begun_by.exists():  # it is deleted when all parts are there
+            known = read_state(begun_by, dict[str, str])
+            check_same_options(self._partial, known, self._read_by)
+        self.found = read_state(path, TeacherInfo)
         if msgspec.structs.replace(self.info, windows=self.found.windows) != self.found:
             raise OutputError(
                 path,
@@ -294,6 +341,15 @@ class Lesson:
                 fix="give the same ones, or delete the directory and begin anew",
             )
         return self.found
+
+    @property
+    def _read_by(self) -> dict[str, str]:
+        """The options that the text is read by, which a run and its continuation have in common."""
+        text = self._text
+        names = ("seq_len", "windows", "seed", "field")
+        found = {name: str(getattr(text, name)) for name in names}
+        data = ", ".join(f"{each.name}={each.weight:g}" for each in text.data)
+        return found | {"data": data, "tokens": str(self._options.tokens)}
 
     def lacks(self, number: int) -> bool:
         """Whether a part is still to be written."""
@@ -333,7 +389,8 @@ class Lesson:
         """Give the directory its name."""
         if self._ended:
             return
-        (self._partial / WINDOWS).unlink(missing_ok=True)  # gone if a run was killed after this
+        for name in (BEGUN, WINDOWS):  # gone if a run was killed after this
+            (self._partial / name).unlink(missing_ok=True)
         self._partial.rename(self.output)
 
 

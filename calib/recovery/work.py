@@ -5,11 +5,11 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 import numpy as np
 
+from calib.recovery.options import check_same_options, read_state
 from calib.recovery.taught import TaughtWindows
 from calib.recovery.trainer import Windows
 from surgery.errors import OutputError, SurgeryError
@@ -19,9 +19,6 @@ from surgery.files.strict_json import read_file, read_json
 IDENTITY, SCHEDULE, WINDOWS, HELD = "identity.json", "schedule.json", "windows.npy", "heldout.json"
 CLOCK = "writing.json"
 """Seconds in which a teacher has written text."""
-
-
-T = TypeVar("T")
 
 
 class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -94,17 +91,7 @@ class WorkDirectory:
             )
         if not identity.exists():
             write_atomic(identity, msgspec.json.encode(self._identity))
-        known = _decoded(identity, dict[str, str])
-        if known != self._identity:
-            every = sorted({*known, *self._identity})
-            name = next(n for n in every if known.get(n) != self._identity.get(n))
-            raise OutputError(
-                f"{self.path}: `{name}`",
-                "was another one when the run was begun",
-                expected=known.get(name),
-                found=self._identity.get(name),
-                fix="give the same options, or delete the directory and begin anew",
-            )
+        check_same_options(self.path, read_state(identity, dict[str, str]), self._identity)
 
     def _is_of_a_run(self) -> bool:
         """Whether the path is a directory that says what run it is of, or was to say so."""
@@ -130,7 +117,7 @@ class WorkDirectory:
     def schedule(self) -> Schedule | None:
         """What an earlier run has begun; None where none has."""
         path = self.path / SCHEDULE
-        return _decoded(path, Schedule) if path.exists() else None
+        return read_state(path, Schedule) if path.exists() else None
 
     def begin(self, steps: int, every: int, start: float) -> Schedule:
         """Write down the steps of a new run."""
@@ -160,11 +147,3 @@ class WorkDirectory:
                 continue
             found[int(path.name.rpartition("-")[2])] = path
         return found[max(found)] if found else None
-
-
-def _decoded(path: Path, kind: type[T]) -> T:
-    try:
-        return msgspec.json.decode(read_file(path), type=kind)
-    except msgspec.MsgspecError as error:
-        fix = "delete the directory and begin anew"
-        raise OutputError(path, "is damaged", found=error, fix=fix) from error

@@ -167,7 +167,8 @@ def take_statistics(calibration: Calibration, progress: Advance = no_advance) ->
             done = resume_directory.finished
             stats = None if done else finished_before(calibration)
             if stats is None and not done:
-                check_file(calibration.output, force=calibration.force)
+                read = [calibration.layout.checkpoint.path]
+                check_file(calibration.output, read, force=calibration.force)
             if calibration.resume:
                 depth = calibration.layout.num_hidden_layers
                 say_resumed(done if stats is None else depth, depth, "layers")

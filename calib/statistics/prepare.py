@@ -73,13 +73,14 @@ def open_calibration(
     """Prepare a calibration for a later plan with the same sizes and vocabulary options.
 
     Raises:
-        OutputError: the output cannot be written, is inside the model's directory, or is there
-            already; or an interrupted run is.
+        OutputError: the output cannot be written, is inside the model's directory, is read, or is
+            there already; or an interrupted run is.
         SurgeryError: as ``prepare_calibration``.
     """
     options.check(compute)
     if options.output is not None:
-        check_file(options.output, layout.checkpoint.path, force=options.force or options.resume)
+        read = [layout.checkpoint.path, *text.files, *options.vocabulary.files]
+        check_file(options.output, read, force=options.force or options.resume)
         check_no_partial(options.output, resume=options.resume)
     if options.sizes.empty:
         rarity = rarity_or_whole(layout, options.vocabulary, documents_of(layout, text))

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from surgery.errors import OutputError
+from surgery.errors import NotFiniteError, OutputError
 from surgery.files.atomic import (
     PARTIAL,
     FileLock,
@@ -171,10 +171,14 @@ class ResumeDirectory:
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        """After an error, remove the directory unless it has finished layers to continue from."""
+        """After an error, remove the directory unless it has finished layers to continue from.
+
+        A model with NaN or infinity cannot be continued with.
+        """
         with suppress(OSError):  # report the first error
             self.wait_for_commit()
-        if error_type is not None and not self.finished and self._lock is not None:
+        useless = error_type is not None and issubclass(error_type, NotFiniteError)
+        if error_type is not None and (useless or not self.finished) and self._lock is not None:
             self.remove()
         self.close()
 

@@ -11,7 +11,7 @@ from calib.streaming.empty_model import Conversion, layers_paths
 from calib.streaming.ffn import FfnModule
 from calib.streaming.settings import PassSettings, Timings
 from calib.streaming.weights import Transfer, WeightReader
-from surgery.errors import CheckpointError
+from surgery.errors import GET_AGAIN, NotFiniteError
 from surgery.families.blocks import OUTSIDE, adds_up
 from surgery.families.schema import EXPERTS, Dim
 from surgery.files.safetensors_header import TensorRef
@@ -201,7 +201,7 @@ def all_finite(values: torch.Tensor) -> torch.Tensor:
     return torch.stack(torch.aminmax(values)).isfinite().all()
 
 
-def not_finite(layout: Layout, index: int, layer: nn.Module, dtype: torch.dtype) -> CheckpointError:
+def not_finite(layout: Layout, index: int, layer: nn.Module, dtype: torch.dtype) -> NotFiniteError:
     """Return the error for a layer whose output or weights have a number that is not finite.
 
     Args:
@@ -217,7 +217,7 @@ def not_finite(layout: Layout, index: int, layer: nn.Module, dtype: torch.dtype)
             ref = layout.by_name.get(name)
             where = str(ref.path) if ref else where
             return broken_tensor(f"{where}: tensor {ref.name if ref else name}", dtype)
-    return CheckpointError(
+    return NotFiniteError(
         f"{where}: {name}",
         "is the first that gives numbers which are not finite; its weights are finite",
         expected="finite hidden states",
@@ -234,21 +234,20 @@ def check_finite(ref: TensorRef, values: torch.Tensor) -> None:
     """Refuse NaN and infinity in a tensor outside of the layers.
 
     Raises:
-        CheckpointError: it names the tensor.
+        NotFiniteError: it names the tensor.
     """
     if not all(bool(all_finite(part)) for part in values.split(CHECKED_ROWS)):
         raise broken_tensor(f"{ref.path}: tensor {ref.name}", values.dtype)
 
 
-def broken_tensor(where: str, dtype: torch.dtype) -> CheckpointError:
+def broken_tensor(where: str, dtype: torch.dtype) -> NotFiniteError:
     """Return the error for a tensor that has NaN or infinity in the ``dtype`` that computes."""
-    again = "download the file again, or use another checkpoint"
-    return CheckpointError(
+    return NotFiniteError(
         where,
         "has a number that is not finite",
         expected="finite numbers",
         found=f"NaN or infinity in {_name(dtype)}",
-        fix=f"use `dtype` bfloat16 or float32, else {again}" if dtype == torch.float16 else again,
+        fix="use `dtype` bfloat16 or float32, else " * (dtype == torch.float16) + GET_AGAIN,
     )
 
 

@@ -1,7 +1,7 @@
 """Rows of a comparison in a file, so that a killed run goes on, or one with more methods."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -25,6 +25,22 @@ class _File(msgspec.Struct):
     """Ratio → name → row."""
 
 
+def check_kept(path: Path | None, read: Iterable[Path]) -> None:
+    """Refuse, before the work, a file that cannot keep its rows; None keeps none.
+
+    Args:
+        path: The file; of those that it has, whether they are of this comparison is seen later.
+        read: All that the work reads, as for ``check_file``.
+
+    Raises:
+        DataError: it holds something else.
+        OutputError: as ``check_file``.
+    """
+    if path is not None:
+        check_file(path, read, force=True)
+        _read(path)
+
+
 class KeptRows:
     """Rows that are kept in a file as they are made; without a file, in memory alone.
 
@@ -36,18 +52,17 @@ class KeptRows:
 
         Raises:
             DataError: the file has rows of another comparison, or none.
-            OutputError: it could not be written, or another run writes it.
+            OutputError: another run writes it.
         """
         self._path = path
         self._lock: FileLock | None = None
         self._file = _File(FORMAT, "", {})
         if path is None:
             return
-        check_file(path, study.text.layout.checkpoint.path, force=True)
         wait = "wait for it, or name another file"
         self._lock = lock_output(path, path.with_name(f"{path.name}.lock"), wait)
         try:
-            self._file = _read(path, _digest(study, settings))
+            self._file = _rows_of(path, _digest(study, settings))
         except BaseException:
             self.close()
             raise
@@ -75,10 +90,25 @@ class KeptRows:
             write_atomic(self._path, msgspec.json.encode(self._file))
 
 
-def _read(path: Path, comparison: str) -> _File:
-    """Return the rows of ``path``, none where it is not there."""
-    if not path.exists():
+def _rows_of(path: Path, comparison: str) -> _File:
+    """Return the rows of ``path``, which must be of ``comparison``; none where it is not there."""
+    found = _read(path)
+    if found is None:
         return _File(FORMAT, comparison, {})
+    if (found.version, found.comparison) != (FORMAT, comparison):
+        raise DataError(
+            path,
+            "holds rows of another comparison",
+            expected="the same model, text, tasks and sizes to try",
+            fix="name another file, or delete this one",
+        )
+    return found
+
+
+def _read(path: Path) -> _File | None:
+    """Return what ``path`` holds; None where it is not there."""
+    if not path.exists():
+        return None
     try:
         found = msgspec.json.decode(read_file(path), type=_File)
         if not all(DENSE in rows for rows in found.rows.values()):
@@ -87,13 +117,6 @@ def _read(path: Path, comparison: str) -> _File:
         raise DataError(
             path, "holds no rows of compare", found=error, fix="name another file"
         ) from error
-    if (found.version, found.comparison) != (FORMAT, comparison):
-        raise DataError(
-            path,
-            "holds rows of another comparison",
-            expected="the same model, text, tasks and sizes to try",
-            fix="name another file, or delete this one",
-        )
     return found
 
 

@@ -10,7 +10,7 @@ from threading import Lock
 
 import msgspec
 
-from surgery.errors import OutputError
+from surgery.errors import NotFiniteError, OutputError
 from surgery.files.atomic import (
     PARTIAL,
     check_no_partial,
@@ -154,12 +154,12 @@ class OutputDirectory:
                 writes it; an interrupted run left it and ``resume`` is false; or the run to resume
                 had another plan.
         """
-        check_output_path(path, source)
+        check_output_path(path, [source])
         self.path = path
         self.partial = path.with_name(path.name + PARTIAL)
         self._journal = _open_journal(path)
         try:
-            check_output_path(path, source)  # the run that held the lock until now may have made it
+            check_output_path(path, [source])  # the run that held the lock may have made it
             if resume and self.partial.is_dir() and not self.partial.is_symlink():
                 self._resume(plan_digest)
             else:
@@ -177,12 +177,16 @@ class OutputDirectory:
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        """Clean up: after an error, keep the directory only if it has finished shards to resume."""
-        if error_type is None or not self._journal.finished:
+        """Clean up: after an error, keep the directory only if it has finished shards to resume.
+
+        A model with NaN or infinity cannot be continued with.
+        """
+        failed = error_type is not None and not issubclass(error_type, NotFiniteError)
+        if failed and self._journal.finished:
+            self._journal.close()
+        else:
             shutil.rmtree(self.partial, ignore_errors=True)
             self._journal.remove()
-        else:
-            self._journal.close()
 
     def finish(self, name: str) -> None:
         """Record that the shard ``name`` is complete and synced; threads may call this."""
@@ -289,7 +293,7 @@ def shards_at_hand(path: Path, plan_digest: str, *, source: Path, resume: bool) 
     Raises:
         OutputError: as for ``OutputDirectory``, but for another run that holds the lock.
     """
-    check_output_path(path, source)
+    check_output_path(path, [source])
     partial = path.with_name(path.name + PARTIAL)
     if not (resume and partial.is_dir() and not partial.is_symlink()):
         check_no_partial(path, resume=False)
@@ -355,25 +359,31 @@ def new_shard(partial: Path, name: str) -> Iterator[int]:
         yield made.file.fileno()
 
 
-def check_output_path(path: Path, source: Path) -> None:
-    """Refuse an output that exists, is below a file, contains the source, or is inside it.
+def check_output_path(path: Path, read: Iterable[Path]) -> None:
+    """Refuse an output that exists, is below a file, contains what is read, or is inside of it.
+
+    Args:
+        path: The output; ``DIR.partial`` counts with it.
+        read: Files and directories that are read, as for ``check_file``.
 
     Raises:
         OutputError: naming the paths.
     """
     try:
-        output, source = path.resolve(), source.resolve()
+        output, inputs = path.resolve(), [each.resolve() for each in read if each.exists()]
     except (RuntimeError, ValueError) as error:  # a loop of links, a null character
         raise OutputError(path, "is no path", found=error, fix="choose another output") from error
-    if output == source or source in output.parents or output in source.parents:
-        raise OutputError(
-            path,
-            "output and source are inside each other",
-            found=f"source {source}",
-            fix="choose a directory beside the source",
-        )
-    above = next(parent for parent in output.parents if parent.exists())
+    above = next((parent for parent in output.parents if parent.exists()), output)
     if not above.is_dir():
         raise OutputError(path, "is below a file", found=above, fix="choose another output")
+    places = (output, Path(f"{output}{PARTIAL}"))
+    for each in inputs:
+        if each in output.parents or not {each, *each.parents}.isdisjoint(places):
+            raise OutputError(
+                path,
+                "output and input are inside each other",
+                found=f"input {each}",
+                fix="choose a directory beside the input",
+            )
     if path.exists() or path.is_symlink():
         raise OutputError(path, "exists already", fix="choose another output, or move it away")

@@ -111,7 +111,7 @@ def inspect(
     from surgery.layout.census import plot_census, plot_routing
     from surgery.vocabulary.census import plot_vocab_census
 
-    check_shown(shown, show)
+    check_shown(model.model, shown, show)
     if shown.predict_serving:
         show_serving(model, listed.source, show.as_json)
         return
@@ -143,11 +143,11 @@ def inspect(
         plot_census(census, show.plot)
 
 
-def check_shown(shown: Shown, show: ShowOptions) -> None:
+def check_shown(model: str, shown: Shown, show: ShowOptions) -> None:
     """Refuse options of ``inspect`` that what it shows does not look at."""
     if show.plot is None:
         refuse_idle("without --plot", "force")
-    show.check()
+    show.check(model, shown.stats)
     if not shown.removed:
         refuse_idle("without --removed", "script", "limit", "data", "field", "strict")
     if shown.predict_serving:
@@ -282,12 +282,14 @@ def report(subject: str, options: ReportOptions, text: TextOptions) -> None:
         refuse_idle("without --data", "field", "strict")
     if not options.forward:
         refuse_idle("without --forward", "device")
-    check_file(options.output, force=options.force)
+    names = (subject, options.source, options.stats, *options.results, *text.files)
+    read = [Path(each) for each in names if each is not None]
+    check_file(options.output, read, force=options.force)
     stats = ChannelStats.load(options.stats) if options.stats else None
     opened = report_subject(subject, stats, options.source)
     if opened.output is None:
         refuse_idle("where no output is given", "forward")
-    check_file(options.output, opened.layout.checkpoint.path, force=options.force)
+    check_file(options.output, [opened.layout.checkpoint.path], force=options.force)
     results = read_results(options.results)
     texts = read_texts(text, partial(documents_of, opened.layout))
     checks = checks_of(opened, options)

@@ -313,9 +313,9 @@ def prune(
     check_pruned(cut, options)
     output, resume = options.output or Path("pruned"), options.resume
     layout = model.layout()
-    where = layout.checkpoint.path
+    read = [layout.checkpoint.path, *text.files, *cut.vocabulary.files]
     files = PlanFiles.beside(
-        output, where, resume=resume, force=options.force, report=options.report
+        output, read, resume=resume, force=options.force, report=options.report
     )
     choice = choose_before_calibration(layout, cut, text)
     check_used(choice, layout, text)
@@ -385,7 +385,7 @@ def merge(paths: tuple[Path, ...], output: Path, force: bool) -> None:
     from surgery.files.atomic import check_file
     from surgery.stats.merge import merge_stats
 
-    check_file(output, force=force)
+    check_file(output, paths, force=force)
     merged = merge_stats(paths)
     merged.save(output)
     then = ("plan", "MODEL", "--stats", output, "--ratio", "0.2")

@@ -155,13 +155,17 @@ class ShowOptions:
     force: bool = False
     """Whether a file that is there is replaced."""
 
-    def check(self) -> None:
+    def check(self, *read: str | Path | None) -> None:
         """Refuse a picture that could not be drawn after the work.
+
+        Args:
+            read: All that the command reads, as for ``check_file``; None counts as nothing.
 
         Raises:
             OutputError: it names the file.
         """
-        check_picture(self.plot, force=self.force)
+        paths = [Path(each) for each in read if each is not None]
+        check_picture(self.plot, paths, force=self.force)
 
 
 family_option = click.option(

@@ -108,8 +108,10 @@ def plan(
 
     check_planned(cut, text, given)
     layout = model.layout()
+    read = [layout.checkpoint.path, *text.files, *cut.vocabulary.files]
+    read += [given.stats] if given.stats else []
     for path in (given.output, replacement_file(given.output)):
-        check_file(path, layout.checkpoint.path, force=given.force)
+        check_file(path, read, force=given.force)
     stats = ChannelStats.load(given.stats) if given.stats else None
     documents = partial(documents_of, layout, text) if text.data else None
     influence = stats.block_influence if stats else None
@@ -205,6 +207,7 @@ def apply(
     as_json: bool,
 ) -> None:
     """Stream a plan's source into a new checkpoint directory."""
+    from surgery.apply.output_directory import check_output_path
     from surgery.apply.run import apply_to, forecast_apply
     from surgery.hub.fetch import resolve_source
     from surgery.hub.upload import check_push, push
@@ -220,6 +223,9 @@ def apply(
     if push_to:
         check_push(push_to)
     path = resolve_source(loaded.source, source)
+    output = options.output or Path(str(loaded.output))
+    if not (options.resume and output.is_dir()):
+        check_output_path(output, [path, plan_path])
     if dry_run:
         found = forecast_apply(loaded, path, options)
         text = f"{loaded.table()}\n\n{found.table()}\nnothing was written"

@@ -92,14 +92,15 @@ def search(
     from calib.study.study import open_study
     from calib.text.chat import documents_of
 
-    show.check()
+    read = [*text.files, *options.tasks, *cut.vocabulary.files]
+    show.check(model.model, *read)
     check_apart(show.plot, options.output, "--output")
     start, layout = time.perf_counter(), model.layout()
     if options.output is None and show.plot is None:
         refuse_idle("without --output and --plot", "force")
     files = PlanFiles(options.output, force=show.force) if options.output is not None else None
     if files is not None:
-        files.check(layout.checkpoint.path)
+        files.check([layout.checkpoint.path, *read])
     if options.candidates:
         refuse_idle("with --candidates", "multiple_of", "target")
     if not layout.experts:
@@ -246,6 +247,7 @@ def compare(
         compare_samples,
         usable_methods,
     )
+    from calib.study.kept_rows import check_kept
     from calib.study.study import open_study
     from calib.text.chat import documents_of
     from surgery.planning.choice import choose_vocabulary
@@ -253,7 +255,8 @@ def compare(
 
     if show.plot is None:
         refuse_idle("without --plot", "force")
-    show.check()
+    read = [*text.files, *options.tasks, *cut.vocabulary.files]
+    show.check(model.model, *read)
     check_apart(show.plot, options.keep, "--keep")
     if options.counts:
         refuse_idle("with --by-samples", "methods", "tasks", "tries", "keep")
@@ -263,6 +266,7 @@ def compare(
     tasks = read_tasks(options.tasks)
     start = time.perf_counter()
     layout, ratios = model.layout(), options.ratios
+    check_kept(options.keep, [layout.checkpoint.path, *read])
     names = options.methods.split(",") if options.methods else usable_methods(layout)
     check_methods(layout, names)
     cut = replace(cut, sizes=replace(cut.sizes, ratio=ratios[0]))

@@ -7,7 +7,13 @@ from typing import Any
 
 import click
 
-from calib.recovery.options import METHODS, PLAN_END, RecoverOptions, TeachOptions
+from calib.recovery.options import (
+    METHODS,
+    PLAN_END,
+    RecoverOptions,
+    TeachOptions,
+    TrainingError,
+)
 from calib.streaming.settings import ComputeOptions
 from surgery.cli.options import (
     ModelOptions,
@@ -27,13 +33,39 @@ from surgery.cli.options import (
     show_options,
 )
 from surgery.cli.terminal import print_text, running, show_written
-from surgery.files.strict_json import read_json
+from surgery.errors import CheckpointError, did_you_mean
+from surgery.files.strict_json import parse_json, read_file
 from surgery.process import spoken
 from surgery.text.documents import TextOptions
 
+TRAINING_FILE = "compact_surgery.training_file"
+"""Key of a command's context for the file of --training-args."""
 
-def _training_arguments(_: click.Context, __: click.Parameter, path: Path | None) -> dict[str, Any]:
-    return {} if path is None else read_json(path)
+
+def _training_arguments(
+    context: click.Context, _: click.Parameter, path: Path | None
+) -> dict[str, Any]:
+    """Return the arguments in a file; of no file, none.
+
+    Raises:
+        TrainingError: it cannot be read, or holds no JSON object.
+    """
+    context.meta[TRAINING_FILE] = path
+    if path is None:
+        return {}
+    try:
+        return parse_json(read_file(path), path)
+    except OSError as error:
+        raise TrainingError(
+            path,
+            "cannot be read" if path.exists() else "does not exist",
+            found=error.strerror if path.exists() else None,
+            fix=f"{did_you_mean(path)}name a JSON file of transformers' TrainingArguments",
+        ) from error
+    except CheckpointError as error:
+        raise TrainingError(
+            path, error.problem, expected=error.expected, found=error.found, fix="correct it"
+        ) from error
 
 
 training_text_options = gathered(
@@ -141,7 +173,8 @@ def recover(
         refuse_idle("without --plot", "force")
     if not text.data:
         refuse_idle("with the files of a teacher", "seq_len", "windows", "field", "strict")
-    show.check()
+    given = click.get_current_context().meta[TRAINING_FILE]
+    show.check(directory, options.teacher, given, *text.files)
     recovery = Recovery(open_layout(directory), text, compute, options)
     with running() as progress:
         if dry.dry_run:

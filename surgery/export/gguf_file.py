@@ -136,7 +136,7 @@ def export_layout(
 def _check(layout: Layout, output: Path, options: ExportOptions, type_: str) -> None:
     """Refuse, before the work, what could not be written after it."""
     source = layout.checkpoint.path
-    check_file(output, source, force=options.force)
+    check_file(output, [source], force=options.force)
     try:
         import gguf  # noqa: F401
     except ImportError as error:

@@ -10,7 +10,7 @@ import numpy as np
 
 from surgery.apply.shard import DTYPE, WINDOW_BYTES
 from surgery.checkpoint.fp8 import from_bf16, to_bf16
-from surgery.errors import CheckpointError, FamilyError
+from surgery.errors import GET_AGAIN, CheckpointError, FamilyError, NotFiniteError
 from surgery.export.architectures import Architecture
 from surgery.export.embedders import POSITIONS, first_position
 from surgery.families.blocks import BUFFER
@@ -278,6 +278,7 @@ def pieces(tensor: GgufTensor, shards: Mapping[Path, ShardFile]) -> Iterator[np.
 
     Raises:
         CheckpointError: a shard ends early, or a value is too large for the type.
+        NotFiniteError: a value that is converted is NaN or infinity.
     """
     if not tensor.parts:
         yield tensor.values
@@ -348,27 +349,39 @@ def _encode(bits: np.ndarray, ref: TensorRef, tensor: GgufTensor) -> np.ndarray:
     values = bits.view(np.float16).astype(np.float32) if ref.dtype == "F16" else _floats(bits)
     if tensor.offset:
         values = values + np.float32(tensor.offset)
-    if tensor.type == "f32":
-        return values
     with np.errstate(over="ignore", invalid="ignore"):
         if tensor.type == "q8_0":
             made = quantized(values)
             scales = made.reshape(-1, BLOCK["q8_0"][1])[:, :2]
-            lost = np.repeat(~np.isfinite(scales.copy().view(np.float16)), BLOCK["q8_0"][0])
+            numbers = scales.copy().view(np.float16)  # NaN and infinity reach the scale
         elif tensor.type == "bf16":
             made = to_bf16(values)
-            lost = np.isinf(from_bf16(made)) & np.isfinite(values)
+            numbers = from_bf16(made)
         else:
-            made = values.astype(np.float16)
-            lost = np.isinf(made) & np.isfinite(values)
-    if lost.any():
-        raise CheckpointError(
-            f"{ref.path}: tensor {ref.name}",
-            f"has values that are too large for {tensor.type}",
-            found=f"{np.abs(values[lost.reshape(values.shape)]).max():g}",
+            dtype = np.float16 if tensor.type == "f16" else np.float32
+            numbers = made = values.astype(dtype, copy=False)
+    if not np.isfinite(numbers).all():
+        raise _not_finite(values, ref, tensor.type)
+    return made
+
+
+def _not_finite(values: np.ndarray, ref: TensorRef, type_: str) -> CheckpointError:
+    """Return the error for ``values`` that are not finite, or not as ``type_``."""
+    where = f"{ref.path}: tensor {ref.name}"
+    if np.isfinite(values).all():
+        return CheckpointError(
+            where,
+            f"has values that are too large for {type_}",
+            found=f"{np.abs(values).max():g}",
             fix="choose another `type`, such as f32",
         )
-    return made
+    return NotFiniteError(
+        where,
+        "has a number that is not finite",
+        expected="finite numbers",
+        found=f"NaN or infinity in {ref.dtype}",
+        fix=GET_AGAIN,
+    )
 
 
 def _floats(bits: np.ndarray) -> np.ndarray:

@@ -134,19 +134,21 @@ OTHER_OR_FORCE = "name another file, or replace it with `force`"
 
 
 def check_file(
-    path: Path, source: Path | None = None, *, force: bool = False, fix: str = OTHER_OR_FORCE
+    path: Path, read: Iterable[Path], *, force: bool = False, fix: str = OTHER_OR_FORCE
 ) -> None:
-    """Refuse, before the work, a file that could not be written after it.
+    """Refuse, before the work, a file that could not be written after it, or that the work reads.
 
     Args:
         path: The file.
-        source: Directory of the model, in which nothing is written.
+        read: All that the work reads: files, none of which is replaced, and directories, in which
+            nothing is written. Names of what is not there, such as a model on the hub, are ignored.
         force: Whether to replace a file that is there.
         fix: What to do about a file that is there.
 
     Raises:
-        OutputError: ``path`` is a directory, a device or a pipe; or its directory is missing, not
-            writable, or inside ``source``; or the file is there, and ``force`` is not given.
+        OutputError: ``path`` is a directory, a device or a pipe; or its directory is missing or not
+            writable; or it is one of the files of ``read``, or inside a directory of them; or the
+            file is there, and ``force`` is not given.
     """
     parent = path.absolute().parent
     if not parent.is_dir():
@@ -157,14 +159,31 @@ def check_file(
         raise OutputError(
             path, "is not a regular file, and a new file would replace it", fix="name a file"
         )
-    if source is not None and parent.resolve().is_relative_to(source.resolve()):
-        raise OutputError(
-            path, "is inside the model, which is only read", fix="name a file outside of it"
-        )
+    for each in read:
+        _check_not_read(path, parent, each)
     if not os.access(parent, os.W_OK):
         raise OutputError(path, "its directory is not writable", fix="name another directory")
     if path.exists() and not force:
         raise OutputError(path, "is there already", fix=fix)
+
+
+def _check_not_read(path: Path, parent: Path, read: Path) -> None:
+    """Refuse ``path`` in the directory ``parent`` where it is ``read``, or inside of it."""
+    if read.is_dir() and parent.resolve().is_relative_to(read.resolve()):
+        raise OutputError(
+            path,
+            "is inside a directory that is only read",
+            found=read,
+            fix="name a file outside of it",
+        )
+    if path.exists() and read.exists() and path.samefile(read):
+        other = str(read) if read != path else None
+        raise OutputError(
+            path,
+            "is one of the files that are read, and would be replaced",
+            found=other,
+            fix="name another file",
+        )
 
 
 def check_no_partial(output: Path, *, resume: bool) -> None:

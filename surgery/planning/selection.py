@@ -8,6 +8,7 @@ import numpy as np
 
 from surgery.checkpoint.fp8 import weight_windows
 from surgery.checkpoint.opaque import opaque_matrices
+from surgery.errors import GET_AGAIN, NotFiniteError
 from surgery.families.schema import EXPERT
 from surgery.files import index_sets
 from surgery.files.safetensors_header import TensorRef
@@ -65,6 +66,9 @@ def _aimer(layout: Layout, layer: int, shards: Shards) -> np.ndarray:
     """Return ‖w‖₁ / (√N ‖w‖₂) of each expert's matrices, float64 ``[experts]``; reads them.
 
     Source: arXiv 2603.18492, eq. 4, which removes the experts of the largest value.
+
+    Raises:
+        NotFiniteError: a weight is NaN or infinity.
     """
     sums = np.zeros((3, layout.experts))  # N, Σ|w| and Σw²
     for ref in _expert_matrices(layout, layer):
@@ -76,6 +80,9 @@ def _aimer(layout: Layout, layer: int, shards: Shards) -> np.ndarray:
                 expert = first * layout.experts // total
             wide = values.astype(np.float64)
             sums[:, expert] += len(wide), np.abs(wide).sum(), np.square(wide).sum()
+        if not np.isfinite(sums).all():
+            where = f"{ref.path}: tensor {ref.name}"
+            raise NotFiniteError(where, "has a number that is not finite", fix=GET_AGAIN)
     count, absolute, square = sums
     return absolute / np.sqrt(np.maximum(count * square, np.finfo(np.float64).tiny))
 

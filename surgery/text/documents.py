@@ -10,7 +10,7 @@ from threading import Lock
 from typing import Any, TypeVar, Union, cast
 
 from surgery.errors import DataError, check_least
-from surgery.text.rows import HUB, Chat, Row, given_document, hub_rows, local_rows
+from surgery.text.rows import HUB, Chat, Row, given_document, hub_rows, local_files, local_rows
 
 LOG = logging.getLogger(__name__)
 
@@ -117,6 +117,13 @@ class TextOptions:
     def __post_init__(self) -> None:
         for option, least in (("samples", 1), ("seq_len", 2), ("windows", 1)):
             check_least(option, getattr(self, option), least)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files on this machine that the text is read from."""
+        names = [each.text for each in self.data if isinstance(each.text, str | Path)]
+        paths = [Path(name) for name in names if not str(name).startswith(HUB)]
+        return [file for path in paths for file in local_files(path)]
 
     def documents(self, render: Render | None = None) -> Iterable[str]:
         """Read the documents; ``render`` turns chats into text; without it they are refused.

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,24 +42,32 @@ Row = str | Chat | DataError
 
 
 def local_rows(path: Path, field: str | None) -> Iterator[Row]:
-    """Yield the rows of a file, or of all files in a directory except hidden ones, ordered by path.
+    """Yield the rows of a file, or of the files in a directory.
 
     Raises:
         DataError: ``path`` does not exist, or a file cannot be read.
     """
-    if path.is_file():
-        yield from _file_rows(path, field)
-        return
-    if not path.is_dir():
+    if not (path.is_file() or path.is_dir()):
         raise DataError(
             path,
             "does not exist" if not path.exists() else "is not a file",
             fix=f"{did_you_mean(path)}name a .txt, .jsonl or .parquet file or a directory",
         )
-    for file in sorted(path.rglob("*")):
+    for file in local_files(path):
+        yield from _file_rows(file, field)
+
+
+def local_files(path: Path) -> Iterator[Path]:
+    """Yield a file, or all files in a directory that are read as text, ordered by path.
+
+    Hidden ones are not read. Nothing is yielded where there is no such path.
+    """
+    if path.is_file():
+        yield path
+    for file in sorted(path.rglob("*")) if path.is_dir() else ():
         hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
         if not hidden and _kind(file) and file.is_file():
-            yield from _file_rows(file, field)
+            yield file
 
 
 def _kind(file: Path) -> str:
@@ -99,15 +108,17 @@ def _lines(file: Path, errors: str) -> Iterator[IO[str]]:
         ) from error
     except (OSError, EOFError, ZlibError) as error:
         if isinstance(error, OSError) and error.errno:
-            raise DataError(
-                file,
-                "cannot be read",
-                found=error.strerror,
-                fix="check the file and its permissions",
-            ) from error
+            raise _unreadable(file, error) from error
         raise DataError(
             file, f"is damaged, or not a {file.suffix} file", fix="check its name, or get it again"
         ) from error
+
+
+def _unreadable(file: Path, error: OSError) -> DataError:
+    """Return the error for a file that the system does not let us read."""
+    found = os.strerror(error.errno or 0)  # pyarrow's own text has the path again
+    fix = "check the file and its permissions"
+    return DataError(file, "cannot be read", found=found, fix=fix)
 
 
 def _opened(file: Path) -> Any:
@@ -185,6 +196,8 @@ def _parquet_rows(file: Path, field: str | None) -> Iterator[Row]:
                     name = _field(row, field) or wanted[0]
                     yield document_of(row[name], f"{file}: row {number}", name)
     except (ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise _unreadable(file, error) from error
         raise DataError(
             file, "is damaged, or not a .parquet file", fix="check its name, or get it again"
         ) from error

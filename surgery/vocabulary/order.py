@@ -169,6 +169,11 @@ class VocabularyOptions:
         check_choice("vocab_by", self.vocab_by, ORDERS)
 
     @property
+    def files(self) -> list[Path]:
+        """The files that are read."""
+        return [Path(self.keep_tokens)] if isinstance(self.keep_tokens, str | Path) else []
+
+    @property
     def drops(self) -> bool:
         """Whether tokens are named that are to be removed."""
         return self.drop_reserved or bool(self.drop_scripts)

@@ -45,14 +45,14 @@ CASES = [
         Case(f"{place}: {command.split()[0]}", damage, command, words)
         for place, damage, name, words in (
             ("output inside the input", nothing, "model/out",
-             ("model/out", "inside each other", "found source", "choose")),
+             ("model/out", "inside each other", "found input", "choose")),
             ("output is the input", nothing, "model",
-             ("model", "inside each other", "found source", "choose")),
+             ("model", "inside each other", "found input", "choose")),
             ("input inside the output", nothing, ".",
-             ("inside each other", "found source", "choose")),
+             ("inside each other", "found input", "choose")),
             ("output inside the input by a link",
              lambda root: (root / "link").symlink_to("model"), "link/out",
-             ("link/out", "inside each other", "found source", "choose")),
+             ("link/out", "inside each other", "found input", "choose")),
             ("output is a directory", directory("out"), "out",
              ("out", "exists already", "choose another")),
             ("output is a file", write("out", ""), "out",
@@ -75,9 +75,9 @@ CASES = [
         for command in (f"{CALIBRATE} text.txt", PLAN, "stats merge stats.safetensors")
         for kind, damage, place, words in (
             ("file in the model", nothing, "model/config.json",
-             ("model/config.json", "inside the model", "outside of it")),
+             ("model/config.json", "inside a directory that is only read", "outside of it")),
             ("file in the model by a link", lambda root: (root / "link").symlink_to("model"),
-             "link/x", ("link/x", "inside the model", "outside of it")),
+             "link/x", ("link/x", "inside a directory that is only read", "outside of it")),
             ("file is a directory", directory("there"), "there",
              ("there", "is a directory", "name a file")),
         )
@@ -85,7 +85,7 @@ CASES = [
     ),
     Case("plan of the best pair in the model", nothing,
          "search model --data text.txt --ratio 0.2 -o model/config.json",
-         ("model/config.json", "inside the model", "outside of it")),
+         ("model/config.json", "inside a directory that is only read", "outside of it")),
     Case("caps for tasks of ray", nothing,
          f"{CALIBRATE} text.txt --engine ray --max-memory 8GB",
          ("--engine ray", "no --max-memory")),

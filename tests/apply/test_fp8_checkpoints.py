@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -441,3 +442,37 @@ def test_an_edit_that_dequantizes_holds_a_few_windows(
     if kept is not None:
         wide = wide.view(torch.uint16).index_select(edit.dim, torch.from_numpy(kept))
     assert b"".join(windows) == bits(wide)
+
+
+def test_nan_and_infinity_that_apply_computes_are_refused_and_leave_nothing(
+    tmp_path: Path, deepseek: Path, run: Run
+) -> None:
+    plan, out = tmp_path / "plan.json", tmp_path / "new" / "out"
+    codes, scales = weights(deepseek)[DOWN], weights(deepseek)[DOWN + fp8.SUFFIX]
+    codes.view(torch.uint8)[3, 5] = 0x7F  # NaN
+    for number, wrong in enumerate(
+        ({DOWN: codes}, *({DOWN + fp8.SUFFIX: scales * x} for x in (float("nan"), float("inf"))))
+    ):
+        source = shutil.copytree(deepseek, tmp_path / str(number))
+        fp8.change(source, dict(wrong))
+        plan_of(source, 640, 1, dequantize=True).save(plan)
+        (tmp_path / "new").mkdir()
+        for more in ((), ("--jobs", 1)):  # other shards are finished before
+            line = refusal(run, "apply", plan, "-o", out, *more)
+            assert f"tensor {DOWN}: does not give finite numbers: found NaN or infinity" in line
+            assert "download the file again" in line
+            assert not list((tmp_path / "new").iterdir())
+        (tmp_path / "new").rmdir()
+
+
+def test_codes_of_nan_are_copied_where_nothing_is_computed(
+    tmp_path: Path, qwen3: Path, run: Run
+) -> None:
+    source = shutil.copytree(qwen3, tmp_path / "source")
+    codes = weights(source)[DOWN]
+    codes.view(torch.uint8)[3, 5] = 0x7F
+    fp8.change(source, {DOWN: codes})
+    plan_of(source, 512, 1, dequantize=False).save(tmp_path / "plan.json")
+    made = run("apply", tmp_path / "plan.json", "-o", tmp_path / "out")
+    assert made.exit_code == 0, made.output
+    assert bits(weights(tmp_path / "out")[DOWN]) == bits(codes)

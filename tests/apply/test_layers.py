@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from calib.scoring.logits import compare_forward
 from surgery.api import apply_plan
@@ -22,6 +23,7 @@ from surgery.planning.layers import format_layers, layers_by_influence, parse_la
 from surgery.planning.plan import Plan
 from surgery.verify.files import verify_files
 from tests.support import tiny, tiny_encoders
+from tests.support.command import Run, assert_refused
 from tests.support.contents import bits, weights
 from tests.support.layers import merged_layers, plan_of
 from tests.support.plans import layout_of, masked_dense
@@ -229,6 +231,30 @@ def test_sums_that_overflow_say_so() -> None:
     found = parts[0].view(np.uint16).copy()
     collapse(found, (p.view(np.uint16) for p in parts[1:]), "F16")
     assert np.isposinf(found.view(np.float16)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_only_numbers_that_are_computed_are_looked_at(
+    tmp_path: Path, run: Run, dtype: torch.dtype, value: float
+) -> None:
+    source = tiny.save(tmp_path / "source", dtype=dtype, sharded=True)
+    names = [f"model.layers.{n}.self_attn.q_proj.weight" for n in (0, 1)]
+    for file in source.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in {*names} & tensors.keys():
+            tensors[name][3, 4] = value if name == names[1] else 0.0
+        save_file(tensors, file, {"format": "pt"})
+    (tmp_path / "new").mkdir()
+    for groups, merges in ((([0], [1], [2]), False), (([0, 1], [2]), True)):
+        plan_of(source, groups).save(tmp_path / "plan.json")
+        made = run("apply", tmp_path / "plan.json", "-o", tmp_path / "new" / "out", "--jobs", 1)
+        if merges and value:
+            assert_refused(made, f"tensor {names[0]}: does not give finite numbers", "NaN or inf")
+            assert not list((tmp_path / "new").iterdir())
+        else:
+            assert made.exit_code == 0, made.output
+            shutil.rmtree(tmp_path / "new" / "out")
 
 
 @pytest.mark.parametrize(

@@ -248,3 +248,16 @@ def test_groups_of_several_widths_of_integers_are_refused_by_name(tmp_path: Path
     assert refused.exit_code == 2
     assert "checkpoint is quantized" in refused.output
     assert "found quant_method compressed-tensors" in refused.output
+
+
+def test_a_scale_of_nan_is_refused_where_the_weight_is_decoded(tmp_path: Path, run: Run) -> None:
+    source, plan = quantized.save(tmp_path / "source", "int8", "llama"), tmp_path / "plan.json"
+    tensors = load_file(source / FILE)
+    name = next(each for each in tensors if "layers.1.mlp.up_proj" in each and "scale" in each)
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, source / FILE, {"format": "pt"})
+    assert run("plan", source, "--dequantize", "-o", plan).exit_code == 0
+    before = sorted(tmp_path.iterdir())
+    refused = run("apply", plan, "-o", tmp_path / "out")
+    assert_refused(refused, "layers.1.mlp.up_proj", "does not give finite numbers", "found NaN")
+    assert sorted(tmp_path.iterdir()) == before

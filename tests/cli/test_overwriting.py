@@ -1,12 +1,16 @@
 """No command replaces what took time unasked, and each says last what it wrote."""
 
+import os
+import re
 from pathlib import Path
 
 import pytest
 
-from calib import calibrate, prune
+from calib import calibrate, compare, prune
 from surgery import SurgeryError
+from surgery.cli.main import main
 from tests.support.command import Run, assert_refused
+from tests.support.contents import digests
 
 TEXT = ("--data", "text.txt", "--samples", 2, "--seq-len", 32)
 SIZES = ("--vocab-size", 512, "--intermediate-size", 64)
@@ -65,6 +69,149 @@ def test_a_cluster_does_not_pass_over_an_interrupted_run(bench: Path, run: Run) 
     (bench / "kept.partial").mkdir()
     refused = run("calibrate", "model", *TEXT, "-o", "kept", "--engine", "ray")
     assert_refused(refused, "kept.partial: is there from a run", "--resume")
+
+
+READ = "is one of the files that are read"
+IN_MODEL = "is inside a directory that is only read"
+EACH_OTHER = "inside each other"
+STATS, TASKS, KEPT_WORDS = "stats.safetensors", "tasks.jsonl", "words.txt"
+COMPARE = ("compare", "model", *TEXT, *RATIO, "--methods", "act2")
+OWN_INPUTS = {
+    "calibrate on its text": ("text.txt", READ, "calibrate", "model", *TEXT, "--force", "-o"),
+    "calibrate on a file of its text's directory": (
+        "texts/a.txt", READ, "calibrate", "model", "--data", "texts", "--force", "-o",
+    ),
+    "calibrate on its words": (
+        KEPT_WORDS, READ, "calibrate", "model", *TEXT, "--keep-tokens", KEPT_WORDS, "--force", "-o",
+    ),
+    "plan on its statistics": (STATS, READ, "plan", "model", *SIZES, "--stats", STATS, "--force",
+                               "-o"),
+    "plan on its text": ("text.txt", READ, "plan", "model", *SIZES, *TEXT[:2], "--force", "-o"),
+    "search on its text": ("text.txt", READ, "search", "model", *TEXT, *RATIO, "--force", "-o"),
+    "search on its tasks": (
+        TASKS, READ, "search", "model", *TEXT, *RATIO, "--tasks", TASKS, "--force", "-o",
+    ),
+    "search's picture": (
+        "model/a.png", IN_MODEL, "search", "model", *TEXT, *RATIO, "--force", "--plot",
+    ),
+    "compare on its text": ("text.txt", READ, *COMPARE, "--keep"),
+    "compare on its tasks": (TASKS, READ, *COMPARE, "--tasks", TASKS, "--keep"),
+    "compare's picture": ("model/a.png", IN_MODEL, *COMPARE, "--force", "--plot"),
+    "inspect's picture": ("model/a.png", IN_MODEL, "inspect", "model", "--force", "--plot"),
+    "inspect on its statistics": (
+        STATS, READ, "inspect", "model", "--stats", STATS, "--force", "--plot",
+    ),
+    "report on its plan": ("plan.json", READ, "report", "plan.json", "--source", "model", "--force",
+                           "-o"),
+    "report on its statistics": (
+        STATS, READ, "report", "plan.json", "--source", "model", "--stats", STATS, "--force", "-o",
+    ),
+    "report on its results": (
+        TASKS, READ, "report", "plan.json", "--source", "model", "--results", TASKS, "--force",
+        "-o",
+    ),
+    "report in its model": ("model/a.html", IN_MODEL, "report", "model", "--stats", STATS, "-o"),
+    "merge on its part": (STATS, READ, "stats", "merge", STATS, "--force", "-o"),
+    "export in its model": ("model/config.json", IN_MODEL, "export", "model", "--force", "-o"),
+    "apply around its plan": ("out", EACH_OTHER, "apply", "out.partial/plan.json", "--resume",
+                              "-o"),
+    "prune beside its text": (
+        "new.stats.safetensors", READ, "prune", "model", "--data", "new.stats.safetensors", *SIZES,
+        "--force", "-o", "new",
+    ),
+    "prune around its text": (
+        "out", EACH_OTHER, "prune", "model", "--data", "out.partial/text.txt", *SIZES, "-o",
+    ),
+    "teach around its text": (
+        "out", EACH_OTHER, "teach", "model", "--plan", "plan.json", "--data",
+        "out.partial/text.txt", "--tokens", 64, "--resume", "-o",
+    ),
+    "recover beside its text": (
+        "new.self-data.jsonl", READ, "recover", "model", "--data", "new.self-data.jsonl",
+        "--method", "continue", "--tokens", 64, "-o", "new",
+    ),
+    "recover's picture": (
+        "arguments.png", READ, "recover", "model", *TEXT[:2], "--tokens", 64, "--training-args",
+        "arguments.png", "-o", "new", "--force", "--plot",
+    ),
+}  # fmt: skip
+"""Case → the output, what is said of it, and the command; the output's name is its last word,
+unless another one makes it."""
+
+
+@pytest.fixture
+def inputs(bench: Path) -> Path:
+    """A directory to work in, with inputs of every kind."""
+    for name in ("texts", "out.partial"):
+        (bench / name).mkdir()
+    for name in ("texts/a.txt", "out.partial/text.txt", "new.self-data.jsonl", KEPT_WORDS):
+        (bench / name).write_text("the\n")
+    (bench / "out.partial/plan.json").write_bytes((bench / "plan.json").read_bytes())
+    (bench / "new.stats.safetensors").write_bytes((bench / "text.txt").read_bytes())
+    (bench / TASKS).write_text('{"context": "a", "choices": [" b", " c"], "answer": 0}\n')
+    (bench / "arguments.png").write_text("{}")
+    return bench
+
+
+@pytest.mark.parametrize("name", OWN_INPUTS)
+def test_no_command_replaces_what_it_reads(
+    name: str, inputs: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*_: object, **__: object) -> None:
+        pytest.fail("refused after the work")
+
+    monkeypatch.setattr("surgery.text.documents.local_rows", work)
+    monkeypatch.setattr("surgery.stats.channel_stats.ChannelStats.load", work)
+    output, words, *command = OWN_INPUTS[name]
+    command += [output] if str(command[-1]).startswith("-") else []
+    before = digests(inputs)
+    assert_refused(run(*command), str(output), str(words), "; ")
+    assert digests(inputs) == before
+
+
+@pytest.mark.parametrize("other", ["./texts/../text.txt", "link"])
+def test_an_input_is_known_by_any_name(other: str, inputs: Path, run: Run) -> None:
+    (inputs / "link").symlink_to("text.txt")
+    before = digests(inputs)
+    for given, output in (("text.txt", other), (other, "text.txt")):
+        command = ("calibrate", "model", "--data", given, "-o", output, "--force")
+        assert_refused(run(*command), f"{Path(output)}: {READ}", f"found {Path(given)}", "name")
+    assert digests(inputs) == before
+
+
+@pytest.mark.parametrize(
+    ("keep", "words"),
+    [
+        ("texts", "texts: is a directory; name a file"),
+        ("model/rows.json", f"model/rows.json: {IN_MODEL}"),
+        ("gone/rows.json", "gone/rows.json: its directory does not exist; create it"),
+        ("plan.json", "plan.json: holds no rows of compare"),
+        (KEPT_WORDS, f"{KEPT_WORDS}: holds no rows of compare"),
+        ("rows.json", "rows.json: its directory is not writable; name another"),
+    ],
+)
+def test_a_bad_place_for_the_rows_of_compare_is_refused_before_the_text_is_read(
+    keep: str, words: str, inputs: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*_: object, **__: object) -> None:
+        pytest.fail("refused after the text was read")
+
+    monkeypatch.setattr("surgery.text.documents.local_rows", work)
+    if "not writable" in words:
+        monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    before = digests(inputs)
+    assert_refused(run(*COMPARE, "--keep", keep), words)
+    with pytest.raises(SurgeryError, match=re.escape(words.partition(";")[0])):
+        compare("model", data="text.txt", ratio=0.2, methods=["act2"], keep=keep)
+    assert digests(inputs) == before
+
+
+def test_every_command_with_an_output_is_among_them() -> None:
+    tried = {str(words[0]) for _, _, *words in OWN_INPUTS.values()}
+    for name, command in main.commands.items():
+        options = {option for each in command.params for option in each.opts}
+        if options & {"--output", "--plot", "--keep"}:
+            assert name in tried
 
 
 @pytest.mark.parametrize(

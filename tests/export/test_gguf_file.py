@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from gguf.quants import dequantize
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -21,7 +22,7 @@ from surgery.errors import CheckpointError
 from surgery.export.architectures import ARCHITECTURES
 from tests.support import gguf_models, quantized, tiny
 from tests.support.command import Run, assert_refused
-from tests.support.contents import weights
+from tests.support.contents import bits, weights
 from tests.support.gguf_files import read_gguf
 from tests.support.plans import random_plan
 
@@ -108,23 +109,47 @@ def test_rows_that_are_no_multiple_of_32_stay_f16(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("type_", "value", "beside"),
-    [("f16", 1e6, 0.0), ("f16", 1e6, math.nan), ("q8_0", 9e6, 0.0), ("q8_0", 1.0, math.inf)],
-)
-def test_a_value_too_large_for_a_type_is_refused(
-    tmp_path: Path, type_: str, value: float, beside: float
-) -> None:
-    source = tiny.save(tmp_path / "model", dtype=torch.bfloat16)
-    file = tmp_path / "model.gguf"
-    model = tiny.load(source)
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 4] = value
-        model.model.layers[1].mlp.up_proj.weight[3, 5] = beside
-    model.to(torch.bfloat16).save_pretrained(source)
+UP, NORM = "model.layers.1.mlp.up_proj.weight", "model.layers.1.input_layernorm.weight"
+
+
+def with_value(folder: Path, name: str, value: float) -> Path:
+    """A model in bf16 with one other number in the tensor ``name``."""
+    source = tiny.save(folder / "model", dtype=torch.bfloat16)
+    tensors = weights(source)
+    tensors[name].view(-1)[7] = value
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    return source
+
+
+@pytest.mark.parametrize(("type_", "value"), [("f16", 1e6), ("q8_0", 9e6)])
+def test_a_value_too_large_for_a_type_is_refused(tmp_path: Path, type_: str, value: float) -> None:
+    source, file = with_value(tmp_path, UP, value), tmp_path / "model.gguf"
     with pytest.raises(CheckpointError, match=r"up_proj.weight: has values that are too large"):
         surgery.export_gguf(source, file, pre="gpt-2", type=type_)
     assert sorted(tmp_path.iterdir()) == [source]  # nothing is left of the file
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("type_", "name"),
+    [("f32", UP), ("f16", UP), ("q8_0", UP), ("bf16", NORM)],  # a norm becomes f32 in any file
+)
+def test_nan_and_infinity_are_refused_where_values_are_converted(
+    tmp_path: Path, run: Run, type_: str, name: str, value: float
+) -> None:
+    source, file = with_value(tmp_path, name, value), tmp_path / "model.gguf"
+    refused = run("export", source, "-o", file, "--pre", "gpt-2", "--type", type_)
+    words = (f"model.safetensors: tensor {name}", "has a number that is not finite")
+    assert_refused(refused, *words, "found NaN or infinity in BF16; download the file again")
+    assert sorted(tmp_path.iterdir()) == [source]
+
+
+def test_numbers_of_the_same_type_are_copied_as_they_are(tmp_path: Path, run: Run) -> None:
+    source, file = with_value(tmp_path, UP, math.nan), tmp_path / "model.gguf"
+    made = run("export", source, "-o", file, "--pre", "gpt-2", "--type", "bf16")
+    assert made.exit_code == 0, made.output
+    written = read_gguf(file)[1]["blk.1.ffn_up.weight"].data
+    assert written.tobytes() == bits(weights(source)[UP])
 
 
 KILLED = """
@@ -198,7 +223,7 @@ def test_refusals(tmp_path: Path, llama: Path, run: Run, monkeypatch: pytest.Mon
     eight = run("export", llama, "-o", file, "--type", "int8", "--pre", "gpt-2")
     assert_refused(eight, "--type", "f32, f16, bf16, q8_0", "'int8'")
     inside = run("export", llama, "-o", llama / "model.gguf", "--pre", "gpt-2")
-    assert_refused(inside, "is inside the model")
+    assert_refused(inside, "is inside a directory that is only read")
     other = tiny.save(tmp_path / "phi", "phi")
     named = run("export", other, "-o", file, "--pre", "gpt-2")
     assert_refused(named, "found phi", "convert_hf_to_gguf.py", "'gpt-2'")

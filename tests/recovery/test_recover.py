@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 STEPS, SEQ_LEN = 20, 32
 TOKENS = STEPS * SEQ_LEN * 2
+DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
 def requested(pair: Pair, output: Path, **changes: Any) -> "Recovery":
@@ -220,18 +221,67 @@ def test_bad_requests_are_refused_in_one_line(pair: Pair, tmp_path: Path, run: R
     assert_refused(refused, "--training-args: max_grad_norm", "got `str`", "correct it")
 
 
-@pytest.mark.parametrize("given", [{"report_to": "none-such"}, {"dataloader_num_workers": -1}])
-def test_arguments_that_the_library_refuses_end_in_one_line(
-    pair: Pair, tmp_path: Path, run: Run, given: dict[str, Any]
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"optim": "bogus"},
+        {"lr_scheduler_type": "bogus"},
+        {"lr_scheduler_kwargs": {"bogus": 1}},
+        {"report_to": "none-such"},
+        {"dataloader_num_workers": -1},
+        {"dataloader_persistent_workers": True},
+        {"logging_steps": 0},
+        {"optim": "galore_adamw"},
+        {"accelerator_config": {"bogus": 1}},
+    ],
+)
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_values_that_the_library_refuses_are_refused_before_anything_is_loaded(
+    pair: Pair,
+    tmp_path: Path,
+    run: Run,
+    given: dict[str, Any],
+    more: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def load(*_: object, **__: object) -> None:
+        pytest.fail("refused after something was loaded")
+
+    for name in ("documents_of", "Student", "Teacher", "load_tokenizer"):
+        monkeypatch.setattr(f"calib.recovery.run.{name}", load)
     arguments = tmp_path / "arguments.json"
     arguments.write_text(json.dumps(given), encoding="utf-8")
     take = ("--tokens", 640, "--seq-len", 32, "--windows", 2, "--training-args", arguments)
-    result = run("recover", pair.pruned, "--data", pair.text, "-o", tmp_path / "out", *take)
-    *_, last = result.output.splitlines()
-    assert result.exit_code == 2
-    assert last.startswith("Error: --training-args: is refused by transformers' Train")
-    assert not isinstance(result.exception, (TypeError, ValueError, ImportError, RuntimeError))
+    command = ("recover", pair.pruned, "--data", pair.text, "-o", tmp_path / "out", *take, *more)
+    assert_refused(
+        run(*command), "--training-args: is refused by transformers' Train", "correct it"
+    )
+    assert [each.name for each in tmp_path.iterdir()] == ["arguments.json"]
+
+
+def test_values_that_need_the_model_are_refused_when_it_is_there(
+    pair: Pair, tmp_path: Path
+) -> None:
+    training = {"optim": "galore_adamw", "optim_target_modules": ["none_such"]}
+    with pytest.raises(SurgeryError, match="is refused by transformers' Trainer"):
+        recovered(pair, tmp_path / "out", training=training)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_arguments_that_cannot_be_read_is_named(
+    pair: Pair, tmp_path: Path, run: Run
+) -> None:
+    (tmp_path / "list.json").write_text("[1]", encoding="utf-8")
+    (tmp_path / "text.json").write_text("words", encoding="utf-8")
+    command = ("recover", "model-that-is-not-there", "--data", pair.text, "-o", tmp_path / "out")
+    for name, *words in (
+        ("lists.json", "lists.json: does not exist", "did you mean", "list.json", "JSON file"),
+        (".", "cannot be read: found Is a directory", "name a JSON file"),
+        ("list.json", "list.json: is not a JSON object", "found list; correct it"),
+        ("text.json", "text.json: is not valid JSON", "correct it"),
+    ):
+        given = (*command, "--tokens", 640, "--training-args", tmp_path / name)
+        assert_refused(run(*given), *words)
 
 
 def test_a_killed_run_of_a_mixture_continues_with_its_experts(pair: Pair, tmp_path: Path) -> None:
@@ -305,19 +355,33 @@ def test_a_teacher_that_was_changed_is_another_one(pair: Pair, tmp_path: Path) -
         recovered(pair, tmp_path / "out", teacher=str(dense), resume=True)
 
 
-def test_numbers_that_are_not_finite_are_an_error(pair: Pair, tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_are_an_error(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(*_: object) -> None:
+        pytest.fail("trained")
+
     with pytest.raises(SurgeryError, match="finite"):
         recovered(pair, tmp_path / "out", learning_rate=float("inf"))
     broken = tmp_path / "broken"
     shutil.copytree(pair.dense, broken)
     for path in broken.glob("*.safetensors"):
-        save_file({name: value * float("nan") for name, value in load_file(path).items()}, path)
-    with pytest.raises(SurgeryError, match="not finite"):
-        recovered(pair, tmp_path / "out", teacher=str(broken), tokens=2 * SEQ_LEN * 2)
+        tensors = load_file(path)
+        if DOWN in tensors:
+            tensors[DOWN][3, 4] = float("nan")
+            save_file(tensors, path, {"format": "pt"})
+    monkeypatch.setattr("calib.recovery.run.run_trainer", train)
     nothing = Pair(broken, broken, pair.text, pair.plan)
-    with pytest.raises(SurgeryError, match="cannot be trained"):
-        recovered(nothing, tmp_path / "out", method="continue")
-    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+    cases: list[tuple[Pair, dict[str, Any]]] = [
+        (pair, {"teacher": str(broken)}),
+        (pair, {"teacher": str(broken), "method": "self-data"}),
+        (nothing, {"method": "continue"}),
+    ]
+    for models, changes in cases:
+        words = rf"safetensors: tensor {DOWN}: has a number that is not finite.*download the file"
+        with pytest.raises(SurgeryError, match=words):
+            recovered(models, tmp_path / "out", tokens=2 * SEQ_LEN * 2, **changes)
+        assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
 
 @pytest.mark.parametrize(

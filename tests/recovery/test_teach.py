@@ -1,5 +1,6 @@
 """teach: the files are exact, resumable, and train as the resident teacher does."""
 
+import errno
 import json
 import shutil
 import sys
@@ -114,6 +115,78 @@ def test_a_killed_pass_continues_and_ends_the_same(
     assert digests(again) == digests(whole)
 
 
+def test_a_pass_continues_only_with_the_options_that_its_text_was_read_by(
+    pair: Pair, tmp_path: Path, run: Run
+) -> None:
+    (tmp_path / "other.txt").write_bytes(pair.text.read_bytes())
+    usual = {
+        "--data": pair.text,
+        "--seq-len": SEQ_LEN,
+        "--windows": 2,
+        "--seed": 0,
+        "--tokens": 4 * SEQ_LEN,
+        "--field": "text",
+    }
+
+    def command(**changes: object) -> list[object]:
+        given = usual | {f"--{name.replace('_', '-')}": value for name, value in changes.items()}
+        options = [word for option in given.items() for word in option]
+        return ["teach", pair.dense, "--plan", pair.pruned, *options, "-o", tmp_path / "t"]
+
+    def stop(stage: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("calib.recovery.teach.stage", stop)
+        assert run(*command()).exit_code == 130
+    before = digests(tmp_path)
+    for name, value in {
+        "data": tmp_path / "other.txt",
+        "seq_len": 2 * SEQ_LEN,
+        "windows": 3,
+        "seed": 1,
+        "tokens": 5 * SEQ_LEN,
+        "field": "body",
+    }.items():
+        flag = f"--{name.replace('_', '-')}"
+        refused = run(*command(**{name: value}), "--resume")
+        assert_refused(refused, f"t.partial: {flag}: was another one", str(value), "begin anew")
+        assert digests(tmp_path) == before
+    (tmp_path / "t.partial" / "begun.json").write_text("{")
+    assert_refused(run(*command(), "--resume"), "begun.json: is damaged", "begin anew")
+    (tmp_path / "t.partial" / "begun.json").unlink()  # as when a run was killed at its very end
+    assert run(*command(), "--resume").exit_code == 0
+    assert not {"begun.json", "windows.npy"} & {each.name for each in (tmp_path / "t").iterdir()}
+
+
+def test_two_runs_do_not_write_one_directory(pair: Pair, tmp_path: Path) -> None:
+    tried: list[int] = []
+
+    def meanwhile(stage: str, done: int, total: int) -> None:
+        with pytest.raises(SurgeryError, match="t: is being written by another run; wait for it"):
+            taught(pair, tmp_path / "t", resume=True)
+        tried.append(done)
+
+    taught(pair, tmp_path / "t", meanwhile)
+    assert tried
+    assert [each.name for each in tmp_path.iterdir()] == ["t"]
+
+
+def test_an_output_that_another_run_has_just_written_is_not_replaced(
+    pair: Pair, tmp_path: Path
+) -> None:
+    from calib.recovery.teach import Teaching
+
+    text = TextOptions(sources_of(pair.text), seq_len=SEQ_LEN, windows=2, seed=0)
+    options = TeachOptions((tmp_path / "t",), tokens=4 * SEQ_LEN, top_k=8)
+    late = Teaching(open_layout(pair.dense), [pair.plan], text, ComputeOptions("cpu"), options)
+    taught(pair, tmp_path / "t", tokens=4 * SEQ_LEN)
+    before = digests(tmp_path)
+    with pytest.raises(SurgeryError, match="exists already"):
+        late.run()
+    assert digests(tmp_path) == before
+
+
 def test_a_text_without_words_leaves_nothing_behind(pair: Pair, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     empty = replace(pair, text=tmp_path / "empty.txt")
@@ -213,6 +286,30 @@ def test_damaged_files_are_refused_by_name(pair: Pair, tmp_path: Path, run: Run)
     for wrong in ({"windows": 0}, {"precision": "int8"}):
         changed = json.dumps(settings | wrong).encode()
         refused("settings.json", changed, "is no directory that teach wrote")
+
+
+def test_files_that_cannot_be_read_are_not_called_damaged(
+    pair: Pair, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = taught(pair, tmp_path / "t", tokens=4 * SEQ_LEN)
+    given = ("recover", pair.pruned, "--teacher", files, "-o", tmp_path / "out", "--tokens", 640)
+
+    def denied(path: Path) -> None:
+        raise PermissionError(errno.EACCES, f"Failed to open local file {path}", str(path))
+
+    words = ("cannot be read: found Permission denied", "permissions")
+    for name, opener in (
+        ("part-00000.parquet", "pyarrow.parquet.ParquetFile"),
+        ("settings.json", "calib.recovery.taught.read_file"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(opener, denied)
+            assert_refused(run(*given), name, *words)
+            assert "damaged" not in run(*given).stderr
+    shutil.copy(files / "part-00000.parquet", tmp_path / "text.parquet")
+    monkeypatch.setattr("pyarrow.parquet.ParquetFile", denied)
+    score = ("score", pair.dense, "--data", tmp_path / "text.parquet")
+    assert_refused(run(*score), "text.parquet", *words)
 
 
 def test_a_model_with_other_tokens_teaches_nobody(pair: Pair, tmp_path: Path, run: Run) -> None:

@@ -24,8 +24,9 @@ from surgery.vocabulary.order import rarity_of
 from tests.support import tiny
 from tests.support.calibration import CPU, EDGES, SEQ_LEN, SETTINGS, sample_windows, take_stats
 from tests.support.command import Run, assert_refused
+from tests.support.contents import digests
 from tests.support.full_load import full_load_bits, hooked, window_norms
-from tests.support.plans import layout_of
+from tests.support.plans import layout_of, random_plan
 
 COMMON = "common-act2"
 
@@ -208,21 +209,32 @@ def broken(path: Path, name: str, value: float) -> None:
         "model.norm.weight",
     ],
 )
-@pytest.mark.parametrize("command", ["calibrate", "score", "search"])
+@pytest.mark.parametrize("command", ["calibrate", "spilled", "prune", "teach", "score", "search"])
 def test_a_broken_tensor_is_named_by_every_command_that_computes(
     tmp_path: Path, name: str, value: float, command: str, run: Run
 ) -> None:
     path, text = tiny.save(tmp_path / "model"), tmp_path / "text.txt"
     text.write_text(tiny.prose(3000), encoding="utf-8")
+    (tmp_path / "spill").mkdir()
+    random_plan(path, 640, 96).save(tmp_path / "plan.json")
     broken(path, name, value)
+    out, windows = ("-o", tmp_path / "new" / "out"), ("--seq-len", 32, "--samples", 4)
+    (tmp_path / "new").mkdir()
     more = {
-        "calibrate": ("-o", tmp_path / "s", "--seq-len", 32, "--samples", 4),
+        "calibrate": (*out, *windows),
+        "spilled": (*out, *windows, "--spill", tmp_path / "spill"),
+        "prune": (*out, *windows, "--intermediate-size", 64),
+        "teach": (*out, "--plan", tmp_path / "plan.json", "--tokens", 64, "--seq-len", 32),
         "score": ("--window-bytes", 256),
         "search": ("--ratio", 0.1, "--multiple-of", 8, "--seq-len", 32),
     }
-    result = run(command, path, "--data", text, *more[command])
-    assert_refused(result, f"model.safetensors: tensor {name}", "not finite", "another checkpoint")
-    assert not (tmp_path / "s").exists()
+    before = digests(tmp_path)
+    named = "calibrate" if command == "spilled" else command
+    result = run(named, path, "--data", text, *more[command])
+    *_, error = result.stderr.splitlines()
+    words = (f"model.safetensors: tensor {name}", "not finite", "another checkpoint")
+    assert (result.exit_code, [word for word in words if word not in error]) == (2, [])
+    assert digests(tmp_path) == before  # nothing is left that would stop the next run
 
 
 def test_a_broken_embedding_or_head_is_named(tmp_path: Path, run: Run) -> None:
@@ -249,15 +261,9 @@ def test_an_overflow_names_the_first_layer_and_the_dtype(tmp_path: Path, run: Ru
     options = ("--data", text, "--seq-len", 32, "--samples", 4, "-o", tmp_path / "s")
     result = run("calibrate", path, *options, "--dtype", "float16")
     assert_refused(result, "layer 1: is the first", "float16", "--dtype bfloat16 or float32")
-    rest = ("--resume", "--dtype", "float16")
-    resumed = run("calibrate", path, *options, *rest)
-    assert resumed.exit_code == 2
-    said, error = resumed.stderr.splitlines()
-    assert said == "resuming: 1 of 3 layers finished before"
-    assert "layer 1: is the first" in error
-    (tmp_path / "t").mkdir()
-    other = (*options[:-1], tmp_path / "t" / "s")
-    assert run("calibrate", path, *other).exit_code == 0
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["model", "text.txt"]
+    again = run("calibrate", path, *options)  # the same output, in float32
+    assert again.exit_code == 0, again.output
 
 
 def test_weights_that_no_token_meets_are_checked_too(tmp_path: Path, run: Run) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from calib.statistics.calibrate import Calibration, take_statistics
 from calib.statistics.sums import ChannelSums
@@ -19,7 +20,7 @@ from surgery.stats.merge import merge_stats
 from surgery.vocabulary.order import rarity_of
 from tests.support import fp8, tiny
 from tests.support.calibration import CPU, EDGES, SEQ_LEN, SETTINGS, sample_windows, take_stats
-from tests.support.command import Run
+from tests.support.command import Run, assert_refused
 from tests.support.contents import weights
 from tests.support.full_load import hooked
 from tests.support.plans import layout_of
@@ -185,6 +186,18 @@ def test_aimer_reads_the_weights_alone(tmp_path: Path, run: Run, key: str) -> No
         scores.append(float(every.abs().mean() / every.square().mean().sqrt()))
     assert plan.experts(1).tolist() == sorted(np.argsort(scores)[:5].tolist())
     assert plan.provenance.expert_criterion == "aimer"
+
+
+@pytest.mark.parametrize("key", [MOE, "gpt_oss"])
+def test_aimer_refuses_weights_that_are_not_finite(tmp_path: Path, run: Run, key: str) -> None:
+    source, file = tiny.save(tmp_path / "source", key, num_local_experts=8), tmp_path / "plan.json"
+    tensors = weights(source)
+    name = next(n for n in tensors if "1.mlp.experts" in n and "down_proj" in n and "bias" not in n)
+    tensors[name].view(-1)[7] = float("nan")
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    refused = run("plan", source, "--num-experts", 5, "--expert-criterion", "aimer", "-o", file)
+    assert_refused(refused, f"tensor {name}: has a number that is not finite", "another checkpoint")
+    assert not file.exists()
 
 
 def test_inspect_shows_how_tokens_are_spread(tmp_path: Path, text: Path, run: Run) -> None:
