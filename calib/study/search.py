@@ -24,7 +24,6 @@ from calib.study.table import (
 from surgery.errors import BudgetError
 from surgery.families.schema import VOCAB
 from surgery.layout.layout import Layout
-from surgery.planning.aims import QUALITY
 from surgery.planning.choice import SizeChoice, choose_vocabulary, layers_at
 from surgery.planning.layers import check_removable, format_layers, pattern_layers
 from surgery.planning.request import (
@@ -36,6 +35,7 @@ from surgery.planning.request import (
     fixed_sizes,
     main_width,
 )
+from surgery.planning.serving import QUALITY
 from surgery.planning.shapes import blocks, check_experts, expert_choices, unprunable
 from surgery.planning.sizes import FixedSizes, Sizes, check_sizes, nearest_to_rule, sizes_at, whole
 from surgery.process import Progress, stage

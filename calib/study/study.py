@@ -21,9 +21,9 @@ from calib.study.text import CalibrationPass, StudyText
 from calib.study.trial import ExpertChoice, Trial, Variant, try_all
 from calib.study.two_stage import attention_parameters
 from surgery.layout.layout import Layout
-from surgery.planning.aims import DECODE, MEMORY, served_bytes
 from surgery.planning.choice import SizeChoice
 from surgery.planning.selection import kept_experts
+from surgery.planning.serving import DECODE, MEMORY, served_bytes
 from surgery.planning.shapes import axis_lengths, blocks, expert_groups, parameters_of
 from surgery.planning.sizes import Sizes, whole
 from surgery.process import Advance, Stopwatch, no_advance

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from calib.scoring.answers import Answers
-from surgery.planning.aims import COUNTED, DECODE, MARGIN, MEMORY, QUALITY
+from surgery.planning.serving import COUNTED, DECODE, MARGIN, MEMORY, QUALITY
 from surgery.planning.sizes import TOLERANCE
 from surgery.plot import html_table, saved_figure, titled
 from surgery.process import spoken

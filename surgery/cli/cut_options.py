@@ -6,8 +6,8 @@ import click
 
 from surgery.cli.options import choice_option, combined, gathered, number_option, path_type, share
 from surgery.errors import BudgetError
-from surgery.planning.aims import AIMS, QUALITY
 from surgery.planning.request import CutRequest, SizeRequest
+from surgery.planning.serving import AIMS, QUALITY
 from surgery.stats.channels import (
     CRITERIA,
     DEFAULT_CRITERION,

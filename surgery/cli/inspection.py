@@ -159,7 +159,8 @@ def check_shown(model: str, shown: Shown, show: ShowOptions) -> None:
 
 def show_serving(model: ModelOptions, source: str | None, as_json: bool) -> None:
     """Print what a model takes where it is served; of a plan or an output, before and after."""
-    from surgery.planning.shapes import serving_of, serving_table, sizes_of
+    from surgery.planning.serving import serving_of, serving_table
+    from surgery.planning.shapes import sizes_of
     from surgery.planning.sizes import whole
     from surgery.verify.files import plan_and_source, plan_within
 

@@ -14,9 +14,9 @@ import click
 from surgery.apply.companions import files_left_out
 from surgery.errors import printable
 from surgery.layout.layout import Layout
-from surgery.planning.aims import QUALITY
 from surgery.planning.plan import Plan
 from surgery.planning.request import SizeRequest
+from surgery.planning.serving import QUALITY
 from surgery.process import Progress, reuse_freed_memory, spoken
 from surgery.verify.engines import engine_table, planned_notes
 

@@ -8,7 +8,6 @@ import numpy as np
 
 from surgery.errors import BudgetError, DataError, TokenizerError
 from surgery.layout.layout import Layout
-from surgery.planning.aims import QUALITY, aim_note, served_bytes, split_for
 from surgery.planning.layers import (
     check_layers,
     layers_by_influence,
@@ -25,6 +24,7 @@ from surgery.planning.request import (
     allowed_steps,
     fixed_sizes,
 )
+from surgery.planning.serving import QUALITY, aim_note, served_bytes, split_for
 from surgery.planning.shapes import check_experts, expert_choices
 from surgery.planning.sizes import (
     TOLERANCE,

@@ -7,7 +7,7 @@ from math import lcm
 from surgery.errors import BudgetError, OptionError, check_choice
 from surgery.hub.upload import HUB_NAME
 from surgery.layout.layout import Layout
-from surgery.planning.aims import AIMS, QUALITY
+from surgery.planning.serving import AIMS, QUALITY
 from surgery.planning.shapes import blocks
 from surgery.planning.sizes import MULTIPLE_OF, FixedSizes, Steps, check_ratio, parse_target, steps
 from surgery.stats.channels import ChannelOptions

@@ -1,10 +1,7 @@
 """Shapes and bytes of an output from headers alone; what quantized weights and routers allow."""
 
 import math
-import re
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from math import lcm
 
 import numpy as np
@@ -12,18 +9,16 @@ import numpy as np
 from surgery.checkpoint.fp8 import scale_grid
 from surgery.errors import BudgetError, PlanError
 from surgery.families.schema import (
-    ENCODER_DECODER,
     EXPERT_KEYS,
     EXPERTS,
     GROUP_KEYS,
     PER_TOKEN_KEYS,
     VOCAB,
-    Dim,
 )
 from surgery.files.index_sets import MAKE_AGAIN
 from surgery.files.safetensors_header import ITEMSIZE, TensorRef
 from surgery.layout.layout import Layout, size_in
-from surgery.layout.roles import CARRIED, TensorRole
+from surgery.layout.roles import TensorRole
 from surgery.planning.layers import PLAIN_LISTS
 from surgery.planning.plan import Plan, Shape
 from surgery.planning.sizes import Sizes
@@ -195,7 +190,7 @@ def check_experts(layout: Layout, count: int) -> None:
         step = f" in steps of {groups}, for as many in each group" if groups > 1 else ""
         raise BudgetError(
             "`num_experts`",
-            f"is out of reach: a token goes to {_per_token(layout)}",
+            f"is out of reach: a token goes to {experts_per_token(layout)}",
             expected=f"{choices.start} to {full}{step}",
             found=count,
             fix="choose a number in this range",
@@ -216,11 +211,12 @@ def expert_choices(layout: Layout) -> range:
         why = layout.family.experts_stay if full else "the model has no routed experts"
         raise BudgetError("`num_experts`", f"cannot change: {why}", fix="leave it out")
     groups, chosen, least = _groups(layout)
-    smallest = groups * max(least, -(-_per_token(layout) // chosen))
+    smallest = groups * max(least, -(-experts_per_token(layout) // chosen))
     return range(min(smallest, full), full + 1, groups)
 
 
-def _per_token(layout: Layout) -> int:
+def experts_per_token(layout: Layout) -> int:
+    """Return how many routed experts a token has at most, by config.json."""
     experts, config = layout.family.experts, layout.config
     found: list[int] = []
     for key in PER_TOKEN_KEYS:
@@ -337,151 +333,6 @@ def sizes_of(plan: Plan) -> Sizes:
     """Return the sizes that a plan leads to."""
     experts = plan.after.experts if plan.after.experts != plan.before.experts else 0
     return Sizes(plan.after.vocab_size, plan.after.widths, plan.dequantize, plan.layers, experts)
-
-
-CACHE_ITEMSIZE, LOGIT_ITEMSIZE = 2, 4
-"""Bytes of a value in a bf16 cache, and of a float32 logit."""
-
-
-@dataclass(frozen=True)
-class Serving:
-    """What a model takes where it is served, predicted from headers; all in bytes."""
-
-    weights: int
-    """Of all weights in memory, in the checkpoint's dtype; those of image or audio encoders, too. A
-    stored copy of a tied embedding takes none."""
-    decoded: int | None
-    """Weights read for each token that a single sequence decodes. Of the embedding that is one row,
-    unless it is the head, too; of routed experts, those of the token; of encoders of images, none.
-    None where headers do not tell, or nothing is decoded."""
-    cache: int | None
-    """Keys and values of each position, in bf16; layers with windows keep only the last ones. None
-    where headers do not tell, or nothing is decoded."""
-    source_cache: int | None
-    """The same of each position of an encoder's text, to which its decoder attends; None where
-    there is no encoder."""
-    logits: int | None
-    """float32 logits of each position of a batch; None where the model predicts no tokens."""
-
-
-def serving_of(layout: Layout, sizes: Sizes) -> Serving:
-    """Predict what ``layout`` takes where it is served, once it has ``sizes``."""
-    total = beside = looked_up = routed = 0
-    for tensor in layout.checkpoint.tensors.values():
-        role, dtype = layout.roles[tensor.name], output_dtype(layout, tensor, sizes)
-        tied_head = layout.tied and role.name == layout.family.head
-        if dtype is None or tied_head or not keeps(role, sizes, {}):
-            continue
-        nbytes = math.prod(output_shape(layout, tensor, sizes)) * ITEMSIZE[dtype]
-        total += nbytes
-        if role.slot is CARRIED:
-            beside += nbytes
-            continue
-        table = role.slot.dims == (Dim(VOCAB), None) and not _is_head(layout, role)
-        looked_up += nbytes - nbytes // sizes.vocab_size if table else 0
-        routed += nbytes if role.slot.of_expert or role.slot.packed else 0
-    beside_encoder = layout.family.kind == ENCODER_DECODER
-    cached, of_source = 0, 0
-    if beside_encoder:
-        cached, of_source = _cached_beside_encoder(layout)
-    elif layout.predicts:
-        cached = _cached(layout, [group[0] for group in sizes.layers])
-    count = sizes.experts or layout.experts
-    idle = routed * (count - min(_per_token(layout), count)) // count if count else 0
-    decodes = layout.predicts or beside_encoder
-    return Serving(
-        weights=total,
-        decoded=total - beside - idle - looked_up if layout.predicts else None,
-        cache=cached * CACHE_ITEMSIZE or None,
-        source_cache=of_source * CACHE_ITEMSIZE or None,
-        logits=sizes.vocab_size * LOGIT_ITEMSIZE if decodes else None,
-    )
-
-
-def _is_head(layout: Layout, role: TensorRole) -> bool:
-    return role.name == (layout.family.embedding if layout.tied else layout.family.head)
-
-
-def _cached(layout: Layout, kept: Sequence[int]) -> int:
-    """Values that the cache holds of each position, in the layers ``kept``; none: in all.
-
-    The last ``num_kv_shared_layers`` take those of a layer before them.
-    """
-    total = 0
-    for layer in kept or range(layout.num_hidden_layers):
-        modules: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
-        own = layout.of_layer[layer] if layer < layout.first_shared else {}
-        for name, ref in own.items():
-            module, _, last = name.removesuffix(".weight").rpartition(".")
-            modules[module][last] = layout.shape_of(ref)
-        total += sum(map(_cached_values, modules.values()))
-    return total
-
-
-def _cached_values(attention: Mapping[str, tuple[int, ...]]) -> int:
-    """Values that a module caches of a position, by the shapes of its maps.
-
-    Linear attention, which has an ``A_log``, carries on a state instead.
-    """
-    if "A_log" in attention:
-        return 0
-    if {"qkv_proj", "o_proj"} <= attention.keys():  # as many queries as go into the second
-        return attention["qkv_proj"][0] - attention["o_proj"][1]
-    latents, keys = (attention.get(n, (0,))[0] for n in ("kv_a_proj_with_mqa", "k_proj"))
-    return latents + keys + attention.get("v_proj", (keys,))[0]
-
-
-MAPS = {"k", "v", "key", "value", "k_proj", "v_proj", "key_proj", "value_proj"}
-"""Names of the maps that make keys and values, in decoders that have an encoder."""
-
-CROSSES = re.compile("cross|encoder|encdec", re.IGNORECASE)
-"""What the name of an attention to the encoder has."""
-
-
-def _cached_beside_encoder(layout: Layout) -> tuple[int, int]:
-    """Values that a decoder caches of each of its positions, and of each of its encoder's.
-
-    Where no attention is to the encoder alone, each is to both (T5Gemma 2). All layers are kept.
-    """
-    own = of_source = 0
-    for name, ref in layout.checkpoint.tensors.items():
-        *path, last = name.removesuffix(".weight").split(".")
-        if last not in MAPS or "decoder" not in path:
-            continue
-        first = len(path) - path[::-1].index("decoder")
-        if any(map(CROSSES.search, path[first:])):
-            of_source += layout.shape_of(ref)[0]
-        else:
-            own += layout.shape_of(ref)[0]
-    return own, of_source or own
-
-
-def serving_table(before: Serving, after: Serving | None = None) -> str:
-    """Return predictions as text for people, side by side where there are two.
-
-    Of a model that predicts no tokens, weights alone.
-    """
-    names = {
-        "weights": "weights",
-        "decoded": "read for each decoded token",
-        "cache": "cache of each position",
-        "source_cache": "cache of each source position",
-        "logits": "logits",
-    }
-    if before.logits is None:
-        names = {"weights": names["weights"]}
-    elif before.source_cache is None:
-        del names["source_cache"]
-    head = f"{'bytes':<30}{'before' if after else '':>18}"
-    rows = [head + f"{'after':>18}{'removed':>10}" if after else head.rstrip()]
-    for key, name in names.items():
-        old, new = getattr(before, key), getattr(after, key) if after else None
-        row = f"{name:<30}{'unknown' if old is None else f'{old:,}':>18}"
-        if after is not None:
-            share = f"{1 - new / old:.2%}" if old and new is not None else ""
-            row += f"{'unknown' if new is None else f'{new:,}':>18}{share:>10}"
-        rows.append(row)
-    return "\n".join(rows)
 
 
 def parameters_of(layout: Layout, sizes: Sizes) -> int:

@@ -13,7 +13,8 @@ from surgery.families.schema import EXPERTS, GROUPS, VOCAB
 from surgery.files.strict_json import read_file
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
-from surgery.planning.shapes import serving_of, sizes_of
+from surgery.planning.serving import serving_of
+from surgery.planning.shapes import sizes_of
 from surgery.planning.sizes import whole
 
 CONTEXT = 8192

@@ -11,10 +11,18 @@ from hypothesis import strategies as st
 from calib.study.table import DENSE, WITHIN, Row, best_for, table
 from surgery.errors import BudgetError
 from surgery.layout.layout import Layout
-from surgery.planning.aims import AIMS, CHANNEL_CAP, DECODE, MARGIN, MEMORY, QUALITY, served_bytes
 from surgery.planning.choice import choose_sizes
 from surgery.planning.plan import Plan
 from surgery.planning.request import CutRequest, SizeRequest
+from surgery.planning.serving import (
+    AIMS,
+    CHANNEL_CAP,
+    DECODE,
+    MARGIN,
+    MEMORY,
+    QUALITY,
+    served_bytes,
+)
 from surgery.planning.sizes import TOLERANCE, VOCAB_CAP, Sizes
 from tests.support import tiny, tiny_encoders
 from tests.support.command import Run, assert_refused

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from surgery.families.encoder_decoder_table import ENCODER_DECODERS
 from surgery.layout.layout import Layout
 from surgery.layout.roles import CARRIED
-from surgery.planning.shapes import Serving, serving_of
+from surgery.planning.serving import Serving, serving_of
 from surgery.planning.sizes import Sizes, whole
 from tests.support import tiny, tiny_encoders
 from tests.support.command import Run
