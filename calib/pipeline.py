@@ -71,7 +71,7 @@ class PlanFiles:
                 interrupted, and ``resume`` is not given; or one of the files is there, and neither
                 ``force`` nor ``resume`` is given; or it is one of those that are read.
         """
-        if not (resume and output.is_dir()):
+        if not (resume and output.name and output.is_dir()):  # "." has no name
             check_output_path(output, read)
         ends = (PLAN_END, STATS_END, PAGE_END)
         plan, stats, page = (output.with_name(output.name + end) for end in ends)

@@ -396,7 +396,7 @@ class Lesson:
 
 def _partial(output: Path) -> Path:
     """Return the name of a directory that is not whole yet."""
-    return output.with_name(output.name + PARTIAL)
+    return output.parent / f"{output.name}{PARTIAL}"  # "." has no name
 
 
 def _check_outputs(plans: Sequence[Plan], outputs: Sequence[Path]) -> None:

@@ -126,4 +126,4 @@ class ReplacementWriter:
 
 def replacement_file(plan_path: Path) -> Path:
     """Return the file beside a plan's that a repair writes its matrices to."""
-    return plan_path.with_name(plan_path.name.removesuffix(".json") + ".repair.safetensors")
+    return plan_path.parent / f"{plan_path.name.removesuffix('.json')}.repair.safetensors"

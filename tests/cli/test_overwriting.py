@@ -179,6 +179,22 @@ def test_an_input_is_known_by_any_name(other: str, inputs: Path, run: Run) -> No
     assert digests(inputs) == before
 
 
+@pytest.mark.parametrize("place", [".", "/", ""])
+@pytest.mark.parametrize("name", ["calibrate", "plan", "search", "prune", "resumed", "teach"])
+def test_an_output_without_a_name_is_refused(name: str, place: str, inputs: Path, run: Run) -> None:
+    before = digests(inputs)
+    more = {
+        "resumed": (*CASES["prune"][:-2], "--resume", "-o"),
+        "teach": ("teach", "model", *TEXT[:2], "--plan", "plan.json", "--tokens", 64, "-o"),
+    }
+    command = more[name] if name in more else CASES[name][:-1]
+    words = ("is a directory", "exists already", "inside each other", "names a directory")
+    refused = run(*command, place)
+    assert refused.exit_code == 2
+    assert "Error: " in refused.output and any(each in refused.output for each in words)
+    assert digests(inputs) == before
+
+
 @pytest.mark.parametrize(
     ("keep", "words"),
     [
