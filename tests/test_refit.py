@@ -8,12 +8,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib.refit import GramSums, NormalEquations, PrunedPrefix, error, others, refit_if_better
+from calib.refit import (
+    RATES,
+    Examples,
+    GramSums,
+    NormalEquations,
+    PrunedPrefix,
+    error,
+    others,
+    reconstruct,
+    refit_if_better,
+)
 from calib.streaming.batches import Stream, spilled
 from calib.streaming.decoder import StreamedDecoder
-from calib.streaming.ffn import pruned_parameters
+from calib.streaming.ffn import FfnModule, pruned_parameters
 from calib.streaming.settings import PassSettings
 from calib.streaming.weights import WeightReader
+from surgery.families.schema import FFN
 from tests.support import tiny
 from tests.support.plans import layout_of
 
@@ -134,3 +145,45 @@ def test_rounding_to_the_file_s_dtype_is_judged_too() -> None:
     found = refit_if_better(weight, kept, [gram_of(activations(4, 200, 6))], torch.bfloat16)
     assert found is not None
     assert found.dtype == torch.bfloat16
+
+
+WIDTH, CHANNELS = 16, 24
+
+
+class Ffn(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj = torch.nn.Linear(WIDTH, CHANNELS, bias=False)
+        self.down_proj = torch.nn.Linear(CHANNELS, WIDTH, bias=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.down_proj(torch.nn.functional.silu(self.up_proj(hidden)))
+        return found
+
+
+@pytest.mark.parametrize("size", [2.0**-8, 1.0, 2.0**4])
+@pytest.mark.parametrize("rates", [RATES, RATES[:1], RATES[1:], (1e4,)])
+def test_training_depends_on_no_scale_of_the_weights(size: float, rates: tuple[float, ...]) -> None:
+    """As SmolLM2's weights are ten times as large as Qwen's; a rate that harms is not used."""
+    rng = torch.Generator().manual_seed(0)
+    layer, wanted = torch.nn.Module(), Ffn().requires_grad_(False)
+    layer.mlp = Ffn().requires_grad_(False)
+    for module in (layer.mlp, wanted):
+        for weight in module.parameters():
+            weight.copy_(0.3 * torch.randn(weight.shape, generator=rng))
+    hidden = torch.randn(2, 512, WIDTH, generator=rng)
+    examples = [Examples(each, wanted(each)) for each in hidden]
+    scaled = [Examples(each.hidden, each.target * size) for each in examples]
+    begin = {f"mlp.{name}": value for name, value in layer.mlp.named_parameters()}
+    down = "mlp.down_proj.weight"
+    place = FfnModule(FFN, "mlp.down_proj", routed=False, alone=True)
+    made, other = (
+        reconstruct(layer, place, weights, texts, torch.float32, rates)
+        for weights, texts in ((begin, examples), (begin | {down: begin[down] * size}, scaled))
+    )
+    assert (made is None) == (other is None) == (rates == (1e4,))
+    if made is not None and other is not None:
+        assert made.rate == other.rate == max(rates)
+        torch.testing.assert_close(
+            other.weights[down] / size, made.weights[down], rtol=1e-3, atol=1e-4
+        )

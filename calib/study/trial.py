@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from calib.refit import PrunedPrefix, reconstruct, refit_if_better
+from calib.refit import RATES, PrunedPrefix, reconstruct, refit_if_better
 from calib.scoring.score import count_bits, predictions_of
 from calib.scoring.tasks import AskedTasks
 from calib.streaming.batches import Stream, spilled
@@ -111,6 +111,7 @@ class Trial:
         """Number of refitted matrices that are used."""
         self.trained = 0
         """Number of FFNs whose training is used."""
+        self._rates: Sequence[float] = RATES
         self._prefix: PrunedPrefix | None = None
         if calibration_pass and variant.repair:
             streams = calibration_pass.streams
@@ -233,11 +234,14 @@ class Trial:
         if prefix is None or not prefix.examples or weights.keys() != dims.keys():
             return {}
         dtype = down_dtype(decoder.layout, index, ffn_module.axis)
-        fit, judge = prefix.examples[0], prefix.examples[-1]
-        made = reconstruct(decoder.layer(index), ffn_module, weights, fit, judge, dtype)
+        layer, examples = decoder.layer(index), prefix.examples
+        made = reconstruct(layer, ffn_module, weights, examples, dtype, self._rates)
         prefix.examples = []
-        self.trained += made is not None
-        return made or {}
+        if made is None:
+            return {}
+        self.trained += 1
+        self._rates = (made.rate,)
+        return made.weights
 
     def _refit(
         self,
