@@ -9,14 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calib.refit import (
-    RATES,
     Examples,
     GramSums,
     NormalEquations,
     PrunedPrefix,
     error,
     others,
-    reconstruct,
     refit_if_better,
 )
 from calib.streaming.batches import Stream, spilled
@@ -24,6 +22,7 @@ from calib.streaming.decoder import StreamedDecoder
 from calib.streaming.ffn import FfnModule, pruned_parameters
 from calib.streaming.settings import PassSettings
 from calib.streaming.weights import WeightReader
+from calib.study.reconstruction import RATES, reconstruct
 from surgery.families.schema import FFN
 from tests.support import tiny
 from tests.support.plans import layout_of

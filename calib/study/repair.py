@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from calib.estimate import Prediction, WindowLengths, predict_repair
-from calib.refit import EPOCHS
 from calib.streaming.ffn import ExpertKey, down_proj_tensors, file_matrices
 from calib.streaming.settings import ComputeOptions
 from calib.streaming.weights import TORCH_DTYPE, raw
+from calib.study.reconstruction import EPOCHS
 from calib.study.study import Study, open_study
 from calib.study.trial import ExpertChoice, RefitHook, Trial, Variant
 from surgery.apply.edits import KeptParts, kept_parts, layer_groups

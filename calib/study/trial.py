@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from calib.refit import RATES, PrunedPrefix, reconstruct, refit_if_better
+from calib.refit import PrunedPrefix, refit_if_better
 from calib.scoring.score import count_bits, predictions_of
 from calib.scoring.tasks import AskedTasks
 from calib.streaming.batches import Stream, spilled
@@ -23,6 +23,7 @@ from calib.streaming.layer_groups import LayerGroups
 from calib.streaming.settings import PassSettings
 from calib.streaming.stand_ins import masked_router
 from calib.streaming.weights import TORCH_DTYPE, WeightReader
+from calib.study.reconstruction import RATES, reconstruct
 from calib.study.text import CalibrationPass, has_one_ffn
 from calib.study.two_stage import without_attention
 from calib.text.heldout import Encoded

@@ -10,7 +10,7 @@ from tests.support import ROOT
 
 TOPS = ("surgery", "calib")
 MOST_AT_THE_TOP = 8
-MOST_MODULES = 181
+MOST_MODULES = 182
 MOST_PACKAGES = 40
 MOST_LEVELS = 14
 
