@@ -272,7 +272,7 @@ def apply_and_verify(
     with watch.timed("apply"):
         made = apply_to(plan, path, options, progress)
     with watch.timed("verify"):
-        report = verify_files(made.output, plan, path, download=False, io=options.io)
+        report = verify_files(made.output, plan, path, download=False)
     return report, watch.seconds
 
 

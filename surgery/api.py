@@ -9,7 +9,6 @@ from surgery.apply.run import JOBS, Applied, ApplyOptions, apply_to
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.errors import BudgetError, PlanError, UnknownTypeError
 from surgery.export.gguf_file import Exported, ExportOptions, export_layout
-from surgery.files.shard_file import IO
 from surgery.hub.fetch import resolve_model, resolve_source
 from surgery.layout.build import read_layout
 from surgery.layout.census import Census, RoutingCensus
@@ -279,7 +278,6 @@ def apply_plan(  # noqa: PLR0913
     resume: bool = False,
     jobs: int = JOBS,
     engine: str = "local",
-    io: IO = "mmap",
     checksum: bool = False,
     progress: Progress | None = None,
 ) -> Applied:
@@ -298,7 +296,6 @@ def apply_plan(  # noqa: PLR0913
         resume: Whether to continue an interrupted run of the same plan.
         jobs: Shards to write at the same time.
         engine: "local", or "ray": each shard a task on a cluster that shares the file system.
-        io: "mmap", or "read" for network file systems.
         checksum: Whether to compare each shard with its known SHA-256 before any of it is used.
         progress: Called with "apply", the bytes written so far, and all bytes to write.
 
@@ -311,7 +308,7 @@ def apply_plan(  # noqa: PLR0913
     """
     loaded = plan if isinstance(plan, Plan) else Plan.load(plan)
     directory = Path(output) if output is not None else None
-    options = ApplyOptions(directory, resume, jobs, engine, io, checksum)
+    options = ApplyOptions(directory, resume, jobs, engine, checksum)
     return apply_to(loaded, resolve_source(loaded.source, source), options, progress)
 
 
@@ -404,7 +401,6 @@ def verify_checkpoint(
     plan: Plan | Path | str | None = None,
     source: Path | str | None = None,
     download: bool = True,
-    io: IO = "mmap",
 ) -> VerifyReport:
     """Check a checkpoint by its files, and against the plan and the source it was made from.
 
@@ -418,7 +414,6 @@ def verify_checkpoint(
         source: The source's directory or hub id; None is that of the plan, if it still exists. A
             source that only the plan within names is not looked up.
         download: Whether to download weights of a source on the hub to compare them.
-        io: As for ``apply_plan``.
 
     Raises:
         CheckpointError: the directory is no checkpoint.
@@ -426,7 +421,7 @@ def verify_checkpoint(
     """
     directory = Path(output)
     loaded, found = origin_of(directory, plan, source)
-    return verify_files(directory, loaded, found, download=download, io=io)
+    return verify_files(directory, loaded, found, download=download)
 
 
 RATIO = 0.2

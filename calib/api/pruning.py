@@ -20,7 +20,6 @@ from calib.streaming.settings import compute_options
 from calib.text.chat import documents_of
 from surgery.api import Model, as_layout
 from surgery.apply.run import ApplyOptions
-from surgery.files.shard_file import IO
 from surgery.planning.plan import Plan
 from surgery.planning.request import CutRequest, SizeRequest
 from surgery.process import Progress
@@ -234,7 +233,6 @@ def prune(  # noqa: PLR0913
     max_memory: int | None = None,
     max_gpu_memory: int | None = None,
     spill: Path | str | None = None,
-    io: IO = "mmap",
     resume: bool = False,
     force: bool = False,
     report: bool = False,
@@ -292,7 +290,6 @@ def prune(  # noqa: PLR0913
         resume: Whether to continue what a killed run of the same call left, if anything.
         force: Whether to replace a plan and statistics that are there; never the output.
         report: Whether to write ``OUTPUT.report.html`` also, a page that shows the cut.
-        io: "mmap", or "read" for network file systems.
         base_model: As for ``surgery.make_plan``.
         family: As for ``surgery.open_model``.
         progress: Called with a stage ("calibrate", "repair", "apply"), what is done, and the total.
@@ -301,7 +298,7 @@ def prune(  # noqa: PLR0913
         SurgeryError: any of the steps fails; then ``output`` does not exist.
     """
     compute = compute_options(device, dtype, max_memory, max_gpu_memory, spill)
-    applied = ApplyOptions(Path(output), resume, io=io)
+    applied = ApplyOptions(Path(output), resume)
     layout = as_layout(model, family)
     sources = sources_of(data) if data is not None else ()
     text = TextOptions(sources, samples, seq_len, seed=seed, field=field, strict=strict)

@@ -12,7 +12,7 @@ import torch
 from calib.streaming.weights import TORCH_DTYPE, raw
 from surgery.api import plan_model
 from surgery.errors import PlanError
-from surgery.files.shard_file import Buffer, open_shard
+from surgery.files.shard_file import Buffer, ShardFile
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
 from surgery.planning.replacement import Entry, ReplacementWriter
@@ -158,10 +158,8 @@ def trained_plan(
     replaced = frozenset(earlier.tensors if earlier else ())
     with ReplacementWriter(path, entries) as writer:
         for name, ref in refs.items():
-            with (
-                open_shard(ref.path, "read") as shard,
-                shard.window(ref.start, ref.nbytes, Buffer()) as stored,
-            ):
+            with ShardFile(ref.path) as shard:
+                stored = shard.window(ref.start, ref.nbytes, Buffer())
                 data = _bytes(tensors.get(name), ref.dtype) or stored.data
                 if name in replaced or data != stored.data:
                     writer.add(name, data)

@@ -9,7 +9,7 @@ import torch
 
 from calib.streaming.weights import pages, raw
 from surgery.files.atomic import errors_name, sync_file
-from surgery.files.shard_file import open_shard
+from surgery.files.shard_file import ShardFile
 
 BLOCK_BYTES = 1 << 24
 """Bytes that are copied between a device and a file at a time."""
@@ -74,7 +74,7 @@ class HiddenStates:
         """Read the rows that an earlier run saved after ``passed`` layers."""
         self.passed = passed
         path = self._file(passed)
-        with open_shard(path, "read") as file:
+        with ShardFile(path) as file:
             offset = 0
             for rows in self.before.split(self._step):
                 block = torch.empty_like(rows, device="cpu")

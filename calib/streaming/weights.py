@@ -18,7 +18,7 @@ from surgery.checkpoint.quantization import Opaque
 from surgery.errors import SurgeryError, check_choice
 from surgery.files.index_sets import runs
 from surgery.files.safetensors_header import TensorRef
-from surgery.files.shard_file import ShardFile, open_shard
+from surgery.files.shard_file import ShardFile
 from surgery.hub.shards import SMALL_BYTES, Shards
 
 TORCH_DTYPE = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -228,7 +228,7 @@ class WeightReader:
 
     def _fill(self, ref: TensorRef, target: memoryview, offset: int) -> None:
         if ref.path not in self._files:
-            self._files[ref.path] = open_shard(ref.path, "read")
+            self._files[ref.path] = ShardFile(ref.path)
         self._files[ref.path].read_into(target, offset)
         self.bytes_read += len(target)
 

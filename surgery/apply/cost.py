@@ -10,7 +10,7 @@ from surgery.apply.shard import WINDOW_BYTES, bytes_read
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.files.model_files import tokenizer_files
 from surgery.files.safetensors_header import TensorRef
-from surgery.files.shard_file import open_shard
+from surgery.files.shard_file import ShardFile
 from surgery.hub.shards import Shards
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
@@ -123,7 +123,7 @@ def read_pace(layout: Layout) -> Seconds | None:
         key=lambda path: path.stat().st_size,
     )
     size, found = path.stat().st_size, []
-    with open_shard(path, "read") as shard:
+    with ShardFile(path) as shard:
         piece = min(PIECE_BYTES, size)
         buffer = bytearray(piece)
         for offset in range(0, size - piece + 1, max(1, (size - piece) // (PIECES - 1))):

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from threading import Event
-from typing import Any, get_args
+from typing import Any
 
 import msgspec
 
@@ -27,7 +27,6 @@ from surgery.checkpoint.checksums import Checksums, known_digests
 from surgery.cluster import ENGINES, RETRIES, cluster, results
 from surgery.errors import EngineError, PlanError, SurgeryError, check_choice, check_least
 from surgery.files.model_files import INDEX_NAME
-from surgery.files.shard_file import IO, mapped_bytes
 from surgery.files.strict_json import dump_json, dump_table, read_file
 from surgery.hub.shards import Shards
 from surgery.layout.build import read_layout
@@ -86,15 +85,12 @@ class ApplyOptions:
     """Shards written at the same time in this process; shards of the hub are written one by one."""
     engine: str = "local"
     """"local", or "ray": each shard a task on a cluster that shares the file system."""
-    io: IO = "mmap"
-    """How shards are read: "mmap", or "read" by position for network file systems."""
     checksum: bool = False
     """Whether to compare each shard with its known SHA-256 before use, which reads all of it.
     Shards of the hub are always compared."""
 
     def __post_init__(self) -> None:
         check_choice("engine", self.engine, ENGINES)
-        check_choice("io", self.io, get_args(IO))
         check_least("jobs", self.jobs, 1)
 
 
@@ -132,13 +128,11 @@ def apply_to(
         SurgeryError: as the modules that this calls; then no output appears.
     """
     output = _output(plan, options)
-    start, before, mapped = time.perf_counter(), moved_bytes(), mapped_bytes()
+    start, before = time.perf_counter(), moved_bytes()
     advance = stage(progress, "apply", plan.after.nbytes)
     stage_seconds = _write_checkpoint(plan, source, replace(options, output=output), advance)
     seconds, after = time.perf_counter() - start, moved_bytes()
     moved = {key: after[key] - before[key] for key in after} if before and after else {}
-    if moved:  # the kernel does not count what is read from a mapping
-        moved["read_bytes"] += mapped_bytes() - mapped
     sizes = (plan.after.parameters, plan.after.nbytes)
     return Applied(output, *sizes, seconds, stage_seconds, moved, peak_rss_bytes())
 
@@ -181,7 +175,6 @@ def _write_checkpoint(
                 checkpoint.path / name,
                 shard,
                 checkpoint.shards[name].metadata,
-                options.io,
             )
             for name, shard in todo.items()
         }

@@ -19,7 +19,7 @@ from surgery.files.model_files import (
     weight_map_of,
 )
 from surgery.files.safetensors_header import Header, TensorRef, read_header
-from surgery.files.shard_file import open_shard
+from surgery.files.shard_file import ShardFile
 from surgery.files.strict_json import file_pieces, read_file, read_json
 from surgery.hub.skeleton import Skeleton
 
@@ -217,7 +217,7 @@ def _sampled(path: Path, tensors: Sequence[TensorRef]) -> Iterator[memoryview]:
     if not tensors:
         return
     start, end = tensors[0].start, tensors[-1].start + tensors[-1].nbytes
-    with open_shard(path, "read") as file:
+    with ShardFile(path) as file:
         for offset in range(start, end, max(-(-(end - start) // SAMPLES), SAMPLED_BYTES)):
             yield from file.windows(offset, min(SAMPLED_BYTES, end - offset), SAMPLED_BYTES)
 

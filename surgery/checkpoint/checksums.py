@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Lock
 
 from surgery.errors import CheckpointError
-from surgery.files.shard_file import open_shard
+from surgery.files.shard_file import ShardFile
 from surgery.files.strict_json import read_file
 
 SUMS_NAME = "SHA256SUMS"
@@ -94,7 +94,7 @@ def check_digest(path: Path, expected: str, fix: str = DOWNLOAD_AGAIN) -> None:
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, read in small windows; the copy costs nothing beside the hash."""
     digest, size = hashlib.sha256(), path.stat().st_size
-    with open_shard(path, "read") as shard:
+    with ShardFile(path) as shard:
         for window in shard.windows(0, size, WINDOW_BYTES):
             digest.update(window)
     return digest.hexdigest()

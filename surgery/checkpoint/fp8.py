@@ -10,7 +10,7 @@ from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.quantization import SCALE_SUFFIX
 from surgery.errors import CheckpointError
 from surgery.files.safetensors_header import TensorRef
-from surgery.files.shard_file import open_shard
+from surgery.files.shard_file import ShardFile
 from surgery.hub.shards import Shards
 
 Codes = NDArray[np.uint8]
@@ -132,7 +132,7 @@ def read_scales(tensor: TensorRef) -> Float32:
         CheckpointError: the shard ends early.
     """
     raw = np.empty(tensor.nbytes, np.uint8)
-    with open_shard(tensor.path, "read") as shard:  # decoding copies them anyway
+    with ShardFile(tensor.path) as shard:  # decoding copies them anyway
         shard.read_into(raw.data, tensor.start)
     return decode_scales(raw, tensor.dtype).reshape(tensor.shape)
 
@@ -160,7 +160,7 @@ def weight_windows(
         with shards.tensor(scales) as here:
             grid = read_scales(here)
     step, width = max(1, WINDOW_VALUES // columns), columns * weight.itemsize
-    with shards.tensor(weight) as here, open_shard(here.path, "read") as shard:
+    with shards.tensor(weight) as here, ShardFile(here.path) as shard:
         for matrix in range(math.prod(outer)):
             for row in range(0, rows, step):
                 first, count = matrix * rows + row, min(step, rows - row)

@@ -13,7 +13,7 @@ from surgery.checkpoint.fp8 import E8M0, VALUES, Codes, Float32, decode_scales
 from surgery.checkpoint.quantization import Opaque
 from surgery.errors import CheckpointError
 from surgery.files.safetensors_header import TensorRef
-from surgery.files.shard_file import open_shard
+from surgery.files.shard_file import ShardFile
 from surgery.hub.shards import Shards
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
@@ -317,7 +317,7 @@ def _awq(codes: NDArray[Any], parts: Arrays) -> Float32:
 def read_array(ref: TensorRef, shards: Shards) -> NDArray[Any]:
     """Read a whole tensor: integers as they are, floats as float32."""
     raw = np.empty(ref.nbytes, np.uint8)
-    with shards.tensor(ref) as here, open_shard(here.path, "read") as shard:
+    with shards.tensor(ref) as here, ShardFile(here.path) as shard:
         shard.read_into(raw.data, here.start)
     integers = {"U8": "<u1", "I8": "<i1", "I32": "<i4", "I64": "<i8"}
     if ref.dtype in integers:

@@ -23,7 +23,6 @@ from surgery.cli.options import (
     family_option,
     force_option,
     gathered,
-    io_option,
     json_option,
     model_options,
     number_option,
@@ -36,7 +35,6 @@ from surgery.cli.options import (
     text_options,
 )
 from surgery.cli.terminal import bars, print_text, running, show_plan, show_written, size_flags
-from surgery.files.shard_file import IO
 from surgery.planning.request import CutRequest
 from surgery.process import peak_rss_bytes, spoken, spoken_range, spoken_stages
 from surgery.text.documents import TextOptions
@@ -237,7 +235,6 @@ class PruneOptions:
     resume: bool
     force: bool
     """Whether a plan and statistics that are there are replaced."""
-    io: IO
     dry_run: bool
     engines: bool
     push_to: str | None
@@ -274,7 +271,6 @@ def _next_command(layout: "Layout", source: str, output: Path) -> tuple[object, 
         is_flag=True,
         help="Replace the statistics and the plan beside DIR; DIR itself is never replaced.",
     ),
-    io_option,
     engines_option,
     click.option(
         "--dry-run",
@@ -319,7 +315,7 @@ def prune(
     )
     choice = choose_before_calibration(layout, cut, text)
     check_used(choice, layout, text)
-    applied = ApplyOptions(output, resume, io=options.io)
+    applied = ApplyOptions(output, resume)
     if options.dry_run:
         forecast = forecast_prune(layout, choice, text, compute, files, applied)
         show_plan(forecast.plan, layout, cut.sizes)

@@ -5,14 +5,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
 from calib.streaming.settings import DEVICES, DTYPE_NAMES, ComputeOptions
 from surgery.cluster import ENGINES
-from surgery.files.shard_file import IO
 from surgery.plot import check_picture
 from surgery.text.documents import Source, TextOptions
 
@@ -264,12 +263,6 @@ engine_option = choice_option(
     of=ENGINES,
     default="local",
     help="ray: run tasks on a cluster whose nodes share the file system (extra 'ray').",
-)
-io_option = choice_option(
-    "--io",
-    of=get_args(IO),
-    default="mmap",
-    help="How shards are read. mmap: mapped into memory; read: for network file systems.",
 )
 device_option = choice_option(
     "--device", of=DEVICES, default="auto", help="auto: CUDA where there is one."

@@ -21,7 +21,6 @@ from surgery.cli.options import (
     engines_option,
     force_option,
     gathered,
-    io_option,
     json_option,
     model_options,
     number_option,
@@ -42,7 +41,6 @@ from surgery.cli.terminal import (
 )
 from surgery.export.gguf_file import ExportOptions
 from surgery.export.tensors import TYPES
-from surgery.files.shard_file import IO
 from surgery.planning.request import CutRequest
 from surgery.process import spoken
 from surgery.stats.channels import RANDOM, RECONSTRUCT
@@ -183,7 +181,6 @@ def repaired(
     click.option("--resume", is_flag=True, help="Continue an interrupted run of the same plan."),
     number_option("--jobs", default=JOBS, help="Shards to write at a time."),
     engine_option,
-    io_option,
     click.option(
         "--checksum",
         is_flag=True,
@@ -250,7 +247,6 @@ class VerifyOptions:
     source: str | None
     forward: bool
     device: str
-    io: IO
     engines: bool
 
 
@@ -271,7 +267,6 @@ class VerifyOptions:
         help="Also compare logits, or an encoder's hidden states, with the masked dense model.",
     ),
     device_option,
-    io_option,
     engines_option,
 )
 def verify(directory: Path, options: VerifyOptions) -> None:
@@ -283,7 +278,7 @@ def verify(directory: Path, options: VerifyOptions) -> None:
     plan, source = origin_of(directory, options.plan, options.source)
     if options.forward and (plan is None or source is None):
         raise Refusal(f"{directory}: --forward needs the plan and its source")
-    checks = verify_files(directory, plan, source, io=options.io)
+    checks = verify_files(directory, plan, source)
     if checks.ok:
         from calib.streaming.empty_model import shape_faults
         from surgery.checkpoint.checkpoint import Checkpoint

@@ -20,7 +20,7 @@ from surgery.export.embedders import LOWERCASE, text_note
 from surgery.export.tensors import BLOCK, MXFP4, OWN_TYPE, TYPES, GgufTensor, pieces, tensors_of
 from surgery.export.vocabulary import Vocabulary, read_vocabulary
 from surgery.files.atomic import check_file, new_file
-from surgery.files.shard_file import open_shard
+from surgery.files.shard_file import ShardFile
 from surgery.hub.skeleton import Skeleton
 from surgery.layout.layout import Layout
 from surgery.layout.roles import CARRIED
@@ -270,7 +270,7 @@ def _write_tensors(file: BinaryIO, tensors: Sequence[GgufTensor], advance: Advan
     output = file.fileno()
     paths = {part.ref.path for tensor in tensors for part in tensor.parts}
     with ExitStack() as stack:
-        shards = {path: stack.enter_context(open_shard(path, "mmap")) for path in sorted(paths)}
+        shards = {path: stack.enter_context(ShardFile(path)) for path in sorted(paths)}
         for tensor in tensors:
             ref = tensor.copied
             if ref is not None:

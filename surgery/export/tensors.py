@@ -314,21 +314,21 @@ def _ordered(part: Rows, shard: ShardFile, step: int) -> Iterator[np.ndarray]:
     for start in range(0, part.count, step):
         rows = min(step, part.count - start)
         offset = ref.start + (part.first + start) * width
-        with shard.window(offset, rows * width, buffer) as data:
-            bits = data.view(DTYPE[ref.itemsize]).reshape(-1, part.block, part.columns)
-            taken = bits[:, order] if part.order else bits
-            yield taken.reshape(-1, part.columns)
+        data = shard.window(offset, rows * width, buffer)
+        bits = data.view(DTYPE[ref.itemsize]).reshape(-1, part.block, part.columns)
+        taken = bits[:, order] if part.order else bits
+        yield taken.reshape(-1, part.columns)
 
 
 def _transposed(part: Columns, shard: ShardFile) -> Iterator[np.ndarray]:
-    """Yield columns of one matrix as rows of plain bits; the matrix is mapped whole."""
+    """Yield columns of one matrix as rows of plain bits; the matrix is read whole."""
     ref, width = part.ref, part.ref.shape[-1]
     start, nbytes = part.first * width * ref.itemsize, part.rows * width * ref.itemsize
-    with shard.window(ref.start + start, nbytes, Buffer()) as data:
-        bits = data.view(DTYPE[ref.itemsize]).reshape(part.rows, width)[:, part.kept]
-        step = max(1, WINDOW_BYTES // (part.rows * ref.itemsize))
-        for column in range(0, bits.shape[1], step):
-            yield np.ascontiguousarray(bits[:, column : column + step].T)
+    data = shard.window(ref.start + start, nbytes, Buffer())
+    bits = data.view(DTYPE[ref.itemsize]).reshape(part.rows, width)[:, part.kept]
+    step = max(1, WINDOW_BYTES // (part.rows * ref.itemsize))
+    for column in range(0, bits.shape[1], step):
+        yield np.ascontiguousarray(bits[:, column : column + step].T)
 
 
 def _repacked(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:

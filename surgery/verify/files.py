@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
@@ -12,9 +12,9 @@ from surgery.apply.companions import pruned_config
 from surgery.apply.edits import OutputTensor, check_source, edits, sources
 from surgery.apply.shard import edit_windows
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.errors import PlanError, check_choice, printable
+from surgery.errors import PlanError, printable
 from surgery.files.safetensors_header import TensorRef
-from surgery.files.shard_file import IO, Buffer, open_shard
+from surgery.files.shard_file import Buffer, ShardFile
 from surgery.files.strict_json import open_regular
 from surgery.hub.fetch import resolve_model, source_at_hand
 from surgery.hub.shards import Shards
@@ -196,7 +196,6 @@ def verify_files(
     source: Path | None,
     *,
     download: bool = True,
-    io: IO = "mmap",
 ) -> VerifyReport:
     """Check the checkpoint in ``directory`` against ``plan`` and, where given, its source.
 
@@ -205,7 +204,6 @@ def verify_files(
     Raises:
         SurgeryError: ``directory`` is no checkpoint, or ``source`` is not the plan's.
     """
-    check_choice("io", io, get_args(IO))
     family = plan.family if plan is not None else None
     checkpoint = Checkpoint.open(directory, family)
     layout = read_layout(checkpoint)
@@ -234,7 +232,7 @@ def verify_files(
     if shards.remote and not download:
         report.skipped[SAME_BYTES] = "the verify command downloads the weights for it again"
     else:
-        report.checks[SAME_BYTES] = compare_bytes(wanted, checkpoint, shards, io)
+        report.checks[SAME_BYTES] = compare_bytes(wanted, checkpoint, shards)
     report.checks[SAME_TEXT] = _check_tokenizer(directory, origin.path, origin.plan)
     return report
 
@@ -245,7 +243,7 @@ def _engine_notes(layout: Layout, plan: Plan | None) -> list[EngineNote]:
 
 
 def compare_bytes(
-    by_shard: dict[str, list[OutputTensor]], output: Checkpoint, shards: Shards, io: IO
+    by_shard: dict[str, list[OutputTensor]], output: Checkpoint, shards: Shards
 ) -> list[str]:
     """Stream every edit again and compare its bytes with ``output``; return the faults."""
     wanted = {tensor.name for shard in by_shard.values() for tensor in shard}
@@ -259,32 +257,32 @@ def compare_bytes(
                 faults += [
                     fault
                     for tensor in by_shard[name]
-                    if (fault := _difference(tensor, output.tensors.get(tensor.name), io))
+                    if (fault := _difference(tensor, output.tensors.get(tensor.name)))
                 ]
     return faults
 
 
-def _difference(tensor: OutputTensor, found: TensorRef | None, io: IO) -> str | None:
+def _difference(tensor: OutputTensor, found: TensorRef | None) -> str | None:
     """Return the fault of the output's tensor, or None."""
     if found is None:
         return f"tensor {tensor.name} is missing"
     if (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
         expected, instead = (f"{each.dtype} {list(each.shape)}" for each in (tensor, found))
         return f"tensor {tensor.name}: expected {expected}, found {instead}"
-    if not _same_bytes(tensor, found, io):
+    if not _same_bytes(tensor, found):
         return f"{found.path}: tensor {tensor.name} differs from the source's kept values"
     return None
 
 
-def _same_bytes(tensor: OutputTensor, found: TensorRef, io: IO) -> bool:
+def _same_bytes(tensor: OutputTensor, found: TensorRef) -> bool:
     offset, buffer = found.start, Buffer()
     source_path = tensor.edits[0].source.path
-    with open_shard(source_path, io) as source, open_shard(found.path, io) as output:
+    with ShardFile(source_path) as source, ShardFile(found.path) as output:
         for edit in tensor.edits:
             for window in edit_windows(edit, source):
-                with output.window(offset, len(window), buffer) as data:
-                    if not np.array_equal(data, np.frombuffer(window, np.uint8)):
-                        return False
+                data = output.window(offset, len(window), buffer)
+                if not np.array_equal(data, np.frombuffer(window, np.uint8)):
+                    return False
                 offset += len(window)
     return True
 

@@ -29,7 +29,7 @@ from surgery.families.schema import WIDTHS, Dim
 from surgery.families.table import family_of
 from surgery.files.model_files import INDEX_NAME
 from surgery.files.safetensors_header import read_header
-from surgery.files.shard_file import IO, open_shard
+from surgery.files.shard_file import ShardFile
 from surgery.layout.layout import Layout
 from surgery.planning.plan import Plan
 from surgery.planning.shapes import shape_of
@@ -417,10 +417,7 @@ def test_a_plan_that_splits_blocks_is_refused(qwen3: Path) -> None:
 
 
 @pytest.mark.parametrize("dim", [0, 1, None])
-@pytest.mark.parametrize("io", ["mmap", "read"])
-def test_an_edit_that_dequantizes_holds_a_few_windows(
-    tmp_path: Path, dim: int | None, io: IO
-) -> None:
+def test_an_edit_that_dequantizes_holds_a_few_windows(tmp_path: Path, dim: int | None) -> None:
     rows, columns, block = 4096, 4096, 128
     codes = torch.randint(0, 127, (rows, columns), dtype=torch.uint8).view(torch.float8_e4m3fn)
     scales = torch.rand(rows // block, columns // block)
@@ -429,7 +426,7 @@ def test_an_edit_that_dequantizes_holds_a_few_windows(
     source, grid = (read_header(tmp_path / f"{n}.safetensors").tensors[0] for n in "ab")
     kept = None if dim is None else np.arange(0, (rows, columns)[dim], 3)
     edit = Edit(source, dim or 0, kept, scaling=Scaling(grid, (block, block)))
-    with open_shard(source.path, io) as shard, open(os.devnull, "wb") as output:
+    with ShardFile(source.path) as shard, open(os.devnull, "wb") as output:
         tracemalloc.start()
         stream_edit(edit, shard, output.fileno())
         peak = tracemalloc.get_traced_memory()[1]

@@ -16,7 +16,7 @@ from surgery.apply.edits import Edit
 from surgery.apply.shard import edit_windows, stream_edit
 from surgery.errors import CheckpointError
 from surgery.files.safetensors_header import TensorRef, encode_header, read_header
-from surgery.files.shard_file import IO, ShardFile, open_shard
+from surgery.files.shard_file import ShardFile
 from tests.support import tiny
 from tests.support.command import Run
 from tests.support.contents import snapshot
@@ -41,8 +41,7 @@ def test_any_selection_in_any_window_is_numpy_take(
     wanted = np.take(array, indices, axis=dim)
     edit = Edit(TensorRef("t", path, dtype, shape, 3), dim, indices)
     assert edit.nbytes == wanted.nbytes
-    io: IO = data.draw(st.sampled_from(["mmap", "read"]))
-    with pytest.MonkeyPatch.context() as patch, open_shard(path, io) as source:
+    with pytest.MonkeyPatch.context() as patch, ShardFile(path) as source:
         patch.setattr("surgery.apply.shard.WINDOW_BYTES", data.draw(st.integers(1, 64)))
         found = b"".join(bytes(window) for window in edit_windows(edit, source))
         with open(path.with_name("out"), "wb") as output:
@@ -59,21 +58,6 @@ def test_header_round_trip(tmp_path: Path) -> None:
     header = read_header(tmp_path / "x.safetensors")
     assert sorted((t.name, t.dtype, t.shape) for t in header.tensors) == sorted(tensors)
     assert header.metadata == {"format": "pt"}
-
-
-@pytest.mark.parametrize("io", ["mmap", "read"])
-def test_without_kernel_copy_the_bytes_are_the_same(
-    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, io: IO
-) -> None:
-    plan = random_plan(llama, 512, 64)
-    apply_plan(plan, source=llama, output=tmp_path / "one")
-
-    def refuse(*_: object, **__: object) -> int:
-        raise OSError(errno.EXDEV, "another file system")
-
-    monkeypatch.setattr(os, "copy_file_range", refuse)
-    apply_plan(plan, source=llama, output=tmp_path / "two", io=io)
-    assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
 
 
 @pytest.mark.parametrize("finished", range(5))
@@ -190,8 +174,7 @@ def test_a_finished_shard_that_was_lost_is_written_again(
     assert snapshot(out) == snapshot(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("io", ["mmap", "read"])
-def test_a_shard_that_shrinks_while_it_is_read_is_named(tmp_path: Path, io: IO) -> None:
+def test_a_shard_that_shrinks_while_it_is_read_is_named(tmp_path: Path) -> None:
     source = tiny.save(tmp_path / "model")
     plan = random_plan(source, 512, 64)
     shard = source / "model.safetensors"
@@ -201,6 +184,6 @@ def test_a_shard_that_shrinks_while_it_is_read_is_named(tmp_path: Path, io: IO) 
             os.truncate(shard, shard.stat().st_size // 2)
 
     with pytest.raises(CheckpointError, match=r"model\.safetensors: shard ended early"):
-        apply_plan(plan, source=source, output=tmp_path / "out", io=io, progress=shrink)
+        apply_plan(plan, source=source, output=tmp_path / "out", progress=shrink)
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()

@@ -20,7 +20,7 @@ from surgery.errors import BudgetError, FamilyError
 from surgery.families.layer_rules import LAYER_RULES, FirstStays
 from surgery.families.table import family_of
 from surgery.files.safetensors_header import read_header
-from surgery.files.shard_file import IO, open_shard
+from surgery.files.shard_file import ShardFile
 from surgery.planning.layers import check_layers, layer_keys, nearest_layers
 from surgery.planning.plan import Plan
 from surgery.stats.channel_stats import ChannelStats
@@ -417,17 +417,14 @@ def test_each_byte_is_read_once_and_the_cost_says_so(deep: Path, tmp_path: Path,
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("dim", [0, 1])
-@pytest.mark.parametrize("io", ["mmap", "read"])
-def test_memory_of_a_sum_is_some_windows(
-    tmp_path: Path, dtype: torch.dtype, dim: int, io: IO
-) -> None:
+def test_memory_of_a_sum_is_some_windows(tmp_path: Path, dtype: torch.dtype, dim: int) -> None:
     parts = [torch.randn(4096, 4096).to(dtype) for _ in range(3)]
     for number, part in enumerate(parts):
         save_file({"w": part}, tmp_path / f"{number}.safetensors")
     first, *others = (read_header(tmp_path / f"{n}.safetensors").tensors[0] for n in range(3))
     kept = np.arange(0, 4096, 3)
     edit = Edit(first, dim, kept, terms=tuple(others))
-    with open_shard(first.path, io) as shard:
+    with ShardFile(first.path) as shard:
         tracemalloc.start()
         sizes = [len(window) for window in edit_windows(edit, shard)]
         peak = tracemalloc.get_traced_memory()[1]
