@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from struct import pack
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -199,9 +200,9 @@ def _writer(
     layout: Layout, architecture: Architecture, description: Description, type_: str
 ) -> Any:
     """Return gguf's writer with all keys but the tokenizer's."""
-    from gguf import GGML_QUANT_VERSION, GGUFValueType, GGUFWriter
+    from gguf import GGML_QUANT_VERSION, GGUFValueType
 
-    writer = GGUFWriter(None, architecture.name)
+    writer = _writer_class()(None, architecture.name)
     writer.add_type("model")
     writer.add_name(layout.checkpoint.path.resolve().name)
     opaque = layout.checkpoint.opaque
@@ -221,20 +222,43 @@ def _writer(
     return writer
 
 
+def _writer_class() -> type:
+    """Return gguf's writer, which packs an array at once: its own loop takes 0.75 s, not 0.2, for
+    128,256 tokens and 127,744 merges.
+    """
+    from gguf import GGUFValueType as Kind
+    from gguf import GGUFWriter
+
+    numbers = {Kind.INT32: "<i4", Kind.FLOAT32: "<f4"}
+
+    class Writer(GGUFWriter):
+        def _pack_val(self, val: Any, vtype: Any, add_vtype: bool, sub_type: Any = None) -> bytes:
+            if sub_type is Kind.STRING:
+                texts = (text.encode() for text in val)
+                data = b"".join(part for text in texts for part in (pack("<Q", len(text)), text))
+            elif sub_type in numbers:
+                data = np.asarray(val, numbers[sub_type]).tobytes()
+            else:
+                return super()._pack_val(val, vtype, add_vtype, sub_type)
+            return pack("<IIQ", vtype, sub_type, len(val)) + data
+
+    return Writer
+
+
 def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
     """Add the tokenizer's keys."""
     from gguf import GGUFValueType as Kind
 
-    def add_array(key: str, values: Sequence[Any], kind: Kind) -> None:
+    def add_array(key: str, values: Any, kind: Kind) -> None:
         if len(values):
             writer.add_key_value(f"tokenizer.ggml.{key}", values, Kind.ARRAY, kind)
 
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     add_array("tokens", vocabulary.texts.tolist(), Kind.STRING)
-    add_array("token_type", vocabulary.kinds.tolist(), Kind.INT32)
+    add_array("token_type", vocabulary.kinds, Kind.INT32)
     if vocabulary.scores is not None:
-        add_array("scores", vocabulary.scores.tolist(), Kind.FLOAT32)
+        add_array("scores", vocabulary.scores, Kind.FLOAT32)
     if vocabulary.merges is not None:
         add_array("merges", vocabulary.merges, Kind.STRING)
     if vocabulary.characters:
