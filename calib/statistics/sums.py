@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -10,9 +11,9 @@ from calib.streaming.ffn import FfnModule, down_matrices, down_name
 from calib.streaming.weights import pages
 from surgery.stats.channel_stats import ROUTED_PARTS, AxisSums, RoutedSums
 
-CACHED_VALUES = 1 << 16
-"""Values of states or weights in float64 at a time on a CPU. They fit in its cache; larger blocks
-take twice the time."""
+CACHED_VALUES = 1 << 18
+"""Values of activations, states or weights in float64 at a time on a CPU, 2 MiB. At a quarter of
+this, calls take a third more time; at the double they leave its cache."""
 
 
 def cosine_sum(before: torch.Tensor, after: torch.Tensor) -> float:
@@ -23,22 +24,30 @@ def cosine_sum(before: torch.Tensor, after: torch.Tensor) -> float:
     """
     device = before.device
     wide = torch.float32 if device.type == "mps" else torch.float64
-    values = CACHED_VALUES // 2 if device.type == "cpu" else CHUNK_VALUES
+    values = CACHED_VALUES if device.type == "cpu" else CHUNK_VALUES
     rows = max(1, values // before.shape[-1])
-    tokens = before.shape[:-1].numel()
-    dots, lengths = (torch.empty(tokens, dtype=wide, device=device) for _ in range(2))
-    pairs = zip(
-        *(each.flatten(0, -2).split(rows) for each in (before, after)),
-        *(each.split(rows) for each in (dots, lengths)),
-        strict=True,
-    )
-    for one, other, dot, length in pairs:
+    found = torch.empty((3, before.shape[:-1].numel()), dtype=wide, device=device)
+    states = (each.flatten(0, -2).split(rows) for each in (before, after))
+    for one, other, part in zip(*states, found.split(rows, dim=1), strict=True):
         one, other = one.to(wide), other.to(wide)
-        dot.copy_(torch.linalg.vecdot(one, other))
-        length.copy_(torch.linalg.vector_norm(one, dim=-1))
-        length *= torch.linalg.vector_norm(other, dim=-1)
+        for pair, dots in zip(((one, other), (one, one), (other, other)), part, strict=True):
+            _dots(*pair, dots)
+    dots, *squares = found
+    lengths = squares[0].sqrt() * squares[1].sqrt()
     cosines = torch.where(lengths > 0, dots / lengths, 0.0)
     return float(cosines.cpu().double().sum())
+
+
+def _dots(one: torch.Tensor, other: torch.Tensor, dots: torch.Tensor) -> None:
+    """Write the dot product of each row of ``one`` and of ``other``, ``(rows, D)``, to ``dots``.
+
+    On a CPU, numpy's batched product takes half the time of torch's ``vecdot``.
+    """
+    if dots.device.type == "cpu":
+        rows, columns = one.numpy()[:, None], other.numpy()[:, :, None]
+        np.matmul(rows, columns, out=dots.numpy()[:, None, None])
+    else:
+        dots.copy_(torch.linalg.vecdot(one, other))
 
 
 def weight_norms(layer: nn.Module, ffn_modules: Sequence[FfnModule]) -> dict[str, torch.Tensor]:

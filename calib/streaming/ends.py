@@ -65,7 +65,7 @@ class Tables:
         """Return the file's names of the tables, in reading order."""
         return [self._layout.by_name[name].name for name in self._modules]
 
-    @property
+    @cached_property
     def by_ids(self) -> bool:
         """Whether layers take arguments that depend on the tokens: there are more tables."""
         roles = self._layout.roles.values()
