@@ -45,7 +45,8 @@ def _dots(one: torch.Tensor, other: torch.Tensor, dots: torch.Tensor) -> None:
     """
     if dots.device.type == "cpu":
         rows, columns = one.numpy()[:, None], other.numpy()[:, :, None]
-        np.matmul(rows, columns, out=dots.numpy()[:, None, None])
+        with np.errstate(over="ignore", invalid="ignore"):  # NaN is looked for after the layer
+            np.matmul(rows, columns, out=dots.numpy()[:, None, None])
     else:
         dots.copy_(torch.linalg.vecdot(one, other))
 

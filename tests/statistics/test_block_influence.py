@@ -1,5 +1,6 @@
 """Cosines of hidden states, and the tokens that hooks see together."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -35,6 +36,16 @@ def test_a_state_without_direction_counts_nothing() -> None:
     before, after = torch.tensor([[[0.0, 0.0], [3.0, 4.0]], [[1.0, 0.0], [0.0, 2.0]]]).split(1)
     assert cosine_sum(before, after) == pytest.approx(0.8)
     assert cosine_sum(before, torch.zeros_like(after)) == 0
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_states_that_are_not_finite_give_no_warning(value: float) -> None:
+    """The pass looks for them after the layer, and names it in one line."""
+    before = torch.ones(1, 2, 3)
+    after = before.clone()
+    after[0, 0, 0] = value
+    cosine_sum(before, after)
 
 
 @settings(max_examples=50, deadline=None)
