@@ -87,8 +87,9 @@ def export_layout(
 ) -> Exported:
     """Write the checkpoint of ``layout`` as one GGUF file.
 
-    Memory is bounded by some windows and the tokenizer. ``progress`` is called with "export", the
-    bytes written so far, and all bytes to write.
+    Memory is bounded by some windows, the tokenizer, and one expert's projection where the
+    checkpoint has it transposed. ``progress`` is called with "export", the bytes written so far,
+    and all bytes to write.
 
     Raises:
         OutputError: the file cannot be written, or the package gguf (extra ``gguf``) is missing.

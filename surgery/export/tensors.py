@@ -321,14 +321,17 @@ def _ordered(part: Rows, shard: ShardFile, step: int) -> Iterator[np.ndarray]:
 
 
 def _transposed(part: Columns, shard: ShardFile) -> Iterator[np.ndarray]:
-    """Yield columns of one matrix as rows of plain bits; the matrix is read whole."""
+    """Yield columns of one matrix as rows of plain bits; the memory holds all that are kept."""
     ref, width = part.ref, part.ref.shape[-1]
-    start, nbytes = part.first * width * ref.itemsize, part.rows * width * ref.itemsize
-    data = shard.window(ref.start + start, nbytes, Buffer())
-    bits = data.view(DTYPE[ref.itemsize]).reshape(part.rows, width)[:, part.kept]
+    columns = len(range(*part.kept.indices(width)))
+    made, filled = np.empty((columns, part.rows), DTYPE[ref.itemsize]), 0
+    rows = Rows(ref, part.first, part.rows, width)
+    for bits in _ordered(rows, shard, _step(rows)):
+        made[:, filled : filled + len(bits)] = bits[:, part.kept].T
+        filled += len(bits)
     step = max(1, WINDOW_BYTES // (part.rows * ref.itemsize))
-    for column in range(0, bits.shape[1], step):
-        yield np.ascontiguousarray(bits[:, column : column + step].T)
+    for column in range(0, columns, step):
+        yield made[column : column + step]
 
 
 def _repacked(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
