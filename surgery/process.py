@@ -85,8 +85,7 @@ def release_freed_memory() -> None:
     """Return freed heap to the system, where the C library can.
 
     glibc keeps memory that planning, tokenizing and building a model have freed: 11 MB after
-    Qwen 2.5's tokenizer. It would count beside the pages of mapped shards. The call takes a
-    millisecond.
+    Qwen 2.5's tokenizer. It would count beside the windows of shards. The call takes a millisecond.
     """
     trim = _libc_function("malloc_trim")
     if trim is not None:

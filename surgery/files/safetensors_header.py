@@ -78,7 +78,7 @@ def read_header(path: Path) -> Header:
     """Read and validate the header of the safetensors file ``path``; no weights are read.
 
     Each tensor must start at the end of the one before it, and the last must end with the file.
-    So a truncated shard is found here, and not while it is mapped.
+    So a truncated shard is found here, and not while it is read.
 
     Raises:
         CheckpointError: truncated, or offsets that contradict the shapes, overlap or leave holes.

@@ -63,10 +63,6 @@ class ShardFile:
         """Close the file."""
         self._file.close()
 
-    def fileno(self) -> int:
-        """The file descriptor."""
-        return self._file.fileno()
-
     def window(self, offset: int, nbytes: int, buffer: Buffer) -> Bytes:
         """Return ``nbytes`` from ``offset``, read into ``buffer``.
 
@@ -95,17 +91,17 @@ class ShardFile:
             except OSError as error:
                 raise self._unreadable(error) from error
             if count == 0:
-                raise self.ended_early(offset)
+                raise self._ended_early(offset)
             target, offset = target[count:], offset + count
 
     def _read_at(self, target: memoryview, offset: int) -> int:
         if hasattr(os, "preadv"):
-            return os.preadv(self.fileno(), [target], offset)
+            return os.preadv(self._file.fileno(), [target], offset)
         with self._lock:
             self._file.seek(offset)
             return self._file.readinto(target)
 
-    def ended_early(self, offset: int) -> CheckpointError:
+    def _ended_early(self, offset: int) -> CheckpointError:
         """The error of a shard that has become shorter than its header describes."""
         return CheckpointError(
             self.path,
