@@ -58,7 +58,7 @@ CASES = list(limited())
 
 def test_options_with_limits_are_seen() -> None:
     names = {name for name, _, _ in CASES}
-    assert {"engine", "device", "dtype", "repair", "criterion", "vocab_by", "io"} <= names
+    assert {"engine", "device", "dtype", "repair", "criterion", "vocab_by"} <= names
     assert {"samples", "seq_len", "windows", "jobs", "parts", "multiple_of"} <= names
 
 
@@ -86,7 +86,6 @@ WRONG: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (calib.compare, {**TEXT, "ratio": [0.2, -0.1]}, "`ratio`: is no share"),
     (calib.compare, {**TEXT, "ratio": "0.2"}, "`ratio`: is no share"),
     (calib.compare, {**TEXT, "ratio": 0.2, "methods": []}, "`methods`: are none"),
-    (calib.prune, {**TEXT, "output": "o", "vocab_size": 500, "io": "disk"}, "`io`: does not take"),
     (surgery.make_plan, {"ratio": -1}, "`ratio`: is no share"),
     (surgery.make_plan, {"ratio": float("nan")}, "`ratio`: is no share"),
     (surgery.make_plan, {"ratio": "0.2"}, "`ratio`: is no share"),
@@ -94,7 +93,6 @@ WRONG: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (surgery.make_plan, {"vocab_size": 500, "vocab_by": "merges"}, "`vocab_by`: does not take"),
     (surgery.make_plan, {"vocab_size": 500, "criterion": "best"}, "`criterion`: does not take"),
     (surgery.make_plan, {"vocab_size": 500, "base_model": "name"}, "`base_model`: .* ORG/NAME"),
-    (surgery.verify_checkpoint, {"io": "disk"}, "`io`: does not take"),
 ]
 
 
