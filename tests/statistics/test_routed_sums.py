@@ -38,8 +38,8 @@ NEARLY = {
 }
 """Llama 4 multiplies the matrices of all experts in one call. Most others compute something with a
 single row or column, whose last bits depend on where torch has its input in memory: a gate for the
-shared expert, or Gemma 4's one head of keys and values. Of Mistral 4, experts with the same input
-differ in the last bits on one kind of processor, a Zen 3, and on no other that was tried."""
+shared expert, or Gemma 4's one head of keys and values. Of Mistral 4, some experts with the same
+input differed in the last bits on one machine, a Zen 3; why was not found."""
 
 
 @pytest.mark.parametrize("key", sampled(MIXTURES))
