@@ -110,17 +110,12 @@ def stream_edit(edit: Edit, source: ShardFile, output: int) -> None:
         CheckpointError: the source shard ends early.
         NotFiniteError: a number that is computed is NaN or infinity; what is copied may be.
     """
-    ranges = _long_ranges(edit)
-    if ranges is None:
-        for window in edit_windows(edit, source):
-            write_all(output, window)
-        return
-    for offset, length in ranges:
-        copy_range(source, output, offset, length)
+    for window in edit_windows(edit, source):
+        write_all(output, window)
 
 
 def bytes_read(edit: Edit) -> int:
-    """Return the bytes that ``stream_edit`` reads; gaps between short pieces count as well."""
+    """Return the bytes that ``edit_windows`` reads; gaps between short pieces count as well."""
     ranges = _long_ranges(edit)
     if edit.matrix is not None:
         return sum(ref.nbytes for ref in edit.matrix.refs)
@@ -138,14 +133,15 @@ def bytes_read(edit: Edit) -> int:
 
 def edit_windows(edit: Edit, source: ShardFile) -> Iterator[memoryview]:
     """Yield the output bytes of ``edit``, at most a window at a time, in order."""
-    tensor, indices = edit.source, edit.indices
+    tensor, indices, ranges = edit.source, edit.indices, _long_ranges(edit)
     if edit.numbers:
         integers = np.array(edit.numbers, f"<i{tensor.itemsize}")
         yield integers.data.cast("B")
     elif edit.matrix is not None:
         yield from _decoded(edit.matrix, edit.dim, indices)
-    elif indices is None and edit.scaling is None and not edit.terms:
-        yield from source.windows(tensor.start, tensor.nbytes, WINDOW_BYTES)
+    elif ranges is not None:
+        for offset, length in ranges:
+            yield from source.windows(offset, length, WINDOW_BYTES)
     else:
         every = np.arange(tensor.shape[edit.dim]) if indices is None else indices
         yield from _gather(edit, every, source)
@@ -173,7 +169,9 @@ def write_all(output: int, data: memoryview) -> None:
 
 
 def _long_ranges(edit: Edit) -> list[tuple[int, int]] | None:
-    """Return (offset, length) of the bytes to copy, or None if they are short or must change."""
+    """Return (offset, length) of what is read without gaps; None if it must change, or where its
+    runs are shorter than a window on average: those are gathered from windows.
+    """
     tensor = edit.source
     if edit.scaling is not None or edit.terms or edit.matrix is not None or edit.numbers:
         return None
@@ -305,12 +303,6 @@ def _blocks(edit: Edit) -> Iterator[tuple[int, int, int, int]]:
     for row in range(rows):
         for start in range(0, positions, step):
             yield row, 1, start, min(start + step, positions)
-
-
-def copy_range(source: ShardFile, output: int, offset: int, length: int) -> None:
-    """Append ``length`` bytes of ``source``, a window at a time."""
-    for window in source.windows(offset, length, WINDOW_BYTES):
-        write_all(output, window)
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def check_digest(path: Path, expected: str, fix: str = DOWNLOAD_AGAIN) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, read in small windows; the copy costs nothing beside the hash."""
+    """SHA-256 of a file, read in small windows."""
     digest, size = hashlib.sha256(), path.stat().st_size
     with ShardFile(path) as shard:
         for window in shard.windows(0, size, WINDOW_BYTES):

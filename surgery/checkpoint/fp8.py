@@ -132,7 +132,7 @@ def read_scales(tensor: TensorRef) -> Float32:
         CheckpointError: the shard ends early.
     """
     raw = np.empty(tensor.nbytes, np.uint8)
-    with ShardFile(tensor.path) as shard:  # decoding copies them anyway
+    with ShardFile(tensor.path) as shard:
         shard.read_into(raw.data, tensor.start)
     return decode_scales(raw, tensor.dtype).reshape(tensor.shape)
 

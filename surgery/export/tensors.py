@@ -93,15 +93,6 @@ class GgufTensor:
         values, nbytes = BLOCK[self.type]
         return math.prod(self.shape) // values * nbytes
 
-    @property
-    def copied(self) -> TensorRef | None:
-        """The tensor of the checkpoint that has the same bytes; None where they differ."""
-        part = self.parts[0] if len(self.parts) == 1 else None
-        if not isinstance(part, Rows) or part.order or self.offset:
-            return None
-        same = OWN_TYPE.get(part.ref.dtype) == self.type and part.ref.nbytes == self.nbytes
-        return part.ref if same else None
-
 
 def tensors_of(
     layout: Layout, architecture: Architecture, type_: str, names: Any
